@@ -1,0 +1,44 @@
+# make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
+# make test   everything that CI runs
+# make check  lint, types and the fast tests, for the working day
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo demo-smollm2 test check lint types format
+
+install: $(INSTALLED)
+
+# torch first and by itself: a GPU machine gets the CUDA build from the same pin.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; use make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "error: $(PYTHON) has no venv; apt-get install python3-venv"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -r requirements.lock
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" recipes/demo/run.sh
+
+demo-smollm2: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" recipes/smollm2_135m_cpu/run.sh
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

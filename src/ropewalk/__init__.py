@@ -1,0 +1,1 @@
+"""Long-context continued pretraining of RoPE language models."""

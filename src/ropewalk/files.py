@@ -1,0 +1,41 @@
+"""Writing so that a killed process or a dead node leaves either the whole file or none."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def fsync_path(path: Path) -> None:
+    """Push a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) beside ``path`` and rename it into place; durable on return."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    fsync_path(partial)
+    partial.replace(path)
+    fsync_path(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(root: Path, name: str) -> Path:
+    """``root / name``, or ValueError where a name read from data leads out of ``root``."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{name!r} leads out of {root}; the directory was tampered with or copied wrongly: do not use it"
+        )
+    return path
