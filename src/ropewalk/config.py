@@ -1,0 +1,295 @@
+"""The typed configuration: one dataclass for each Hydra group, and the rules that no type can state.
+
+Importing this module loads neither torch nor transformers, so composing a configuration stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass
+class ModelConfig:
+    """The model that training starts from.
+
+    ``theta``, ``head_dim`` and ``pretrained_length`` are declared here, so that a chain can be resolved before
+    anything is loaded; they are checked against the checkpoint's own config.json when it is.
+    """
+
+    name: str = MISSING
+    path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
+    revision: str | None = None
+    tokenizer: str | None = None  # hub id or directory; null: the one beside `path`, else the store's
+    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
+    theta: float = MISSING  # RoPE base of the pretrained model
+    head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
+    pretrained_length: int = MISSING  # tokens
+
+
+@dataclass
+class RopeConfig:
+    """The position method: an ordered chain of spectrum transforms."""
+
+    name: str = MISSING
+    chain: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """Which packed store is read, and in what proportions."""
+
+    store: str = MISSING  # directory of the packed store
+    sequence_length: int = MISSING  # tokens; must equal the store's
+    mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of sequences; normalised
+
+
+@dataclass
+class TrainerConfig:
+    """The optimization: batch, schedule, precision, and when to save."""
+
+    seed: int = 0
+    device: str = "cuda"  # cuda or cpu
+    dtype: str = "bfloat16"  # of parameters and activations: bfloat16 or float32
+    max_steps: int = MISSING
+    global_batch_size: int = MISSING  # sequences a step, over all ranks
+    micro_batch_size: int = 1  # sequences a rank holds at once
+    learning_rate: float = MISSING  # peak
+    min_lr_ratio: float = 0.1  # floor of the cosine, as a share of the peak
+    warmup_ratio: float = 0.1  # share of max_steps
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1  # not on norms and biases
+    gradient_clipping: float = 1.0  # global norm
+    activation_checkpointing: bool = True
+    loss_chunk_size: int = 2048  # tokens whose logits exist at once
+    log_every: int = 1  # steps
+    checkpoint_every: int = 250  # steps; the last step is always saved
+    resume: bool = True  # go on from the newest committed checkpoint of the run directory
+    accept: list[str] = field(default_factory=list)  # contract entries allowed to differ on resume, by name
+    stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
+    overfit_one_batch: bool = False  # every step sees step 0's batch
+    profile_steps: int = 0  # steps recorded by torch.profiler into the run directory
+
+
+@dataclass
+class DeepSpeedConfig:
+    """What of ZeRO is a choice; the rest is fixed in training/engine.py."""
+
+    stage: int = 3
+    param_persistence_threshold: int = 100_000  # parameters smaller than this stay whole on every rank
+    overlap_comm: bool = True
+    offload_optimizer: bool = False  # optimizer states in host memory
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go beside the run's own metrics.jsonl."""
+
+    name: str = "wandb"  # wandb or none
+    project: str = "ropewalk"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TestTimeConfig:
+    """Spectrum transforms appended for evaluation or export.
+
+    ``original_max_position_embeddings: trained_length`` names the length that the checkpoint was trained at.
+    """
+
+    name: str = MISSING
+    within: list[dict[str, Any]] = field(default_factory=list)  # at lengths up to the trained one
+    beyond: list[dict[str, Any]] = field(default_factory=list)  # at lengths past it
+
+
+@dataclass
+class PathsConfig:
+    """Roots of what is read and written."""
+
+    data_dir: str = "data"
+    output_dir: str = "outputs"
+
+
+@dataclass
+class TrainConfig:
+    """``python train.py``."""
+
+    run_name: str = MISSING
+    run_dir: str = "${paths.output_dir}/${run_name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class CorpusConfig:
+    """Raw documents and how they become tokens."""
+
+    name: str = MISSING
+    stdlib: bool = False  # the running interpreter's standard library, one document per top-level package
+    paths: list[str] = field(default_factory=list)  # files and directories: text, markdown, code, jsonl, parquet
+    tokenizer: str | None = None  # Hugging Face tokenizer directory or hub id; null: train a BPE on the corpus
+    vocab_size: int = 4096  # of the BPE that is trained
+    retrieval_tokens: int = 0  # tokens of synthetic retrieval documents to add for each sequence length
+    heldout_documents: int = 0  # long documents kept out of training, for evaluation
+    heldout_length: int = 8192  # tokens that such a document has at least
+
+
+@dataclass
+class PrepareConfig:
+    """``python data_prep/prepare.py``."""
+
+    output: str = MISSING  # directory for tokenizer, documents and one packed store per sequence length
+    sequence_lengths: list[int] = MISSING  # tokens
+    seed: int = 0
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class NeedleConfig:
+    """The passkey grid."""
+
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # share of the context
+    samples: int = 4  # prompts per cell; 0: no grid
+    digits: int = 5  # of the key
+    distractors: int = 0  # other facts in the haystack
+
+
+@dataclass
+class EvaluateConfig:
+    """``python scripts/evaluate.py``."""
+
+    checkpoint: str = MISSING  # Hugging Face directory, training checkpoint or run directory
+    name: str | None = None  # of the row in the results; null: the checkpoint's run name
+    output: str = MISSING  # directory
+    documents: str = MISSING  # held-out documents: a directory that prepare.py wrote, or one of text files
+    lengths: list[int] = MISSING  # tokens
+    seed: int = 0
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    max_documents: int | None = None
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)  # applied to the checkpoint's own chain, without training
+    test_time: TestTimeConfig = field(default_factory=TestTimeConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class ExportConfig:
+    """``python scripts/export.py``."""
+
+    checkpoint: str = MISSING  # training checkpoint, or run directory for its newest
+    output: str | None = None  # null: <run directory>/export
+    dtype: str | None = None  # of the weights; null: the dtype that was trained in
+    verify: bool = True
+    overwrite: bool = False  # replace an earlier export
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class CompareConfig:
+    """``python scripts/compare.py``."""
+
+    runs: list[str] = MISSING  # run directories, each with its evaluation beside it
+    baseline: str | None = None  # run that differences are taken to; null: the first
+    output: str = MISSING  # report.html
+    title: str = "ropewalk report"
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "compare": CompareConfig,
+}
+
+
+def validate_train(config: TrainConfig, world_size: int) -> None:
+    """Check everything about a training run that can be known before a model is built.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
+    trainer, data = config.trainer, config.data
+    for name in (
+        "max_steps",
+        "global_batch_size",
+        "micro_batch_size",
+        "loss_chunk_size",
+        "checkpoint_every",
+        "log_every",
+    ):
+        _positive(f"trainer.{name}", getattr(trainer, name))
+    one_of("trainer.device", trainer.device, ("cuda", "cpu"))
+    one_of("trainer.dtype", trainer.dtype, ("bfloat16", "float32"))
+    one_of("tracker.name", config.tracker.name, ("wandb", "none"))
+    one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
+    per_step = trainer.micro_batch_size * world_size
+    if trainer.global_batch_size % per_step:
+        near = max(1, round(trainer.global_batch_size / per_step)) * per_step
+        raise ValueError(
+            f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size="
+            f"{trainer.micro_batch_size} x world size {world_size} = {per_step}; set it to {near}"
+        )
+    if config.model.path is None and "model_type" not in config.model.architecture:
+        raise ValueError(
+            "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "
+            f"or an architecture to build from scratch (one of {', '.join(SUPPORTED_MODEL_TYPES)})"
+        )
+    _validate_chain(config)
+    existing_directory("data.store", data.store, "make one with data_prep/prepare.py")
+
+
+def _validate_chain(config: TrainConfig) -> None:
+    from ropewalk.rope import RopeChain
+
+    RopeChain(config.rope.chain).spectrum(
+        head_dim=config.model.head_dim,
+        theta=config.model.theta,
+        pretrained_length=config.model.pretrained_length,
+        trained_length=config.data.sequence_length,
+    )
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be positive; set it to 1 or more")
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value} is not known; use one of: {', '.join(map(str, allowed))}")
+
+
+def existing_directory(name: str, path: str, mend: str) -> Path:
+    """The directory at ``path``, or ValueError with the mend."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ValueError(f"{name}={path} is not a directory; {mend}")
+    return directory
+
+
+def require_device(name: str, device: str) -> None:
+    """Raise ValueError where CUDA is asked for and there is none. Imports torch."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"{name}=cuda, but torch {torch.__version__} sees no CUDA device; set {name}=cpu or run on a GPU node"
+        )

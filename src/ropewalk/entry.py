@@ -1,0 +1,80 @@
+"""The Hydra main that every entry shares: typed schemas, and user errors as one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ropewalk.config import SCHEMAS
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+def register_schemas() -> None:
+    """Put each entry's dataclass into Hydra's store as ``schema/<entry>``; the YAML files build on them."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"schema_{name}", node=schema)
+
+
+def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
+
+    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. A ValueError, or anything wrong with the configuration
+    itself, ends the process with one line on stderr and exit code 2; every other exception keeps its traceback.
+    """
+    register_schemas()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
+
+    def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+        @wraps(main)
+        def with_object(config: DictConfig) -> None:
+            try:
+                main(to_object(config))
+            except ValueError as error:  # here, so that Hydra adds no line of its own
+                sys.exit(_report(error))
+
+        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(with_object)
+
+        @wraps(main)
+        def command() -> None:
+            try:
+                run()
+            except (CompactHydraException, OmegaConfBaseException) as error:
+                sys.exit(_report(error))
+
+        return command
+
+    return decorate
+
+
+def to_object(config: DictConfig) -> Any:
+    """The composed configuration as its dataclass, every interpolation resolved.
+
+    Raises:
+        ValueError: for a mandatory value that nothing has set.
+    """
+    try:
+        return OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
+
+
+def _report(error: Exception) -> int:
+    message = str(error)
+    if isinstance(error, CompactHydraException) and error.__cause__ is not None:
+        message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    return 2

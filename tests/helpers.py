@@ -1,0 +1,72 @@
+"""What several test modules share: composing the shipped configs, and small models and runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ropewalk.data import PackedStore
+from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+
+
+def composed(name: str, *overrides: str) -> Any:
+    """The dataclass that ``configs/<name>.yaml`` gives with these overrides."""
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return to_object(compose(name, list(overrides)))
+
+
+def alone_environment() -> dict[str, str]:
+    """The environment for a process of its own: nothing of this process's group, one thread."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {**{k: v for k, v in os.environ.items() if k not in group}, "OMP_NUM_THREADS": "1"}
+
+
+def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture: Any) -> Any:
+    """A TrainConfig of four steps on a two-layer model: the demo's recipe at the smallest size."""
+    config = composed(
+        "train",
+        "+experiment=demo/pretrain",
+        "tracker=none",
+        f"data.store={store.root}",
+        f"data.sequence_length={store.sequence_length}",
+        f"run_dir={run_dir}",
+        f"run_name={run_dir.name}",
+        "trainer.max_steps=4",
+        "trainer.global_batch_size=4",
+        "trainer.micro_batch_size=2",
+        "trainer.checkpoint_every=2",
+        "model.pretrained_length=64",
+        "model.head_dim=16",
+        *overrides,
+    )
+    config.data.mixture = {}  # in proportion to what each domain has
+    if config.model.path is None:
+        config.model.architecture = {"model_type": "llama", **TINY, **architecture}
+    return config
+
+
+def save_tiny(directory: Path, model_type: str = "llama", seed: int = 0, **fields: Any) -> Path:
+    """A random tiny model as a Hugging Face directory; weights large enough for attention to matter."""
+    theta = fields.pop("rope_theta", 10000.0)
+    config = AutoConfig.for_model(model_type, **{**TINY, "initializer_range": 0.2, **fields})
+    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory

@@ -1,0 +1,124 @@
+"""Shipped configs compose; arms differ in one group; wrong input is one line that names value, rule and mend."""
+
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from helpers import composed, tiny_run
+
+from ropewalk.config import TrainConfig, validate_train
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.rope import RopeChain
+
+ROOT = CONFIG_DIR.parent
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
+    for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
+)
+BASES = {"llama3_8b_64k", "demo/extend"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_resolves(experiment):
+    config = composed("train", f"+experiment={experiment}")
+    inputs = {key: getattr(config.model, key) for key in ("head_dim", "theta", "pretrained_length")}
+    RopeChain(config.rope.chain).spectrum(**inputs, trained_length=config.data.sequence_length)
+
+
+@pytest.mark.parametrize("debug", sorted(p.stem for p in (CONFIG_DIR / "debug").glob("*.yaml")))
+def test_every_debug_config_composes(debug):
+    assert composed("train", "+experiment=demo/cope11", f"+debug={debug}").tracker.name == "none"
+
+
+@pytest.mark.parametrize("group", ["rope", "model", "data", "trainer", "deepspeed", "tracker"])
+def test_every_training_group_option_composes(group):
+    for path in (CONFIG_DIR / group).glob("*.yaml"):
+        assert isinstance(composed("train", f"{group}={path.stem}"), TrainConfig)
+
+
+def test_cope20_is_the_published_recipe():
+    config = composed("train", "+experiment=cope20")
+    trainer, data = config.trainer, config.data
+    assert trainer.global_batch_size * data.sequence_length == 4_194_304  # 64 x 65,536
+    assert trainer.max_steps * trainer.global_batch_size * data.sequence_length == 20_971_520_000
+    assert (trainer.learning_rate, trainer.min_lr_ratio, trainer.warmup_ratio) == (1e-5, 0.1, 0.1)
+    assert (trainer.adam_beta1, trainer.adam_beta2, trainer.weight_decay, trainer.gradient_clipping) == (
+        0.9,
+        0.95,
+        0.1,
+        1.0,
+    )
+    assert (trainer.dtype, trainer.activation_checkpointing) == ("bfloat16", True)
+    assert str(RopeChain(config.rope.chain)) == "abf(theta=1e7) > cope(clip=20)"
+    assert sum(data.mixture.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("arms", [
+    ["rope", "hardclip20", "cope20", "cope29", "cope34"], ["demo/rope", "demo/hardclip11", "demo/cope11"]
+])  # fmt: skip
+def test_arms_differ_in_the_rope_group_and_nothing_else(arms):
+    configs = [composed("train", f"+experiment={arm}") for arm in arms]
+    assert len({str(asdict(config)["rope"]) for config in configs}) == len(arms)
+    for config in configs:
+        assert config.run_name.endswith(config.rope.name)  # derived from the group, not a choice of its own
+        same = replace(config, rope=configs[0].rope, run_name="", run_dir="")
+        assert same == replace(configs[0], run_name="", run_dir="")
+
+
+def test_demo_clip_follows_the_papers_rule():
+    config = composed("train", "+experiment=demo/cope11")
+    base = RopeChain(config.rope.chain[:1]).spectrum(head_dim=64, theta=1e4, pretrained_length=512, trained_length=2048)
+    assert config.rope.chain[1]["clip"] == int(0.75 * (base.periods > 2048).sum())
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), [
+    ("train.py", ["trainer.bogus=1"], "Key 'bogus' not in 'TrainerConfig'"),
+    ("train.py", ["trainer.max_steps=many"], "Value 'many' of type 'str' could not be converted to Integer"),
+    ("train.py", ["rope=nope"], "Could not find 'rope/nope'"),
+    ("train.py", ["+experiment=demo/cope11", "data.store=nowhere"], "data.store=nowhere is not a directory"),
+    ("train.py", ["+experiment=cope20"], "trainer.device=cuda, but torch"),
+    ("scripts/export.py", [], "checkpoint is not set; give it on the command line"),
+    ("scripts/export.py", ["checkpoint=nowhere"], "nowhere is neither a run directory"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_on_stderr(script, arguments, message):
+    done = run(script, *arguments)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # DeepSpeed's own notices
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"global_batch_size": 6}, r"global_batch_size=6 is not a multiple of .*=2 x world size 2 = 4; set it to 8"),
+    ({"device": "tpu"}, "trainer.device=tpu is not known; use one of: cuda, cpu"),
+    ({"dtype": "float16"}, "trainer.dtype=float16 is not known"),
+    ({"max_steps": 0}, "trainer.max_steps=0 must be positive"),
+])  # fmt: skip
+def test_trainer_values_are_validated(store_64, tmp_path, changes, message):
+    config = tiny_run(store_64, tmp_path)
+    config.trainer = replace(config.trainer, **changes)
+    with pytest.raises(ValueError, match=message):
+        validate_train(config, world_size=2)
+
+
+def test_clip_larger_than_the_pairs_is_refused_before_a_model(store_64, tmp_path):
+    config = tiny_run(store_64, tmp_path)
+    config.rope.chain = [{"method": "cope", "clip": 9}]
+    with pytest.raises(ValueError, match=r"clip=9 is not within the 8 pairs of head_dim=16; use 0\.\.8"):
+        validate_train(config, world_size=1)
+
+
+def test_composing_is_quick():
+    """The rule is 1.5 s; modules, not seconds, are counted here, so that a busy machine cannot fail it."""
+    probe = (
+        "import sys; sys.argv = ['train.py', '+experiment=cope20', '--cfg', 'job']; import runpy\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "finally: print('HEAVY', sorted({'torch', 'transformers', 'deepspeed', 'numpy', 'wandb'} & set(sys.modules)))"
+    )
+    done = run("-c", probe)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
