@@ -1,0 +1,8 @@
+"""Position methods as spectra: compose them, compile them to stock engines."""
+
+from ropewalk.rope import methods as methods  # fills the registry
+from ropewalk.rope.chain import RopeChain
+from ropewalk.rope.registry import available_methods, register_method
+from ropewalk.rope.spectrum import Spectrum
+
+__all__ = ["RopeChain", "Spectrum", "available_methods", "register_method"]
