@@ -1,0 +1,59 @@
+"""Hashes and randomness that are the same on every machine and in every library version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.files import sha256_of
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def stable_key(*parts: str | int) -> int:
+    """A 64-bit key of ``parts``: the first eight bytes, little endian, of the SHA-256 of their JSON."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def stable_unit(*parts: str | int) -> float:
+    """A number in the open interval (0, 1) from ``parts``."""
+    return ((stable_key(*parts) >> 12) + 0.5) / 2**52
+
+
+def splitmix64(key: int, count: int) -> NDArray[np.uint64]:
+    """The first ``count`` outputs, uint64 (count,), of the splitmix64 generator seeded with ``key``.
+
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64)
+    z = np.uint64(key & _MASK) + steps * np.uint64(_GAMMA)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def permutation(count: int, *parts: str | int) -> NDArray[np.int64]:
+    """A permutation of ``range(count)``, int64 (count,), that ``parts`` alone determine."""
+    return np.argsort(splitmix64(stable_key(*parts), count), kind="stable")
+
+
+def canonical_json(content: object) -> str:
+    """``content`` as JSON with sorted keys and no spaces: the form that fingerprints are taken of."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of ``text`` in UTF-8, as hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_directory(directory: Path) -> str:
+    """SHA-256 over the names and contents of the files in ``directory`` (its subdirectories are not read)."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return sha256_text(canonical_json([[path.name, sha256_of(path)] for path in files]))

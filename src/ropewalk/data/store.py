@@ -1,0 +1,177 @@
+"""The packed store: sequences of one length, by domain, in flat files that are read by memory map."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.data.hashing import sha256_directory
+from ropewalk.data.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
+from ropewalk.files import sha256_of
+
+TOKEN_DTYPE = np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One sequence and the document pieces in it.
+
+    Attributes:
+        tokens: uint32 (sequence_length,).
+        ends: int32 (n_documents,), where each piece ends; tokens after the last end are padding.
+    """
+
+    tokens: NDArray[np.uint32]
+    ends: NDArray[np.int32]
+
+
+class PackedStore:
+    """A packed store, open for reading: the manifest and sizes are read at once, data when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the store at ``path``.
+
+        Raises:
+            ValueError: for a directory that is no store, an altered manifest, or a file of another size.
+        """
+        self.root = Path(path)
+        self._manifest = read_manifest(self.root)
+        for info in self.domains.values():
+            for stored in info.files:
+                self._check_size(stored)
+        self._domains: dict[str, _Domain] = {}
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of every sequence."""
+        return self._manifest.sequence_length
+
+    @property
+    def domains(self) -> dict[str, DomainInfo]:
+        """What each domain holds."""
+        return self._manifest.domains
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical manifest, so of every token and boundary in the store."""
+        return self._manifest.fingerprint
+
+    @property
+    def tokenizer(self) -> dict[str, object]:
+        """``sha256``, ``vocab_size``, ``bos_id`` and ``eos_id`` (None: the tokenizer has none)."""
+        return self._manifest.tokenizer
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The directory of the tokenizer that the tokens are of."""
+        return self.root / TOKENIZER
+
+    @property
+    def accounting(self) -> dict[str, dict[str, object]]:
+        """Where the tokens of each domain came from and went: ``tokens_in``, ``moved``, ``dropped``."""
+        return self._manifest.accounting
+
+    def read(self, domain: str, index: int) -> PackedSequence:
+        """Sequence ``index`` of ``domain``; its arrays are copies.
+
+        Raises:
+            ValueError: for a domain that the store does not have.
+            IndexError: for an index outside 0 .. sequences - 1.
+        """
+        return self._domain(domain).read(index)
+
+    def trained_tokens(self, domain: str, index: int) -> int:
+        """Tokens that a sequence trains: of each piece all but the first. Reads the index, no token."""
+        ends = self._domain(domain).piece_ends(index)
+        return int(ends[-1]) - len(ends) if len(ends) else 0
+
+    def verify(self) -> None:
+        """Hash every file and check every boundary against the manifest.
+
+        Raises:
+            ValueError: naming the first file that differs.
+        """
+        for name, info in self.domains.items():
+            for stored in info.files:
+                if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
+                    raise ValueError(
+                        f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again"
+                    )
+            self._domain(name).check_boundaries()
+        if sha256_directory(self.tokenizer_path) != self.tokenizer["sha256"]:
+            raise ValueError(f"{self.tokenizer_path} is not the tokenizer of this store; write the store again")
+
+    def _domain(self, name: str) -> _Domain:
+        if name not in self._domains:
+            if name not in self.domains:
+                raise ValueError(f"{self.root} has no domain {name!r}; it has: {', '.join(sorted(self.domains))}")
+            self._domains[name] = _Domain(self.root, self.domains[name], self.sequence_length)
+        return self._domains[name]
+
+    def _check_size(self, stored: StoredFile) -> None:
+        path = stored_path(self.root, stored.file)
+        size = path.stat().st_size if path.is_file() else None
+        if size != stored.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{path} {found}, its manifest says {stored.bytes}; copy or write the store again")
+
+
+class _Domain:
+    """The mapped files of one domain."""
+
+    def __init__(self, root: Path, info: DomainInfo, sequence_length: int) -> None:
+        self._root = root
+        self._info = info
+        self._length = sequence_length
+        self._first = list(accumulate((shard.sequences for shard in info.shards), initial=0))
+        self._shards: dict[int, NDArray[np.uint32]] = {}
+
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        return np.load(stored_path(self._root, self._info.offsets.file), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int32]:
+        return np.load(stored_path(self._root, self._info.ends.file), mmap_mode="r", allow_pickle=False)
+
+    def piece_ends(self, index: int) -> NDArray[np.int32]:
+        self._check_index(index)
+        return self._ends[self._offsets[index] : self._offsets[index + 1]]
+
+    def read(self, index: int) -> PackedSequence:
+        self._check_index(index)
+        number = bisect_right(self._first, index) - 1
+        if number not in self._shards:
+            shard = self._info.shards[number]
+            shape = (shard.sequences, self._length)
+            self._shards[number] = np.memmap(stored_path(self._root, shard.file), TOKEN_DTYPE, mode="r", shape=shape)
+        tokens = self._shards[number][index - self._first[number]]
+        return PackedSequence(np.array(tokens, dtype=np.uint32), np.array(self.piece_ends(index)))
+
+    def check_boundaries(self) -> None:
+        offsets, ends = np.asarray(self._offsets), np.asarray(self._ends).astype(np.int64)
+        starts = np.zeros(len(ends), dtype=np.int64)
+        starts[1:] = ends[:-1]
+        starts[offsets[:-1][np.diff(offsets) > 0]] = 0
+        whole = (
+            len(offsets) == self._info.sequences + 1
+            and len(ends) == self._info.documents
+            and offsets[0] == 0
+            and offsets[-1] == len(ends)
+            and bool(np.all(np.diff(offsets) >= 0))
+            and bool(np.all(ends > starts))
+            and bool(np.all(ends <= self._length))
+        )
+        if not whole:
+            file = self._root / self._info.ends.file
+            raise ValueError(f"{file} does not hold the boundaries of its sequences; write the store again")
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self._info.sequences:
+            raise IndexError(f"sequence {index} is outside 0 .. {self._info.sequences - 1}")
