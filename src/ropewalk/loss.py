@@ -1,0 +1,61 @@
+"""Cross entropy from hidden states, summed over tokens, with the logits of one chunk in memory at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ropewalk.data.batches import IGNORE_INDEX
+
+
+class _TiledLinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are formed in forward, so backward needs neither the logits nor the gathered weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        trained = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        for rows in trained.split(chunk_size):
+            x, target = hidden[rows], labels[rows, None]
+            logits = (x @ weight.T).float()
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad_logits = logits.sub_(normalizer).exp_()  # softmax, in the logits' own memory
+                grad_logits.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+                grad_logits = grad_logits.to(weight.dtype)
+                grad_hidden[rows] = grad_logits @ weight
+                grad_weight += grad_logits.T @ x
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale = grad_output[0]
+        return grad_hidden * scale, grad_weight * scale, None, None
+
+
+def tiled_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    """Sum over trained tokens of -log softmax(hidden @ weight.T)[label].
+
+    torch's own chunked linear_cross_entropy returns a bf16 sum for bf16 inputs, three digits of a loss; here the sum
+    and the weight's gradient accumulate in fp32. Rows without a label cost nothing.
+
+    Args:
+        hidden: (tokens, width), fp32 or bf16.
+        weight: (vocabulary, width), of the same dtype.
+        labels: int64 (tokens,); -100 is not trained on.
+        chunk_size: tokens whose logits exist at once; memory is chunk_size x vocabulary fp32.
+
+    Returns:
+        fp32 scalar; exactly 0 where no token is trained on.
+    """
+    return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size)

@@ -1,0 +1,81 @@
+"""Document attention: each packed document equals itself alone, in logits and gradients."""
+
+import pytest
+import torch
+from helpers import save_tiny
+from transformers import AutoModelForCausalLM
+
+from ropewalk import attention
+from ropewalk.attention import Documents
+
+LENGTHS = (37, 1, 64, 26)
+CPU = torch.device("cpu")
+
+
+def documents(lengths):
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    return Documents.from_cu_seqlens(cu, CPU)
+
+
+def packed_inputs(lengths, seed=0):
+    ids = torch.randint(0, 512, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
+    return ids, torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_packed_equals_alone(tmp_path, model_type):
+    """Ours on the packed row against stock sdpa on each document by itself."""
+    fields = {"sliding_window": None} if model_type == "mistral" else {}
+    directory = save_tiny(tmp_path / model_type, model_type, **fields)
+    ours = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention.register())
+    stock = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa")
+    ids, positions = packed_inputs(LENGTHS)
+    packed = ours(input_ids=ids, position_ids=positions, use_cache=False, documents=documents(LENGTHS)).logits
+    packed.square().mean().backward()
+    alone = torch.cat([stock(input_ids=part, use_cache=False).logits for part in ids.split(LENGTHS, 1)], 1)
+    alone.square().mean().backward()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    gradients = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_isolation_is_what_the_test_above_would_miss():
+    """Control: one document of the same tokens gives other logits, so a leak could not pass."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 128, 16) for heads in (4, 2, 2))
+    one, _ = attention.document_attention(torch.nn.Module(), query, key, value, None, documents=documents((128,)))
+    four, _ = attention.document_attention(torch.nn.Module(), query, key, value, None, documents=documents(LENGTHS))
+    torch.testing.assert_close(one[:, :37], four[:, :37], rtol=1e-5, atol=1e-6)
+    assert (one[:, 38:] - four[:, 38:]).abs().max() > 0.1
+
+
+def test_bounds_are_made_once():
+    made = documents(LENGTHS)
+    assert made.bounds == (0, 37, 38, 102, 128)
+    assert made.max_seqlen == 64
+    assert made.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({}, "needs documents="),
+    ({"documents": documents((4,)), "sliding_window": 2}, "sliding_window=2"),
+    ({"documents": documents((4,)), "dropout": 0.1}, r"dropout=0\.1"),
+])  # fmt: skip
+def test_what_would_leak_or_be_ignored_is_refused(arguments, message):
+    x = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(ValueError, match=message):
+        attention.document_attention(torch.nn.Module(), x, x, x, None, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_kernel_equals_cpu():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 128, 64) for heads in (4, 2, 2))
+    cpu, _ = attention.document_attention(torch.nn.Module(), query, key, value, None, documents=documents(LENGTHS))
+    cuda = torch.device("cuda")
+    there = Documents.from_cu_seqlens(documents(LENGTHS).cu_seqlens, cuda)
+    moved = (x.to(cuda, torch.bfloat16) for x in (query, key, value))
+    gpu, _ = attention.document_attention(torch.nn.Module(), *moved, None, documents=there)
+    torch.testing.assert_close(gpu.float().cpu(), cpu, rtol=2e-2, atol=2e-2)  # bf16

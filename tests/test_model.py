@@ -1,0 +1,156 @@
+"""The model carries the spectrum of its config, whatever casts come its way; what does not fit is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, save_tiny
+from transformers import AutoModelForCausalLM
+
+from ropewalk.config import ModelConfig
+from ropewalk.model import (
+    assert_spectrum,
+    build_for_training,
+    install_spectrum,
+    load_for_evaluation,
+    read_position,
+    stock_spectrum,
+    training_config,
+    write_config,
+)
+from ropewalk.rope import RopeChain
+
+COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
+YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+def scratch(**architecture):
+    fields = {"model_type": "llama", **TINY, **architecture}
+    return ModelConfig(name="t", architecture=fields, theta=1e4, head_dim=16, pretrained_length=64)
+
+
+@pytest.fixture
+def cope_model():
+    config = training_config(scratch(), "cope4", COPE, 256)
+    return build_for_training(config, None, torch.float32), RopeChain(COPE)
+
+
+def spectrum(chain):
+    return chain.spectrum(head_dim=16, theta=1e4, pretrained_length=64, trained_length=256)
+
+
+def test_bf16_cast_is_seen_and_mended(cope_model):
+    model, chain = cope_model
+    assert_spectrum(model, spectrum(chain))
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"inv_freq is not the float32 spectrum"):
+        assert_spectrum(model, spectrum(chain))
+    install_spectrum(model)
+    assert_spectrum(model, spectrum(chain))
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long), documents=_one_document(4))
+    assert_spectrum(model, spectrum(chain))  # the longrope forward copied original_inv_freq over inv_freq
+
+
+def _one_document(tokens):
+    from ropewalk.attention import Documents
+
+    return Documents.from_cu_seqlens(torch.tensor([0, tokens]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrong", [[], [COPE[0]], [COPE[0], {"method": "cope", "clip": 5}], [*COPE, YARN]])
+def test_another_chain_is_seen(cope_model, wrong):
+    with pytest.raises(RuntimeError, match=r"stopped pairs|differs|attention scaling"):
+        assert_spectrum(cope_model[0], spectrum(RopeChain(wrong)))
+
+
+def test_attention_scaling_is_asserted(cope_model):
+    model, chain = cope_model
+    model.model.rotary_emb.attention_scaling = 1.1
+    with pytest.raises(RuntimeError, match="attention scaling"):
+        assert_spectrum(model, spectrum(chain))
+
+
+def test_config_json_round_trip(tmp_path, cope_model):
+    model, chain = cope_model
+    write_config(model.config, tmp_path / "config.json")
+    position = read_position(tmp_path)
+    assert position.chain == chain
+    assert (position.name, position.theta, position.pretrained_length, position.trained_length) == (
+        "cope4",
+        1e4,
+        64,
+        256,
+    )
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["use_cache"] is True
+    assert "ropewalk_documents" not in (tmp_path / "config.json").read_text()
+    assert content["rope_parameters"]["rope_type"] == "longrope"
+
+
+def test_a_chain_follows_the_checkpoints_own_or_replaces_it(tmp_path, cope_model):
+    model, chain = cope_model
+    model.save_pretrained(tmp_path)
+    source = ModelConfig(name="t", path=str(tmp_path), theta=1e4, head_dim=16, pretrained_length=256)
+    kept = training_config(source, "more", [YARN], 512)
+    assert RopeChain(kept.ropewalk["chain"]) == chain.extended([YARN])
+    replaced = training_config(source, "new", [{"method": "abf", "theta": 1e6}], 512)
+    assert str(RopeChain(replaced.ropewalk["chain"])) == "abf(theta=1e6)"
+    assert replaced.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+
+
+def test_test_time_yarn_is_appended(tmp_path, cope_model):
+    model, chain = cope_model
+    model.save_pretrained(tmp_path)
+    write_config(model.config, tmp_path / "config.json")
+    loaded = load_for_evaluation(tmp_path, [YARN])
+    expected = spectrum(chain.extended([YARN]))
+    np.testing.assert_allclose(loaded.model.rotary_emb.inv_freq.double().numpy(), expected.inv_freq, rtol=2.4e-7)
+    assert loaded.model.rotary_emb.attention_scaling == pytest.approx(expected.attention_scaling)
+    assert loaded.config._attn_implementation == "sdpa"
+    bf16 = load_for_evaluation(tmp_path, dtype="bfloat16")
+    assert bf16.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_foreign_checkpoint_is_a_chain(tmp_path, theta):
+    position = read_position(save_tiny(tmp_path, rope_theta=theta))
+    assert (position.name, position.chain, position.theta) == ("pretrained", RopeChain([]), theta)
+    assert position.trained_length == 64
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    yarn = read_position(tmp_path)
+    assert str(yarn.chain) == "yarn(factor=4, original_max_position_embeddings=16)"
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_allclose(yarn.spectrum().inv_freq, stock_spectrum(stock)[0].double().numpy(), rtol=1e-5)
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": theta, "factor": 4.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        read_position(tmp_path)
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (scratch(model_type="gpt_neox"), "model_type='gpt_neox' is not supported"),
+    (scratch(model_type="mistral"), "sliding_window=4096"),
+    (ModelConfig(**{**vars(scratch()), "head_dim": 32}), "model.head_dim=32, but the checkpoint architecture has 16"),
+    (ModelConfig(**{**vars(scratch()), "pretrained_length": 65}), None),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(model, message):
+    if message is None:  # from scratch the declared length is the truth
+        assert training_config(model, "rope", [], 256).ropewalk["pretrained_length"] == 65
+        return
+    with pytest.raises(ValueError, match=message):
+        training_config(model, "rope", [], 256)
+
+
+def test_declared_theta_is_checked_against_the_checkpoint(tmp_path):
+    save_tiny(tmp_path, rope_theta=5e5)
+    model = ModelConfig(name="t", path=str(tmp_path), theta=1e4, head_dim=16, pretrained_length=64)
+    with pytest.raises(ValueError, match=r"model.theta=10000.0, but the checkpoint .* has 500000.0; set model.theta"):
+        training_config(model, "rope", [], 256)
