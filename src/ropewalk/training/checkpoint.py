@@ -1,0 +1,172 @@
+"""Committed checkpoints: a directory of files that exists once its manifest does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from ropewalk.files import fsync_path, inside, sha256_of, write_atomically
+from ropewalk.model import write_config
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ZERO = "zero"  # DeepSpeed's tag inside the step's directory
+
+
+def checkpoint_directory(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lives."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def find_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest committed checkpoint of a run, or None. What has no manifest is not looked at."""
+    manifests = sorted(Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}"))
+    return manifests[-1].parent if manifests else None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint.
+
+    Raises:
+        ValueError: where there is none, or it is of another format.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} holds no {MANIFEST}, so it was never committed; name one that was, or the run")
+    manifest = json.loads(path.read_text())
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """Read every file back and compare with the manifest; returns the manifest.
+
+    Raises:
+        ValueError: naming the first file that is missing or differs. Nothing is deleted.
+    """
+    checkpoint = Path(checkpoint)
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest["files"].items():
+        path = inside(checkpoint, name)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, but the manifest lists it. Resume from another checkpoint")
+        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+            raise ValueError(
+                f"{path} is not the file that was saved (size or sha256 differs). Resume from another checkpoint"
+            )
+    return manifest
+
+
+def save_checkpoint(engine: Any, run_dir: Path, step: int, contract: Mapping[str, Any]) -> Path:
+    """Write files, make them durable, then commit by renaming the manifest into place. Collective.
+
+    Args:
+        engine: the DeepSpeed engine.
+        run_dir: the run's directory.
+        step: steps taken; the data order needs no other state.
+        contract: what a resumed run must agree with.
+    """
+    rank, directory = dist.get_rank(), checkpoint_directory(run_dir, step)
+    if rank == 0:
+        if (directory / MANIFEST).exists():
+            raise RuntimeError(f"{directory} is committed already and is never written twice")
+        shutil.rmtree(directory, ignore_errors=True)  # torn by an earlier death: no manifest
+        directory.mkdir(parents=True)
+        write_config(engine.module.lm.config, directory / "config.json")
+    dist.barrier()
+    engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
+    save_file(_rng_state(), directory / f"rng_rank_{rank}.safetensors")
+    dist.barrier()
+    mine = {str(path.relative_to(directory)): _settle(path) for path in _written_by(rank, directory)}
+    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)  # every rank's files are durable once this returns
+    if rank == 0:
+        manifest = {
+            "format": FORMAT_VERSION,
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "contract": dict(contract),
+            "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
+        }
+        fsync_path(directory / ZERO)
+        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        fsync_path(directory.parent)
+    dist.barrier()
+    return directory
+
+
+def check_resumable(checkpoint: Path, contract: Mapping[str, Any], accept: list[str], world_size: int) -> int:
+    """Check, before a model is built, that this run may go on from ``checkpoint``; returns its step.
+
+    Raises:
+        ValueError: for a damaged checkpoint, another world size, or a contract that differs in an entry that
+            ``accept`` does not name.
+    """
+    manifest = verify_checkpoint(checkpoint)
+    check_contract(manifest["contract"], contract, accept)
+    if manifest["world_size"] != world_size:
+        raise ValueError(
+            f"{checkpoint} was saved by {manifest['world_size']} ranks and this run has {world_size}; resume with "
+            f"{manifest['world_size']} ranks"
+        )
+    return int(manifest["step"])
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> None:
+    """Bring engine and random state back to a checkpoint that was found resumable. Collective."""
+    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ZERO)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint / ZERO}")
+    _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
+
+
+def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
+    """Raise ValueError naming each entry that differs and is not accepted by name."""
+    unknown = set(accept) - set(present)
+    if unknown:
+        raise ValueError(f"trainer.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
+    differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
+    if differing:
+        told = "; ".join(f"{k} was {saved.get(k)!r}, is {present[k]!r}" for k in differing)
+        raise ValueError(
+            f"this run is not the one that was saved: {told}. Restore the settings, choose another run_name, or accept "
+            f"the change by name: trainer.accept=[{','.join(differing)}]"
+        )
+
+
+def _written_by(rank: int, directory: Path) -> list[Path]:
+    """Files that carry this rank's number; rank 0 also settles those that carry none."""
+
+    def owner(path: Path) -> int:
+        numbered = re.search(r"_rank_(\d+)", path.name)
+        return int(numbered.group(1)) if numbered else 0
+
+    return sorted(path for path in directory.rglob("*") if path.is_file() and owner(path) == rank)
+
+
+def _settle(path: Path) -> dict[str, Any]:
+    """Flush a file to its disk and describe it."""
+    fsync_path(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,184 @@
+"""The DeepSpeed engine: process group, ZeRO configuration, optimizer, and the model whose output is the loss."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ropewalk.attention import Documents
+from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.loss import tiled_linear_cross_entropy
+from ropewalk.model import assert_spectrum, build_for_training, install_spectrum, position_of
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes the run's record."""
+        return self.rank == 0
+
+
+def start_processes(device: str) -> Ranks:
+    """Join the process group that srun or torchrun describes; alone, make one of a single process."""
+    deepspeed = import_deepspeed(device)
+    if not dist.is_initialized():
+        _join(deepspeed, device)
+    where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), where)
+
+
+def _join(deepspeed: Any, device: str) -> None:
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(alone)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    atexit.register(dist.destroy_process_group)
+
+
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed, told which accelerator is meant and kept from compiling what is not used.
+
+    On CPU the first init would build the shared-memory collective, for minutes; only inference calls it.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    # DeepSpeed 0.19 calls torch.distributed names that torch 2.13 deprecates, twice a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
+    """Micro batches that each rank adds up for one step."""
+    return trainer.global_batch_size // (trainer.micro_batch_size * world_size)
+
+
+def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Gradients add up and travel in fp32, whatever the model's dtype."""
+    zero_optimization: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": zero.overlap_comm,
+        "contiguous_gradients": True,
+        "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+    }
+    if zero.offload_optimizer:
+        zero_optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": trainer.device == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
+        "gradient_clipping": trainer.gradient_clipping,
+        "bf16": {"enabled": trainer.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero_optimization,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class LossModel(nn.Module):
+    """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
+
+    def __init__(self, lm: PreTrainedModel, chunk_size: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.chunk_size = chunk_size
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, documents: Documents) -> Tensor:
+        """Summed cross entropy of one packed row.
+
+        Args:
+            input_ids: int64 (1, tokens).
+            position_ids: int64 (1, tokens), from 0 in each document.
+            labels: int64 (1, tokens), already shifted; -100 is not trained on.
+            documents: where each document begins and ends.
+
+        Returns:
+            fp32 scalar, nats.
+        """
+        # use_cache=True would let packed documents see each other in stock attention; say it where it matters.
+        decoder = self.lm.get_decoder()
+        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        head = self.lm.get_output_embeddings().weight
+        return tiled_linear_cross_entropy(hidden.last_hidden_state[0], head, labels[0], self.chunk_size)
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Decay for matrices, none for norms and biases.
+
+    A partitioned parameter reports one dimension whatever it is, so the whole shape decides.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in parameters:
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (decayed if len(shape) >= 2 else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks) -> Any:
+    """Build the model partitioned from the start, wrap it in the engine, and put its spectrum in place."""
+    deepspeed = import_deepspeed(config.trainer.device)
+    from transformers.integrations import HfDeepSpeedConfig
+
+    trainer = config.trainer
+    settings = zero_config(trainer, config.deepspeed, ranks.world_size)
+    partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
+    torch.manual_seed(trainer.seed)
+    lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype))
+    del partitioned_init
+    if trainer.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.train()
+    loss_model = LossModel(lm, trainer.loss_chunk_size)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(loss_model.parameters(), trainer.weight_decay),
+        lr=trainer.learning_rate,
+        betas=(trainer.adam_beta1, trainer.adam_beta2),
+        eps=trainer.adam_eps,
+        fused=trainer.device == "cuda" and not config.deepspeed.offload_optimizer,
+    )
+    engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings)
+    place_spectrum(engine)
+    return engine
+
+
+def place_spectrum(engine: Any) -> None:
+    """Install the float32 spectrum and assert it; after the engine is built and after every load."""
+    lm = engine.module.lm
+    install_spectrum(lm)
+    assert_spectrum(lm, position_of(lm.config).spectrum())

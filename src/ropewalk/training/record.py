@@ -1,0 +1,110 @@
+"""What a run writes about itself: resolved config, provenance, metrics, one line a step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ropewalk.config import TrainConfig
+from ropewalk.files import write_atomically
+from ropewalk.model import Position
+
+PACKAGES = ("ropewalk", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with "+changes" where it differs from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
+
+
+def write_record(
+    config: TrainConfig, position: Position, store_fingerprint: str, parameters: int, world_size: int
+) -> dict[str, Any]:
+    """Write config.yaml and run.json into the run directory; returns what run.json holds."""
+    spectrum = position.spectrum()
+    record = {
+        "run_name": config.run_name,
+        "method": position.name,
+        "chain": str(position.chain),
+        "chain_sha256": position.chain.sha256,
+        "theta": position.theta,
+        "head_dim": position.head_dim,
+        "pretrained_length": position.pretrained_length,
+        "trained_length": position.trained_length,
+        "inv_freq": spectrum.inv_freq.tolist(),
+        "attention_scaling": spectrum.attention_scaling,
+        "parameters": parameters,
+        "store_fingerprint": store_fingerprint,
+        "git_commit": git_commit(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "world_size": world_size,
+    }
+    run_dir = Path(config.run_dir)
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_atomically(run_dir / "run.json", json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def copy_tokenizer(source: Path | None, run_dir: Path) -> None:
+    """Keep the tokenizer beside the run, so that an export needs nothing else."""
+    if source is not None and source.is_dir():
+        shutil.copytree(source, run_dir / "tokenizer", dirs_exist_ok=True)
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a logged step; on resume, rows past the checkpoint are taken off."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Progress:
+    """The line a person watches: step, loss, tokens per second, time left."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self.first_step, self.max_steps, self.start = first_step, max_steps, time.monotonic()
+
+    def line(self, row: dict[str, Any]) -> str:
+        """Format a metrics row; the remaining time is the mean of this session's steps times those left."""
+        done = row["step"] - self.first_step
+        left = (time.monotonic() - self.start) / done * (self.max_steps - row["step"])
+        minutes, seconds = divmod(round(left), 60)
+        return (
+            f"step {row['step']:>5}/{self.max_steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  "
+            f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:>7,.0f} tok/s  ETA {minutes}:{seconds:02d}"
+        )

@@ -1,0 +1,83 @@
+"""Metrics to a dashboard; the run's own metrics.jsonl is written whatever is chosen here."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+
+from ropewalk.config import TrackerConfig
+from ropewalk.files import write_atomically
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One row; "step" and "tokens" are among its keys."""
+
+    def finish(self) -> None:
+        """Flush and close."""
+
+
+class NoTracker:
+    """Nothing beside metrics.jsonl."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+class WandbTracker:
+    """Weights & Biases; offline, into the run directory, where there is no API key.
+
+    The run's id is kept in tracker.json, so that a resumed run goes on in the same W&B run.
+    """
+
+    def __init__(self, config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any]) -> None:
+        import wandb
+
+        stored = run_dir / "tracker.json"
+        run_id = json.loads(stored.read_text())["wandb_id"] if stored.exists() else secrets.token_hex(4)
+        write_atomically(stored, json.dumps({"wandb_id": run_id}) + "\n")
+        self.run = wandb.init(
+            project=config.project,
+            name=run_name,
+            group=config.group,
+            tags=config.tags,
+            id=run_id,
+            resume="allow",
+            dir=run_dir,
+            config=details,
+            mode="online" if _has_key() else "offline",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.run.define_metric("tokens")
+        self.run.define_metric("train/*", step_metric="tokens")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Log a row; the axis of every train/ metric is the token count."""
+        named = {f"train/{k}": v for k, v in metrics.items() if k not in ("step", "tokens")}
+        self.run.log({**named, "tokens": metrics["tokens"]}, step=metrics["step"])
+
+    def finish(self) -> None:
+        """Close the run."""
+        self.run.finish()
+
+
+def _has_key() -> bool:
+    import wandb
+    from wandb.sdk.lib.wbauth import read_netrc_auth
+
+    settings = wandb.setup().settings  # WANDB_API_KEY among them
+    return bool(settings.api_key or read_netrc_auth(host=settings.base_url))
+
+
+def open_tracker(config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any]) -> Tracker:
+    """The tracker that the config names; ``details`` become its config columns."""
+    if config.name == "wandb":
+        return WandbTracker(config, run_name, run_dir, details)
+    return NoTracker()

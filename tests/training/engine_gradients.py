@@ -1,0 +1,50 @@
+"""Run by torchrun from test_engine.py: loss and gradients of one step through the ZeRO-3 engine, for several cases.
+
+engine_gradients.py CASES.json OUTPUT_DIRECTORY
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from helpers import tiny_run
+
+from ropewalk.data import Mixture, PackedStore
+from ropewalk.model import training_config
+from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.loop import accumulate, micro_batches
+
+
+def main(cases: str, output: str) -> None:
+    """Write one npz of gradients and loss for each case."""
+    ranks = start_processes("cpu")
+    for case in json.loads(Path(cases).read_text()):
+        store = PackedStore(case["store"])
+        config = tiny_run(
+            store,
+            Path(output) / "run",
+            "model=demo_base",
+            f"model.path={case['model']}",
+            "model.pretrained_length=64",
+            "model.head_dim=16",
+            f"trainer.micro_batch_size={case['micro_batch_size']}",
+            f"trainer.activation_checkpointing={case['activation_checkpointing']}",
+            "deepspeed.param_persistence_threshold=0",
+            "trainer.loss_chunk_size=50",
+        )
+        mixture = Mixture(store, case["weights"], 0, config.trainer.global_batch_size)
+        engine = start_engine(config, training_config(config.model, "rope", [], store.sequence_length), ranks)
+        loss = accumulate(engine, micro_batches(store, mixture, 0, ranks, config), mixture.trained_tokens(0), ranks)
+        gradients = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+        if ranks.is_main:
+            arrays = {name: g.numpy() for name, g in gradients.items()}
+            np.savez(Path(output) / f"{case['name']}.npz", loss=loss, **arrays)
+        engine.destroy()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

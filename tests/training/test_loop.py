@@ -1,0 +1,223 @@
+"""Whole small runs of the real engine."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, alone_environment, composed, save_tiny, tiny_run
+
+from ropewalk.data import Mixture
+from ropewalk.export import resolve_checkpoint, verify_export
+from ropewalk.model import assert_spectrum, position_of, training_config
+from ropewalk.training import find_checkpoint, train
+from ropewalk.training.engine import place_spectrum, start_engine, start_processes
+from ropewalk.training.loop import micro_batches, open_data, take_step
+from ropewalk.training.record import read_metrics
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
+COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
+
+
+def losses(run_dir):
+    return [row["loss"] for row in read_metrics(run_dir)]
+
+
+def command_line(store, run_dir, *more):
+    """The overrides that make `python train.py` run the tiny model on a store."""
+    return [
+        "+experiment=demo/pretrain", "tracker=none", f"data.store={store.root}",
+        f"data.sequence_length={store.sequence_length}", "~data.mixture.retrieval", f"run_dir={run_dir}",
+        "model.head_dim=16", "model.pretrained_length=64", "trainer.global_batch_size=4", "trainer.checkpoint_every=2",
+        *(f"model.architecture.{key}={value}" for key, value in TINY.items() if key != "max_position_embeddings"),
+        *more,
+    ]  # fmt: skip
+
+
+def test_golden_losses(store_64, tmp_path):
+    """tests/golden/README.md says how the numbers were made; 1e-4, because kernels differ between machines."""
+    config = tiny_run(store_64, tmp_path)
+    config.rope.chain = COPE
+    train(config)
+    assert losses(tmp_path) == pytest.approx(json.loads(GOLDEN.read_text())["losses"], abs=1e-4)
+
+
+def test_first_loss_is_that_of_a_uniform_guess(store_64, tmp_path):
+    train(tiny_run(store_64, tmp_path, "trainer.stop_after=1"))
+    assert losses(tmp_path)[0] == pytest.approx(math.log(512), abs=0.02)
+
+
+def test_overfit_one_batch(store_64, tmp_path):
+    overrides = ("+debug=overfit_one_batch", "trainer.max_steps=60", "trainer.checkpoint_every=60")
+    train(tiny_run(store_64, tmp_path, *overrides, "trainer.learning_rate=0.01", hidden_size=64))
+    assert losses(tmp_path)[-1] < 0.5 * losses(tmp_path)[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_architecture_trains_and_exports(store_64, tmp_path, model_type):
+    fields = {"sliding_window": None} if model_type == "mistral" else {}
+    config = tiny_run(store_64, tmp_path, **{"model_type": model_type, "initializer_range": 0.2, **fields})
+    config.rope.chain = COPE
+    train(config)
+    exported = resolve_checkpoint(tmp_path)
+    found = verify_export(find_checkpoint(tmp_path), exported)
+    assert found.passed
+    assert found.spectrum_equal
+    assert found.tokens == 128  # twice the trained length
+    assert found.max_abs_difference < 1e-4 * found.logit_std
+
+
+def test_another_architecture_is_refused_by_name(store_64, tmp_path):
+    with pytest.raises(ValueError, match="model_type='gpt_neox' is not supported"):
+        train(tiny_run(store_64, tmp_path, model_type="gpt_neox"))
+
+
+def test_vocabulary_that_does_not_fit_is_refused(store_64, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer has 512 tokens and the model embeds 100"):
+        train(tiny_run(store_64, tmp_path, vocab_size=100))
+
+
+def test_sequence_length_that_is_not_the_stores_is_refused(store_64, tmp_path):
+    with pytest.raises(ValueError, match=r"data.sequence_length=128, but .* holds sequences of 64"):
+        train(replace_length(tiny_run(store_64, tmp_path), 128))
+
+
+def replace_length(config, length):
+    return replace(config, data=replace(config.data, sequence_length=length))
+
+
+def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path):
+    """zero.Init and the engine cast to bf16; the buffers must be the float32 spectrum at each of three points."""
+    config = tiny_run(store_64, tmp_path, "trainer.dtype=bfloat16")
+    config.rope.chain = COPE
+    ranks = start_processes("cpu")
+    store, mixture = open_data(config)
+    model_config = training_config(config.model, "cope4", COPE, 64)
+    engine = start_engine(config, model_config, ranks)
+    lm, spectrum = engine.module.lm, position_of(model_config).spectrum()
+    assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+    assert_spectrum(lm, spectrum)
+    loss = take_step(engine, micro_batches(store, mixture, 0, ranks, config), mixture.trained_tokens(0), 1e-3, ranks)
+    assert math.isfinite(loss)
+    assert_spectrum(lm, spectrum)
+    lm.to(torch.bfloat16)  # what a load may do
+    with pytest.raises(RuntimeError, match="cast or overwritten"):
+        assert_spectrum(lm, spectrum)
+    place_spectrum(engine)
+    engine.destroy()
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(store_64, tmp_path):
+    directory = save_tiny(tmp_path / "broken")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config = tiny_run(store_64, tmp_path / "run", "model=demo_base", f"model.path={directory}",
+                      "model.head_dim=16", "model.pretrained_length=64")  # fmt: skip
+    with pytest.raises(FloatingPointError, match="the loss is nan at learning rate"):
+        train(config)
+    assert find_checkpoint(tmp_path / "run") is None
+
+
+def test_arms_see_identical_batches(store_64, tmp_path):
+    ranks = start_processes("cpu")
+    seen = []
+    for arm in ("rope", "hardclip11", "cope11"):
+        config = composed("train", f"+experiment=demo/{arm}", f"data.store={store_64.root}", "data.sequence_length=64",
+                          "~data.mixture.retrieval")  # fmt: skip
+        store, mixture = open_data(config)
+        batches = [b for step in range(3) for b in micro_batches(store, mixture, step, ranks, config)]
+        seen.append([(b.input_ids, b.labels, b.cu_seqlens) for b in batches])
+    for other in seen[1:]:
+        for ours, theirs in zip(seen[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_order_does_not_depend_on_the_ranks(store_64):
+    mixture = Mixture(store_64, {}, 0, 8)
+    from ropewalk.data.batches import rank_micro_batches
+
+    for step in range(3):
+        for world_size in (1, 2, 4):
+            joined = [
+                r
+                for rank in range(world_size)
+                for m in rank_micro_batches(mixture, step, rank, world_size, 1)
+                for r in m
+            ]
+            assert joined == mixture.batch(step)
+
+
+def test_records_what_ran(store_64, tmp_path):
+    config = tiny_run(store_64, tmp_path, "tracker=wandb")
+    config.rope.chain = COPE
+    train(config)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["chain"] == "abf(theta=1e5) > cope(clip=4)"
+    assert record["versions"]["torch"].startswith("2.13")
+    base = 1e5 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(record["inv_freq"][:5], base[:5], rtol=1e-12)
+    assert record["inv_freq"][-1] == 0.0
+    # embedding + 2 x (q, o: 32 x 64; k, v: 32 x 32; mlp 3 x 32 x 64; 2 norms) + final norm + untied head
+    assert record["parameters"] == 2 * 512 * 32 + 2 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 64 + 64) + 32
+    assert (tmp_path / "config.yaml").is_file()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
+    runs = []
+    for ranks in (1, 2):
+        run_dir = tmp_path / f"ranks{ranks}"
+        arguments = command_line(store_64, run_dir, "trainer.max_steps=4", "trainer.micro_batch_size=2")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "train.py",
+        ]
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+                              env=alone_environment())  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(losses(run_dir))
+    assert len(runs[0]) == 4
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(store_64, tmp_path):
+    """kill -9 in the middle, the same command again: the same losses, bit for bit."""
+    arguments = ("trainer.max_steps=12", "trainer.micro_batch_size=4")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+
+    def start(run_dir):
+        command = [sys.executable, "train.py", *command_line(store_64, run_dir, *arguments)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                env=alone_environment())  # fmt: skip
+
+    for run_dir in (straight, killed):
+        process = start(run_dir)
+        if run_dir == killed:
+            while find_checkpoint(run_dir) is None and process.poll() is None:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (-signal.SIGKILL if run_dir == killed else 0), errors[-3000:]
+    assert json.loads((find_checkpoint(killed) / "manifest.json").read_text())["step"] < 12
+    process = start(killed)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert losses(killed) == losses(straight)
+    assert len(losses(killed)) == 12

@@ -1,0 +1,16 @@
+"""Continue the pretraining of a RoPE model: ``python train.py +experiment=cope20``."""
+
+from ropewalk.config import TrainConfig
+from ropewalk.entry import entry
+
+
+@entry("train")
+def main(config: TrainConfig) -> None:
+    """Train one arm."""
+    from ropewalk.training import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
