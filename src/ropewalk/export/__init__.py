@@ -1,0 +1,6 @@
+"""Checkpoints that stock engines load."""
+
+from ropewalk.export.hf import export, resolve_checkpoint, write_export
+from ropewalk.export.verify import verify_export
+
+__all__ = ["export", "resolve_checkpoint", "verify_export", "write_export"]
