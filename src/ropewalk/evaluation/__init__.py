@@ -1,0 +1,6 @@
+"""Evaluation: loss by position and the needle grid, into one tidy results table."""
+
+from ropewalk.evaluation.results import paired_difference, read_document_losses, read_record, read_results
+from ropewalk.evaluation.run import evaluate
+
+__all__ = ["evaluate", "paired_difference", "read_document_losses", "read_record", "read_results"]

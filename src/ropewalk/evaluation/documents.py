@@ -1,0 +1,131 @@
+"""Held-out documents as token windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TEXT_SUFFIXES = (".txt", ".md")
+
+
+class Document(NamedTuple):
+    """A held-out document: its name, unique among the documents, and its text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The first ``length`` tokens of each document that has them, and what became of the others.
+
+    Attributes:
+        length: tokens of every window, the beginning-of-sequence token included where the tokenizer has one.
+        tokens: document name -> LongTensor (length,).
+        too_short: document name -> its tokens, for documents left out because they have fewer.
+        beyond_limit: documents left out because ``max_documents`` were found before them; not tokenized.
+    """
+
+    length: int
+    tokens: dict[str, torch.Tensor]
+    too_short: dict[str, int]
+    beyond_limit: int
+
+    def counts(self) -> dict[str, Any]:
+        """The counts for evaluation.json."""
+        return {
+            "used": len(self.tokens),
+            "too_short": len(self.too_short),
+            "too_short_tokens": self.too_short,
+            "beyond_max_documents": self.beyond_limit,
+            "window": self.length,
+        }
+
+
+def find_documents(directory: Path) -> Iterator[Document]:
+    """The documents of a directory: heldout/documents.jsonl or documents.jsonl, else its .txt and .md files.
+
+    Text files are read in sorted order, subdirectories included, and named by their path below ``directory``.
+
+    Raises:
+        ValueError: where there are none, a line of the jsonl is not a document, or two share a name.
+    """
+    seen: set[str] = set()
+    for document in _read(directory):
+        if document.name in seen:
+            raise ValueError(
+                f"documents={directory} has two documents named {document.name!r}; runs are compared "
+                "document by document, so give each its own name"
+            )
+        seen.add(document.name)
+        yield document
+    if not seen:
+        raise ValueError(
+            f"documents={directory} holds no document: neither heldout/documents.jsonl, nor documents.jsonl, "
+            f"nor {' or '.join(TEXT_SUFFIXES)} files; write held-out documents with data_prep/prepare.py "
+            "(corpus.heldout_documents=16) or name a directory of text files"
+        )
+
+
+def make_windows(directory: Path, tokenizer: Any, length: int, max_documents: int | None = None) -> Windows:
+    """One window for each document: its first ``length`` tokens.
+
+    Raises:
+        ValueError: where no document is long enough.
+    """
+    tokens: dict[str, torch.Tensor] = {}
+    too_short: dict[str, int] = {}
+    beyond_limit = 0
+    for name, text in find_documents(directory):
+        if max_documents is not None and len(tokens) == max_documents:
+            beyond_limit += 1
+            continue
+        ids = beginning(tokenizer) + encode(tokenizer, text)
+        if len(ids) < length:
+            too_short[name] = len(ids)
+        else:
+            tokens[name] = torch.tensor(ids[:length])
+    if not tokens:
+        longest = max(too_short, key=lambda name: too_short[name])
+        raise ValueError(
+            f"lengths={length} is longer than every document of documents={directory}: the longest, "
+            f"{longest!r}, has {too_short[longest]} tokens; evaluate at that or less, or name longer ones"
+        )
+    return Windows(length, tokens, too_short, beyond_limit)
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, or nothing where the tokenizer has none."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of ``text`` with no special token added, and no warning about its length."""
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _read(directory: Path) -> Iterator[Document]:
+    for path in (directory / "heldout" / "documents.jsonl", directory / "documents.jsonl"):
+        if path.is_file():
+            yield from _read_jsonl(path)
+            return
+    for path in sorted(directory.rglob("*")):
+        if path.suffix in TEXT_SUFFIXES and path.is_file():
+            yield Document(path.relative_to(directory).as_posix(), path.read_text(encoding="utf-8"))
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                yield Document(str(entry["name"]), str(entry["text"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{path}, line {number} is not a document; each line holds one {{"name": ..., "text": ...}} object'
+                ) from error

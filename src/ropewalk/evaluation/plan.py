@@ -1,0 +1,119 @@
+"""Everything that an evaluation needs, checked and made before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from ropewalk.config import EvaluateConfig, existing_directory, one_of, require_device
+from ropewalk.evaluation.documents import Windows, make_windows
+from ropewalk.evaluation.prompts import Prompt, build_grid, number_of_keys
+from ropewalk.evaluation.results import writable_directory
+from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.export import resolve_checkpoint
+from ropewalk.model import Position, read_position
+
+SHORTEST = 64  # tokens; a shorter context has no bucket of its own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an evaluation runs on, made before a model is loaded."""
+
+    config: EvaluateConfig
+    directory: Path
+    output: Path
+    position: Position
+    settings: list[Setting]
+    windows: Windows
+    prompts: dict[int, list[Prompt]]  # by context length
+
+    @property
+    def run(self) -> str:
+        """Name of the run: the configured one, else that of its directory, of which an export is a part."""
+        directory = self.directory.resolve()
+        return self.config.name or (directory.parent if directory.name == "export" else directory).name
+
+    @property
+    def method(self) -> str:
+        """The checkpoint's method, or the ``rope`` group's where one is applied; both where there are two."""
+        rope, own = self.config.rope, self.position
+        if not rope.chain:
+            return own.name
+        return f"{own.name}+{rope.name}" if own.chain.steps else rope.name
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all forward passes."""
+        documents = sum(setting.longest for setting in self.settings) * len(self.windows.tokens)
+        return documents + sum(length * len(prompts) for length, prompts in self.prompts.items())
+
+
+def make_plan(config: EvaluateConfig) -> Plan:
+    """Check the configuration, read position, tokenizer and documents, and write every prompt.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
+    _validate(config)
+    documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
+    output = writable_directory("output", config.output)
+    directory = resolve_checkpoint(config.checkpoint)
+    position = read_position(directory)
+    settings = settings_by_length(position, config.rope, config.test_time, config.lengths)
+    tokenizer = load_tokenizer(directory)
+    windows = make_windows(documents, tokenizer, config.lengths[-1], config.max_documents)
+    prompts = {length: build_grid(tokenizer, windows, length, config.needle, config.seed) for length in config.lengths}
+    return Plan(config, directory, output, position, settings, windows, prompts)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ValueError: where there is none, or it has tokens that the model has no embedding for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint={directory} has no tokenizer that transformers reads; copy the files of the one it "
+            "was trained with (tokenizer.json, tokenizer_config.json) into it"
+        ) from error
+    vocab_size = AutoConfig.from_pretrained(directory).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer of checkpoint={directory} has {len(tokenizer)} tokens, but the model embeds "
+            f"{vocab_size}; put the tokenizer that the model was trained with beside it"
+        )
+    return tokenizer
+
+
+def _validate(config: EvaluateConfig) -> None:
+    lengths, needle = config.lengths, config.needle
+    if not lengths or min(lengths) < SHORTEST:
+        raise ValueError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
+    if lengths != sorted(set(lengths)):
+        raise ValueError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+    if config.max_documents is not None and config.max_documents < 1:
+        raise ValueError(f"max_documents={config.max_documents} must be 1 or more, or null for all")
+    if not needle.depths or not all(0 <= depth <= 1 for depth in needle.depths):
+        raise ValueError(f"needle.depths={needle.depths} must be shares between 0 and 1; try [0.0,0.5,1.0]")
+    if len(set(needle.depths)) != len(needle.depths):
+        raise ValueError(f"needle.depths={needle.depths} must differ; name each depth once")
+    if needle.samples < 0 or len(needle.depths) * needle.samples == 1:
+        raise ValueError(
+            f"needle.samples={needle.samples} over {len(needle.depths)} depths: the shuffled-answer control "
+            "needs at least two prompts of a length; set needle.samples=2 or more, or 0 for no needle grid"
+        )
+    if needle.digits < 1 or not 0 <= needle.distractors < number_of_keys(needle.digits):
+        raise ValueError(
+            f"needle.digits={needle.digits} must be 1 or more, and needle.distractors={needle.distractors} 0 "
+            "or more but fewer than there are keys of so many digits; the passkey test has 5 and 0"
+        )
+    one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    one_of("device", config.device, ("cuda", "cpu"))
+    require_device("device", config.device)

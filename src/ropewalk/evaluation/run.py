@@ -1,0 +1,139 @@
+"""The evaluation of one checkpoint: ``python scripts/evaluate.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+from ropewalk.config import EvaluateConfig
+from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, loss_rows
+from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts
+from ropewalk.evaluation.plan import Plan, make_plan
+from ropewalk.evaluation.progress import Progress
+from ropewalk.evaluation.results import RECORD, document_table, results_table, write_evaluation
+from ropewalk.evaluation.scoring import ModelScorer, Scorer
+from ropewalk.evaluation.settings import Setting
+from ropewalk.model import load_for_evaluation
+
+
+def evaluate(config: EvaluateConfig) -> pd.DataFrame:
+    """Measure loss by position and the needle grid of one checkpoint, and write both into ``config.output``.
+
+    One model is in memory at a time: it is loaded once for each spectrum that the lengths need.
+
+    Returns:
+        The results table, as :func:`ropewalk.evaluation.read_results` reads it back.
+
+    Raises:
+        ValueError: for a wrong configuration, checkpoint or document, before a model is loaded.
+    """
+    plan = make_plan(config)
+    print(_announce(plan), flush=True)
+    progress = Progress(plan.tokens)
+    rows: list[dict[str, Any]] = []
+    sums: list[pd.DataFrame] = []
+    for setting in plan.settings:
+        of_setting, of_documents = _evaluate_setting(plan, setting, progress)
+        rows += of_setting
+        sums.append(of_documents)
+    results = results_table(rows)
+    write_evaluation(plan.output, results, pd.concat(sums, ignore_index=True), _record(plan))
+    print(summary(results), flush=True)
+    return results
+
+
+def summary(results: pd.DataFrame) -> str:
+    """Loss and needle scores by context length, for the terminal."""
+    at_length = results[results["task"].isin(["loss_at_length", "needle_at_length"])]
+    at_length = at_length[~at_length["metric"].str.endswith("_shuffled")]
+    table = at_length.pivot_table(index="context_length", columns="metric", values="value", aggfunc="first", sort=False)
+    return table.to_string(float_format="{:.4f}".format)
+
+
+def _evaluate_setting(plan: Plan, setting: Setting, progress: Progress) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    config = plan.config
+    scorer = ModelScorer(
+        load_for_evaluation(
+            plan.directory,
+            extra=setting.extra,
+            length=setting.longest,
+            dtype=config.dtype,
+            device=config.device,
+        )
+    )
+    sums = document_table(_document_rows(plan, setting, scorer, progress))
+    measured = list(loss_rows(sums, setting, config.seed))
+    for length in setting.lengths if config.needle.samples else ():
+        measured += needle_rows(_needle_scores(plan, length, scorer, progress), config.seed)
+    common = _identity(plan, setting)
+    return [common | row for row in measured], sums
+
+
+def _document_rows(plan: Plan, setting: Setting, scorer: Scorer, progress: Progress) -> Iterator[Mapping[str, Any]]:
+    edges = bucket_edges(plan.config.lengths)
+    where = {"run": plan.run, "setting": setting.name, "context_length": setting.longest}
+    for number, (name, ids) in enumerate(plan.windows.tokens.items(), start=1):
+        losses = scorer.token_losses(ids[: setting.longest])
+        yield from (where | row for row in document_rows(name, losses, edges))
+        progress.advance(setting.longest, f"loss to {setting.longest}, document {number}/{len(plan.windows.tokens)}")
+
+
+def _needle_scores(plan: Plan, length: int, scorer: Scorer, progress: Progress) -> pd.DataFrame:
+    prompts, samples = plan.prompts[length], plan.config.needle.samples
+    cells = []
+    for first in range(0, len(prompts), samples):
+        cells.append(score_prompts(scorer, prompts[first : first + samples]))
+        progress.advance(length * samples, f"needle at {length}, depth {prompts[first].depth:g}")
+    return pd.concat(cells)
+
+
+def _identity(plan: Plan, setting: Setting) -> dict[str, Any]:
+    return {
+        "run": plan.run,
+        "method": plan.method,
+        "chain": str(setting.chain),
+        "test_time": plan.config.test_time.name,
+        "harness": "ropewalk",
+        "harness_version": version("ropewalk"),
+        "category": "long_context",
+        "source": RECORD,
+    }
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    """evaluation.json: what was evaluated, under which spectra, and what was left out."""
+    return {
+        "run": plan.run,
+        "method": plan.method,
+        "checkpoint": str(plan.directory),
+        "config": asdict(plan.config),
+        "pretrained_length": plan.position.pretrained_length,
+        "trained_length": plan.position.trained_length,
+        "settings": [
+            {
+                "setting": setting.name,
+                "chain": str(setting.chain),
+                "chain_sha256": setting.chain.sha256,
+                "lengths": list(setting.lengths),
+                "inv_freq": setting.spectrum.inv_freq.tolist(),
+                "attention_scaling": setting.spectrum.attention_scaling,
+            }
+            for setting in plan.settings
+        ],
+        "documents": plan.windows.counts(),
+        "needle_chance": chance_levels(plan.config.needle),
+    }
+
+
+def _announce(plan: Plan) -> str:
+    counts = plan.windows.counts()
+    settings = "; ".join(f"{', '.join(map(str, s.lengths))} under {s.chain}" for s in plan.settings)
+    return (
+        f"evaluate {plan.run}, trained at {plan.position.trained_length} tokens: {settings}\n"
+        f"documents: {counts['used']} of {counts['window']} tokens; left out: {counts['too_short']} shorter, "
+        f"{counts['beyond_max_documents']} beyond max_documents"
+    )

@@ -1,0 +1,82 @@
+"""Which spectrum serves which context length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ropewalk.config import RopeConfig, TestTimeConfig
+from ropewalk.rope import RopeChain, Spectrum
+
+if TYPE_CHECKING:
+    from ropewalk.model import Position
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One spectrum and the context lengths that run under it.
+
+    Attributes:
+        extra: methods appended to the checkpoint's own chain.
+        chain: the whole chain.
+        spectrum: its spectrum at each of ``lengths``.
+        lengths: tokens, ascending; one forward pass at the last serves them all, since the model is causal.
+    """
+
+    extra: tuple[dict[str, Any], ...]
+    chain: RopeChain
+    spectrum: Spectrum
+    lengths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The printed extra chain, or ``none``."""
+        return str(RopeChain(self.extra)) if self.extra else "none"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the pass."""
+        return self.lengths[-1]
+
+
+def settings_by_length(
+    position: Position, rope: RopeConfig, test_time: TestTimeConfig, lengths: Sequence[int]
+) -> list[Setting]:
+    """Group ``lengths`` (ascending) by the spectrum that each one runs under.
+
+    ``rope`` is appended to the checkpoint's chain at every length; then ``test_time.within`` up to the
+    trained length, ``test_time.beyond`` past it. Neighbouring lengths share a setting where spectrum and
+    attention scaling are equal; a length-dependent chain gets one setting for each length.
+
+    Raises:
+        ValueError: from the chain, for a method that does not fit.
+    """
+    settings: list[Setting] = []
+    for length in lengths:
+        test = test_time.within if length <= position.trained_length else test_time.beyond
+        extra = resolve_trained_length([*rope.chain, *test], position.trained_length)
+        setting = _setting(position, extra, length)
+        if settings and _same_spectrum(settings[-1].spectrum, setting.spectrum):
+            settings[-1] = replace(settings[-1], lengths=(*settings[-1].lengths, length))
+        else:
+            settings.append(setting)
+    return settings
+
+
+def resolve_trained_length(methods: Sequence[Mapping[str, Any]], trained_length: int) -> list[dict[str, Any]]:
+    """``methods`` with that number of tokens wherever an argument is the word ``trained_length``."""
+    return [
+        {key: trained_length if value == "trained_length" else value for key, value in method.items()}
+        for method in methods
+    ]
+
+
+def _setting(position: Position, extra: Sequence[dict[str, Any]], length: int) -> Setting:
+    return Setting(tuple(extra), position.chain.extended(extra), position.spectrum(extra, length), (length,))
+
+
+def _same_spectrum(a: Spectrum, b: Spectrum) -> bool:
+    return np.array_equal(a.inv_freq, b.inv_freq) and a.attention_scaling == b.attention_scaling

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ropewalk.evaluation.documents import find_documents, make_windows
+
+
+def test_windows_are_bos_and_the_first_tokens(documents, tokenizer) -> None:
+    windows = make_windows(documents, tokenizer, 512)
+    text = json.loads((documents / "heldout" / "documents.jsonl").read_text().splitlines()[1])["text"]
+    ids = windows.tokens["doc-1"].tolist()
+    assert len(ids) == 512
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text[:511]
+
+
+def test_what_is_left_out_is_counted(documents, tokenizer) -> None:
+    windows = make_windows(documents, tokenizer, 512, max_documents=2)
+    assert list(windows.tokens) == ["doc-0", "doc-1"]
+    assert windows.counts() == {
+        "used": 2,
+        "too_short": 0,
+        "too_short_tokens": {},
+        "beyond_max_documents": 2,
+        "window": 512,
+    }
+    everything = make_windows(documents, tokenizer, 512).counts()
+    assert everything["used"] == 3
+    assert list(everything["too_short_tokens"]) == ["short"]
+
+
+def test_the_directory_of_the_jsonl_itself_is_accepted(documents) -> None:
+    direct = [document.name for document in find_documents(documents / "heldout")]
+    assert direct == [document.name for document in find_documents(documents)]
+
+
+def test_text_files_are_named_by_their_path(tmp_path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "c.py").write_text("not text")
+    assert [tuple(document) for document in find_documents(tmp_path)] == [
+        ("a.txt", "first"),
+        ("b/two.md", "second"),
+    ]
+
+
+def test_no_document_long_enough_names_the_longest(documents, tokenizer) -> None:
+    longest = max((len(document.text) + 1, document.name) for document in find_documents(documents))
+    with pytest.raises(ValueError, match=rf"lengths=100000 .*'{longest[1]}', has {longest[0]} tokens"):
+        make_windows(documents, tokenizer, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"name": "a", "text": "x"}\n{"name": "a", "text": "y"}\n', "two documents named 'a'"),
+        ('{"name": "a"}\n', "line 1 is not a document"),
+        ("nonsense\n", "line 1 is not a document"),
+        ("", "holds no document"),
+    ],
+)
+def test_damaged_documents_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "documents.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(find_documents(tmp_path))

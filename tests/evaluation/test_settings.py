@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ropewalk.config import RopeConfig
+from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.evaluation.settings import resolve_trained_length, settings_by_length
+from ropewalk.model import Position
+from ropewalk.rope import RopeChain, Spectrum, registry
+
+YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
+LENGTHS = [512, 1024, 2048, 4096, 8192]
+NO_ROPE = RopeConfig(name="default")
+
+
+@pytest.fixture
+def position() -> Position:
+    chain = RopeChain([{"method": "abf", "theta": 1e5}])
+    return Position("rope", chain, 1e4, 64, pretrained_length=512, trained_length=2048)
+
+
+def test_auto_uses_yarn_past_the_trained_length_only(position: Position) -> None:
+    settings = settings_by_length(position, NO_ROPE, AtTestTime("auto", beyond=[YARN]), LENGTHS)
+    assert [setting.lengths for setting in settings] == [(512, 1024, 2048), (4096, 8192)]
+    assert [setting.name for setting in settings] == [
+        "none",
+        "yarn(factor=4, original_max_position_embeddings=2048)",
+    ]
+    within, beyond = (setting.spectrum for setting in settings)
+    assert within.attention_scaling == 1.0
+    assert beyond.attention_scaling == pytest.approx(0.1 * np.log(4) + 1)
+    assert beyond.inv_freq[-1] == pytest.approx(within.inv_freq[-1] / 4)
+    assert str(settings[1].chain) == f"{position.chain} > {settings[1].name}"
+
+
+@pytest.mark.parametrize("test_time", [AtTestTime("none"), AtTestTime("yarn4", [YARN], [YARN])])
+def test_one_setting_at_every_length_is_one_pass(position: Position, test_time: AtTestTime) -> None:
+    (setting,) = settings_by_length(position, NO_ROPE, test_time, LENGTHS)
+    assert setting.lengths == tuple(LENGTHS)
+    assert setting.longest == 8192
+
+
+def test_the_rope_group_goes_before_test_time(position: Position) -> None:
+    rope = RopeConfig("cope11", [{"method": "cope", "clip": 11}])
+    settings = settings_by_length(position, rope, AtTestTime("auto", beyond=[YARN]), [2048, 4096])
+    assert [[step["method"] for step in setting.extra] for setting in settings] == [
+        ["cope"],
+        ["cope", "yarn"],
+    ]
+    assert settings[0].spectrum.inv_freq[-1] == 0.0
+
+
+def test_a_length_dependent_chain_needs_a_pass_for_each_length(position: Position, monkeypatch) -> None:
+    def stretch(spectrum: Spectrum) -> Spectrum:
+        return replace(spectrum, inv_freq=spectrum.inv_freq / max(1.0, (spectrum.length or 0) / 2048))
+
+    monkeypatch.setitem(registry._METHODS, "stretch", stretch)
+    always = AtTestTime("stretch", [{"method": "stretch"}], [{"method": "stretch"}])
+    settings = settings_by_length(position, NO_ROPE, always, LENGTHS)
+    assert [setting.lengths for setting in settings] == [(512, 1024, 2048), (4096,), (8192,)]
+
+
+def test_only_the_word_is_resolved() -> None:
+    resolved = resolve_trained_length([YARN, {"method": "pi", "factor": 2.0}], 2048)
+    assert resolved == [
+        {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
+        {"method": "pi", "factor": 2.0},
+    ]
+    assert YARN["original_max_position_embeddings"] == "trained_length"
