@@ -1,0 +1,107 @@
+"""The page: runs in, one self-contained HTML file out."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from ropewalk.config import CompareConfig
+from ropewalk.report import runs_table, summary
+from ropewalk.report.figures import (
+    needle_figure,
+    position_figure,
+    run_styles,
+    spectra_figure,
+    training_figure,
+)
+from ropewalk.report.results_table import ResultsTable, as_text, results_table
+from ropewalk.report.runs import Run, load_runs
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def compare(config: CompareConfig) -> Path:
+    """Write the report of ``config.runs`` to ``config.output`` and print its results table.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        ValueError: for a run directory that holds nothing, a baseline that is none of the runs, or an output
+            that is a directory.
+    """
+    output = Path(config.output)
+    if output.is_dir():
+        raise ValueError(f"output={output} is a directory; name a file in it: output={output / 'report.html'}")
+    runs = load_runs(config.runs)
+    baseline = find_baseline(runs, config.baseline)
+    table = results_table(runs, baseline)
+    page = render(config.title, runs, baseline, table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.partial")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, output)
+    print(f"{as_text(table)}\n\nreport: {output.resolve()}", flush=True)
+    return output
+
+
+def find_baseline(runs: list[Run], name: str | None) -> Run:
+    """The run called ``name``; the first where it is None.
+
+    Raises:
+        ValueError: where no run, or more than one, is called so.
+    """
+    if name is None:
+        return runs[0]
+    found = [run for run in runs if run.is_called(name)]
+    if len(found) != 1:
+        names = ", ".join(run.name for run in runs)
+        raise ValueError(f"baseline={name} names {len(found)} of the runs, and must name one; use one of: {names}")
+    return found[0]
+
+
+def render(title: str, runs: list[Run], baseline: Run, table: ResultsTable) -> str:
+    """The page as HTML text; everything that comes from data is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    styles = run_styles([run.name for run in runs])
+    numbers = count(1)
+    environment.globals["next_number"] = lambda: next(numbers)
+    environment.filters["figure_json"] = figure_json
+    return environment.get_template("report.html").render(
+        title=title,
+        runs=runs,
+        styles=styles,
+        findings=summary.findings(runs, baseline),
+        limits=summary.limits(runs, baseline),
+        table=table,
+        figures=[
+            training_figure(runs, styles),
+            position_figure(runs, baseline, styles),
+            needle_figure(runs),
+            spectra_figure(runs, styles),
+        ],
+        facts=runs_table.facts(runs),
+        differences=runs_table.differences(runs, baseline),
+        without_config=[run.name for run in runs if not run.config],
+        baseline=baseline,
+        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        javascript=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+        plotly_javascript=Markup(get_plotlyjs()),
+    )
+
+
+def figure_json(plot: go.Figure) -> Markup:
+    """A plot as JSON for a script element, which no text in it can end: plotly escapes <, > and /."""
+    return Markup(plot.to_json())

@@ -1,0 +1,222 @@
+"""What a run directory holds, read once; every part but the directory itself may be missing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
+PLACE_COLUMNS = ("task", "context_length", "position_start", "position_end", "depth")
+RESULT_COLUMNS = ("run", "chain", *PLACE_COLUMNS, "metric", "value", "ci_low", "ci_high", "stderr", "n")
+DOCUMENT_COLUMNS = (
+    "setting",
+    "context_length",
+    "document",
+    "position_start",
+    "position_end",
+    "nll_sum",
+    "tokens",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; a missing part is an empty mapping or an empty table with its columns.
+
+    Attributes:
+        name: of the run in its results, else in run.json, else in config.yaml, else of the directory.
+        directory: as given by the user.
+        config: resolved TrainConfig, dotted key -> value.
+        record: run.json.
+        metrics: one row for each logged step, ascending.
+        results: evaluation/results.parquet, tidy.
+        documents: evaluation/documents.parquet, NLL sums per document and position bucket.
+        evaluation: evaluation/evaluation.json.
+        verification: export/verification.json.
+    """
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    metrics: pd.DataFrame
+    results: pd.DataFrame
+    documents: pd.DataFrame
+    evaluation: dict[str, Any]
+    verification: dict[str, Any]
+
+    @cached_property
+    def trained_length(self) -> int | None:
+        """Tokens of the context that the run was trained at, where run.json or evaluation.json says so."""
+        return self._length("trained_length")
+
+    @cached_property
+    def pretrained_length(self) -> int | None:
+        """Tokens of the context that the starting model was trained at, from the same files."""
+        return self._length("pretrained_length")
+
+    def _length(self, name: str) -> int | None:
+        length = self.record.get(name, self.evaluation.get(name))
+        return None if length is None else int(length)
+
+    @cached_property
+    def inv_freq(self) -> NDArray[np.float64] | None:
+        """Inverse frequencies, float64 (head_dim // 2,), radians per token; None where unknown.
+
+        Those of training; for a model that was only evaluated, those of its shortest context length.
+        """
+        settings = self.evaluation.get("settings") or [{}]
+        values = self.record.get("inv_freq", settings[0].get("inv_freq"))
+        return np.asarray(values, dtype=np.float64) if values else None
+
+    def task(self, task: str, metric: str) -> pd.DataFrame:
+        """The rows of one task and metric."""
+        return self.results[(self.results["task"] == task) & (self.results["metric"] == metric)]
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name`` means this run: its name, its run_name, or its directory or the end of that."""
+        return name in (
+            self.name,
+            self.record.get("run_name"),
+            str(self.directory),
+            self.directory.resolve().name,
+        )
+
+    def is_beyond(self, length: int) -> bool:
+        """Whether ``length`` tokens is past the run's trained length."""
+        return self.trained_length is not None and length > self.trained_length
+
+
+def load_runs(directories: Sequence[str]) -> list[Run]:
+    """The runs at ``directories``, in that order.
+
+    Raises:
+        ValueError: for no directory, one that does not exist or holds nothing of a run, a damaged file, or
+            two runs of one name.
+    """
+    if not directories:
+        raise ValueError("runs=[] names no run; give at least one run directory: runs=[outputs/a,outputs/b]")
+    runs = [load_run(Path(directory)) for directory in directories]
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            where = ", ".join(str(run.directory) for run in runs if run.name == name)
+            raise ValueError(
+                f"{count} runs are called {name} ({where}), and a run's name must be its own here; leave one "
+                "out, or evaluate one again under another name (scripts/evaluate.py name=...)"
+            )
+    return runs
+
+
+def load_run(directory: Path) -> Run:
+    """The run at ``directory``.
+
+    Raises:
+        ValueError: where there is no such directory, nothing of a run in it, or a damaged file.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
+    # What evaluate.py wrote may also be named itself: a model that was evaluated without any training here.
+    evaluation = directory if (directory / "results.parquet").is_file() else directory / "evaluation"
+    config = _config(directory / "config.yaml")
+    record = _json(directory / "run.json")
+    metrics = _metrics(directory / "metrics.jsonl")
+    results = _table(evaluation / "results.parquet", RESULT_COLUMNS)
+    documents = _table(evaluation / "documents.parquet", DOCUMENT_COLUMNS)
+    parts = (config, record, len(metrics), len(results), len(documents))
+    if not any(parts):
+        raise ValueError(
+            f"runs: {directory} holds none of config.yaml, run.json, metrics.jsonl, "
+            "evaluation/results.parquet and evaluation/documents.parquet; give a directory that train.py or "
+            "scripts/evaluate.py wrote"
+        )
+    return Run(
+        name=_name(directory, results, record, config),
+        directory=directory,
+        config=config,
+        record=record,
+        metrics=metrics,
+        results=results,
+        documents=documents,
+        evaluation=_json(evaluation / "evaluation.json"),
+        verification=_json(directory / "export" / "verification.json"),
+    )
+
+
+def _name(directory: Path, results: pd.DataFrame, record: dict[str, Any], config: dict[str, Any]) -> str:
+    names = sorted(set(results["run"].astype(str)))
+    if len(names) > 1:
+        raise ValueError(
+            f"{directory}/evaluation/results.parquet holds {len(names)} runs ({', '.join(names)}), and a run "
+            "directory is one run; evaluate each into a directory of its own (scripts/evaluate.py output=...)"
+        )
+    return str((names or [record.get("run_name") or config.get("run_name") or directory.resolve().name])[0])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; write it again, or move it away to do without")
+    return content
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    return flatten(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys; lists and empty mappings stay values."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _metrics(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        return pd.DataFrame(columns=list(METRIC_COLUMNS))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # a row half written, by a run still going or one that died; the trainer drops it, too
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); delete that line") from error
+    frame = pd.DataFrame(rows, columns=None if rows else list(METRIC_COLUMNS))
+    _require(path, frame, METRIC_COLUMNS)
+    # A run that was killed logs the steps since its last checkpoint again: the later record is what it kept.
+    return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    frame = pd.read_parquet(path)
+    _require(path, frame, columns)
+    return frame
+
+
+def _require(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
