@@ -25,7 +25,6 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
     revision: str | None = None
-    tokenizer: str | None = None  # hub id or directory; null: the one beside `path`, else the store's
     architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs

@@ -183,7 +183,9 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
             )
 
 
-def build_for_training(config: PreTrainedConfig, path: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def build_for_training(
+    config: PreTrainedConfig, path: str | None, dtype: torch.dtype, revision: str | None = None
+) -> PreTrainedModel:
     """The model with document-masked attention; random weights where ``path`` is None.
 
     Under a live HfDeepSpeedConfig of stage 3 the parameters come out partitioned.
@@ -191,7 +193,9 @@ def build_for_training(config: PreTrainedConfig, path: str | None, dtype: torch.
     implementation = attention.register()
     if path is None:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
-    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=implementation)
+    return AutoModelForCausalLM.from_pretrained(
+        path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation
+    )
 
 
 def load_for_evaluation(

@@ -14,26 +14,8 @@ from pathlib import Path
 from ropewalk.data.hashing import canonical_json, sha256_text
 
 PROSE = {".txt", ".md", ".rst"}
-CODE = {
-    *(
-        ".c",
-        ".cc",
-        ".cpp",
-        ".cu",
-        ".go",
-        ".h",
-        ".hpp",
-        ".java",
-        ".jl",
-        ".js",
-        ".kt",
-        ".lua",
-        ".php",
-        ".pl",
-        ".pm",
-    ),
-    *(".py", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".tex", ".ts"),
-}
+_CODE = ".c .cc .cpp .cu .go .h .hpp .java .jl .js .kt .lua .php .pl .pm .py .r .rb .rs .scala .sh .sql .swift .tex .ts"
+CODE = set(_CODE.split())
 
 
 @dataclass(frozen=True)

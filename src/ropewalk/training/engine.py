@@ -159,7 +159,7 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     settings = zero_config(trainer, config.deepspeed, ranks.world_size)
     partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
-    lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype))
+    lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
     del partitioned_init
     if trainer.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# SmolLM2-135M past its 8,192 tokens: four spectra without training, then two arms continued at 12,288 tokens.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+data=data/smollm2_135m
+out=outputs/smollm2_135m
+
+python recipes/smollm2_135m_cpu/fetch.py "$data"
+python data_prep/prepare.py corpus=files "corpus.paths=[$data/documents]" "corpus.tokenizer=$data/model" \
+  'sequence_lengths=[12288]' "output=$data/prepared"
+
+evaluate() { # evaluate NAME CHECKPOINT [overrides]
+  local name=$1 checkpoint=$2
+  shift 2
+  python scripts/evaluate.py "name=$name" "checkpoint=$checkpoint" "output=$out/$name/evaluation" \
+    "documents=$data/heldout" 'lengths=[1024,4096,8192,12288]' test_time=none device=cpu dtype=float32 \
+    'needle.depths=[0.1,0.5,0.9]' needle.samples=1 "$@"
+}
+
+evaluate rope "$data/model"
+evaluate cope10 "$data/model" rope=cope10
+evaluate hardclip10 "$data/model" rope=hardclip10
+evaluate yarn2 "$data/model" rope=yarn2_8k
+
+for arm in rope cope10; do
+  python train.py +experiment="smollm2/$arm"
+done
+evaluate rope_trained "$out/rope_trained"
+evaluate cope10_trained "$out/cope10_trained"
+
+python scripts/compare.py "runs=[$out/rope,$out/cope10,$out/hardclip10,$out/yarn2,$out/rope_trained,$out/cope10_trained]" \
+  baseline=rope output="$out/report.html" title='SmolLM2-135M past its 8,192 tokens'

@@ -1,0 +1,97 @@
+"""Every command that the README and the recipes show: whole where it is small, composed where it needs a cluster."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from helpers import alone_environment, composed
+
+from ropewalk.entry import CONFIG_DIR
+
+ROOT = CONFIG_DIR.parent
+BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
+ENTRIES = {
+    "train.py": "train",
+    "data_prep/prepare.py": "prepare",
+    "scripts/evaluate.py": "evaluate",
+    "scripts/export.py": "export",
+    "scripts/compare.py": "compare",
+}
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("recipes", "slurm") for path in (ROOT / folder).rglob("*.sh")
+)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+
+
+def test_the_readme_shows_the_four_commands():
+    shown = [" ".join(command) for command in COMMANDS]
+    for command in ("make demo", "make test", "python train.py +experiment=cope20"):
+        assert command in shown
+    assert any(command.startswith("sbatch slurm/train_64k.sh") for command in shown)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_readme_commands(command):
+    if command[0] == "make":
+        done = run("make", "--dry-run", *command[1:])
+        assert done.returncode == 0, done.stderr
+    elif command[0] == "python" and command[1] in ENTRIES:
+        composed(ENTRIES[command[1]], *command[2:])
+    elif command[0] == "sbatch":
+        assert run("bash", "-n", command[1]).returncode == 0
+        composed("train", *(command[2:] or ["+experiment=cope20"]))
+    else:
+        assert command[0] in {"git", "cd", "torchrun"}, f"no check knows {command}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_scripts_parse(script):
+    done = run("bash", "-n", script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_names_the_groups_and_how_to_override(entry):
+    done = run(sys.executable, entry, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python {entry}" in done.stdout
+    assert "override" in done.stdout.lower()
+
+
+@pytest.mark.slow
+def test_the_whole_path_on_the_fixture_corpus(tmp_path):
+    """recipes/demo/run.sh in small: prepare, pretrain, extend, export, evaluate, compare, by their commands."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    paths = [f"paths.data_dir={data}", f"paths.output_dir={out}"]
+    small = ["tracker=none", "trainer.max_steps=4", "trainer.checkpoint_every=2", "trainer.micro_batch_size=2",
+             "trainer.global_batch_size=2"]  # fmt: skip
+
+    def command(*arguments):
+        done = run(sys.executable, *arguments, *paths)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    command("data_prep/prepare.py", "corpus=demo", "corpus.stdlib=false", "corpus.paths=[tests/fixtures/corpus]",
+            "corpus.tokenizer=tests/fixtures/tokenizer", "corpus.retrieval_tokens=20000", "corpus.heldout_documents=4",
+            "corpus.heldout_length=1024", "sequence_lengths=[512,1024]")  # fmt: skip
+    command("train.py", "+experiment=demo/pretrain", *small)
+    command("scripts/export.py", f"checkpoint={out}/demo/base")
+    extend = [f"data.store={data}/demo/packed-1024", "data.sequence_length=1024"]
+    command("train.py", "+experiment=demo/cope11", *small, *extend)
+    runs = ["base", "cope11"]
+    for name in runs:
+        said = command("scripts/evaluate.py", f"checkpoint={out}/demo/{name}", f"output={out}/demo/{name}/evaluation",
+                       f"documents={data}/demo/heldout", "lengths=[128,512,1024]", "device=cpu", "dtype=float32",
+                       "needle.samples=1")  # fmt: skip
+        assert "1024" in said
+    listed = ",".join(f"{out}/demo/{name}" for name in runs)
+    said = command("scripts/compare.py", f"runs=[{listed}]", "baseline=base", f"output={out}/report.html")
+    assert "report.html" in said
+    page = (out / "report.html").read_text()
+    assert "abf(theta=1e5) &gt; cope(clip=11)" in page
