@@ -41,6 +41,20 @@ def test_every_training_group_option_composes(group):
         assert isinstance(composed("train", f"{group}={path.stem}"), TrainConfig)
 
 
+@pytest.mark.parametrize("corpus", sorted(p.stem for p in (CONFIG_DIR / "corpus").glob("*.yaml")))
+def test_every_corpus_composes(corpus):
+    config = composed("prepare", f"corpus={corpus}", "corpus.paths=[x]", "sequence_lengths=[64]")
+    assert config.corpus.name == corpus
+
+
+@pytest.mark.parametrize("test_time", sorted(p.stem for p in (CONFIG_DIR / "test_time").glob("*.yaml")))
+def test_every_test_time_composes(test_time):
+    config = composed("evaluate", f"test_time={test_time}", "checkpoint=x", "output=x", "documents=x")
+    yarn = [{"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}]
+    expected = {"none": ([], []), "auto": ([], yarn), "yarn4": (yarn, yarn)}[test_time]
+    assert (config.test_time.within, config.test_time.beyond) == expected
+
+
 def test_cope20_is_the_published_recipe():
     config = composed("train", "+experiment=cope20")
     trainer, data = config.trainer, config.data

@@ -61,6 +61,13 @@ def test_overfit_one_batch(store_64, tmp_path):
     assert losses(tmp_path)[-1] < 0.5 * losses(tmp_path)[0]
 
 
+@pytest.mark.parametrize("debug", ["one_step", "profile"])
+def test_debug_configs_run(store_64, tmp_path, debug):
+    train(tiny_run(store_64, tmp_path, f"+debug={debug}", "trainer.max_steps=9"))
+    assert len(losses(tmp_path)) == {"one_step": 1, "profile": 7}[debug]
+    assert bool(list(tmp_path.glob("profile/*.json"))) == (debug == "profile")
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_architecture_trains_and_exports(store_64, tmp_path, model_type):
     fields = {"sliding_window": None} if model_type == "mistral" else {}

@@ -146,4 +146,8 @@ def _defaults(method: str) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}".replace("e+0", "e").replace("e+", "e") if isinstance(value, float) else str(value)
+    """As people write it: 1e7, 5e5, 0.25."""
+    if isinstance(value, float) and abs(value) >= 1e4:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

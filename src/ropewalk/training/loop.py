@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def _run(
             observer.record(step + 1, loss, tokens, engine)
             if (step + 1) % trainer.checkpoint_every == 0 or step + 1 == last:
                 save_checkpoint(engine, run_dir, step + 1, agreed)
+                observer.restart_clock()
             if profile is not None:
                 profile.step()
     observer.finish()
@@ -192,7 +194,7 @@ class Observer:
         details = write_record(config, position, store.fingerprint, parameters, ranks.world_size)
         copy_tokenizer(store.tokenizer_path, run_dir)
         self.metrics = MetricsFile(run_dir, start)
-        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details)
+        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, {**asdict(config), "run": details})
         self.progress = Progress(start, config.trainer.max_steps)
         _say(
             ranks,
@@ -221,6 +223,10 @@ class Observer:
         self.metrics.append(row)
         self.tracker.log(row)
         _say(self.ranks, self.progress.line(row))
+
+    def restart_clock(self) -> None:
+        """Leave what has passed since the last row, a checkpoint's writing, out of the next row's speed."""
+        self.clock = time.monotonic()
 
     def finish(self) -> None:
         """Close the tracker."""
