@@ -44,6 +44,7 @@ def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture:
         "train",
         "+experiment=demo/pretrain",
         "tracker=none",
+        "data=packed",
         f"data.store={store.root}",
         f"data.sequence_length={store.sequence_length}",
         f"run_dir={run_dir}",
@@ -56,7 +57,6 @@ def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture:
         "model.head_dim=16",
         *overrides,
     )
-    config.data.mixture = {}  # in proportion to what each domain has
     if config.model.path is None:
         config.model.architecture = {"model_type": "llama", **TINY, **architecture}
     return config

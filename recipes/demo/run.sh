@@ -19,7 +19,8 @@ done
 
 for run in "${runs[@]}"; do
   python scripts/evaluate.py checkpoint="outputs/demo/$run/export" output="outputs/demo/$run/evaluation" \
-    documents=data/demo/heldout 'lengths=[512,1024,2048,4096,8192]' test_time=auto device=cpu dtype=float32
+    documents=data/demo/heldout 'lengths=[512,1024,2048,4096,8192]' test_time=auto device=cpu dtype=float32 \
+    needle.samples=2
 done
 
 python scripts/compare.py "runs=[$(printf 'outputs/demo/%s,' "${runs[@]}" | sed 's/,$//')]" baseline=rope \

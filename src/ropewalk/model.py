@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging as transformers_logging
 
 from ropewalk import attention
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
@@ -24,6 +27,17 @@ METADATA_KEY = "ropewalk"
 SPECTRUM_TOLERANCE = 2.4e-7
 
 Steps = Sequence[Mapping[str, Any]]
+
+if not sys.stderr.isatty():
+    transformers_logging.disable_progress_bar()  # a log file is no place for one
+
+
+def _is_not_of_mscale(record: logging.LogRecord) -> bool:
+    """transformers warns of the keys of a longrope entry that vLLM and SGLang need; they are there on purpose."""
+    return "short_mscale" not in record.getMessage()
+
+
+logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_not_of_mscale)
 
 
 @dataclass(frozen=True)

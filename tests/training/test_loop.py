@@ -34,8 +34,8 @@ def losses(run_dir):
 def command_line(store, run_dir, *more):
     """The overrides that make `python train.py` run the tiny model on a store."""
     return [
-        "+experiment=demo/pretrain", "tracker=none", f"data.store={store.root}",
-        f"data.sequence_length={store.sequence_length}", "~data.mixture.retrieval", f"run_dir={run_dir}",
+        "+experiment=demo/pretrain", "tracker=none", "data=packed", f"data.store={store.root}",
+        f"data.sequence_length={store.sequence_length}", f"run_dir={run_dir}",
         "model.head_dim=16", "model.pretrained_length=64", "trainer.global_batch_size=4", "trainer.checkpoint_every=2",
         *(f"model.architecture.{key}={value}" for key, value in TINY.items() if key != "max_position_embeddings"),
         *more,
