@@ -14,8 +14,8 @@ evaluate() { # evaluate NAME CHECKPOINT [overrides]
   local name=$1 checkpoint=$2
   shift 2
   python scripts/evaluate.py "name=$name" "checkpoint=$checkpoint" "output=$out/$name/evaluation" \
-    "documents=$data/heldout" 'lengths=[1024,4096,8192,12288]' test_time=none device=cpu dtype=float32 \
-    'needle.depths=[0.1,0.5,0.9]' needle.samples=1 "$@"
+    "documents=$data/heldout" 'lengths=[2048,8192,12288]' test_time=none device=cpu dtype=float32 \
+    'needle.depths=[0.2,0.8]' needle.samples=1 "$@"
 }
 
 evaluate rope "$data/model"
@@ -25,9 +25,9 @@ evaluate yarn2 "$data/model" rope=yarn2_8k
 
 for arm in rope cope10; do
   python train.py +experiment="smollm2/$arm"
+  python scripts/export.py checkpoint="$out/${arm}_trained"
+  evaluate "${arm}_trained" "$out/${arm}_trained/export"
 done
-evaluate rope_trained "$out/rope_trained"
-evaluate cope10_trained "$out/cope10_trained"
 
 python scripts/compare.py "runs=[$out/rope,$out/cope10,$out/hardclip10,$out/yarn2,$out/rope_trained,$out/cope10_trained]" \
   baseline=rope output="$out/report.html" title='SmolLM2-135M past its 8,192 tokens'
