@@ -21,5 +21,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 # One task per GPU, started by srun itself: a signal then reaches the ranks. Submitted again, the run goes on from its
 # newest committed checkpoint.
-srun --kill-on-bad-exit=1 bash -c \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train "$@"

@@ -1,5 +1,6 @@
 """Fixtures of all tests: the committed corpus and tokenizer, and small stores built from them."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare import prepare
 
+os.environ["WANDB_MODE"] = "offline"  # on a machine with a key, too
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

@@ -52,6 +52,7 @@ def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture:
         "trainer.max_steps=4",
         "trainer.global_batch_size=4",
         "trainer.micro_batch_size=2",
+        "trainer.learning_rate=3e-3",
         "trainer.checkpoint_every=2",
         "model.pretrained_length=64",
         "model.head_dim=16",

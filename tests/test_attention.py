@@ -70,12 +70,22 @@ def test_what_would_leak_or_be_ignored_is_refused(arguments, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_kernel_equals_cpu():
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["torch", "flash-attn"])
+def test_cuda_kernels_equal_cpu(monkeypatch, kernel, head_dim):
+    """Output and all three gradients, against fp32 on the CPU at bf16's precision."""
+    if kernel == "torch":
+        monkeypatch.setattr(attention, "_flash_attn_varlen", lambda: None)
+    elif attention._flash_attn_varlen() is None:
+        pytest.skip("flash-attn is not installed")
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 128, 64) for heads in (4, 2, 2))
-    cpu, _ = attention.document_attention(torch.nn.Module(), query, key, value, None, documents=documents(LENGTHS))
-    cuda = torch.device("cuda")
-    there = Documents.from_cu_seqlens(documents(LENGTHS).cu_seqlens, cuda)
-    moved = (x.to(cuda, torch.bfloat16) for x in (query, key, value))
-    gpu, _ = attention.document_attention(torch.nn.Module(), *moved, None, documents=there)
-    torch.testing.assert_close(gpu.float().cpu(), cpu, rtol=2e-2, atol=2e-2)  # bf16
+    found = {}
+    inputs = [torch.randn(1, heads, 128, head_dim) for heads in (4, 2, 2)]
+    for device, dtype in ((CPU, torch.float32), (torch.device("cuda"), torch.bfloat16)):
+        moved = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
+        there = Documents.from_cu_seqlens(documents(LENGTHS).cu_seqlens, device)
+        out, _ = attention.document_attention(torch.nn.Module(), *moved, None, documents=there)
+        gradients = torch.autograd.grad(out.float().square().mean(), moved)
+        found[device.type] = [t.float().cpu() for t in (out, *gradients)]
+    for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=2e-2, atol=2e-2 * cpu.abs().max().item())

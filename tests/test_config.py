@@ -97,15 +97,20 @@ def test_demo_clip_follows_the_papers_rule():
     ("train.py", ["rope=nope"], "Could not find 'rope/nope'"),
     ("train.py", ["+experiment=demo/cope11", "data.store=nowhere"], "data.store=nowhere is not a directory"),
     ("train.py", ["+experiment=cope20"], "trainer.device=cuda, but torch"),
+    ("train.py", ["+experiment=demo/rope", "data=packed", "data.store=STORE", "data.sequence_length=64"],
+     "model.path=outputs/demo/base/export is neither a Hugging Face directory nor a hub model"),
     ("scripts/export.py", [], "checkpoint is not set; give it on the command line"),
     ("scripts/export.py", ["checkpoint=nowhere"], "nowhere is neither a run directory"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line_on_stderr(script, arguments, message):
-    done = run(script, *arguments)
+def test_a_mistake_is_one_line_on_stderr(store_64, tmp_path, script, arguments, message):
+    given = [argument.replace("STORE", str(store_64.root)) for argument in arguments]
+    if any("experiment=demo" in argument for argument in given):
+        given += [f"paths.output_dir={tmp_path}"]
+        message = message.replace("outputs/", f"{tmp_path}/")
+    done = run(script, *given)
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # DeepSpeed's own notices
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -113,6 +118,10 @@ def test_a_mistake_is_one_line_on_stderr(script, arguments, message):
     ({"device": "tpu"}, "trainer.device=tpu is not known; use one of: cuda, cpu"),
     ({"dtype": "float16"}, "trainer.dtype=float16 is not known"),
     ({"max_steps": 0}, "trainer.max_steps=0 must be positive"),
+    ({"stop_after": 0}, "trainer.stop_after=0 must be positive"),
+    ({"learning_rate": -1.0}, r"trainer.learning_rate=-1\.0 must be positive"),
+    ({"warmup_ratio": 10.0}, r"trainer.warmup_ratio=10\.0 is a share; set it between 0 and 1"),
+    ({"device": "cuda", "dtype": "float32"}, "trainer.dtype=float32 with trainer.device=cuda"),
 ])  # fmt: skip
 def test_trainer_values_are_validated(store_64, tmp_path, changes, message):
     config = tiny_run(store_64, tmp_path)

@@ -121,6 +121,13 @@ def _flash_attn_varlen() -> Any:
     return flash_attn_varlen_func
 
 
+def attention_kernel(device: str) -> str:
+    """Name of the back end that this machine will use, for the run's record."""
+    if device == "cpu":
+        return "sdpa per document"
+    return "flash-attn varlen" if _flash_attn_varlen() is not None else "torch varlen"
+
+
 def register() -> str:
     """Make the function known to transformers; returns the name for ``attn_implementation``."""
     AttentionInterface.register(NAME, document_attention)

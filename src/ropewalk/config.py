@@ -69,7 +69,7 @@ class TrainerConfig:
     activation_checkpointing: bool = True
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     log_every: int = 1  # steps
-    checkpoint_every: int = 250  # steps; the last step is always saved
+    checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
     resume: bool = True  # go on from the newest committed checkpoint of the run directory
     accept: list[str] = field(default_factory=list)  # contract entries allowed to differ on resume, by name
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
@@ -218,6 +218,19 @@ SCHEMAS: dict[str, type] = {
 }
 
 
+POSITIVE = (
+    "max_steps",
+    "global_batch_size",
+    "micro_batch_size",
+    "learning_rate",
+    "gradient_clipping",
+    "loss_chunk_size",
+    "log_every",
+    "checkpoint_every",
+    "stop_after",
+)
+
+
 def validate_train(config: TrainConfig, world_size: int) -> None:
     """Check everything about a training run that can be known before a model is built.
 
@@ -225,17 +238,20 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         ValueError: naming the value, the rule and the mend.
     """
     trainer, data = config.trainer, config.data
-    for name in (
-        "max_steps",
-        "global_batch_size",
-        "micro_batch_size",
-        "loss_chunk_size",
-        "checkpoint_every",
-        "log_every",
-    ):
-        _positive(f"trainer.{name}", getattr(trainer, name))
+    for name in POSITIVE:
+        value = getattr(trainer, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"trainer.{name}={value} must be positive")
+    for name in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(trainer, name) <= 1:
+            raise ValueError(f"trainer.{name}={getattr(trainer, name)} is a share; set it between 0 and 1")
     one_of("trainer.device", trainer.device, ("cuda", "cpu"))
     one_of("trainer.dtype", trainer.dtype, ("bfloat16", "float32"))
+    if trainer.device == "cuda" and trainer.dtype == "float32":
+        raise ValueError(
+            "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
+            "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
+        )
     one_of("tracker.name", config.tracker.name, ("wandb", "none"))
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
     per_step = trainer.micro_batch_size * world_size
@@ -263,11 +279,6 @@ def _validate_chain(config: TrainConfig) -> None:
         pretrained_length=config.model.pretrained_length,
         trained_length=config.data.sequence_length,
     )
-
-
-def _positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{name}={value} must be positive; set it to 1 or more")
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -30,8 +30,9 @@ def register_schemas() -> None:
 def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
-    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. A ValueError, or anything wrong with the configuration
-    itself, ends the process with one line on stderr and exit code 2; every other exception keeps its traceback.
+    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. A ValueError that this package raised, or anything wrong
+    with the configuration itself, ends the process with one line on stderr and exit code 2; every other exception
+    keeps its traceback.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
@@ -42,6 +43,8 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
             try:
                 main(to_object(config))
             except ValueError as error:  # here, so that Hydra adds no line of its own
+                if not _is_ours(error):
+                    raise
                 sys.exit(_report(error))
 
         run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(with_object)
@@ -71,10 +74,18 @@ def to_object(config: DictConfig) -> Any:
         raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
 
 
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it; a ValueError from inside a library is a fault, and keeps its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
 def _report(error: Exception) -> int:
     message = str(error)
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

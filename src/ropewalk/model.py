@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -74,12 +75,19 @@ class Position:
             **self._inputs(), max_position_embeddings=max_position_embeddings, length=length
         )
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the chain and its inputs, so of everything the spectrum follows from."""
+        canonical = json.dumps([self.chain.to_list(), self._inputs()], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
     def metadata(self) -> dict[str, Any]:
         """What config.json keeps under "ropewalk"."""
         return {
             "name": self.name,
             "chain": self.chain.to_list(),
             "chain_sha256": self.chain.sha256,
+            "spectrum_sha256": self.sha256,
             "base_model": self.base_model,
             **self._inputs(),
         }
@@ -151,7 +159,7 @@ def training_config(model: ModelConfig, rope_name: str, steps: Steps, sequence_l
         config.rope_parameters = {"rope_type": "default", "rope_theta": model.theta}
         config.max_position_embeddings = model.pretrained_length
     else:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision)
+        config = _read_config(model.path, model.revision)
     _check_architecture(config)
     origin = position_of(config)
     _check_declared(model, origin)
@@ -171,6 +179,16 @@ def training_config(model: ModelConfig, rope_name: str, steps: Steps, sequence_l
     setattr(config, METADATA_KEY, position.metadata())
     config.use_cache = False
     return config
+
+
+def _read_config(path: str, revision: str | None) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"model.path={path} is neither a Hugging Face directory nor a hub model that can be reached; check the "
+            f"path, or log in for a gated one ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_architecture(config: PreTrainedConfig) -> None:
@@ -206,10 +224,19 @@ def build_for_training(
     """
     implementation = attention.register()
     if path is None:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
-    return AutoModelForCausalLM.from_pretrained(
-        path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation
-    )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation
+        )
+    model.config.architectures = [type(model).__name__]  # what vLLM and SGLang choose the class by
+    return model
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of a model with this config, tied ones once; no memory is taken for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def load_for_evaluation(
@@ -267,8 +294,9 @@ def install_spectrum(model: PreTrainedModel) -> None:
     for name in ("inv_freq", "original_inv_freq"):
         device = getattr(rotary, name).device
         setattr(rotary, name, nn.Buffer(truth.to(device, copy=True), persistent=False))
-    if hasattr(rotary, "long_inv_freq"):
-        del rotary.long_inv_freq  # a cached list, recomputed at the next call
+    if model.config.rope_parameters["rope_type"] == "longrope":
+        # Taken past the trained length; left out, it would be computed anew there, by the device's own pow.
+        rotary.long_inv_freq = truth.to(device, copy=True)
     rotary.attention_scaling = scaling
 
 

@@ -82,6 +82,7 @@ def test_directory_is_complete(exported):
     assert config["use_cache"] is True
     assert config["ropewalk"]["chain"] == CHAIN
     assert "auto_map" not in config
+    assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_weights_are_the_masters(trained, exported):
@@ -118,12 +119,36 @@ def test_resolve_takes_all_three_kinds(trained, exported, tmp_path):
     assert resolve_checkpoint(exported) == exported
     run = shutil.copytree(trained, tmp_path / "run")
     made = resolve_checkpoint(run)
-    assert made == run / "export"
+    assert made == run / "exports" / "step-00000002"
     stamp = (made / "model.safetensors").stat().st_mtime_ns
     assert resolve_checkpoint(find_checkpoint(run)).samefile(made)
     assert (made / "model.safetensors").stat().st_mtime_ns == stamp  # current: not written again
     with pytest.raises(ValueError, match="is neither a run directory"):
         resolve_checkpoint(tmp_path)
+
+
+def test_a_runs_own_export_serves_and_is_never_replaced(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    export(composed("export", f"checkpoint={run}"))
+    assert resolve_checkpoint(run) == run / "export"
+    record = run / "export" / "export.json"
+    record.write_text(record.read_text().replace('"step": 2', '"step": 1'))  # as if of another checkpoint
+    assert resolve_checkpoint(run) == run / "exports" / "step-00000002"
+    assert (run / "export" / "verification.json").exists()
+
+
+def test_a_killed_export_is_made_again(trained, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ropewalk.export.hf._source", killed)  # weights and config are written by then
+        with pytest.raises(KeyboardInterrupt):
+            write_export(find_checkpoint(trained), tmp_path / "out", None, overwrite=False)
+    assert not (tmp_path / "out").exists()
+    write_export(find_checkpoint(trained), tmp_path / "out", None, overwrite=False)
+    assert verify_export(find_checkpoint(trained), tmp_path / "out").passed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_is_overwritten_unasked(trained, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_run
 
 from ropewalk.training import find_checkpoint, train, verify_checkpoint
-from ropewalk.training.checkpoint import check_contract, check_resumable, checkpoint_directory
+from ropewalk.training.checkpoint import check_contract, check_world_size, checkpoint_directory
 from ropewalk.training.record import read_metrics
 
 
@@ -79,15 +79,44 @@ def test_contract_names_what_differs():
 
 def test_another_world_size_is_refused(finished):
     checkpoint = find_checkpoint(finished)
-    agreed = verify_checkpoint(checkpoint)["contract"]
-    assert check_resumable(checkpoint, agreed, [], world_size=1) == 4
-    with pytest.raises(ValueError, match="saved by 1 ranks and this run has 2"):
-        check_resumable(checkpoint, agreed, [], world_size=2)
+    manifest = verify_checkpoint(checkpoint)
+    check_world_size(checkpoint, manifest, 1)
+    with pytest.raises(ValueError, match="saved by 1 ranks and this run has 2; resume with 1"):
+        check_world_size(checkpoint, manifest, 2)
+
+
+def test_damage_stops_a_resume_and_its_mend_works(store_64, copied):
+    newest = find_checkpoint(copied)
+    next(newest.rglob("*model_states.pt")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is not the file that was saved.*rename .*manifest.json"):
+        train(tiny_run(store_64, copied))
+    (newest / "manifest.json").rename(newest / "manifest.json.bad")
+    train(tiny_run(store_64, copied))  # from step 2
+    assert verify_checkpoint(find_checkpoint(copied))["step"] == 4
+
+
+def test_what_is_committed_is_not_overwritten(store_64, copied):
+    before = (copied / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"trainer.resume=false, but .* holds step-00000004"):
+        train(tiny_run(store_64, copied, "trainer.resume=false"))
+    assert (copied / "metrics.jsonl").read_text() == before
+
+
+def test_accepted_optimizer_settings_take_effect(store_64, copied):
+    changes = ["trainer.adam_beta2=0.5", "trainer.weight_decay=0.5", "trainer.accept=[optimizer,max_steps]"]
+    train(tiny_run(store_64, copied, "trainer.max_steps=5", *changes))
+    groups = next(
+        value["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+        for path in find_checkpoint(copied).rglob("*optim_states.pt")
+        for value in [torch.load(path, weights_only=False)]
+    )
+    assert [(group["betas"], group["weight_decay"]) for group in groups] == [((0.9, 0.5), 0.5), ((0.9, 0.5), 0.0)]
 
 
 @pytest.mark.parametrize(("override", "entry"), [
     ("trainer.seed=7", "seed"), ("trainer.learning_rate=0.5", "schedule"), ("trainer.max_steps=8", "max_steps"),
     ("trainer.weight_decay=0.3", "optimizer"), ("trainer.global_batch_size=8", "global_batch_size"),
+    ("trainer.overfit_one_batch=true", "overfit_one_batch"), ("model.theta=5e5", "position"),
 ])  # fmt: skip
 def test_resume_refuses_another_run(store_64, copied, override, entry):
     with pytest.raises(ValueError, match=rf"not the one that was saved: {entry} was .*accept=\[{entry}\]"):
@@ -97,7 +126,7 @@ def test_resume_refuses_another_run(store_64, copied, override, entry):
 def test_resume_refuses_another_chain(store_64, copied):
     config = tiny_run(store_64, copied)
     config.rope.chain = [{"method": "abf", "theta": 1e5}]
-    with pytest.raises(ValueError, match=r"chain was .*, is .*accept="):
+    with pytest.raises(ValueError, match=r"position was .*, is .*accept="):
         train(config)
 
 

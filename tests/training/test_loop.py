@@ -17,7 +17,8 @@ from helpers import TINY, alone_environment, composed, save_tiny, tiny_run
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model import assert_spectrum, position_of, training_config
-from ropewalk.training import find_checkpoint, train
+from ropewalk.training import find_checkpoint, loop, train
+from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.engine import place_spectrum, start_engine, start_processes
 from ropewalk.training.loop import micro_batches, open_data, take_step
 from ropewalk.training.record import read_metrics
@@ -61,10 +62,14 @@ def test_overfit_one_batch(store_64, tmp_path):
     assert losses(tmp_path)[-1] < 0.5 * losses(tmp_path)[0]
 
 
-@pytest.mark.parametrize("debug", ["one_step", "profile"])
-def test_debug_configs_run(store_64, tmp_path, debug):
-    train(tiny_run(store_64, tmp_path, f"+debug={debug}", "trainer.max_steps=9"))
-    assert len(losses(tmp_path)) == {"one_step": 1, "profile": 7}[debug]
+@pytest.mark.parametrize("debug", ["one_step", "overfit_one_batch", "profile"])
+def test_debug_configs_run_and_run_again(store_64, tmp_path, debug):
+    for _ in range(2):
+        config = tiny_run(store_64, tmp_path, f"+debug={debug}", "trainer.max_steps=9")
+        config.trainer.checkpoint_every = None  # as the debug configs have it
+        train(config)
+    assert len(losses(tmp_path)) == {"one_step": 1, "overfit_one_batch": 9, "profile": 7}[debug]
+    assert find_checkpoint(tmp_path) is None
     assert bool(list(tmp_path.glob("profile/*.json"))) == (debug == "profile")
 
 
@@ -105,6 +110,7 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     """zero.Init and the engine cast to bf16; the buffers must be the float32 spectrum at each of three points."""
     config = tiny_run(store_64, tmp_path, "trainer.dtype=bfloat16")
     config.rope.chain = COPE
+    train(replace(config, trainer=replace(config.trainer, stop_after=2)))
     ranks = start_processes("cpu")
     store, mixture = open_data(config)
     model_config = training_config(config.model, "cope4", COPE, 64)
@@ -112,14 +118,36 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     lm, spectrum = engine.module.lm, position_of(model_config).spectrum()
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     assert_spectrum(lm, spectrum)
-    loss = take_step(engine, micro_batches(store, mixture, 0, ranks, config), mixture.trained_tokens(0), 1e-3, ranks)
-    assert math.isfinite(loss)
+    batches = micro_batches(store, mixture, 0, ranks, config)
+    take_step(engine, batches, mixture.trained_tokens(0), 1e-3, ranks)
     assert_spectrum(lm, spectrum)
-    lm.to(torch.bfloat16)  # what a load may do
-    with pytest.raises(RuntimeError, match="cast or overwritten"):
-        assert_spectrum(lm, spectrum)
+    load_checkpoint(engine, find_checkpoint(tmp_path))
     place_spectrum(engine)
+    assert_spectrum(lm, spectrum)
+    assert lm.model.rotary_emb.long_inv_freq.dtype == torch.float32
     engine.destroy()
+
+
+def test_bf16_resume_is_exact(store_64, tmp_path):
+    straight, stopped = (tiny_run(store_64, tmp_path / name, "trainer.dtype=bfloat16") for name in ("a", "b"))
+    train(straight)
+    train(replace(stopped, trainer=replace(stopped.trainer, stop_after=2)))
+    train(stopped)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("arm", ["rope", "hardclip20", "cope20", "cope29", "cope34"])
+def test_every_64k_arm_takes_a_step_in_its_debug_form(store_64, tmp_path, arm):
+    """The arm's own trainer settings (bf16, activation checkpointing, accumulation) on a tiny model with 64 pairs."""
+    config = composed(
+        "train", f"+experiment={arm}", "+debug=one_step", "data=packed", f"data.store={store_64.root}",
+        "data.sequence_length=64", "trainer.device=cpu", f"run_dir={tmp_path}",
+    )  # fmt: skip
+    config.model.path = None
+    config.model.architecture = {"model_type": "llama", **TINY, "head_dim": 128, "num_hidden_layers": 1}
+    train(config)
+    assert losses(tmp_path)[0] == pytest.approx(math.log(512), abs=0.05)
+    assert json.loads((tmp_path / "run.json").read_text())["method"] == arm
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(store_64, tmp_path):
@@ -134,6 +162,32 @@ def test_a_loss_that_is_not_finite_changes_nothing(store_64, tmp_path):
     with pytest.raises(FloatingPointError, match="the loss is nan at learning rate"):
         train(config)
     assert find_checkpoint(tmp_path / "run") is None
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(store_64, tmp_path, monkeypatch):
+    """DeepSpeed would skip such an update in silence and count the step."""
+    real = loop.accumulate
+
+    def spoiled(engine, batches, global_tokens, ranks):
+        loss = real(engine, batches, global_tokens, ranks)
+        for partition in engine.optimizer.averaged_gradients.values():
+            partition[0].fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate", spoiled)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        train(tiny_run(store_64, tmp_path))
+    assert losses(tmp_path) == []
+    assert find_checkpoint(tmp_path) is None
+
+
+def test_lone_slurm_tasks_are_refused(store_64, tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match=r"SLURM_NTASKS=8 but RANK is not set"):
+        train(tiny_run(store_64, tmp_path))
 
 
 def test_arms_see_identical_batches(store_64, tmp_path):

@@ -46,6 +46,9 @@ def export(config: ExportConfig) -> Path:
 def resolve_checkpoint(path: str | Path) -> Path:
     """A Hugging Face directory for what a user names: one already, or a training checkpoint or run, exported first.
 
+    A run's own ``export`` serves where it is of that checkpoint and is never replaced; any other checkpoint is exported
+    once, to ``<run>/exports/<step>``.
+
     Raises:
         ValueError: where ``path`` is none of the three.
     """
@@ -53,9 +56,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (path / "config.json").is_file() and not (path / MANIFEST).exists() and list(path.glob("*.safetensors")):
         return path
     checkpoint = committed_checkpoint(path)
-    output = run_of(checkpoint) / "export"
+    run = run_of(checkpoint)
+    if _is_current(run / "export", checkpoint, None):
+        return run / "export"
+    output = run / "exports" / checkpoint.name
     if not _is_current(output, checkpoint, None):
-        write_export(checkpoint, output, None, overwrite=True)
+        write_export(checkpoint, output, None, overwrite=False)
     return output
 
 
@@ -81,6 +87,8 @@ def run_of(checkpoint: Path) -> Path:
 def write_export(checkpoint: Path, output: Path, dtype: str | None, *, overwrite: bool) -> None:
     """Write weights (safetensors), config.json, generation_config.json and the tokenizer.
 
+    They are written beside, in ``<output>.partial``, and renamed when whole.
+
     Args:
         checkpoint: committed training checkpoint.
         output: directory; made anew.
@@ -90,29 +98,37 @@ def write_export(checkpoint: Path, output: Path, dtype: str | None, *, overwrite
     Raises:
         ValueError: where ``output`` holds files and may not be replaced.
     """
-    if output.exists() and any(output.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{output} is not empty; name another output or allow it with overwrite=true")
-        if not (output / SOURCE).exists() and not (output / "config.json").exists():
-            raise ValueError(f"{output} is not an earlier export, so it is not replaced; name another output")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+    _check_replaceable(output, overwrite)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    partial.mkdir(parents=True)
     config = json.loads((checkpoint / "config.json").read_text())
     config["dtype"] = dtype or config["dtype"]
     weights = ZeroWeights(checkpoint, tied=bool(config.get("tie_word_embeddings")))
-    _write_weights(weights, output, getattr(torch, config["dtype"]))
+    _write_weights(weights, partial, getattr(torch, config["dtype"]))
     special = {
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
     }
-    write_atomically(output / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_atomically(output / "generation_config.json", json.dumps(special, indent=2) + "\n")
+    write_atomically(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomically(partial / "generation_config.json", json.dumps(special, indent=2) + "\n")
     tokenizer = run_of(checkpoint) / "tokenizer"
     if tokenizer.is_dir():
-        for file in tokenizer.iterdir():
-            shutil.copy(file, output / file.name)
+        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
     else:
         print(f"no tokenizer in {tokenizer.parent}: the export has none, add one before serving it")
-    write_atomically(output / SOURCE, json.dumps(_source(checkpoint, config["dtype"]), indent=2) + "\n")
+    write_atomically(partial / SOURCE, json.dumps(_source(checkpoint, config["dtype"]), indent=2) + "\n")
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{output} is not empty; name another output or allow it with overwrite=true")
+    if not (output / SOURCE).exists():
+        raise ValueError(f"{output} is not an earlier export, so it is not replaced; name another output")
 
 
 def _write_weights(weights: ZeroWeights, output: Path, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from ropewalk.config import TrainerConfig
 from ropewalk.files import fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
 
@@ -47,22 +48,27 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """Read every file back and compare with the manifest; returns the manifest.
+def verify_checkpoint(checkpoint: str | Path, rank: int | None = None) -> dict[str, Any]:
+    """Read files back and compare them with the manifest; returns the manifest.
+
+    Args:
+        checkpoint: directory of one step.
+        rank: look only at the files that this rank wrote; None: at all.
 
     Raises:
         ValueError: naming the first file that is missing or differs. Nothing is deleted.
     """
     checkpoint = Path(checkpoint)
     manifest = read_manifest(checkpoint)
+    mend = f"; to go on from the checkpoint before it, rename {checkpoint / MANIFEST}"
     for name, expected in manifest["files"].items():
         path = inside(checkpoint, name)
+        if rank is not None and _owner(path) % manifest["world_size"] != rank:
+            continue
         if not path.is_file():
-            raise ValueError(f"{path} is missing, but the manifest lists it. Resume from another checkpoint")
+            raise ValueError(f"{path} is missing, but the manifest lists it{mend}")
         if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise ValueError(
-                f"{path} is not the file that was saved (size or sha256 differs). Resume from another checkpoint"
-            )
+            raise ValueError(f"{path} is not the file that was saved (its size or sha256 differs){mend}")
     return manifest
 
 
@@ -86,7 +92,7 @@ def save_checkpoint(engine: Any, run_dir: Path, step: int, contract: Mapping[str
     engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
     save_file(_rng_state(), directory / f"rng_rank_{rank}.safetensors")
     dist.barrier()
-    mine = {str(path.relative_to(directory)): _settle(path) for path in _written_by(rank, directory)}
+    mine = {str(path.relative_to(directory)): _settle(path) for path in _files_of(rank, directory)}
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)  # every rank's files are durable once this returns
     if rank == 0:
@@ -104,21 +110,54 @@ def save_checkpoint(engine: Any, run_dir: Path, step: int, contract: Mapping[str
     return directory
 
 
-def check_resumable(checkpoint: Path, contract: Mapping[str, Any], accept: list[str], world_size: int) -> int:
-    """Check, before a model is built, that this run may go on from ``checkpoint``; returns its step.
+def resumable_step(run_dir: Path, contract: Mapping[str, Any], trainer: TrainerConfig) -> tuple[Path | None, int]:
+    """The checkpoint that this run goes on from, or None, and its step; before a model is built. Collective.
+
+    Rank 0 looks, so that all ranks mean the same one; each rank reads back the files that it wrote.
 
     Raises:
-        ValueError: for a damaged checkpoint, another world size, or a contract that differs in an entry that
-            ``accept`` does not name.
+        ValueError: on every rank, for a damaged checkpoint, another world size, a contract that differs in an entry
+            that ``trainer.accept`` does not name, or committed checkpoints where the run was told not to resume.
     """
-    manifest = verify_checkpoint(checkpoint)
-    check_contract(manifest["contract"], contract, accept)
-    if manifest["world_size"] != world_size:
+    found = [find_checkpoint(run_dir)]
+    dist.broadcast_object_list(found)
+    checkpoint = found[0]
+    if checkpoint is None:
+        return None, 0
+    if not trainer.resume:
         raise ValueError(
-            f"{checkpoint} was saved by {manifest['world_size']} ranks and this run has {world_size}; resume with "
-            f"{manifest['world_size']} ranks"
+            f"trainer.resume=false, but {run_dir} holds {checkpoint.name}, which is never overwritten; choose another "
+            "run_name or remove that directory"
         )
-    return int(manifest["step"])
+    manifest = read_manifest(checkpoint)
+    check_contract(manifest["contract"], contract, trainer.accept)
+    check_world_size(checkpoint, manifest, dist.get_world_size())
+    _agree(_damage(checkpoint))
+    return checkpoint, int(manifest["step"])
+
+
+def check_world_size(checkpoint: Path, manifest: Mapping[str, Any], world_size: int) -> None:
+    """Raise ValueError where another number of ranks wrote the checkpoint."""
+    saved = manifest["world_size"]
+    if saved != world_size:
+        raise ValueError(f"{checkpoint} was saved by {saved} ranks and this run has {world_size}; resume with {saved}")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        verify_checkpoint(checkpoint, dist.get_rank())
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _agree(problem: str | None) -> None:
+    """Raise the first rank's problem on every rank."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is not None:
+        raise ValueError(first)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> None:
@@ -143,14 +182,14 @@ def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept:
         )
 
 
-def _written_by(rank: int, directory: Path) -> list[Path]:
-    """Files that carry this rank's number; rank 0 also settles those that carry none."""
+def _owner(path: Path) -> int:
+    """The rank that wrote a file: the one whose number it carries, else 0."""
+    numbered = re.search(r"_rank_(\d+)", path.name)
+    return int(numbered.group(1)) if numbered else 0
 
-    def owner(path: Path) -> int:
-        numbered = re.search(r"_rank_(\d+)", path.name)
-        return int(numbered.group(1)) if numbered else 0
 
-    return sorted(path for path in directory.rglob("*") if path.is_file() and owner(path) == rank)
+def _files_of(rank: int, directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and _owner(path) == rank)
 
 
 def _settle(path: Path) -> dict[str, Any]:

@@ -36,6 +36,24 @@ class Ranks:
         return self.rank == 0
 
 
+def world_size() -> int:
+    """Ranks that the launcher has announced, before any of them is joined.
+
+    Raises:
+        ValueError: where srun started several tasks that do not know their ranks, or a rank lacks its place on the
+            node: each would be a run of its own in the same directory.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks > 1:
+        raise ValueError(
+            f"SLURM_NTASKS={tasks} but RANK is not set, so every task would be rank 0; start through "
+            "slurm/train_64k.sh, which sets RANK, LOCAL_RANK and WORLD_SIZE"
+        )
+    if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        raise ValueError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_processes(device: str) -> Ranks:
     """Join the process group that srun or torchrun describes; alone, make one of a single process."""
     deepspeed = import_deepspeed(device)
@@ -175,6 +193,14 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings)
     place_spectrum(engine)
     return engine
+
+
+def restore_settings(engine: Any, trainer: TrainerConfig) -> None:
+    """Put the run's own optimizer settings back; loading a state brings the saved run's along."""
+    for group, decay in zip(engine.optimizer.param_groups, (trainer.weight_decay, 0.0), strict=True):
+        group["betas"] = (trainer.adam_beta1, trainer.adam_beta2)
+        group["eps"] = trainer.adam_eps
+        group["weight_decay"] = decay
 
 
 def place_spectrum(engine: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from ropewalk.attention import Documents
+from ropewalk.attention import Documents, attention_kernel
 from ropewalk.config import TrainConfig, existing_directory, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
-from ropewalk.model import Position, position_of, training_config
-from ropewalk.training.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
-from ropewalk.training.engine import Ranks, place_spectrum, start_engine, start_processes
+from ropewalk.model import Position, count_parameters, position_of, training_config
+from ropewalk.training.checkpoint import load_checkpoint, resumable_step, save_checkpoint
+from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, start_engine, start_processes, world_size
 from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.tracker import open_tracker
@@ -32,13 +33,13 @@ def train(config: TrainConfig) -> None:
         ValueError: for a configuration, store or checkpoint that does not fit, before a model is built.
         FloatingPointError: where the loss is not finite; the weights are not updated and nothing is saved.
     """
-    require_device("trainer.device", config.trainer.device)
-    ranks = start_processes(config.trainer.device)
-    validate_train(config, ranks.world_size)
+    trainer = config.trainer
+    require_device("trainer.device", trainer.device)
+    validate_train(config, world_size())
     store, mixture = open_data(config)
     model_config = training_config(config.model, config.rope.name, config.rope.chain, config.data.sequence_length)
     fit_tokenizer(model_config, store, from_scratch=config.model.path is None)
-    _run(config, ranks, store, mixture, model_config)
+    _run(config, start_processes(trainer.device), store, mixture, model_config)
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
@@ -77,9 +78,10 @@ def contract(config: TrainConfig, position: Position, mixture: Mixture) -> dict[
     """What a resumed run must share with the checkpoint, entry by entry."""
     trainer = config.trainer
     return {
-        "chain": position.chain.to_list(),
-        "base_model": config.model.path or dict(config.model.architecture),
+        "position": {key: value for key, value in position.metadata().items() if key not in ("name", "base_model")},
+        "base_model": [config.model.path, config.model.revision, dict(config.model.architecture)],
         **mixture.contract(),
+        "overfit_one_batch": trainer.overfit_one_batch,
         "max_steps": trainer.max_steps,
         "schedule": [trainer.learning_rate, trainer.min_lr_ratio, trainer.warmup_ratio],
         "optimizer": [
@@ -98,26 +100,27 @@ def _run(
 ) -> None:
     trainer, run_dir, position = config.trainer, Path(config.run_dir), position_of(model_config)
     agreed = contract(config, position, mixture)
-    checkpoint = find_checkpoint(run_dir) if trainer.resume else None
-    start = check_resumable(checkpoint, agreed, trainer.accept, ranks.world_size) if checkpoint else 0
+    checkpoint, start = resumable_step(run_dir, agreed, trainer)
     last = min(trainer.max_steps, start + (trainer.stop_after or trainer.max_steps))
     if start >= last:
         _say(ranks, f"{run_dir} is at step {start} of {trainer.max_steps}: nothing left to do")
         return
+    observer = Observer(config, ranks, model_config, store, start)
     engine = start_engine(config, model_config, ranks)
     if checkpoint:
         load_checkpoint(engine, checkpoint)
+        restore_settings(engine, trainer)
         place_spectrum(engine)
-    observer = Observer(config, ranks, position, store, engine, start)
     with _profiler(trainer.profile_steps, run_dir, ranks) as profile:
         for step in range(start, last):
-            batches = micro_batches(store, mixture, 0 if trainer.overfit_one_batch else step, ranks, config)
-            tokens = mixture.trained_tokens(0 if trainer.overfit_one_batch else step)
-            loss = take_step(engine, batches, tokens, learning_rate(step, trainer), ranks)
-            observer.record(step + 1, loss, tokens, engine)
-            if (step + 1) % trainer.checkpoint_every == 0 or step + 1 == last:
-                save_checkpoint(engine, run_dir, step + 1, agreed)
-                observer.restart_clock()
+            seen = 0 if trainer.overfit_one_batch else step
+            batches = micro_batches(store, mixture, seen, ranks, config)
+            tokens = mixture.trained_tokens(seen)
+            loss, grad_norm = take_step(engine, batches, tokens, learning_rate(step, trainer), ranks)
+            observer.record(step + 1, loss, grad_norm, tokens)
+            if trainer.checkpoint_every and ((step + 1) % trainer.checkpoint_every == 0 or step + 1 == last):
+                with observer.clock_stopped():
+                    save_checkpoint(engine, run_dir, step + 1, agreed)
             if profile is not None:
                 profile.step()
     observer.finish()
@@ -129,11 +132,14 @@ def micro_batches(store: PackedStore, mixture: Mixture, step: int, ranks: Ranks,
     return [read_batch(store, part) for part in refs]
 
 
-def take_step(engine: Any, batches: list[Batch], global_tokens: int, lr: float, ranks: Ranks) -> float:
-    """One optimizer step over this rank's micro batches; returns the loss of the global batch, nats per token.
+def take_step(engine: Any, batches: list[Batch], global_tokens: int, lr: float, ranks: Ranks) -> tuple[float, float]:
+    """One optimizer step over this rank's micro batches.
+
+    Returns:
+        The loss of the global batch, nats per token, and the norm of its gradient before clipping.
 
     Raises:
-        FloatingPointError: where the loss is not finite, before the weights change.
+        FloatingPointError: where either is not finite; the weights are as they were.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -141,7 +147,14 @@ def take_step(engine: Any, batches: list[Batch], global_tokens: int, lr: float, 
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} at learning rate {lr:.3g}; the weights were left as they were")
     engine.step()
-    return loss
+    # DeepSpeed leaves the weights alone, without a word, where the norm is not finite.
+    grad_norm = float(engine.get_global_grad_norm())
+    if engine.optimizer.overflow or not math.isfinite(grad_norm) or grad_norm < 0:
+        raise FloatingPointError(
+            f"the gradient is not finite (norm {grad_norm}) at loss {loss:.4f} and learning rate {lr:.3g}; the weights "
+            "were left as they were"
+        )
+    return loss, grad_norm
 
 
 def accumulate(engine: Any, batches: list[Batch], global_tokens: int, ranks: Ranks) -> float:
@@ -174,14 +187,10 @@ class Observer:
     """Writes what happens: the run's record, metrics.jsonl, the tracker, and the line on the terminal."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        ranks: Ranks,
-        position: Position,
-        store: PackedStore,
-        engine: Any,
-        start: int,
+        self, config: TrainConfig, ranks: Ranks, model_config: PreTrainedConfig, store: PackedStore, start: int
     ) -> None:
+        position = position_of(model_config)
+        model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
         self.config, self.ranks = config, ranks
         self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
         self.clock = time.monotonic()
@@ -190,21 +199,21 @@ class Observer:
             return
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-        details = write_record(config, position, store.fingerprint, parameters, ranks.world_size)
+        details = write_record(config, position, store, model, ranks.world_size)
         copy_tokenizer(store.tokenizer_path, run_dir)
         self.metrics = MetricsFile(run_dir, start)
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, {**asdict(config), "run": details})
         self.progress = Progress(start, config.trainer.max_steps)
+        where = f"from step {start}" if start else "from the start"
         _say(
             ranks,
-            f"{config.run_name}: {position.chain}, {parameters:,} parameters, {self.tokens_per_step:,} tokens a step",
+            f"{config.run_name}: {position.chain}, {model['parameters']:,} parameters, "
+            f"{self.tokens_per_step:,} tokens a step, {where}",
         )
 
-    def record(self, step: int, loss: float, trained_tokens: int, engine: Any) -> None:
+    def record(self, step: int, loss: float, grad_norm: float, trained_tokens: int) -> None:
         """Record one finished step, every ``log_every`` steps and at the last."""
         trainer = self.config.trainer
-        grad_norm = engine.get_global_grad_norm()  # collective
         if not self.ranks.is_main or (step % trainer.log_every and step != trainer.max_steps):
             return
         now = time.monotonic()
@@ -214,7 +223,7 @@ class Observer:
             "tokens": step * self.tokens_per_step,
             "trained_tokens": trained_tokens,
             "loss": loss,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate(step - 1, trainer),
             "tokens_per_second": steps * self.tokens_per_step / seconds,
             "seconds": seconds / steps,
@@ -224,9 +233,12 @@ class Observer:
         self.tracker.log(row)
         _say(self.ranks, self.progress.line(row))
 
-    def restart_clock(self) -> None:
-        """Leave what has passed since the last row, a checkpoint's writing, out of the next row's speed."""
-        self.clock = time.monotonic()
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave what happens inside, the writing of a checkpoint, out of the steps' speed."""
+        before = time.monotonic()
+        yield
+        self.clock += time.monotonic() - before
 
     def finish(self) -> None:
         """Close the tracker."""

@@ -7,17 +7,28 @@ import shutil
 import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ropewalk.config import TrainConfig
+from ropewalk.data import PackedStore
 from ropewalk.files import write_atomically
 from ropewalk.model import Position
 
-PACKAGES = ("ropewalk", "torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "numpy")
+PACKAGES = (
+    "ropewalk",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "flash-attn",
+)
 
 
 def git_commit() -> str | None:
@@ -36,26 +47,42 @@ def git_commit() -> str | None:
     return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def write_record(
-    config: TrainConfig, position: Position, store_fingerprint: str, parameters: int, world_size: int
+    config: TrainConfig, position: Position, store: PackedStore, model: dict[str, Any], world_size: int
 ) -> dict[str, Any]:
-    """Write config.yaml and run.json into the run directory; returns what run.json holds."""
+    """Write config.yaml and run.json into the run directory; returns what run.json holds.
+
+    Args:
+        config: resolved.
+        position: what the model rotates with.
+        store: what it is trained on.
+        model: further facts about it (parameters, attention kernel).
+        world_size: ranks.
+    """
     spectrum = position.spectrum()
     record = {
         "run_name": config.run_name,
         "method": position.name,
         "chain": str(position.chain),
         "chain_sha256": position.chain.sha256,
+        "spectrum_sha256": position.sha256,
         "theta": position.theta,
         "head_dim": position.head_dim,
         "pretrained_length": position.pretrained_length,
         "trained_length": position.trained_length,
         "inv_freq": spectrum.inv_freq.tolist(),
         "attention_scaling": spectrum.attention_scaling,
-        "parameters": parameters,
-        "store_fingerprint": store_fingerprint,
+        **model,
+        "store_fingerprint": store.fingerprint,
         "git_commit": git_commit(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "world_size": world_size,
     }
     run_dir = Path(config.run_dir)

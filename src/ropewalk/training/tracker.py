@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
@@ -52,7 +52,7 @@ class WandbTracker:
             resume="allow",
             dir=run_dir,
             config=details,
-            mode="online" if _has_key() else "offline",
+            mode=_mode(),
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run.define_metric("tokens")
@@ -68,12 +68,14 @@ class WandbTracker:
         self.run.finish()
 
 
-def _has_key() -> bool:
+def _mode() -> Literal["offline"] | None:
+    """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
-    settings = wandb.setup().settings  # WANDB_API_KEY among them
-    return bool(settings.api_key or read_netrc_auth(host=settings.base_url))
+    settings = wandb.setup().settings  # WANDB_API_KEY and WANDB_MODE among them
+    has_key = settings.api_key or read_netrc_auth(host=settings.base_url)
+    return None if has_key or settings.mode != "online" else "offline"
 
 
 def open_tracker(config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any]) -> Tracker:
