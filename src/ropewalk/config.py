@@ -218,6 +218,7 @@ SCHEMAS: dict[str, type] = {
 }
 
 
+STORE_MEND = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
 POSITIVE = (
     "max_steps",
     "global_batch_size",
@@ -267,7 +268,7 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             f"or an architecture to build from scratch (one of {', '.join(SUPPORTED_MODEL_TYPES)})"
         )
     _validate_chain(config)
-    existing_directory("data.store", data.store, "make one with data_prep/prepare.py")
+    existing_directory("data.store", data.store, STORE_MEND)
 
 
 def _validate_chain(config: TrainConfig) -> None:

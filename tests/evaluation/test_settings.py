@@ -8,8 +8,8 @@ import pytest
 from ropewalk.config import RopeConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
 from ropewalk.evaluation.settings import resolve_trained_length, settings_by_length
-from ropewalk.model import Position
 from ropewalk.rope import RopeChain, Spectrum, registry
+from ropewalk.rope.position import Position
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
 LENGTHS = [512, 1024, 2048, 4096, 8192]

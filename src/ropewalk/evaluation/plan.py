@@ -14,7 +14,8 @@ from ropewalk.evaluation.prompts import Prompt, build_grid, number_of_keys
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
-from ropewalk.model import Position, read_position
+from ropewalk.model import read_position
+from ropewalk.rope.position import Position
 
 SHORTEST = 64  # tokens; a shorter context has no bucket of its own
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ropewalk.config import RopeConfig, TestTimeConfig
-from ropewalk.rope import RopeChain, Spectrum
-
-if TYPE_CHECKING:
-    from ropewalk.model import Position
+from ropewalk.rope import Position, RopeChain, Spectrum
 
 
 @dataclass(frozen=True)

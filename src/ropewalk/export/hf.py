@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ropewalk.config import ExportConfig, one_of
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import write_atomically
-from ropewalk.model import METADATA_KEY
+from ropewalk.rope.position import METADATA_KEY
 from ropewalk.training.checkpoint import MANIFEST, find_checkpoint, read_manifest
 
 SOURCE = "export.json"  # which checkpoint an export came from; written last

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoTokenizer
 from ropewalk import attention
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import write_atomically
-from ropewalk.model import assert_spectrum, build_for_training, install_spectrum, position_of
+from ropewalk.model import assert_spectrum, build_for_training, install_spectrum
+from ropewalk.rope.position import position_of
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation

@@ -2,7 +2,8 @@
 
 from ropewalk.rope import methods as methods  # fills the registry
 from ropewalk.rope.chain import RopeChain
+from ropewalk.rope.position import Position
 from ropewalk.rope.registry import available_methods, register_method
 from ropewalk.rope.spectrum import Spectrum
 
-__all__ = ["RopeChain", "Spectrum", "available_methods", "register_method"]
+__all__ = ["Position", "RopeChain", "Spectrum", "available_methods", "register_method"]

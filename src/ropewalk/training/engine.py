@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.loss import tiled_linear_cross_entropy
-from ropewalk.model import assert_spectrum, build_for_training, install_spectrum, position_of
+from ropewalk.model import assert_spectrum, build_for_training, install_spectrum
+from ropewalk.rope.position import position_of
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents, attention_kernel
-from ropewalk.config import TrainConfig, existing_directory, require_device, validate_train
+from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
-from ropewalk.model import Position, count_parameters, position_of, training_config
+from ropewalk.model import count_parameters, training_config
+from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint import load_checkpoint, resumable_step, save_checkpoint
 from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, start_engine, start_processes, world_size
 from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
@@ -49,7 +50,7 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
         ValueError: for a store of another sequence length, or a mixture that does not fit it.
     """
     data = config.data
-    store = PackedStore(existing_directory("data.store", data.store, "make one with data_prep/prepare.py"))
+    store = PackedStore(existing_directory("data.store", data.store, STORE_MEND))
     if store.sequence_length != data.sequence_length:
         raise ValueError(
             f"data.sequence_length={data.sequence_length}, but {data.store} holds sequences of {store.sequence_length} "

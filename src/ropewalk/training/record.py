@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from ropewalk.config import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.files import write_atomically
-from ropewalk.model import Position
+from ropewalk.rope.position import Position
 
 PACKAGES = (
     "ropewalk",
