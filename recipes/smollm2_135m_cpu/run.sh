@@ -30,4 +30,4 @@ for arm in rope cope10; do
 done
 
 python scripts/compare.py "runs=[$out/rope,$out/cope10,$out/hardclip10,$out/yarn2,$out/rope_trained,$out/cope10_trained]" \
-  baseline=rope output="$out/report.html" title='SmolLM2-135M past its 8,192 tokens'
+  baseline=rope output="$out/report.html" title='SmolLM2-135M past its trained length'

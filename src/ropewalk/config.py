@@ -46,6 +46,7 @@ class DataConfig:
     store: str = MISSING  # directory of the packed store
     sequence_length: int = MISSING  # tokens; must equal the store's
     mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of sequences; normalised
+    verify: bool = False  # hash every file of the store before training
 
 
 @dataclass
@@ -180,6 +181,7 @@ class EvaluateConfig:
     device: str = "cuda"
     dtype: str = "bfloat16"
     max_documents: int | None = None
+    overwrite: bool = False  # replace an evaluation of other settings in `output`
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)  # applied to the checkpoint's own chain, without training
     test_time: TestTimeConfig = field(default_factory=TestTimeConfig)

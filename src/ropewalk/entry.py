@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import linecache
 import os
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ropewalk import config
 from ropewalk.config import SCHEMAS
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -39,9 +44,9 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @wraps(main)
-        def with_object(config: DictConfig) -> None:
+        def with_object(composed: DictConfig) -> None:
             try:
-                main(to_object(config))
+                main(to_object(composed))
             except ValueError as error:  # here, so that Hydra adds no line of its own
                 if not _is_ours(error):
                     raise
@@ -61,31 +66,47 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
     return decorate
 
 
-def to_object(config: DictConfig) -> Any:
+def to_object(composed: DictConfig) -> Any:
     """The composed configuration as its dataclass, every interpolation resolved.
 
     Raises:
         ValueError: for a mandatory value that nothing has set.
     """
     try:
-        return OmegaConf.to_object(config)
+        return OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it; a ValueError from inside a library is a fault, and keeps its traceback."""
+    """Whether a raise statement of this package made it; what comes out of a library is a fault with a traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    if trace is None:
+        return False
+    file = trace.tb_frame.f_code.co_filename
+    is_raise = linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
+    return is_raise and Path(file).is_relative_to(Path(__file__).parent)
 
 
 def _report(error: Exception) -> int:
     message = str(error)
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
+    if not isinstance(error, ValueError):  # Hydra's own: without its search path, and with a way on
+        message = f"{message.split('Config search path')[0].strip()}; {_mend(message)}"
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _mend(message: str) -> str:
+    """What to do about an unknown key or option: the nearest key, if there is one."""
+    unknown = re.search(r"Key '(\w+)' not in '(\w+)'", message)
+    schema = getattr(config, unknown.group(2), None) if unknown else None
+    near = difflib.get_close_matches(unknown.group(1), [f.name for f in fields(schema)]) if unknown and schema else []
+    if near:
+        return f"did you mean {near[0]}?"
+    return "--cfg job shows every key with its value, --help every option of a group"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -18,8 +19,13 @@ def fsync_path(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) beside ``path`` and rename it into place; durable on return."""
+    replace_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` make a file beside ``path`` and rename it into place; durable on return."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    write(partial)
     fsync_path(partial)
     partial.replace(path)
     fsync_path(path.parent)

@@ -14,13 +14,11 @@ def sequence(tokens: list[int], ends: list[int]) -> PackedSequence:
 
 def test_collate_by_hand():
     """Two sequences of five: documents 10 11 12 | 20 | padding, then one document of the whole length."""
-    batch = collate([sequence([10, 11, 12, 20, 0], [3, 4]), sequence([30, 31, 32, 33, 34], [5])], [1, 0])
+    batch = collate([sequence([10, 11, 12, 20, 0], [3, 4]), sequence([30, 31, 32, 33, 34], [5])])
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 0, 30, 31, 32, 33, 34]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 0, 1, 2, 3, 4]]
     assert batch.labels.tolist() == [[11, 12, -100, -100, -100, 31, 32, 33, 34, -100]]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 10]
-    assert batch.max_seqlen == 5
-    assert batch.domain_ids.tolist() == [1, 0]
     assert batch.trained_tokens == 2 + 0 + 4
     assert (batch.input_ids.dtype, batch.position_ids.dtype, batch.labels.dtype) == (torch.int64,) * 3
     assert batch.cu_seqlens.dtype == torch.int32
@@ -57,7 +55,6 @@ def test_labels_equal_those_of_each_document_alone(store_64):
     assert batch.labels[0].tolist() == expected
     assert batch.position_ids[0].tolist() == positions
     assert batch.trained_tokens == mixture.trained_tokens(0)
-    assert batch.domain_ids.tolist() == [sorted(store_64.domains).index("short")] * 6
 
 
 def test_ranks_share_the_global_batch_in_order(store_64):

@@ -1,5 +1,7 @@
-"""Every command that the README and the recipes show: whole where it is small, composed where it needs a cluster."""
+"""The README's and the recipes' commands compose, and the demo's path runs whole at the smallest size."""
 
+import json
+import math
 import re
 import shlex
 import subprocess
@@ -9,6 +11,7 @@ import pytest
 from helpers import alone_environment, composed
 
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
 BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -56,6 +59,29 @@ def test_shell_scripts_parse(script):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("recipes/")])
+def test_recipe_commands_compose(script):
+    """Each python line of a recipe, with its shell variables filled in by any word."""
+    text = (ROOT / script).read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python ")]
+    assert lines
+    for line in lines:
+        filled = re.sub(r'"\$@"', "", line)
+        filled = re.sub(r'"runs=\[.*?\]"', "'runs=[a,b]'", filled)
+        for variable, value in {"$arm": "rope", "${arm}": "rope", "$name": "x", "$run": "x"}.items():
+            filled = filled.replace(variable, value)
+        _, entry, *overrides = shlex.split(re.sub(r"\$\w+|\$\{\w+\}", "x", filled))
+        if entry in ENTRIES:
+            composed(ENTRIES[entry], *overrides)
+        else:
+            assert (ROOT / entry).is_file(), entry
+
+
+def test_no_placeholder_is_left():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]:
+        assert "@@" not in path.read_text(), path
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_help_names_the_groups_and_how_to_override(entry):
     done = run(sys.executable, entry, "--help")
@@ -84,14 +110,21 @@ def test_the_whole_path_on_the_fixture_corpus(tmp_path):
     command("scripts/export.py", f"checkpoint={out}/demo/base")
     extend = [f"data.store={data}/demo/packed-1024", "data.sequence_length=1024"]
     command("train.py", "+experiment=demo/cope11", *small, *extend)
+    command("scripts/export.py", f"checkpoint={out}/demo/cope11")
     runs = ["base", "cope11"]
+    for name in runs:
+        assert json.loads((out / "demo" / name / "export" / "verification.json").read_text())["passed"] is True
     for name in runs:
         said = command("scripts/evaluate.py", f"checkpoint={out}/demo/{name}", f"output={out}/demo/{name}/evaluation",
                        f"documents={data}/demo/heldout", "lengths=[128,512,1024]", "device=cpu", "dtype=float32",
                        "needle.samples=1")  # fmt: skip
-        assert "1024" in said
+        assert "holds this evaluation already" not in said
+        results = read_results(out / "demo" / name / "evaluation")
+        nll = results[(results["task"] == "loss_at_length") & (results["metric"] == "nll")]
+        assert nll["context_length"].tolist() == [128, 512, 1024]
+        assert nll["value"].between(1, math.log(4096) + 1).all()
     listed = ",".join(f"{out}/demo/{name}" for name in runs)
     said = command("scripts/compare.py", f"runs=[{listed}]", "baseline=base", f"output={out}/report.html")
-    assert "report.html" in said
+    assert "Difference to base" in said
     page = (out / "report.html").read_text()
     assert "abf(theta=1e5) &gt; cope(clip=11)" in page

@@ -112,10 +112,22 @@ def test_the_rope_group_is_applied_without_training(config) -> None:
     config.lengths, config.test_time = [128], AtTestTime(name="none")
     plain = evaluate(config)
     config.rope = RopeConfig("hardclip4", [{"method": "hardclip", "clip": 4}])
+    with pytest.raises(ValueError, match=r"holds an evaluation that differs in: settings; name another output"):
+        evaluate(config)
+    config.overwrite = True
     clipped = evaluate(config)
     assert set(clipped["method"]) == {"hardclip4"}
     assert set(clipped["chain"]) == {"hardclip(clip=4)"}
     assert abs(plain["value"].iloc[-1] - clipped["value"].iloc[-1]) > 1e-4
+
+
+def test_a_finished_evaluation_is_kept(config, monkeypatch, capsys) -> None:
+    config.lengths = [128]
+    made = evaluate(config)
+    monkeypatch.setattr("ropewalk.evaluation.run.load_for_evaluation", None)  # must not be needed
+    again = evaluate(config)
+    assert "holds this evaluation already" in capsys.readouterr().out
+    assert again["value"].tolist() == made["value"].tolist()
 
 
 def test_one_model_is_in_memory_at_a_time(config, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 from report.fake_runs import DOCUMENTS, FakeRun, write_run
 
 from ropewalk.report.differences import Difference, Unpaired, at_length, by_position
+from ropewalk.report.needle import EXACT_MATCH, Pooled, is_at_chance, pooled
 from ropewalk.report.passes import OWN, passes
 from ropewalk.report.results_table import ResultsTable, results_table
-from ropewalk.report.retrieval import EXACT_MATCH, Pooled, is_at_chance, pooled
 from ropewalk.report.runs import Run, flatten, load_run
 from ropewalk.report.runs_table import facts
 
@@ -156,3 +157,22 @@ def test_commit_keeps_its_mark_of_uncommitted_changes(tmp_path: Path) -> None:
 
 def test_flatten_gives_dotted_keys_and_keeps_lists() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
+
+
+def test_other_text_under_the_same_names_is_not_paired(tmp_path):
+    runs = []
+    for name, prefix in (("a", "0" * 64), ("b", "1" * 64)):
+        directory = write_run(tmp_path / name, FakeRun(name))
+        record = directory / "evaluation" / "evaluation.json"
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps({**content, "document_prefixes": {"doc": prefix}}))
+        runs.append(load_run(directory))
+    found = at_length(runs[1], runs[0], 2048)
+    assert isinstance(found, Unpaired)
+    assert "read other text, or other tokens" in found.reason
+
+
+def test_an_evaluation_without_its_record_is_unfinished(tmp_path):
+    directory = write_run(tmp_path / "a", FakeRun("a"))
+    (directory / "evaluation" / "evaluation.json").unlink()
+    assert load_run(directory).results.empty

@@ -24,16 +24,12 @@ class Batch:
         position_ids: int64 (1, N), from 0 in each document.
         labels: int64 (1, N), already shifted: the next token of the same document, else -100.
         cu_seqlens: int32 (n_documents + 1,), document boundaries in the row; padding counts as a document.
-        max_seqlen: tokens of the longest document.
-        domain_ids: int64 (B,), domain of each sequence.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
-    domain_ids: Tensor
 
     @property
     def trained_tokens(self) -> int:
@@ -41,12 +37,11 @@ class Batch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | None = None) -> Batch:
+def collate(sequences: Sequence[PackedSequence]) -> Batch:
     """Flatten packed sequences into one row.
 
     Args:
         sequences: the micro batch; at least one.
-        domain_ids: domain of each sequence; None: all 0.
     """
     tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
     labels = np.full_like(tokens, IGNORE_INDEX)
@@ -67,15 +62,12 @@ def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | Non
         position_ids=torch.from_numpy(positions)[None],
         labels=torch.from_numpy(labels)[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=int(lengths.max()),
-        domain_ids=torch.tensor(domain_ids if domain_ids is not None else [0] * len(sequences), dtype=torch.int64),
     )
 
 
 def read_batch(store: PackedStore, refs: Sequence[SequenceRef]) -> Batch:
-    """Read and collate ``refs``; a domain's id is its place among the store's sorted domain names."""
-    names = sorted(store.domains)
-    return collate([store.read(ref.domain, ref.index) for ref in refs], [names.index(ref.domain) for ref in refs])
+    """Read and collate ``refs``."""
+    return collate([store.read(ref.domain, ref.index) for ref in refs])
 
 
 def rank_micro_batches(

@@ -79,6 +79,11 @@ def random_key(rng: Random, digits: int) -> str:
     return "".join([_choice("123456789", rng), *(_choice("0123456789", rng) for _ in range(digits - 1))])
 
 
+def number_of_keys(digits: int) -> int:
+    """How many keys ``random_key`` chooses among."""
+    return 9 * 10 ** (digits - 1)
+
+
 def retrieval_documents(
     encoder: DocumentEncoder, filler: Sequence[str], sequence_length: int, tokens: int, seed: int
 ) -> Iterator[NDArray[np.uint32]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
 from ropewalk.config import EvaluateConfig, existing_directory, one_of, require_device
+from ropewalk.data.retrieval import number_of_keys
 from ropewalk.evaluation.documents import Windows, make_windows
-from ropewalk.evaluation.prompts import Prompt, build_grid, number_of_keys
+from ropewalk.evaluation.prompts import Prompt, build_grid
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
@@ -39,6 +42,24 @@ class Plan:
         return self.config.name or (directory.parent if directory.name == "export" else directory).name
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What the results depend on besides this code: settings, checkpoint and tokens, as SHA-256 of each."""
+        settings = {k: v for k, v in asdict(self.config).items() if k not in ("output", "overwrite", "paths")}
+        weights = sorted((p.name, p.stat().st_size) for p in self.directory.glob("*.safetensors"))
+        described = [self.directory / name for name in ("config.json", "export.json")]
+        parts = [path.read_text() for path in described if path.exists()]
+        return {
+            "settings_sha256": _sha256(settings),
+            "checkpoint_sha256": _sha256([parts, weights]),
+            "windows_sha256": _sha256({name: ids.tolist() for name, ids in self.windows.tokens.items()}),
+        }
+
+    @property
+    def document_prefixes(self) -> dict[str, str]:
+        """SHA-256 of each document's first tokens: what tells that two evaluations read the same text and tokens."""
+        return {name: _sha256(ids[:SHORTEST].tolist()) for name, ids in self.windows.tokens.items()}
+
+    @property
     def method(self) -> str:
         """The checkpoint's method, or the ``rope`` group's where one is applied; both where there are two."""
         rope, own = self.config.rope, self.position
@@ -53,6 +74,10 @@ class Plan:
         return documents + sum(length * len(prompts) for length, prompts in self.prompts.items())
 
 
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def make_plan(config: EvaluateConfig) -> Plan:
     """Check the configuration, read position, tokenizer and documents, and write every prompt.
 
@@ -61,13 +86,13 @@ def make_plan(config: EvaluateConfig) -> Plan:
     """
     _validate(config)
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
-    output = writable_directory("output", config.output)
     directory = resolve_checkpoint(config.checkpoint)
     position = read_position(directory)
     settings = settings_by_length(position, config.rope, config.test_time, config.lengths)
     tokenizer = load_tokenizer(directory)
     windows = make_windows(documents, tokenizer, config.lengths[-1], config.max_documents)
     prompts = {length: build_grid(tokenizer, windows, length, config.needle, config.seed) for length in config.lengths}
+    output = writable_directory("output", config.output)
     return Plan(config, directory, output, position, settings, windows, prompts)
 
 

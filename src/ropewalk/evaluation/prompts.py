@@ -33,11 +33,6 @@ class Prompt:
     control: torch.Tensor
 
 
-def number_of_keys(digits: int) -> int:
-    """How many keys ``random_key`` chooses among."""
-    return 9 * 10 ** (digits - 1)
-
-
 def build_grid(tokenizer: Any, windows: Windows, length: int, config: NeedleConfig, seed: int) -> list[Prompt]:
     """The prompts of one context length, depth by depth.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference
+from ropewalk.files import replace_atomically, write_atomically
 
 COLUMNS = {
     "run": "str",
@@ -76,11 +76,11 @@ def write_evaluation(output: Path, results: pd.DataFrame, documents: pd.DataFram
     the tables beside it are its own.
     """
     (output / RECORD).unlink(missing_ok=True)
-    _replace(output / RESULTS_CSV, lambda path: results.to_csv(path, index=False))
-    _replace(output / RESULTS, lambda path: results.to_parquet(path, index=False))
-    _replace(output / DOCUMENTS, lambda path: documents.to_parquet(path, index=False))
+    replace_atomically(output / RESULTS_CSV, lambda path: results.to_csv(path, index=False))
+    replace_atomically(output / RESULTS, lambda path: results.to_parquet(path, index=False))
+    replace_atomically(output / DOCUMENTS, lambda path: documents.to_parquet(path, index=False))
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    _replace(output / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(output / RECORD, text)
 
 
 def read_results(directory: str | Path) -> pd.DataFrame:
@@ -177,9 +177,3 @@ def _finished(directory: str | Path) -> Path:
             f"{path} holds no finished evaluation (no {RECORD}); run scripts/evaluate.py with output={path}"
         )
     return path
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    write(beside)
-    os.replace(beside, path)

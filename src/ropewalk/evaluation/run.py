@@ -14,7 +14,14 @@ from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, lo
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.plan import Plan, make_plan
 from ropewalk.evaluation.progress import Progress
-from ropewalk.evaluation.results import RECORD, document_table, results_table, write_evaluation
+from ropewalk.evaluation.results import (
+    RECORD,
+    document_table,
+    read_record,
+    read_results,
+    results_table,
+    write_evaluation,
+)
 from ropewalk.evaluation.scoring import ModelScorer, Scorer
 from ropewalk.evaluation.settings import Setting
 from ropewalk.model import load_for_evaluation
@@ -33,6 +40,11 @@ def evaluate(config: EvaluateConfig) -> pd.DataFrame:
     """
     plan = make_plan(config)
     print(_announce(plan), flush=True)
+    if is_finished(plan):
+        print(f"{plan.output} holds this evaluation already", flush=True)
+        results = read_results(plan.output)
+        print(summary(results), flush=True)
+        return results
     progress = Progress(plan.tokens)
     rows: list[dict[str, Any]] = []
     sums: list[pd.DataFrame] = []
@@ -44,6 +56,24 @@ def evaluate(config: EvaluateConfig) -> pd.DataFrame:
     write_evaluation(plan.output, results, pd.concat(sums, ignore_index=True), _record(plan))
     print(summary(results), flush=True)
     return results
+
+
+def is_finished(plan: Plan) -> bool:
+    """Whether ``plan.output`` holds this very evaluation.
+
+    Raises:
+        ValueError: where it holds another one that may not be replaced.
+    """
+    if plan.config.overwrite or not (plan.output / RECORD).is_file():
+        return False
+    found = read_record(plan.output).get("identity", {})
+    differing = [name.removesuffix("_sha256") for name, value in plan.identity.items() if found.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"output={plan.output} holds an evaluation that differs in: {', '.join(differing)}; name another output, "
+            "or replace it with overwrite=true"
+        )
+    return True
 
 
 def summary(results: pd.DataFrame) -> str:
@@ -124,7 +154,9 @@ def _record(plan: Plan) -> dict[str, Any]:
             }
             for setting in plan.settings
         ],
+        "identity": plan.identity,
         "documents": plan.windows.counts(),
+        "document_prefixes": plan.document_prefixes,
         "needle_chance": chance_levels(plan.config.needle),
     }
 

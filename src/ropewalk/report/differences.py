@@ -58,6 +58,9 @@ def _paired(run: Run, ours: pd.DataFrame, baseline: Run, theirs: pd.DataFrame) -
     for side, sums in ((run, ours), (baseline, theirs)):
         if sums.empty:
             return Unpaired(f"{side.name} has no per-document losses at those positions")
+    shared = run.document_prefixes.keys() & baseline.document_prefixes.keys()
+    if any(run.document_prefixes[name] != baseline.document_prefixes[name] for name in shared):
+        return Unpaired(f"{run.name} and {baseline.name} read other text, or other tokens, under the same names")
     rows = paired_difference(ours, theirs, BOOTSTRAP_SEED)
     return Unpaired("no document was scored by both") if rows.empty else rows.sort_values("position_start")
 

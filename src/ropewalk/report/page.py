@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import count
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ropewalk.config import CompareConfig
+from ropewalk.files import write_atomically
 from ropewalk.report import runs_table, summary
 from ropewalk.report.figures import (
     needle_figure,
@@ -44,9 +44,7 @@ def compare(config: CompareConfig) -> Path:
     table = results_table(runs, baseline)
     page = render(config.title, runs, baseline, table)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.partial")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, output)
+    write_atomically(output, page)
     print(f"{as_text(table)}\n\nreport: {output.resolve()}", flush=True)
     return output
 

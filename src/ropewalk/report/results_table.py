@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ropewalk.report.differences import Unpaired, at_length
-from ropewalk.report.retrieval import EXACT_MATCH, TOKEN_ACCURACY, pooled
+from ropewalk.report.needle import EXACT_MATCH, TOKEN_ACCURACY, needle_lengths, pooled
 from ropewalk.report.runs import Run
 from ropewalk.report.text import aligned, interval, tokens
 
@@ -58,7 +58,9 @@ class ResultsTable:
 
 def results_table(runs: list[Run], baseline: Run) -> ResultsTable:
     """Losses, paired differences and needle accuracies of all runs, rows from the lowest loss."""
-    lengths = sorted({length for run in runs for length in losses(run)} | {n for run in runs for n in _needle(run)})
+    lengths = sorted(
+        {length for run in runs for length in losses(run)} | {n for run in runs for n in needle_lengths(run)}
+    )
     ordered, order = order_by_loss(runs)
     blocks = [
         _block(
@@ -142,7 +144,7 @@ def _difference(run: Run, baseline: Run, length: int) -> Cell:
         return Cell(hint=found.reason)
     hint = f"{found.n} documents that both scored"
     detail = interval(found.low, found.high, signed=True)
-    return Cell(f"{found.value:+.3f}", detail, run.is_beyond(length), found.is_decided, hint)
+    return Cell(f"{found.value:+.4f}", detail, run.is_beyond(length), found.is_decided, hint)
 
 
 def _accuracy(metric: str) -> Callable[[Run, int], Cell]:
@@ -154,7 +156,3 @@ def _accuracy(metric: str) -> Callable[[Run, int], Cell]:
         return Cell(f"{found.value:.2f}", control, run.is_beyond(length), hint=f"{found.n} prompts")
 
     return cell
-
-
-def _needle(run: Run) -> set[int]:
-    return {int(length) for length in run.task("needle", EXACT_MATCH)["context_length"]}

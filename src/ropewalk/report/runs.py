@@ -92,6 +92,16 @@ class Run:
             self.directory.resolve().name,
         )
 
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether train.py made it; else it was only evaluated."""
+        return bool(self.record) or len(self.metrics) > 0
+
+    @property
+    def document_prefixes(self) -> dict[str, str]:
+        """SHA-256 of the first tokens of each evaluated document, by its name."""
+        return self.evaluation.get("document_prefixes", {})
+
     def is_beyond(self, length: int) -> bool:
         """Whether ``length`` tokens is past the run's trained length."""
         return self.trained_length is not None and length > self.trained_length
@@ -127,6 +137,8 @@ def load_run(directory: Path) -> Run:
         raise ValueError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
     # What evaluate.py wrote may also be named itself: a model that was evaluated without any training here.
     evaluation = directory if (directory / "results.parquet").is_file() else directory / "evaluation"
+    if not (evaluation / "evaluation.json").is_file():  # written last: without it the tables may be of two evaluations
+        evaluation = directory / "no finished evaluation"
     config = _config(directory / "config.yaml")
     record = _json(directory / "run.json")
     metrics = _metrics(directory / "metrics.jsonl")

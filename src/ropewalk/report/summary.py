@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ropewalk.report.differences import Unpaired, at_length
+from ropewalk.report.needle import is_at_chance
 from ropewalk.report.results_table import losses
-from ropewalk.report.retrieval import is_at_chance
 from ropewalk.report.runs import Run
 from ropewalk.report.runs_table import differences
 from ropewalk.report.text import amount, counted, listed
@@ -88,7 +88,10 @@ def _documents(runs: list[Run]) -> str:
 
 def _training_noise(runs: list[Run]) -> str:
     seeds: dict[tuple[object, ...], list[Run]] = {}
-    for run in runs:
+    trained = [run for run in runs if run.is_trained_here]
+    if not trained:
+        return "None of these runs was trained here, so there is no training noise to speak of."
+    for run in trained:
         seeds.setdefault((run.record.get("chain_sha256", run.name), run.trained_length), []).append(run)
     repeated = [group for group in seeds.values() if len({run.config.get("trainer.seed") for run in group}) > 1]
     if not repeated:

@@ -20,10 +20,10 @@ def amount(count: float) -> str:
 
 
 def interval(low: float, high: float, *, signed: bool = False) -> str:
-    """``[3.381, 3.443]``, or nothing where an end is unknown."""
+    """``[3.381, 3.443]``; a difference, ``signed``, with a digit more; nothing where an end is unknown."""
     if math.isnan(low) or math.isnan(high):
         return ""
-    return f"[{low:+.3f}, {high:+.3f}]" if signed else f"[{low:.3f}, {high:.3f}]"
+    return f"[{low:+.4f}, {high:+.4f}]" if signed else f"[{low:.3f}, {high:.3f}]"
 
 
 def listed(items: Iterable[object]) -> str:

@@ -71,6 +71,10 @@ class Spectrum:
 
     def scale_lowest(self, weights: FloatArray) -> Spectrum:
         """The last ``len(weights)`` pairs, those of lowest frequency, times their weights."""
+        if weights.size > self.inv_freq.size:
+            raise ValueError(
+                f"{weights.size} pairs are more than the {self.inv_freq.size} of head_dim={self.head_dim}; use fewer"
+            )
         inv_freq = self.inv_freq.copy()
         if weights.size:
             inv_freq[-weights.size :] *= weights

@@ -175,11 +175,19 @@ def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept:
         raise ValueError(f"trainer.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
     differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
     if differing:
-        told = "; ".join(f"{k} was {saved.get(k)!r}, is {present[k]!r}" for k in differing)
+        told = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
         raise ValueError(
             f"this run is not the one that was saved: {told}. Restore the settings, choose another run_name, or accept "
             f"the change by name: trainer.accept=[{','.join(differing)}]"
         )
+
+
+def _changes(name: str, saved: Any, present: Any) -> list[str]:
+    """The leaves in which two contract entries differ, in words; a hash says nothing that its source does not."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        keys = [k for k in present if saved.get(k) != present[k] and not k.endswith("sha256")]
+        return [line for key in keys for line in _changes(f"{name}.{key}", saved.get(key), present[key])]
+    return [f"{name} was {saved!r}, is {present!r}"]
 
 
 def _owner(path: Path) -> int:

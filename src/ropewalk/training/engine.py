@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import socket
@@ -21,6 +22,8 @@ from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import assert_spectrum, build_for_training, install_spectrum
 from ropewalk.rope.position import position_of
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,19 @@ def import_deepspeed(device: str) -> Any:
     deepspeed.logger.setLevel(logging.WARNING)
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _return_freed_memory()
     return deepspeed
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give large freed blocks back to the system at once.
+
+    Left alone it raises its own threshold to 32 MB, and ZeRO-3's small gathered weights then pin freed activations in
+    the heap: a forward pass with activation checkpointing grew by 2.2 GiB where 0.2 GiB was alive.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
@@ -181,7 +196,7 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
     del partitioned_init
     if trainer.activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.activation_checkpointing_enable({"use_reentrant": False})
     lm.train()
     loss_model = LossModel(lm, trainer.loss_chunk_size)
     optimizer = torch.optim.AdamW(

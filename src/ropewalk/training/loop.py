@@ -56,6 +56,8 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
             f"data.sequence_length={data.sequence_length}, but {data.store} holds sequences of {store.sequence_length} "
             f"tokens; set data.sequence_length={store.sequence_length} or name another store"
         )
+    if data.verify:
+        store.verify()
     return store, Mixture(store, data.mixture, config.trainer.seed, config.trainer.global_batch_size)
 
 
@@ -78,20 +80,25 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scrat
 def contract(config: TrainConfig, position: Position, mixture: Mixture) -> dict[str, Any]:
     """What a resumed run must share with the checkpoint, entry by entry."""
     trainer = config.trainer
+    metadata = position.metadata()
     return {
-        "position": {key: value for key, value in position.metadata().items() if key not in ("name", "base_model")},
-        "base_model": [config.model.path, config.model.revision, dict(config.model.architecture)],
+        "position": {
+            **{k: v for k, v in metadata.items() if k not in ("name", "base_model")},
+            "chain": str(position.chain),
+        },
+        "base_model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "architecture": dict(config.model.architecture),
+        },
         **mixture.contract(),
         "overfit_one_batch": trainer.overfit_one_batch,
         "max_steps": trainer.max_steps,
-        "schedule": [trainer.learning_rate, trainer.min_lr_ratio, trainer.warmup_ratio],
-        "optimizer": [
-            trainer.adam_beta1,
-            trainer.adam_beta2,
-            trainer.adam_eps,
-            trainer.weight_decay,
-            trainer.gradient_clipping,
-        ],
+        "schedule": {name: getattr(trainer, name) for name in ("learning_rate", "min_lr_ratio", "warmup_ratio")},
+        "optimizer": {
+            name: getattr(trainer, name)
+            for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
+        },
         "dtype": trainer.dtype,
     }
 
@@ -106,6 +113,7 @@ def _run(
     if start >= last:
         _say(ranks, f"{run_dir} is at step {start} of {trainer.max_steps}: nothing left to do")
         return
+    _say(ranks, describe_order(mixture, last))
     observer = Observer(config, ranks, model_config, store, start)
     engine = start_engine(config, model_config, ranks)
     if checkpoint:
@@ -125,6 +133,13 @@ def _run(
             if profile is not None:
                 profile.step()
     observer.finish()
+
+
+def describe_order(mixture: Mixture, steps: int) -> str:
+    """How often each domain will have been gone through after ``steps``, and which domains are left out."""
+    epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
+    unused = f"; not used: {', '.join(mixture.unused)}" if mixture.unused else ""
+    return f"epochs at step {steps}: {epochs}{unused}"
 
 
 def micro_batches(store: PackedStore, mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:

@@ -9,10 +9,11 @@ import pandas as pd
 import plotly.colors
 
 from ropewalk.report.figures.style import Figure, Panel, Row, ScaleBar, canvas, short_length
-from ropewalk.report.retrieval import (
+from ropewalk.report.needle import (
     ANSWER_NLL,
     EXACT_MATCH,
     TOKEN_ACCURACY,
+    by_length,
     is_at_chance,
     needle_lengths,
     pooled,
@@ -152,9 +153,9 @@ def _graded(run: Run) -> str:
 
 
 def _standard_error(run: Run) -> float:
-    """Of the pooled answer NLL less its control, rows taken as independent; nan where unknown."""
+    """Of the pooled answer NLL less its control, as if lengths, answer and control were independent; nan if unknown."""
     variance = 0.0
     for metric in (ANSWER_NLL, f"{ANSWER_NLL}_shuffled"):
-        rows: pd.DataFrame = run.task("needle", metric)
+        rows: pd.DataFrame = by_length(run, metric)
         variance += float(((rows["n"] * rows["stderr"]) ** 2).sum(skipna=False)) / float(rows["n"].sum()) ** 2
     return math.sqrt(variance)

@@ -38,7 +38,7 @@ def needle_lengths(run: Run) -> list[int]:
 
 def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
     """``metric`` averaged over depths (and lengths, where ``length`` is None), weighted by prompts."""
-    rows, control = _by_length(run, metric), _by_length(run, f"{metric}_shuffled")
+    rows, control = by_length(run, metric), by_length(run, f"{metric}_shuffled")
     if length is not None:
         rows, control = rows[rows["context_length"] == length], control[control["context_length"] == length]
     if rows.empty:
@@ -52,7 +52,7 @@ def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
     return None if whole is None else whole.at_chance
 
 
-def _by_length(run: Run, metric: str) -> pd.DataFrame:
+def by_length(run: Run, metric: str) -> pd.DataFrame:
     """The evaluator's own pooling over depths, which weights by answer tokens; else the cells."""
     rows = run.task("needle_at_length", metric)
     return run.task("needle", metric) if rows.empty else rows
