@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,21 @@ def alone_environment() -> dict[str, str]:
     """The environment for a process of its own: nothing of this process's group, one thread."""
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {**{k: v for k, v in os.environ.items() if k not in group}, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks: int, script: str, *arguments: str) -> None:
+    """Run a script of the repository on ``ranks`` processes; fails the test where they fail."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**alone_environment(), "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, *launch, script, *arguments],
+        cwd=CONFIG_DIR.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture: Any) -> Any:

@@ -1,15 +1,13 @@
 """The engine's loss and gradients are those of every document alone, whatever the ranks and micro batches."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import alone_environment, composed, save_tiny
+from helpers import composed, save_tiny, torchrun
 from transformers import AutoModelForCausalLM
 
 from ropewalk.data import Mixture
@@ -18,21 +16,6 @@ from ropewalk.training.engine import parameter_groups, zero_config
 HERE = Path(__file__).parent
 GLOBAL_BATCH = 4
 WEIGHTS = {"long": 0.5, "short": 0.5}
-
-
-def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        *arguments,
-    ]
-    environment = {**alone_environment(), "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 def per_document_gradients(directory, store):

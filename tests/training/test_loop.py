@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, alone_environment, composed, save_tiny, tiny_run
+from helpers import TINY, alone_environment, composed, save_tiny, tiny_run, torchrun
 
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
@@ -242,17 +242,7 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
     for ranks in (1, 2):
         run_dir = tmp_path / f"ranks{ranks}"
         arguments = command_line(store_64, run_dir, "trainer.max_steps=4", "trainer.micro_batch_size=2")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            "train.py",
-        ]
-        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
-                              env=alone_environment())  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        torchrun(ranks, "train.py", *arguments)
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
