@@ -14,7 +14,7 @@ evaluate() { # evaluate NAME CHECKPOINT [overrides]
   local name=$1 checkpoint=$2
   shift 2
   python scripts/evaluate.py "name=$name" "checkpoint=$checkpoint" "output=$out/$name/evaluation" \
-    "documents=$data/heldout" 'lengths=[2048,8192,12288]' test_time=none device=cpu dtype=float32 \
+    "documents=$data/heldout" 'lengths=[2048,8192,10240,12288]' test_time=none device=cpu dtype=float32 \
     'needle.depths=[0.2,0.8]' needle.samples=1 "$@"
 }
 
