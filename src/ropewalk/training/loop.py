@@ -32,7 +32,7 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         ValueError: for a configuration, store or checkpoint that does not fit, before a model is built.
-        FloatingPointError: where the loss is not finite; the weights are not updated and nothing is saved.
+        FloatingPointError: where the loss or its gradient is not finite; that step changes no weight and is not saved.
     """
     trainer = config.trainer
     require_device("trainer.device", trainer.device)
