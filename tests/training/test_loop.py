@@ -129,6 +129,24 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     engine.destroy()
 
 
+def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
+    """A load that casts the buffers, as DeepSpeed may, leaves no trace in the steps after it."""
+    engines = []
+
+    def casting_load(engine, checkpoint):
+        load_checkpoint(engine, checkpoint)
+        engine.module.lm.get_decoder().rotary_emb.to(torch.bfloat16)
+        engines.append(engine)
+
+    config = tiny_run(store_64, tmp_path)
+    config.rope.chain = COPE
+    train(replace(config, trainer=replace(config.trainer, stop_after=2)))
+    monkeypatch.setattr(loop, "load_checkpoint", casting_load)
+    train(config)
+    lm = engines[0].module.lm
+    assert_spectrum(lm, position_of(lm.config).spectrum())
+
+
 def test_bf16_resume_is_exact(store_64, tmp_path):
     straight, stopped = (tiny_run(store_64, tmp_path / name, "trainer.dtype=bfloat16") for name in ("a", "b"))
     train(straight)
