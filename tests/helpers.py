@@ -84,7 +84,10 @@ def save_tiny(directory: Path, model_type: str = "llama", seed: int = 0, **field
     """A random tiny model as a Hugging Face directory; weights large enough for attention to matter."""
     theta = fields.pop("rope_theta", 10000.0)
     config = AutoConfig.for_model(model_type, **{**TINY, "initializer_range": 0.2, **fields})
-    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    plain = {"rope_type": "default", "rope_theta": theta}
+    plain |= {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
+    layered = "rope_type" not in config.rope_parameters  # one entry for each layer type
+    config.rope_parameters = {kind: dict(plain) for kind in config.rope_parameters} if layered else plain
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     return directory

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ropewalk.export import export, resolve_checkpoint, verify_export, write_export
 from ropewalk.export.zero_weights import ZeroWeights
+from ropewalk.rope import RopeChain
 from ropewalk.training import find_checkpoint, train
 
 CHAIN = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
@@ -80,7 +81,7 @@ def test_directory_is_complete(exported):
     assert not any("rotary" in name for name in weights)
     config = json.loads((exported / "config.json").read_text())
     assert config["use_cache"] is True
-    assert config["ropewalk"]["chain"] == CHAIN
+    assert config["ropewalk"]["chain"] == RopeChain(CHAIN).to_list()
     assert "auto_map" not in config
     assert config["architectures"] == ["LlamaForCausalLM"]
 

@@ -1,14 +1,18 @@
 """Chains: order, validation, hash, and the caller's own vectors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from ropewalk.rope import RopeChain, Spectrum, available_methods, register_method
+from ropewalk.rope import Position, RopeChain, Spectrum, available_methods, register_method
 from ropewalk.rope.registry import _METHODS
 
 COPE = [{"method": "abf", "theta": 1e7}, {"method": "cope", "clip": 20}]
+YARN8 = {"method": "yarn", "factor": 8, "original_max_position_embeddings": 8192}
 INPUTS = {"head_dim": 128, "theta": 5e5, "pretrained_length": 8192, "trained_length": 65536}
 
 
@@ -35,15 +39,26 @@ def test_order_matters_where_it_should():
 
 
 @pytest.mark.parametrize(("methods", "message"), [
-    ([{"method": "copes"}], "'copes' is not known; use one of: abf,"),
+    ([{"method": "copes"}], "'copes' is not known; did you mean cope\? There are: abf,"),
+    ([{"method": "xyz"}], "'xyz' is not known; use one of: abf,"),
     ([{"clip": 20}], "names no method"),
     ([{"method": "cope", "clap": 20}], "clap=20 is not an argument; it takes: clip"),
     ([{"method": "cope"}], "clip is not given and has no default"),
-    ([{"method": "cope", "clip": "many"}], "clip='many' must be int"),
-    ([{"method": "cope", "clip": 2.5}], r"clip=2\.5 must be int"),
-    ([{"method": "cope", "clip": True}], "clip=True must be int"),
+    ([{"method": "cope", "clip": "many"}], "clip='many' must be one of int, auto"),
+    ([{"method": "cope", "clip": 2.5}], r"clip=2\.5 must be one of int, auto"),
+    ([{"method": "cope", "clip": True}], "clip=True must be one of int, auto"),
     ([{"method": "yarn", "factor": 4}], "original_max_position_embeddings is not given and has no default"),
-    ([COPE[1], COPE[0]], "abf stands at place 2"),
+    ([{"method": "pi", "factor": "auto"}], "factor='auto' must be float"),
+    ([{"method": "pi", "factor": float("nan")}], "factor=nan must be float"),
+    ([{"method": "cope", "clip": 2, "window": "hann"}], "window='hann' must be one of raised_cosine, quarter_cosine"),
+    ([{"method": "longrope", "short_factor": 1, "long_factor": [1], "original_max_position_embeddings": 8}],
+     r"short_factor=1 must be list\[float\]"),
+    ([{"method": "resonance", "period": 1}], "period=1 is not an argument; it takes: nothing"),
+    ([COPE[1], COPE[0]], "abf stands at place 2.*: put it first"),
+    ([COPE[1], {"method": "rope_id"}], "rope_id stands at place 2.* put it first, or right after abf"),
+    ([COPE[0], {"method": "rope_id"}, {"method": "half_rope"}], "half_rope stands at place 3"),
+    ([YARN8, {"method": "llama3"}], r"to 65536 tokens, and llama3\(\) starts from 8192 again"),
+    ([YARN8, {**YARN8, "original_max_position_embeddings": 65535}], "set original_max_position_embeddings=65536"),
 ])  # fmt: skip
 def test_bad_chains_are_refused(methods, message):
     with pytest.raises(ValueError, match=message):
@@ -87,3 +102,97 @@ def test_a_method_is_one_function():
             register_method("halved")(halved)
     finally:
         del _METHODS["halved"]
+
+
+def test_scalings_may_follow_each_other():
+    again = {**YARN8, "factor": 4, "original_max_position_embeddings": 65536}
+    stretched = RopeChain([YARN8, again]).spectrum(**INPUTS)
+    assert stretched.periods[-1] == pytest.approx(32 * RopeChain([]).spectrum(**INPUTS).periods[-1], rel=1e-12)
+    twice = RopeChain([{"method": "pi", "factor": 2}, {"method": "pi", "factor": 4}]).spectrum(**INPUTS)
+    once = RopeChain([{"method": "pi", "factor": 8}]).spectrum(**INPUTS)
+    np.testing.assert_allclose(twice.inv_freq, once.inv_freq, rtol=1e-15)
+    # pi names no length: it starts from the pretrained one, which only the spectrum's inputs tell
+    both = RopeChain([{"method": "pi", "factor": 8}, YARN8])
+    with pytest.raises(ValueError, match=r"pi\(factor=8\) already stretches the model to 65536 tokens"):
+        both.spectrum(**INPUTS)
+
+
+@pytest.mark.parametrize("text", [
+    "rope", "abf(theta=1e7) > cope(clip=20)", "cope(clip=auto, window=kaiser)", "pi(factor=1.3333333333333333)",
+    "abf(theta=1234567.5) > yarn(factor=4, original_max_position_embeddings=65536, truncate=False)", "resonance()",
+    "rope_id(share=0.25, longest_period=2048) > rope_id_yarn(factor=8)", "abf(theta=12345678)",
+    "longrope(short_factor=[1, 1.5], long_factor=[2, 3], original_max_position_embeddings=trained_length)",
+])  # fmt: skip
+def test_text_round_trip(text):
+    assert str(RopeChain.parse(text)) == text
+    assert RopeChain.parse(text) == RopeChain(RopeChain.parse(text).to_list())
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("abf(1e7)", r"'abf\(1e7\)' in the chain 'abf\(1e7\)' is not a method; write NAME\(argument=value"),
+    ("abf(theta=1e7", "is not a method"), ("abf(theta=1e7) cope()", "is not a method"),
+    ("cope(clip=2*3)", r"2 \* 3 is not a value"),
+    ("__import__('os').getcwd()", "is not a method"), ("pi(factor=open('x'))", r"open\('x'\) is not a value"),
+])  # fmt: skip
+def test_text_is_data_not_code(text, message):
+    with pytest.raises(ValueError, match=message):
+        RopeChain.parse(text)
+
+
+def test_words_resolve_and_are_recorded():
+    inputs = {k: v for k, v in INPUTS.items() if k != "length"}
+    chain = RopeChain.parse(
+        "abf(theta=1e7) > cope(clip=auto) > yarn(factor=4, original_max_position_embeddings=trained_length)"
+    )
+    resolved = chain.resolved(**inputs)
+    assert str(resolved) == "abf(theta=1e7) > cope(clip=20) > yarn(factor=4, original_max_position_embeddings=65536)"
+    np.testing.assert_array_equal(chain.spectrum(**inputs).inv_freq, resolved.spectrum(**inputs).inv_freq)
+    position = Position("cope", chain, 5e5, 128, 8192, 65536)
+    assert position.metadata()["chain"] == resolved.to_list()
+    # what was trained stays what it was when the run goes on at another length
+    longer = Position("cope", position.chain, 5e5, 128, 65536, 524288)
+    assert longer.chain == resolved
+    rope_id = Position("rope_id", RopeChain.parse("rope_id()"), 5e5, 128, 4096, 4096)
+    assert rope_id.chain.to_list()[0]["longest_period"] == 2048
+    assert rope_id.chain.to_list()[0]["trained_length"] == 4096
+
+
+def test_dependence_on_the_input_is_known():
+    inputs = {k: v for k, v in INPUTS.items() if k != "length"}
+    dynamic = "dynamic_ntk(factor=2, original_max_position_embeddings=8192)"
+    for text, depends in [
+        ("rope", False),
+        ("abf(theta=1e7) > cope(clip=20)", False),
+        (dynamic, True),
+        ("rope_id()", True),
+    ]:
+        assert RopeChain.parse(text).depends_on_length(**inputs) is depends
+    position = Position("dynamic", RopeChain.parse(dynamic), 5e5, 128, 8192, 65536)
+    assert position.metadata()["compiled_length"] == 65536
+    assert "compiled at 65,536 tokens (it depends on the input's length)" in str(position)
+    assert Position("rope", RopeChain([]), 5e5, 128, 8192, 65536).metadata()["compiled_length"] is None
+    at_trained = position.spectrum().inv_freq
+    np.testing.assert_array_equal(at_trained, position.spectrum(length=65536).inv_freq)
+    assert not np.array_equal(at_trained, position.spectrum(length=131072).inv_freq)
+
+
+@pytest.mark.parametrize(("inputs", "message"), [
+    ({"head_dim": 127}, "head_dim=127 must be positive and even"), ({"head_dim": 0}, "head_dim=0"),
+    ({"theta": 0.0}, r"theta=0\.0 must be above 1"), ({"theta": -5.0}, "theta=-5"),
+    ({"trained_length": 0}, "trained_length=0 must be 1 token or more"), ({"length": -1}, "length=-1"),
+])  # fmt: skip
+def test_bad_inputs_are_named(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        RopeChain([]).spectrum(**{**INPUTS, **inputs})
+
+
+def test_only_rope_vectors_are_transformed():
+    with pytest.raises(ValueError, match="starts falling"):
+        RopeChain([]).apply(np.ones(8))
+
+
+def test_importing_the_package_needs_numpy_alone():
+    heavy = "torch", "transformers", "omegaconf", "hydra", "pandas", "scipy"
+    code = f"import sys, ropewalk.rope; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

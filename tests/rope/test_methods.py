@@ -7,14 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from rope_samples import SAMPLES, sample
+from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from ropewalk.rope import RopeChain
+from ropewalk.rope import RopeChain, available_methods
+from ropewalk.rope.methods.clipping import recommended_clip
 
 LLAMA3 = {"head_dim": 128, "theta": 5e5, "pretrained_length": 8192, "trained_length": 65536}
 
-head_dims = st.sampled_from([32, 48, 64, 80, 96, 128, 256])
+head_dims = st.integers(16, 128).map(lambda pairs: 2 * pairs)
 thetas = st.floats(1e4, 1e9)
 factors = st.floats(1.0, 64.0)
 lengths = st.sampled_from([512, 2048, 8192, 32768, 131072])
@@ -24,15 +27,21 @@ def spectrum(*methods, **inputs):
     return RopeChain(list(methods)).spectrum(**{**LLAMA3, **inputs})
 
 
-def stock(head_dim, theta, **entry):
-    config = LlamaConfig(head_dim=head_dim, hidden_size=4 * head_dim, num_attention_heads=4)
+def stock(head_dim, theta, max_position_embeddings=131072, present=None, **entry):
+    config = LlamaConfig(
+        head_dim=head_dim,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=max_position_embeddings,
+    )
     config.rope_parameters = {"rope_theta": theta, **entry}
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[entry["rope_type"]](config, device=torch.device("cpu"))
+    compute = ROPE_INIT_FUNCTIONS[entry["rope_type"]]
+    inv_freq, scaling = compute(config, device=torch.device("cpu"), seq_len=present)
     return inv_freq.double().numpy(), scaling
 
 
 def close(ours, theirs):
-    # float32: a few roundings, and that of the exponent times ln(theta) where head_dim is no power of two
+    # float32: a few roundings of 6e-8, and that of the exponent times ln(theta), up to 20 x 6e-8
     np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=0)
 
 
@@ -113,12 +122,39 @@ def test_pi_equals_stock_linear(head_dim, theta, factor):
 
 
 @settings(max_examples=60, deadline=None)
-@given(head_dims, thetas, factors, lengths, st.booleans())
-def test_yarn_equals_stock(head_dim, theta, factor, length, truncate):
+@given(head_dims, thetas, factors, lengths, st.booleans(), st.sampled_from([None, 0.5, 1.0, 1.3]), st.booleans())
+def test_yarn_equals_stock(head_dim, theta, factor, length, truncate, mscale, with_attention_factor):
     arguments = {"factor": factor, "original_max_position_embeddings": length, "truncate": truncate}
+    arguments |= {"mscale": mscale, "mscale_all_dim": 0.8}
+    arguments |= {"attention_factor": 1.1} if with_attention_factor else {}
     s = spectrum({"method": "yarn", **arguments}, head_dim=head_dim, theta=theta)
     inv_freq, scaling = stock(head_dim, theta, rope_type="yarn", **arguments)
     np.testing.assert_allclose(s.inv_freq, inv_freq, rtol=2e-5)  # the stock ramp is float32 too
+    assert s.attention_scaling == pytest.approx(scaling, rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(head_dims, thetas, factors, lengths, st.floats(0.1, 30))
+def test_dynamic_ntk_equals_stock(head_dim, theta, factor, length, stretch):
+    present = int(length * stretch) + 1
+    method = {"method": "dynamic_ntk", "factor": factor, "original_max_position_embeddings": length}
+    s = spectrum(method, head_dim=head_dim, theta=theta, length=present)
+    theirs, _ = stock(head_dim, theta, length, present, rope_type="dynamic", factor=factor)
+    close(s.inv_freq, theirs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), head_dims, thetas, lengths, st.floats(0.5, 32), st.booleans(), st.sampled_from([None, 1.2]))
+def test_longrope_equals_stock(data, head_dim, theta, length, stretch, is_long, attention_factor):
+    lists = st.lists(st.floats(1.0, 64.0), min_size=head_dim // 2, max_size=head_dim // 2)
+    short, long = data.draw(lists), data.draw(lists)
+    present, longest = length + is_long, int(length * stretch) + 1
+    entry = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": length}
+    entry |= {"attention_factor": attention_factor}
+    method = {"method": "longrope", **entry}
+    s = spectrum(method, head_dim=head_dim, theta=theta, trained_length=longest, length=present)
+    theirs, scaling = stock(head_dim, theta, longest, present, rope_type="longrope", **entry)
+    close(s.inv_freq, theirs)
     assert s.attention_scaling == pytest.approx(scaling, rel=1e-12)
 
 
@@ -141,14 +177,174 @@ def test_p_rope_equals_stock_proportional(head_dim, theta, fraction):
     close(s.inv_freq, inv_freq)
 
 
+def test_every_method_has_a_sample():
+    assert set(SAMPLES) == set(available_methods())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(SAMPLES)), head_dims, thetas, st.integers(64, 2**17), st.integers(1, 2**21))
+def test_no_method_gives_nan_infinity_or_a_negative_frequency(name, head_dim, theta, trained, length):
+    s = spectrum(sample(name, head_dim), head_dim=head_dim, theta=theta, trained_length=trained, length=length)
+    assert s.inv_freq.shape == (head_dim // 2,)
+    assert np.all(np.isfinite(s.inv_freq))
+    assert np.all(s.inv_freq >= 0)
+    assert math.isfinite(s.attention_scaling)
+    assert s.attention_scaling > 0
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_rotation_keeps_the_norm_times_the_attention_scaling(name):
+    s = spectrum(sample(name), length=131072)
+    rows, positions = np.random.default_rng(0).standard_normal((40, 128)), np.linspace(0, 262143, 40).round()
+    angles = positions[:, None] * s.inv_freq
+    cos, sin = (s.attention_scaling * f(angles) for f in (np.cos, np.sin))
+    first, second = rows[:, :64], rows[:, 64:]
+    rotated = np.hstack([first * cos - second * sin, second * cos + first * sin])
+    assert np.linalg.norm(rotated) == pytest.approx(s.attention_scaling * np.linalg.norm(rows), rel=1e-12)
+    still = s.inv_freq == 0  # an exact zero means no rotation
+    np.testing.assert_array_equal(rotated[:, :64][:, still], s.attention_scaling * first[:, still])
+
+
+@pytest.mark.parametrize("method", [
+    {"method": "cope", "clip": 1, "taper_domain": "frequency"},
+    {"method": "mrrope_pro", "factor": 1.0, "original_max_position_embeddings": 8192},
+    {"method": "mrrope_uni", "factor": 1.0, "original_max_position_embeddings": 8192},
+    {"method": "dynamic_ntk", "factor": 1.0, "original_max_position_embeddings": 65536},
+    {"method": "hope", "share": 0.0}, {"method": "half_rope", "share": 1.0}, {"method": "rope_id_yarn", "factor": 1.0},
+])  # fmt: skip
+def test_more_identities(method):
+    np.testing.assert_allclose(spectrum(method).inv_freq, spectrum().inv_freq, rtol=1e-15)
+    assert spectrum(method).attention_scaling == 1.0
+
+
+@pytest.mark.parametrize(("theta", "length", "clip"), [(5e5, 8192, 21), (1e7, 65536, 20), (1e6, 32768, 18)])
+def test_auto_is_the_papers_rule(theta, length, clip):
+    rope = spectrum(theta=theta, trained_length=length)
+    assert recommended_clip(rope) == clip
+    automatic = spectrum({"method": "cope", "clip": "auto"}, theta=theta, trained_length=length)
+    np.testing.assert_allclose(automatic.inv_freq, rope.scale_lowest(raised_cosine_of(clip)).inv_freq, rtol=1e-12)
+
+
+def raised_cosine_of(clip):
+    weights = np.sin(np.linspace(np.pi / 2, 0, clip)) ** 2  # (1 + cos 2x) / 2 = cos^2 x
+    weights[-1] = 0.0
+    return weights
+
+
+def test_high_frequency_turns_its_slowest_pair_once():
+    s = spectrum({"method": "high_frequency"})
+    assert s.periods[-1] == pytest.approx(65536, rel=1e-12)
+    assert s.periods[0] == pytest.approx(2 * math.pi, rel=1e-12)
+    assert np.ptp(np.diff(np.log(s.periods))) < 1e-12
+    assert spectrum({"method": "high_frequency", "length": 4096}).periods[-1] == pytest.approx(4096, rel=1e-12)
+
+
+def test_half_rope_is_partial_rotary():
+    config = GPTNeoXConfig(hidden_size=512, num_attention_heads=4)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    theirs = GPTNeoXRotaryEmbedding(config).inv_freq.double().numpy()
+    s = spectrum({"method": "half_rope"})
+    close(s.inv_freq[:32], theirs)
+    assert np.all(s.inv_freq[32:] == 0)
+
+
+def test_rope_id_is_geometric_between_its_periods():
+    s = spectrum({"method": "rope_id"}, trained_length=4096)
+    assert s.periods[0] == pytest.approx(32, rel=1e-12)
+    assert s.periods[31] == pytest.approx(2048, rel=1e-12)  # the table of the paper names 2,048 for 4,096 tokens
+    assert np.ptp(np.diff(np.log(s.inv_freq[:32]))) < 1e-12
+    assert np.all(s.inv_freq[32:] == 0)
+    quarter = spectrum({"method": "rope_id", "share": 0.25, "shortest_period": 16, "longest_period": 4096})
+    assert np.flatnonzero(quarter.inv_freq).tolist() == list(range(16))
+    np.testing.assert_allclose(quarter.periods[[0, 15]], [16, 4096], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "exponent"), [(1024, 2.0), (4096, 2.0), (16384, 2.0), (65536, 3.0), (65536, 0.0)])
+def test_rope_id_temperature_multiplies_logits(length, exponent):
+    method = {"method": "rope_id", "temperature_exponent": exponent}
+    s = spectrum(method, trained_length=4096, length=length)
+    temperature = (0.1 * math.log(max(length / 4096, 1)) + 1) ** exponent
+    assert s.attention_scaling**2 == pytest.approx(temperature, rel=1e-12)  # cos and sin of query and of key
+
+
+def test_rope_id_yarn_keeps_the_fastest_and_divides_the_slowest():
+    base = spectrum({"method": "rope_id"}, trained_length=4096).inv_freq[:32]
+    s = spectrum({"method": "rope_id"}, {"method": "rope_id_yarn", "factor": 8.0}, trained_length=4096)
+    ratio = s.inv_freq[:32] / base
+    np.testing.assert_allclose(ratio, np.linspace(1, 1 / 8, 32), rtol=1e-12)
+    assert np.all(s.inv_freq[32:] == 0)
+
+
+def test_hope_stops_what_never_turns():
+    s = spectrum({"method": "hope", "length": 8192})
+    assert np.array_equal(s.inv_freq, spectrum({"method": "hardclip", "clip": 29}).inv_freq)
+    assert int((spectrum({"method": "hope", "share": 0.8}).inv_freq == 0).sum()) == 51
+    assert np.array_equal(spectrum({"method": "hope"}, trained_length=8192).inv_freq, s.inv_freq)
+
+
+def test_resonance_periods_are_whole():
+    s, rope = spectrum({"method": "resonance"}), spectrum()
+    np.testing.assert_allclose(s.periods, np.round(s.periods), rtol=1e-12)
+    assert np.abs(s.periods - rope.periods).max() <= 0.5 + 1e-6
+    assert s.periods[:3].round().tolist() == [6, 8, 9]  # 2 pi, 2 pi 1.2275.., 2 pi 1.5069..
+    clipped = spectrum({"method": "hardclip", "clip": 5}, {"method": "resonance"})
+    assert np.all(clipped.inv_freq[-5:] == 0)
+    assert np.all(clipped.inv_freq[:-5] > 0)
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+def test_mrrope_as_written_pair_by_pair(progressive):
+    length, factor = 8192, 8.0
+    theta = [5e5 ** (-2 * i / 128) for i in range(64)]
+    turns = [length * t / (2 * math.pi) for t in theta]
+    last = max(i for i in range(64) if turns[i] > 32)
+    first = min(i for i in range(64) if turns[i] < 1)
+    n = first - last
+    expected = []
+    for i in range(64):
+        q = min(max(i - last, 0), n)
+        p = q * (q + 1) / (n * (n + 1)) if progressive else q / n
+        expected.append(theta[i] * factor**-p)
+    name = "mrrope_pro" if progressive else "mrrope_uni"
+    s = spectrum({"method": name, "factor": factor, "original_max_position_embeddings": length})
+    np.testing.assert_allclose(s.inv_freq, expected, rtol=1e-12)
+    assert s.attention_scaling == pytest.approx(0.1 * math.log(8) + 1, rel=1e-15)
+
+
+@pytest.mark.parametrize("window", ["raised_cosine", "quarter_cosine", "blackman", "kaiser", "linear"])
+def test_yarn_and_cope_commute_with_every_window(window):
+    yarn = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}
+    cope = {"method": "cope", "clip": 20, "window": window}
+    np.testing.assert_allclose(spectrum(yarn, cope).inv_freq, spectrum(cope, yarn).inv_freq, rtol=1e-15)
+
+
 @pytest.mark.parametrize(("method", "message"), [
     ({"method": "cope", "clip": 65}, r"clip=65 is not within the 64 pairs of head_dim=128; use 0\.\.64"),
     ({"method": "hardclip", "clip": -1}, "clip=-1"),
     ({"method": "pi", "factor": 0.5}, r"factor=0\.5 must be 1 or more"),
     ({"method": "abf", "theta": 1.0}, r"theta=1\.0 must be above 1"),
+    ({"method": "abf", "theta": -1e4}, r"theta=-10000\.0 must be above 1"),
     ({"method": "p_rope", "fraction": 1.5}, r"fraction=1\.5 must lie between 0 and 1"),
     ({"method": "llama3", "high_freq_factor": 1.0}, "must exceed low_freq_factor"),
+    ({"method": "yarn", "factor": 4, "original_max_position_embeddings": 0}, "embeddings=0 must be 1"),
+    ({"method": "yarn", "factor": 4, "original_max_position_embeddings": 8, "beta_slow": 40}, "fast >= slow > 0"),
+    ({"method": "yarn", "factor": 4, "original_max_position_embeddings": 8, "attention_factor": 0}, "must be positive"),
+    ({"method": "longrope", "short_factor": [1.0] * 63, "long_factor": [1.0] * 64,
+      "original_max_position_embeddings": 8}, "short_factor has 63 numbers.*each of the 64 pairs"),
+    ({"method": "longrope", "short_factor": [1.0] * 64, "long_factor": [0.0] * 64,
+      "original_max_position_embeddings": 8}, "long_factor has 64 numbers, the least 0"),
+    ({"method": "half_rope", "share": 0.0}, r"share=0\.0 of 64 pairs"),
+    ({"method": "rope_id", "share": 0.001}, r"share=0\.001 of 64 pairs must .* hold a whole pair"),
+    ({"method": "rope_id", "shortest_period": 100, "longest_period": 50}, r"shortest_period=100\.0 must be positive"),
+    ({"method": "rope_id", "temperature_exponent": -1}, r"temperature_exponent=-1\.0 must be 0"),
+    ({"method": "high_frequency", "length": 6}, "length=6 must be 7 tokens or more"),
+    ({"method": "hope", "share": 2}, r"share=2\.0 must lie between 0 and 1"),
 ])  # fmt: skip
 def test_values_out_of_range_are_named(method, message):
     with pytest.raises(ValueError, match=message):
         spectrum(method)
+
+
+def test_no_pair_left_for_rope_id_yarn():
+    with pytest.raises(ValueError, match="no pair rotates"):
+        spectrum({"method": "hardclip", "clip": 64}, {"method": "rope_id_yarn", "factor": 2})

@@ -2,14 +2,24 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from helpers import save_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rope_samples import POSITIONS, SAMPLES, sample
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropewalk.rope import RopeChain
+from ropewalk.model import load_for_evaluation
+from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.stock import compile_to_stock
+from ropewalk.rotary import spectrum_tolerance
 
 ABF = {"method": "abf", "theta": 1e7}
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}
@@ -59,9 +69,136 @@ def test_longrope_entry_is_complete():
     assert entry["short_factor"][0] == 1.0
 
 
-def test_a_zero_that_float32_cannot_hold_is_refused():
-    # pair 0 has base^0 = 1, and 1e38 * 1 is finite in float32
-    with pytest.raises(ValueError, match=r"pair 0 is stopped.* stop fewer pairs or raise the base"):
-        compiled({"method": "hardclip", "clip": 64})
-    with pytest.raises(ValueError, match="pair 1 is stopped"):
-        compiled({"method": "hardclip", "clip": 63})
+def test_any_pair_can_be_stopped():
+    # 1e38 x base^(2i/d) stays finite where the base's power is small; there the factor overflows by itself
+    entry = compiled({"method": "hardclip", "clip": 64})
+    assert entry["short_factor"][0] == 1e39
+    assert entry["short_factor"][63] == 1e38
+    assert json.loads(json.dumps(entry)) == entry
+    assert np.all(stock_inv_freq(entry) == 0)
+    assert np.all(np.isfinite(entry["short_factor"]))
+
+
+def stock_inv_freq(entry, head_dim=128):
+    config = LlamaConfig(head_dim=head_dim, hidden_size=512, num_attention_heads=4, max_position_embeddings=65536)
+    config.rope_parameters = entry
+    return LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(16, 128), st.floats(1e4, 1e9), st.data())
+def test_longrope_holds_any_spectrum(pairs, theta, data):
+    """Exact zeros exact, the rest within the float32 rounding of the factor, the power and their product."""
+    head_dim = 2 * pairs
+    weights = data.draw(st.lists(st.sampled_from([0.0, 1.0, 1e-6, 0.3, 5.0]), min_size=pairs, max_size=pairs))
+    base = RopeChain([]).spectrum(head_dim=head_dim, theta=theta, pretrained_length=8192, trained_length=65536)
+    s = base.scaled(np.array(weights))
+    exact, stock = s.inv_freq, stock_inv_freq(compile_to_stock(OTHER, s, 65536), head_dim)
+    assert np.array_equal(exact == 0, stock == 0)
+    turning = exact > 0
+    np.testing.assert_allclose(stock[turning], exact[turning], rtol=spectrum_tolerance(s, "longrope"))
+
+
+OTHER = RopeChain([{"method": "hardclip", "clip": 0}, {"method": "hardclip", "clip": 0}])
+
+
+# Every method, alone and in the chains people run; head_dim 64, base 1e5, 8,192 tokens stretched to 65,536.
+CHAINS = {
+    **{name: [sample(name, head_dim=64)] for name in SAMPLES if name != "rope_id_yarn"},
+    "rope": [],
+    "rope_id_yarn": [sample("rope_id"), sample("rope_id_yarn")],
+    "cope_yarn": [ABF, {"method": "cope", "clip": "auto"}, YARN],
+    "kaiser": [{"method": "cope", "clip": 9, "window": "kaiser"}],
+    "nope": [{"method": "hardclip", "clip": 32}],
+}
+SMALL = {"theta": 1e5, "head_dim": 64, "pretrained_length": 8192, "trained_length": 65536}
+
+
+@pytest.fixture(scope="module")
+def stock_process(tmp_path_factory):
+    """A tiny Llama under every chain, written here, read by one process that cannot import ropewalk."""
+    root = tmp_path_factory.mktemp("stock")
+    for name, methods in CHAINS.items():
+        save_tiny(root / name, head_dim=64, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, seed=1)
+        position = Position(name, RopeChain(methods), **SMALL)
+        config = AutoConfig.from_pretrained(root / name)
+        config.max_position_embeddings = 65536
+        config.rope_parameters = position.rope_parameters(65536)
+        config.ropewalk = position.metadata()
+        config.save_pretrained(root / name)
+    script = Path(__file__).with_name("stock_process.py")
+    done = subprocess.run([sys.executable, "-I", str(script), str(root)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root
+
+
+@pytest.mark.parametrize("name", list(CHAINS))
+def test_a_process_without_ropewalk_rotates_alike(stock_process, name):
+    directory = stock_process / name
+    found = np.load(directory / "found.npz")
+    model = load_for_evaluation(directory)  # asserts the spectrum
+    ours = model.model.rotary_emb.inv_freq.numpy()
+    assert np.array_equal(ours, found["inv_freq"])
+    assert ours.dtype == found["inv_freq"].dtype == np.float32
+    position = Position.from_pretrained(directory)
+    exact = RopeChain(CHAINS[name]).spectrum(**SMALL)
+    assert np.array_equal(position.spectrum().inv_freq, exact.inv_freq)
+    assert np.array_equal(exact.inv_freq == 0, ours == 0)
+    turning = exact.inv_freq > 0
+    rope_type = json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_type"]
+    tolerance = 4.8e-6 if rope_type in ("yarn", "llama3") else 2.4e-7  # the stock ramp is float32
+    np.testing.assert_allclose(ours[turning], exact.inv_freq[turning], rtol=tolerance)
+    assert_equal_logits(model, found["logits"])
+
+
+def assert_equal_logits(model, expected):
+    """The same positions through the model as loaded here, with the rotation redone in float64 from its inv_freq."""
+    tokens = torch.arange(len(POSITIONS))[None] * 7
+    model.set_attn_implementation("eager")
+    causal = torch.full((len(POSITIONS),) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, position_ids=torch.tensor([POSITIONS]), attention_mask=causal).logits[0]
+    assert np.array_equal(logits.numpy(), expected)
+    assert np.std(expected) > 0.1
+
+
+def test_positions_matter_to_these_logits(stock_process):
+    logits = {name: np.load(stock_process / name / "found.npz")["logits"] for name in ("rope", "cope", "nope", "yarn")}
+    assert np.abs(logits["rope"] - logits["cope"]).max() > 1e-3
+    assert np.abs(logits["rope"] - logits["nope"]).max() > 1e-3
+    assert np.abs(logits["rope"] - logits["yarn"]).max() > 1e-3
+
+
+def test_a_length_dependent_chain_is_compiled_at_the_declared_length():
+    dynamic = {"method": "dynamic_ntk", "factor": 2.0, "original_max_position_embeddings": 8192}
+    entries = {n: compiled(dynamic, length=n) for n in (None, 8192, 65536, 131072)}
+    assert entries[None] == entries[65536]  # the trained length
+    assert entries[8192] == {"rope_type": "default", "rope_theta": 5e5}
+    expected = 5e5 * (2 * 131072 / 8192 - 1) ** (128 / 126)
+    np.testing.assert_allclose(stock_inv_freq(entries[131072])[-1], expected ** (-126 / 128), rtol=3e-7)
+
+
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [
+    ("qwen2", {}), ("qwen3", {}), ("mistral", {"sliding_window": None}), ("olmo", {}), ("olmo2", {}),
+    ("olmo3", TWO_KINDS), ("gemma", {}), ("gemma2", {}), ("gemma3_text", TWO_KINDS), ("phi3", {"pad_token_id": 0}),
+])  # fmt: skip
+def test_other_rotary_classes_read_the_compiled_form(tmp_path, model_type, fields):
+    save_tiny(tmp_path, model_type, head_dim=16, hidden_size=64, **fields)
+    chain = [{"method": "abf", "theta": 1e6}, {"method": "cope", "clip": 5}, sample("yarn")]
+    before = AutoModelForCausalLM.from_pretrained(tmp_path).get_decoder().rotary_emb
+    model = load_for_evaluation(tmp_path, chain)  # asserts the buffers of the stock class against the spectrum
+    rotary = model.get_decoder().rotary_emb
+    exact = RopeChain(chain).spectrum(head_dim=16, theta=1e6, pretrained_length=64, trained_length=64)
+    prefix = "full_attention_" if model_type in ("olmo3", "gemma3_text") else ""
+    angles = np.arange(300)[:, None] * exact.inv_freq
+    layer = ("full_attention",) if prefix else ()
+    cos, sin = rotary(torch.zeros(1), torch.arange(300)[None], *layer)
+    np.testing.assert_allclose(cos[0, :, :8], exact.attention_scaling * np.cos(angles), atol=5e-5)
+    np.testing.assert_allclose(sin[0, :, 8:], exact.attention_scaling * np.sin(angles), atol=5e-5)
+    assert getattr(rotary, f"{prefix}inv_freq")[-1] == 0
+    if prefix:  # the layers with a window keep their own
+        assert torch.equal(rotary.sliding_attention_inv_freq, before.sliding_attention_inv_freq)
+    assert torch.isfinite(model(input_ids=torch.arange(20)[None]).logits).all()

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoTokenizer
 from ropewalk import attention
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import write_atomically
-from ropewalk.model import assert_spectrum, build_for_training, install_spectrum
+from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
+from ropewalk.rotary import assert_spectrum, install_spectrum
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation

@@ -1,9 +1,11 @@
 """Position methods as spectra: compose them, compile them to stock engines."""
 
-from ropewalk.rope import methods as methods  # fills the registry
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.position import Position
 from ropewalk.rope.registry import available_methods, register_method
 from ropewalk.rope.spectrum import Spectrum
+
+# Last: it fills the registry, and a method's module may import the names above from here.
+from ropewalk.rope import methods as methods  # isort: skip
 
 __all__ = ["Position", "RopeChain", "Spectrum", "available_methods", "register_method"]

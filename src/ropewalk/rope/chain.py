@@ -6,24 +6,28 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ropewalk.rope.registry import get_method, resolve_arguments
+from ropewalk.rope.notation import parse_steps, print_value
+from ropewalk.rope.order import check_order, check_scalings
+from ropewalk.rope.registry import get_method
 from ropewalk.rope.spectrum import Spectrum, geometric
 
 
 @dataclass(frozen=True)
 class Step:
-    """One method of a chain with its resolved arguments."""
+    """One method of a chain with its canonical arguments."""
 
     method: str
     arguments: dict[str, Any]
 
     def __str__(self) -> str:
-        shown = {k: v for k, v in self.arguments.items() if v != _defaults(self.method).get(k)}
-        return f"{self.method}({', '.join(f'{k}={_short(v)}' for k, v in shown.items())})"
+        defaults = get_method(self.method).defaults
+        shown = {k: v for k, v in self.arguments.items() if k not in defaults or v != defaults[k]}
+        return f"{self.method}({', '.join(f'{k}={print_value(v)}' for k, v in shown.items())})"
 
 
 class RopeChain:
@@ -33,17 +37,26 @@ class RopeChain:
         methods: mappings with ``method`` and that method's arguments, as they stand in YAML and config.json.
 
     Raises:
-        ValueError: for an unknown method or argument, a wrong value, or abf anywhere but first.
+        ValueError: for an unknown method or argument, a wrong value, a method that would undo those before it, or
+            two scalings that contradict each other.
     """
 
     def __init__(self, methods: Sequence[Mapping[str, Any]]) -> None:
         self.steps = tuple(_step(entry) for entry in methods)
-        for position, step in enumerate(self.steps):
-            if step.method == "abf" and position > 0:
-                raise ValueError(
-                    f"abf stands at place {position + 1} of the chain, after {self.steps[position - 1]}; it rebuilds "
-                    "the spectrum and would undo what stands before it: put it first"
-                )
+        check_order(self.steps)
+        check_scalings(self.steps)
+
+    @classmethod
+    def parse(cls, text: str) -> RopeChain:
+        """The chain that ``text`` prints: ``abf(theta=1e7) > cope(clip=20)``, ``rope`` for none."""
+        return cls(parse_steps(text))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> RopeChain:
+        """The chain of a checkpoint: a directory, its config.json, or a hub id; see Position.from_pretrained."""
+        from ropewalk.rope.position import Position
+
+        return Position.from_pretrained(directory).chain
 
     def spectrum(
         self,
@@ -57,29 +70,59 @@ class RopeChain:
         """The chain's spectrum for a model.
 
         Args:
-            head_dim: channels of a head, even.
+            head_dim: channels of a head that rotate, even.
             theta: RoPE base of the pretrained model.
             pretrained_length: tokens the pretrained model was trained at.
             trained_length: tokens this run trains at.
-            length: tokens of the present input, for length-dependent methods.
-        """
-        if head_dim <= 0 or head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be positive and even: channels rotate in pairs")
-        start = Spectrum(geometric(theta, head_dim), theta, pretrained_length, trained_length, length)
-        return self._run(start)
+            length: tokens of the present input, for length-dependent methods; None: ``trained_length``.
 
-    def apply(self, inv_freq: Any, *, pretrained_length: int = 0, trained_length: int = 0) -> Any:
+        Raises:
+            ValueError: for inputs or arguments that do not fit, naming the value, the rule and the mend.
+        """
+        return self._run(_start(head_dim, theta, pretrained_length, trained_length, length))
+
+    def resolved(self, *, head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> RopeChain:
+        """The chain with every word (``auto``, ``trained_length``) replaced by its value for this model."""
+        steps = []
+        spectrum = _start(head_dim, theta, pretrained_length, trained_length, None)
+        for step in self.steps:
+            method = get_method(step.method)
+            steps.append({"method": step.method, **method.resolved(step.arguments, spectrum)})
+            spectrum = method(spectrum, **step.arguments)
+        return RopeChain(steps)
+
+    def depends_on_length(self, *, head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> bool:
+        """Whether a method of this chain reads the present input's length."""
+        start = _start(head_dim, theta, pretrained_length, trained_length, None)
+        try:
+            self._run(_Unmeasured(**vars(start)))
+        except _LengthRead:
+            return True
+        return False
+
+    def apply(
+        self, inv_freq: Any, *, pretrained_length: int = 0, trained_length: int = 0, length: int | None = None
+    ) -> Any:
         """The same transforms on a caller's own vector (d/2,), numpy or torch; returned in its type and dtype.
 
         The base is read off the ratio of the first two frequencies, which holds for any RoPE vector.
+
+        Raises:
+            ValueError: where the vector is too short for that, or does not fall from its first entry.
         """
         is_torch = hasattr(inv_freq, "detach")
         values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
+        if values.ndim != 1 or values.size < 2 or not values[0] > values[1] > 0:
+            raise ValueError(
+                f"inv_freq of shape {values.shape} must be one row of two or more frequencies that starts falling; "
+                "give RoPE's own, before any other transform"
+            )
         theta = float((values[0] / values[1]) ** values.size)
-        result = self._run(Spectrum(values, theta, pretrained_length, trained_length)).inv_freq
+        result = self._run(Spectrum(values, theta, pretrained_length, trained_length, length)).inv_freq
         return inv_freq.new_tensor(result) if is_torch else result.astype(np.asarray(inv_freq).dtype)
 
     def _run(self, spectrum: Spectrum) -> Spectrum:
+        check_scalings(self.steps, spectrum)
         for step in self.steps:
             spectrum = get_method(step.method)(spectrum, **step.arguments)
         return spectrum
@@ -94,25 +137,36 @@ class RopeChain:
         max_position_embeddings: int,
         length: int | None = None,
     ) -> dict[str, Any]:
-        """The chain as a stock transformers ``rope_parameters`` entry; see :mod:`ropewalk.rope.stock`."""
+        """The chain as a stock transformers ``rope_parameters`` entry; see :mod:`ropewalk.rope.stock`.
+
+        A stock entry holds one spectrum, so a chain that depends on the input's length is compiled at ``length``.
+        """
         from ropewalk.rope.stock import compile_to_stock
 
-        spectrum = self.spectrum(
-            head_dim=head_dim,
-            theta=theta,
-            pretrained_length=pretrained_length,
-            trained_length=trained_length,
-            length=length,
+        inputs = {
+            "head_dim": head_dim,
+            "theta": theta,
+            "pretrained_length": pretrained_length,
+            "trained_length": trained_length,
+        }
+        return compile_to_stock(
+            self.resolved(**inputs),  # type: ignore[arg-type]
+            self.spectrum(**inputs, length=length),  # type: ignore[arg-type]
+            max_position_embeddings,
         )
-        return compile_to_stock(self, spectrum, max_position_embeddings)
 
     def extended(self, methods: Sequence[Mapping[str, Any]]) -> RopeChain:
         """This chain with more methods after it."""
         return RopeChain([*self.to_list(), *methods])
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The canonical form: every argument resolved; what YAML, config.json and the hash hold."""
+        """The canonical form: every argument named; what YAML, config.json and the hash hold."""
         return [{"method": step.method, **step.arguments} for step in self.steps]
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the chain lays the spectrum out anew, so that what a checkpoint had before does not matter."""
+        return bool(self.steps) and get_method(self.steps[0].method).rebuilds
 
     @property
     def sha256(self) -> str:
@@ -133,21 +187,33 @@ class RopeChain:
         return hash(self.sha256)
 
 
+class _LengthRead(Exception):
+    """A method asked for the present length."""
+
+
+class _Unmeasured(Spectrum):
+    """A spectrum for an input of unknown length: reading it is noticed."""
+
+    @property
+    def present_length(self) -> int:
+        raise _LengthRead
+
+
+def _start(head_dim: int, theta: float, pretrained_length: int, trained_length: int, length: int | None) -> Spectrum:
+    if head_dim <= 0 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be positive and even: channels rotate in pairs")
+    if not theta > 1:
+        raise ValueError(f"theta={theta} must be above 1; it is the model's rope_theta, 10000 in RoFormer")
+    lengths = {"pretrained_length": pretrained_length, "trained_length": trained_length, "length": length}
+    for name, value in lengths.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 token or more")
+    return Spectrum(geometric(theta, head_dim), theta, pretrained_length, trained_length, length)
+
+
 def _step(entry: Mapping[str, Any]) -> Step:
     arguments = dict(entry)
     name = arguments.pop("method", None)
     if name is None:
         raise ValueError(f"{dict(entry)} names no method; write {{method: NAME, ...}}")
-    return Step(name, resolve_arguments(name, arguments))
-
-
-def _defaults(method: str) -> dict[str, Any]:
-    return getattr(get_method(method), "__kwdefaults__", None) or {}
-
-
-def _short(value: Any) -> str:
-    """As people write it: 1e7, 5e5, 0.25."""
-    if isinstance(value, float) and abs(value) >= 1e4:
-        mantissa, exponent = f"{value:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return Step(name, get_method(name).arguments(arguments))

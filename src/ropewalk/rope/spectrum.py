@@ -28,7 +28,7 @@ class Spectrum:
         theta: RoPE base from which the pairs were laid out.
         pretrained_length: tokens of the context that the starting model was trained at.
         trained_length: tokens of the context that this run trains at.
-        length: tokens of the present input, for length-dependent methods; None where no length is declared.
+        length: tokens of the present input; None: ``trained_length``. Methods read ``present_length``.
         attention_scaling: multiplies cos and sin, so logits scale by its square.
     """
 
@@ -54,12 +54,31 @@ class Spectrum:
     @property
     def periods(self) -> FloatArray:
         """Tokens in one turn of each pair, float64 (head_dim // 2,); infinite where a pair does not rotate."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             return 2 * np.pi / self.inv_freq
+
+    @property
+    def present_length(self) -> int:
+        """Tokens of the present input: the declared length, else the trained one."""
+        return self.trained_length if self.length is None else self.length
+
+    def turns(self, length: int) -> FloatArray:
+        """Turns of each pair over ``length`` tokens, float64 (head_dim // 2,)."""
+        return length * self.inv_freq / (2 * np.pi)
+
+    def pairs_beyond(self, length: int) -> int:
+        """Number of pairs whose period exceeds ``length`` tokens: those that never finish a turn in it."""
+        return int((self.periods > length).sum())
 
     def rebased(self, theta: float) -> Spectrum:
         """RoPE's geometric spectrum at another base; what was there before is replaced."""
         return replace(self, inv_freq=geometric(theta, self.head_dim), theta=theta)
+
+    def laid_out(self, rotated: FloatArray, attention_scaling: float = 1.0) -> Spectrum:
+        """``rotated`` frequencies on the first pairs, the others stopped; what was there before is replaced."""
+        inv_freq = np.zeros_like(self.inv_freq)
+        inv_freq[: rotated.size] = rotated
+        return replace(self, inv_freq=inv_freq, attention_scaling=attention_scaling)
 
     def scaled(self, weights: FloatArray | float, attention_scaling: float = 1.0) -> Spectrum:
         """Each frequency times its weight; ``attention_scaling`` multiplies what is there."""

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ropewalk.rope.spectrum import Spectrum, geometric
+from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 
 if TYPE_CHECKING:
     from ropewalk.rope.chain import RopeChain, Step
 
-# 1e38 * base^(2i/d) overflows float32 to infinity, whose reciprocal is exactly 0; infinity itself is not JSON.
+# A factor whose product with base^(2i/d) overflows float32 to infinity, whose reciprocal is exactly 0. Infinity itself
+# is not JSON. Where base^(2i/d) is too small for that, the factor alone must overflow: 1e39 is a number in JSON, and
+# infinite as soon as an engine puts it into float32.
 ZERO_FACTOR = 1e38
+ZERO_FACTOR_OF_FAST_PAIRS = 1e39
 _OVERFLOW = float(np.finfo(np.float32).max) / ZERO_FACTOR
 
 
@@ -20,15 +23,13 @@ def compile_to_stock(chain: RopeChain, spectrum: Spectrum, max_position_embeddin
     """The most specific stock entry that gives ``spectrum``: default, linear, llama3 or yarn, else longrope.
 
     Args:
-        chain: the methods, for recognising a stock type.
+        chain: the methods, every word resolved, for recognising a stock type.
         spectrum: what they give, at a declared length if a method depends on it.
         max_position_embeddings: N, the length the checkpoint serves, in tokens.
-
-    Raises:
-        ValueError: where a frequency of exactly zero cannot be expressed in float32.
     """
     steps = chain.steps[1:] if chain.steps and chain.steps[0].method == "abf" else chain.steps
-    if not steps:
+    is_geometric = np.array_equal(spectrum.inv_freq, geometric(spectrum.theta, spectrum.head_dim))
+    if is_geometric and spectrum.attention_scaling == 1.0:
         return {"rope_type": "default", "rope_theta": spectrum.theta}
     if len(steps) == 1 and steps[0].method in _STOCK:
         return {"rope_theta": spectrum.theta, **_STOCK[steps[0].method](steps[0])}
@@ -50,29 +51,30 @@ def _yarn(step: Step) -> dict[str, Any]:
 _STOCK = {"pi": _linear, "llama3": _llama3, "yarn": _yarn}
 
 
-def _longrope(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
-    """Per-pair factors: inv_freq_i = 1 / (factor_i * theta^(2i/d)).
+def stock_factors(spectrum: Spectrum) -> FloatArray:
+    """Per-pair factors for ``longrope``: inv_freq_i = 1 / (factor_i base^(2i/d)).
 
-    The short and the long list are equal and both lengths are N, so no engine switches between lists or adds a
-    scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
+    Returns:
+        float64 (d/2,), every one finite as JSON; as float32 those of stopped pairs give a frequency of exactly 0.
     """
     base = geometric(spectrum.theta, spectrum.head_dim)
-    zero = spectrum.inv_freq == 0
-    too_fast = zero & (1 / base <= _OVERFLOW)
-    if too_fast.any():
-        pair = int(np.flatnonzero(too_fast)[0])
-        raise ValueError(
-            f"pair {pair} is stopped, but its base^(2i/d) = {1 / base[pair]:.3g} is not above {_OVERFLOW:.2f}, so that "
-            "1e38 times it stays finite in float32 and the pair would still turn; stop fewer pairs or raise the base"
-        )
-    with np.errstate(divide="ignore"):
-        factors = np.where(zero, ZERO_FACTOR, base / spectrum.inv_freq)
+    with np.errstate(divide="ignore", over="ignore"):
+        factors = base / spectrum.inv_freq
+        stopped = np.where(1 / base > _OVERFLOW, ZERO_FACTOR, ZERO_FACTOR_OF_FAST_PAIRS)
+    return np.where(spectrum.inv_freq == 0, stopped, factors)
+
+
+def _longrope(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
+    """The short and the long list are equal and both lengths are N, so no engine switches between lists or adds a
+    scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
+    """
+    factors = stock_factors(spectrum).tolist()
     scaling = float(spectrum.attention_scaling)
     return {
         "rope_type": "longrope",
         "rope_theta": spectrum.theta,
-        "short_factor": factors.tolist(),
-        "long_factor": factors.tolist(),
+        "short_factor": factors,
+        "long_factor": factors,
         "factor": 1.0,
         "original_max_position_embeddings": max_position_embeddings,
         "attention_factor": scaling,

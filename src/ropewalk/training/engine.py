@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.loss import tiled_linear_cross_entropy
-from ropewalk.model import assert_spectrum, build_for_training, install_spectrum
+from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
+from ropewalk.rotary import assert_spectrum, install_spectrum
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 

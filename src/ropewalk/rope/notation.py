@@ -1,0 +1,57 @@
+"""Chains as people write them: ``abf(theta=1e7) > cope(clip=20)``."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+_SHOWN = 8  # numbers of a list that are printed
+
+
+def print_value(value: Any) -> str:
+    """A value as people write it, exactly: 1e7, 5e5, 0.25; of a long list, only its length."""
+    if isinstance(value, list) and len(value) > _SHOWN:
+        return f"[{len(value)} numbers]"
+    if isinstance(value, list):
+        return f"[{', '.join(map(print_value, value))}]"
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    if abs(value) >= 1e4:
+        mantissa, exponent = f"{value:e}".split("e")
+        short = f"{float(mantissa):g}e{int(exponent)}"
+    return short if float(short) == value else repr(value).removesuffix(".0")
+
+
+def parse_steps(text: str) -> list[dict[str, Any]]:
+    """The steps of a printed chain; ``rope``, or nothing, is the chain without any.
+
+    Raises:
+        ValueError: for text of another form.
+    """
+    if text.strip() in ("", "rope"):
+        return []
+    return [_parse_step(part.strip(), text) for part in text.split(">")]
+
+
+def _parse_step(part: str, text: str) -> dict[str, Any]:
+    rule = "write NAME(argument=value, ...), joined by '>': abf(theta=1e7) > cope(clip=20)"
+    try:
+        call = ast.parse(part if "(" in part else f"{part}()", mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"{part!r} in the chain {text!r} is not a method; {rule}") from None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise ValueError(f"{part!r} in the chain {text!r} is not a method; {rule}")
+    return {"method": call.func.id, **{str(k.arg): _literal(k.value, part) for k in call.keywords}}
+
+
+def _literal(node: ast.expr, part: str) -> Any:
+    """A number, true, false, null, a list, or a bare word."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False, "null": None, "none": None}.get(node.id.lower(), node.id)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(
+            f"{part!r}: {ast.unparse(node)} is not a value; give a number, true, false or a word"
+        ) from None

@@ -1,0 +1,128 @@
+"""A live model's rotary module: what stock transformers computes for it, put back after a cast, and asserted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ropewalk.rope import Spectrum
+
+# float32 rounding of the factor, of base^x and of their product, relative to the float64 spectrum.
+SPECTRUM_TOLERANCE = 2.4e-7
+
+
+def place_rope_parameters(config: PreTrainedConfig, entry: dict[str, Any]) -> None:
+    """Put a compiled entry into a config: into its full-attention layers' where layers differ (Gemma 3, OLMo 3).
+
+    A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays.
+    """
+    present = config.rope_parameters
+    is_layered = "full_attention" in present
+    partial = (present["full_attention"] if is_layered else present).get("partial_rotary_factor")
+    entry = entry if partial is None else {**entry, "partial_rotary_factor": partial}
+    config.rope_parameters = {**present, "full_attention": entry} if is_layered else entry
+
+
+def _layer_types(model: PreTrainedModel) -> tuple[str | None, ...]:
+    """The layer types that have a spectrum of their own, the one that the chain is about first; None: all share one."""
+    entry = model.config.rope_parameters
+    if "rope_type" in entry:
+        return (None,)
+    others = sorted(kind for kind in entry if kind != "full_attention" and entry[kind] is not None)
+    return ("full_attention", *others)
+
+
+def stock_spectrum(model: PreTrainedModel, layer_type: str | None = None) -> tuple[Tensor, float]:
+    """What transformers' own rope function computes from the model's config: the truth everywhere.
+
+    Returns:
+        inverse frequencies, float32 (head_dim / 2,) on the CPU, and the attention scaling.
+    """
+    entry = model.config.rope_parameters[layer_type] if layer_type else model.config.rope_parameters
+    rotary = model.get_decoder().rotary_emb
+    is_default = entry["rope_type"] == "default"
+    compute = rotary.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[entry["rope_type"]]
+    of_layer = {"layer_type": layer_type} if layer_type else {}
+    inv_freq, scaling = compute(model.config, device=torch.device("cpu"), **of_layer)
+    return inv_freq, float(scaling)
+
+
+def install_spectrum(model: PreTrainedModel) -> None:
+    """Put the float32 spectrum back where a cast has rounded it.
+
+    ``.to(bf16)`` and zero.Init cast the rotary buffers, and the longrope forward copies original_inv_freq over
+    inv_freq at every call, so both are set. Call it after the engine is built and after every load.
+    """
+    rotary = model.get_decoder().rotary_emb
+    for layer_type in _layer_types(model):
+        truth, scaling = stock_spectrum(model, layer_type)
+        prefix = f"{layer_type}_" if layer_type else ""
+        for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
+            device = getattr(rotary, name).device
+            setattr(rotary, name, nn.Buffer(truth.to(device, copy=True), persistent=False))
+        kind = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
+        if kind == "longrope":
+            # Taken past the trained length; left out, it would be computed anew there, by the device's own pow.
+            setattr(rotary, f"{prefix}long_inv_freq", truth.to(device, copy=True))
+        setattr(rotary, f"{prefix}attention_scaling", scaling)
+
+
+def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
+    """Check that the model rotates with ``spectrum``: float32 buffers, bitwise the stock function's, and those within
+    float32 rounding of the float64 spectrum, exact zeros exact.
+
+    Where layers differ, the full-attention ones rotate with ``spectrum``, the others as their config says.
+
+    Raises:
+        RuntimeError: naming what differs; a wrong spectrum must stop the run.
+    """
+    for layer_type in _layer_types(model):
+        _assert_buffers(model, layer_type)
+    layer_type = _layer_types(model)[0]
+    truth, scaling = stock_spectrum(model, layer_type)
+    stock, exact = truth.double().numpy(), spectrum.inv_freq
+    if not np.array_equal(stock == 0, exact == 0):
+        raise RuntimeError("the stopped pairs of the config are not those of the chain")
+    turning = exact != 0
+    worst = float(np.max(np.abs(stock[turning] / exact[turning] - 1), initial=0.0))
+    entry = model.config.rope_parameters[layer_type] if layer_type else model.config.rope_parameters
+    tolerance = spectrum_tolerance(spectrum, entry["rope_type"])
+    if worst > tolerance:
+        raise RuntimeError(
+            f"the config's spectrum differs from the chain's by {worst:.3g} relative, above {tolerance:.3g}"
+        )
+    if abs(scaling / spectrum.attention_scaling - 1) > SPECTRUM_TOLERANCE:
+        raise RuntimeError(f"attention scaling is {scaling}, the chain's {spectrum.attention_scaling}")
+
+
+def _assert_buffers(model: PreTrainedModel, layer_type: str | None) -> None:
+    truth, scaling = stock_spectrum(model, layer_type)
+    rotary = model.get_decoder().rotary_emb
+    prefix = f"{layer_type}_" if layer_type else ""
+    for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
+        buffer = getattr(rotary, name)
+        if buffer.dtype != torch.float32 or not torch.equal(buffer.cpu(), truth):
+            raise RuntimeError(
+                f"{name} is not the float32 spectrum of the config (dtype {buffer.dtype}); it was cast or overwritten"
+            )
+    installed = getattr(rotary, f"{prefix}attention_scaling")
+    if installed != scaling:
+        raise RuntimeError(f"{prefix}attention_scaling is {installed}, the config's {scaling}")
+
+
+def spectrum_tolerance(spectrum: Spectrum, rope_type: str) -> float:
+    """How far the stock float32 function may be from the float64 spectrum, relative.
+
+    Where head_dim is no power of two the exponent 2i/d is rounded too, by up to 2^-25, which ln(theta) magnifies.
+    The stock yarn and llama3 functions also round their ramp, by some 1e-7 of the unscaled frequency, and the ramp's
+    factor s magnifies that in the pairs that are slowed.
+    """
+    rounded_exponent = spectrum.head_dim & (spectrum.head_dim - 1) != 0
+    tolerance = SPECTRUM_TOLERANCE + rounded_exponent * 2**-25 * math.log(spectrum.theta)
+    return 20 * tolerance if rope_type in ("yarn", "llama3") else tolerance
