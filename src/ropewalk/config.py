@@ -71,6 +71,8 @@ class TrainerConfig:
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     log_every: int = 1  # steps
     checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
+    keep_last: int | None = None  # newest checkpoints that are kept; null: all
+    keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
     resume: bool = True  # go on from the newest committed checkpoint of the run directory
     accept: list[str] = field(default_factory=list)  # contract entries allowed to differ on resume, by name
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
@@ -159,6 +161,33 @@ class PrepareConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """``python data_prep/convert_mds.py``."""
+
+    output: str = MISSING  # directory
+    format: str = "packed"  # of the output: packed (from MDS directories) or mds (from a packed store)
+    root: str = "."  # what the directories of `sources` are relative to
+    sources: dict[str, str] = field(default_factory=dict)  # domain -> MDS directory
+    sequence_length: int = 65536  # tokens; shorter samples are padded, longer ones an error
+    tokenizer: str | None = None  # that the tokens are of: directory or hub id
+    store: str | None = None  # packed store, for format=mds
+    verify: bool = True  # compare the digests in index.json
+    workers: int | None = None  # processes; null: one for each core
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class InspectStoreConfig:
+    """``python data_prep/inspect_store.py``."""
+
+    store: str = MISSING  # directory of a packed store
+    domain: str | None = None  # whose sequence is decoded; null: the first
+    sequence: int = 0  # which one
+    verify: bool = False  # hash every file again
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
 class NeedleConfig:
     """The passkey grid."""
 
@@ -211,12 +240,106 @@ class CompareConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
+@dataclass
+class ModelPath:
+    """A model that is read as it is; ``model=X`` on the command line is ``model.path=X``."""
+
+    path: str = MISSING
+
+
+@dataclass
+class AdviseConfig:
+    """``python scripts/analyze.py advise``."""
+
+    model: ModelPath = field(default_factory=ModelPath)  # directory, config.json, hub id, or a name in configs/model
+    theta: float | None = None  # base that the run would train at; null: the model's own
+    train_length: int | None = None  # tokens that the run would train at; null: what the model was trained at
+    target_length: int | None = None  # tokens to serve; null: four times the trained length
+    chain: str | None = None  # a chain to judge, as text or a name in configs/rope; null: none
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class InspectConfig:
+    """``python scripts/analyze.py inspect``."""
+
+    model: ModelPath = field(default_factory=ModelPath)  # Hugging Face directory, its config.json, or hub id
+    length: int | None = None  # tokens of the input, for length-dependent types; null: the trained length
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class FiguresConfig:
+    """``python scripts/analyze.py spectra|kernel|...``: figures that need a spectrum and no weights."""
+
+    methods: list[str] = MISSING  # names in configs/rope, or chains as text; "NAME: chain" names one
+    model: ModelPath = field(default_factory=lambda: ModelPath("llama3_8b"))  # as in AdviseConfig
+    train_length: int = 65536  # tokens
+    target_length: int = 262144  # tokens
+    output: str = "figures"  # directory
+    formats: list[str] = field(default_factory=lambda: ["png", "pdf"])
+    results: list[str] = field(default_factory=list)  # run directories, for the clip figure's response
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class GeometryConfig:
+    """``python scripts/analyze.py geometry``: queries and keys of real checkpoints before and after RoPE."""
+
+    models: list[str] = MISSING  # Hugging Face directories, training checkpoints or run directories
+    documents: str = MISSING  # held-out documents: a directory that prepare.py wrote, or one of text files
+    output: str = MISSING  # directory
+    lengths: list[int] = MISSING  # tokens, ascending
+    max_documents: int = 1
+    layers: list[int] | None = None  # null: all
+    # LAYER.HEAD whose attention map is drawn; in quotes ("3.10"), or YAML reads the number 3.1
+    attention_heads: list[str] = field(default_factory=lambda: ["0.0"])
+    pca_heads: int = 4  # key heads, with their queries, sampled for the PCA snapshots
+    cluster_samples: int = 2048  # queries and keys each, at most, for silhouette and Davies-Bouldin
+    seed: int = 0
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    formats: list[str] = field(default_factory=lambda: ["png", "pdf"])
+    overwrite: bool = False
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class ValidateConfig:
+    """``python scripts/evaluate.py validate``: what a change of the spectrum does to a model without training."""
+
+    model: ModelPath = field(default_factory=ModelPath)  # Hugging Face directory, training checkpoint or run directory
+    rope: RopeConfig = field(default_factory=RopeConfig)  # appended to the model's own chain; empty: the sweep alone
+    documents: str = MISSING  # as in EvaluateConfig
+    output: str = MISSING  # directory; every arm is an evaluation of its own below it
+    multiples: list[int] = field(default_factory=lambda: [1, 2, 4])  # of the trained length, 1 first
+    # Of cope, in this order; null: 10 (all pairs where there are fewer), the advisor's, half of that, and all pairs
+    # whose period exceeds the trained length; []: no sweep.
+    clips: list[int] | None = None
+    sweep_samples: int = 1  # needle prompts per cell of the sweep, at most needle.samples; 0: no needle
+    tolerance: float = 0.01  # nats per token that short context may lose
+    max_documents: int | None = None
+    seed: int = 0
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    overwrite: bool = False  # measure every arm again, whatever `output` holds
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
+    "convert_mds": ConvertConfig,
+    "inspect_store": InspectStoreConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "compare": CompareConfig,
+    "advise": AdviseConfig,
+    "inspect": InspectConfig,
+    "figures": FiguresConfig,
+    "geometry": GeometryConfig,
+    "validate": ValidateConfig,
 }
 
 
@@ -230,6 +353,8 @@ POSITIVE = (
     "loss_chunk_size",
     "log_every",
     "checkpoint_every",
+    "keep_last",
+    "keep_every",
     "stop_after",
 )
 
@@ -268,6 +393,11 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         raise ValueError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "
             f"or an architecture to build from scratch (one of {', '.join(SUPPORTED_MODEL_TYPES)})"
+        )
+    if trainer.keep_every is not None and trainer.keep_last is None:
+        raise ValueError(
+            f"trainer.keep_every={trainer.keep_every} without trainer.keep_last: nothing is deleted then; set "
+            "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
     _validate_chain(config)
     existing_directory("data.store", data.store, STORE_MEND)

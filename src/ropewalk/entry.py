@@ -7,7 +7,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -41,6 +41,7 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
+    takes_path = any(f.name == "model" and f.type == "ModelPath" for f in fields(SCHEMAS[config_name]))
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @wraps(main)
@@ -57,6 +58,8 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         @wraps(main)
         def command() -> None:
             try:
+                if takes_path:
+                    sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
                 run()
             except (CompactHydraException, OmegaConfBaseException) as error:
                 sys.exit(_report(error))
@@ -64,6 +67,28 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         return command
 
     return decorate
+
+
+def run_command(commands: Mapping[str, Callable[[], None]], default: str | None = None) -> None:
+    """Run the command that the first argument names; ``default`` where it names none.
+
+    Hydra sees the arguments after it, so ``analyze.py advise --help`` is the help of advise.
+    """
+    program, first = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first in commands:
+        sys.argv[:2] = [sys.argv[0]]
+        commands[first]()
+    elif default is not None and (first.startswith("-") or "=" in first):
+        commands[default]()
+    elif first in ("-h", "--help"):
+        print(f"python scripts/{program} COMMAND key=value ...   (COMMAND --help says more)\n")
+        for name, command in commands.items():
+            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+    else:
+        near = difflib.get_close_matches(first, commands, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(commands)}"
+        print(f"error: {program} has no command {first!r}; {mend}", file=sys.stderr)
+        sys.exit(2)
 
 
 def to_object(composed: DictConfig) -> Any:
@@ -77,6 +102,18 @@ def to_object(composed: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
+
+
+def plain_argument(argument: str) -> str:
+    """An argument of a command that reads a model, as Hydra takes it.
+
+    ``model=X`` would choose from the model group, which only training has; ``chain=abf(theta=1e7)`` would call a
+    function of Hydra's own.
+    """
+    key, equals, value = argument.partition("=")
+    if key == "chain" and "(" in value and value[0] not in "'\"":
+        return f"chain='{value}'"
+    return f"model.path{equals}{value}" if key == "model" else argument
 
 
 def _is_ours(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -79,7 +80,9 @@ def page(made: tuple[str, list[str], Path]) -> str:
 
 def test_page_fetches_nothing_and_holds_plotly_once(page: str) -> None:
     for tag, attributes in Tags(page).tags:
-        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        if tag == "img":  # the image itself, not where it lies
+            assert (attributes.pop("src") or "").startswith("data:image/png;base64,")
         assert not {"src", "href", "srcset", "action"} & set(attributes)
     assert "@import" not in page.partition("</style>")[0]
     assert page.count("plotly.js v") == 1
@@ -210,3 +213,16 @@ def test_damaged_files_are_errors_with_their_place(tmp_path: Path) -> None:
     (run / "run.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"run\.json must hold a JSON object"):
         make_page(tmp_path, run)
+
+
+def test_spectra_are_drawn_as_images_within_the_page(made: tuple[str, list[str], Path]) -> None:
+    page = made[0]
+    images = [attributes for tag, attributes in Tags(page).tags if tag == "img"]
+    assert len(images) == 3  # kernel, coverage, semantic advantage
+    for image in images:
+        head, _, body = (image["src"] or "").partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(body)[:8] == b"\x89PNG\r\n\x1a\n"
+        assert image["alt"]
+    coverage = next(image["alt"] for image in images if "training at" in (image["alt"] or ""))
+    assert all(name in coverage for name in ("base", "rope", "hardclip11", "cope11"))

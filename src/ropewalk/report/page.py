@@ -20,6 +20,7 @@ from ropewalk.report.figures import (
     spectra_figure,
     training_figure,
 )
+from ropewalk.report.images import spectrum_images
 from ropewalk.report.results_table import ResultsTable, as_text, results_table
 from ropewalk.report.runs import Run, load_runs
 
@@ -90,6 +91,7 @@ def render(title: str, runs: list[Run], baseline: Run, table: ResultsTable) -> s
             needle_figure(runs),
             spectra_figure(runs, styles),
         ],
+        images=spectrum_images(runs, baseline),
         facts=runs_table.facts(runs),
         differences=runs_table.differences(runs, baseline),
         without_config=[run.name for run in runs if not run.config],

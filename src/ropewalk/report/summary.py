@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS
 from ropewalk.report.differences import Unpaired, at_length
 from ropewalk.report.needle import is_at_chance
 from ropewalk.report.results_table import losses
 from ropewalk.report.runs import Run
 from ropewalk.report.runs_table import differences
 from ropewalk.report.text import amount, counted, listed
-
-FEW_DOCUMENTS = 30
 
 
 def findings(runs: list[Run], baseline: Run) -> list[str]:

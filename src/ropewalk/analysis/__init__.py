@@ -1,0 +1,5 @@
+"""What a spectrum does: advice, inspection, figures, and the geometry of real queries and keys."""
+
+from ropewalk.analysis.advice import print_advice
+
+__all__ = ["print_advice"]

@@ -1,0 +1,74 @@
+"""``python scripts/analyze.py advise``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
+from ropewalk.config import AdviseConfig
+from ropewalk.rope.advisor import Advice, Choice, advise
+from ropewalk.rope.notation import print_value
+from ropewalk.rope.position import read_config_json
+
+
+def print_advice(config: AdviseConfig) -> Advice:
+    """Print what the advisor says of ``config.model.path``, and return it.
+
+    Raises:
+        ValueError: for a model that cannot be read, or a length or chain that does not fit it.
+    """
+    chain = None if config.chain is None else next(iter(read_chains([config.chain]).values()))
+    advice = advise(
+        read_model(config.model.path),
+        theta=config.theta,
+        train_length=config.train_length,
+        target_length=config.target_length,
+        chain=chain,
+        config=None if is_declared(config.model.path) else read_config_json(locate(config.model.path)),
+    )
+    print(describe(advice), flush=True)
+    return advice
+
+
+def describe(advice: Advice) -> str:
+    """The findings as a page of text."""
+    position, (low, high) = advice.position, advice.yarn_ramp
+    base, factor = print_value(position.theta), advice.yarn_factor
+    findings = [
+        (
+            "model",
+            f"{position.chain} at base {base}: {position.head_dim // 2} pairs, pretrained at "
+            f"{position.pretrained_length:,} tokens, trained at {position.trained_length:,}",
+        ),
+        (
+            "critical dimension",
+            f"{advice.critical_dimension} of {position.head_dim} channels, at base {base} and "
+            f"{position.pretrained_length:,} tokens",
+        ),
+        *(("" if place else "never finish a turn", str(beyond)) for place, beyond in enumerate(advice.beyond)),
+        ("recommended clip", f"{advice.clip}: 75% of {advice.clip_at}, rounded down"),
+        (
+            "YaRN",
+            f"factor {factor:g} from {advice.train_length:,} tokens: pairs up to {low:g} are kept, pairs from "
+            f"{high:g} on divided by {factor:g}",
+        ),
+    ]
+    lines = [f"{name:<22}{text}" for name, text in findings]
+    lines += ["", f"from {advice.start}:", *_table(advice.choices)]
+    lines += [
+        "stopped: pairs without rotation. slowest period: tokens in a turn. unfinished: rotating pairs that never",
+        f"finish a turn in {advice.train_length:,} tokens. new phases: pairs that reach phases at "
+        f"{advice.target_length:,} tokens",
+        f"which training at {advice.train_length:,} never did, and how far in sum.",
+    ]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in advice.warnings)])
+
+
+def _table(choices: Sequence[Choice]) -> list[str]:
+    heads = ("stopped", "slowest period", "unfinished", "new phases", "in turns")
+    width = max(len(choice.chain) for choice in choices)
+    rows = [f"{'chain':<{width}}  {'  '.join(f'{head:>14}' for head in heads)}"]
+    for c in choices:
+        cells = (f"{c.stopped}", f"{c.slowest_period:,.0f}", f"{c.unfinished}", f"{c.new_phases}", f"{c.new_turns:.2f}")
+        rows.append(f"{c.chain:<{width}}  {'  '.join(f'{cell:>14}' for cell in cells)}")
+    return rows

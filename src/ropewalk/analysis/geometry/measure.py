@@ -1,0 +1,219 @@
+"""All statistics of a layer's queries and keys, collected over layers, lengths and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ropewalk.analysis.geometry.attention_scores import attention_scores
+from ropewalk.analysis.geometry.capture import ROPE, LayerHeads
+from ropewalk.analysis.geometry.pca import POINTS, Basis, fit_basis, sample_positions
+from ropewalk.analysis.geometry.plan import Plan, Subject
+from ropewalk.analysis.geometry.statistics import (
+    davies_bouldin,
+    frobenius_norm,
+    fsv_share,
+    inter_dot,
+    intra_dot,
+    silhouette,
+    stable_rank,
+    unit,
+)
+from ropewalk.analysis.geometry.table import Means, is_of_keys
+from ropewalk.evaluation.settings import Setting
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention of one head over the longest prefix of the first document.
+
+    Attributes:
+        model: label.
+        layer: index.
+        head: query head.
+        rope: before or after.
+        tokens: of the prefix.
+        weights: float32 (cells, cells), mean softmax weight of each cell, NaN where causality leaves nothing.
+        sink: float32 (tokens,), weight of every query on position 0.
+    """
+
+    model: str
+    layer: int
+    head: int
+    rope: str
+    tokens: int
+    weights: NDArray[np.float32]
+    sink: NDArray[np.float32]
+
+
+@dataclass
+class Findings:
+    """What the passes have shown so far."""
+
+    statistics: Means = field(default_factory=Means)  # as table.geometry_table takes them
+    key_scores: Means = field(default_factory=Means)  # as table.key_scores takes them
+    clouds: list[pd.DataFrame] = field(default_factory=list)
+    maps: list[AttentionMap] = field(default_factory=list)
+    bases: dict[tuple[int, int], Basis] = field(default_factory=dict)  # by layer and key head
+
+
+@dataclass(frozen=True)
+class LayerMeasurement:
+    """Measures the layers of one pass into ``findings``.
+
+    Attributes:
+        plan: what is asked for.
+        subject: the checkpoint.
+        setting: the spectrum of the pass and the lengths that it serves.
+        first_document: whether snapshots and maps are taken, too.
+        findings: where everything goes.
+    """
+
+    plan: Plan
+    subject: Subject
+    setting: Setting
+    first_document: bool
+    findings: Findings
+
+    def __call__(self, heads: LayerHeads) -> None:
+        """Measure one layer."""
+        for rope in ROPE:
+            self._attention(heads, rope)
+            for kv_head, queries, keys in groups(heads, rope):
+                found = list(cluster_values(queries, keys, self.setting.lengths, self._sampled))
+                self._record(found, heads, rope, kv_head)
+        self._ratios(heads)
+        if self.first_document:
+            self._snapshots(heads)
+
+    def _sampled(self, length: int) -> NDArray[np.int64]:
+        return sample_positions(length, self.plan.config.cluster_samples, self.plan.config.seed)
+
+    def _where(self, heads: LayerHeads) -> tuple[str, str, int]:
+        """Model, chain and layer."""
+        return self.subject.name, str(self.setting.chain), heads.layer
+
+    def _record(self, found: list[tuple[str, int, Tensor]], heads: LayerHeads, rope: str, kv_head: int) -> None:
+        """Rows of values that come as one for each query head of the group, or one for its key head."""
+        group = heads.queries[rope].shape[0] // heads.keys[rope].shape[0]
+        for statistic, length, values in found:
+            for i, value in enumerate(values.tolist()):
+                head = None if is_of_keys(statistic) else kv_head * group + i
+                key = (*self._where(heads), head, kv_head, length, rope, statistic)
+                self.findings.statistics.add(key, value)
+
+    def _attention(self, heads: LayerHeads, rope: str) -> None:
+        wanted = {head for layer, head in self.plan.map_heads if layer == heads.layer}
+        draws = self.first_document and self.setting.longest == self.plan.config.lengths[-1]
+        # The unrotated logits get the attention scaling that RoPE brings, so that the rotation is all that differs.
+        scaling = heads.logit_scaling * (heads.attention_scaling**2 if rope == "before" else 1.0)
+        scores = attention_scores(
+            heads.queries[rope], heads.keys[rope], self.setting.lengths, scaling, wanted if draws else ()
+        )
+        for length in self.setting.lengths:
+            mean = scores.key_scores[length].mean(0)
+            self.findings.key_scores.add((*self._where(heads), length, rope), mean.cpu().numpy())
+        key_heads = heads.keys[rope].shape[0]
+        for statistic, by_length in (("sink_weight", scores.sink_weight), ("max_dot", scores.max_dot)):
+            for length, values in by_length.items():
+                for kv_head, group in enumerate(values.view(key_heads, -1)):
+                    self._record([(statistic, length, group)], heads, rope, kv_head)
+        for head, weights in scores.maps.items():
+            arrays = weights.cpu().numpy(), scores.sink_by_query[head].cpu().numpy()
+            found = AttentionMap(self.subject.name, heads.layer, head, rope, self.setting.longest, *arrays)
+            self.findings.maps.append(found)
+
+    def _ratios(self, heads: LayerHeads) -> None:
+        """First singular value share after RoPE over before; the attention scaling is in neither."""
+        for (kv_head, *before), (_, *after) in zip(*(groups(heads, rope) for rope in ROPE), strict=True):
+            for name, unrotated, rotated in zip(("queries", "keys"), before, after, strict=True):
+                for length in self.setting.lengths:
+                    ratio = fsv_share(rotated[:, :length]) / fsv_share(unrotated[:, :length])
+                    self._record([(f"fsv_ratio_{name}", length, ratio)], heads, "after", kv_head)
+
+    def _snapshots(self, heads: LayerHeads) -> None:
+        early = self.plan.config.lengths[0]
+        for kv_head, queries, keys in groups(heads, "before"):
+            place = (heads.layer, kv_head)
+            if place in self.plan.pca_heads and place not in self.findings.bases:
+                points = torch.cat([queries[:, :early].flatten(0, 1), keys[0, :early]])
+                self.findings.bases[place] = fit_basis(points.float().cpu().numpy())
+        of = dict(zip(("model", "chain", "layer"), self._where(heads), strict=True))
+        for rope in ROPE:
+            for kv_head, queries, keys in groups(heads, rope):
+                if (heads.layer, kv_head) in self.plan.pca_heads:
+                    basis = self.findings.bases[heads.layer, kv_head]
+                    for length in self.setting.lengths:
+                        where = {**of, "kv_head": kv_head, "length": length, "rope": rope}
+                        seed = self.plan.config.seed
+                        self.findings.clouds.append(snapshot(basis, queries, keys, length, seed).assign(**where))
+
+
+def groups(heads: LayerHeads, rope: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each key head with its queries (group, tokens, head_dim) and its keys (1, tokens, head_dim)."""
+    queries, keys = heads.queries[rope], heads.keys[rope]
+    group = queries.shape[0] // keys.shape[0]
+    for kv_head in range(keys.shape[0]):
+        yield kv_head, queries[kv_head * group : (kv_head + 1) * group], keys[kv_head : kv_head + 1]
+
+
+def cluster_values(
+    queries: Tensor, keys: Tensor, lengths: tuple[int, ...], sampled: Any
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(statistic, length, values) of one group, but for those of attention and the ratio under RoPE.
+
+    Args:
+        queries: (group, tokens, head_dim).
+        keys: (1, tokens, head_dim).
+        lengths: tokens of each prefix.
+        sampled: length -> positions that silhouette and Davies-Bouldin are computed on.
+    """
+    unit_queries, unit_keys = unit(queries), unit(keys)
+    norms = torch.linalg.vector_norm(keys.double(), dim=-1)
+    for length in lengths:
+        q, k = queries[:, :length], keys[:, :length]
+        places = torch.from_numpy(sampled(length)).to(q.device)
+        some_q, some_k = q[:, places], k[:, places]
+        found: dict[str, Tensor] = {
+            "intra_cosine_queries": intra_dot(unit_queries[:, :length]),
+            "intra_cosine_keys": intra_dot(unit_keys[:, :length]),
+            "inter_cosine": inter_dot(unit_queries[:, :length], unit_keys[:, :length]),
+            "intra_dot_queries": intra_dot(q),
+            "intra_dot_keys": intra_dot(k),
+            "inter_dot": inter_dot(q, k),
+            "silhouette": silhouette(some_q, some_k),
+            "davies_bouldin": davies_bouldin(some_q, some_k),
+            "sink_key_norm": norms[:, 0],
+            "other_key_norm": norms[:, 1:length].mean(-1),
+        }
+        for name, cloud in (("queries", q), ("keys", k)):
+            found |= {
+                f"frobenius_{name}": frobenius_norm(cloud),
+                f"fsv_share_{name}": fsv_share(cloud),
+                f"stable_rank_{name}": stable_rank(cloud),
+            }
+        for statistic, values in found.items():
+            yield statistic, length, values
+
+
+def snapshot(basis: Basis, queries: Tensor, keys: Tensor, length: int, seed: int) -> pd.DataFrame:
+    """Coordinates of a seeded sample of positions, position 0 always among them.
+
+    Returns:
+        cloud ("query" or "key"), head of the group (0.. for queries, -1 for keys), position, pc1, pc2.
+    """
+    places = np.union1d([0], sample_positions(length, POINTS, seed))
+    frames = []
+    for cloud, vectors, first in (("query", queries, 0), ("key", keys, -1)):
+        for i, points in enumerate(vectors[:, torch.from_numpy(places).to(vectors.device)].float().cpu().numpy()):
+            first_two = basis.project(points)
+            of = {"cloud": cloud, "head_of_group": first + i, "position": places}
+            frames.append(pd.DataFrame({**of, "pc1": first_two[:, 0], "pc2": first_two[:, 1]}))
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,221 @@
+"""What a geometry run measures, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ropewalk.analysis.geometry.pca import sample_heads
+from ropewalk.analysis.geometry.table import RECORD
+from ropewalk.config import (
+    SUPPORTED_MODEL_TYPES,
+    GeometryConfig,
+    RopeConfig,
+    TestTimeConfig,
+    existing_directory,
+    one_of,
+    require_device,
+)
+from ropewalk.evaluation.documents import make_windows
+from ropewalk.evaluation.plan import SHORTEST, load_tokenizer
+from ropewalk.evaluation.results import writable_directory
+from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.export import resolve_checkpoint
+from ropewalk.model import read_position
+
+FORMATS = ("png", "pdf", "svg")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint: its label, its directory, and which lengths run under which spectrum.
+
+    A chain that does not depend on the input's length has one setting, so one pass a document; one that does has a
+    pass for each length.
+    """
+
+    name: str
+    directory: Path
+    settings: list[Setting]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What checkpoints side by side must share."""
+
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a geometry run measures.
+
+    Attributes:
+        config: as given.
+        subjects: checkpoints, in the order of ``models``.
+        shape: of all of them.
+        layers: to measure, ascending.
+        map_heads: (layer, query head) whose attention map is drawn.
+        pca_heads: (layer, key head) of the PCA snapshots.
+        documents: name -> LongTensor (longest length,).
+        counts: of documents used and left out.
+        output: directory.
+    """
+
+    config: GeometryConfig
+    subjects: list[Subject]
+    shape: Shape
+    layers: list[int]
+    map_heads: list[tuple[int, int]]
+    pca_heads: list[tuple[int, int]]
+    documents: dict[str, torch.Tensor]
+    counts: dict[str, Any]
+    output: Path
+
+
+def make_plan(config: GeometryConfig) -> Plan:
+    """Check the configuration, read the models' configs and tokenize the documents.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
+    _validate(config)
+    documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
+    _refuse_existing(config)
+    directories = {_label(model): resolve_checkpoint(model) for model in _distinct(config.models)}
+    shape = _shared_shape(directories, config.lengths[-1])
+    layers = _layers(config, shape)
+    tokens, counts = _shared_tokens(directories, documents, config)
+    return Plan(
+        config=config,
+        subjects=[Subject(name, path, _settings(path, config.lengths)) for name, path in directories.items()],
+        shape=shape,
+        layers=layers,
+        map_heads=[_map_head(text, layers, shape) for text in config.attention_heads],
+        pca_heads=sample_heads(layers, shape.key_heads, config.pca_heads, config.seed),
+        documents=tokens,
+        counts=counts,
+        output=writable_directory("output", config.output),
+    )
+
+
+def _validate(config: GeometryConfig) -> None:
+    lengths = config.lengths
+    if not config.models:
+        raise ValueError("models=[] names no checkpoint; name one or more directories")
+    if not lengths or min(lengths) < SHORTEST:
+        raise ValueError(f"lengths={lengths} must name {SHORTEST} tokens or more; try [1024,4096,8192]")
+    if lengths != sorted(set(lengths)):
+        raise ValueError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+    for name, least in (("max_documents", 1), ("pca_heads", 0), ("cluster_samples", 2), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)} must be {least} or more")
+    for name in config.formats:
+        one_of("formats", name, FORMATS)
+    one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    one_of("device", config.device, ("cuda", "cpu"))
+    require_device("device", config.device)
+
+
+def _refuse_existing(config: GeometryConfig) -> None:
+    if (Path(config.output) / RECORD).exists() and not config.overwrite:
+        raise ValueError(
+            f"output={config.output} holds a geometry already; name another, or replace it with overwrite=true"
+        )
+
+
+def _distinct(models: list[str]) -> list[str]:
+    labels = [_label(model) for model in models]
+    if len(set(labels)) < len(labels):
+        raise ValueError(
+            f"models={models} are named {labels} in the figures, some alike; reach one through a symbolic link of "
+            "another name"
+        )
+    return models
+
+
+def _label(model: str) -> str:
+    """Name of the run, or of the directory; with the step where a checkpoint of a run is named."""
+    path = Path(model).absolute()
+    if path.parent.name in ("checkpoints", "exports"):
+        return f"{path.parents[1].name} {path.name}"
+    return (path.parent if path.name == "export" else path).name
+
+
+def _settings(directory: Path, lengths: list[int]) -> list[Setting]:
+    return settings_by_length(read_position(directory), RopeConfig("native"), TestTimeConfig("none"), lengths)
+
+
+def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
+    shapes = {name: _shape(path, longest) for name, path in directories.items()}
+    first = next(iter(shapes.values()))
+    for name, shape in shapes.items():
+        if shape != first:
+            raise ValueError(
+                f"models: {name} has {shape} and {next(iter(shapes))} has {first}; checkpoints are compared head by "
+                "head, so measure differently shaped ones in runs of their own"
+            )
+    return first
+
+
+def _shape(directory: Path, longest: int) -> Shape:
+    config = AutoConfig.from_pretrained(directory)
+    one_of(f"model_type of {directory}", config.model_type, SUPPORTED_MODEL_TYPES)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
+        raise ValueError(
+            f"lengths={longest} is past the sliding_window={window} of {directory}, where the sink token is out of "
+            f"sight; measure up to {window} tokens, or set sliding_window: null in its config.json"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim)
+
+
+def _layers(config: GeometryConfig, shape: Shape) -> list[int]:
+    if config.layers is None:
+        return list(range(shape.layers))
+    if not config.layers or not all(0 <= layer < shape.layers for layer in config.layers):
+        raise ValueError(
+            f"layers={config.layers} must be within 0..{shape.layers - 1} of the model; name some, or null for all"
+        )
+    return sorted(set(config.layers))
+
+
+def _map_head(text: str, layers: list[int], shape: Shape) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if match is None:
+        raise ValueError(f"attention_heads={text} is not LAYER.HEAD; write one like '3.10', in quotes")
+    layer, head = int(match[1]), int(match[2])
+    if layer not in layers or head >= shape.heads:
+        raise ValueError(
+            f"attention_heads={text}: the layer must be one of the measured {layers}, and the head within "
+            f"0..{shape.heads - 1}"
+        )
+    return layer, head
+
+
+def _shared_tokens(
+    directories: dict[str, Path], documents: Path, config: GeometryConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The documents' tokens, which must be the same for all checkpoints."""
+    found = {
+        name: make_windows(documents, load_tokenizer(path), config.lengths[-1], config.max_documents)
+        for name, path in directories.items()
+    }
+    first, windows = next(iter(found.items()))
+    for name, other in found.items():
+        same = windows.tokens.keys() == other.tokens.keys()
+        if not same or not all(torch.equal(ids, other.tokens[of]) for of, ids in windows.tokens.items()):
+            raise ValueError(
+                f"models: {name} and {first} read the documents as different tokens; checkpoints side by side need "
+                "one tokenizer"
+            )
+    return windows.tokens, windows.counts()

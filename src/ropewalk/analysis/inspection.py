@@ -1,0 +1,166 @@
+"""What a model really rotates with in stock transformers: ``python scripts/analyze.py inspect``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ropewalk.analysis.subjects import locate
+from ropewalk.config import InspectConfig
+from ropewalk.rope.foreign import REFERENCE_KEYS
+from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
+from ropewalk.rotary import spectrum_tolerance
+
+PER_LINE = 8  # frequencies
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The spectrum of one rotary module, as it stands in memory.
+
+    Attributes:
+        module: its name in the model, with the layer type where a model has more than one spectrum.
+        rope_type: stock type of its config entry.
+        inv_freq: float (rotating channels / 2,), radians per token, in the buffer's own dtype.
+        attention_scaling: multiplies cos and sin.
+        length: tokens of the input it was read for.
+        equal_on_all_ranks: None outside torch.distributed.
+    """
+
+    module: str
+    rope_type: str
+    inv_freq: Tensor
+    attention_scaling: float
+    length: int
+    equal_on_all_ranks: bool | None
+
+    @property
+    def sha256(self) -> str:
+        """Of the frequencies as float32, little-endian."""
+        return hashlib.sha256(self.inv_freq.detach().cpu().float().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
+    """The rotary spectra of a live model, for an input of ``length`` tokens.
+
+    A stock type that changes with the input's length (dynamic, longrope) is read after one call at that length, which
+    leaves the module as a forward pass of that length would.
+    """
+    return [found for name, module in _rotary_modules(model) for found in _read(name, module, length)]
+
+
+def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
+    """The same for a model that stock transformers would build from ``config``; no weights are made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found: list[Rotation] = []
+    for name, module in _rotary_modules(model):
+        found += _read(name, type(module)(module.config), length)
+    return found
+
+
+def print_inspection(config: InspectConfig) -> list[Rotation]:
+    """Print what ``config.model.path`` rotates with, its chain, and where the two disagree.
+
+    Raises:
+        ValueError: for a model that cannot be read.
+    """
+    directory = locate(config.model.path)
+    read_config_json(directory)  # its errors are for people
+    stock = AutoConfig.from_pretrained(directory)
+    content = stock.to_dict()
+    text = content.get("text_config") or content
+    length = config.length or int(text["max_position_embeddings"])
+    found = inspect_config(stock, length)
+    for rotation in found:
+        print(describe(rotation), flush=True)
+    for line in _compare_with_chain(content, found, length):
+        print(line, flush=True)
+    return found
+
+
+def describe(rotation: Rotation) -> str:
+    """A rotation as text: type, dtype, hash, and every frequency."""
+    values = rotation.inv_freq.detach().cpu().double().numpy()
+    equal = {None: "", True: ", equal on all ranks", False: ", NOT EQUAL ON ALL RANKS"}[rotation.equal_on_all_ranks]
+    rows = [values[i : i + PER_LINE] for i in range(0, values.size, PER_LINE)]
+    stopped = int((values == 0).sum())
+    return "\n".join(
+        [
+            f"{rotation.module}: {rotation.rope_type}, {values.size} pairs, {str(rotation.inv_freq.dtype)[6:]}, "
+            f"attention scaling {rotation.attention_scaling:.7g}, at {rotation.length:,} tokens{equal}",
+            f"  sha256 {rotation.sha256}",
+            f"  {stopped} stopped; {int((values * rotation.length < 2 * np.pi).sum())} do not finish a turn",
+            *(f"  {i * PER_LINE:>3}  {'  '.join(f'{v:.6e}' for v in row)}" for i, row in enumerate(rows)),
+        ]
+    )
+
+
+def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
+            yield name, module
+
+
+def _read(name: str, module: nn.Module, length: int) -> Iterator[Rotation]:
+    rope_type: Any = module.rope_type
+    of_layers = rope_type if isinstance(rope_type, Mapping) else {None: rope_type}
+    for layer_type, kind in of_layers.items():
+        prefix = f"{layer_type}_" if layer_type else ""
+        buffer = getattr(module, f"{prefix}inv_freq")
+        arguments = (torch.zeros(1, device=buffer.device), torch.tensor([[length - 1]], device=buffer.device))
+        with torch.no_grad():
+            module(*arguments, layer_type) if layer_type else module(*arguments)
+        inv_freq = getattr(module, f"{prefix}inv_freq").clone()
+        scaling = float(getattr(module, f"{prefix}attention_scaling"))
+        label = f"{name}[{layer_type}]" if layer_type else name
+        yield Rotation(label, kind, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq))
+
+
+def _equal_on_all_ranks(inv_freq: Tensor) -> bool | None:
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, inv_freq.detach().cpu().float().numpy().tobytes())
+    return len(set(gathered)) == 1
+
+
+def _compare_with_chain(content: Mapping[str, Any], found: list[Rotation], length: int) -> Iterator[str]:
+    """The chain, and every place where the config promises what stock engines do not do."""
+    try:
+        position = position_of(content)
+    except ValueError as error:
+        yield f"chain: none ({error})"
+        return
+    source = "from its metadata" if content.get(METADATA_KEY) else "read off the stock entry"
+    yield f"chain: {position.chain} at base {position.theta:g} ({source})"
+    yield f"  sha256 {position.chain.sha256}"
+    spectrum = position.spectrum(length=length)
+    exact = spectrum.inv_freq
+    # where layers differ, the chain is that of the full-attention ones
+    rotation = next((r for r in found if "full_attention" in r.module), found[0])
+    stock = rotation.inv_freq.double().numpy()
+    fits = stock.shape == exact.shape and np.array_equal(stock == 0, exact == 0)
+    worst = float(np.max(np.abs(stock - exact)[exact > 0] / exact[exact > 0], initial=0.0)) if fits else np.inf
+    if worst <= spectrum_tolerance(spectrum, rotation.rope_type) and np.isclose(
+        rotation.attention_scaling, spectrum.attention_scaling, rtol=1e-6
+    ):
+        yield f"  stock transformers rotates with it: largest relative difference {worst:.1e}"
+    else:
+        yield (
+            "warning: stock transformers does NOT rotate with this chain; its rope_parameters were changed beside the "
+            "metadata, or the chain depends on the input's length and was compiled at another"
+        )
+    present = {key: content[key] for key in REFERENCE_KEYS if key in content}
+    if present:
+        yield (
+            f"warning: {present} in config.json: CoPE's published code reads these, stock engines ignore them and "
+            "rotate as printed above"
+        )

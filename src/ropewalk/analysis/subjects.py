@@ -1,0 +1,75 @@
+"""What an analysis is about: a model's position facts and the chains to compare, as users name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ropewalk.config import FiguresConfig
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.rope import Position, RopeChain, Spectrum
+
+
+def is_declared(model: str) -> bool:
+    """Whether ``model`` is a name in configs/model."""
+    return _shipped("model", model).is_file()
+
+
+def locate(model: str) -> Path | str:
+    """The directory or file that holds a model's config.json; a hub id as it stands.
+
+    A run directory gives its newest committed checkpoint.
+    """
+    path = Path(model)
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path if path.exists() else model
+    from ropewalk.export import resolve_checkpoint
+
+    return resolve_checkpoint(model)
+
+
+def read_model(model: str) -> Position:
+    """How a model rotates, from a directory, its config.json, a hub id, a run, or a name in configs/model.
+
+    A name in configs/model gives the facts declared there; nothing is loaded.
+    """
+    if not is_declared(model):
+        return Position.from_pretrained(locate(model))
+    facts = OmegaConf.load(_shipped("model", model))
+    length = int(facts.pretrained_length)
+    return Position("pretrained", RopeChain([]), float(facts.theta), int(facts.head_dim), length, length)
+
+
+def read_chains(methods: Sequence[str]) -> dict[str, RopeChain]:
+    """Chains by label: ``cope20`` (a name in configs/rope), ``abf(theta=1e7) > cope(clip=20)``, ``LABEL: chain``."""
+    chains = {}
+    for method in methods:
+        label, colon, text = (part.strip() for part in method.partition(":"))
+        shipped = _shipped("rope", text if colon else label)
+        if shipped.is_file():
+            steps = OmegaConf.to_container(OmegaConf.load(shipped).chain)
+            chains[label] = RopeChain(steps)  # type: ignore[arg-type]
+        else:
+            chains[label] = RopeChain.parse(text if colon else label)
+    return chains
+
+
+def _shipped(group: str, name: str) -> Path:
+    """The file of a name in a config group; a path is not a name."""
+    return CONFIG_DIR / group / (f"{name}.yaml" if name.isidentifier() else "")
+
+
+def spectra_of(config: FiguresConfig) -> dict[str, Spectrum]:
+    """The spectrum of each method that a figure compares, by label, for a run at ``train_length``."""
+    model = read_model(config.model.path)
+    return {
+        label: chain.spectrum(
+            head_dim=model.head_dim,
+            theta=model.theta,
+            pretrained_length=model.trained_length,
+            trained_length=config.train_length,
+        )
+        for label, chain in read_chains(config.methods).items()
+    }

@@ -1,0 +1,60 @@
+"""What the runs' spectra do, as images: the attention kernel, unseen phases, and how far similarity carries."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+from ropewalk.analysis.figures.report import figures_for_report
+from ropewalk.report.runs import Run
+from ropewalk.rope import Spectrum
+
+MOST_RUNS = 12  # small panels and colours carry no more
+TIMES_TRAINED = 4  # target length, where no evaluation went further
+
+
+@dataclass(frozen=True)
+class Image:
+    """A figure without words of its own.
+
+    Attributes:
+        title: what is seen.
+        caption: how it is drawn.
+        source: ``data:`` address of the PNG.
+    """
+
+    title: str
+    caption: str
+    source: str
+
+
+def spectrum_images(runs: list[Run], baseline: Run) -> list[Image]:
+    """Kernel, coverage and semantic advantage of every run with a spectrum, to the longest length evaluated.
+
+    The training length marked is the baseline's, or the longest of the runs where it has none; no image where none of
+    them knows it.
+    """
+    known = [run for run in runs if run.inv_freq is not None][:MOST_RUNS]
+    lengths = [run.trained_length for run in [baseline, *runs] if run.trained_length]
+    if not known or not lengths:
+        return []
+    train_length = baseline.trained_length or max(lengths)
+    evaluated = [int(run.results["context_length"].max()) for run in known if len(run.results)]
+    target_length = max([TIMES_TRAINED * train_length, *evaluated])
+    pages = figures_for_report({run.name: _spectrum(run) for run in known}, train_length, target_length)
+    return [
+        Image(title, caption, f"data:image/png;base64,{base64.b64encode(png).decode()}")
+        for title, caption, png in pages[1:]  # the first is the page's own figure of the spectra
+    ]
+
+
+def _spectrum(run: Run) -> Spectrum:
+    """The run's spectrum; its base is read off the ratio of the first two frequencies, as for any RoPE vector."""
+    inv_freq = run.inv_freq
+    assert inv_freq is not None
+    has_base = inv_freq.size > 1 and inv_freq[0] > inv_freq[1] > 0
+    theta = float((inv_freq[0] / inv_freq[1]) ** inv_freq.size) if has_base else 1e4
+    settings = run.evaluation.get("settings") or [{}]
+    scaling = run.record.get("attention_scaling", settings[0].get("attention_scaling", 1.0))
+    trained = run.trained_length or 1
+    return Spectrum(inv_freq, theta, run.pretrained_length or trained, trained, attention_scaling=float(scaling))

@@ -1,0 +1,116 @@
+"""Attention in blocks is attention in one piece; snapshots are numpy's principal components."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ropewalk.analysis.geometry import attention_scores as scores_room
+from ropewalk.analysis.geometry.attention_scores import attention_scores
+from ropewalk.analysis.geometry.canvas import log_bins
+from ropewalk.analysis.geometry.pca import fit_basis, sample_heads, sample_positions
+
+HEADS, KEY_HEADS, TOKENS, DIM = 4, 2, 90, 8
+LENGTHS = [10, 64, 90]
+
+
+@pytest.fixture
+def vectors() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = 2 * torch.randn(HEADS, TOKENS, DIM, generator=generator)
+    return queries, 2 * torch.randn(KEY_HEADS, TOKENS, DIM, generator=generator)
+
+
+def whole(vectors: tuple[torch.Tensor, torch.Tensor], head: int) -> tuple[np.ndarray, np.ndarray]:
+    """q.k and attention weights of one head, causal, in float64."""
+    query, key = (x.double().numpy() for x in vectors)
+    dots = query[head] @ key[head // (HEADS // KEY_HEADS)].T
+    dots[np.triu_indices(TOKENS, 1)] = -np.inf
+    weights = np.exp(dots * DIM**-0.5)
+    return dots, weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("block", [1, 1000, 10**9])
+def test_blocks_make_up_the_whole_attention(vectors, block) -> None:
+    found = attention_scores(*vectors, LENGTHS, DIM**-0.5, block=block)
+    for head in range(HEADS):
+        dots, weights = whole(vectors, head)
+        for length in LENGTHS:
+            shown = weights[:length, :length]
+            assert found.sink_weight[length][head].item() == pytest.approx(shown[1:, 0].mean(), rel=1e-5)
+            assert found.max_dot[length][head].item() == pytest.approx(dots[:length, :length].max(), rel=1e-6)
+            by_key = [shown[key:, key].mean() for key in range(length)]
+            np.testing.assert_allclose(found.key_scores[length][head].numpy(), by_key, rtol=2e-5)
+
+
+def test_a_map_holds_the_mean_of_the_pairs_that_causality_allows(vectors, monkeypatch) -> None:
+    monkeypatch.setattr(scores_room, "GRID", 20)  # cells of ceil(90 / 20) = 5 tokens
+    found = attention_scores(*vectors, LENGTHS, DIM**-0.5, map_heads=[1, 2], block=1000)
+    assert set(found.maps) == {1, 2}
+    for head in (1, 2):
+        _, weights = whole(vectors, head)
+        cells = found.maps[head].numpy()
+        assert cells.shape == (18, 18)
+        allowed = np.tril(np.ones((TOKENS, TOKENS), dtype=bool))
+        for row in range(18):
+            for column in range(18):
+                place = np.s_[5 * row : 5 * row + 5, 5 * column : 5 * column + 5]
+                if column > row:
+                    assert np.isnan(cells[row, column])
+                else:
+                    assert cells[row, column] == pytest.approx(weights[place][allowed[place]].mean(), rel=1e-5)
+        np.testing.assert_allclose(found.sink_by_query[head].numpy(), weights[:, 0], rtol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_attention_weights_never_exist_beyond_a_block() -> None:
+    queries, keys = torch.randn(4, 512, 4), torch.randn(2, 512, 4)
+    with LargestTensor() as largest:
+        attention_scores(queries, keys, [128, 512], 0.5, block=2**14)
+    assert largest.elements <= 2**14
+
+
+def test_a_basis_is_numpys_principal_components() -> None:
+    rng = np.random.default_rng(3)
+    points = (rng.normal(size=(200, 6)) * [5, 3, 1, 1, 1, 1]) @ np.linalg.qr(rng.normal(size=(6, 6)))[0] + 4
+    basis = fit_basis(points.astype(np.float32))
+    values, vectors = np.linalg.eigh(np.cov(points.T))
+    np.testing.assert_allclose(np.abs(basis.axes @ vectors[:, :-3:-1]), np.eye(2), atol=1e-4)
+    np.testing.assert_allclose(basis.share, values[:-3:-1] / values.sum(), rtol=1e-4)
+    np.testing.assert_allclose(basis.project(points).mean(0), 0, atol=1e-5)
+    assert all(axis[np.abs(axis).argmax()] > 0 for axis in basis.axes)
+
+
+def test_samples_are_seeded_and_without_repeats() -> None:
+    places = sample_positions(1000, 50, seed=1)
+    assert np.array_equal(places, sample_positions(1000, 50, seed=1))
+    assert not np.array_equal(places, sample_positions(1000, 50, seed=2))
+    assert len(set(places)) == 50
+    assert places.max() < 1000
+    assert np.array_equal(sample_positions(40, 50, seed=1), np.arange(40))
+    heads = sample_heads([2, 5], 3, 4, seed=0)
+    assert heads == sample_heads([2, 5], 3, 4, seed=0)
+    assert len(set(heads)) == 4
+    assert sample_heads([2, 5], 3, 99, seed=0) == [(2, 0), (2, 1), (2, 2), (5, 0), (5, 1), (5, 2)]
+
+
+def test_bins_cover_every_position_once() -> None:
+    values = np.arange(500, dtype=float)
+    places, means = log_bins(values, exact=8, bins=10)
+    edges = np.unique(np.geomspace(8, 500, 10).astype(int))
+    assert list(places[:8]) == list(means[:8]) == list(range(8))
+    np.testing.assert_allclose(means[8:], (edges[:-1] + edges[1:] - 1) / 2)
+    assert edges[-1] == 500

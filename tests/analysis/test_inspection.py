@@ -1,0 +1,96 @@
+"""What a model rotates with, read off stock classes, beside what its config promises."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import composed, save_tiny, torchrun
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ropewalk.analysis.inspection import describe, inspect_config, print_inspection, rotations
+from ropewalk.rope import Position, RopeChain
+
+
+def inspected(directory, capsys, *overrides):
+    found = print_inspection(composed("inspect", f"model.path={directory}", *overrides))
+    return found, capsys.readouterr().out
+
+
+def edit(directory, **changes):
+    file = directory / "config.json"
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_directory_rotates_as_stock_transformers_builds_it(tmp_path, capsys):
+    (rotation,), said = inspected(save_tiny(tmp_path), capsys)
+    stock = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq
+    assert torch.equal(rotation.inv_freq, stock)
+    assert rotation.sha256 == hashlib.sha256(stock.numpy().tobytes()).hexdigest()
+    assert "model.rotary_emb: default, 8 pairs, float32, attention scaling 1, at 64 tokens" in said
+    assert "chain: rope at base 10000 (read off the stock entry)" in said
+    assert "stock transformers rotates with it" in said
+    assert "5 do not finish a turn" in said  # 64 tokens, base 1e4, 16 channels: pairs 3 to 7
+    assert said.count("e-0") + said.count("e+00") >= 8  # every frequency is there
+
+
+def test_the_reference_codes_keys_are_named_as_without_effect(tmp_path, capsys):
+    edit(save_tiny(tmp_path), use_cope=True, cope_clip_n=4)
+    (rotation,), said = inspected(tmp_path, capsys)
+    assert (rotation.inv_freq > 0).all()
+    assert "'use_cope': True, 'cope_clip_n': 4} in config.json: CoPE's published code reads these" in said
+    assert "stock engines ignore them" in said
+
+
+def test_metadata_that_the_stock_entry_contradicts_is_told(tmp_path, capsys):
+    position = Position("cope4", RopeChain.parse("cope(clip=4)"), 1e4, 16, 64, 64)
+    edit(save_tiny(tmp_path), rope_parameters=position.rope_parameters(64), ropewalk=position.metadata())
+    (rotation,), said = inspected(tmp_path, capsys)
+    assert rotation.inv_freq[-1] == 0
+    assert "chain: cope(clip=4) at base 10000 (from its metadata)" in said
+    assert "warning" not in said
+    edit(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert "stock transformers does NOT rotate with this chain" in inspected(tmp_path, capsys)[1]
+
+
+def test_a_type_that_follows_the_length_is_read_at_one(tmp_path, capsys):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    entry = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    edit(save_tiny(tmp_path), rope_parameters=entry)
+    (short,), said = inspected(tmp_path, capsys, "length=32")
+    assert "stock transformers rotates with it" in said
+    (long,), said = inspected(tmp_path, capsys, "length=33")
+    assert "stock transformers rotates with it" in said
+    np.testing.assert_allclose(short.inv_freq / long.inv_freq, 4, rtol=1e-6)
+
+
+def test_layers_that_differ_are_both_shown(tmp_path, capsys):
+    two = {"layer_types": ["sliding_attention", "full_attention"]}
+    found, said = inspected(save_tiny(tmp_path, "gemma3_text", **two), capsys)
+    assert {r.module for r in found} == {
+        "model.rotary_emb[full_attention]", "model.rotary_emb[sliding_attention]"
+    }  # fmt: skip
+    assert "stock transformers rotates with it" in said
+
+
+def test_a_live_model_shows_what_a_cast_did(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path)).to(torch.bfloat16)
+    (rotation,) = rotations(model, 64)
+    assert rotation.inv_freq.dtype == torch.bfloat16
+    assert rotation.equal_on_all_ranks is None
+    assert "bfloat16" in describe(rotation)
+    (truth,) = inspect_config(model.config, 64)
+    assert rotation.sha256 != truth.sha256
+
+
+@pytest.mark.slow
+def test_ranks_are_compared():
+    torchrun(2, "tests/analysis/inspect_ranks.py")
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is neither a run directory with a committed checkpoint"):
+        print_inspection(composed("inspect", f"model.path={tmp_path}"))
