@@ -1,10 +1,11 @@
 """Loss by position and the needle grid of a checkpoint.
 
 ``python scripts/evaluate.py checkpoint=DIR documents=DIR output=DIR``
+``python scripts/evaluate.py validate model=DIR documents=DIR output=DIR rope=cope10``
 """
 
-from ropewalk.config import EvaluateConfig
-from ropewalk.entry import entry
+from ropewalk.config import EvaluateConfig, ValidateConfig
+from ropewalk.entry import entry, run_command
 
 
 @entry("evaluate")
@@ -15,5 +16,13 @@ def main(config: EvaluateConfig) -> None:
     evaluate(config)
 
 
+@entry("validate")
+def validate(config: ValidateConfig) -> None:
+    """Compare a model with itself under a changed spectrum, without training."""
+    from ropewalk.evaluation import validate as run
+
+    run(config)
+
+
 if __name__ == "__main__":
-    main()
+    run_command({"evaluate": main, "validate": validate}, default="evaluate")

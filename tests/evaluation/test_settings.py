@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from ropewalk.config import RopeConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
-from ropewalk.evaluation.settings import resolve_trained_length, settings_by_length
-from ropewalk.rope import RopeChain, Spectrum, registry
+from ropewalk.evaluation.settings import settings_by_length
+from ropewalk.rope import RopeChain
 from ropewalk.rope.position import Position
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
@@ -53,20 +51,8 @@ def test_the_rope_group_goes_before_test_time(position: Position) -> None:
     assert settings[0].spectrum.inv_freq[-1] == 0.0
 
 
-def test_a_length_dependent_chain_needs_a_pass_for_each_length(position: Position, monkeypatch) -> None:
-    def stretch(spectrum: Spectrum) -> Spectrum:
-        return replace(spectrum, inv_freq=spectrum.inv_freq / max(1.0, (spectrum.length or 0) / 2048))
-
-    monkeypatch.setitem(registry._METHODS, "stretch", stretch)
-    always = AtTestTime("stretch", [{"method": "stretch"}], [{"method": "stretch"}])
-    settings = settings_by_length(position, NO_ROPE, always, LENGTHS)
+def test_a_length_dependent_chain_needs_a_pass_for_each_length(position: Position) -> None:
+    dynamic = {"method": "dynamic_ntk", "factor": 2.0, "original_max_position_embeddings": "trained_length"}
+    settings = settings_by_length(position, NO_ROPE, AtTestTime("dynamic", [dynamic], [dynamic]), LENGTHS)
     assert [setting.lengths for setting in settings] == [(512, 1024, 2048), (4096,), (8192,)]
-
-
-def test_only_the_word_is_resolved() -> None:
-    resolved = resolve_trained_length([YARN, {"method": "pi", "factor": 2.0}], 2048)
-    assert resolved == [
-        {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
-        {"method": "pi", "factor": 2.0},
-    ]
-    assert YARN["original_max_position_embeddings"] == "trained_length"
+    assert settings[1].extra[0]["original_max_position_embeddings"] == 2048

@@ -2,5 +2,6 @@
 
 from ropewalk.evaluation.results import paired_difference, read_document_losses, read_record, read_results
 from ropewalk.evaluation.run import evaluate
+from ropewalk.evaluation.validate import validate
 
-__all__ = ["evaluate", "paired_difference", "read_document_losses", "read_record", "read_results"]
+__all__ = ["evaluate", "paired_difference", "read_document_losses", "read_record", "read_results", "validate"]

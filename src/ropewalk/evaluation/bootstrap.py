@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+FEW_DOCUMENTS = 30  # below it the bootstrap interval itself is rough
 Z = 1.959963984540054  # of the standard normal at 97.5%
 
 

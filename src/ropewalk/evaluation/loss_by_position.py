@@ -75,18 +75,21 @@ def loss_rows(sums: pd.DataFrame, setting: Setting, seed: int) -> Iterator[dict[
     ranges = [("loss_by_position", setting.longest, start, end) for start, end in spans]
     ranges += [("loss_at_length", length, length // 2, length) for length in setting.lengths]
     for task, context_length, start, end in ranges:
-        per_document = _per_document(sums, start, end)
+        documents = per_document(sums, start, end)
         yield {
             "task": task,
             "metric": "nll",
             "context_length": context_length,
             "position_start": start,
             "position_end": end,
-            **ratio(per_document["nll_sum"], per_document["tokens"], seed).columns(),
+            **ratio(documents["nll_sum"], documents["tokens"], seed).columns(),
         }
 
 
-def _per_document(sums: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
-    """NLL sum and tokens of positions [start, end), a union of buckets, for each document, sorted by name."""
+def per_document(sums: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
+    """NLL sum and tokens of positions [start, end), a union of buckets, for each document, sorted by name.
+
+    A sum that is not a number stays one: left out, as pandas does by default, it would lower the loss.
+    """
     inside = sums[(sums["position_start"] >= start) & (sums["position_end"] <= end)]
-    return inside.groupby("document", sort=True)[["nll_sum", "tokens"]].sum()
+    return inside.groupby("document", sort=True)[["nll_sum", "tokens"]].sum(skipna=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ropewalk.config import RopeConfig, TestTimeConfig
 from ropewalk.rope import Position, RopeChain, Spectrum
+from ropewalk.rope.position import Steps
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Setting:
     """One spectrum and the context lengths that run under it.
 
     Attributes:
-        extra: methods appended to the checkpoint's own chain.
+        extra: methods appended to the checkpoint's own chain, words such as ``trained_length`` resolved.
         chain: the whole chain.
         spectrum: its spectrum at each of ``lengths``.
         lengths: tokens, ascending; one forward pass at the last serves them all, since the model is causal.
@@ -54,8 +55,7 @@ def settings_by_length(
     settings: list[Setting] = []
     for length in lengths:
         test = test_time.within if length <= position.trained_length else test_time.beyond
-        extra = resolve_trained_length([*rope.chain, *test], position.trained_length)
-        setting = _setting(position, extra, length)
+        setting = _setting(position, [*rope.chain, *test], length)
         if settings and _same_spectrum(settings[-1].spectrum, setting.spectrum):
             settings[-1] = replace(settings[-1], lengths=(*settings[-1].lengths, length))
         else:
@@ -63,16 +63,10 @@ def settings_by_length(
     return settings
 
 
-def resolve_trained_length(methods: Sequence[Mapping[str, Any]], trained_length: int) -> list[dict[str, Any]]:
-    """``methods`` with that number of tokens wherever an argument is the word ``trained_length``."""
-    return [
-        {key: trained_length if value == "trained_length" else value for key, value in method.items()}
-        for method in methods
-    ]
-
-
-def _setting(position: Position, extra: Sequence[dict[str, Any]], length: int) -> Setting:
-    return Setting(tuple(extra), position.chain.extended(extra), position.spectrum(extra, length), (length,))
+def _setting(position: Position, extra: Steps, length: int) -> Setting:
+    extended = position.extended(extra)
+    resolved = extended.chain.to_list()[len(position.chain.steps) :]
+    return Setting(tuple(resolved), extended.chain, extended.spectrum(length=length), (length,))
 
 
 def _same_spectrum(a: Spectrum, b: Spectrum) -> bool:

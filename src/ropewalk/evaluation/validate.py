@@ -1,0 +1,284 @@
+"""The check of a training-free change of the spectrum: ``python scripts/evaluate.py validate``.
+
+Each arm (before, after, and one for each clip of the sweep) is an evaluation of its own below the output, so a
+finished one is kept, and ``scripts/compare.py`` reads them all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, ValidateConfig, existing_directory
+from ropewalk.evaluation.documents import beginning, encode, find_documents
+from ropewalk.evaluation.plan import load_tokenizer, make_plan
+from ropewalk.evaluation.results import read_document_losses, read_record, read_results
+from ropewalk.evaluation.run import evaluate, is_finished
+from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.evaluation.validate_report import AFTER, BEFORE, Measured, sentences, tables, validation_table
+from ropewalk.export import resolve_checkpoint
+from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.model import read_position
+from ropewalk.rope import Position, Spectrum
+from ropewalk.rope.advisor import recommended_clip
+
+FIRST_CLIP = 10
+RECORD = "validate.json"
+TABLE = "validate.parquet"
+TABLE_CSV = "validate.csv"
+UNCHANGED = TestTimeConfig(name="none")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One spectrum and the evaluation that measures it; arms of one spectrum share an evaluation.
+
+    Attributes:
+        name: before, after or clip<n>.
+        config: of the evaluation.
+        settings: which pass serves which context length.
+    """
+
+    name: str
+    config: EvaluateConfig
+    settings: list[Setting]
+
+    @property
+    def directory(self) -> Path:
+        """Of the evaluation."""
+        return Path(self.config.output)
+
+    @property
+    def chain(self) -> str:
+        """The printed chain, the model's own part included."""
+        return str(self.settings[0].chain)
+
+    def measures_as(self, other: Arm) -> bool:
+        """Whether both rotate alike at every length."""
+        return _spectra(self) == _spectra(other)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A context length that no document reaches."""
+
+    multiple: int
+    length: int  # tokens
+    longest_document: str
+    longest_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"left out: {self.multiple}x, {self.length:,} tokens; the longest document, "
+            f"{self.longest_document!r}, has {self.longest_tokens:,}"
+        )
+
+
+def validate(config: ValidateConfig) -> pd.DataFrame:
+    """Compare a model with itself under a changed spectrum and under a sweep of CoPE's clip, without training.
+
+    Writes validate.csv, validate.parquet and, last, validate.json into ``config.output``, beside one directory for
+    each arm; prints the tables and the verdicts.
+
+    Returns:
+        The tidy table, columns as in :data:`ropewalk.evaluation.validate_report.COLUMNS`.
+
+    Raises:
+        ValueError: for a wrong configuration, model, chain or document, or an output that holds another validation,
+            before a model is loaded.
+    """
+    _check_values(config)
+    directory = resolve_checkpoint(config.model.path)
+    position = read_position(directory)
+    lengths, left_out = _fitting_lengths(config, directory, position.trained_length)
+    arms = _make_arms(config, directory, position, lengths)
+    _check_arms(arms)
+    print(_announce(config, position, arms, lengths, left_out), flush=True)
+    for evaluation in {arm.directory: arm.config for arm in arms}.values():
+        evaluate(evaluation)
+    table = validation_table([_measured(arm) for arm in arms], lengths, config.tolerance, config.seed)
+    documents = read_record(arms[0].directory)["documents"]
+    found = sentences(table, config.tolerance, documents["too_short"])
+    record = {
+        "config": asdict(config),
+        "checkpoint": str(directory),
+        "trained_length": position.trained_length,
+        "lengths": lengths,
+        "left_out": [asdict(one) for one in left_out],
+        "recommended_clip": recommended_clip(position.spectrum()),
+        "documents": documents,
+        "arms": {arm.name: {"evaluation": arm.directory.name, "chain": arm.chain} for arm in arms},
+        "short_context": _short_context(table),
+        "sentences": found,
+    }
+    _write(Path(config.output), table, record)
+    print("\n".join(["", tables(table), "", *found, *map(str, left_out), "", _how_to_draw(config, arms)]), flush=True)
+    return table
+
+
+def sweep_clips(spectrum: Spectrum, clips: Sequence[int] | None) -> list[int]:
+    """The clips of the sweep, in the order they are measured.
+
+    None: 10 first (all pairs where there are fewer), then the recommended clip, half of it, and all pairs whose period
+    exceeds the trained length; without repeats, and without 1 and 0, which change nothing.
+
+    Raises:
+        ValueError: for a clip that the model has not the pairs for.
+    """
+    pairs = spectrum.inv_freq.size
+    if clips is None:
+        recommended = recommended_clip(spectrum)
+        beyond = spectrum.pairs_beyond(spectrum.trained_length)
+        wanted = [min(FIRST_CLIP, pairs), recommended, math.ceil(recommended / 2), beyond]
+        return [clip for clip in dict.fromkeys(wanted) if clip > 1]
+    for clip in clips:
+        if not 1 <= clip <= pairs:
+            raise ValueError(
+                f"clips={list(clips)}: {clip} is not within the {pairs} pairs of the model; use 1..{pairs}"
+            )
+    return list(clips)
+
+
+def _check_values(config: ValidateConfig) -> None:
+    multiples, clips, needle = config.multiples, config.clips, config.needle
+    if not multiples or multiples[0] != 1 or multiples != sorted(set(multiples)):
+        raise ValueError(
+            f"multiples={multiples} must ascend from 1 without repeats: the verdict on short context is measured at 1x "
+            "the trained length; try [1,2,4]"
+        )
+    if clips is not None and len(set(clips)) != len(clips):
+        raise ValueError(f"clips={clips} must differ; name each clip once")
+    if clips == [] and not config.rope.chain:
+        raise ValueError(
+            f"rope={config.rope.name} changes nothing and clips=[] sweeps nothing; name a change (rope=cope10), or "
+            "leave clips=null for the sweep"
+        )
+    if not config.tolerance >= 0:
+        raise ValueError(f"tolerance={config.tolerance} must be 0 or more nats per token; the default is 0.01")
+    samples = config.sweep_samples
+    if samples < 0 or min(samples, needle.samples) * len(needle.depths) == 1:
+        raise ValueError(
+            f"sweep_samples={samples} over {len(needle.depths)} depths: the shuffled-answer control needs at least "
+            "two prompts of a length; set sweep_samples=2 or more, or 0 for a sweep without the needle"
+        )
+
+
+def _fitting_lengths(config: ValidateConfig, directory: Path, trained_length: int) -> tuple[list[int], list[LeftOut]]:
+    documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
+    tokenizer = load_tokenizer(directory)
+    begin = len(beginning(tokenizer))
+    tokens = {name: begin + len(encode(tokenizer, text)) for name, text in find_documents(documents)}
+    name = max(tokens, key=lambda document: tokens[document])
+    if tokens[name] < trained_length:
+        raise ValueError(
+            f"documents={documents} has no document of the {trained_length:,} tokens that model={config.model.path} "
+            f"was trained at; the longest, {name!r}, has {tokens[name]:,}; name a directory with longer ones"
+        )
+    lengths = {multiple: multiple * trained_length for multiple in config.multiples}
+    left_out = [LeftOut(m, length, name, tokens[name]) for m, length in lengths.items() if length > tokens[name]]
+    return [length for length in lengths.values() if length <= tokens[name]], left_out
+
+
+def _make_arms(config: ValidateConfig, directory: Path, position: Position, lengths: list[int]) -> list[Arm]:
+    """before, after (unless the chain is empty) and the sweep; a clip whose spectrum an earlier arm has shares it."""
+
+    def arm(name: str, rope: RopeConfig, samples: int) -> Arm:
+        evaluation = EvaluateConfig(
+            checkpoint=str(directory),
+            name=name,
+            output=str(Path(config.output) / name),
+            documents=config.documents,
+            lengths=lengths,
+            seed=config.seed,
+            device=config.device,
+            dtype=config.dtype,
+            max_documents=config.max_documents,
+            overwrite=config.overwrite,
+            needle=replace(config.needle, samples=min(samples, config.needle.samples)),
+            rope=rope,
+            test_time=UNCHANGED,
+            paths=config.paths,
+        )
+        return Arm(name, evaluation, settings_by_length(position, rope, UNCHANGED, lengths))
+
+    arms = [arm(BEFORE, RopeConfig("default", []), config.needle.samples)]
+    if config.rope.chain:
+        arms.append(arm(AFTER, config.rope, config.needle.samples))
+    for clip in sweep_clips(position.spectrum(), config.clips):
+        rope = RopeConfig(f"cope{clip}", [{"method": "cope", "clip": clip}])
+        swept = arm(f"clip{clip}", rope, config.sweep_samples)
+        same = next((other for other in arms if swept.measures_as(other)), swept)
+        arms.append(replace(swept, config=same.config))
+    return arms
+
+
+def _check_arms(arms: Sequence[Arm]) -> None:
+    """Check documents, needle and device, and that no arm's directory holds another evaluation."""
+    plan = make_plan(arms[0].config)
+    for arm in arms:
+        # Same checkpoint, same windows: an arm's plan is the first's with its own settings.
+        is_finished(replace(plan, config=arm.config, output=arm.directory, settings=arm.settings))
+
+
+def _spectra(arm: Arm) -> list[tuple[Any, ...]]:
+    return [(s.lengths, s.spectrum.inv_freq.tobytes(), s.spectrum.attention_scaling) for s in arm.settings]
+
+
+def _measured(arm: Arm) -> Measured:
+    sums = read_document_losses(arm.directory)
+    passes = {
+        length: sums[sums["context_length"] == setting.longest]
+        for setting in arm.settings
+        for length in setting.lengths
+    }
+    return Measured(arm.name, arm.chain, arm.directory.name, passes, read_results(arm.directory))
+
+
+def _announce(
+    config: ValidateConfig,
+    position: Position,
+    arms: Sequence[Arm],
+    lengths: Sequence[int],
+    left_out: Sequence[LeftOut],
+) -> str:
+    at = ", ".join(f"{length:,}" for length in lengths)
+    lines = [
+        f"validate {config.model.path}, trained at {position.trained_length:,} tokens, at {at}",
+        *map(str, left_out),
+    ]
+    if not config.rope.chain:
+        lines.append(f"rope={config.rope.name} changes nothing, so there is no after: the sweep alone is run")
+    for arm in arms:
+        shared = "" if arm.directory.name == arm.name else f", measured as {arm.directory.name}"
+        lines.append(f"  {arm.name}: {arm.chain}{shared}")
+    return "\n".join(lines)
+
+
+def _short_context(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """arm -> verdict, difference in nats per token and its interval (null where there is none), documents."""
+    rows = table[(table["metric"] == "nll_difference") & (table["position_start"] == 0)]
+    found = rows[["arm", "verdict", "value", "ci_low", "ci_high", "n"]].to_dict("records")
+    return {
+        row.pop("arm"): {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in found
+    }
+
+
+def _write(output: Path, table: pd.DataFrame, record: dict[str, Any]) -> None:
+    (output / RECORD).unlink(missing_ok=True)  # where it stands, the tables beside it are its own
+    replace_atomically(output / TABLE_CSV, lambda path: table.to_csv(path, index=False))
+    replace_atomically(output / TABLE, lambda path: table.to_parquet(path, index=False))
+    write_atomically(output / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def _how_to_draw(config: ValidateConfig, arms: Sequence[Arm]) -> str:
+    runs = ",".join(dict.fromkeys(str(arm.directory) for arm in arms))
+    report = Path(config.output) / "report.html"
+    return f"report: python scripts/compare.py {shlex.quote(f'runs=[{runs}]')} baseline={BEFORE} output={report}"
