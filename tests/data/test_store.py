@@ -196,7 +196,7 @@ def test_verify_sees_another_tokenizer(root):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (sequence([1, 2, 3], [3]), r"sequence 0 of a has the shape \(3,\); give it \(4,\)"),
+        (sequence([1, 2, 3], [3]), r"sequence 0 of a/tokens-00000.bin has the shape \(3,\); give it \(4,\)"),
         (sequence([1, 2, 3, 4], []), "must increase from 1 to at most 4"),
         (sequence([1, 2, 3, 4], [0, 4]), "must increase from 1 to at most 4"),
         (sequence([1, 2, 3, 4], [3, 3]), "must increase from 1 to at most 4"),

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ropewalk.data.manifest import (
-    MANIFEST,
-    TOKENIZER,
-    DomainInfo,
-    Manifest,
-    Shard,
-    StoredFile,
-    check_domain_name,
-)
+from ropewalk.data.manifest import MANIFEST, TOKENIZER, DomainInfo, Manifest
+from ropewalk.data.parts import Part, PartWriter
 from ropewalk.data.store import TOKEN_DTYPE, PackedSequence, PackedStore
 from ropewalk.data.tokenizer import describe_tokenizer
-from ropewalk.files import fsync_path, sha256_of, write_atomically
+from ropewalk.files import fsync_path, write_atomically
 
 SHARD_BYTES = 2**30
 
@@ -72,94 +63,50 @@ def write_store(
     if set(accounting) != set(domains):
         raise ValueError(f"accounting is of {sorted(accounting)}, the domains are {sorted(domains)}; give one for each")
     root.mkdir(parents=True, exist_ok=True)
-    tokenizer = _copy_tokenizer(Path(tokenizer_dir), root / TOKENIZER)
+    tokenizer = copy_tokenizer(Path(tokenizer_dir), root / TOKENIZER)
     written = {}
     for name, sequences in domains.items():
-        writer = _DomainWriter(root, check_domain_name(name), sequence_length, tokenizer["vocab_size"], shard_bytes)
-        written[name] = writer.write(sequences)
-        _check_accounting(name, accounting[name], written[name].tokens)
-    if not any(info.sequences for info in written.values()):
+        writer = PartWriter(root, name, sequence_length, tokenizer["vocab_size"])
+        shutil.rmtree(root / name, ignore_errors=True)
+        per_part = max(1, shard_bytes // (sequence_length * TOKEN_DTYPE.itemsize))
+        written[name] = writer.assemble(list(_parts(writer, iter(sequences), per_part)))
+    return commit_store(root, sequence_length, tokenizer, written, accounting)
+
+
+def commit_store(
+    root: Path,
+    sequence_length: int,
+    tokenizer: dict[str, Any],
+    domains: Mapping[str, DomainInfo],
+    accounting: Mapping[str, Accounting],
+) -> PackedStore:
+    """Write the manifest, last, so that the directory is a store.
+
+    Raises:
+        ValueError: for no sequences at all, or accounting that does not add up.
+    """
+    for name, info in domains.items():
+        _check_accounting(name, accounting[name], info.tokens)
+    if not any(info.sequences for info in domains.values()):
         raise ValueError(f"{root} would hold no sequence of {sequence_length} tokens; give it documents")
-    manifest = Manifest(sequence_length, tokenizer, written, {name: asdict(accounting[name]) for name in written})
+    manifest = Manifest(sequence_length, tokenizer, dict(domains), {name: asdict(accounting[name]) for name in domains})
     fsync_path(root)
     write_atomically(root / MANIFEST, manifest.to_json())
     fsync_path(root.parent)
     return PackedStore(root)
 
 
-class _DomainWriter:
-    """Streams one domain into shards and its index."""
-
-    def __init__(self, root: Path, name: str, sequence_length: int, vocab_size: int, shard_bytes: int) -> None:
-        self._root = root
-        self._name = name
-        self._length = sequence_length
-        self._vocab_size = vocab_size
-        self._per_shard = max(1, shard_bytes // (sequence_length * TOKEN_DTYPE.itemsize))
-        self._ends: list[np.ndarray] = []
-
-    def write(self, sequences: Iterable[PackedSequence]) -> DomainInfo:
-        directory = self._root / self._name
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir()
-        shards = tuple(self._shards(iter(sequences)))
-        counts = [len(ends) for ends in self._ends]
-        tokens = sum(int(ends[-1]) for ends in self._ends)
-        offsets = self._save("offsets.npy", np.cumsum([0, *counts], dtype="<i8"))
-        ends = self._save("ends.npy", np.concatenate([*self._ends, np.empty(0)]).astype("<i4"))
-        fsync_path(directory)
-        return DomainInfo(
-            sequences=len(counts),
-            documents=sum(counts),
-            tokens=tokens,
-            trained_tokens=tokens - sum(counts),
-            padding=len(counts) * self._length - tokens,
-            shards=shards,
-            offsets=offsets,
-            ends=ends,
-        )
-
-    def _shards(self, sequences: Iterator[PackedSequence]) -> Iterator[Shard]:
+def _parts(writer: PartWriter, sequences: Iterator[PackedSequence], per_part: int) -> Iterator[Part]:
+    """Parts of ``per_part`` sequences, the last of what is left."""
+    for number in count():
         following = next(sequences, None)
-        number = 0
-        while following is not None:
-            path = self._root / self._name / f"tokens-{number:05d}.bin"
-            digest, count = hashlib.sha256(), 0
-            with path.open("wb") as file:
-                while following is not None and count < self._per_shard:
-                    data = self._checked(following).tobytes()
-                    file.write(data)
-                    digest.update(data)
-                    count += 1
-                    following = next(sequences, None)
-            fsync_path(path)
-            yield Shard(f"{self._name}/{path.name}", path.stat().st_size, digest.hexdigest(), count)
-            number += 1
-
-    def _checked(self, sequence: PackedSequence) -> np.ndarray:
-        """The tokens as they are written; the ends go to the index."""
-        where = f"sequence {len(self._ends)} of {self._name}"
-        tokens, ends = sequence.tokens, sequence.ends
-        if tokens.shape != (self._length,):
-            raise ValueError(f"{where} has the shape {tokens.shape}; give it ({self._length},)")
-        if len(ends) == 0 or ends[-1] > self._length or np.any(np.diff(ends, prepend=0) < 1):
-            raise ValueError(f"{where} has the ends {ends}; they must increase from 1 to at most {self._length}")
-        if (largest := int(tokens.max())) >= self._vocab_size:
-            raise ValueError(
-                f"{where} has token {largest}, the tokenizer has {self._vocab_size}; use its own tokenizer"
-            )
-        self._ends.append(ends)
-        return tokens.astype(TOKEN_DTYPE, copy=False)
-
-    def _save(self, name: str, array: np.ndarray) -> StoredFile:
-        path = self._root / self._name / name
-        np.save(path, array, allow_pickle=False)
-        fsync_path(path)
-        return StoredFile(f"{self._name}/{name}", path.stat().st_size, sha256_of(path))
+        if following is None:
+            return
+        yield writer.write(number, chain([following], islice(sequences, per_part - 1)))
 
 
-def _copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
+def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
+    """Copy a tokenizer's files into a store and describe it; see describe_tokenizer."""
     description = describe_tokenizer(source)
     if target.exists():
         shutil.rmtree(target)
