@@ -16,8 +16,9 @@ from helpers import TINY, alone_environment, composed, save_tiny, tiny_run, torc
 
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
-from ropewalk.model import assert_spectrum, training_config
+from ropewalk.model import training_config
 from ropewalk.rope.position import position_of
+from ropewalk.rotary import assert_spectrum
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.engine import place_spectrum, start_engine, start_processes

@@ -23,6 +23,7 @@ from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint import load_checkpoint, resumable_step, save_checkpoint
 from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, start_engine, start_processes, world_size
 from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
+from ropewalk.training.retention import prune_checkpoints
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.tracker import open_tracker
 
@@ -130,6 +131,8 @@ def _run(
             if trainer.checkpoint_every and ((step + 1) % trainer.checkpoint_every == 0 or step + 1 == last):
                 with observer.clock_stopped():
                     save_checkpoint(engine, run_dir, step + 1, agreed)
+                    if ranks.is_main:
+                        prune_checkpoints(run_dir, trainer.keep_last, trainer.keep_every)
             if profile is not None:
                 profile.step()
     observer.finish()
@@ -223,7 +226,7 @@ class Observer:
         where = f"from step {start}" if start else "from the start"
         _say(
             ranks,
-            f"{config.run_name}: {position.chain}, {model['parameters']:,} parameters, "
+            f"{config.run_name}: {position}, {model['parameters']:,} parameters, "
             f"{self.tokens_per_step:,} tokens a step, {where}",
         )
 
