@@ -10,18 +10,31 @@ import sys
 import pytest
 from helpers import alone_environment, composed
 
-from ropewalk.entry import CONFIG_DIR
+from ropewalk.entry import CONFIG_DIR, plain_argument
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
-BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md"))
+BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", SHOWN, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
 ENTRIES = {
     "train.py": "train",
     "data_prep/prepare.py": "prepare",
+    "data_prep/convert_mds.py": "convert_mds",
+    "data_prep/inspect_store.py": "inspect_store",
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
+}
+FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
+COMMANDS_OF = {
+    "scripts/analyze.py": {
+        "advise": "advise",
+        "inspect": "inspect",
+        "geometry": "geometry",
+        **dict.fromkeys(FIGURES, "figures"),
+    },
+    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
 }
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("recipes", "slurm") for path in (ROOT / folder).rglob("*.sh")
@@ -44,6 +57,8 @@ def test_readme_commands(command):
     if command[0] == "make":
         done = run("make", "--dry-run", *command[1:])
         assert done.returncode == 0, done.stderr
+    elif command[0] == "python" and command[2:] and command[2] in COMMANDS_OF.get(command[1], {}):
+        composed(COMMANDS_OF[command[1]][command[2]], *map(plain_argument, command[3:]))
     elif command[0] == "python" and command[1] in ENTRIES:
         composed(ENTRIES[command[1]], *command[2:])
     elif command[0] == "sbatch":
@@ -88,6 +103,31 @@ def test_help_names_the_groups_and_how_to_override(entry):
     assert done.returncode == 0, done.stderr
     assert f"python {entry}" in done.stdout
     assert "override" in done.stdout.lower()
+
+
+@pytest.mark.parametrize(("script", "command"), [
+    ("scripts/analyze.py", "advise"), ("scripts/analyze.py", "inspect"), ("scripts/analyze.py", "geometry"),
+    ("scripts/analyze.py", "spectra"), ("scripts/evaluate.py", "validate"),
+])  # fmt: skip
+def test_every_command_has_help(script, command):
+    done = run(sys.executable, script, command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python {script}" in done.stdout
+
+
+@pytest.mark.parametrize("script", COMMANDS_OF)
+def test_an_unknown_command_is_one_line(script):
+    known = next(iter(COMMANDS_OF[script]))
+    done = run(sys.executable, script, known[:-1])
+    assert done.returncode == 2
+    assert done.stderr == f"error: {script.split('/')[1]} has no command '{known[:-1]}'; did you mean {known}?\n"
+
+
+def test_the_commands_are_listed():
+    done = run(sys.executable, "scripts/analyze.py", "--help")
+    assert done.returncode == 0
+    for command in COMMANDS_OF["scripts/analyze.py"]:
+        assert f"\n  {command} " in done.stdout
 
 
 @pytest.mark.slow
