@@ -29,5 +29,11 @@ def sample(name, head_dim=128):
     return {"method": name, **arguments}
 
 
+def chain_of(name, head_dim=128):
+    """The sample as a chain, behind what it needs before it."""
+    before = [sample("rope_id", head_dim)] if name == "rope_id_yarn" else []
+    return [*before, sample(name, head_dim)]
+
+
 # as in rope/stock_process.py, which can import nothing of ours
 POSITIONS = [0, 1, 2, 99, 4095, 8191, 8192, 65535, 65536, 131072, 262142, 262143]

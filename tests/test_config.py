@@ -133,7 +133,7 @@ def test_trainer_values_are_validated(store_64, tmp_path, changes, message):
 def test_clip_larger_than_the_pairs_is_refused_before_a_model(store_64, tmp_path):
     config = tiny_run(store_64, tmp_path)
     config.rope.chain = [{"method": "cope", "clip": 9}]
-    with pytest.raises(ValueError, match=r"clip=9 is not within the 8 pairs of head_dim=16; use 0\.\.8"):
+    with pytest.raises(ValueError, match=r"clip=9 is not within the 8 pairs of head_dim=16 that rotate; use 0\.\.8"):
         validate_train(config, world_size=1)
 
 

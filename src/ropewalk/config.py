@@ -406,7 +406,10 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
 def _validate_chain(config: TrainConfig) -> None:
     from ropewalk.rope import RopeChain
 
-    RopeChain(config.rope.chain).spectrum(
+    chain = RopeChain(config.rope.chain)
+    if config.model.path is not None and not chain.rebuilds:
+        return  # it follows the checkpoint's own chain: both are run when that one's config is read
+    chain.spectrum(
         head_dim=config.model.head_dim,
         theta=config.model.theta,
         pretrained_length=config.model.pretrained_length,

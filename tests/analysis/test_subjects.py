@@ -36,7 +36,12 @@ def test_an_unknown_method_is_named():
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIG_DIR / "rope").glob("*.yaml")))
 def test_every_shipped_chain_runs_on_llama3(name):
-    (spectrum,) = spectra_of(composed("figures", f"methods=[{name}]")).values()
+    config = composed("figures", f"methods=[{name}]")
+    if name == "rope_id_yarn8":
+        with pytest.raises(ValueError, match="put rope_id before it"):  # it is for a model that was trained so
+            spectra_of(config)
+        return
+    (spectrum,) = spectra_of(config).values()
     assert spectrum.inv_freq.shape == (64,)
 
 

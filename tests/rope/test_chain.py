@@ -1,15 +1,19 @@
 """Chains: order, validation, hash, and the caller's own vectors."""
 
+import copy
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
+from rope_samples import chain_of
 
 from ropewalk.rope import Position, RopeChain, Spectrum, available_methods, register_method
-from ropewalk.rope.registry import _METHODS
+from ropewalk.rope.registry import _METHODS, Tokens, get_method
 
 COPE = [{"method": "abf", "theta": 1e7}, {"method": "cope", "clip": 20}]
 YARN8 = {"method": "yarn", "factor": 8, "original_max_position_embeddings": 8192}
@@ -28,7 +32,19 @@ def test_hash_is_of_the_meaning_not_the_spelling():
     assert RopeChain(spelled).sha256 == RopeChain(COPE).sha256
     assert RopeChain(yaml.safe_load(yaml.safe_dump(RopeChain(COPE).to_list()))) == RopeChain(COPE)
     assert RopeChain([COPE[0], {"method": "cope", "clip": 21}]).sha256 != RopeChain(COPE).sha256
-    assert RopeChain(COPE[::1]).sha256 != RopeChain([COPE[0]]).sha256
+    assert RopeChain(COPE).sha256 != RopeChain([COPE[0]]).sha256
+    numpys = [{"method": "abf", "theta": np.float32(1e7)}, {"method": "cope", "clip": np.int64(20)}]
+    assert RopeChain(numpys).sha256 == RopeChain(COPE).sha256
+    lists = {"method": "longrope", "original_max_position_embeddings": 8, "long_factor": np.arange(1, 3)}
+    by_yaml = OmegaConf.create({**lists, "short_factor": [1, 2.5], "long_factor": [1, 2]})
+    plain = {**lists, "short_factor": [1.0, 2.5]}
+    assert RopeChain([by_yaml]) == RopeChain([plain])
+
+
+def test_the_canonical_form_is_a_copy():
+    chain = RopeChain([{**LONGROPE, "original_max_position_embeddings": 8192}])
+    chain.to_list()[0]["short_factor"][0] = 99.0
+    assert chain.to_list()[0]["short_factor"][0] == 1.0
 
 
 def test_order_matters_where_it_should():
@@ -53,16 +69,62 @@ def test_order_matters_where_it_should():
     ([{"method": "cope", "clip": 2, "window": "hann"}], "window='hann' must be one of raised_cosine, quarter_cosine"),
     ([{"method": "longrope", "short_factor": 1, "long_factor": [1], "original_max_position_embeddings": 8}],
      r"short_factor=1 must be list\[float\]"),
+    ([{"method": "abf", "theta": "1e7"}], r"theta='1e7' must be float; it is text, write 1\.0e7"),
+    ([{"method": "abf", "theta": 10**400}], r"theta=1000.*\(401 characters\) must be float"),
+    ([{"method": "cope", "clip": "pretrained_length"}], "clip='pretrained_length' must be one of int, auto"),
+    ([{"method": "longrope", "short_factor": "12", "long_factor": [1], "original_max_position_embeddings": 8}],
+     r"short_factor='12' must be list\[float\]"),
     ([{"method": "resonance", "period": 1}], "period=1 is not an argument; it takes: nothing"),
     ([COPE[1], COPE[0]], "abf stands at place 2.*: put it first"),
-    ([COPE[1], {"method": "rope_id"}], "rope_id stands at place 2.* put it first, or right after abf"),
-    ([COPE[0], {"method": "rope_id"}, {"method": "half_rope"}], "half_rope stands at place 3"),
-    ([YARN8, {"method": "llama3"}], r"to 65536 tokens, and llama3\(\) starts from 8192 again"),
-    ([YARN8, {**YARN8, "original_max_position_embeddings": 65535}], "set original_max_position_embeddings=65536"),
+    ([COPE[1], {"method": "rope_id"}], "rope_id stands at place 2.* put it first"),
+    ([COPE[1], {"method": "half_rope"}], "half_rope stands at place 2.* put it first, or right after abf"),
+    ([COPE[0], {"method": "rope_id"}], "rope_id stands at place 2"),  # it reads no base
+    ([COPE[0], {"method": "high_frequency"}], "high_frequency stands at place 2"),
+    ([*COPE, {"method": "hardclip", "clip": 5}], r"hardclip\(clip=5\) follows cope\(clip=20\), and a chain clips once"),
+    ([{"method": "half_rope"}, {"method": "rope_id"}], "rope_id stands at place 2"),
 ])  # fmt: skip
 def test_bad_chains_are_refused(methods, message):
     with pytest.raises(ValueError, match=message):
         RopeChain(methods)
+
+
+LINEAR8 = {"method": "pi", "factor": 8}
+LONGROPE = {"method": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+
+
+@pytest.mark.parametrize(("methods", "message"), [
+    ([YARN8, {"method": "llama3"}], r"to 65,536 tokens, and llama3\(\) starts from 8,192 again"),
+    ([YARN8, {**YARN8, "original_max_position_embeddings": 65535}], "set original_max_position_embeddings=65536"),
+    # pi names no length: it starts from the pretrained one
+    ([LINEAR8, YARN8], r"pi\(factor=8, .*=8192\) already stretches the model to 65,536 tokens"),
+    # longrope without a factor reaches the trained length, and dynamic_ntk follows the input at least that far
+    ([{**LONGROPE, "original_max_position_embeddings": 8192}, YARN8], "already stretches the model to 65,536 tokens"),
+    ([{"method": "dynamic_ntk", "factor": 1, "original_max_position_embeddings": 8192}, YARN8], "to 65,536 tokens"),
+])  # fmt: skip
+def test_scalings_that_contradict_are_refused(methods, message):
+    with pytest.raises(ValueError, match=message):
+        RopeChain(methods).spectrum(**INPUTS)
+
+
+SCALINGS = sorted(name for name in available_methods() if get_method(name).scaling)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_scaled_model_is_stretched_again_in_later_stages(name):
+    """8,192 -> 65,536 -> 131,072 -> 262,144: what one stage reached is where the next may start, and never before."""
+    position = Position("model", RopeChain(chain_of(name)), 5e5, 128, 8192, 65536)
+    for length in (65536, 131072):
+        again = {"method": "yarn", "factor": 2.0, "original_max_position_embeddings": length}
+        next_stage = Position("next", position.chain, 5e5, 128, length, 2 * length)
+        if name in ("dynamic_ntk", "rope_id_yarn"):  # one follows the input itself, the other's pairs follow no base
+            with pytest.raises(ValueError, match=r"already stretches|follow no base"):
+                next_stage.extended([again])
+            return
+        with pytest.raises(ValueError, match="already stretches"):
+            next_stage.extended([{**again, "original_max_position_embeddings": length - 1}])
+        position = next_stage.extended([again])
+        assert len(position.chain.steps) == len(RopeChain(chain_of(name)).steps) + length // 65536
+        assert position.chain == RopeChain(position.chain.to_list())
 
 
 def test_odd_head_dim_is_refused():
@@ -89,6 +151,59 @@ def test_apply_to_a_callers_vector():
     np.testing.assert_allclose(yarn.apply(own), whole, rtol=1e-9)
 
 
+def test_apply_asks_for_the_lengths_that_the_chain_refers_to():
+    own = 1e7 ** (-np.arange(64) / 64)
+    auto = RopeChain.parse("hardclip(clip=auto)")
+    with pytest.raises(ValueError, match="refers to trained_length, which is not given; pass trained_length=TOKENS"):
+        auto.apply(own)
+    assert np.count_nonzero(auto.apply(own, trained_length=65536)) == 44
+    with pytest.raises(ValueError, match="refers to pretrained_length"):
+        RopeChain.parse("yarn(factor=4, original_max_position_embeddings=pretrained_length)").apply(own)
+    np.testing.assert_allclose(RopeChain.parse("pi(factor=8)").apply(own), own / 8, rtol=1e-15)
+    dynamic = RopeChain.parse("dynamic_ntk(factor=1, original_max_position_embeddings=8192)")
+    with pytest.raises(ValueError, match="refers to trained_length"):
+        dynamic.apply(own)
+    at_length = dynamic.apply(own, length=65536, trained_length=65536)
+    np.testing.assert_allclose(at_length, (1e7 * 8 ** (128 / 126)) ** (-np.arange(64) / 64), rtol=1e-12)
+
+
+def test_words_resolve_at_the_trained_length_whatever_the_input():
+    chain = RopeChain.parse("dynamic_ntk(factor=1, original_max_position_embeddings=8192) > cope(clip=auto)")
+    resolved = chain.resolved(**INPUTS)
+    for length in (8192, 65536, 1_000_000):
+        spectrum = chain.spectrum(**INPUTS, length=length)
+        assert spectrum == resolved.spectrum(**INPUTS, length=length)
+        assert np.count_nonzero(spectrum.inv_freq) == 63  # one clip at every length, so one pair is stopped
+    assert resolved.spectrum(**INPUTS, length=8192) != resolved.spectrum(**INPUTS, length=65536)
+
+
+def test_spectra_compare_by_value():
+    one, same = (RopeChain(COPE).spectrum(**INPUTS) for _ in range(2))
+    assert one == same == copy.deepcopy(one)
+    assert len({one, same, RopeChain([]).spectrum(**INPUTS)}) == 2
+    assert one != RopeChain(COPE).spectrum(**{**INPUTS, "trained_length": 32768})
+
+
+def _positional(spectrum: Spectrum, times: int) -> Spectrum: ...
+def _unannotated(spectrum, *, times) -> Spectrum: ...
+def _of_text(spectrum: Spectrum, *, times: str) -> Spectrum: ...
+def _whole(spectrum: Spectrum, *, times: Tokens | None = None, kind: Literal["a"] = "a") -> Spectrum: ...
+
+
+@pytest.mark.parametrize(("name", "function", "options", "message"), [
+    ("cope", _whole, {}, "registered already"), ("my method", _whole, {}, "letters, digits and _, and not rope"),
+    ("rope", _whole, {}, "and not rope"), ("m", _positional, {}, "times: int must be keyword-only"),
+    ("m", _unannotated, {}, "parameter times must be annotated int, float"),
+    ("m", _of_text, {}, "times: str must be annotated int, float"),
+    ("m", _whole, {"auto": {"clip": int}}, "auto has a rule for clip, which is no parameter"),
+    ("m", _whole, {"reaches": max}, "takes original_max_position_embeddings"),
+])  # fmt: skip
+def test_registration_is_checked(name, function, options, message):
+    with pytest.raises(ValueError, match=message):
+        register_method(name, **options)(function)
+    assert "m" not in available_methods()
+
+
 def test_a_method_is_one_function():
     @register_method("halved")
     def halved(spectrum: Spectrum, *, times: int = 1) -> Spectrum:
@@ -108,13 +223,11 @@ def test_scalings_may_follow_each_other():
     again = {**YARN8, "factor": 4, "original_max_position_embeddings": 65536}
     stretched = RopeChain([YARN8, again]).spectrum(**INPUTS)
     assert stretched.periods[-1] == pytest.approx(32 * RopeChain([]).spectrum(**INPUTS).periods[-1], rel=1e-12)
-    twice = RopeChain([{"method": "pi", "factor": 2}, {"method": "pi", "factor": 4}]).spectrum(**INPUTS)
+    twice = RopeChain(
+        [{"method": "pi", "factor": 2}, {"method": "pi", "factor": 4, "original_max_position_embeddings": 16384}]
+    ).spectrum(**INPUTS)
     once = RopeChain([{"method": "pi", "factor": 8}]).spectrum(**INPUTS)
     np.testing.assert_allclose(twice.inv_freq, once.inv_freq, rtol=1e-15)
-    # pi names no length: it starts from the pretrained one, which only the spectrum's inputs tell
-    both = RopeChain([{"method": "pi", "factor": 8}, YARN8])
-    with pytest.raises(ValueError, match=r"pi\(factor=8\) already stretches the model to 65536 tokens"):
-        both.spectrum(**INPUTS)
 
 
 @pytest.mark.parametrize("text", [
@@ -178,8 +291,11 @@ def test_dependence_on_the_input_is_known():
 
 @pytest.mark.parametrize(("inputs", "message"), [
     ({"head_dim": 127}, "head_dim=127 must be positive and even"), ({"head_dim": 0}, "head_dim=0"),
-    ({"theta": 0.0}, r"theta=0\.0 must be above 1"), ({"theta": -5.0}, "theta=-5"),
-    ({"trained_length": 0}, "trained_length=0 must be 1 token or more"), ({"length": -1}, "length=-1"),
+    ({"theta": 0.0}, r"theta=0\.0 must be a number above 1"), ({"theta": -5.0}, "theta=-5"),
+    ({"trained_length": 0}, "trained_length=0 must be a whole number of tokens, 1 or more"),
+    ({"length": -1}, "length=-1"), ({"pretrained_length": 8192.5}, r"pretrained_length=8192\.5 must be a whole"),
+    ({"trained_length": "64k"}, "trained_length='64k'"), ({"theta": "5e5"}, "theta='5e5' must be a number above 1"),
+    ({"theta": float("nan")}, "theta=nan"), ({"head_dim": 128.0}, r"head_dim=128\.0 must be positive and even"),
 ])  # fmt: skip
 def test_bad_inputs_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):

@@ -48,7 +48,7 @@ PROPORTIONAL = {
     (QWEN_YARN, "yarn(factor=4, original_max_position_embeddings=32768)", (1e6, 128, 32768, 32768)),
     (PHI3, None, (1e4, 96, 4096, 131072)),
     (PHI4_MINI, None, (1e4, 96, 4096, 131072)),
-    (LINEAR, "pi(factor=4)", (1e6, 128, 40960, 40960)),
+    (LINEAR, "pi(factor=4, original_max_position_embeddings=10240)", (1e6, 128, 40960, 40960)),
     (DYNAMIC, "dynamic_ntk(factor=4, original_max_position_embeddings=40960)", (1e6, 128, 40960, 40960)),
     (PROPORTIONAL, "p_rope(fraction=0.25)", (1e6, 128, 40960, 40960)),
 ])  # fmt: skip

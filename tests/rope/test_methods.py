@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rope_samples import SAMPLES, sample
+from rope_samples import SAMPLES, chain_of
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
@@ -184,7 +184,7 @@ def test_every_method_has_a_sample():
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(SAMPLES)), head_dims, thetas, st.integers(64, 2**17), st.integers(1, 2**21))
 def test_no_method_gives_nan_infinity_or_a_negative_frequency(name, head_dim, theta, trained, length):
-    s = spectrum(sample(name, head_dim), head_dim=head_dim, theta=theta, trained_length=trained, length=length)
+    s = spectrum(*chain_of(name, head_dim), head_dim=head_dim, theta=theta, trained_length=trained, length=length)
     assert s.inv_freq.shape == (head_dim // 2,)
     assert np.all(np.isfinite(s.inv_freq))
     assert np.all(s.inv_freq >= 0)
@@ -194,7 +194,7 @@ def test_no_method_gives_nan_infinity_or_a_negative_frequency(name, head_dim, th
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_rotation_keeps_the_norm_times_the_attention_scaling(name):
-    s = spectrum(sample(name), length=131072)
+    s = spectrum(*chain_of(name), length=131072)
     rows, positions = np.random.default_rng(0).standard_normal((40, 128)), np.linspace(0, 262143, 40).round()
     angles = positions[:, None] * s.inv_freq
     cos, sin = (s.attention_scaling * f(angles) for f in (np.cos, np.sin))
@@ -210,7 +210,7 @@ def test_rotation_keeps_the_norm_times_the_attention_scaling(name):
     {"method": "mrrope_pro", "factor": 1.0, "original_max_position_embeddings": 8192},
     {"method": "mrrope_uni", "factor": 1.0, "original_max_position_embeddings": 8192},
     {"method": "dynamic_ntk", "factor": 1.0, "original_max_position_embeddings": 65536},
-    {"method": "hope", "share": 0.0}, {"method": "half_rope", "share": 1.0}, {"method": "rope_id_yarn", "factor": 1.0},
+    {"method": "hope", "share": 0.0}, {"method": "half_rope", "share": 1.0},
 ])  # fmt: skip
 def test_more_identities(method):
     np.testing.assert_allclose(spectrum(method).inv_freq, spectrum().inv_freq, rtol=1e-15)
@@ -319,8 +319,9 @@ def test_yarn_and_cope_commute_with_every_window(window):
 
 
 @pytest.mark.parametrize(("method", "message"), [
-    ({"method": "cope", "clip": 65}, r"clip=65 is not within the 64 pairs of head_dim=128; use 0\.\.64"),
+    ({"method": "cope", "clip": 65}, r"clip=65 is not within the 64 pairs of head_dim=128 that rotate; use 0\.\.64"),
     ({"method": "hardclip", "clip": -1}, "clip=-1"),
+    ({"method": "hardclip", "clip": "trained_length"}, "clip='trained_length' must be one of int, auto"),
     ({"method": "pi", "factor": 0.5}, r"factor=0\.5 must be 1 or more"),
     ({"method": "abf", "theta": 1.0}, r"theta=1\.0 must be above 1"),
     ({"method": "abf", "theta": -1e4}, r"theta=-10000\.0 must be above 1"),
@@ -333,6 +334,12 @@ def test_yarn_and_cope_commute_with_every_window(window):
       "original_max_position_embeddings": 8}, "short_factor has 63 numbers.*each of the 64 pairs"),
     ({"method": "longrope", "short_factor": [1.0] * 64, "long_factor": [0.0] * 64,
       "original_max_position_embeddings": 8}, "long_factor has 64 numbers, the least 0"),
+    ({"method": "longrope", "short_factor": [1.0] * 64, "long_factor": [1.0] * 64, "factor": 0.5,
+      "original_max_position_embeddings": 8}, r"longrope: factor=0\.5 must be 1 or more"),
+    ({"method": "longrope", "short_factor": [1.0] * 64, "long_factor": [1.0] * 64, "attention_factor": -1,
+      "original_max_position_embeddings": 8}, r"attention_factor=-1\.0 must be positive"),
+    ({"method": "yarn", "factor": 4, "original_max_position_embeddings": 8, "mscale": -1, "mscale_all_dim": 1},
+     r"mscale=-1\.0 and mscale_all_dim=1\.0 must be positive"),
     ({"method": "half_rope", "share": 0.0}, r"share=0\.0 of 64 pairs"),
     ({"method": "rope_id", "share": 0.001}, r"share=0\.001 of 64 pairs must .* hold a whole pair"),
     ({"method": "rope_id", "shortest_period": 100, "longest_period": 50}, r"shortest_period=100\.0 must be positive"),
@@ -345,6 +352,49 @@ def test_values_out_of_range_are_named(method, message):
         spectrum(method)
 
 
-def test_no_pair_left_for_rope_id_yarn():
-    with pytest.raises(ValueError, match="no pair rotates"):
-        spectrum({"method": "hardclip", "clip": 64}, {"method": "rope_id_yarn", "factor": 2})
+def test_rope_id_yarn_stretches_rope_id_alone():
+    with pytest.raises(ValueError, match="put rope_id before it, or use yarn"):
+        spectrum({"method": "rope_id_yarn", "factor": 2})
+    for name in ("ntk", "yarn", "ntk_by_parts", "dynamic_ntk"):
+        with pytest.raises(ValueError, match=r"the pairs it finds follow no base.*use rope_id_yarn"):
+            spectrum({"method": "rope_id"}, *chain_of(name))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 64).map(lambda n: 4 * n), thetas, factors, lengths, st.booleans())
+def test_yarn_of_half_a_head_equals_stock_partial_rotary(head_dim, theta, factor, length, truncate):
+    arguments = {"factor": factor, "original_max_position_embeddings": length, "truncate": truncate}
+    s = spectrum({"method": "half_rope"}, {"method": "yarn", **arguments}, head_dim=head_dim, theta=theta)
+    theirs, scaling = stock(head_dim, theta, rope_type="yarn", partial_rotary_factor=0.5, **arguments)
+    rotated = head_dim // 4
+    assert not s.inv_freq[rotated:].any()
+    np.testing.assert_allclose(s.inv_freq[:rotated], theirs[:rotated], rtol=2e-5)
+    assert s.attention_scaling == pytest.approx(scaling, rel=1e-12)
+
+
+def test_ntk_of_half_a_head_is_a_new_base_of_that_half():
+    scaled = spectrum({"method": "half_rope"}, {"method": "ntk", "factor": 8.0})
+    rebased = spectrum({"method": "abf", "theta": 5e5 * 8.0 ** (64 / 62)}, {"method": "half_rope"})
+    np.testing.assert_allclose(scaled.inv_freq, rebased.inv_freq, rtol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["half_rope", "rope_id", "p_rope", "hope"])
+def test_clips_count_from_the_slowest_pair_that_rotates(layout):
+    before = spectrum(*chain_of(layout))
+    last = int(np.count_nonzero(before.inv_freq))
+    assert before.rotating_pairs == last < 64
+    hard = spectrum(*chain_of(layout), {"method": "hardclip", "clip": 5})
+    assert np.array_equal(np.flatnonzero(hard.inv_freq), np.arange(last - 5))
+    soft = spectrum(*chain_of(layout), {"method": "cope", "clip": 5})
+    np.testing.assert_allclose(
+        soft.inv_freq[last - 5 : last], before.inv_freq[last - 5 : last] * raised_cosine_of(5), rtol=1e-12
+    )
+    with pytest.raises(ValueError, match=f"clip={last + 1} is not within the {last} pairs of head_dim=128 that rotate"):
+        spectrum(*chain_of(layout), {"method": "cope", "clip": last + 1})
+
+
+def test_stopped_pairs_are_not_beyond_a_length():
+    assert spectrum({"method": "hardclip", "clip": 20}).pairs_beyond(8192) == 9  # of 29
+    half = spectrum({"method": "half_rope"})
+    turning = [5e5 ** (-2 * i / 64) for i in range(32)]
+    assert half.pairs_beyond(8192) == sum(2 * math.pi / f > 8192 for f in turning)

@@ -99,7 +99,7 @@ def test_longrope_holds_any_spectrum(pairs, theta, data):
     np.testing.assert_allclose(stock[turning], exact[turning], rtol=spectrum_tolerance(s, "longrope"))
 
 
-OTHER = RopeChain([{"method": "hardclip", "clip": 0}, {"method": "hardclip", "clip": 0}])
+OTHER = RopeChain([{"method": "hardclip", "clip": 0}, {"method": "resonance"}])  # no stock type of its own
 
 
 # Every method, alone and in the chains people run; head_dim 64, base 1e5, 8,192 tokens stretched to 65,536.

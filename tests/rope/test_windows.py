@@ -56,6 +56,3 @@ def test_frequency_domain_is_linear_in_frequency():
 
 def test_pairs_of_one_frequency_are_untouched():
     assert taper(np.full(3, 0.1), "raised_cosine", "frequency").tolist() == [1, 1, 1]
-    stopped = RopeChain([{"method": "hardclip", "clip": 9}, {"method": "cope", "clip": 5, "taper_domain": "frequency"}])
-    s = stopped.spectrum(head_dim=128, theta=1e7, pretrained_length=8192, trained_length=65536)
-    assert int((s.inv_freq == 0).sum()) == 9

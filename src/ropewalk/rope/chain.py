@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 
 from ropewalk.rope.notation import parse_steps, print_value
 from ropewalk.rope.order import check_order, check_scalings
-from ropewalk.rope.registry import get_method
+from ropewalk.rope.registry import LENGTHS, get_method
 from ropewalk.rope.spectrum import Spectrum, geometric
 
 
@@ -37,14 +40,13 @@ class RopeChain:
         methods: mappings with ``method`` and that method's arguments, as they stand in YAML and config.json.
 
     Raises:
-        ValueError: for an unknown method or argument, a wrong value, a method that would undo those before it, or
-            two scalings that contradict each other.
+        ValueError: for an unknown method or argument, a value of the wrong type, or a method that would undo those
+            before it. Ranges and contradicting scalings are checked where the chain meets a model.
     """
 
     def __init__(self, methods: Sequence[Mapping[str, Any]]) -> None:
         self.steps = tuple(_step(entry) for entry in methods)
         check_order(self.steps)
-        check_scalings(self.steps)
 
     @classmethod
     def parse(cls, text: str) -> RopeChain:
@@ -79,36 +81,55 @@ class RopeChain:
         Raises:
             ValueError: for inputs or arguments that do not fit, naming the value, the rule and the mend.
         """
-        return self._run(_start(head_dim, theta, pretrained_length, trained_length, length))
+        _check_lengths(length=length)
+        start = _start(head_dim, theta, pretrained_length, trained_length)
+        return self._resolved(start)._run(start.at_length(length))
 
     def resolved(self, *, head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> RopeChain:
         """The chain with every word (``auto``, ``trained_length``) replaced by its value for this model."""
+        return self._resolved(_start(head_dim, theta, pretrained_length, trained_length))
+
+    def _resolved(self, spectrum: Spectrum) -> RopeChain:
+        """Words stand for values of training, so they resolve at the trained length, whatever the present input's."""
         steps = []
-        spectrum = _start(head_dim, theta, pretrained_length, trained_length, None)
         for step in self.steps:
-            method = get_method(step.method)
-            steps.append({"method": step.method, **method.resolved(step.arguments, spectrum)})
-            spectrum = method(spectrum, **step.arguments)
-        return RopeChain(steps)
+            arguments = get_method(step.method).resolved(step.arguments, spectrum)
+            steps.append({"method": step.method, **arguments})
+            spectrum = get_method(step.method)(spectrum, **arguments)
+        chain = RopeChain(steps)
+        check_scalings(chain.steps, spectrum)
+        return chain
 
     def depends_on_length(self, *, head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> bool:
         """Whether a method of this chain reads the present input's length."""
-        start = _start(head_dim, theta, pretrained_length, trained_length, None)
+        start = _start(head_dim, theta, pretrained_length, trained_length)
         try:
-            self._run(_Unmeasured(**vars(start)))
+            self._resolved(start)._run(_Unmeasured(**vars(start)))
         except _LengthRead:
             return True
         return False
 
     def apply(
-        self, inv_freq: Any, *, pretrained_length: int = 0, trained_length: int = 0, length: int | None = None
+        self,
+        inv_freq: Any,
+        *,
+        pretrained_length: int | None = None,
+        trained_length: int | None = None,
+        length: int | None = None,
     ) -> Any:
         """The same transforms on a caller's own vector (d/2,), numpy or torch; returned in its type and dtype.
 
         The base is read off the ratio of the first two frequencies, which holds for any RoPE vector.
 
+        Args:
+            inv_freq: RoPE's own inverse frequencies, highest first, radians per token.
+            pretrained_length: tokens; needed where the chain refers to it.
+            trained_length: tokens; needed where the chain refers to it.
+            length: tokens of the present input; None: ``trained_length``.
+
         Raises:
-            ValueError: where the vector is too short for that, or does not fall from its first entry.
+            ValueError: where the vector is too short for that, or does not fall from its first entry, or where the
+                chain refers to a length that is not given.
         """
         is_torch = hasattr(inv_freq, "detach")
         values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
@@ -118,11 +139,12 @@ class RopeChain:
                 "give RoPE's own, before any other transform"
             )
         theta = float((values[0] / values[1]) ** values.size)
-        result = self._run(Spectrum(values, theta, pretrained_length, trained_length, length)).inv_freq
+        _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length, length=length)
+        start = _Unstated(values, theta, pretrained_length, trained_length)  # type: ignore[arg-type]
+        result = self._resolved(start)._run(start.at_length(length)).inv_freq
         return inv_freq.new_tensor(result) if is_torch else result.astype(np.asarray(inv_freq).dtype)
 
     def _run(self, spectrum: Spectrum) -> Spectrum:
-        check_scalings(self.steps, spectrum)
         for step in self.steps:
             spectrum = get_method(step.method)(spectrum, **step.arguments)
         return spectrum
@@ -161,7 +183,7 @@ class RopeChain:
 
     def to_list(self) -> list[dict[str, Any]]:
         """The canonical form: every argument named; what YAML, config.json and the hash hold."""
-        return [{"method": step.method, **step.arguments} for step in self.steps]
+        return [{"method": step.method, **deepcopy(step.arguments)} for step in self.steps]
 
     @property
     def rebuilds(self) -> bool:
@@ -199,16 +221,29 @@ class _Unmeasured(Spectrum):
         raise _LengthRead
 
 
-def _start(head_dim: int, theta: float, pretrained_length: int, trained_length: int, length: int | None) -> Spectrum:
-    if head_dim <= 0 or head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be positive and even: channels rotate in pairs")
-    if not theta > 1:
-        raise ValueError(f"theta={theta} must be above 1; it is the model's rope_theta, 10000 in RoFormer")
-    lengths = {"pretrained_length": pretrained_length, "trained_length": trained_length, "length": length}
+class _Unstated(Spectrum):
+    """A caller's own vector, of a model whose lengths may not have been told: reading one of those is an error."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if value is None and name in LENGTHS:
+            raise ValueError(f"the chain refers to {name}, which is not given; pass {name}=TOKENS to apply()")
+        return value
+
+
+def _start(head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> Spectrum:
+    if not isinstance(head_dim, Integral) or head_dim <= 0 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim!r} must be positive and even: channels rotate in pairs")
+    if not isinstance(theta, Real) or not 1 < theta < math.inf:
+        raise ValueError(f"theta={theta!r} must be a number above 1; it is the model's rope_theta, 10000 in RoFormer")
+    _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length)
+    return Spectrum(geometric(theta, head_dim), float(theta), pretrained_length, trained_length)
+
+
+def _check_lengths(**lengths: int | None) -> None:
     for name, value in lengths.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be 1 token or more")
-    return Spectrum(geometric(theta, head_dim), theta, pretrained_length, trained_length, length)
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of tokens, 1 or more")
 
 
 def _step(entry: Mapping[str, Any]) -> Step:

@@ -82,9 +82,9 @@ def _chain(kind: str, entry: Mapping[str, Any], original: int, partial: float) -
     if kind == "default":
         return []
     if kind == "linear":
-        return [{"method": "pi", "factor": _factor(entry, kind)}]
+        return [_linear(entry, kind, original)]
     if kind == "proportional":
-        slower = [{"method": "pi", "factor": _factor(entry, kind)}] if entry.get("factor", 1.0) != 1.0 else []
+        slower = [_linear(entry, kind, original)] if entry.get("factor", 1.0) != 1.0 else []
         return [{"method": "p_rope", "fraction": partial}, *slower]
     if kind not in _METHODS:
         raise ValueError(
@@ -95,6 +95,17 @@ def _chain(kind: str, entry: Mapping[str, Any], original: int, partial: float) -
     if _METHODS[kind] != "longrope":
         arguments["factor"] = _factor(entry, kind)
     return [{"method": _METHODS[kind], **arguments, "original_max_position_embeddings": original}]
+
+
+def _linear(entry: Mapping[str, Any], kind: str, original: int) -> dict[str, Any]:
+    """Interpolation to max_position_embeddings, the longest input that a config promises."""
+    factor = _factor(entry, kind)
+    named = entry.get("original_max_position_embeddings")
+    return {
+        "method": "pi",
+        "factor": factor,
+        "original_max_position_embeddings": int(named or max(original // factor, 1)),
+    }
 
 
 def _factor(entry: Mapping[str, Any], kind: str) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.rope.registry import get_method
@@ -13,49 +14,60 @@ if TYPE_CHECKING:
 
 
 def check_order(steps: Sequence[Step]) -> None:
-    """A method that lays the spectrum out anew may follow nothing but abf, whose base it may use.
+    """A method that lays the spectrum out anew may follow nothing but abf, and that only if it uses the base.
+
+    A chain clips once: a second clip, as when a run's clip meets that of the checkpoint it starts from, would stop
+    pairs that training turned.
 
     Raises:
         ValueError: naming the method and what it would undo.
     """
+    clips = [step for step in steps if get_method(step.method).clips]
+    if len(clips) > 1:
+        raise ValueError(
+            f"{clips[1]} follows {clips[0]}, and a chain clips once; leave one of them out: rope=default goes on with "
+            "a checkpoint's own clip, and a chain that begins with abf replaces it"
+        )
     for place, step in enumerate(steps):
-        follows_abf = place == 1 and steps[0].method == "abf" and step.method != "abf"
-        if place > 0 and get_method(step.method).rebuilds and not follows_abf:
-            where = "first" if step.method == "abf" else "first, or right after abf"
+        method = get_method(step.method)
+        follows_abf = place == 1 and steps[0].method == "abf" and method.uses_base
+        if place > 0 and method.rebuilds and not follows_abf:
+            where = "first, or right after abf" if method.uses_base else "first"
             raise ValueError(
                 f"{step.method} stands at place {place + 1} of the chain, after {steps[place - 1]}; it rebuilds "
                 f"the spectrum and would undo what stands before it: put it {where}"
             )
 
 
-def check_scalings(steps: Sequence[Step], spectrum: Spectrum | None = None) -> None:
+def stretched(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
+    """Tokens that a scaling reaches: L x factor, L the original_max_position_embeddings that it starts from.
+
+    0 where L is not known (a caller's own vector).
+    """
+    return float((arguments["original_max_position_embeddings"] or 0) * arguments["factor"])
+
+
+def check_scalings(steps: Sequence[Step], spectrum: Spectrum) -> None:
     """A second scaling must start from the length that the one before it has reached, or a longer one.
 
-    A scaling stretches L = original_max_position_embeddings tokens, or the pretrained length where it names none and
-    is the first, to L x factor. Without ``spectrum`` only the lengths that the steps name themselves are compared.
+    Args:
+        steps: of a chain whose words are resolved.
+        spectrum: with the lengths that a scaling may follow.
 
     Raises:
         ValueError: naming both, and how to put it right.
     """
     before: Step | None = None
-    reached: float | None = None
+    reached = 0.0
     for step in steps:
-        if not get_method(step.method).scaling:
+        reaches = get_method(step.method).reaches
+        if reaches is None:
             continue
-        named = _tokens(step.arguments.get("original_max_position_embeddings"), spectrum)
-        if before is not None and reached is not None and named is not None and named < reached:
+        start = step.arguments["original_max_position_embeddings"]
+        if before is not None and start is not None and start < reached:
             raise ValueError(
-                f"{before} already stretches the model to {reached:g} tokens, and {step} starts from {named:g} again; "
-                f"drop one of the two, or set original_max_position_embeddings={reached:g} in the second"
+                f"{before} already stretches the model to {reached:,.0f} tokens, and {step} starts from {start:,} "
+                "again; drop one of the two, or set "
+                f"original_max_position_embeddings={math.ceil(reached)} in the second"
             )
-        start = named if named is not None else reached
-        if start is None and spectrum is not None:
-            start = float(spectrum.pretrained_length)
-        reached = None if start is None else start * float(step.arguments.get("factor") or 1.0)
-        before = step
-
-
-def _tokens(value: Any, spectrum: Spectrum | None) -> float | None:
-    if isinstance(value, str):
-        return None if spectrum is None else float(getattr(spectrum, value))
-    return None if value is None else float(value)
+        before, reached = step, reaches(step.arguments, spectrum)

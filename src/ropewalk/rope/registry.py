@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Real
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ropewalk.rope.spectrum import Spectrum
 
@@ -17,8 +18,12 @@ Function = Callable[..., Spectrum]
 
 # Words that a chain may say in place of a number; they resolve against the spectrum that the method finds.
 LENGTHS = ("pretrained_length", "trained_length")
+PRETRAINED_LENGTH: Any = "pretrained_length"
 TRAINED_LENGTH: Any = "trained_length"
 AUTO: Any = "auto"
+
+# Annotation of an argument that counts tokens: it takes the two words as well.
+Tokens = Annotated[int, "tokens"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,14 @@ class Method:
     defaults: dict[str, Any]  # of the optional arguments
     auto: Mapping[str, Callable[[Spectrum], Any]]
     rebuilds: bool
-    scaling: bool
+    uses_base: bool
+    clips: bool
+    reaches: Callable[[Mapping[str, Any], Spectrum], float] | None
+
+    @property
+    def scaling(self) -> bool:
+        """Whether the method stretches a trained length."""
+        return self.reaches is not None
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The canonical arguments: defaults filled in, numbers in their annotated type, words as they stand.
@@ -41,7 +53,7 @@ class Method:
         """
         for unknown in given.keys() - self.hints.keys():
             takes = ", ".join(self.hints) or "nothing"
-            raise ValueError(f"{self.name}: {unknown}={given[unknown]!r} is not an argument; it takes: {takes}")
+            raise ValueError(f"{self.name}: {unknown}={_shown(given[unknown])} is not an argument; it takes: {takes}")
         resolved = {}
         for name in self.hints:
             if name not in given and name not in self.defaults:
@@ -54,9 +66,10 @@ class Method:
         arguments = self.arguments(given)
         for name, value in arguments.items():
             if isinstance(value, str) and value in LENGTHS:
-                arguments[name] = getattr(spectrum, value)
-            elif value == AUTO and name in self.auto:
-                arguments[name] = self.auto[name](spectrum)
+                is_optional = NoneType in _options(self.hints[name])
+                arguments[name] = vars(spectrum)[value] if is_optional else getattr(spectrum, value)
+            elif isinstance(value, str) and value == AUTO and name in self.auto:
+                arguments[name] = self._converted(name, self.auto[name](spectrum))
         return arguments
 
     def __call__(self, spectrum: Spectrum, **given: Any) -> Spectrum:
@@ -64,17 +77,16 @@ class Method:
         return self.function(spectrum, **self.resolved(given, spectrum))
 
     def _converted(self, name: str, value: Any) -> Any:
-        kind = self.hints[name]
-        if value == AUTO and name in self.auto:
+        options = _options(self.hints[name])
+        words = [AUTO] * (name in self.auto) + list(LENGTHS) * (Tokens in options)
+        if isinstance(value, str) and value in words:
             return value
-        if isinstance(value, str) and value in LENGTHS and int in _options(kind):
-            return value
-        for option in _options(kind):
+        for option in options:
             fits, converted = _convert(value, option)
             if fits:
                 return converted
-        words = [AUTO] * (name in self.auto)
-        raise ValueError(f"{self.name}: {name}={value!r} must be {_described(kind, words)}")
+        mend = "; it is text, write 1.0e7 where YAML would read 1e7 so" if _is_numeral(value) else ""
+        raise ValueError(f"{self.name}: {name}={_shown(value)} must be {_described(options, words)}{mend}")
 
 
 _METHODS: dict[str, Method] = {}
@@ -85,35 +97,45 @@ def register_method(
     *,
     auto: Mapping[str, Callable[[Spectrum], Any]] | None = None,
     rebuilds: bool = False,
-    scaling: bool = False,
+    uses_base: bool = True,
+    clips: bool = False,
+    reaches: Callable[[Mapping[str, Any], Spectrum], float] | None = None,
 ) -> Callable[[Function], Function]:
     """Make ``method(spectrum, *, ...)`` usable in chains as ``{"method": name, ...}``.
 
-    Every parameter after the spectrum is keyword-only and annotated (int, float, bool, a Literal, list[float], or one
-    of these or None); the annotations convert what YAML gives, so that 10000000 and 1e7 are one value with one hash.
-    An int argument also takes the words ``trained_length`` and ``pretrained_length``.
+    Every parameter after the spectrum is keyword-only and annotated (int, float, bool, a Literal, list[float], Tokens,
+    or one of these or None); the annotations convert what YAML gives, so that 10000000 and 1e7 are one value with one
+    hash. A Tokens argument is an int that also takes the words ``trained_length`` and ``pretrained_length``.
 
     Args:
         name: of the method in chains.
         auto: arguments that take the word ``auto``, with the rule that resolves it.
-        rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it.
-        scaling: the method stretches a length that it names (or the pretrained one) by its ``factor``.
+        rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it,
+        uses_base: and abf only if the method reads the base.
+        clips: the method slows or stops the slowest pairs; a chain takes one of these.
+        reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
+            arguments, which include ``original_max_position_embeddings``; ropewalk.rope.order.stretched as a rule.
+
+    Raises:
+        ValueError: at registration, for a name that is taken or that a chain cannot say, a parameter that is not
+            keyword-only or not annotated so, or a rule for an argument that is not there.
     """
 
     def register(function: Function) -> Function:
-        if name in _METHODS:
-            raise ValueError(f"method {name!r} is registered already; choose another name")
-        hints = get_type_hints(function)
         parameters = list(inspect.signature(function).parameters.values())[1:]
+        hints = get_type_hints(function, include_extras=True)
         method = Method(
             name=name,
             function=function,
-            hints={p.name: hints[p.name] for p in parameters},
+            hints={p.name: hints.get(p.name) for p in parameters},
             defaults={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
             auto=dict(auto or {}),
             rebuilds=rebuilds,
-            scaling=scaling,
+            uses_base=uses_base,
+            clips=clips,
+            reaches=reaches,
         )
+        _check_registration(method, parameters)
         _METHODS[name] = method
 
         @wraps(function)
@@ -123,6 +145,27 @@ def register_method(
         return call
 
     return register
+
+
+def _check_registration(method: Method, parameters: list[inspect.Parameter]) -> None:
+    name = method.name
+    if name in _METHODS:
+        raise ValueError(f"method {name!r} is registered already; choose another name")
+    if not name.isidentifier() or name == "rope":
+        raise ValueError(f"method {name!r} cannot stand in a chain; name it by letters, digits and _, and not rope")
+    for parameter in parameters:
+        options = _options(method.hints[parameter.name])
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name == "method":
+            raise ValueError(f"{name}: parameter {parameter} must be keyword-only: write * after the spectrum")
+        if not all(option in _KINDS or get_origin(option) is Literal for option in options):
+            raise ValueError(
+                f"{name}: parameter {parameter} must be annotated int, float, bool, Tokens, a Literal, list[float], or "
+                "one of these or None"
+            )
+    for argument in method.auto.keys() - method.hints.keys():
+        raise ValueError(f"{name}: auto has a rule for {argument}, which is no parameter of the function")
+    if method.scaling and "original_max_position_embeddings" not in method.hints:
+        raise ValueError(f"{name}: a method with reaches takes original_max_position_embeddings, its start in tokens")
 
 
 def available_methods() -> tuple[str, ...]:
@@ -139,34 +182,63 @@ def get_method(name: str) -> Method:
     return _METHODS[name]
 
 
+_KINDS = (int, float, bool, Tokens, NoneType, list[float], list[int])
+
+
 def _options(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
-    """Whether ``value`` is of ``kind``, and the value in it."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is of ``kind``, and the value in it; numpy's numbers and arrays count as Python's."""
     if kind is NoneType:
         return value is None, None
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind), value
     if get_origin(kind) is list:
-        items = [_convert(item, *get_args(kind)) for item in value] if isinstance(value, (list, tuple)) else []
-        return isinstance(value, (list, tuple)) and all(fits for fits, _ in items), [item for _, item in items]
+        return _convert_items(value, *get_args(kind))
+    if kind is bool:
+        is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's too
+        return is_bool, bool(value) if is_bool else None
+    try:
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        is_number = False
     if kind is float:
         return is_number, float(value) if is_number else None
-    if kind is int:
-        return is_number and float(value).is_integer(), int(value) if is_number else None
-    return isinstance(value, kind), value
+    return is_number and float(value).is_integer(), int(value) if is_number else None
 
 
-def _described(kind: Any, words: list[str]) -> str:
+def _convert_items(value: Any, kind: Any) -> tuple[bool, Any]:
+    """Any sequence but text: lists, tuples, arrays, OmegaConf's lists."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
+        return False, None
+    items = [_convert(item, kind) for item in value]
+    return all(fits for fits, _ in items), [item for _, item in items]
+
+
+def _is_numeral(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    """The value as an error repeats it; a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _described(options: tuple[Any, ...], words: list[str]) -> str:
     names: list[str] = []
-    for option in _options(kind):
+    for option in options:
         if get_origin(option) is Literal:
             names += get_args(option)
         elif option is NoneType:
             names.append("null")
+        elif option == Tokens:
+            names.append("int")
         else:
             names.append(str(option) if get_origin(option) else option.__name__)
     names += words

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ def geometric(theta: float, head_dim: int) -> FloatArray:
     return np.float64(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """Inverse frequencies of the rotary pairs, with the facts that methods refer to.
 
@@ -30,6 +31,8 @@ class Spectrum:
         trained_length: tokens of the context that this run trains at.
         length: tokens of the present input; None: ``trained_length``. Methods read ``present_length``.
         attention_scaling: multiplies cos and sin, so logits scale by its square.
+        rotary_dim: channels over which theta^(-2i/rotary_dim) was laid out, before anything slowed or stopped a pair;
+            None, taken as head_dim, for all of them; 0 where the pairs follow no base.
     """
 
     inv_freq: FloatArray
@@ -38,6 +41,7 @@ class Spectrum:
     trained_length: int
     length: int | None = None
     attention_scaling: float = 1.0
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
         inv_freq = np.array(self.inv_freq, dtype=np.float64)
@@ -45,6 +49,17 @@ class Spectrum:
             raise ValueError(f"inv_freq must be one row of finite, non-negative frequencies; got {inv_freq}")
         inv_freq.flags.writeable = False
         object.__setattr__(self, "inv_freq", inv_freq)
+        if self.rotary_dim is None:
+            object.__setattr__(self, "rotary_dim", self.head_dim)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spectrum) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(self.inv_freq.tobytes() if name == "inv_freq" else value for name, value in vars(self).items())
 
     @property
     def head_dim(self) -> int:
@@ -67,34 +82,47 @@ class Spectrum:
         return length * self.inv_freq / (2 * np.pi)
 
     def pairs_beyond(self, length: int) -> int:
-        """Number of pairs whose period exceeds ``length`` tokens: those that never finish a turn in it."""
-        return int((self.periods > length).sum())
+        """Number of pairs that rotate, but never finish a turn in ``length`` tokens: their period exceeds it."""
+        return int(((self.inv_freq > 0) & (self.periods > length)).sum())
+
+    @property
+    def rotating_pairs(self) -> int:
+        """Pairs up to the last one that rotates: d/2, less those that are stopped at the low end."""
+        return int(np.flatnonzero(self.inv_freq)[-1]) + 1 if self.inv_freq.any() else 0
 
     def rebased(self, theta: float) -> Spectrum:
         """RoPE's geometric spectrum at another base; what was there before is replaced."""
-        return replace(self, inv_freq=geometric(theta, self.head_dim), theta=theta)
+        return self._with(inv_freq=geometric(theta, self.head_dim), theta=theta, rotary_dim=self.head_dim)
 
-    def laid_out(self, rotated: FloatArray, attention_scaling: float = 1.0) -> Spectrum:
-        """``rotated`` frequencies on the first pairs, the others stopped; what was there before is replaced."""
+    def laid_out(self, rotated: FloatArray, attention_scaling: float = 1.0, rotary_dim: int = 0) -> Spectrum:
+        """``rotated`` frequencies on the first pairs, the others stopped; what was there before is replaced.
+
+        ``rotary_dim`` is that of the class: 0, unless the frequencies are powers of ``theta``.
+        """
         inv_freq = np.zeros_like(self.inv_freq)
         inv_freq[: rotated.size] = rotated
-        return replace(self, inv_freq=inv_freq, attention_scaling=attention_scaling)
+        return self._with(inv_freq=inv_freq, attention_scaling=attention_scaling, rotary_dim=rotary_dim)
 
     def scaled(self, weights: FloatArray | float, attention_scaling: float = 1.0) -> Spectrum:
         """Each frequency times its weight; ``attention_scaling`` multiplies what is there."""
-        return replace(
-            self,
-            inv_freq=self.inv_freq * weights,
-            attention_scaling=self.attention_scaling * attention_scaling,
+        return self._with(
+            inv_freq=self.inv_freq * weights, attention_scaling=self.attention_scaling * attention_scaling
         )
 
     def scale_lowest(self, weights: FloatArray) -> Spectrum:
-        """The last ``len(weights)`` pairs, those of lowest frequency, times their weights."""
-        if weights.size > self.inv_freq.size:
+        """The ``len(weights)`` lowest frequencies that rotate, times their weights, the last weight on the slowest."""
+        last = self.rotating_pairs
+        if weights.size > last:
             raise ValueError(
-                f"{weights.size} pairs are more than the {self.inv_freq.size} of head_dim={self.head_dim}; use fewer"
+                f"{weights.size} pairs are more than the {last} of head_dim={self.head_dim} that rotate; use fewer"
             )
         inv_freq = self.inv_freq.copy()
-        if weights.size:
-            inv_freq[-weights.size :] *= weights
-        return replace(self, inv_freq=inv_freq)
+        inv_freq[last - weights.size : last] *= weights
+        return self._with(inv_freq=inv_freq)
+
+    def at_length(self, length: int | None) -> Spectrum:
+        """The same for an input of ``length`` tokens; None: the trained length."""
+        return self._with(length=length)
+
+    def _with(self, **changes: Any) -> Spectrum:
+        return type(self)(**{**vars(self), **changes})

@@ -16,22 +16,34 @@ def at_least_one(method: str, factor: float) -> None:
     check(factor >= 1, f"{method}: factor={factor} must be 1 or more; it is the new length over the old")
 
 
-def positive_length(method: str, length: int) -> None:
+def positive_length(method: str, length: int | None) -> None:
     """The rule of original_max_position_embeddings."""
     check(
-        length >= 1,
+        length is None or length >= 1,
         f"{method}: original_max_position_embeddings={length} must be 1 token or more; it is the length that the "
         "model was trained at before it is stretched",
     )
 
 
 def pairs_within(method: str, clip: int, spectrum: Spectrum) -> None:
-    """The rule of every clip."""
-    pairs = spectrum.inv_freq.size
+    """The rule of every clip: it counts from the slowest pair that rotates."""
+    pairs = spectrum.rotating_pairs
     check(
         0 <= clip <= pairs,
-        f"{method}: clip={clip} is not within the {pairs} pairs of head_dim={spectrum.head_dim}; use 0..{pairs}",
+        f"{method}: clip={clip} is not within the {pairs} pairs of head_dim={spectrum.head_dim} that rotate; "
+        f"use 0..{pairs}",
     )
+
+
+def rotary_dim_of(method: str, spectrum: Spectrum) -> int:
+    """Channels over which RoPE's powers of the base run; methods that go by pair index need them."""
+    dim = spectrum.rotary_dim or 0
+    check(
+        dim > 0,
+        f"{method}: the pairs it finds follow no base, so it cannot tell by index which turn how often; after rope_id "
+        "use rope_id_yarn",
+    )
+    return dim
 
 
 def share_of_pairs(method: str, share: float, spectrum: Spectrum) -> int:

@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 
-from ropewalk.rope.methods.checks import at_least_one, check, share_of_pairs
-from ropewalk.rope.registry import AUTO, TRAINED_LENGTH, register_method
+from ropewalk.rope.methods.checks import at_least_one, check, positive_length, share_of_pairs
+from ropewalk.rope.order import stretched
+from ropewalk.rope.registry import AUTO, PRETRAINED_LENGTH, TRAINED_LENGTH, Tokens, register_method
 from ropewalk.rope.spectrum import Spectrum, geometric
 
 
-@register_method("abf", rebuilds=True)
+@register_method("abf", rebuilds=True, uses_base=False)
 def abf(spectrum: Spectrum, *, theta: float) -> Spectrum:
     """Adjust the base frequency: the geometric spectrum of base ``theta`` (arXiv 2309.16039, section 2).
 
@@ -21,8 +22,8 @@ def abf(spectrum: Spectrum, *, theta: float) -> Spectrum:
     return spectrum.rebased(theta)
 
 
-@register_method("high_frequency", rebuilds=True)
-def high_frequency(spectrum: Spectrum, *, length: int = TRAINED_LENGTH) -> Spectrum:
+@register_method("high_frequency", rebuilds=True, uses_base=False)
+def high_frequency(spectrum: Spectrum, *, length: Tokens = TRAINED_LENGTH) -> Spectrum:
     """The base at which the slowest pair turns once in L tokens: b = (L / 2 pi)^(d/(d-2)) (arXiv 2603.18017).
 
     length = L, by default the training length; L > 2 pi, or the base would not exceed 1. The paper gives the rule in
@@ -41,10 +42,15 @@ def half_rope(spectrum: Spectrum, *, share: float = 0.5) -> Spectrum:
     the fast half of RoPE's own pairs instead is p_rope(fraction=0.5). share in (0, 1], rounded down to whole pairs.
     """
     pairs = share_of_pairs("half_rope", share, spectrum)
-    return spectrum.laid_out(geometric(spectrum.theta, 2 * pairs))
+    return spectrum.laid_out(geometric(spectrum.theta, 2 * pairs), rotary_dim=2 * pairs)
 
 
-@register_method("rope_id", rebuilds=True, auto={"longest_period": lambda spectrum: spectrum.trained_length / 2})
+@register_method(
+    "rope_id",
+    rebuilds=True,
+    uses_base=False,
+    auto={"longest_period": lambda spectrum: spectrum.trained_length / 2},
+)
 def rope_id(
     spectrum: Spectrum,
     *,
@@ -52,7 +58,7 @@ def rope_id(
     shortest_period: float = 32.0,
     longest_period: float = AUTO,
     temperature_exponent: float = 2.0,
-    trained_length: int = TRAINED_LENGTH,
+    trained_length: Tokens = TRAINED_LENGTH,
 ) -> Spectrum:
     """RoPE-ID: fast rotation of a share of the channels, so that no phase is new on longer inputs (arXiv 2603.18017).
 
@@ -80,17 +86,21 @@ def rope_id(
     return spectrum.laid_out(rotated, attention_scaling=temperature ** (temperature_exponent / 2))
 
 
-@register_method("rope_id_yarn", scaling=True)
-def rope_id_yarn(spectrum: Spectrum, *, factor: float) -> Spectrum:
+@register_method("rope_id_yarn", reaches=stretched)
+def rope_id_yarn(
+    spectrum: Spectrum, *, factor: float, original_max_position_embeddings: Tokens | None = PRETRAINED_LENGTH
+) -> Spectrum:
     """YaRN-style scaling of RoPE-ID: the fastest pair is kept, the slowest divided by s (arXiv 2603.18017).
 
     theta_i (1 - ramp_i) + theta_i / s ramp_i over the pairs that rotate, the ramp's ends being RoPE-ID's own highest
     and lowest frequency. The paper leaves the ramp's variable open: here it runs by pair index, as YaRN's does. No
-    attention scaling is added: rope_id's temperature does that. Stands after rope_id. factor = s >= 1.
+    attention scaling is added: rope_id's temperature does that. Stands after rope_id. factor = s >= 1;
+    original_max_position_embeddings, the tokens it stretches from, is recorded and changes nothing.
     """
     at_least_one("rope_id_yarn", factor)
+    positive_length("rope_id_yarn", original_max_position_embeddings)
+    check(spectrum.rotary_dim == 0, "rope_id_yarn: it stretches RoPE-ID's periods; put rope_id before it, or use yarn")
     rotating = np.flatnonzero(spectrum.inv_freq)
-    check(rotating.size > 0, "rope_id_yarn: no pair rotates; put rope_id before it")
     ramp = np.zeros(spectrum.inv_freq.size)
     ramp[rotating] = np.arange(rotating.size) / max(rotating.size - 1, 1)
     return spectrum.scaled((1 - ramp) + ramp / factor)
