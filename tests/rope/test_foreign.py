@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.position import position_of
 
 FACTORS = [1.0 + i / 8 for i in range(48)]
 LONG = [2.0 + i for i in range(48)]
@@ -84,7 +85,22 @@ def test_our_own_metadata_comes_first(tmp_path):
     exact = ours.spectrum().inv_freq
     found = stripped.spectrum().inv_freq
     np.testing.assert_allclose(found[:-1], exact[:-1], rtol=1e-12)
-    assert found[-1] < 1e-40  # in float64 1e38 is finite; float32 makes it an exact zero
+    assert exact[-1] == found[-1] == 0  # 1e38 is finite in float64; with base^(2i/d) it overflows float32
+
+
+@pytest.mark.parametrize("stopped", [1e38, 1e39, 3.3e38])
+def test_factors_that_overflow_float32_stop_the_pairs_that_they_stop_in_transformers(stopped):
+    config = LlamaConfig(head_dim=128, hidden_size=512, num_attention_heads=4, max_position_embeddings=8192)
+    factors = [stopped, 1.0] * 32
+    config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
+        "short_factor": factors, "long_factor": factors, "factor": 2.0,
+    }  # fmt: skip
+    stock = ROPE_INIT_FUNCTIONS["longrope"](config, device=torch.device("cpu"))[0].numpy()
+    found = position_of(config).spectrum().inv_freq
+    assert np.array_equal(found == 0, stock == 0)
+    assert (found == 0).any()
+    np.testing.assert_allclose(found[1::2], stock[1::2], rtol=2.4e-7)
 
 
 def test_layers_that_differ_give_the_full_attention_entry():
@@ -93,8 +109,6 @@ def test_layers_that_differ_give_the_full_attention_entry():
         "head_dim": 256, "max_position_embeddings": 131072,
         "rope_parameters": {"sliding_attention": {**entry, "rope_theta": 1e4}, "full_attention": entry},
     }  # fmt: skip
-    from ropewalk.rope.position import position_of
-
     assert position_of(content).theta == 1e6
     assert position_of({"text_config": content}).head_dim == 256
 

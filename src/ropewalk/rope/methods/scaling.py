@@ -220,7 +220,8 @@ def longrope(
     short_factor up to L = original_max_position_embeddings tokens of present input, long_factor past it, each d/2
     positive numbers. The attention scaling is attention_factor, or sqrt(1 + ln s / ln L) with s = factor >= 1, by
     default max_position_embeddings (tokens; the trained length) over L; 1 where s <= 1. It is the same for both lists,
-    as in transformers.
+    as in transformers. A factor whose product with the period's base^(2i/d) overflows float32 stops the pair, as it
+    does in every stock engine.
     """
     positive_length("longrope", original_max_position_embeddings)
     for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
@@ -241,7 +242,10 @@ def longrope(
         is_stretched = stretch > 1 and original_max_position_embeddings > 1
         log_ratio = math.log(stretch) / math.log(original_max_position_embeddings) if is_stretched else 0.0
         attention_factor = math.sqrt(1 + log_ratio)
-    return spectrum.scaled(1.0 / np.array(long_factor if is_long else short_factor), attention_factor)
+    chosen = np.array(long_factor if is_long else short_factor)
+    with np.errstate(divide="ignore", over="ignore"):
+        denominators = chosen.astype(np.float32) * (1.0 / spectrum.inv_freq).astype(np.float32)
+    return spectrum.scaled(np.where(np.isinf(denominators), 0.0, 1.0 / chosen), attention_factor)
 
 
 def _stretch(longest: int | None, original: int) -> float:
