@@ -36,4 +36,4 @@ def chain_of(name, head_dim=128):
 
 
 # as in rope/stock_process.py, which can import nothing of ours
-POSITIONS = [0, 1, 2, 99, 4095, 8191, 8192, 65535, 65536, 131072, 262142, 262143]
+POSITIONS = [0, 1, 2, 99, 4095, 8191, 8192, 65535, 65536, 131072, 262143, 262144]

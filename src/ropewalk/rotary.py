@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.rope import Spectrum
+from ropewalk.rope.methods.scaling import yarn_ramp_ends
+from ropewalk.rope.spectrum import FloatArray, geometric
 
 # float32 rounding of the factor, of base^x and of their product, relative to the float64 spectrum.
 SPECTRUM_TOLERANCE = 2.4e-7
+_HALF_ULP = 2.0**-24  # the largest relative error of rounding to float32
 
 
 def place_rope_parameters(config: PreTrainedConfig, entry: dict[str, Any]) -> None:
@@ -90,12 +94,14 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     if not np.array_equal(stock == 0, exact == 0):
         raise RuntimeError("the stopped pairs of the config are not those of the chain")
     turning = exact != 0
-    worst = float(np.max(np.abs(stock[turning] / exact[turning] - 1), initial=0.0))
     entry = model.config.rope_parameters[layer_type] if layer_type else model.config.rope_parameters
-    tolerance = spectrum_tolerance(spectrum, entry["rope_type"])
-    if worst > tolerance:
+    difference = np.abs(stock[turning] / exact[turning] - 1)
+    over = difference / stock_tolerances(spectrum, entry)[turning]
+    if over.max(initial=0.0) > 1:
+        worst = int(over.argmax())
         raise RuntimeError(
-            f"the config's spectrum differs from the chain's by {worst:.3g} relative, above {tolerance:.3g}"
+            f"the config's spectrum differs from the chain's by {difference[worst]:.3g} relative at pair "
+            f"{int(np.flatnonzero(turning)[worst])}, {over[worst]:.3g} times what float32 rounding explains"
         )
     if abs(scaling / spectrum.attention_scaling - 1) > SPECTRUM_TOLERANCE:
         raise RuntimeError(f"attention scaling is {scaling}, the chain's {spectrum.attention_scaling}")
@@ -116,13 +122,65 @@ def _assert_buffers(model: PreTrainedModel, layer_type: str | None) -> None:
         raise RuntimeError(f"{prefix}attention_scaling is {installed}, the config's {scaling}")
 
 
-def spectrum_tolerance(spectrum: Spectrum, rope_type: str) -> float:
-    """How far the stock float32 function may be from the float64 spectrum, relative.
+def stock_tolerances(spectrum: Spectrum, entry: Mapping[str, Any]) -> FloatArray:
+    """How far each pair that transformers computes from ``entry`` in float32 may be from the float64 spectrum.
 
-    Where head_dim is no power of two the exponent 2i/d is rounded too, by up to 2^-25, which ln(theta) magnifies.
-    The stock yarn and llama3 functions also round their ramp, by some 1e-7 of the unscaled frequency, and the ramp's
-    factor s magnifies that in the pairs that are slowed.
+    SPECTRUM_TOLERANCE everywhere. Where head_dim is no power of two the exponent 2i/d is rounded as well, by up to
+    2^-25, which ln(theta) magnifies. On the ramp of yarn and llama3 a pair is theta_i (w + (1 - w) / s), and an error
+    of w is magnified by at most theta_i / inv_freq_i, so by s where w is small; the mixing rounds three times more.
+    Only pairs that turn few times in L are on a ramp, so in radians this stays below the rounding of the fast pairs.
+
+    Returns:
+        float64 (d/2,), relative.
     """
-    rounded_exponent = spectrum.head_dim & (spectrum.head_dim - 1) != 0
-    tolerance = SPECTRUM_TOLERANCE + rounded_exponent * 2**-25 * math.log(spectrum.theta)
-    return 20 * tolerance if rope_type in ("yarn", "llama3") else tolerance
+    is_rounded = spectrum.head_dim & (spectrum.head_dim - 1) != 0
+    plain = SPECTRUM_TOLERANCE + is_rounded * 2**-25 * math.log(entry["rope_theta"])
+    tolerances = np.full(spectrum.inv_freq.size, plain)
+    if entry["rope_type"] not in ("yarn", "llama3"):
+        return tolerances
+    weight, error = _yarn_weights(spectrum, entry) if entry["rope_type"] == "yarn" else _llama3_weights(spectrum, entry)
+    on_ramp = (weight > -error) & (weight < 1 + error)
+    unscaled = geometric(spectrum.theta, spectrum.head_dim)
+    magnified = error * unscaled / spectrum.inv_freq + 3 * _HALF_ULP
+    return tolerances + np.where(on_ramp, magnified, 0.0)
+
+
+def _yarn_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
+    """w_i = (high - i) / (high - low), not yet clamped, and the absolute error of the float32 one.
+
+    The quotient rounds, and low does where it is no whole number.
+    """
+    truncate = entry.get("truncate", True)
+    length = entry["original_max_position_embeddings"]
+    fast, slow = entry.get("beta_fast") or 32.0, entry.get("beta_slow") or 1.0
+    low, high = yarn_ramp_ends(spectrum, length, fast, slow, truncate)
+    width = high - low if high != low else 0.001
+    pairs = np.arange(spectrum.inv_freq.size, dtype=np.float64)
+    weight = (low + width - pairs) / width
+    error = _HALF_ULP * (1 if truncate else 1 + low / width)
+    return weight, np.full(pairs.size, error)
+
+
+def _llama3_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
+    """w_i = (turns_i - low) / (high - low), not yet clamped, and the absolute error of the float32 one.
+
+    turns_i = L / (2 pi / theta_i) carries the error of theta_i and rounds three times; low rounds once.
+    """
+    low, high = entry["low_freq_factor"], entry["high_freq_factor"]
+    unscaled = geometric(spectrum.theta, spectrum.head_dim)
+    turns = entry["original_max_position_embeddings"] * unscaled / (2 * math.pi)
+    of_theta = stock_tolerances(spectrum, {**entry, "rope_type": "default"})
+    error = ((of_theta + 3 * _HALF_ULP) * turns + _HALF_ULP * low) / (high - low)
+    return (turns - low) / (high - low), error
+
+
+def spectrum_tolerance(spectrum: Spectrum, rope_type: str) -> float:
+    """One bound for all pairs of a rotary module whose entry is not at hand.
+
+    Every slowed pair counts as one on the steepest published ramp, llama3's, where turns / (high - low) is at most 4/3.
+    """
+    plain = float(stock_tolerances(spectrum, {"rope_type": "default", "rope_theta": spectrum.theta}).max())
+    if rope_type not in ("yarn", "llama3"):
+        return plain
+    slowed = float((geometric(spectrum.theta, spectrum.head_dim) / spectrum.inv_freq).max())
+    return plain + 3 * _HALF_ULP + (plain + 4 * _HALF_ULP) * 4 / 3 * slowed

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 # one sequence of far-apart tokens; a mask of its own keeps stock attention from taking the gaps for documents
-POSITIONS = [0, 1, 2, 99, 4095, 8191, 8192, 65535, 65536, 131072, 262142, 262143]
+POSITIONS = [0, 1, 2, 99, 4095, 8191, 8192, 65535, 65536, 131072, 262143, 262144]
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:

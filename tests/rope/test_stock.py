@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ropewalk.model import load_for_evaluation
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.stock import compile_to_stock
-from ropewalk.rotary import spectrum_tolerance
+from ropewalk.rotary import stock_tolerances
 
 ABF = {"method": "abf", "theta": 1e7}
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}
@@ -49,8 +49,10 @@ def test_stock_rotary_gives_the_spectrum(methods, rope_type):
     stock = rotary.inv_freq.double().numpy()
     assert np.array_equal(stock == 0, exact.inv_freq == 0)
     turning = exact.inv_freq > 0
-    tolerance = 2.4e-7 if rope_type == "longrope" else 2e-6  # the stock yarn and llama3 functions round a ramp too
-    np.testing.assert_allclose(stock[turning], exact.inv_freq[turning], rtol=tolerance)
+    difference = np.abs(stock[turning] / exact.inv_freq[turning] - 1)
+    assert np.all(difference <= stock_tolerances(exact, entry)[turning])
+    if rope_type not in ("yarn", "llama3"):  # whose ramp the stock function rounds too
+        assert difference.max() <= 2.4e-7
     assert rotary.attention_scaling == pytest.approx(exact.attention_scaling, rel=1e-12)
     for length in (100, 65536, 262144):  # no list is switched, no scaling added, at any length
         rotary(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]))
@@ -93,10 +95,57 @@ def test_longrope_holds_any_spectrum(pairs, theta, data):
     weights = data.draw(st.lists(st.sampled_from([0.0, 1.0, 1e-6, 0.3, 5.0]), min_size=pairs, max_size=pairs))
     base = RopeChain([]).spectrum(head_dim=head_dim, theta=theta, pretrained_length=8192, trained_length=65536)
     s = base.scaled(np.array(weights))
-    exact, stock = s.inv_freq, stock_inv_freq(compile_to_stock(OTHER, s, 65536), head_dim)
+    entry = compile_to_stock(OTHER, s, 65536)
+    exact, stock = s.inv_freq, stock_inv_freq(entry, head_dim)
     assert np.array_equal(exact == 0, stock == 0)
     turning = exact > 0
-    np.testing.assert_allclose(stock[turning], exact[turning], rtol=spectrum_tolerance(s, "longrope"))
+    difference = np.abs(stock[turning] / exact[turning] - 1)
+    assert np.all(difference <= stock_tolerances(s, entry)[turning])
+
+
+THETAS, SCALES = st.floats(1e4, 1e9), st.floats(1.01, 64)
+YARNS = st.fixed_dictionaries({
+    "method": st.just("yarn"), "factor": SCALES, "original_max_position_embeddings": st.integers(1024, 131072),
+    "beta_fast": st.floats(8, 64), "beta_slow": st.floats(0.5, 4), "truncate": st.booleans(),
+})  # fmt: skip
+LLAMA3S = st.tuples(SCALES, st.floats(0.5, 4), st.floats(1, 30), st.integers(1024, 131072)).map(
+    lambda drawn: {
+        "method": "llama3", "factor": drawn[0], "low_freq_factor": drawn[1], "high_freq_factor": drawn[1] + drawn[2],
+        "original_max_position_embeddings": drawn[3],
+    }
+)  # fmt: skip
+
+
+def float32_error(method, head_dim, theta):
+    """|stock / exact - 1| and |stock - exact| of each pair, and what the bound of the first is."""
+    inputs = {"head_dim": head_dim, "theta": theta, "pretrained_length": 8192, "trained_length": 8192}
+    chain = RopeChain([method])
+    entry = chain.rope_parameters(**inputs, max_position_embeddings=2**24)
+    assert entry["rope_type"] in (method["method"], "default")  # the latter where no pair is slow enough to be scaled
+    spectrum = chain.spectrum(**inputs)
+    stock = stock_inv_freq(entry, head_dim)
+    exact = spectrum.inv_freq
+    return np.abs(stock / exact - 1), np.abs(stock - exact), stock_tolerances(spectrum, entry)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(16, 128), THETAS, st.one_of(YARNS, LLAMA3S))
+def test_ramps_are_as_near_to_float64_as_their_rounding_allows(pairs, theta, method):
+    relative, radians, bound = float32_error(method, 2 * pairs, theta)
+    assert np.all(relative <= bound)
+    assert radians.max() <= 2.4e-7  # a token: the slow pairs' larger relative error turns no further than a fast one's
+
+
+def test_the_bound_on_ramps_is_not_loose():
+    rng = np.random.default_rng(0)
+    for name in ("yarn", "llama3"):
+        reached = 0.0
+        for _ in range(100):
+            method = {"method": name, "factor": 2 ** rng.uniform(1, 6), "original_max_position_embeddings": 8192}
+            relative, _, bound = float32_error(method, 128, theta=10 ** rng.uniform(4, 9))
+            on_ramp = bound > 2.4e-7
+            reached = max(reached, (relative / bound)[on_ramp].max())
+        assert 0.25 < reached <= 1
 
 
 OTHER = RopeChain([{"method": "hardclip", "clip": 0}, {"method": "resonance"}])  # no stock type of its own
@@ -145,14 +194,16 @@ def test_a_process_without_ropewalk_rotates_alike(stock_process, name):
     assert np.array_equal(position.spectrum().inv_freq, exact.inv_freq)
     assert np.array_equal(exact.inv_freq == 0, ours == 0)
     turning = exact.inv_freq > 0
-    rope_type = json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_type"]
-    tolerance = 4.8e-6 if rope_type in ("yarn", "llama3") else 2.4e-7  # the stock ramp is float32
-    np.testing.assert_allclose(ours[turning], exact.inv_freq[turning], rtol=tolerance)
+    difference = np.abs(ours[turning] / exact.inv_freq[turning] - 1)
+    entry = json.loads((directory / "config.json").read_text())["rope_parameters"]
+    assert np.all(difference <= stock_tolerances(exact, entry)[turning])
+    if entry["rope_type"] != "llama3":  # whose ramp the stock function magnifies; yarn's is within it here
+        assert difference.max(initial=0) <= 2.4e-7
     assert_equal_logits(model, found["logits"])
 
 
 def assert_equal_logits(model, expected):
-    """The same positions through the model as loaded here, with the rotation redone in float64 from its inv_freq."""
+    """The same tokens at the same positions through the model as it was loaded here, bit for bit."""
     tokens = torch.arange(len(POSITIONS))[None] * 7
     model.set_attn_implementation("eager")
     causal = torch.full((len(POSITIONS),) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
