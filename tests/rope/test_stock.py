@@ -35,7 +35,10 @@ def compiled(*methods, **inputs):
     ([{"method": "llama3"}], "llama3"), ([ABF, {"method": "cope", "clip": 20}], "longrope"),
     ([ABF, {"method": "cope", "clip": 20}, YARN], "longrope"), ([{"method": "hardclip", "clip": 20}], "longrope"),
     ([{"method": "ntk_by_parts", "factor": 2.0, "original_max_position_embeddings": 8192}], "longrope"),
-    ([{"method": "p_rope", "fraction": 0.5}], "longrope"), ([{"method": "ntk", "factor": 8.0}], "longrope"),
+    ([{"method": "p_rope", "fraction": 0.5}], "longrope"), ([{"method": "ntk", "factor": 8.0}], "default"),
+    ([ABF, {"method": "ntk", "factor": 8.0}], "default"), ([{"method": "ntk", "factor": 8.0}, YARN], "longrope"),
+    ([{"method": "cope", "clip": 20}, {"method": "ntk", "factor": 8.0}], "longrope"),
+    ([{"method": "high_frequency"}], "default"),
 ])  # fmt: skip
 def test_stock_rotary_gives_the_spectrum(methods, rope_type):
     entry = compiled(*methods)
@@ -101,6 +104,22 @@ def test_longrope_holds_any_spectrum(pairs, theta, data):
     turning = exact > 0
     difference = np.abs(stock[turning] / exact[turning] - 1)
     assert np.all(difference <= stock_tolerances(s, entry)[turning])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(16, 128), st.floats(1e4, 1e9), st.floats(1, 64))
+def test_ntk_is_plain_rope_at_another_base(pairs, theta, factor):
+    head_dim = 2 * pairs
+    inputs = {"head_dim": head_dim, "theta": theta, "pretrained_length": 8192, "trained_length": 65536}
+    chain = RopeChain([{"method": "ntk", "factor": factor}])
+    entry = chain.rope_parameters(**inputs, max_position_embeddings=65536)
+    assert entry == {
+        "rope_type": "default",
+        "rope_theta": pytest.approx(theta * factor ** (head_dim / (head_dim - 2)), rel=1e-12),
+    }
+    exact = chain.spectrum(**inputs)
+    stock = stock_inv_freq(entry, head_dim)
+    assert np.all(np.abs(stock / exact.inv_freq - 1) <= stock_tolerances(exact, entry))
 
 
 THETAS, SCALES = st.floats(1e4, 1e9), st.floats(1.01, 64)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # infinite as soon as an engine puts it into float32.
 ZERO_FACTOR = 1e38
 ZERO_FACTOR_OF_FAST_PAIRS = 1e39
-_OVERFLOW = float(np.finfo(np.float32).max) / ZERO_FACTOR
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_OVERFLOW = _FLOAT32_MAX / ZERO_FACTOR
 
 
 def compile_to_stock(chain: RopeChain, spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
@@ -28,12 +29,27 @@ def compile_to_stock(chain: RopeChain, spectrum: Spectrum, max_position_embeddin
         max_position_embeddings: N, the length the checkpoint serves, in tokens.
     """
     steps = chain.steps[1:] if chain.steps and chain.steps[0].method == "abf" else chain.steps
-    is_geometric = np.array_equal(spectrum.inv_freq, geometric(spectrum.theta, spectrum.head_dim))
-    if is_geometric and spectrum.attention_scaling == 1.0:
-        return {"rope_type": "default", "rope_theta": spectrum.theta}
+    base = _base_of(spectrum)
+    if base is not None and spectrum.attention_scaling == 1.0:
+        return {"rope_type": "default", "rope_theta": base}
     if len(steps) == 1 and steps[0].method in _STOCK:
         return {"rope_theta": spectrum.theta, **_STOCK[steps[0].method](steps[0])}
-    return _longrope(spectrum, max_position_embeddings)
+    return longrope_entry(spectrum, max_position_embeddings)
+
+
+def _base_of(spectrum: Spectrum) -> float | None:
+    """The base at which plain RoPE is this spectrum, to 1e-12; None where there is none that float32 holds.
+
+    NTK-aware scaling is plain RoPE at another base, b s^(d/(d-2)), and so is whatever else keeps the series geometric.
+    """
+    slowest, d = spectrum.inv_freq[-1], spectrum.head_dim
+    candidates = [spectrum.theta]
+    if d > 2 and 0 < slowest < 1:
+        candidates.append(float(np.exp(-np.log(slowest) * d / (d - 2))))
+    for base in candidates:
+        if base < _FLOAT32_MAX and np.allclose(spectrum.inv_freq, geometric(base, d), rtol=1e-12, atol=0.0):
+            return base
+    return None
 
 
 def _linear(step: Step) -> dict[str, Any]:
@@ -64,8 +80,10 @@ def stock_factors(spectrum: Spectrum) -> FloatArray:
     return np.where(spectrum.inv_freq == 0, stopped, factors)
 
 
-def _longrope(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
-    """The short and the long list are equal and both lengths are N, so no engine switches between lists or adds a
+def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
+    """Any spectrum as a ``longrope`` entry for a model that serves ``max_position_embeddings`` tokens.
+
+    The short and the long list are equal and both lengths are N, so no engine switches between lists or adds a
     scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
     """
     factors = stock_factors(spectrum).tolist()
