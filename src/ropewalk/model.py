@@ -21,7 +21,7 @@ from ropewalk import attention
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.rope import RopeChain
 from ropewalk.rope.position import METADATA_KEY, Position, Steps, position_of
-from ropewalk.rotary import assert_spectrum, install_spectrum, place_rope_parameters
+from ropewalk.rotary import assert_spectrum, install_spectrum, place_position
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # a log file is no place for one
@@ -70,7 +70,7 @@ def training_config(model: ModelConfig, rope_name: str, steps: Steps, sequence_l
         base_model=model.path,
     )
     config.max_position_embeddings = sequence_length
-    place_rope_parameters(config, position.rope_parameters(sequence_length))
+    place_position(config, position)
     setattr(config, METADATA_KEY, position.metadata())
     config.use_cache = False
     return config
@@ -154,7 +154,7 @@ def load_for_evaluation(
     config = AutoConfig.from_pretrained(directory)
     position = position_of(config)
     if extra or length is not None or position.depends_on_length:
-        place_rope_parameters(config, position.rope_parameters(config.max_position_embeddings, extra, length))
+        place_position(config, position, extra, length)
     config.use_cache = False
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     model = AutoModelForCausalLM.from_pretrained(

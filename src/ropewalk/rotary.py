@@ -12,34 +12,63 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropewalk.rope import Spectrum
+from ropewalk.rope import Position, Spectrum
+from ropewalk.rope.foreign import chain_layer
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
+from ropewalk.rope.position import Steps
 from ropewalk.rope.spectrum import FloatArray, geometric
+from ropewalk.rope.stock import longrope_entry
 
 # float32 rounding of the factor, of base^x and of their product, relative to the float64 spectrum.
 SPECTRUM_TOLERANCE = 2.4e-7
 _HALF_ULP = 2.0**-24  # the largest relative error of rounding to float32
 
 
-def place_rope_parameters(config: PreTrainedConfig, entry: dict[str, Any]) -> None:
-    """Put a compiled entry into a config: into its full-attention layers' where layers differ (Gemma 3, OLMo 3).
+_ORIGINAL = "original_max_position_embeddings"
+_READ_LONGROPE_ALONE = ("phi3", "phi4_multimodal")  # beside default; a yarn entry is taken for longrope, others refused
 
-    A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays.
+
+def place_position(config: PreTrainedConfig, position: Position, extra: Steps = (), length: int | None = None) -> None:
+    """Put a chain's stock entry into a config: into its full-attention layers' where layers differ (Gemma 3, OLMo 3).
+
+    A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays; under
+    ``proportional`` it was the scaling's, which the chain holds. A top-level original_max_position_embeddings
+    (Phi-3's, which comes back by itself where deleted) has the last word in transformers, so it follows the entry.
+
+    Args:
+        config: its max_position_embeddings is what the checkpoint serves, in tokens.
+        position: how the checkpoint rotates.
+        extra: steps after its chain.
+        length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
-    present = config.rope_parameters
-    is_layered = "full_attention" in present
-    partial = (present["full_attention"] if is_layered else present).get("partial_rotary_factor")
-    entry = entry if partial is None else {**entry, "partial_rotary_factor": partial}
-    config.rope_parameters = {**present, "full_attention": entry} if is_layered else entry
+    served, present = config.max_position_embeddings, config.rope_parameters
+    layer_type = chain_layer(present)
+    entry = position.rope_parameters(served, extra, length)
+    if not _is_read(config, layer_type, entry):
+        entry = longrope_entry(position.spectrum(extra, length), served)
+    before = present[layer_type] if layer_type else present
+    if "partial_rotary_factor" in before and before.get("rope_type") != "proportional":
+        entry["partial_rotary_factor"] = before["partial_rotary_factor"]
+    config.rope_parameters = {**present, layer_type: entry} if layer_type else entry
+    if hasattr(config, _ORIGINAL):
+        setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
+
+
+def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:
+    """Whether transformers computes from ``entry`` what it says, in a model of this type."""
+    if config.model_type in _READ_LONGROPE_ALONE:
+        return entry["rope_type"] in ("default", "longrope")
+    # one layer type's ``truncate`` is not looked up
+    return layer_type is None or entry.get("truncate", True)
 
 
 def _layer_types(model: PreTrainedModel) -> tuple[str | None, ...]:
     """The layer types that have a spectrum of their own, the one that the chain is about first; None: all share one."""
     entry = model.config.rope_parameters
-    if "rope_type" in entry:
+    first = chain_layer(entry)
+    if first is None:
         return (None,)
-    others = sorted(kind for kind in entry if kind != "full_attention" and entry[kind] is not None)
-    return ("full_attention", *others)
+    return (first, *sorted(kind for kind in entry if kind != first and entry[kind] is not None))
 
 
 def stock_spectrum(model: PreTrainedModel, layer_type: str | None = None) -> tuple[Tensor, float]:

@@ -43,8 +43,9 @@ def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
     """
     config = config.get("text_config") or config
     entry = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if isinstance(entry.get("full_attention"), Mapping):
-        entry = dict(entry["full_attention"])
+    layer_type = chain_layer(entry)
+    if layer_type is not None:
+        entry = dict(entry[layer_type])
     theta = float(entry.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA)
     head_dim = config.get("head_dim")
     if head_dim is None and not config.get("num_attention_heads"):
@@ -66,6 +67,26 @@ def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
         trained_length=trained_length,
         chain=_chain(kind, entry, original, partial),
     )
+
+
+def chain_layer(entry: Mapping[str, Any]) -> str | None:
+    """The layer type whose part of a rope_parameters entry a chain is about; None where all layers share one entry.
+
+    Where layers differ (Gemma 3) it is full_attention, or the only type that rotates.
+
+    Raises:
+        ValueError: where several types rotate, each in its way, and none is full_attention.
+    """
+    kinds = [kind for kind, part in entry.items() if isinstance(part, Mapping)]
+    if not kinds:
+        return None
+    first = "full_attention" if "full_attention" in kinds else kinds[0]
+    if first != "full_attention" and any(entry[kind] != entry[first] for kind in kinds):
+        raise ValueError(
+            f"rope_parameters has entries for {', '.join(kinds)} that differ, and none for full_attention, whose the "
+            "chain would be; name the layers to read full_attention"
+        )
+    return first
 
 
 _LONGROPE = ("short_factor", "long_factor", "factor", "attention_factor")
