@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from helpers import composed
 
@@ -32,6 +33,31 @@ def test_an_unknown_method_is_named():
         read_chains(["cope200"])
     with pytest.raises(ValueError, match="is not a method"):
         read_chains(["../model/llama3_8b"])
+
+
+@pytest.mark.parametrize(
+    "methods", [["rope", "cope20", "rope"], ["a: cope10", "a: cope20"], ["cope20", "cope20: rope"]]
+)
+def test_a_label_names_one_chain(methods):
+    with pytest.raises(ValueError, match=r"has the label '(rope|a|cope20)' twice.*'LABEL: (rope|cope20)'"):
+        read_chains(methods)
+
+
+def test_a_checkpoints_own_chain_comes_before_the_methods(tmp_path):
+    """Llama 3.1 scales by 8 below the clip; abf lays the spectrum out anew, so nothing of the scaling is left."""
+    content = {"head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 5e5,
+               "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 8192}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    spectra = spectra_of(composed("figures", f"model.path={tmp_path}", "methods=[default,hardclip10,cope20]",
+                                  "train_length=131072"))  # fmt: skip
+    rope = 5e5 ** (-np.arange(64) / 64)
+    wavelength = 2 * np.pi / rope
+    own = spectra["default"].inv_freq
+    np.testing.assert_array_equal(own[wavelength < 2048], rope[wavelength < 2048])
+    np.testing.assert_allclose(own[wavelength > 8192], rope[wavelength > 8192] / 8, rtol=1e-15)
+    np.testing.assert_array_equal(spectra["hardclip10"].inv_freq, np.append(own[:54], np.zeros(10)))
+    np.testing.assert_allclose(spectra["cope20"].inv_freq[:45], 1e7 ** (-np.arange(45) / 64), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIG_DIR / "rope").glob("*.yaml")))

@@ -43,10 +43,19 @@ def read_model(model: str) -> Position:
 
 
 def read_chains(methods: Sequence[str]) -> dict[str, RopeChain]:
-    """Chains by label: ``cope20`` (a name in configs/rope), ``abf(theta=1e7) > cope(clip=20)``, ``LABEL: chain``."""
-    chains = {}
+    """Chains by label: ``cope20`` (a name in configs/rope), ``abf(theta=1e7) > cope(clip=20)``, ``LABEL: chain``.
+
+    Raises:
+        ValueError: for a chain that cannot be read, or a label that is there twice.
+    """
+    chains: dict[str, RopeChain] = {}
     for method in methods:
         label, colon, text = (part.strip() for part in method.partition(":"))
+        if label in chains:
+            raise ValueError(
+                f"methods={list(methods)} has the label {label!r} twice, and one would hide the other; drop one, or "
+                f"give it a label of its own: 'LABEL: {text or label}'"
+            )
         shipped = _shipped("rope", text if colon else label)
         if shipped.is_file():
             steps = OmegaConf.to_container(OmegaConf.load(shipped).chain)
@@ -62,10 +71,13 @@ def _shipped(group: str, name: str) -> Path:
 
 
 def spectra_of(config: FiguresConfig) -> dict[str, Spectrum]:
-    """The spectrum of each method that a figure compares, by label, for a run at ``train_length``."""
+    """The spectrum of each method that a figure compares, by label, for a run at ``train_length``.
+
+    As in training, a method follows the model's own chain, or replaces it where it lays the spectrum out anew.
+    """
     model = read_model(config.model.path)
     return {
-        label: chain.spectrum(
+        label: (chain if chain.rebuilds else model.chain.extended(chain.to_list())).spectrum(
             head_dim=model.head_dim,
             theta=model.theta,
             pretrained_length=model.trained_length,
