@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -60,17 +61,38 @@ def test_what_each_choice_does_to_the_slowest_periods():
     assert rope.new_turns == pytest.approx(sum(min(2 * t, 1) - t for t in turns), rel=1e-9)
 
 
-def test_warnings_name_what_to_look_out_for():
-    def warned(*args, **kwargs):
-        return " ".join(advise(*args, **kwargs).warnings)
+def warned(*args, **kwargs):
+    return " ".join(advise(*args, **kwargs).warnings)
 
+
+LLAMA31 = Position("pretrained", RopeChain.parse("llama3()"), 5e5, 128, 8192, 131072)
+COPE20 = Position("cope20", RopeChain.parse("abf(theta=1e7) > cope(clip=20)"), 5e5, 128, 8192, 65536)
+
+
+def test_a_clip_above_three_quarters_of_the_pairs_is_warned_of():
     assert "a clip of 50 is above 75% of all 64 pairs" in warned(model(), chain=RopeChain.parse("cope(clip=50)"))
-    assert "above 75%" not in warned(model())
-    llama31 = Position("pretrained", RopeChain.parse("llama3()"), 5e5, 128, 8192, 131072)
-    assert "a clip under llama3 scaling" in warned(llama31)
-    assert "the model is scaled already (llama3())" in warned(llama31)
-    assert "llama3" not in warned(llama31, theta=1e7)  # abf replaces the scaling
-    assert "a clip under full YaRN" in warned(model())
+    assert "above 75%" not in warned(model(), chain=RopeChain.parse("hardclip(clip=48)"))
+    # At base 1e7 and 64 tokens 54 pairs never finish a turn: 75% of them are 40 of 64, within bounds.
+    assert "above 75%" not in warned(model(), theta=1e7, train_length=64)
+
+
+def test_a_clip_under_llama3_scaling_is_warned_of():
+    assert "a clip under llama3 scaling" in warned(LLAMA31)
+    assert "llama3" not in warned(LLAMA31, theta=1e7)  # abf replaces the scaling
+    assert "a clip under llama3" in warned(model(), chain=RopeChain.parse("llama3() > hardclip(clip=4)"))
+
+
+def test_a_clip_under_yarn_is_warned_of_where_it_is_asked_for():
+    yarn = "yarn(factor=4, original_max_position_embeddings=8192)"
+    says = "a clip under full YaRN"
+    assert says not in warned(model())  # the table shows it, nobody asked
+    assert says in warned(model(), target_length=32768)  # YaRN over the clip is the answer to that
+    assert says not in warned(model(), chain=RopeChain.parse(yarn))
+    assert says in warned(model(), chain=RopeChain.parse(f"cope(clip=10) > {yarn}"))
+    assert says in warned(Position("pretrained", RopeChain.parse(yarn), 5e5, 128, 8192, 32768))  # the clip on top
+
+
+def test_a_config_that_stock_code_reads_otherwise_is_warned_of():
     bare = {"head_dim": 128, "max_position_embeddings": 32768, "rope_theta": 1e6,
             "rope_scaling": {"type": "yarn", "factor": 4.0}}  # fmt: skip
     assert "without original_max_position_embeddings: transformers takes max_position_embeddings=32,768" in warned(
@@ -78,10 +100,88 @@ def test_warnings_name_what_to_look_out_for():
     )
     told = {**bare, "rope_scaling": {**bare["rope_scaling"], "original_max_position_embeddings": 32768}}
     assert "without original" not in warned(position_of(told), config=told)
+    nested = {"text_config": {**bare, "original_max_position_embeddings": 8192}}
+    assert "without original" not in warned(position_of(nested), config=nested)
     reference = {"head_dim": 128, "max_position_embeddings": 8192, "use_cope": True, "cope_clip_n": 20}
     assert "use_cope=True and cope_clip_n=20: CoPE's published code reads these" in warned(
         position_of(reference), config=reference
     )
+
+
+@pytest.mark.parametrize("fields", [
+    {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    {"rope_theta": 1e6, "rope_local_base_freq": 1e4},  # Gemma 3 as transformers 4 wrote it
+    {"rope_theta": 5e5, "model_type": "olmo3"},
+])  # fmt: skip
+def test_layers_that_differ_are_told(fields):
+    config = {"head_dim": 128, "max_position_embeddings": 8192, **fields}
+    for content in (config, {"text_config": config}):
+        assert "only the full_attention layers take a chain" in warned(position_of(content), config=content)
+    plain = {"head_dim": 128, "max_position_embeddings": 8192, "rope_theta": 1e6}
+    assert "layers" not in warned(position_of(plain), config=plain)
+
+
+def test_a_clipped_model_is_recommended_no_second_clip():
+    advice = advise(COPE20)
+    assert advice.clip is None
+    assert not [choice.chain for choice in advice.choices if "clip=" in choice.chain]
+    assert "the model is clipped already (cope(clip=20))" in " ".join(advice.warnings)
+    assert "recommended clip      none: the model is clipped already, by cope(clip=20)" in describe(advice)
+    given = warned(COPE20, chain=RopeChain.parse("hardclip(clip=4)"))
+    assert "abf(theta=1e7) > cope(clip=20) > hardclip(clip=4) clips 2 times" in given
+    afresh = advise(COPE20, theta=1e7, train_length=65536)
+    assert afresh.clip == 20
+    assert not afresh.warnings
+    assert advise(model(chain="cope(clip=1)")).clip == 21  # weight 1 alone: nothing is clipped
+
+
+def test_pairs_that_are_stopped_already_leave_no_clip_to_recommend():
+    advice = advise(model(chain="p_rope(fraction=0.75)"))
+    assert advice.clip is None
+    assert "16 pairs are stopped already (p_rope(fraction=0.75))" in " ".join(advice.warnings)
+    assert "none: pairs are stopped already" in describe(advice)
+
+
+def test_where_every_pair_finishes_a_turn_there_is_nothing_to_clip():
+    advice = advise(model(theta=1e4, length=65536))  # the slowest period is 2 pi 1e4^(63/64) = 54,410 tokens
+    assert advice.clip == 0
+    assert "none: 75% of 0 pairs at base 1e4 and 65,536 tokens, rounded down, is no pair" in describe(advice)
+    assert [choice.chain.split("(")[0] for choice in advice.choices] == ["as it is", "yarn"]
+
+
+def test_counts_say_base_and_scaling():
+    """Llama 3.1 divides by 8 the pairs whose wavelength is above 8,192 tokens; none between ends up near a count."""
+    periods = [2 * math.pi * 5e5 ** (i / 64) for i in range(64)]
+    plain, scaled = (sum(p > length for p in periods) for length in (8192, 131072 / 8))
+    advice = advise(LLAMA31)
+    assert str(advice.beyond[0]) == f"{plain} pairs at base 5e5 and 8,192 tokens"
+    assert str(advice.clip_at) == f"{scaled} pairs at base 5e5 under llama3 and 131,072 tokens"
+    assert advice.clip == 3 * scaled // 4
+    assert f"{advice.clip}: 75% of {scaled} pairs at base 5e5 under llama3 and 131,072 tokens" in describe(advice)
+
+
+def test_a_second_scaling_starts_where_the_first_one_ends():
+    advice = advise(LLAMA31, target_length=524288)
+    assert (advice.yarn_from, advice.yarn_factor) == (131072, 4)
+    assert advice.choices[-2].chain == "yarn(factor=4, original_max_position_embeddings=131072)"
+    assert advice.choices[-2].slowest_period == pytest.approx(4 * 8 * 2 * math.pi * 5e5 ** (63 / 64), rel=1e-12)
+    assert "the model is scaled already (llama3())" in " ".join(advice.warnings)
+    # 8 x 8,192 = 65,536 tokens are reached by the scaling itself, whatever a run trains at.
+    assert advise(LLAMA31, train_length=32768).yarn_from == 65536
+    qwen = Position(
+        "p", RopeChain.parse("yarn(factor=4, original_max_position_embeddings=32768)"), 1e6, 128, 32768, 32768
+    )
+    reached = advise(qwen, target_length=131072)
+    assert not [choice.chain for choice in reached.choices if "yarn" in choice.chain]
+    assert "none: the target, 131,072 tokens, is not beyond the 131,072 it starts from" in describe(reached)
+
+
+def test_words_of_a_judged_chain_resolve_as_in_training():
+    """A run from Llama 3.1 starts from 131,072 tokens: from there a second scaling is legal."""
+    chain = RopeChain.parse("yarn(factor=2, original_max_position_embeddings=pretrained_length)")
+    judged = advise(LLAMA31, train_length=262144, chain=chain).choices[-1]
+    assert judged.chain == "yarn(factor=2, original_max_position_embeddings=131072)"
 
 
 def test_a_chain_of_ones_own_is_judged_beside_the_rest():
@@ -90,9 +190,30 @@ def test_a_chain_of_ones_own_is_judged_beside_the_rest():
     assert own.slowest_period == pytest.approx(2 * math.pi * 8e6 ** (126 / 128), rel=1e-12)
 
 
-def test_a_target_below_the_training_length_is_refused():
-    with pytest.raises(ValueError, match="target_length=4096 is below train_length=8192"):
-        advise(model(), target_length=4096)
+@pytest.mark.parametrize(("given", "message"), [
+    ({"target_length": 4096}, "target_length=4096 is below train_length=8192"),
+    ({"theta": 0.0}, "theta=0 must be above 1; leave it out to keep the model's own base, 5e5"),
+    ({"theta": -5.0}, "theta=-5 must be above 1"),
+    ({"theta": math.nan}, "theta=nan must be above 1"),
+    ({"train_length": 0}, "train_length=0 must be 7 tokens or more"),
+    ({"train_length": -5}, "train_length=-5 must be 7 tokens or more"),
+    ({"target_length": 0}, "target_length=0 must be 7 tokens or more"),
+])  # fmt: skip
+def test_lengths_and_bases_out_of_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        advise(model(), **given)
+
+
+@pytest.mark.parametrize("length", [7, 16, 201, 1000])
+def test_yarns_ramp_stays_within_the_pairs_at_short_lengths(length):
+    """Pairs with 32 or more turns in the length are kept, those with 1 or fewer divided; by 201 tokens none has 32."""
+    advice = advise(model(), train_length=length)
+    low, high = advice.yarn_ramp
+    turns = [length / (2 * math.pi * 5e5 ** (i / 64)) for i in range(64)]
+    assert low == max(sum(t >= 32 for t in turns) - 1, 0)
+    assert high == sum(t > 1 for t in turns)
+    kept = f"pairs 0 to {low} are kept" if low else "pair 0 is kept"
+    assert f"{kept}, pairs {high} to 63 divided by 4" in describe(advice)
 
 
 def test_a_config_json_alone_is_enough(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
 from ropewalk.config import AdviseConfig
 from ropewalk.rope.advisor import Advice, Choice, advise
+from ropewalk.rope.cautions import clip_of, in_words
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import read_config_json
 
@@ -32,13 +33,13 @@ def print_advice(config: AdviseConfig) -> Advice:
 
 def describe(advice: Advice) -> str:
     """The findings as a page of text."""
-    position, (low, high) = advice.position, advice.yarn_ramp
-    base, factor = print_value(position.theta), advice.yarn_factor
+    position = advice.position
+    base = print_value(position.theta)
     findings = [
         (
             "model",
-            f"{position.chain} at base {base}: {position.head_dim // 2} pairs, pretrained at "
-            f"{position.pretrained_length:,} tokens, trained at {position.trained_length:,}",
+            f"{in_words(position.chain)}, pretrained at base {base} and {position.pretrained_length:,} tokens, trained "
+            f"at {position.trained_length:,} tokens; {position.head_dim // 2} pairs",
         ),
         (
             "critical dimension",
@@ -46,15 +47,12 @@ def describe(advice: Advice) -> str:
             f"{position.pretrained_length:,} tokens",
         ),
         *(("" if place else "never finish a turn", str(beyond)) for place, beyond in enumerate(advice.beyond)),
-        ("recommended clip", f"{advice.clip}: 75% of {advice.clip_at}, rounded down"),
-        (
-            "YaRN",
-            f"factor {factor:g} from {advice.train_length:,} tokens: pairs up to {low:g} are kept, pairs from "
-            f"{high:g} on divided by {factor:g}",
-        ),
+        ("recommended clip", _clip(advice)),
+        ("YaRN", _yarn(advice)),
     ]
     lines = [f"{name:<22}{text}" for name, text in findings]
-    lines += ["", f"from {advice.start}:", *_table(advice.choices)]
+    base = print_value(advice.clip_at.theta)
+    lines += ["", f"from {in_words(advice.start)} (base {base}):", *_table(advice.choices)]
     lines += [
         "stopped: pairs without rotation. slowest period: tokens in a turn. unfinished: rotating pairs that never",
         f"finish a turn in {advice.train_length:,} tokens. new phases: pairs that reach phases at "
@@ -62,6 +60,26 @@ def describe(advice: Advice) -> str:
         f"which training at {advice.train_length:,} never did, and how far in sum.",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in advice.warnings)])
+
+
+def _clip(advice: Advice) -> str:
+    if advice.clip is None:
+        own = clip_of(advice.start)
+        return f"none: {f'the model is clipped already, by {own}' if own else 'pairs are stopped already'}"
+    if advice.clip == 0:
+        return f"none: 75% of {advice.clip_at}, rounded down, is no pair"
+    return f"{advice.clip}: 75% of {advice.clip_at}, rounded down"
+
+
+def _yarn(advice: Advice) -> str:
+    if advice.yarn_factor <= 1:
+        return (
+            f"none: the target, {advice.target_length:,} tokens, is not beyond the {advice.yarn_from:,} it starts from"
+        )
+    (low, high), last = advice.yarn_ramp, advice.position.head_dim // 2 - 1
+    kept = f"pairs 0 to {min(low, last):g} are kept" if low else "pair 0 is kept"
+    divided = f"pairs {high:g} to {last} divided by {advice.yarn_factor:g}" if high <= last else "none divided in full"
+    return f"factor {advice.yarn_factor:g} from {advice.yarn_from:,} tokens: {kept}, {divided}"
 
 
 def _table(choices: Sequence[Choice]) -> list[str]:

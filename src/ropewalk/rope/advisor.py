@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ropewalk.rope.cautions import cautions, clip_of, reached_length
 from ropewalk.rope.chain import RopeChain
-from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
 from ropewalk.rope.methods.clipping import recommended_clip
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.notation import print_value
-from ropewalk.rope.position import METADATA_KEY, Position
-from ropewalk.rope.registry import get_method
+from ropewalk.rope.position import Position
 
-CLIPS = ("cope", "hardclip")
-LARGEST_CLIP = 0.75  # of all pairs
-NEEDS_ORIGINAL = ("yarn", "llama3", "longrope", "su")
+SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
 
 
 def critical_dimension(head_dim: int, theta: float, length: int) -> int:
@@ -32,14 +29,30 @@ def critical_dimension(head_dim: int, theta: float, length: int) -> int:
 
 @dataclass(frozen=True)
 class Beyond:
-    """Pairs that never finish a turn, with the base and the length (tokens) that say so."""
+    """Rotating pairs that never finish a turn, with the spectrum and the length (tokens) that say so.
+
+    Attributes:
+        theta: base of the spectrum.
+        methods: that stand over that base, by name; empty for RoPE's own pairs.
+        length: tokens.
+        pairs: how many.
+    """
 
     theta: float
+    methods: tuple[str, ...]
     length: int
     pairs: int
 
+    @classmethod
+    def of(cls, position: Position, length: int) -> Beyond:
+        """Counted on the spectrum that ``position`` rotates with."""
+        methods = tuple(step.method for step in position.chain.steps if step.method != "abf")
+        spectrum = position.spectrum()
+        return cls(spectrum.theta, methods, length, spectrum.pairs_beyond(length))
+
     def __str__(self) -> str:
-        return f"{self.pairs} pairs at base {print_value(self.theta)} and {self.length:,} tokens"
+        under = f" under {' and '.join(self.methods)}" if self.methods else ""
+        return f"{self.pairs} pairs at base {print_value(self.theta)}{under} and {self.length:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -72,12 +85,14 @@ class Advice:
         start: the chain that the run starts from, before any choice.
         train_length: tokens that the run would train at.
         target_length: tokens to serve.
-        critical_dimension: of the model's own base and pretrained length, channels.
-        beyond: out-of-distribution pairs: own base and pretrained length; new base, at it and at the training length.
-        clip: the recommended clip, pairs.
+        critical_dimension: of the pretrained model's base and length, channels.
+        beyond: out-of-distribution pairs at the pretrained length: of the pretrained model's base, of the model as it
+            is, of the run's start; and of that start at the training length. Each once.
+        clip: the recommended clip, pairs; None where the start is clipped, or has stopped pairs, already.
         clip_at: the pairs, base and length it follows from.
-        yarn_factor: target over training length.
-        yarn_ramp: pair indices between which YaRN's ramp rises, from the training length.
+        yarn_from: tokens that YaRN would stretch: the training length, or what a scaling in the start has reached.
+        yarn_factor: target length over that; 1 or less where there is nothing to stretch.
+        yarn_ramp: pair indices between which YaRN's ramp rises.
         choices: what each does to the slowest periods.
         warnings: what to look out for.
     """
@@ -88,8 +103,9 @@ class Advice:
     target_length: int
     critical_dimension: int
     beyond: tuple[Beyond, ...]
-    clip: int
+    clip: int | None
     clip_at: Beyond
+    yarn_from: int
     yarn_factor: float
     yarn_ramp: tuple[float, float]
     choices: tuple[Choice, ...]
@@ -117,49 +133,73 @@ def advise(
         config: config.json's content, for warnings that only it can tell.
 
     Raises:
-        ValueError: for a length or base out of range.
+        ValueError: for a length or base out of range, or a chain that does not fit.
     """
-    train_length = train_length or position.trained_length
-    target_length = target_length or 4 * train_length
+    if theta is not None and not theta > 1:
+        raise ValueError(
+            f"theta={theta:g} must be above 1; leave it out to keep the model's own base, "
+            f"{print_value(position.spectrum().theta)}, or name the one to change to, such as 1e7"
+        )
+    trained = position.trained_length if train_length is None else train_length
+    target = 4 * trained if target_length is None else target_length
+    _check_lengths(trained, target)
+    start = position.chain if theta is None else RopeChain([{"method": "abf", "theta": theta}])
+    run = replace(position, chain=start, trained_length=trained)
+    if train_length is not None:  # words of a chain resolve as they would in that training
+        run = replace(run, pretrained_length=position.trained_length)
+    base = run.spectrum()
+    clip = recommended_clip(base) if clip_of(start) is None and base.inv_freq.all() else None
+    yarn_from = max(trained, reached_length(run) or 0)
+    clips = _clips(run, clip)
+    yarns = _yarns(run, clips[-1:], yarn_from, target)
+    own = [] if chain is None else [replace(run, chain=chain) if chain.rebuilds else run.extended(chain.to_list())]
+    arms = [*((arm, arm) for arm in (run, *clips)), *yarns, *((arm, arm) for arm in own)]
+    asked = [run, *clips, *(served for _, served in yarns if target_length is not None), *own]
+    pretrained = replace(position, chain=RopeChain([]))
+    at_pretrained = [Beyond.of(one, position.pretrained_length) for one in (pretrained, position, run)]
+    clip_at = Beyond.of(run, trained)
+    return Advice(
+        position=position,
+        start=start,
+        train_length=trained,
+        target_length=target,
+        critical_dimension=critical_dimension(position.head_dim, position.theta, position.pretrained_length),
+        beyond=tuple(dict.fromkeys([*at_pretrained, clip_at])),
+        clip=clip,
+        clip_at=clip_at,
+        yarn_from=yarn_from,
+        yarn_factor=target / yarn_from,
+        yarn_ramp=yarn_ramp_ends(base, yarn_from),
+        choices=tuple(_choice(start, trained_as, served, target) for trained_as, served in arms),
+        warnings=tuple(cautions(run, asked, yarn_from, config or {})),
+    )
+
+
+def _check_lengths(train_length: int, target_length: int) -> None:
+    for name, length in (("train_length", train_length), ("target_length", target_length)):
+        if length < SHORTEST:
+            raise ValueError(
+                f"{name}={length} must be {SHORTEST} tokens or more, within which the fastest pair finishes its first "
+                "turn; name a length such as 65536, or leave it out for the model's own"
+            )
     if target_length < train_length:
         raise ValueError(
             f"target_length={target_length} is below train_length={train_length}; name the length to serve, at least "
             "that"
         )
-    start = RopeChain([{"method": "abf", "theta": theta}]) if theta else position.chain
-    run = replace(position, chain=start, trained_length=train_length)
-    now, base = position.spectrum(), run.spectrum()
-    counted = [(now, position.pretrained_length), (base, position.pretrained_length), (base, train_length)]
-    clip = recommended_clip(base)
-    factor = target_length / train_length
-    arms = _arms(run, clip, factor, chain)
-    return Advice(
-        position=position,
-        start=start,
-        train_length=train_length,
-        target_length=target_length,
-        critical_dimension=critical_dimension(position.head_dim, position.theta, position.pretrained_length),
-        beyond=tuple(dict.fromkeys(Beyond(s.theta, length, s.pairs_beyond(length)) for s, length in counted)),
-        clip=clip,
-        clip_at=Beyond(base.theta, train_length, base.pairs_beyond(train_length)),
-        yarn_factor=factor,
-        yarn_ramp=yarn_ramp_ends(base, train_length),
-        choices=tuple(_choice(start, arm, served, target_length) for arm, served in arms),
-        warnings=tuple(_warnings([p for arm in arms for p in arm], start, clip, config or {})),
-    )
 
 
-def _arms(run: Position, clip: int, factor: float, chain: RopeChain | None) -> list[tuple[Position, Position]]:
-    """Each choice as it is trained and as it is served: the run's start, both clips, and YaRN at test time."""
-    hardclip, cope = (run.extended([{"method": name, "clip": clip}]) for name in ("hardclip", "cope"))
-    arms = [(run, run), (hardclip, hardclip), (cope, cope)]
-    if not _scalings(run.chain):
-        yarn = {"method": "yarn", "factor": factor, "original_max_position_embeddings": run.trained_length}
-        arms += [(run, run.extended([yarn])), (cope, cope.extended([yarn]))]
-    if chain is not None:
-        own = replace(run, chain=chain) if chain.rebuilds else run.extended(chain.to_list())
-        arms.append((own, own))
-    return arms
+def _clips(run: Position, clip: int | None) -> list[Position]:
+    """The recommended clip, hard and soft; nothing where there is none to recommend."""
+    return [run.extended([{"method": name, "clip": clip}]) for name in ("hardclip", "cope") if clip]
+
+
+def _yarns(run: Position, cope: list[Position], length: int, target_length: int) -> list[tuple[Position, Position]]:
+    """YaRN at test time, as it is trained and as it is served: over the start, and over the soft clip."""
+    if target_length <= length:
+        return []
+    yarn = {"method": "yarn", "factor": target_length / length, "original_max_position_embeddings": length}
+    return [(arm, arm.extended([yarn])) for arm in (run, *cope)]
 
 
 def _choice(start: RopeChain, trained: Position, served: Position, target_length: int) -> Choice:
@@ -177,58 +217,3 @@ def _choice(start: RopeChain, trained: Position, served: Position, target_length
         new_phases=int((reached > seen * (1 + 1e-9)).sum()),
         new_turns=float(np.maximum(reached - seen, 0.0).sum()),
     )
-
-
-def _warnings(arms: Sequence[Position], start: RopeChain, clip: int, config: Mapping[str, Any]) -> Iterator[str]:
-    pairs = arms[0].head_dim // 2
-    largest = max([clip, *(s.arguments["clip"] for arm in arms for s in arm.chain.steps if s.method in CLIPS)])
-    if largest > LARGEST_CLIP * pairs:
-        yield (
-            f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
-            "theta or the training length, or clip less"
-        )
-    if any(_clip_under(arm.chain, "llama3") for arm in arms):
-        yield (
-            "a clip under llama3 scaling: llama3 scales by wavelength and the clip by index, so their order matters "
-            "and no published run has both; start from abf, which replaces the scaling, or test both orders"
-        )
-    if any(_clip_under(arm.chain, "yarn") for arm in arms):
-        yield (
-            "a clip under full YaRN: YaRN interpolates the pairs that the clip has slowed already and adds its "
-            "attention scaling; evaluate the clipped model with and without it (test_time=none)"
-        )
-    if _scalings(start):
-        yield (
-            f"the model is scaled already ({start}); YaRN's choices are left out, since a second scaling must start "
-            "from the length that the first one reached"
-        )
-    yield from _config_warnings(config)
-
-
-def _config_warnings(config: Mapping[str, Any]) -> Iterator[str]:
-    """What only config.json tells."""
-    if not config or config.get(METADATA_KEY):
-        return
-    foreign = read_foreign(config)
-    kind = foreign.entry.get("rope_type") or foreign.entry.get("type")
-    names = ("original_max_position_embeddings" in place for place in (foreign.entry, config))
-    if kind in NEEDS_ORIGINAL and not any(names):
-        yield (
-            f"rope_type={kind} without original_max_position_embeddings: transformers takes max_position_embeddings="
-            f"{foreign.trained_length:,} in its place without a word; write the length the model was trained at"
-        )
-    present = [key for key in REFERENCE_KEYS if key in config]
-    if present:
-        yield (
-            f"{' and '.join(f'{key}={config[key]}' for key in present)}: CoPE's published code reads these; stock "
-            "engines ignore them and rotate without the clip. Export the model through a chain with cope(clip=...)"
-        )
-
-
-def _clip_under(chain: RopeChain, scaling: str) -> bool:
-    methods = {step.method for step in chain.steps}
-    return scaling in methods and not methods.isdisjoint(CLIPS)
-
-
-def _scalings(chain: RopeChain) -> bool:
-    return any(get_method(step.method).scaling for step in chain.steps)

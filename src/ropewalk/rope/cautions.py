@@ -1,0 +1,144 @@
+"""What to look out for in a chain, and in what only config.json tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ropewalk.rope.chain import RopeChain, Step
+from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
+from ropewalk.rope.notation import print_value
+from ropewalk.rope.position import METADATA_KEY, Position
+from ropewalk.rope.registry import get_method
+
+CLIPS = {"cope": 2, "hardclip": 1}  # the smallest clip, pairs, that changes anything
+LARGEST_CLIP = 0.75  # of all pairs
+NEEDS_ORIGINAL = ("yarn", "llama3", "longrope", "su")
+
+
+def clips_of(chain: RopeChain) -> list[Step]:
+    """The clips of a chain whose words are resolved, in order, without those that change nothing."""
+    return [step for step in chain.steps if step.method in CLIPS and step.arguments["clip"] >= CLIPS[step.method]]
+
+
+def clip_of(chain: RopeChain) -> Step | None:
+    """The last of them; None where there is none."""
+    return next(reversed(clips_of(chain)), None)
+
+
+def reached_length(position: Position) -> int | None:
+    """Tokens that the scalings of a model's chain stretch it to, as the chain counts them; None without a scaling."""
+    reached = None
+    for step in _scalings(position.chain):
+        start = step.arguments.get("original_max_position_embeddings") or reached or position.pretrained_length
+        reached = start * (step.arguments.get("factor") or 1.0)
+    return None if reached is None else math.ceil(reached)
+
+
+def in_words(chain: RopeChain) -> str:
+    """The printed chain, for people: ``rope``, which an empty one prints as, is also an arm's name, at another base."""
+    return str(chain) if chain.steps else "plain RoPE"
+
+
+def cautions(run: Position, asked: Sequence[Position], yarn_from: int, config: Mapping[str, Any]) -> Iterator[str]:
+    """Warnings, as sentences.
+
+    Args:
+        run: what a run would start from.
+        asked: what is recommended for it, and what a user named.
+        yarn_from: tokens that YaRN would stretch.
+        config: config.json's content, empty where there is none.
+    """
+    yield from _clipped_twice(run, asked)
+    pairs = run.head_dim // 2
+    largest = max((int(step.arguments["clip"]) for one in asked for step in clips_of(one.chain)), default=0)
+    if largest > LARGEST_CLIP * pairs:
+        yield (
+            f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
+            "theta or the training length, or clip less"
+        )
+    if any(_clip_under(one.chain, "llama3") for one in asked):
+        yield (
+            "a clip under llama3 scaling: llama3 scales by wavelength and the clip by index, so their order matters "
+            "and no published run has both; start from abf, which replaces the scaling, or test both orders"
+        )
+    if any(_clip_under(one.chain, "yarn") for one in asked):
+        yield (
+            "a clip under full YaRN: YaRN interpolates the pairs that the clip has slowed already and adds its "
+            "attention scaling; evaluate the clipped model with and without it (test_time=none)"
+        )
+    if scalings := _scalings(run.chain):
+        yield (
+            f"the model is scaled already ({' > '.join(map(str, scalings))}): a second scaling must start from the "
+            f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
+            "start from abf to scale once"
+        )
+    yield from _of_config(config)
+
+
+def _clipped_twice(run: Position, asked: Sequence[Position]) -> Iterator[str]:
+    own = clip_of(run.chain)
+    mend = (
+        f"to choose another, start from abf (theta={print_value(run.spectrum().theta)} keeps the base), which lays "
+        "the spectrum out anew"
+    )
+    if own is not None:
+        yield (
+            f"the model is clipped already ({own}): a second clip would act on the frequencies that the first has "
+            f"slowed, so none is recommended; {mend}"
+        )
+    elif stopped := int((run.spectrum().inv_freq == 0).sum()):
+        yield (
+            f"{stopped} pairs are stopped already ({run.chain}): a clip counts from the slowest pair and would count "
+            f"them in, so none is recommended; {mend}"
+        )
+    for one in asked:
+        count = len(clips_of(one.chain))
+        if count > 1 and one.chain != run.chain:
+            yield f"{one.chain} clips {count} times, each clip on what the one before it has left; keep one of them"
+
+
+def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
+    """What only config.json tells."""
+    if not config:
+        return
+    yield from _layers_that_differ(config)
+    if config.get(METADATA_KEY):
+        return
+    foreign = read_foreign(config)
+    kind = foreign.entry.get("rope_type") or foreign.entry.get("type")
+    text = config.get("text_config") or config
+    names = ("original_max_position_embeddings" in place for place in (foreign.entry, text))
+    if kind in NEEDS_ORIGINAL and not any(names):
+        yield (
+            f"rope_type={kind} without original_max_position_embeddings: transformers takes max_position_embeddings="
+            f"{foreign.trained_length:,} in its place without a word; write the length the model was trained at"
+        )
+    present = [key for key in REFERENCE_KEYS if key in config]
+    if present:
+        yield (
+            f"{' and '.join(f'{key}={config[key]}' for key in present)}: CoPE's published code reads these; stock "
+            "engines ignore them and rotate without the clip. Export the model through a chain with cope(clip=...)"
+        )
+
+
+def _layers_that_differ(config: Mapping[str, Any]) -> Iterator[str]:
+    """Gemma 3 and OLMo 3, in the form of transformers 5, a rope_parameters for each layer type, or in the older one."""
+    text = config.get("text_config") or config
+    entry = text.get("rope_parameters") or {}
+    others = [f"{kind} layers" for kind in entry if kind != "full_attention" and isinstance(entry[kind], Mapping)]
+    is_layered = "full_attention" in entry and bool(others)
+    if is_layered or "rope_local_base_freq" in text or str(text.get("model_type")).startswith("olmo3"):
+        yield (
+            "layers differ: only the full_attention layers take a chain, and all counts here are theirs; "
+            f"{' and '.join(others) or 'sliding_attention layers'} keep the rotation that the config gives them"
+        )
+
+
+def _clip_under(chain: RopeChain, scaling: str) -> bool:
+    return bool(clips_of(chain)) and any(step.method == scaling for step in chain.steps)
+
+
+def _scalings(chain: RopeChain) -> list[Step]:
+    return [step for step in chain.steps if get_method(step.method).scaling]
