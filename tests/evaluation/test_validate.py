@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from ropewalk.evaluation.results import results_table
 from ropewalk.evaluation.validate import sweep_clips
 from ropewalk.evaluation.validate_report import COLUMNS, Measured, sentences, tables, validation_table
 from ropewalk.report import compare
-from ropewalk.rope import RopeChain
+from ropewalk.rope import Position, RopeChain
 
 ROOT = CONFIG_DIR.parent
 DYNAMIC = {"method": "dynamic_ntk", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
@@ -289,6 +290,46 @@ def test_the_sweep_alone_where_the_chain_is_empty(config, tmp_path, capsys) -> N
     ]
     assert re.findall(r"^Sweep, short context by clip: 8 .*; 3 .*; 2 .*; 4 ", printed, re.MULTILINE)
     assert not (tmp_path / "out" / "after").exists()
+
+
+def with_chain(source: str, directory: Path, chain: str) -> ModelPath:
+    """The checkpoint with a chain of ours in its config.json."""
+    shutil.copytree(source, directory)
+    file = directory / "config.json"
+    position = Position("own", RopeChain.parse(chain), 1e4, 16, 256, 256)
+    own = {"rope_parameters": position.rope_parameters(256), "ropewalk": position.metadata()}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    return ModelPath(str(directory))
+
+
+def test_no_clip_is_swept_over_a_clipped_model(config, tmp_path, capsys) -> None:
+    config.model, config.clips = with_chain(config.model.path, tmp_path / "clipped", "cope(clip=3)"), None
+    validate(config)
+    said = capsys.readouterr().out
+    assert "the model is clipped already (cope(clip=3)), so no clip is swept over" in said
+    assert "\n  after: cope(clip=3) > pi(factor=4)\n" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["after", "before"]
+    assert json.loads((tmp_path / "out" / "validate.json").read_text())["recommended_clip"] is None
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "message"),
+    [
+        ("cope(clip=3)", {"rope": RopeConfig("cope2", [{"method": "cope", "clip": 2}])},
+         r"rope=cope2 makes the chain cope\(clip=3\) > cope\(clip=2\), which clips twice"),
+        ("rope", {"rope": RopeConfig("two", [{"method": "cope", "clip": 3}, {"method": "hardclip", "clip": "auto"}])},
+         r"rope=two makes the chain cope\(clip=3\) > hardclip\(clip=\d\), which clips twice"),
+        ("hardclip(clip=1)", {"clips": [2]}, r"clips=\[2\] would clip model=.* a second time, after its own hardclip"),
+        ("hardclip(clip=1)", {"clips": None, "rope": RopeConfig("default")}, r"rope=default changes nothing; name a c"),
+    ],
+)  # fmt: skip
+def test_a_second_clip_is_refused(config, tmp_path, monkeypatch, own: str, changes: dict, message: str) -> None:
+    monkeypatch.setattr(LOADER, None)
+    config.model = with_chain(config.model.path, tmp_path / "clipped", own)
+    for name, changed in changes.items():
+        setattr(config, name, changed)
+    with pytest.raises(ValueError, match=message):
+        validate(config)
 
 
 def test_nothing_is_measured_twice(config, tmp_path, monkeypatch) -> None:

@@ -28,6 +28,7 @@ from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.model import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
+from ropewalk.rope.cautions import clip_of, clips_of, in_words
 
 FIRST_CLIP = 10
 RECORD = "validate.json"
@@ -97,8 +98,9 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
     _check_values(config)
     directory = resolve_checkpoint(config.model.path)
     position = read_position(directory)
+    clips = _clips_to_sweep(config, position)
     lengths, left_out = _fitting_lengths(config, directory, position.trained_length)
-    arms = _make_arms(config, directory, position, lengths)
+    arms = _make_arms(config, directory, position, lengths, clips)
     _check_arms(arms)
     print(_announce(config, position, arms, lengths, left_out), flush=True)
     for evaluation in {arm.directory: arm.config for arm in arms}.values():
@@ -112,7 +114,7 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
         "trained_length": position.trained_length,
         "lengths": lengths,
         "left_out": [asdict(one) for one in left_out],
-        "recommended_clip": recommended_clip(position.spectrum()),
+        "recommended_clip": recommended_clip(position.spectrum()) if clip_of(position.chain) is None else None,
         "documents": documents,
         "arms": {arm.name: {"evaluation": arm.directory.name, "chain": arm.chain} for arm in arms},
         "short_context": _short_context(table),
@@ -170,6 +172,30 @@ def _check_values(config: ValidateConfig) -> None:
         )
 
 
+def _clips_to_sweep(config: ValidateConfig, position: Position) -> list[int]:
+    """The clips of the sweep; none on a model that is clipped, where each would clip what the first has left."""
+    own, rope = clip_of(position.chain), config.rope
+    changed = position.extended(rope.chain).chain
+    if len(clips_of(changed)) > 1:
+        raise ValueError(
+            f"rope={rope.name} makes the chain {changed}, which clips twice; name a change without a second clip, or "
+            "validate the checkpoint that was trained without one"
+        )
+    if own is None:
+        return sweep_clips(position.spectrum(), config.clips)
+    if config.clips:
+        raise ValueError(
+            f"clips={config.clips} would clip model={config.model.path} a second time, after its own {own}; set "
+            "clips=[], or validate the checkpoint that was trained without a clip"
+        )
+    if not rope.chain:
+        raise ValueError(
+            f"model={config.model.path} is clipped already ({own}), so no clip is swept over, and rope={rope.name} "
+            "changes nothing; name a change without a clip, such as rope=yarn8"
+        )
+    return []
+
+
 def _fitting_lengths(config: ValidateConfig, directory: Path, trained_length: int) -> tuple[list[int], list[LeftOut]]:
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
     tokenizer = load_tokenizer(directory)
@@ -186,7 +212,9 @@ def _fitting_lengths(config: ValidateConfig, directory: Path, trained_length: in
     return [length for length in lengths.values() if length <= tokens[name]], left_out
 
 
-def _make_arms(config: ValidateConfig, directory: Path, position: Position, lengths: list[int]) -> list[Arm]:
+def _make_arms(
+    config: ValidateConfig, directory: Path, position: Position, lengths: list[int], clips: Sequence[int]
+) -> list[Arm]:
     """before, after (unless the chain is empty) and the sweep; a clip whose spectrum an earlier arm has shares it."""
 
     def arm(name: str, rope: RopeConfig, samples: int) -> Arm:
@@ -211,7 +239,7 @@ def _make_arms(config: ValidateConfig, directory: Path, position: Position, leng
     arms = [arm(BEFORE, RopeConfig("default", []), config.needle.samples)]
     if config.rope.chain:
         arms.append(arm(AFTER, config.rope, config.needle.samples))
-    for clip in sweep_clips(position.spectrum(), config.clips):
+    for clip in clips:
         rope = RopeConfig(f"cope{clip}", [{"method": "cope", "clip": clip}])
         swept = arm(f"clip{clip}", rope, config.sweep_samples)
         same = next((other for other in arms if swept.measures_as(other)), swept)
@@ -255,9 +283,11 @@ def _announce(
     ]
     if not config.rope.chain:
         lines.append(f"rope={config.rope.name} changes nothing, so there is no after: the sweep alone is run")
+    if own := clip_of(position.chain):
+        lines.append(f"the model is clipped already ({own}), so no clip is swept over: it would be a second one")
     for arm in arms:
         shared = "" if arm.directory.name == arm.name else f", measured as {arm.directory.name}"
-        lines.append(f"  {arm.name}: {arm.chain}{shared}")
+        lines.append(f"  {arm.name}: {in_words(arm.settings[0].chain)}{shared}")
     return "\n".join(lines)
 
 
