@@ -31,7 +31,7 @@ def test_a_directory_rotates_as_stock_transformers_builds_it(tmp_path, capsys):
     assert torch.equal(rotation.inv_freq, stock)
     assert rotation.sha256 == hashlib.sha256(stock.numpy().tobytes()).hexdigest()
     assert "model.rotary_emb: default, 8 pairs, float32, attention scaling 1, at 64 tokens" in said
-    assert "chain: rope at base 10000 (read off the stock entry)" in said
+    assert "chain: plain RoPE, from base 1e4 (read off the stock entry)" in said
     assert "stock transformers rotates with it" in said
     assert "5 do not finish a turn" in said  # 64 tokens, base 1e4, 16 channels: pairs 3 to 7
     assert said.count("e-0") + said.count("e+00") >= 8  # every frequency is there
@@ -50,7 +50,7 @@ def test_metadata_that_the_stock_entry_contradicts_is_told(tmp_path, capsys):
     edit(save_tiny(tmp_path), rope_parameters=position.rope_parameters(64), ropewalk=position.metadata())
     (rotation,), said = inspected(tmp_path, capsys)
     assert rotation.inv_freq[-1] == 0
-    assert "chain: cope(clip=4) at base 10000 (from its metadata)" in said
+    assert "chain: cope(clip=4), from base 1e4 (from its metadata)" in said
     assert "warning" not in said
     edit(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     assert "stock transformers does NOT rotate with this chain" in inspected(tmp_path, capsys)[1]
@@ -94,3 +94,15 @@ def test_ranks_are_compared():
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="is neither a run directory with a committed checkpoint"):
         print_inspection(composed("inspect", f"model.path={tmp_path}"))
+
+
+@pytest.mark.parametrize(("name", "instead"), [
+    ("llama3_8b", "inspect its checkpoint (model=meta-llama/Meta-Llama-3-8B), or"),
+    ("demo_base", "inspect its checkpoint (model=outputs/demo/base/export), or"),
+    ("demo", "inspect a checkpoint of it (model=RUN_OR_EXPORT_DIRECTORY), or"),
+])  # fmt: skip
+def test_a_name_in_configs_model_is_no_checkpoint(name, instead):
+    with pytest.raises(ValueError, match=f"model={name} is a name in configs/model") as error:
+        print_inspection(composed("inspect", f"model.path={name}"))
+    assert instead in str(error.value)
+    assert str(error.value).endswith(f"python scripts/analyze.py advise model={name}")

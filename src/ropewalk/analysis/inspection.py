@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ropewalk.analysis.subjects import locate
+from ropewalk.analysis.subjects import declared_path, is_declared, locate
 from ropewalk.config import InspectConfig
+from ropewalk.rope.cautions import in_words
 from ropewalk.rope.foreign import REFERENCE_KEYS
+from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 from ropewalk.rotary import spectrum_tolerance
 
@@ -72,6 +75,8 @@ def print_inspection(config: InspectConfig) -> list[Rotation]:
     Raises:
         ValueError: for a model that cannot be read.
     """
+    if is_declared(config.model.path) and not Path(config.model.path).exists():
+        raise ValueError(_declared(config.model.path))
     directory = locate(config.model.path)
     read_config_json(directory)  # its errors are for people
     stock = AutoConfig.from_pretrained(directory)
@@ -84,6 +89,16 @@ def print_inspection(config: InspectConfig) -> list[Rotation]:
     for line in _compare_with_chain(content, found, length):
         print(line, flush=True)
     return found
+
+
+def _declared(name: str) -> str:
+    """Why a name in configs/model is no checkpoint, and what to say in its place."""
+    path = declared_path(name)
+    instead = f"its checkpoint (model={path})" if path else "a checkpoint of it (model=RUN_OR_EXPORT_DIRECTORY)"
+    return (
+        f"model={name} is a name in configs/model, whose few facts show no rotation; inspect {instead}, or ask "
+        f"for advice, which needs those facts alone: python scripts/analyze.py advise model={name}"
+    )
 
 
 def describe(rotation: Rotation) -> str:
@@ -140,7 +155,7 @@ def _compare_with_chain(content: Mapping[str, Any], found: list[Rotation], lengt
         yield f"chain: none ({error})"
         return
     source = "from its metadata" if content.get(METADATA_KEY) else "read off the stock entry"
-    yield f"chain: {position.chain} at base {position.theta:g} ({source})"
+    yield f"chain: {in_words(position.chain)}, from base {print_value(position.theta)} ({source})"
     yield f"  sha256 {position.chain.sha256}"
     spectrum = position.spectrum(length=length)
     exact = spectrum.inv_freq

@@ -17,6 +17,12 @@ def is_declared(model: str) -> bool:
     return _shipped("model", model).is_file()
 
 
+def declared_path(name: str) -> str | None:
+    """The checkpoint that a name in configs/model stands for; None for one that is built from scratch."""
+    groups = {"model": _shipped("model", name), "paths": _shipped("paths", "default")}  # a path may name paths.data_dir
+    return OmegaConf.create({group: OmegaConf.load(file) for group, file in groups.items()}).model.path
+
+
 def locate(model: str) -> Path | str:
     """The directory or file that holds a model's config.json; a hub id as it stands.
 
