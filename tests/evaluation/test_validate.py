@@ -307,7 +307,7 @@ def test_no_clip_is_swept_over_a_clipped_model(config, tmp_path, capsys) -> None
     validate(config)
     said = capsys.readouterr().out
     assert "the model is clipped already (cope(clip=3)), so no clip is swept over" in said
-    assert "\n  after: cope(clip=3) > pi(factor=4)\n" in said
+    assert "\n  after: cope(clip=3) > pi(factor=4, original_max_position_embeddings=256)\n" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["after", "before"]
     assert json.loads((tmp_path / "out" / "validate.json").read_text())["recommended_clip"] is None
 
@@ -316,9 +316,9 @@ def test_no_clip_is_swept_over_a_clipped_model(config, tmp_path, capsys) -> None
     ("own", "changes", "message"),
     [
         ("cope(clip=3)", {"rope": RopeConfig("cope2", [{"method": "cope", "clip": 2}])},
-         r"rope=cope2 makes the chain cope\(clip=3\) > cope\(clip=2\), which clips twice"),
+         r"cope\(clip=2\) follows cope\(clip=3\), and a chain clips once"),
         ("rope", {"rope": RopeConfig("two", [{"method": "cope", "clip": 3}, {"method": "hardclip", "clip": "auto"}])},
-         r"rope=two makes the chain cope\(clip=3\) > hardclip\(clip=\d\), which clips twice"),
+         r"hardclip\(clip=auto\) follows cope\(clip=3\), and a chain clips once"),
         ("hardclip(clip=1)", {"clips": [2]}, r"clips=\[2\] would clip model=.* a second time, after its own hardclip"),
         ("hardclip(clip=1)", {"clips": None, "rope": RopeConfig("default")}, r"rope=default changes nothing; name a c"),
     ],

@@ -128,12 +128,18 @@ def test_a_clipped_model_is_recommended_no_second_clip():
     assert not [choice.chain for choice in advice.choices if "clip=" in choice.chain]
     assert "the model is clipped already (cope(clip=20))" in " ".join(advice.warnings)
     assert "recommended clip      none: the model is clipped already, by cope(clip=20)" in describe(advice)
-    given = warned(COPE20, chain=RopeChain.parse("hardclip(clip=4)"))
-    assert "abf(theta=1e7) > cope(clip=20) > hardclip(clip=4) clips 2 times" in given
+    with pytest.raises(ValueError, match=r"hardclip\(clip=4\) follows cope\(clip=20\), and a chain clips once"):
+        advise(COPE20, chain=RopeChain.parse("hardclip(clip=4)"))
     afresh = advise(COPE20, theta=1e7, train_length=65536)
     assert afresh.clip == 20
     assert not afresh.warnings
-    assert advise(model(chain="cope(clip=1)")).clip == 21  # weight 1 alone: nothing is clipped
+
+
+def test_a_rope_id_model_is_stretched_by_its_own_scaling():
+    advice = advise(model(chain="rope_id()", length=4096), target_length=32768)
+    assert advice.yarn_ramp is None  # YaRN's ramp follows the base, and these pairs follow none
+    assert [choice.chain for choice in advice.choices][-1].startswith("rope_id_yarn(factor=8")
+    assert "rope_id_yarn, factor 8 from 4,096 tokens" in describe(advice)
 
 
 def test_pairs_that_are_stopped_already_leave_no_clip_to_recommend():

@@ -76,6 +76,8 @@ def _yarn(advice: Advice) -> str:
         return (
             f"none: the target, {advice.target_length:,} tokens, is not beyond the {advice.yarn_from:,} it starts from"
         )
+    if advice.yarn_ramp is None:
+        return f"rope_id_yarn, factor {advice.yarn_factor:g} from {advice.yarn_from:,} tokens: the slowest pair in full"
     (low, high), last = advice.yarn_ramp, advice.position.head_dim // 2 - 1
     kept = f"pairs 0 to {min(low, last):g} are kept" if low else "pair 0 is kept"
     divided = f"pairs {high:g} to {last} divided by {advice.yarn_factor:g}" if high <= last else "none divided in full"

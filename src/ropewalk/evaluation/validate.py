@@ -28,7 +28,7 @@ from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.model import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
-from ropewalk.rope.cautions import clip_of, clips_of, in_words
+from ropewalk.rope.cautions import clip_of, in_words
 
 FIRST_CLIP = 10
 RECORD = "validate.json"
@@ -175,12 +175,7 @@ def _check_values(config: ValidateConfig) -> None:
 def _clips_to_sweep(config: ValidateConfig, position: Position) -> list[int]:
     """The clips of the sweep; none on a model that is clipped, where each would clip what the first has left."""
     own, rope = clip_of(position.chain), config.rope
-    changed = position.extended(rope.chain).chain
-    if len(clips_of(changed)) > 1:
-        raise ValueError(
-            f"rope={rope.name} makes the chain {changed}, which clips twice; name a change without a second clip, or "
-            "validate the checkpoint that was trained without one"
-        )
+    position.extended(rope.chain)  # refuses a second clip
     if own is None:
         return sweep_clips(position.spectrum(), config.clips)
     if config.clips:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.rope.cautions import cautions, clip_of, reached_length
+from ropewalk.rope.cautions import cautions, clip_of
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.methods.clipping import recommended_clip
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.notation import print_value
+from ropewalk.rope.order import reached_length
 from ropewalk.rope.position import Position
 
 SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
@@ -92,7 +93,7 @@ class Advice:
         clip_at: the pairs, base and length it follows from.
         yarn_from: tokens that YaRN would stretch: the training length, or what a scaling in the start has reached.
         yarn_factor: target length over that; 1 or less where there is nothing to stretch.
-        yarn_ramp: pair indices between which YaRN's ramp rises.
+        yarn_ramp: pair indices between which YaRN's ramp rises; None where the pairs follow no base (RoPE-ID).
         choices: what each does to the slowest periods.
         warnings: what to look out for.
     """
@@ -107,7 +108,7 @@ class Advice:
     clip_at: Beyond
     yarn_from: int
     yarn_factor: float
-    yarn_ramp: tuple[float, float]
+    yarn_ramp: tuple[float, float] | None
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...]
 
@@ -149,7 +150,7 @@ def advise(
         run = replace(run, pretrained_length=position.trained_length)
     base = run.spectrum()
     clip = recommended_clip(base) if clip_of(start) is None and base.inv_freq.all() else None
-    yarn_from = max(trained, reached_length(run) or 0)
+    yarn_from = max(trained, reached_length(run.chain.steps, base) or 0)
     clips = _clips(run, clip)
     yarns = _yarns(run, clips[-1:], yarn_from, target)
     own = [] if chain is None else [replace(run, chain=chain) if chain.rebuilds else run.extended(chain.to_list())]
@@ -169,7 +170,7 @@ def advise(
         clip_at=clip_at,
         yarn_from=yarn_from,
         yarn_factor=target / yarn_from,
-        yarn_ramp=yarn_ramp_ends(base, yarn_from),
+        yarn_ramp=yarn_ramp_ends(base, yarn_from) if base.rotary_dim else None,
         choices=tuple(_choice(start, trained_as, served, target) for trained_as, served in arms),
         warnings=tuple(cautions(run, asked, yarn_from, config or {})),
     )
@@ -195,10 +196,11 @@ def _clips(run: Position, clip: int | None) -> list[Position]:
 
 
 def _yarns(run: Position, cope: list[Position], length: int, target_length: int) -> list[tuple[Position, Position]]:
-    """YaRN at test time, as it is trained and as it is served: over the start, and over the soft clip."""
+    """YaRN, or RoPE-ID's own form, at test time, as trained and as served: over the start, and over the soft clip."""
     if target_length <= length:
         return []
-    yarn = {"method": "yarn", "factor": target_length / length, "original_max_position_embeddings": length}
+    method = "yarn" if run.spectrum().rotary_dim else "rope_id_yarn"
+    yarn = {"method": method, "factor": target_length / length, "original_max_position_embeddings": length}
     return [(arm, arm.extended([yarn])) for arm in (run, *cope)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,28 +11,13 @@ from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import METADATA_KEY, Position
 from ropewalk.rope.registry import get_method
 
-CLIPS = {"cope": 2, "hardclip": 1}  # the smallest clip, pairs, that changes anything
 LARGEST_CLIP = 0.75  # of all pairs
 NEEDS_ORIGINAL = ("yarn", "llama3", "longrope", "su")
 
 
-def clips_of(chain: RopeChain) -> list[Step]:
-    """The clips of a chain whose words are resolved, in order, without those that change nothing."""
-    return [step for step in chain.steps if step.method in CLIPS and step.arguments["clip"] >= CLIPS[step.method]]
-
-
 def clip_of(chain: RopeChain) -> Step | None:
-    """The last of them; None where there is none."""
-    return next(reversed(clips_of(chain)), None)
-
-
-def reached_length(position: Position) -> int | None:
-    """Tokens that the scalings of a model's chain stretch it to, as the chain counts them; None without a scaling."""
-    reached = None
-    for step in _scalings(position.chain):
-        start = step.arguments.get("original_max_position_embeddings") or reached or position.pretrained_length
-        reached = start * (step.arguments.get("factor") or 1.0)
-    return None if reached is None else math.ceil(reached)
+    """The clip of a chain, which has one at most; None where there is none."""
+    return next((step for step in chain.steps if get_method(step.method).clips), None)
 
 
 def in_words(chain: RopeChain) -> str:
@@ -50,9 +34,9 @@ def cautions(run: Position, asked: Sequence[Position], yarn_from: int, config: M
         yarn_from: tokens that YaRN would stretch.
         config: config.json's content, empty where there is none.
     """
-    yield from _clipped_twice(run, asked)
+    yield from _clipped_already(run)
     pairs = run.head_dim // 2
-    largest = max((int(step.arguments["clip"]) for one in asked for step in clips_of(one.chain)), default=0)
+    largest = max((int(step.arguments["clip"]) for one in asked if (step := clip_of(one.chain))), default=0)
     if largest > LARGEST_CLIP * pairs:
         yield (
             f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
@@ -68,35 +52,28 @@ def cautions(run: Position, asked: Sequence[Position], yarn_from: int, config: M
             "a clip under full YaRN: YaRN interpolates the pairs that the clip has slowed already and adds its "
             "attention scaling; evaluate the clipped model with and without it (test_time=none)"
         )
-    if scalings := _scalings(run.chain):
+    if scalings := [str(step) for step in run.chain.steps if get_method(step.method).scaling]:
         yield (
-            f"the model is scaled already ({' > '.join(map(str, scalings))}): a second scaling must start from the "
+            f"the model is scaled already ({' > '.join(scalings)}): a second scaling must start from the "
             f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
             "start from abf to scale once"
         )
     yield from _of_config(config)
 
 
-def _clipped_twice(run: Position, asked: Sequence[Position]) -> Iterator[str]:
+def _clipped_already(run: Position) -> Iterator[str]:
     own = clip_of(run.chain)
     mend = (
         f"to choose another, start from abf (theta={print_value(run.spectrum().theta)} keeps the base), which lays "
         "the spectrum out anew"
     )
     if own is not None:
-        yield (
-            f"the model is clipped already ({own}): a second clip would act on the frequencies that the first has "
-            f"slowed, so none is recommended; {mend}"
-        )
+        yield f"the model is clipped already ({own}) and a chain clips once, so no clip is recommended; {mend}"
     elif stopped := int((run.spectrum().inv_freq == 0).sum()):
         yield (
-            f"{stopped} pairs are stopped already ({run.chain}): a clip counts from the slowest pair and would count "
-            f"them in, so none is recommended; {mend}"
+            f"{stopped} pairs are stopped already ({run.chain}): a clip would count from the slowest that rotates, and "
+            f"no published run has both, so none is recommended; {mend}"
         )
-    for one in asked:
-        count = len(clips_of(one.chain))
-        if count > 1 and one.chain != run.chain:
-            yield f"{one.chain} clips {count} times, each clip on what the one before it has left; keep one of them"
 
 
 def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
@@ -137,8 +114,4 @@ def _layers_that_differ(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _clip_under(chain: RopeChain, scaling: str) -> bool:
-    return bool(clips_of(chain)) and any(step.method == scaling for step in chain.steps)
-
-
-def _scalings(chain: RopeChain) -> list[Step]:
-    return [step for step in chain.steps if get_method(step.method).scaling]
+    return clip_of(chain) is not None and any(step.method == scaling for step in chain.steps)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ropewalk.rope.notation import parse_steps, print_value
-from ropewalk.rope.order import check_order, check_scalings
+from ropewalk.rope.order import check_order, reached_length
 from ropewalk.rope.registry import LENGTHS, get_method
 from ropewalk.rope.spectrum import Spectrum, geometric
 
@@ -97,7 +97,7 @@ class RopeChain:
             steps.append({"method": step.method, **arguments})
             spectrum = get_method(step.method)(spectrum, **arguments)
         chain = RopeChain(steps)
-        check_scalings(chain.steps, spectrum)
+        reached_length(chain.steps, spectrum)  # refuses scalings that contradict
         return chain
 
     def depends_on_length(self, *, head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> bool:

@@ -47,8 +47,10 @@ def stretched(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
     return float((arguments["original_max_position_embeddings"] or 0) * arguments["factor"])
 
 
-def check_scalings(steps: Sequence[Step], spectrum: Spectrum) -> None:
-    """A second scaling must start from the length that the one before it has reached, or a longer one.
+def reached_length(steps: Sequence[Step], spectrum: Spectrum) -> int | None:
+    """Tokens to which the scalings of a chain stretch the model; None without a scaling.
+
+    A second scaling must start from the length that the one before it has reached, or a longer one.
 
     Args:
         steps: of a chain whose words are resolved.
@@ -71,3 +73,4 @@ def check_scalings(steps: Sequence[Step], spectrum: Spectrum) -> None:
                 f"original_max_position_embeddings={math.ceil(reached)} in the second"
             )
         before, reached = step, reaches(step.arguments, spectrum)
+    return None if before is None else math.ceil(reached)
