@@ -10,13 +10,17 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+from matplotlib.image import imread
 from report.fake_runs import FakeRun, write_config, write_fake_evaluation, write_metrics, write_run
 
 from ropewalk.config import CompareConfig
 from ropewalk.report import compare
+from ropewalk.report.images import spectrum_images
 from ropewalk.report.page import figure_json
+from ropewalk.report.runs import load_runs
 
 HOSTILE = '<b>x</b> & "q" </script><script src="http://e.example/a.js">'
 
@@ -226,3 +230,22 @@ def test_spectra_are_drawn_as_images_within_the_page(made: tuple[str, list[str],
         assert image["alt"]
     coverage = next(image["alt"] for image in images if "training at" in (image["alt"] or ""))
     assert all(name in coverage for name in ("base", "rope", "hardclip11", "cope11"))
+
+
+def test_runs_that_have_no_room_in_the_images_are_named(arms: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = load_runs([str(arm) for arm in arms])
+    monkeypatch.setattr("ropewalk.report.images.MOST_RUNS", 2)
+    images = spectrum_images(runs, runs[1])
+    assert all(image.caption.endswith(" Not drawn, for want of room: hardclip11, cope11.") for image in images)
+    assert not any("hardclip11" in image.title for image in images)
+    assert "Not drawn" not in spectrum_images(runs[:2], runs[1])[0].caption
+
+
+def test_images_name_the_runs_of_another_training_length_and_leave_no_empty_bands(page: str) -> None:
+    sources = [attributes["src"] or "" for tag, attributes in Tags(page).tags if tag == "img"]
+    assert page.count("Trained at other than the 2,048 tokens marked: base at 512.") == len(sources)
+    for source in sources:
+        pixels = imread(io.BytesIO(base64.b64decode(source.partition(",")[2])))[..., :3]
+        inked = np.flatnonzero((pixels < 1).any(axis=(1, 2)))
+        assert inked[0] < 30  # a margin of 0.1 inches is 15 pixels
+        assert inked[-1] > len(pixels) - 30

@@ -32,20 +32,29 @@ def spectrum_images(runs: list[Run], baseline: Run) -> list[Image]:
     """Kernel, coverage and semantic advantage of every run with a spectrum, to the longest length evaluated.
 
     The training length marked is the baseline's, or the longest of the runs where it has none; no image where none of
-    them knows it.
+    them knows it. The captions name the runs trained at another length, and those past ``MOST_RUNS``, which are not
+    drawn.
     """
-    known = [run for run in runs if run.inv_freq is not None][:MOST_RUNS]
+    known = [run for run in runs if run.inv_freq is not None]
+    known, left_out = known[:MOST_RUNS], known[MOST_RUNS:]
     lengths = [run.trained_length for run in [baseline, *runs] if run.trained_length]
     if not known or not lengths:
         return []
     train_length = baseline.trained_length or max(lengths)
     evaluated = [int(run.results["context_length"].max()) for run in known if len(run.results)]
     target_length = max([TIMES_TRAINED * train_length, *evaluated])
+    more = _of_other_lengths(known, train_length)
+    more += f" Not drawn, for want of room: {', '.join(run.name for run in left_out)}." if left_out else ""
     pages = figures_for_report({run.name: _spectrum(run) for run in known}, train_length, target_length)
     return [
-        Image(title, caption, f"data:image/png;base64,{base64.b64encode(png).decode()}")
+        Image(title, caption + more, f"data:image/png;base64,{base64.b64encode(png).decode()}")
         for title, caption, png in pages[1:]  # the first is the page's own figure of the spectra
     ]
+
+
+def _of_other_lengths(runs: list[Run], marked: int) -> str:
+    others = [f"{run.name} at {run.trained_length:,}" for run in runs if run.trained_length not in (None, marked)]
+    return f" Trained at other than the {marked:,} tokens marked: {', '.join(others)}." if others else ""
 
 
 def _spectrum(run: Run) -> Spectrum:

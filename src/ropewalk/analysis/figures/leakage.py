@@ -224,5 +224,5 @@ def _caption(curves: dict[str, Curve], clip: Clip) -> str:
         f"With {clip.pairs} pairs no envelope falls to 0: cosines of unrelated periods come back into step. "
         "CoPE slows pairs and does not fade them, so it leaves no edge, but frequencies all the way down to 0, whose "
         "smooth tail outlasts the ringing of the cut. A window on amplitudes, which no RoPE model has, leaves no edge "
-        f"either; its kernel is above the hard cut's over {share:.0%} of the (logarithmic) range below."
+        f"either; its kernel is above the hard cut's over {share:.0%} of the (logarithmic) range drawn."
     )

@@ -28,5 +28,5 @@ def figures_for_report(
     for draw in IN_REPORT:
         figure = draw(spectra, train_length=train_length, target_length=target_length)
         title, caption = take_words(figure)
-        pages.append((title, caption, render(figure, "png")))
+        pages.append((title, caption, render(figure, "png", crop=True)))
     return pages

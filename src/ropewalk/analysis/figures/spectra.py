@@ -106,5 +106,5 @@ def _caption(train_length: int) -> str:
     return (
         "Frequency of each rotary pair of a head. Ringed: the first pair that differs from plain RoPE of the same "
         f"base. Pairs under the upper dashed line never complete a turn within the {tokens(train_length)} tokens of "
-        "training. The strip below lists pairs of frequency exactly 0, which a logarithmic axis cannot hold."
+        "training. The strip under the plot lists pairs of frequency exactly 0, which a logarithmic axis cannot hold."
     )

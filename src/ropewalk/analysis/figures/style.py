@@ -95,11 +95,17 @@ def canvas(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def render(figure: Figure, kind: str) -> bytes:
-    """The figure as a file of ``kind`` (png, pdf or svg), without date or path: equal figures give equal bytes."""
+def render(figure: Figure, kind: str, *, crop: bool = False) -> bytes:
+    """The figure as a file of ``kind`` (png, pdf or svg), without date or path: equal figures give equal bytes.
+
+    ``crop`` leaves out the empty space around what is drawn.
+    """
     file = io.BytesIO()
     with house():
-        figure.savefig(file, format=kind, dpi=DPI, metadata=NO_DATE[kind])
+        figure.savefig(
+            file, format=kind, dpi=DPI, metadata=NO_DATE[kind], bbox_inches="tight" if crop else None,
+            pad_inches=MARGIN,
+        )  # fmt: skip
     return file.getvalue()
 
 

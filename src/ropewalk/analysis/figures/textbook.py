@@ -77,7 +77,7 @@ def textbook_figure(spectra: dict[str, Spectrum], *, train_length: int, target_l
         axis_value = 2 * np.pi * factor / LENGTH
         frequency.axhline(axis_value, color=GREY, linestyle=(0, (4, 2)), linewidth=1, gid=f"wavelength {factor:g}")
         frequency.annotate(
-            f"wavelength {LENGTH / factor:,.0f} tokens", (0, axis_value), (2, 3), textcoords="offset points", fontsize=8
+            f"{LENGTH / factor:,.0f} tokens a turn", (0, axis_value), (2, 3), textcoords="offset points", fontsize=8
         )
     return finish(figure, _title(drawn), CAPTION, styles)
 
