@@ -26,10 +26,21 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 def register_schemas() -> None:
-    """Put each entry's dataclass into Hydra's store as ``schema/<entry>``; the YAML files build on them."""
+    """Put each entry's dataclass into Hydra's store as ``schema/<entry>``; the YAML files build on them.
+
+    Their help texts say ``${choices:rope,test_time}`` for what :func:`choices` lists.
+    """
+    OmegaConf.register_new_resolver("choices", choices, replace=True)
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"schema_{name}", node=schema)
+
+
+def choices(*groups: str) -> str:
+    """The options of config groups, a line each: ``tracker: none, wandb``; those of subfolders with their folder."""
+    folders = [(group, CONFIG_DIR / group) for group in groups]
+    options = {group: sorted(file.relative_to(folder) for file in folder.rglob("*.yaml")) for group, folder in folders}
+    return "\n".join(f"{g}: {', '.join(str(one.with_suffix('')) for one in names)}" for g, names in options.items())
 
 
 def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import alone_environment, composed
 
-from ropewalk.entry import CONFIG_DIR, plain_argument
+from ropewalk.entry import CONFIG_DIR, choices, plain_argument
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
@@ -103,16 +103,40 @@ def test_help_names_the_groups_and_how_to_override(entry):
     assert done.returncode == 0, done.stderr
     assert f"python {entry}" in done.stdout
     assert "override" in done.stdout.lower()
+    assert groups_in(done.stdout) == GROUPS[entry]
 
 
-@pytest.mark.parametrize(("script", "command"), [
-    ("scripts/analyze.py", "advise"), ("scripts/analyze.py", "inspect"), ("scripts/analyze.py", "geometry"),
-    ("scripts/analyze.py", "spectra"), ("scripts/evaluate.py", "validate"),
+def groups_in(help_text: str) -> set[str]:
+    """Config groups that a help text lists, a line each with its options."""
+    lists = {p.name for p in CONFIG_DIR.iterdir() if p.is_dir()}
+    header = help_text.partition("== Configuration ==")[0]
+    return lists & set(re.findall(r"^(\w+): \S+(?:, \S+)*$", header, re.MULTILINE))
+
+
+# What a command line may choose from; other entries' groups would only be refused.
+GROUPS = {name: set() for name in ENTRIES} | {
+    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "experiment", "debug"},
+    "data_prep/prepare.py": {"corpus"},
+    "data_prep/convert_mds.py": {"mds"},
+    "scripts/evaluate.py": {"rope", "test_time"},
+}
+
+
+@pytest.mark.parametrize(("script", "command", "groups"), [
+    ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
+    ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
+    ("scripts/evaluate.py", "validate", {"rope"}),
 ])  # fmt: skip
-def test_every_command_has_help(script, command):
+def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")
     assert done.returncode == 0, done.stderr
     assert f"python {script}" in done.stdout
+    assert groups_in(done.stdout) == groups
+
+
+def test_the_options_of_a_group_are_listed_with_their_folders():
+    assert choices("tracker", "test_time") == "tracker: none, wandb\ntest_time: auto, none, yarn4"
+    assert "demo/cope11" in choices("experiment").split(": ")[1].split(", ")
 
 
 @pytest.mark.parametrize("script", COMMANDS_OF)
