@@ -1,9 +1,11 @@
 """A method of one's own: one function in one file and one YAML, and every command has it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,29 +15,48 @@ from ropewalk.entry import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 
-FUNCTION = '''"""Every third pair at half speed."""
 
-from ropewalk.rope import Spectrum, register_method
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page of documentation, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@register_method("thirds")
-def thirds(spectrum: Spectrum, *, factor: float = 2.0) -> Spectrum:
-    """Every third pair turns slower by ``factor``."""
-    weights = [1 / factor if pair % 3 == 2 else 1.0 for pair in range(spectrum.inv_freq.size)]
-    return spectrum.scaled(weights)
-'''
-YAML = "name: thirds\nchain:\n  - {method: thirds, factor: 4.0}\n"
+def copied(root: Path, function: str, **files: str) -> dict[str, str]:
+    """The repository with one more module of methods, and YAML files by ``group__name``; an environment to run it."""
+    for folder in ("src", "configs", "scripts"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shutil.copy(ROOT / "train.py", root)
+    (root / "src/ropewalk/rope/methods/own.py").write_text(function)
+    for place, content in files.items():
+        (root / "configs" / f"{place.replace('__', '/')}.yaml").write_text(content)
+    return {**alone_environment(), "PYTHONPATH": str(root / "src")}
+
+
+def test_the_guides_example_runs_as_it_stands(tmp_path):
+    (function,), (chain, experiment) = blocks("CONTRIBUTING.md", "python"), blocks("CONTRIBUTING.md", "yaml")
+    environment = copied(tmp_path / "repository", function, rope__halved8=chain, experiment__halved8=experiment)
+
+    def command(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=tmp_path / "repository", capture_output=True, text=True,
+                              check=False, env=environment)  # fmt: skip
+
+    advised = command("scripts/analyze.py", "advise", "model=llama3_8b", "chain=halved8")
+    assert advised.returncode == 0, advised.stderr
+    (row,) = (line for line in advised.stdout.splitlines() if line.startswith("abf(theta=1e7) > halved(pairs=8) "))
+    slowest = 2 * 2 * np.pi * 1e7 ** (63 / 64)
+    assert row.split()[4] == f"{slowest:,.0f}"
+    refused = command("scripts/analyze.py", "advise", "model=llama3_8b", "chain=halved(pairs=65)")
+    assert refused.stderr == "error: halved: pairs=65 is not within the 64 pairs of a head; use 0..64\n"
+    composed = command("train.py", "+experiment=halved8", "--cfg", "job")
+    assert "method: halved" in composed.stdout, composed.stderr
 
 
 @pytest.mark.slow
 def test_one_function_and_one_yaml_are_enough(tmp_path, store_64):
     root = tmp_path / "repository"
-    for folder in ("src", "configs", "scripts"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    shutil.copy(ROOT / "train.py", root)
-    (root / "src/ropewalk/rope/methods/thirds.py").write_text(FUNCTION)
-    (root / "configs/rope/thirds.yaml").write_text(YAML)
-    environment = {**alone_environment(), "PYTHONPATH": str(root / "src")}
+    (function,) = (one for one in blocks("docs/position.md", "python") if "register_method(" in one)
+    (chain,) = blocks("docs/position.md", "yaml")
+    environment = copied(root, function, rope__thirds=chain)
 
     def command(*arguments):
         done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=False,
