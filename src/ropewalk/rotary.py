@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.rope import Position, Spectrum
-from ropewalk.rope.foreign import chain_layer
+from ropewalk.rope.foreign import rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import Steps
 from ropewalk.rope.spectrum import FloatArray, geometric
@@ -42,7 +42,7 @@ def place_position(config: PreTrainedConfig, position: Position, extra: Steps = 
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     served, present = config.max_position_embeddings, config.rope_parameters
-    layer_type = chain_layer(present)
+    layer_type = _layer_types(config)[0]
     entry = position.rope_parameters(served, extra, length)
     if not _is_read(config, layer_type, entry):
         entry = longrope_entry(position.spectrum(extra, length), served)
@@ -62,13 +62,9 @@ def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[st
     return layer_type is None or entry.get("truncate", True)
 
 
-def _layer_types(model: PreTrainedModel) -> tuple[str | None, ...]:
+def _layer_types(config: PreTrainedConfig) -> tuple[str | None, ...]:
     """The layer types that have a spectrum of their own, the one that the chain is about first; None: all share one."""
-    entry = model.config.rope_parameters
-    first = chain_layer(entry)
-    if first is None:
-        return (None,)
-    return (first, *sorted(kind for kind in entry if kind != first and entry[kind] is not None))
+    return tuple(rotating_layers(config.rope_parameters, getattr(config, "layer_types", None))) or (None,)
 
 
 def stock_spectrum(model: PreTrainedModel, layer_type: str | None = None) -> tuple[Tensor, float]:
@@ -93,7 +89,7 @@ def install_spectrum(model: PreTrainedModel) -> None:
     inv_freq at every call, so both are set. Call it after the engine is built and after every load.
     """
     rotary = model.get_decoder().rotary_emb
-    for layer_type in _layer_types(model):
+    for layer_type in _layer_types(model.config):
         truth, scaling = stock_spectrum(model, layer_type)
         prefix = f"{layer_type}_" if layer_type else ""
         for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
@@ -115,9 +111,9 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.
     """
-    for layer_type in _layer_types(model):
+    for layer_type in _layer_types(model.config):
         _assert_buffers(model, layer_type)
-    layer_type = _layer_types(model)[0]
+    layer_type = _layer_types(model.config)[0]
     truth, scaling = stock_spectrum(model, layer_type)
     stock, exact = truth.double().numpy(), spectrum.inv_freq
     if not np.array_equal(stock == 0, exact == 0):

@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ropewalk.analysis.inspection import inspect_config
 from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.foreign import DEFAULT_SHARES, DEFAULT_THETA, ROTARY_BY_DEFAULT
 from ropewalk.rope.position import position_of
 
 FACTORS = [1.0 + i / 8 for i in range(48)]
@@ -38,6 +42,7 @@ PHI3 = {
 PHI4_MINI = {**PHI3, "hidden_size": 3072, "num_attention_heads": 24, "partial_rotary_factor": 0.75}
 LINEAR = {**QWEN3, "rope_scaling": {"type": "linear", "factor": 4.0}}
 DYNAMIC = {**QWEN3, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+QWEN3_SHAPE = {"head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6}
 PROPORTIONAL = {
     **QWEN3, "rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
 }  # fmt: skip
@@ -71,6 +76,130 @@ def test_published_forms_are_chains_with_transformers_numbers(tmp_path, content,
     s = position.spectrum(length=length)
     np.testing.assert_allclose(s.inv_freq, inv_freq.double().numpy(), rtol=1e-5 if kind == "yarn" else 2e-6)
     assert s.attention_scaling == pytest.approx(scaling, rel=1e-12)
+
+
+# One layer of models whose own classes lay the frequencies out; a chain, and the channels that rotate.
+ONE = {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 0,
+       "eos_token_id": 0, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+DEEPSEEK = {
+    **ONE, "model_type": "deepseek_v3", "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "max_position_embeddings": 163840, "rope_theta": 10000,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+}  # fmt: skip
+HUNYUAN = {
+    **ONE, "model_type": "hunyuan_v1_dense", "head_dim": 64, "max_position_embeddings": 32768, "rope_theta": 10000.0,
+    "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic", "mscale": 1.0},
+}  # fmt: skip
+NULL_FACTOR = {
+    **ONE, "model_type": "llama", "max_position_embeddings": 8192,
+    "rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048, "beta_slow": 0},
+}  # fmt: skip
+IN_PHI3 = {
+    **ONE, "model_type": "phi3", "max_position_embeddings": 8192, "original_max_position_embeddings": 2048,
+    "rope_scaling": {"type": "yarn", "short_factor": FACTORS[:32], "long_factor": LONG[:32]},
+}  # fmt: skip
+SLIDING = {
+    **ONE, "model_type": "olmo3", "max_position_embeddings": 8192, "layer_types": ["sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+UNTRUNCATED = {
+    **ONE, "model_type": "olmo3", "max_position_embeddings": 8192, "layer_types": ["full_attention"],
+    "rope_parameters": {"full_attention": {
+        "rope_type": "yarn", "factor": 2.0, "rope_theta": 5e5, "original_max_position_embeddings": 4096,
+        "truncate": False,
+    }},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "chain", "channels"), [
+    ({**ONE, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 25000, "max_position_embeddings": 2048},
+     "rope", 32),
+    ({**ONE, "model_type": "gpt_neox", "max_position_embeddings": 2048}, "rope", 16),
+    ({**ONE, "model_type": "stablelm", "max_position_embeddings": 4096, "partial_rotary_factor": 0.5}, "rope", 32),
+    ({**ONE, "model_type": "glm4", "max_position_embeddings": 4096, "head_dim": 64}, "rope", 32),
+    ({**ONE, "model_type": "phi", "max_position_embeddings": 4096}, "rope", 32),
+    (DEEPSEEK, "yarn(factor=40, original_max_position_embeddings=4096, mscale=1, mscale_all_dim=0.5)", 64),
+    (HUNYUAN, "ntk(factor=1000)", 64),
+    (NULL_FACTOR, "yarn(factor=4, original_max_position_embeddings=2048)", 64),
+    (IN_PHI3, None, 64), (SLIDING, "pi(factor=2, original_max_position_embeddings=X)", 64),
+    (UNTRUNCATED, "yarn(factor=2, original_max_position_embeddings=4096)", 64),
+    ({**ONE, "model_type": "llama", "max_position_embeddings": 4096, "original_max_position_embeddings": 1024,
+      "rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}},
+     "dynamic_ntk(factor=4, original_max_position_embeddings=4096)", 64),
+    ({**ONE, "model_type": "llama", "max_position_embeddings": 4096, "rope_theta": 500000.0,
+      "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 1024}},
+     "llama3(factor=32, original_max_position_embeddings=1024)", 64),
+])  # fmt: skip
+@pytest.mark.parametrize("length", [1000, 10000])
+def test_the_keys_of_each_architecture_give_its_own_classs_numbers(tmp_path, content, chain, channels, length):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    position = Position.from_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert position_of(config) == position
+    assert position.head_dim == channels
+    if chain is not None:
+        assert str(position.chain) == chain
+    (stock,) = (rotation for rotation in inspect_config(config, length) if rotation.inv_freq.numel())
+    s = position.spectrum(length=length)
+    np.testing.assert_allclose(s.inv_freq, stock.inv_freq.double().numpy(), rtol=5e-6)
+    assert s.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-12)
+
+
+def test_defaults_are_the_classes_own():
+    for model_type in ROTARY_BY_DEFAULT:
+        entry = CONFIG_MAPPING[model_type]().rope_parameters
+        assert entry["rope_theta"] == DEFAULT_THETA, model_type
+        assert entry.get("partial_rotary_factor") in (DEFAULT_SHARES.get(model_type), 1.0), model_type
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, -1, 0, 63]) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+SOUND = {
+    "rope_type": st.sampled_from(["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional", "su"]),
+    "type": st.sampled_from(["yarn", "default"]), "rope_theta": st.floats(2, 1e9), "factor": st.floats(1, 64),
+    "head_dim": st.sampled_from([32, 64]), "num_attention_heads": st.just(4), "hidden_size": st.just(128),
+    "max_position_embeddings": st.just(8192), "original_max_position_embeddings": st.just(4096),
+    "partial_rotary_factor": st.sampled_from([0.25, 0.5, 1.0]), "rotary_pct": st.just(0.5),
+    "short_factor": st.just([1.0] * 16), "long_factor": st.just([2.0] * 16), "attention_factor": st.just(1.1),
+    "beta_fast": st.just(32), "beta_slow": st.just(1), "truncate": st.booleans(), "mscale": st.just(1),
+    "mscale_all_dim": st.just(1), "low_freq_factor": st.just(1.0), "high_freq_factor": st.just(4.0),
+    "alpha": st.just(2.0), "qk_rope_head_dim": st.just(32), "rotary_emb_base": st.just(1e5), "alibi": st.booleans(),
+    "position_embedding_type": st.just("rope"), "model_type": st.sampled_from(["llama", "phi3", "hunyuan_v1_dense"]),
+}  # fmt: skip
+ENTRY = st.fixed_dictionaries({}, optional={key: st.one_of(value, value, JUNK) for key, value in SOUND.items()})
+LAYERED = st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), ENTRY | JUNK)
+WHOLE = st.fixed_dictionaries(
+    {key: st.one_of(SOUND[key], SOUND[key], SOUND[key], JUNK) for key in ("head_dim", "max_position_embeddings")},
+    optional={
+        key: st.one_of(value, value, JUNK)
+        for key, value in {**SOUND, "layer_types": st.just(["full_attention"])}.items()
+        if key not in ("head_dim", "max_position_embeddings")
+    },
+)
+CONFIG = st.tuples(WHOLE, st.sampled_from(["rope_parameters", "rope_scaling"]), ENTRY | LAYERED | JUNK).map(
+    lambda drawn: {**drawn[0], drawn[1]: drawn[2]}
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(CONFIG)
+def test_whatever_stands_in_config_json_only_a_value_error_comes_out(config):
+    for content in (config, {"text_config": config}):
+        try:
+            s = position_of(content).spectrum()
+        except ValueError:
+            continue
+        assert np.all(np.isfinite(s.inv_freq))
+        assert np.all(s.inv_freq >= 0)
+        assert np.isfinite(s.attention_scaling)
 
 
 def test_our_own_metadata_comes_first(tmp_path):
@@ -116,7 +245,31 @@ def test_layers_that_differ_give_the_full_attention_entry():
 @pytest.mark.parametrize(("content", "message"), [
     ({"max_position_embeddings": 5}, "names neither head_dim nor num_attention_heads"),
     ({**QWEN3, "rope_scaling": {"type": "mrope"}}, "rope_type='mrope' is not read as a chain; known: default"),
-    ({**QWEN3, "rope_scaling": {"type": "yarn", "factor": None}}, "has no factor; write factor"),
+    ({**QWEN3, "rope_scaling": {"type": "yarn"}}, "'yarn' has no factor; write factor"),
+    ({**LLAMA31, "rope_scaling": {"type": "llama3", "factor": 8}}, "no low_freq_factor; write low_freq_factor"),
+    ({**QWEN3, "rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, r"alpha=1000\.0 must be absent: transformers"),
+    ({**QWEN3, "rope_scaling": {"type": "yarn", "factor": 4, "llama_4_scaling_beta": 0.1}}, "temperature by position"),
+    ({**QWEN3, "rope_scaling": [4]}, r"rope_scaling=\[4\] must be an object"),
+    ({**QWEN3, "rope_theta": "1e6"}, "rope_theta='1e6' must be a number above 1; it is RoPE's base"),
+    ({**QWEN3, "rope_theta": 1}, "rope_theta=1 must be a number above 1"),
+    ({**QWEN3, "head_dim": 127}, "127 channels of a head rotate.*even number from 2"),
+    ({**QWEN3, "head_dim": 0}, "head_dim=0 must be a whole number of channels from 1"),
+    ({**QWEN3, "head_dim": True}, "head_dim=True must be a whole number"),
+    ({**QWEN3, "max_position_embeddings": 1e400}, "max_position_embeddings=inf must be a whole number of tokens"),
+    ({**QWEN3, "partial_rotary_factor": -0.5}, "partial_rotary_factor=-0.5 must be above 0, at most 1"),
+    ({**PHI3, "rope_scaling": {"type": "longrope", "short_factor": ["1"]}}, "a list of positive numbers"),
+    ({**PHI3, "rope_scaling": {"type": "longrope", "short_factor": FACTORS}}, "long_factor has 0 numbers"),
+    ({**QWEN_YARN, "rope_scaling": {"type": "yarn", "factor": 4, "truncate": "no"}}, "truncate='no' must be true or"),
+    ({**QWEN3, "rope_scaling": {"type": ["yarn"]}}, r"rope_type=\['yarn'\] must be one of default, linear"),
+    ({**QWEN3, "rope_parameters": {"a": {"rope_theta": 1e4}, "b": {"rope_theta": 1e5}}},
+     "entries for a, b that differ"),
+    ({"model_type": "bert", "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512,
+      "position_embedding_type": "absolute"}, "position_embedding_type='absolute' must be rope or rotary"),
+    ({"model_type": "opt", "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 2048},
+     "names no rope_theta, and model_type='opt' is not known to rotate"),
+    ({"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 1, "max_position_embeddings": 2048,
+      "alibi": True}, "alibi=True must be false"),
+    ({"model_type": "gemma4_text", **QWEN3_SHAPE}, "model_type='gemma4_text' must be one whose"),
     ({**QWEN3, "rope_scaling": {"type": "linear"}}, "'linear' has no factor"),
     ({"head_dim": 64}, "no max_position_embeddings"),
     ([], "is not a JSON object"),

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_THETA = 1e4  # what transformers takes for a Llama config without rope_theta
+from ropewalk.rope.foreign_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
+
+# What transformers takes for a config without a base, and for the share of a head that rotates: the classes whose own
+# default is 10,000, and those of them that do not rotate whole heads.
+DEFAULT_THETA = 1e4
+DEFAULT_SHARES = {
+    **dict.fromkeys(("gpt_neox", "qwen3_next", "stablelm"), 0.25),
+    **dict.fromkeys(("bamba", "glm", "glm4", "glm4_moe", "nemotron", "persimmon", "phi", "recurrent_gemma"), 0.5),
+}
+ROTARY_BY_DEFAULT = (
+    *DEFAULT_SHARES, "cohere2", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2", "gpt_neox_japanese",
+    "granite", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "llama", "mistral", "olmo", "olmo2", "olmoe", "phi3",
+    "phi4_multimodal", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2",
+)  # fmt: skip
+
+_WIDEST = 65536  # channels of a head
+_HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text")
 
 # Keys with which CoPE's published code selects the clip; no stock engine reads them.
 REFERENCE_KEYS = ("use_cope", "cope_clip_n")
@@ -19,7 +36,7 @@ class ForeignPosition:
     Attributes:
         entry: its rope_parameters, or rope_scaling in the older form; keys as they stand there.
         theta: RoPE base.
-        head_dim: channels of a head that rotate.
+        head_dim: channels of a head that rotate; of DeepSeek's latent attention, qk_rope_head_dim.
         pretrained_length: tokens before any scaling, where the entry tells, else the trained length.
         trained_length: max_position_embeddings, tokens.
         chain: the scaling as steps of a chain.
@@ -34,102 +51,131 @@ class ForeignPosition:
 
 
 def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
-    """Read a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+    """Read a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters), as transformers does.
 
-    Where layers differ (Gemma 3), the entry of the full-attention layers is read.
+    Where layers differ (Gemma 3), the entry of the full-attention layers is read. What an attention layer does beside
+    its rotary module is not: DeepSeek's factor on the softmax under YaRN is not in the chain.
 
     Raises:
-        ValueError: for a scaling that no chain expresses, or a config without attention heads.
+        ValueError: for a model without RoPE, a scaling that no chain expresses, or a value of the wrong kind.
     """
-    config = config.get("text_config") or config
-    entry = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    layer_type = chain_layer(entry)
-    if layer_type is not None:
-        entry = dict(entry[layer_type])
-    theta = float(entry.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA)
-    head_dim = config.get("head_dim")
-    if head_dim is None and not config.get("num_attention_heads"):
-        raise ValueError("config.json names neither head_dim nor num_attention_heads; it is no rotary transformer's")
-    head_dim = head_dim or config["hidden_size"] // config["num_attention_heads"]
-    kind = entry.get("rope_type") or entry.get("type") or "default"
-    partial = entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if not config.get("max_position_embeddings"):
+    config = mapping(config, "text_config") or config
+    _refuse_other_encodings(config)
+    entry = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
+    layers = rotating_layers(entry, strings(config, "layer_types"))
+    if layers:
+        entry = dict(entry[layers[0]])
+    kind = _kind(config, entry)
+    trained_length = whole(config, "max_position_embeddings")
+    if trained_length is None:
         raise ValueError("config.json has no max_position_embeddings; write the length the model was trained at there")
-    trained_length = int(config["max_position_embeddings"])
-    # transformers gives the top-level key (Phi-3's place for it) the last word
-    named = config.get("original_max_position_embeddings") or entry.get("original_max_position_embeddings")
-    original = int(named or trained_length)
+    original = trained_length
+    if kind in STRETCHED:
+        # transformers gives the top-level key (Phi-3's place for it) the last word, where all layers share one entry
+        top_level = whole(config, ORIGINAL) if not layers else None
+        original = top_level or whole(entry, ORIGINAL) or trained_length
+    share = _share(config, entry, kind)
     return ForeignPosition(
         entry=entry,
-        theta=theta,
-        head_dim=head_dim if kind == "proportional" else int(head_dim * partial),
+        theta=_theta(config, entry),
+        head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share),
         pretrained_length=original,
         trained_length=trained_length,
-        chain=_chain(kind, entry, original, partial),
+        chain=scaling_steps(Scaling(kind, entry, original, trained_length, share, bool(layers))),
     )
 
 
-def chain_layer(entry: Mapping[str, Any]) -> str | None:
-    """The layer type whose part of a rope_parameters entry a chain is about; None where all layers share one entry.
+def _refuse_other_encodings(config: Mapping[str, Any]) -> None:
+    encoding, model_type = config.get("position_embedding_type"), config.get("model_type")
+    if encoding is not None and encoding not in ("rope", "rotary"):
+        raise wrong("position_embedding_type", encoding, "rope or rotary: this model has no RoPE that could be read")
+    if flag(config, "alibi"):
+        raise wrong("alibi", True, "false: a model with ALiBi has no RoPE that could be read")
+    if isinstance(model_type, str) and model_type.startswith("gemma4"):
+        raise wrong("model_type", model_type, "one whose rotating layers share a head_dim; Gemma 4's do not: not read")
 
-    Where layers differ (Gemma 3) it is full_attention, or the only type that rotates.
+
+def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    kind = entry.get("rope_type") or entry.get("type") or "default"
+    if not isinstance(kind, str):
+        raise wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
+    if config.get("model_type") in ("phi3", "phi4_multimodal") and kind in ("su", "yarn"):
+        return "longrope"  # their earlier names for it
+    if kind == "dynamic" and entry.get("alpha"):
+        if config.get("model_type") not in _HUNYUAN:
+            raise wrong("alpha", entry["alpha"], f"absent: transformers reads it for {', '.join(_HUNYUAN)} alone")
+        return WITH_ALPHA
+    if "llama_4_scaling_beta" in entry:
+        raise wrong(
+            "llama_4_scaling_beta", entry["llama_4_scaling_beta"], "absent: no chain has a temperature by position"
+        )
+    return kind
+
+
+def _theta(config: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
+    places = (entry, "rope_theta"), (config, "rope_theta"), (config, "rotary_emb_base")
+    for place, key in places:
+        theta = number(place, key, "a number above 1; it is RoPE's base, 10000 in RoFormer", lambda value: value > 1)
+        if theta is not None:
+            return theta
+    model_type = config.get("model_type")
+    if model_type is not None and model_type not in ROTARY_BY_DEFAULT:
+        raise ValueError(
+            f"config.json names no rope_theta, and model_type={model_type!r} is not known to rotate at base 10000 "
+            "without; where it has RoPE, write rope_theta there"
+        )
+    return DEFAULT_THETA
+
+
+def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str) -> float:
+    """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none."""
+    places = (entry, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")
+    least = 0.0 if kind == "proportional" else 1e-9
+    for place, key in places:
+        share = number(place, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
+        if share is not None:
+            return share
+    return DEFAULT_SHARES.get(str(config.get("model_type")), 1.0)
+
+
+def _rotating_channels(config: Mapping[str, Any], share: float) -> int:
+    head_dim = whole(config, "qk_rope_head_dim", "channels", _WIDEST) or whole(config, "head_dim", "channels", _WIDEST)
+    if head_dim is None:
+        heads, width = whole(config, "num_attention_heads", "heads"), whole(config, "hidden_size", "channels")
+        if heads is None or width is None:
+            raise ValueError(
+                "config.json names neither head_dim nor num_attention_heads and hidden_size; it is no rotary "
+                "transformer's, or lacks one of them: write head_dim there"
+            )
+        head_dim = width // heads
+    rotating = int(head_dim * share)
+    if rotating % 2 or not 2 <= rotating <= _WIDEST:
+        raise ValueError(
+            f"config.json: {rotating} channels of a head rotate (head_dim={head_dim}, share {share:g}); channels "
+            f"rotate in pairs, so it must be an even number from 2 to {_WIDEST}: mend head_dim or partial_rotary_factor"
+        )
+    return rotating
+
+
+def rotating_layers(entry: Mapping[str, Any], layer_types: Sequence[str] | None) -> list[str]:
+    """The layer types that have a rope_parameters entry of their own, the one that a chain is about first.
+
+    That is full_attention, or the only one. Empty where all layers share one entry.
+
+    Args:
+        entry: rope_parameters.
+        layer_types: of each layer, as in the config; None: every type in the entry is taken to be there.
 
     Raises:
         ValueError: where several types rotate, each in its way, and none is full_attention.
     """
-    kinds = [kind for kind, part in entry.items() if isinstance(part, Mapping)]
-    if not kinds:
-        return None
-    first = "full_attention" if "full_attention" in kinds else kinds[0]
-    if first != "full_attention" and any(entry[kind] != entry[first] for kind in kinds):
+    parts = {kind: part for kind, part in entry.items() if isinstance(part, Mapping)}
+    kinds = sorted(kind for kind in parts if not layer_types or kind in layer_types)
+    if "full_attention" in kinds:
+        return ["full_attention", *(kind for kind in kinds if kind != "full_attention")]
+    if any(parts[kind] != parts[kinds[0]] for kind in kinds):
         raise ValueError(
             f"rope_parameters has entries for {', '.join(kinds)} that differ, and none for full_attention, whose the "
             "chain would be; name the layers to read full_attention"
         )
-    return first
-
-
-_LONGROPE = ("short_factor", "long_factor", "factor", "attention_factor")
-_KEYS = {
-    "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
-    "llama3": ("low_freq_factor", "high_freq_factor"),
-    "longrope": _LONGROPE,
-    "su": _LONGROPE,
-}
-_METHODS = {"dynamic": "dynamic_ntk", "yarn": "yarn", "llama3": "llama3", "longrope": "longrope", "su": "longrope"}
-
-
-def _chain(kind: str, entry: Mapping[str, Any], original: int, partial: float) -> list[dict[str, Any]]:
-    if kind == "default":
-        return []
-    if kind == "linear":
-        return [_linear(entry, kind, original)]
-    if kind == "proportional":
-        slower = [_linear(entry, kind, original)] if entry.get("factor", 1.0) != 1.0 else []
-        return [{"method": "p_rope", "fraction": partial}, *slower]
-    if kind not in _METHODS:
-        raise ValueError(
-            f"rope_type={kind!r} is not read as a chain; known: default, linear, dynamic, yarn, llama3, longrope, "
-            "proportional"
-        )
-    arguments = {key: entry[key] for key in _KEYS.get(kind, ()) if entry.get(key) is not None}
-    if _METHODS[kind] != "longrope":
-        arguments["factor"] = _factor(entry, kind)
-    return [{"method": _METHODS[kind], **arguments, "original_max_position_embeddings": original}]
-
-
-def _linear(entry: Mapping[str, Any], kind: str, original: int) -> dict[str, Any]:
-    """Interpolation to max_position_embeddings, the longest input that a config promises."""
-    factor = _factor(entry, kind)
-    named = entry.get("original_max_position_embeddings")
-    return {
-        "method": "pi",
-        "factor": factor,
-        "original_max_position_embeddings": int(named or max(original // factor, 1)),
-    }
-
-
-def _factor(entry: Mapping[str, Any], kind: str) -> float:
-    if entry.get("factor") is None:
-        raise ValueError(f"rope_type={kind!r} has no factor; write factor: NEW_LENGTH / ORIGINAL_LENGTH beside it")
-    return float(entry["factor"])
+    return kinds
