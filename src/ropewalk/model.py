@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from ropewalk import attention
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.rope import RopeChain
-from ropewalk.rope.position import METADATA_KEY, Position, Steps, position_of
+from ropewalk.rope.position import METADATA_KEY, Position, Steps, position_of, unreachable
 from ropewalk.rotary import assert_spectrum, install_spectrum, place_position
 
 if not sys.stderr.isatty():
@@ -80,10 +80,7 @@ def _read_config(path: str, revision: str | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
-        raise ValueError(
-            f"model.path={path} is neither a Hugging Face directory nor a hub model that can be reached; check the "
-            f"path, or log in for a gated one ({str(error).splitlines()[0]})"
-        ) from error
+        raise unreachable("model.path", path, error) from error
 
 
 def _check_architecture(config: PreTrainedConfig) -> None:

@@ -190,9 +190,9 @@ CONFIG = st.tuples(WHOLE, st.sampled_from(["rope_parameters", "rope_scaling"]), 
 
 
 @settings(max_examples=600, deadline=None)
-@given(CONFIG)
-def test_whatever_stands_in_config_json_only_a_value_error_comes_out(config):
-    for content in (config, {"text_config": config}):
+@given(CONFIG, JUNK)
+def test_whatever_stands_in_config_json_only_a_value_error_comes_out(config, metadata):
+    for content in (config, {"text_config": config}, {**config, "ropewalk": metadata}):
         try:
             s = position_of(content).spectrum()
         except ValueError:

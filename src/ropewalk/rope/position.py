@@ -13,9 +13,11 @@ from typing import Any
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.foreign import read_foreign
 from ropewalk.rope.spectrum import Spectrum
+from ropewalk.rope.values import mapping, number, whole, wrong
 
 METADATA_KEY = "ropewalk"  # in config.json
 
+_INPUTS = ("head_dim", "theta", "pretrained_length", "trained_length")  # of every method
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 Steps = Sequence[Mapping[str, Any]]
@@ -44,6 +46,7 @@ class Position:
     base_model: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "theta", float(self.theta))  # 10000 and 1e4 are one base, with one hash
         object.__setattr__(self, "chain", self.chain.resolved(**self._inputs()))
 
     @classmethod
@@ -85,9 +88,12 @@ class Position:
 
     @property
     def sha256(self) -> str:
-        """Hash of the chain and its inputs, so of everything the spectrum follows from."""
-        canonical = json.dumps([self.chain.to_list(), self._inputs()], sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """Hash of the chain's resolved arguments and of its inputs.
+
+        Equal for equal recipes, however they were written. It does not cover the methods' code, nor another input
+        length than the trained one.
+        """
+        return _sha256([self.chain.to_list(), self._inputs()])
 
     def metadata(self) -> dict[str, Any]:
         """What config.json keeps under "ropewalk".
@@ -106,12 +112,7 @@ class Position:
         }
 
     def _inputs(self) -> dict[str, Any]:
-        return {
-            "head_dim": self.head_dim,
-            "theta": self.theta,
-            "pretrained_length": self.pretrained_length,
-            "trained_length": self.trained_length,
-        }
+        return {name: getattr(self, name) for name in _INPUTS}
 
 
 def read_config_json(model: str | Path) -> dict[str, Any]:
@@ -143,10 +144,15 @@ def _read_hub(name: str) -> dict[str, Any]:
     try:
         return dict(PreTrainedConfig.get_config_dict(name)[0])
     except OSError as error:
-        raise ValueError(
-            f"model={name} is neither a directory here nor a hub model that can be reached; check the name, or log in "
-            f"for a gated one ({str(error).splitlines()[0]})"
-        ) from error
+        raise unreachable("model", name, error) from error
+
+
+def unreachable(key: str, name: str, error: OSError) -> ValueError:
+    """The error for a model that transformers finds neither here nor on the hub, named under the config's ``key``."""
+    return ValueError(
+        f"{key}={name} is neither a Hugging Face directory nor a hub model that can be reached; check the name, or "
+        f"log in for a gated one ({str(error).splitlines()[0]})"
+    )
 
 
 def position_of(config: Any) -> Position:
@@ -156,13 +162,12 @@ def position_of(config: Any) -> Position:
         config: config.json's content, or a transformers PreTrainedConfig.
 
     Raises:
-        ValueError: for a foreign scaling that no chain expresses.
+        ValueError: for metadata that was edited, a foreign scaling that no chain expresses, or a malformed value.
     """
     content = config if isinstance(config, Mapping) else config.to_dict()
-    ours = content.get(METADATA_KEY)
+    ours = mapping(content, METADATA_KEY)
     if ours:
-        fields = ("name", "head_dim", "theta", "pretrained_length", "trained_length", "base_model")
-        return Position(chain=RopeChain(ours["chain"]), **{name: ours[name] for name in fields})
+        return _recorded(ours)
     foreign = read_foreign(content)
     return Position(
         name="pretrained",
@@ -172,3 +177,36 @@ def position_of(config: Any) -> Position:
         pretrained_length=foreign.pretrained_length,
         trained_length=foreign.trained_length,
     )
+
+
+_MEND = f'put back what was written, or delete the key "{METADATA_KEY}" and the stock entry beside it is read instead'
+
+
+def _recorded(ours: Mapping[str, Any]) -> Position:
+    """What ``Position.metadata`` wrote. The hashes are those of the record itself, not of what is made of it today."""
+    steps = ours.get("chain")
+    if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
+        raise wrong(f"{METADATA_KEY}.chain", steps, f"a list of methods with their arguments; {_MEND}")
+    covered = {"chain_sha256": steps, "spectrum_sha256": [steps, {name: ours.get(name) for name in _INPUTS}]}
+    for key, content in covered.items():
+        recorded, found = ours.get(key), _sha256(content)
+        if recorded is not None and recorded != found:
+            raise ValueError(
+                f"config.json: {METADATA_KEY}.{key}={recorded} is not the hash of what stands beside it, {found}: the "
+                f"chain or its inputs were edited by hand; {_MEND}"
+            )
+    inputs = {
+        "head_dim": whole(ours, "head_dim", "channels"),
+        "theta": number(ours, "theta"),
+        "pretrained_length": whole(ours, "pretrained_length"),
+        "trained_length": whole(ours, "trained_length"),
+    }
+    for key, value in inputs.items():
+        if value is None:
+            raise ValueError(f"config.json: {METADATA_KEY} has no {key}; {_MEND}")
+    name, base_model = str(ours.get("name") or "unnamed"), ours.get("base_model")
+    return Position(name=name, chain=RopeChain(steps), base_model=base_model, **inputs)  # type: ignore[arg-type]
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
