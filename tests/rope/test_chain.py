@@ -241,6 +241,18 @@ def test_text_round_trip(text):
     assert RopeChain.parse(text) == RopeChain(RopeChain.parse(text).to_list())
 
 
+def test_a_list_printed_short_is_not_read_back_as_anything():
+    short, long = [1.0] * 63 + [1e38], [1.5] * 64
+    method = {"method": "longrope", "short_factor": short, "long_factor": long}
+    chain = RopeChain([{**method, "original_max_position_embeddings": 8}])
+    printed = "longrope(short_factor=[64 numbers], long_factor=[64 numbers], original_max_position_embeddings=8)"
+    assert str(chain) == printed
+    with pytest.raises(ValueError, match=r"\[64 numbers\] in the chain .* was shortened when printed; .*to_list\(\)"):
+        RopeChain.parse(printed)
+    whole = f"longrope(short_factor={short}, long_factor={long}, original_max_position_embeddings=8)"
+    assert RopeChain.parse(whole) == RopeChain(yaml.safe_load(yaml.safe_dump(chain.to_list()))) == chain
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("abf(1e7)", r"'abf\(1e7\)' in the chain 'abf\(1e7\)' is not a method; write NAME\(argument=value"),
     ("abf(theta=1e7", "is not a method"), ("abf(theta=1e7) cope()", "is not a method"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
-_SHOWN = 8  # numbers of a list that are printed
+_SHOWN = 8  # numbers of a list that are printed; a longer one is for people to see, not to read back
+_SHORTENED = re.compile(r"\[\d+ numbers\]")
 
 
 def print_value(value: Any) -> str:
-    """A value as people write it, exactly: 1e7, 5e5, 0.25; of a long list, only its length."""
+    """A value as people write it, exactly: 1e7, 5e5, 0.25; of a long list, only its length, ``[64 numbers]``."""
     if isinstance(value, list) and len(value) > _SHOWN:
         return f"[{len(value)} numbers]"
     if isinstance(value, list):
@@ -27,8 +29,13 @@ def parse_steps(text: str) -> list[dict[str, Any]]:
     """The steps of a printed chain; ``rope``, or nothing, is the chain without any.
 
     Raises:
-        ValueError: for text of another form.
+        ValueError: for text of another form, or a list of which only the length was printed.
     """
+    if shortened := _SHORTENED.search(text):
+        raise ValueError(
+            f"{shortened[0]} in the chain {text!r} is a list that was shortened when printed; write its numbers out, "
+            "or take the chain from where it is whole: RopeChain.to_list(), YAML, or RopeChain.from_pretrained(DIR)"
+        )
     if text.strip() in ("", "rope"):
         return []
     return [_parse_step(part.strip(), text) for part in text.split(">")]
