@@ -256,6 +256,7 @@ def test_a_list_printed_short_is_not_read_back_as_anything():
 @pytest.mark.parametrize(("text", "message"), [
     ("abf(1e7)", r"'abf\(1e7\)' in the chain 'abf\(1e7\)' is not a method; write NAME\(argument=value"),
     ("abf(theta=1e7", "is not a method"), ("abf(theta=1e7) cope()", "is not a method"),
+    ("cope(clip=2, clip=3)", "gives clip twice; keep one"), ("cope(method=abf)", "gives method twice"),
     ("cope(clip=2*3)", r"2 \* 3 is not a value"),
     ("__import__('os').getcwd()", "is not a method"), ("pi(factor=open('x'))", r"open\('x'\) is not a value"),
 ])  # fmt: skip

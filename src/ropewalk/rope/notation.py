@@ -49,6 +49,10 @@ def _parse_step(part: str, text: str) -> dict[str, Any]:
         raise ValueError(f"{part!r} in the chain {text!r} is not a method; {rule}") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ValueError(f"{part!r} in the chain {text!r} is not a method; {rule}")
+    names = [str(keyword.arg) for keyword in call.keywords]
+    for name in names:
+        if names.count(name) > 1 or name == "method":
+            raise ValueError(f"{part!r} in the chain {text!r} gives {name} twice; keep one")
     return {"method": call.func.id, **{str(k.arg): _literal(k.value, part) for k in call.keywords}}
 
 
