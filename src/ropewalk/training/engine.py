@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+GLOO_THREADS_REST = 0.1  # seconds; they need microseconds, a loaded machine may not give them a core at once
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,21 @@ def _join(deepspeed: Any, device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(end_processes)
+
+
+def end_processes() -> None:
+    """Leave the process group and let its threads come to rest; called at exit.
+
+    A gloo thread lets go of a collective's tensors a moment after the collective is done, and takes the interpreter's
+    lock for that. If the interpreter is ending by then, Python ends the thread inside a C++ destructor and the process
+    aborts with "terminate called without an active exception". Destroying the group would join the threads, but
+    DeepSpeed's parameters keep it alive; sleeping leaves them the lock, and without a collective they never want it
+    again.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(GLOO_THREADS_REST)
 
 
 def import_deepspeed(device: str) -> Any:
