@@ -26,7 +26,7 @@ from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-GLOO_THREADS_REST = 0.1  # seconds; they need microseconds, a loaded machine may not give them a core at once
+GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
 
 
 @dataclass(frozen=True)
