@@ -117,6 +117,34 @@ def _sample_bytes(dataset):
     return [data[a:b] for a, b in pairwise(offsets)]
 
 
+def test_loss_masks_go_there_and_back(tmp_path, fixture_tokenizer):
+    random = np.random.default_rng(2)
+    masked = [{**s, "mask": random.integers(0, 2, s["length"]).astype(np.uint8)} for s in samples("chat", 11, 2)]
+    write_mds(tmp_path / "chat", masked)
+    ours = composed("convert_mds", f"root={tmp_path}", "++sources={chat: chat}", f"output={tmp_path / 'store'}",
+                    "sequence_length=72", f"tokenizer={fixture_tokenizer}", "workers=1")  # fmt: skip
+    store = PackedStore(convert(ours))
+    store.verify()
+    for index, sample in enumerate(masked):
+        found = store.read("chat", index)
+        length = len(sample["input_ids"])
+        assert found.loss_mask[:length].tolist() == sample["mask"].astype(bool).tolist()
+        assert not found.loss_mask[length:].any()
+        starts = [start for start, _ in sample["indices"]]
+        assert store.trained_tokens("chat", index) == sum(sample["mask"]) - sum(sample["mask"][starts])
+    convert(composed("convert_mds", "format=mds", f"store={tmp_path / 'store'}", f"output={tmp_path / 'back'}"))
+    for back, sample in zip(open_mds(tmp_path / "back" / "chat"), masked, strict=True):
+        assert back["mask"].tolist() == sample["mask"].tolist()
+        assert back["mask"].dtype == np.uint8
+
+
+def test_the_official_writers_masks_are_read():
+    """Its fixture: every second token is masked out, from the second on; the pieces end at 30 and 64."""
+    sequence = packed_sequence(open_mds(FIXTURES / "pickled")[0], 72)
+    assert sequence.loss_mask.tolist() == [place % 2 == 0 and place < 64 for place in range(72)]
+    assert sequence.trained_tokens == 32 - 2
+
+
 @pytest.mark.parametrize(("sample", "message"), [
     ({"input_ids": np.arange(65)}, r"shape \(65,\) must be one row of 1 to 64 integers"),
     ({"input_ids": np.zeros((2, 3), int)}, r"shape \(2, 3\)"), ({"input_ids": np.zeros(3)}, "integers"),
@@ -126,6 +154,7 @@ def _sample_bytes(dataset):
     ({"input_ids": np.arange(4), "indices": [[0, 2], [3, 4]]}, "do not follow"),
     ({"input_ids": np.arange(4), "indices": [[0, 2], [2, 2], [2, 4]]}, "do not follow"),
     ({"input_ids": np.arange(4), "indices": []}, "do not follow"),
+    ({"input_ids": np.arange(4), "mask": np.ones(3)}, r"mask of shape \(3,\) must have an entry for each of the 4"),
 ])  # fmt: skip
 def test_a_sample_that_does_not_fit_is_refused(sample, message):
     with pytest.raises(ValueError, match=message):
@@ -146,8 +175,6 @@ def test_mistakes_are_named_before_anything_is_written(sources, tmp_path, fixtur
     refused("sources is empty", "~sources")
     refused("has no index", "sources.books=nowhere")
     refused("format=zip is not known", "format=zip")
-    shutil.copytree(FIXTURES / "pickled", sources / "masked")
-    refused("has loss masks", "++sources.masked=masked")
     shutil.copytree(FIXTURES / "scalars", sources / "other")
     refused("has no column input_ids", "++sources.other=other")
 

@@ -90,13 +90,13 @@ def packed_sequence(sample: Mapping[str, Any], sequence_length: int) -> PackedSe
     """A sample with ProLong's columns as a sequence of the store.
 
     Args:
-        sample: ``input_ids``, and ``indices`` (n x 2, [start, end) of each document piece; without it the sequence is
-            one piece).
+        sample: ``input_ids``; ``indices`` (n x 2, [start, end) of each document piece; without it the sequence is one
+            piece); ``mask`` (0: the token is not trained; without it every token is).
         sequence_length: tokens; a shorter sample is padded.
 
     Raises:
-        ValueError: for a sample that is longer, has negative tokens, or pieces that do not follow each other from its
-            first token to its last.
+        ValueError: for a sample that is longer, has negative tokens, pieces that do not follow each other from its
+            first token to its last, or a mask of another length.
     """
     ids = np.asarray(sample["input_ids"])
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 1 <= len(ids) <= sequence_length:
@@ -108,7 +108,14 @@ def packed_sequence(sample: Mapping[str, Any], sequence_length: int) -> PackedSe
     ends = _ends(sample, len(ids))
     tokens = np.zeros(sequence_length, dtype=np.uint32)
     tokens[: len(ids)] = ids
-    return PackedSequence(tokens, ends)
+    if "mask" not in sample:
+        return PackedSequence(tokens, ends)
+    mask = np.asarray(sample["mask"])
+    if mask.shape != ids.shape:
+        raise ValueError(f"mask of shape {mask.shape} must have an entry for each of the {len(ids)} input_ids")
+    loss_mask = np.zeros(sequence_length, dtype=np.bool_)
+    loss_mask[: len(ids)] = mask != 0
+    return PackedSequence(tokens, ends, loss_mask)
 
 
 def _ends(sample: Mapping[str, Any], tokens: int) -> NDArray[np.int32]:
@@ -148,7 +155,10 @@ def _samples(store: PackedStore, domain: str, sequences: int) -> Iterator[dict[s
         ends = sequence.ends.astype(np.uint32)
         starts = np.concatenate([np.zeros(1, np.uint32), ends[:-1]])
         ids = sequence.tokens[: ends[-1]]
-        yield {"input_ids": ids, "indices": np.stack([starts, ends], 1), "length": len(ids), "domain": domain}
+        sample = {"input_ids": ids, "indices": np.stack([starts, ends], 1), "length": len(ids), "domain": domain}
+        if sequence.loss_mask is not None:
+            sample["mask"] = sequence.loss_mask[: ends[-1]].astype(np.uint8)
+        yield sample
 
 
 def _open_sources(config: ConvertConfig) -> dict[str, MdsDataset]:
@@ -161,11 +171,6 @@ def _open_sources(config: ConvertConfig) -> dict[str, MdsDataset]:
         dataset = opened[name] = open_mds(Path(config.root) / directory, verify=config.verify)
         if "input_ids" not in dataset.columns:
             raise ValueError(f"{dataset.root} has no column input_ids; it has: {', '.join(dataset.columns)}")
-        if "mask" in dataset.columns:
-            raise ValueError(
-                f"{dataset.root} has loss masks (mask), which the packed store cannot hold yet; leave sources.{name} "
-                "out"
-            )
     return opened
 
 

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from ropewalk.data.hashing import canonical_json, sha256_text
 from ropewalk.files import inside
 
 FORMAT = "ropewalk-packed"
-VERSION = 1
+VERSION = 2  # 1 had no loss masks, no sources, and uint32 tokens always
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
@@ -28,9 +31,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Shard(StoredFile):
-    """A file of whole sequences of uint32 tokens, little endian."""
+    """A file of whole sequences of tokens, little endian, of the manifest's ``token_dtype``.
+
+    Attributes:
+        sequences: how many.
+        mask: a file of their loss masks, a row of ``ceil(sequence_length / 8)`` bytes each, most significant bit
+            first; 1: the token is trained. None: every token is.
+    """
 
     sequences: int
+    mask: StoredFile | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,12 @@ class DomainInfo:
         sequences: sequences of the store's length.
         documents: pieces of documents in them.
         tokens: tokens without padding.
-        trained_tokens: tokens that are predicted: all but the first of each piece.
+        trained_tokens: tokens that are predicted: all but the first of each piece, without those masked out.
         padding: tokens after the last piece of a sequence.
         shards: the token files, in order.
         offsets: int64 .npy (sequences + 1,), where each sequence's pieces start in ``ends``.
         ends: int32 .npy (documents,), where each piece ends in its sequence.
+        trained: int32 .npy (sequences,), tokens that each sequence trains; None where there are no loss masks.
     """
 
     sequences: int
@@ -56,25 +67,47 @@ class DomainInfo:
     shards: tuple[Shard, ...]
     offsets: StoredFile
     ends: StoredFile
+    trained: StoredFile | None = None
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
         """Every file of the domain."""
-        return (*self.shards, self.offsets, self.ends)
+        masks = [shard.mask for shard in self.shards if shard.mask is not None]
+        return (*self.shards, *masks, self.offsets, self.ends, *([self.trained] if self.trained else []))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json, beside its fingerprint."""
+    """The content of manifest.json, beside its fingerprint.
+
+    Attributes:
+        sequence_length: tokens of every sequence.
+        tokenizer: see describe_tokenizer.
+        domains: name -> what it holds.
+        accounting: domain -> what became of its tokens.
+        sources: what the documents were read from, as prepare.py describes it; None: not known.
+        token_dtype: of the token files: ``<u2`` or ``<u4``.
+        version: of the format.
+    """
 
     sequence_length: int
     tokenizer: dict[str, Any]
     domains: dict[str, DomainInfo]
     accounting: dict[str, Any]
+    sources: list[dict[str, Any]] | None = None
+    token_dtype: str = "<u4"
+    version: int = VERSION
 
     def content(self) -> dict[str, Any]:
         """The canonical content: what the fingerprint is taken of."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        content = {"format": FORMAT, **asdict(self)}
+        if self.version == 1:
+            del content["token_dtype"]
+        for domain in content["domains"].values():
+            for entry, key in ((domain, "trained"), *((shard, "mask") for shard in domain["shards"])):
+                if entry[key] is None:
+                    del entry[key]
+        return content if self.sources is not None else {k: v for k, v in content.items() if k != "sources"}
 
     @property
     def fingerprint(self) -> str:
@@ -103,8 +136,10 @@ def read_manifest(root: Path) -> Manifest:
         raise ValueError(f"{path} is torn: {error}; {mend}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of a packed store (format is not {FORMAT!r}); {mend}")
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path} has version {content.get('version')}, this code reads {VERSION}; {mend}")
+    if content.get("version") not in READABLE:
+        raise ValueError(
+            f"{path} has version {content.get('version')}, this code reads {' and '.join(map(str, READABLE))}; {mend}"
+        )
     try:
         manifest = _parse(content)
     except (KeyError, TypeError) as error:
@@ -117,10 +152,31 @@ def read_manifest(root: Path) -> Manifest:
 def _parse(content: dict[str, Any]) -> Manifest:
     domains = {}
     for name, entry in content["domains"].items():
-        files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends")}
-        shards = tuple(Shard(**shard) for shard in entry["shards"])
+        files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends", "trained") if key in entry}
+        shards = tuple(map(parse_shard, entry["shards"]))
         domains[check_domain_name(name)] = DomainInfo(**{**entry, **files, "shards": shards})
-    return Manifest(content["sequence_length"], content["tokenizer"], domains, content["accounting"])
+    token_dtype = content["token_dtype"] if content["version"] > 1 else "<u4"
+    if token_dtype not in ("<u2", "<u4"):
+        raise TypeError("'token_dtype'")
+    return Manifest(
+        content["sequence_length"],
+        content["tokenizer"],
+        domains,
+        content["accounting"],
+        content.get("sources"),
+        token_dtype,
+        content["version"],
+    )
+
+
+def parse_shard(entry: dict[str, Any]) -> Shard:
+    """A shard as JSON has it."""
+    return Shard(**{**entry, "mask": StoredFile(**entry["mask"]) if entry.get("mask") else None})
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type, little endian, that holds every token: uint16 up to 65,536 entries, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def check_domain_name(name: str) -> str:

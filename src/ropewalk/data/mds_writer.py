@@ -17,6 +17,7 @@ from ropewalk.files import fsync_path, write_atomically
 SHARD_BYTES = 2**26
 # In the order of their bytes, which is that of their names.
 COLUMNS = {"domain": "str", "indices": "ndarray:uint32", "input_ids": "ndarray:uint32", "length": "int"}
+MASKED_COLUMNS = {**COLUMNS, "mask": "ndarray:uint8"}
 _SHAPE_WIDTHS = ((2**8, 0, "u1"), (2**16, 1, "<u2"), (2**32, 2, "<u4"))
 
 
@@ -25,27 +26,31 @@ def write_mds(directory: Path, samples: Iterable[Mapping[str, Any]]) -> None:
 
     Args:
         directory: what an unfinished writing left there is replaced.
-        samples: ``input_ids`` uint32 (n,), ``indices`` uint32 (pieces, 2), ``length``, ``domain``.
+        samples: ``input_ids`` uint32 (n,), ``indices`` uint32 (pieces, 2), ``length``, ``domain``, and
+            in all or none ``mask`` uint8 (n,).
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     shards: list[dict[str, Any]] = []
     encoded: list[bytes] = []
+    columns = COLUMNS
     size = 0
-    for sample in samples:
-        data = _encode(sample)
+    for place, sample in enumerate(samples):
+        if place == 0 and "mask" in sample:
+            columns = MASKED_COLUMNS
+        data = _encode(sample, columns)
         if encoded and size + len(data) + 4 > SHARD_BYTES:
-            shards.append(_write_shard(directory, len(shards), encoded))
+            shards.append(_write_shard(directory, len(shards), encoded, columns))
             encoded, size = [], 0
         encoded.append(data)
         size += len(data) + 4
     if encoded:
-        shards.append(_write_shard(directory, len(shards), encoded))
+        shards.append(_write_shard(directory, len(shards), encoded, columns))
     fsync_path(directory)
     write_atomically(directory / INDEX, json.dumps({"shards": shards, "version": 2}) + "\n")
 
 
-def _encode(sample: Mapping[str, Any]) -> bytes:
+def _encode(sample: Mapping[str, Any], columns: Mapping[str, str]) -> bytes:
     """Sizes of the columns that vary, then the values."""
     values = {
         "domain": str(sample["domain"]).encode(),
@@ -53,7 +58,9 @@ def _encode(sample: Mapping[str, Any]) -> bytes:
         "input_ids": _array(np.asarray(sample["input_ids"], "<u4")),
         "length": np.int64(sample["length"]).tobytes(),
     }
-    sizes = [np.uint32(len(values[name])).tobytes() for name in COLUMNS if name != "length"]
+    if "mask" in columns:
+        values["mask"] = _array(np.asarray(sample["mask"], np.uint8))
+    sizes = [np.uint32(len(values[name])).tobytes() for name in columns if name != "length"]
     return b"".join([*sizes, *values.values()])
 
 
@@ -63,11 +70,11 @@ def _array(array: np.ndarray) -> bytes:
     return bytes([array.ndim << 2 | width]) + np.array(array.shape, dtype).tobytes() + array.tobytes()
 
 
-def _write_shard(directory: Path, number: int, encoded: list[bytes]) -> dict[str, Any]:
+def _write_shard(directory: Path, number: int, encoded: list[bytes], columns: Mapping[str, str]) -> dict[str, Any]:
     settings = {
-        "column_encodings": list(COLUMNS.values()),
-        "column_names": list(COLUMNS),
-        "column_sizes": [8 if name == "length" else None for name in COLUMNS],
+        "column_encodings": list(columns.values()),
+        "column_names": list(columns),
+        "column_sizes": [8 if name == "length" else None for name in columns],
         "compression": None,
         "format": "mds",
         "hashes": ["sha256"],

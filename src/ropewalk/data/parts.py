@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.manifest import DomainInfo, Shard, StoredFile, check_domain_name
-from ropewalk.data.store import TOKEN_DTYPE, PackedSequence
+from ropewalk.data.manifest import DomainInfo, Shard, StoredFile, check_domain_name, parse_shard, token_dtype
+from ropewalk.data.store import PackedSequence
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
 
@@ -27,11 +29,40 @@ class Part:
         shard: the file as the manifest will name it.
         pieces: document pieces of each sequence.
         ends: where each piece ends in its sequence, those of all sequences in order.
+        trained: tokens that each sequence trains.
     """
 
     shard: Shard
     pieces: list[int]
     ends: list[int]
+    trained: list[int]
+
+
+class HashedFile:
+    """A file of a store while it is written: hashed as it grows, on the disk when closed."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        """Replace ``root / name``."""
+        self._path, self._name = root / name, name
+        self._file = self._path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        fsync_path(self._path)
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        self._file.write(data)
+        self._digest.update(data)
+
+    @property
+    def stored(self) -> StoredFile:
+        """The file as a manifest names it, once it is closed."""
+        return StoredFile(self._name, self._path.stat().st_size, self._digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -57,47 +88,68 @@ class PartWriter:
         """Write part ``number``; a file of that name is replaced.
 
         Raises:
-            ValueError: for a sequence of another length, boundaries that do not increase, or a token outside the
-                vocabulary.
+            ValueError: for a sequence of another length, boundaries that do not increase, a token outside the
+                vocabulary, or a loss mask where the first sequence has none (or the other way round).
         """
-        path = self.root / self.domain / f"tokens-{number:05d}.bin"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest, pieces, ends = hashlib.sha256(), [], []
-        with path.open("wb") as file:
+        name = f"{self.domain}/tokens-{number:05d}.bin"
+        (self.root / self.domain).mkdir(parents=True, exist_ok=True)
+        pieces: list[int] = []
+        ends: list[int] = []
+        trained: list[int] = []
+        masks: HashedFile | None = None
+        with HashedFile(self.root, name) as tokens, ExitStack() as stack:
             for place, sequence in enumerate(sequences):
-                data = self._checked(sequence, f"sequence {place} of {self.domain}/{path.name}").tobytes()
-                file.write(data)
-                digest.update(data)
+                where = f"sequence {place} of {name}"
+                tokens.write(self._checked(sequence, where).tobytes())
+                if place == 0 and sequence.loss_mask is not None:
+                    masks = stack.enter_context(HashedFile(self.root, name.replace("/tokens-", "/mask-")))
+                if (sequence.loss_mask is not None) != (masks is not None):
+                    raise ValueError(f"{where} and the first one do not both have a loss mask; give it to all or none")
+                if masks is not None and sequence.loss_mask is not None:
+                    masks.write(self._packed_mask(sequence.loss_mask, where))
                 pieces.append(len(sequence.ends))
                 ends += sequence.ends.tolist()
-        fsync_path(path)
-        shard = Shard(f"{self.domain}/{path.name}", path.stat().st_size, digest.hexdigest(), len(pieces))
-        return Part(shard, pieces, ends)
+                trained.append(sequence.trained_tokens)
+        shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=masks.stored if masks else None)
+        return Part(shard, pieces, ends, trained)
 
     def record(self, number: int, part: Part) -> None:
         """Say on disk that part ``number`` is whole."""
         write_atomically(self._record(number), json.dumps(asdict(part)) + "\n")
 
     def finished(self, number: int) -> Part | None:
-        """Part ``number`` where its record says that it is whole and its file still has its size."""
+        """Part ``number`` where its record says that it is whole and its files still have their sizes."""
         record = self._record(number)
         if not record.is_file():
             return None
         content = json.loads(record.read_text(encoding="utf-8"))
-        shard = Shard(**content["shard"])
-        file = self.root / shard.file
-        if not file.is_file() or file.stat().st_size != shard.bytes:
-            return None
-        return Part(shard, content["pieces"], content["ends"])
+        shard = parse_shard(content["shard"])
+        for stored in (shard, *([shard.mask] if shard.mask else [])):
+            file = self.root / stored.file
+            if not file.is_file() or file.stat().st_size != stored.bytes:
+                return None
+        return Part(**{**content, "shard": shard})
 
     def assemble(self, parts: Sequence[Part]) -> DomainInfo:
-        """The index files of the domain and its entry in the manifest; records of parts are removed."""
+        """The index files of the domain and its entry in the manifest; records and empty parts are removed.
+
+        Raises:
+            ValueError: where some parts have loss masks and some have none.
+        """
         directory = self.root / self.domain
         directory.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            if not part.shard.sequences:
+                (self.root / part.shard.file).unlink(missing_ok=True)
+        parts = [part for part in parts if part.shard.sequences]
+        masked = {part.shard.mask is not None for part in parts}
+        if len(masked) > 1:
+            raise ValueError(f"some sequences of {self.domain} have loss masks, some have none; make two domains of it")
         pieces = np.array([count for part in parts for count in part.pieces], dtype=np.int64)
         ends = np.array([end for part in parts for end in part.ends], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(pieces)])
         tokens = int(ends[offsets[1:] - 1].sum())
+        trained = np.array([count for part in parts for count in part.trained], dtype="<i4")
         stored = self._save("offsets.npy", offsets.astype("<i8")), self._save("ends.npy", ends.astype("<i4"))
         for record in directory.glob("part-*.json"):
             record.unlink()
@@ -106,17 +158,25 @@ class PartWriter:
             sequences=len(pieces),
             documents=len(ends),
             tokens=tokens,
-            trained_tokens=tokens - len(ends),
+            trained_tokens=int(trained.sum(dtype=np.int64)),
             padding=len(pieces) * self.sequence_length - tokens,
             shards=tuple(part.shard for part in parts),
             offsets=stored[0],
             ends=stored[1],
+            trained=self._save("trained.npy", trained) if True in masked else None,
         )
 
     def _record(self, number: int) -> Path:
         return self.root / self.domain / f"part-{number:05d}.json"
 
-    def _checked(self, sequence: PackedSequence, where: str) -> NDArray[np.uint32]:
+    def _packed_mask(self, mask: NDArray[np.bool_], where: str) -> bytes:
+        if mask.shape != (self.sequence_length,) or mask.dtype != np.bool_:
+            raise ValueError(
+                f"{where} has a loss mask of {mask.dtype} {mask.shape}; give it bool ({self.sequence_length},)"
+            )
+        return np.packbits(mask).tobytes()
+
+    def _checked(self, sequence: PackedSequence, where: str) -> NDArray[Any]:
         """The tokens as they are written."""
         tokens, ends = sequence.tokens, sequence.ends
         if tokens.shape != (self.sequence_length,):
@@ -127,7 +187,7 @@ class PartWriter:
             )
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise ValueError(f"{where} has token {largest}, the tokenizer has {self.vocab_size}; use its own tokenizer")
-        return tokens.astype(TOKEN_DTYPE, copy=False)
+        return tokens.astype(token_dtype(self.vocab_size), copy=False)
 
     def _save(self, name: str, array: NDArray[np.generic]) -> StoredFile:
         path = self.root / self.domain / name

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,6 @@ from numpy.typing import NDArray
 from ropewalk.data.hashing import sha256_directory
 from ropewalk.data.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
 from ropewalk.files import sha256_of
-
-TOKEN_DTYPE = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,23 @@ class PackedSequence:
     Attributes:
         tokens: uint32 (sequence_length,).
         ends: int32 (n_documents,), where each piece ends; tokens after the last end are padding.
+        loss_mask: bool (sequence_length,), False where a token must not be predicted; None: all are. The first
+            token of a piece is never predicted, whatever its mask.
     """
 
     tokens: NDArray[np.uint32]
     ends: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_] | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that are predicted: of each piece all but the first, without those masked out."""
+        if not len(self.ends):
+            return 0
+        if self.loss_mask is None:
+            return int(self.ends[-1]) - len(self.ends)
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return int(self.loss_mask[: self.ends[-1]].sum()) - int(self.loss_mask[starts].sum())
 
 
 class PackedStore:
@@ -86,10 +98,18 @@ class PackedStore:
         """
         return self._domain(domain).read(index)
 
+    @property
+    def sources(self) -> list[dict[str, object]] | None:
+        """What the documents were read from; None where it is not known."""
+        return self._manifest.sources
+
+    def has_loss_masks(self, domain: str) -> bool:
+        """Whether the sequences of ``domain`` have loss masks."""
+        return self.domains[domain].trained is not None
+
     def trained_tokens(self, domain: str, index: int) -> int:
-        """Tokens that a sequence trains: of each piece all but the first. Reads the index, no token."""
-        ends = self._domain(domain).piece_ends(index)
-        return int(ends[-1]) - len(ends) if len(ends) else 0
+        """Tokens that a sequence trains; see PackedSequence.trained_tokens. Reads the index, no token."""
+        return self._domain(domain).trained_tokens(index)
 
     def piece_lengths(self, domain: str) -> NDArray[np.int64]:
         """Tokens of every document piece of a domain, int64 (documents,), in order. Reads the index, no token."""
@@ -115,7 +135,8 @@ class PackedStore:
         if name not in self._domains:
             if name not in self.domains:
                 raise ValueError(f"{self.root} has no domain {name!r}; it has: {', '.join(sorted(self.domains))}")
-            self._domains[name] = _Domain(self.root, self.domains[name], self.sequence_length)
+            dtype = np.dtype(self._manifest.token_dtype)
+            self._domains[name] = _Domain(self.root, self.domains[name], self.sequence_length, dtype)
         return self._domains[name]
 
     def _check_size(self, stored: StoredFile) -> None:
@@ -126,15 +147,22 @@ class PackedStore:
             raise ValueError(f"{path} {found}, its manifest says {stored.bytes}; copy or write the store again")
 
 
+def mask_bytes(sequence_length: int) -> int:
+    """Bytes of a stored loss mask: one bit a token."""
+    return (sequence_length + 7) // 8
+
+
 class _Domain:
     """The mapped files of one domain."""
 
-    def __init__(self, root: Path, info: DomainInfo, sequence_length: int) -> None:
+    def __init__(self, root: Path, info: DomainInfo, sequence_length: int, dtype: np.dtype[Any]) -> None:
         self._root = root
+        self._dtype = dtype
         self._info = info
         self._length = sequence_length
         self._first = list(accumulate((shard.sequences for shard in info.shards), initial=0))
-        self._shards: dict[int, NDArray[np.uint32]] = {}
+        self._shards: dict[int, NDArray[Any]] = {}
+        self._masks: dict[int, NDArray[np.uint8]] = {}
 
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
@@ -144,6 +172,18 @@ class _Domain:
     def _ends(self) -> NDArray[np.int32]:
         return np.load(stored_path(self._root, self._info.ends.file), mmap_mode="r", allow_pickle=False)
 
+    @cached_property
+    def _trained(self) -> NDArray[np.int32] | None:
+        if self._info.trained is None:
+            return None
+        return np.load(stored_path(self._root, self._info.trained.file), mmap_mode="r", allow_pickle=False)
+
+    def trained_tokens(self, index: int) -> int:
+        ends = self.piece_ends(index)
+        if self._trained is not None:
+            return int(self._trained[index])
+        return int(ends[-1]) - len(ends) if len(ends) else 0
+
     def piece_ends(self, index: int) -> NDArray[np.int32]:
         self._check_index(index)
         return self._ends[self._offsets[index] : self._offsets[index + 1]]
@@ -151,12 +191,20 @@ class _Domain:
     def read(self, index: int) -> PackedSequence:
         self._check_index(index)
         number = bisect_right(self._first, index) - 1
+        shard, row = self._info.shards[number], index - self._first[number]
         if number not in self._shards:
-            shard = self._info.shards[number]
-            shape = (shard.sequences, self._length)
-            self._shards[number] = np.memmap(stored_path(self._root, shard.file), TOKEN_DTYPE, mode="r", shape=shape)
-        tokens = self._shards[number][index - self._first[number]]
-        return PackedSequence(np.array(tokens, dtype=np.uint32), np.array(self.piece_ends(index)))
+            self._shards[number] = self._map(shard.file, self._dtype, (shard.sequences, self._length))
+            if shard.mask is not None:
+                row_bytes = mask_bytes(self._length)
+                self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), (shard.sequences, row_bytes))
+        mask = None
+        if number in self._masks:
+            mask = np.unpackbits(self._masks[number][row], count=self._length).view(np.bool_)
+        tokens = self._shards[number][row]
+        return PackedSequence(np.array(tokens, dtype=np.uint32), np.array(self.piece_ends(index)), mask)
+
+    def _map(self, file: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
+        return np.memmap(stored_path(self._root, file), dtype, mode="r", shape=shape)
 
     def piece_lengths(self) -> NDArray[np.int64]:
         offsets, ends = np.asarray(self._offsets), np.asarray(self._ends).astype(np.int64)
@@ -175,6 +223,7 @@ class _Domain:
             and bool(np.all(np.diff(offsets) >= 0))
             and bool(np.all(self.piece_lengths() > 0))
             and bool(np.all(ends <= self._length))
+            and (self._trained is None or int(self._trained.sum()) == self._info.trained_tokens)
         )
         if not whole:
             file = self._root / self._info.ends.file

@@ -9,9 +9,9 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from ropewalk.data.manifest import MANIFEST, TOKENIZER, DomainInfo, Manifest
+from ropewalk.data.manifest import MANIFEST, TOKENIZER, DomainInfo, Manifest, token_dtype
 from ropewalk.data.parts import Part, PartWriter
-from ropewalk.data.store import TOKEN_DTYPE, PackedSequence, PackedStore
+from ropewalk.data.store import PackedSequence, PackedStore
 from ropewalk.data.tokenizer import describe_tokenizer
 from ropewalk.files import fsync_path, write_atomically
 
@@ -68,7 +68,7 @@ def write_store(
     for name, sequences in domains.items():
         writer = PartWriter(root, name, sequence_length, tokenizer["vocab_size"])
         shutil.rmtree(root / name, ignore_errors=True)
-        per_part = max(1, shard_bytes // (sequence_length * TOKEN_DTYPE.itemsize))
+        per_part = max(1, shard_bytes // (sequence_length * token_dtype(tokenizer["vocab_size"]).itemsize))
         written[name] = writer.assemble(list(_parts(writer, iter(sequences), per_part)))
     return commit_store(root, sequence_length, tokenizer, written, accounting)
 
@@ -79,8 +79,17 @@ def commit_store(
     tokenizer: dict[str, Any],
     domains: Mapping[str, DomainInfo],
     accounting: Mapping[str, Accounting],
+    sources: list[dict[str, Any]] | None = None,
 ) -> PackedStore:
     """Write the manifest, last, so that the directory is a store.
+
+    Args:
+        root: directory of the store; its token and index files are there.
+        sequence_length: tokens of every sequence.
+        tokenizer: see describe_tokenizer.
+        domains: name -> its files.
+        accounting: name -> what became of its tokens.
+        sources: what the documents were read from.
 
     Raises:
         ValueError: for no sequences at all, or accounting that does not add up.
@@ -89,7 +98,14 @@ def commit_store(
         _check_accounting(name, accounting[name], info.tokens)
     if not any(info.sequences for info in domains.values()):
         raise ValueError(f"{root} would hold no sequence of {sequence_length} tokens; give it documents")
-    manifest = Manifest(sequence_length, tokenizer, dict(domains), {name: asdict(accounting[name]) for name in domains})
+    manifest = Manifest(
+        sequence_length,
+        tokenizer,
+        dict(domains),
+        {name: asdict(accounting[name]) for name in domains},
+        sources,
+        token_dtype(tokenizer["vocab_size"]).str,
+    )
     fsync_path(root)
     write_atomically(root / MANIFEST, manifest.to_json())
     fsync_path(root.parent)
