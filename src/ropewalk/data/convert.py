@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.mds import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds_writer import write_mds
 from ropewalk.data.parts import Part, PartWriter
+from ropewalk.data.pool import in_processes
 from ropewalk.data.store import PackedSequence, PackedStore
 from ropewalk.data.tokenizer import load_tokenizer
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
@@ -65,15 +64,10 @@ def to_packed(config: ConvertConfig) -> Path:
             else:
                 parts[name, number] = done
     print(f"{root}: {len(todo)} shards to convert, {len(parts)} finished before", flush=True)
-    with ProcessPoolExecutor(min(config.workers or os.cpu_count() or 1, max(len(todo), 1))) as pool:
-        running = {pool.submit(_convert_shard, *work): (work[0].domain, work[2]) for work in todo}
-        for count, future in enumerate(as_completed(running), start=1):
-            name, number = running[future]
-            if error := future.exception():
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(f"sources.{name}: {error}") from error
-            parts[name, number] = future.result()
-            print(f"{name}, shard {number}: {count} of {len(todo)}", flush=True)
+    for count, (place, part) in enumerate(in_processes(_convert_shard, todo, config.workers), start=1):
+        writer, _, number = todo[place]
+        parts[writer.domain, number] = part
+        print(f"{writer.domain}, shard {number}: {count} of {len(todo)}", flush=True)
     domains = {
         name: writer.assemble([parts[name, number] for number in range(len(sources[name].shards))])
         for name, writer in writers.items()
@@ -224,6 +218,9 @@ def _convert_shard(writer: PartWriter, shard: MdsShard, number: int) -> Part:
             except ValueError as error:
                 raise ValueError(f"sample {place} of {shard.directory / shard.raw_data.basename}: {error}") from error
 
-    part = writer.write(number, sequences())
+    try:
+        part = writer.write(number, sequences())
+    except ValueError as error:
+        raise ValueError(f"sources.{writer.domain}: {error}") from error
     writer.record(number, part)
     return part

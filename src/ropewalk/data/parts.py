@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from ropewalk.data.manifest import DomainInfo, Shard, StoredFile, check_domain_name, parse_shard, token_dtype
 from ropewalk.data.store import PackedSequence
 from ropewalk.files import fsync_path, sha256_of, write_atomically
+
+COUNTS = ("pieces", "ends", "trained")
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Part:
     """
 
     shard: Shard
-    pieces: list[int]
-    ends: list[int]
-    trained: list[int]
+    pieces: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    trained: NDArray[np.int32]
 
 
 class HashedFile:
@@ -93,9 +96,7 @@ class PartWriter:
         """
         name = f"{self.domain}/tokens-{number:05d}.bin"
         (self.root / self.domain).mkdir(parents=True, exist_ok=True)
-        pieces: list[int] = []
-        ends: list[int] = []
-        trained: list[int] = []
+        pieces, ends, trained = array("i"), array("i"), array("i")
         masks: HashedFile | None = None
         with HashedFile(self.root, name) as tokens, ExitStack() as stack:
             for place, sequence in enumerate(sequences):
@@ -108,14 +109,15 @@ class PartWriter:
                 if masks is not None and sequence.loss_mask is not None:
                     masks.write(self._packed_mask(sequence.loss_mask, where))
                 pieces.append(len(sequence.ends))
-                ends += sequence.ends.tolist()
+                ends.extend(sequence.ends.tolist())
                 trained.append(sequence.trained_tokens)
         shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=masks.stored if masks else None)
-        return Part(shard, pieces, ends, trained)
+        return Part(shard, *(np.array(counts, dtype=np.int32) for counts in (pieces, ends, trained)))
 
     def record(self, number: int, part: Part) -> None:
         """Say on disk that part ``number`` is whole."""
-        write_atomically(self._record(number), json.dumps(asdict(part)) + "\n")
+        counts = {name: getattr(part, name).tolist() for name in COUNTS}
+        write_atomically(self._record(number), json.dumps({"shard": asdict(part.shard), **counts}) + "\n")
 
     def finished(self, number: int) -> Part | None:
         """Part ``number`` where its record says that it is whole and its files still have their sizes."""
@@ -128,7 +130,7 @@ class PartWriter:
             file = self.root / stored.file
             if not file.is_file() or file.stat().st_size != stored.bytes:
                 return None
-        return Part(**{**content, "shard": shard})
+        return Part(shard, *(np.array(content[name], dtype=np.int32) for name in COUNTS))
 
     def assemble(self, parts: Sequence[Part]) -> DomainInfo:
         """The index files of the domain and its entry in the manifest; records and empty parts are removed.
@@ -145,11 +147,10 @@ class PartWriter:
         masked = {part.shard.mask is not None for part in parts}
         if len(masked) > 1:
             raise ValueError(f"some sequences of {self.domain} have loss masks, some have none; make two domains of it")
-        pieces = np.array([count for part in parts for count in part.pieces], dtype=np.int64)
-        ends = np.array([end for part in parts for end in part.ends], dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(pieces)])
-        tokens = int(ends[offsets[1:] - 1].sum())
-        trained = np.array([count for part in parts for count in part.trained], dtype="<i4")
+        none = np.zeros(0, dtype=np.int32)
+        pieces, ends, trained = (np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in COUNTS)
+        offsets = np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)])
+        tokens = int(ends[offsets[1:] - 1].sum(dtype=np.int64))
         stored = self._save("offsets.npy", offsets.astype("<i8")), self._save("ends.npy", ends.astype("<i4"))
         for record in directory.glob("part-*.json"):
             record.unlink()
@@ -163,7 +164,7 @@ class PartWriter:
             shards=tuple(part.shard for part in parts),
             offsets=stored[0],
             ends=stored[1],
-            trained=self._save("trained.npy", trained) if True in masked else None,
+            trained=self._save("trained.npy", trained.astype("<i4")) if True in masked else None,
         )
 
     def _record(self, number: int) -> Path:

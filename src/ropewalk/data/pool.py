@@ -1,0 +1,43 @@
+"""Independent pieces of work in processes of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+def in_processes(
+    function: Callable[..., Result], works: Sequence[tuple[Any, ...]], workers: int | None
+) -> Iterator[tuple[int, Result]]:
+    """``function(*work)`` of each work, with its place in ``works``, in the order in which they finish.
+
+    Args:
+        function: of a module, so that a process finds it.
+        works: arguments, begun in this order.
+        workers: processes; 1: none but this one; None: one for each core.
+
+    Raises:
+        ValueError: the first one that a work raised; what has not begun is left.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(works))
+    if workers <= 1:
+        yield from ((place, function(*work)) for place, work in enumerate(works))
+        return
+    with ProcessPoolExecutor(workers, initializer=_alone) as pool:
+        running = {pool.submit(function, *work): place for place, work in enumerate(works)}
+        for future in as_completed(running):
+            try:
+                result = future.result()
+            except ValueError as error:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(str(error)) from error
+            yield running[future], result
+
+
+def _alone() -> None:
+    """One thread a process: the processes are as many as the cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
