@@ -22,8 +22,8 @@ def per_document_gradients(directory, store):
     """Every document by itself through stock transformers, token losses summed, divided by all trained tokens."""
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     total, count = torch.zeros(()), 0
-    for ref in Mixture(store, WEIGHTS, 0, GLOBAL_BATCH).batch(0):
-        sequence = store.read(ref.domain, ref.index)
+    for ref in Mixture(0, WEIGHTS, store, GLOBAL_BATCH).global_batch(0):
+        sequence = store.read(ref.domain, *ref.rows)
         start = 0
         for end in sequence.ends.tolist():
             ids = torch.from_numpy(sequence.tokens[start:end].astype(np.int64))[None]
@@ -73,7 +73,8 @@ def test_gradients_equal_each_document_alone(tmp_path, store_64, ranks):
 def test_label_counts_are_unequal(store_64):
     """What makes the test above able to fail: a mean of means would differ."""
     counts = {
-        store_64.trained_tokens(ref.domain, ref.index) for ref in Mixture(store_64, WEIGHTS, 0, GLOBAL_BATCH).batch(0)
+        store_64.trained_tokens(ref.domain, *ref.rows)
+        for ref in Mixture(0, WEIGHTS, store_64, GLOBAL_BATCH).global_batch(0)
     }
     assert len(counts) > 1
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ropewalk.data.balance import deal
 from ropewalk.data.mixture import Mixture, SequenceRef
-from ropewalk.data.store import PackedSequence, PackedStore
+from ropewalk.data.store import PackedSequence
 
 IGNORE_INDEX = -100
+PADDING = -1  # domain of the document that padding is
+
+
+class Reader(Protocol):
+    """A packed store or a joined one."""
+
+    @property
+    def domains(self) -> Mapping[str, object]:
+        """Domains by name; an id is a place among the sorted names."""
+
+    def read(self, domain: str, index: int, /) -> PackedSequence:
+        """One sequence."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +37,20 @@ class Batch:
     Attributes:
         input_ids: int64 (1, N).
         position_ids: int64 (1, N), from 0 in each document.
-        labels: int64 (1, N), already shifted: the next token of the same document, else -100.
+        labels: int64 (1, N), already shifted: the next token of the same document, else -100; -100 too where a loss
+            mask leaves the next token out.
         cu_seqlens: int32 (n_documents + 1,), document boundaries in the row; padding counts as a document.
+        max_seqlen: tokens of the longest document.
+        domain_ids: int32 (n_documents,), place of each document's domain among the
+            store's sorted names; -1: padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
+    max_seqlen: int
+    domain_ids: Tensor
 
     @property
     def trained_tokens(self) -> int:
@@ -37,53 +58,85 @@ class Batch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-def collate(sequences: Sequence[PackedSequence]) -> Batch:
+def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | None = None) -> Batch:
     """Flatten packed sequences into one row.
 
     Args:
         sequences: the micro batch; at least one.
+        domain_ids: of each sequence; None: all 0.
     """
-    tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
-    labels = np.full_like(tokens, IGNORE_INDEX)
-    bounds = [0]
-    for sequence in sequences:
-        first = bounds[-1]
-        ends = sequence.ends.astype(np.int64)
-        filled = int(ends[-1]) if len(ends) else 0
-        labels[first : first + max(filled - 1, 0)] = tokens[first + 1 : first + max(filled, 1)]
-        labels[first + ends - 1] = IGNORE_INDEX
-        bounds.extend((first + ends).tolist())
-        if filled < len(sequence.tokens):
-            bounds.append(first + len(sequence.tokens))
-    lengths = np.diff(bounds)
-    positions = np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths)
+    starts = np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)])
+    tokens, positions, labels = (np.empty(starts[-1], np.int64) for _ in range(3))
+    bounds, domains = [np.zeros(1, np.int64)], []
+    for number, sequence in enumerate(sequences):
+        here = slice(starts[number], starts[number + 1])
+        tokens[here] = sequence.tokens
+        _label(labels[here], tokens[here], sequence)
+        ends, padded = _ends(sequence)
+        _count(positions[here], ends)
+        bounds.append(starts[number] + ends)
+        domain = domain_ids[number] if domain_ids is not None else 0
+        domains += [domain] * (len(ends) - padded) + [PADDING] * padded
+    cu_seqlens = np.concatenate(bounds)
     return Batch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],
         labels=torch.from_numpy(labels)[None],
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        domain_ids=torch.tensor(domains, dtype=torch.int32),
     )
 
 
-def read_batch(store: PackedStore, refs: Sequence[SequenceRef]) -> Batch:
-    """Read and collate ``refs``."""
-    return collate([store.read(ref.domain, ref.index) for ref in refs])
+def _ends(sequence: PackedSequence) -> tuple[NDArray[np.int64], bool]:
+    """Where each document ends in the sequence, and whether the last of them is padding."""
+    ends, length = sequence.ends.astype(np.int64), len(sequence.tokens)
+    padded = not len(ends) or int(ends[-1]) < length
+    return (np.append(ends, length) if padded else ends), padded
+
+
+def _label(labels: NDArray[np.int64], tokens: NDArray[np.int64], sequence: PackedSequence) -> None:
+    """Write the labels of one sequence: the next token where it is trained."""
+    ends = sequence.ends
+    filled = int(ends[-1]) if len(ends) else 0
+    labels[max(filled - 1, 0) :] = IGNORE_INDEX
+    labels[: max(filled - 1, 0)] = tokens[1 : max(filled, 1)]
+    labels[ends - 1] = IGNORE_INDEX
+    mask = getattr(sequence, "loss_mask", None)
+    if mask is not None:
+        labels[:-1][~mask[1:]] = IGNORE_INDEX
+
+
+def _count(positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    """Write positions that begin at 0 after every end: ones, at each start one less what was reached, added up."""
+    positions[:] = 1
+    positions[0] = 0
+    positions[ends[:-1]] = 1 - np.diff(ends, prepend=0)[:-1]
+    np.cumsum(positions, out=positions)
+
+
+def read_batch(store: Reader, refs: Sequence[SequenceRef]) -> Batch:
+    """Read and collate ``refs``, the rows of each in order."""
+    places = {name: place for place, name in enumerate(sorted(store.domains))}
+    rows = [(ref.domain, row) for ref in refs for row in ref.rows]
+    return collate([store.read(*row) for row in rows], [places[domain] for domain, _ in rows])
 
 
 def rank_micro_batches(
     mixture: Mixture, step: int, rank: int, world_size: int, micro_batch_size: int
-) -> Iterator[list[SequenceRef]]:
-    """The micro batches of one rank: a contiguous share of the global batch of ``step``, in order.
+) -> list[list[SequenceRef]]:
+    """The micro batches of one rank in the global batch of ``step``, dealt by cost; see :func:`balance.deal`.
+
+    Args:
+        mixture: the order.
+        step: from 0.
+        rank: data-parallel rank; the ranks of one sequence-parallel group share theirs.
+        world_size: data-parallel ranks.
+        micro_batch_size: sequences of a micro batch.
 
     Raises:
         ValueError: where the global batch is not a multiple of ``world_size * micro_batch_size``.
     """
-    size = mixture.global_batch_size
-    if size % (world_size * micro_batch_size):
-        raise ValueError(
-            f"global_batch_size={size} is not a multiple of world size {world_size} x micro_batch_size "
-            f"{micro_batch_size} = {world_size * micro_batch_size}; change one of them"
-        )
-    share = size // world_size
-    mine = mixture.batch(step)[rank * share : (rank + 1) * share]
-    return (mine[start : start + micro_batch_size] for start in range(0, share, micro_batch_size))
+    refs = mixture.global_batch(step)
+    costs = [sum(mixture.store.attention_cost(ref.domain, row) for row in ref.rows) for ref in refs]
+    return [[refs[i] for i in slot[rank]] for slot in deal(costs, world_size, micro_batch_size)]

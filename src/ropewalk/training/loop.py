@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ropewalk.attention import Documents, attention_kernel
 from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
+from ropewalk.data.batches import Batch, Reader, rank_micro_batches, read_batch
 from ropewalk.model import count_parameters, training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint import load_checkpoint, resumable_step, save_checkpoint
@@ -45,12 +45,12 @@ def train(config: TrainConfig) -> None:
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
-    """The store and the order in which it is read.
+    """The store that the tokenizer is taken from, and the order in which it and any others are read.
 
     Raises:
-        ValueError: for a store of another sequence length, or a mixture that does not fit it.
+        ValueError: for a store of another sequence length or tokenizer, or a mixture that does not fit.
     """
-    data = config.data
+    data, trainer = config.data, config.trainer
     store = PackedStore(existing_directory("data.store", data.store, STORE_MEND))
     if store.sequence_length != data.sequence_length:
         raise ValueError(
@@ -59,7 +59,7 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
         )
     if data.verify:
         store.verify()
-    return store, Mixture(store, data.mixture, config.trainer.seed, config.trainer.global_batch_size)
+    return store, Mixture(trainer.seed, data.mixture, store, trainer.global_batch_size)
 
 
 def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scratch: bool) -> None:
@@ -124,7 +124,7 @@ def _run(
     with _profiler(trainer.profile_steps, run_dir, ranks) as profile:
         for step in range(start, last):
             seen = 0 if trainer.overfit_one_batch else step
-            batches = micro_batches(store, mixture, seen, ranks, config)
+            batches = micro_batches(mixture.store, mixture, seen, ranks, config)
             tokens = mixture.trained_tokens(seen)
             loss, grad_norm = take_step(engine, batches, tokens, learning_rate(step, trainer), ranks)
             observer.record(step + 1, loss, grad_norm, tokens)
@@ -139,13 +139,14 @@ def _run(
 
 
 def describe_order(mixture: Mixture, steps: int) -> str:
-    """How often each domain will have been gone through after ``steps``, and which domains are left out."""
+    """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
     epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
     unused = f"; not used: {', '.join(mixture.unused)}" if mixture.unused else ""
-    return f"epochs at step {steps}: {epochs}{unused}"
+    repeated = f"; run out and repeated: {', '.join(names)}" if (names := mixture.repeated(steps)) else ""
+    return f"epochs at step {steps}: {epochs}{repeated}{unused}"
 
 
-def micro_batches(store: PackedStore, mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
+def micro_batches(store: Reader, mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
     """This rank's part of the global batch of ``step``."""
     refs = rank_micro_batches(mixture, step, ranks.rank, ranks.world_size, config.trainer.micro_batch_size)
     return [read_batch(store, part) for part in refs]
