@@ -102,7 +102,7 @@ def _label(labels: NDArray[np.int64], tokens: NDArray[np.int64], sequence: Packe
     labels[max(filled - 1, 0) :] = IGNORE_INDEX
     labels[: max(filled - 1, 0)] = tokens[1 : max(filled, 1)]
     labels[ends - 1] = IGNORE_INDEX
-    mask = getattr(sequence, "loss_mask", None)
+    mask = sequence.loss_mask
     if mask is not None:
         labels[:-1][~mask[1:]] = IGNORE_INDEX
 
