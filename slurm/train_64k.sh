@@ -9,6 +9,8 @@
 #SBATCH --time=48:00:00
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@600
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
@@ -19,7 +21,10 @@ export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 export PATH="$PWD/.venv/bin:$PATH"
 
-# One task per GPU, started by srun itself: a signal then reaches the ranks. Submitted again, the run goes on from its
-# newest committed checkpoint.
+# One task per GPU, started by srun itself: a signal then reaches the ranks. Ten minutes before the time limit (USR1),
+# and on pre-emption (TERM), they save and leave with 75; the job goes back into the queue and on from there.
+code=0
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c \
-  'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train "$@"
+  'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train "$@" || code=$?
+[ "$code" -ne 75 ] || exec scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

@@ -5,7 +5,9 @@ Importing this module loads neither torch nor transformers, so composing a confi
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,7 @@ class TrainerConfig:
     resume: bool = True  # go on from the newest committed checkpoint of the run directory
     accept: list[str] = field(default_factory=list)  # contract entries allowed to differ on resume, by name
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
+    stop_before: str | None = None  # save and leave in time for this instant: seconds since 1970, or ISO 8601
     overfit_one_batch: bool = False  # every step sees step 0's batch
     profile_steps: int = 0  # steps recorded by torch.profiler into the run directory
 
@@ -380,6 +383,10 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
             "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
         )
+    if trainer.stop_before is not None and instant(trainer.stop_before) <= time.time():
+        raise ValueError(
+            f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"
+        )
     one_of("tracker.name", config.tracker.name, ("wandb", "none"))
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
     per_step = trainer.micro_batch_size * world_size
@@ -415,6 +422,21 @@ def _validate_chain(config: TrainConfig) -> None:
         pretrained_length=config.model.pretrained_length,
         trained_length=config.data.sequence_length,
     )
+
+
+def instant(value: str) -> float:
+    """``trainer.stop_before`` in seconds since 1970; a time without a zone is local.
+
+    Raises:
+        ValueError: for what is neither a number of seconds nor ISO 8601.
+    """
+    try:
+        return float(value) if value.replace(".", "", 1).isdigit() else datetime.fromisoformat(value).timestamp()
+    except ValueError as error:
+        raise ValueError(
+            f"trainer.stop_before={value} is no instant; give seconds since 1970 (on SLURM: $SLURM_JOB_END_TIME) or "
+            "ISO 8601 (2026-11-24T18:00:00)"
+        ) from error
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents, attention_kernel
-from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, require_device, validate_train
+from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, Reader, rank_micro_batches, read_batch
 from ropewalk.model import count_parameters, training_config
@@ -25,6 +25,7 @@ from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, st
 from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.retention import prune_checkpoints
 from ropewalk.training.schedule import learning_rate
+from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
 from ropewalk.training.tracker import open_tracker
 
 
@@ -34,6 +35,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         ValueError: for a configuration, store or checkpoint that does not fit, before a model is built.
         FloatingPointError: where the loss or its gradient is not finite; that step changes no weight and is not saved.
+        SystemExit: with EXIT_REQUEUE, saved, after SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
     """
     trainer = config.trainer
     require_device("trainer.device", trainer.device)
@@ -121,21 +123,61 @@ def _run(
         load_checkpoint(engine, checkpoint)
         restore_settings(engine, trainer)
         place_spectrum(engine)
-    with _profiler(trainer.profile_steps, run_dir, ranks) as profile:
-        for step in range(start, last):
-            seen = 0 if trainer.overfit_one_batch else step
-            batches = micro_batches(mixture.store, mixture, seen, ranks, config)
-            tokens = mixture.trained_tokens(seen)
-            loss, grad_norm = take_step(engine, batches, tokens, learning_rate(step, trainer), ranks)
-            observer.record(step + 1, loss, grad_norm, tokens)
-            if trainer.checkpoint_every and ((step + 1) % trainer.checkpoint_every == 0 or step + 1 == last):
-                with observer.clock_stopped():
-                    save_checkpoint(engine, run_dir, step + 1, agreed)
-                    if ranks.is_main:
-                        prune_checkpoints(run_dir, trainer.keep_last, trainer.keep_every)
-            if profile is not None:
-                profile.step()
+    saver = Saver(engine, config, agreed, observer, start, last)
+    with _profiler(trainer.profile_steps, run_dir, ranks) as profile, _stop_flag(config) as stop:
+        step = start
+        try:
+            for step in range(start, last):
+                seen = 0 if trainer.overfit_one_batch else step
+                batches = micro_batches(mixture.store, mixture, seen, ranks, config)
+                tokens = mixture.trained_tokens(seen)
+                loss, grad_norm = take_step(engine, batches, tokens, learning_rate(step, trainer), ranks, stop.check)
+                observer.record(step + 1, loss, grad_norm, tokens)
+                saver.after(step + 1)
+                if profile is not None:
+                    profile.step()
+        except StopRequested as reason:
+            saver.before_leaving(step, str(reason))
+            observer.finish()
+            stop.close()
+            raise SystemExit(EXIT_REQUEUE) from reason
     observer.finish()
+
+
+def _stop_flag(config: TrainConfig) -> StopFlag:
+    until = config.trainer.stop_before
+    return StopFlag(instant(until) if until else None, control_group(config.trainer.device))
+
+
+class Saver:
+    """When a checkpoint is written: every ``checkpoint_every`` steps, after the last one, and before leaving early."""
+
+    def __init__(
+        self, engine: Any, config: TrainConfig, agreed: dict[str, Any], observer: Observer, start: int, last: int
+    ) -> None:
+        self.engine, self.trainer, self.agreed = engine, config.trainer, agreed
+        self.run_dir, self.observer = Path(config.run_dir), observer
+        self.saved, self.last = start, last
+
+    def after(self, step: int) -> None:
+        """Save if it is time to, and delete what is not kept. Collective."""
+        every = self.trainer.checkpoint_every
+        if every and (step % every == 0 or step == self.last):
+            self._save(step)
+
+    def before_leaving(self, step: int, reason: str) -> None:
+        """Save the ``step`` steps that were finished, unless that is done or nothing is ever saved. Collective."""
+        if self.trainer.checkpoint_every and step > self.saved:
+            self._save(step)
+        kept = "saved" if self.trainer.checkpoint_every else "not saved, as trainer.checkpoint_every=null says"
+        _say(self.observer.ranks, f"{reason}: step {step} is {kept}; leaving with exit code {EXIT_REQUEUE}")
+
+    def _save(self, step: int) -> None:
+        with self.observer.clock_stopped():
+            save_checkpoint(self.engine, self.run_dir, step, self.agreed)
+            if self.observer.ranks.is_main:
+                prune_checkpoints(self.run_dir, self.trainer.keep_last, self.trainer.keep_every)
+        self.saved = step
 
 
 def describe_order(mixture: Mixture, steps: int) -> str:
@@ -152,8 +194,19 @@ def micro_batches(store: Reader, mixture: Mixture, step: int, ranks: Ranks, conf
     return [read_batch(store, part) for part in refs]
 
 
-def take_step(engine: Any, batches: list[Batch], global_tokens: int, lr: float, ranks: Ranks) -> tuple[float, float]:
-    """One optimizer step over this rank's micro batches.
+def no_boundary() -> None:
+    """What happens before a micro batch where nothing has been asked for."""
+
+
+def take_step(
+    engine: Any,
+    batches: list[Batch],
+    global_tokens: int,
+    lr: float,
+    ranks: Ranks,
+    boundary: Callable[[], None] = no_boundary,
+) -> tuple[float, float]:
+    """One optimizer step over this rank's micro batches; ``boundary`` is called before each and may raise.
 
     Returns:
         The loss of the global batch, nats per token, and the norm of its gradient before clipping.
@@ -163,7 +216,7 @@ def take_step(engine: Any, batches: list[Batch], global_tokens: int, lr: float, 
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    loss = accumulate(engine, batches, global_tokens, ranks)
+    loss = accumulate(engine, batches, global_tokens, ranks, boundary)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} at learning rate {lr:.3g}; the weights were left as they were")
     engine.step()
@@ -177,7 +230,9 @@ def take_step(engine: Any, batches: list[Batch], global_tokens: int, lr: float, 
     return loss, grad_norm
 
 
-def accumulate(engine: Any, batches: list[Batch], global_tokens: int, ranks: Ranks) -> float:
+def accumulate(
+    engine: Any, batches: list[Batch], global_tokens: int, ranks: Ranks, boundary: Callable[[], None] = no_boundary
+) -> float:
     """Forward and backward of every micro batch; returns the loss of the global batch. Collective.
 
     Each micro batch's summed loss is divided by the trained tokens of the whole step, so every token of it weighs the
@@ -185,6 +240,7 @@ def accumulate(engine: Any, batches: list[Batch], global_tokens: int, ranks: Ran
     """
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(batches, 1):
+        boundary()
         summed = engine(**_on_device(batch, ranks.device))
         engine.backward(summed * (ranks.world_size / global_tokens), scale_wrt_gas=False)
         total += summed.detach()

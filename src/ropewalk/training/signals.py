@@ -1,0 +1,99 @@
+"""Leaving in good order: signals and the time limit set a flag, and all ranks agree on it before they act."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved, not finished; the same command goes on
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+TIME_LIMIT = 1 << 10  # beyond every signal number
+
+
+class StopRequested(Exception):
+    """All ranks have agreed to save and leave; the unfinished step is given up, and the order replays it."""
+
+
+class StopFlag:
+    """SIGTERM, SIGUSR1, SIGUSR2 and ``trainer.stop_before``, as one flag that all ranks share.
+
+    A second signal ends the process at once with 128 + its number. Python runs a handler only between two bytecodes of
+    the main thread, which may sit in a collective that never ends, so a thread of its own reads the signals from the
+    wakeup descriptor. Use as a context manager, in the main thread: the handlers from before come back on leaving.
+    """
+
+    def __init__(self, stop_before: float | None, group: dist.ProcessGroup | None = None) -> None:
+        """Start with the flag down.
+
+        Args:
+            stop_before: seconds since 1970; the run stops at the last boundary from which it expects to reach the next
+                one in time. None: no limit.
+            group: for the agreement; gloo, so that no boundary waits for a GPU. None: the default one.
+        """
+        self.stop_before, self.group = stop_before, group
+        self.received = 0
+        self._last_boundary: float | None = None
+        self._longest_gap = 0.0
+
+    def __enter__(self) -> StopFlag:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, _noted_elsewhere) for number in HANDLED}
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writer)  # ends the thread
+
+    def _watch(self, reader: int) -> None:
+        while numbers := os.read(reader, 1):
+            if numbers[0] in HANDLED and self.received:
+                os._exit(128 + numbers[0])
+            if numbers[0] in HANDLED:
+                self.received = numbers[0]
+        os.close(reader)
+
+    def check(self) -> None:
+        """Leave if any rank has been told to; before each micro batch. Collective.
+
+        Raises:
+            StopRequested: on all ranks alike.
+        """
+        reason = torch.tensor([self.received or self._out_of_time()])
+        dist.all_reduce(reason, op=dist.ReduceOp.MAX, group=self.group)
+        number = int(reason)
+        if number:
+            raise StopRequested("trainer.stop_before" if number == TIME_LIMIT else signal.Signals(number).name)
+
+    def _out_of_time(self) -> int:
+        """Whether the next boundary, as far away as the farthest so far (saving included), would be too late."""
+        now = time.time()
+        if self._last_boundary is not None:
+            self._longest_gap = max(self._longest_gap, now - self._last_boundary)
+        self._last_boundary = now
+        return TIME_LIMIT if self.stop_before is not None and now + self._longest_gap >= self.stop_before else 0
+
+    def close(self) -> None:
+        """What is left is exiting: no signal changes the exit code any more."""
+        self._handlers_before = dict.fromkeys(HANDLED, signal.SIG_IGN)
+
+
+def _noted_elsewhere(number: int, frame: FrameType | None) -> None:
+    """Keep the default action from being taken; the thread has the signal already."""
+
+
+def control_group(device: str) -> dist.ProcessGroup | None:
+    """A process group for words between the ranks' CPUs; None (the default group) where that one is gloo already."""
+    return dist.new_group(backend="gloo") if device == "cuda" else None
