@@ -7,6 +7,7 @@ own pid and exit code, as srun would start it.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -37,13 +38,15 @@ def environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def rank_main(variables: dict[str, str], log: str, arguments: Sequence[str]) -> None:
-    """``python train.py ARGUMENTS`` as one rank, its output in ``log``."""
+def rank_main(variables: dict[str, str], log: str, arguments: Sequence[str], fault: str | None) -> None:
+    """``python train.py ARGUMENTS`` as one rank, its output in ``log``; ``fault`` names a function of faults.py."""
     os.environ.update(variables)
     os.chdir(ROOT)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if fault is not None:
+        getattr(importlib.import_module("faults"), fault)()
     sys.argv = ["train.py", *arguments]
     runpy.run_path("train.py", run_name="__main__")
 
@@ -93,7 +96,7 @@ class RankProcesses:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs if log.exists())
 
 
-def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], **variables: str) -> RankProcesses:
+def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault: str | None = None) -> RankProcesses:
     """Start ``python train.py ARGUMENTS`` as ``world_size`` ranks; their output goes to files in ``log_dir``."""
     log_dir.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -101,12 +104,12 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], **vari
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preload"])
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **variables}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [log_dir / f"rank{rank}.log" for rank in range(world_size)]
     processes: list[BaseProcess] = []
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=rank_main, args=(own, str(log), list(arguments)), daemon=True)
+        process = context.Process(target=rank_main, args=(own, str(log), list(arguments), fault), daemon=True)
         with environment(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent)):
             process.start()
         processes.append(process)

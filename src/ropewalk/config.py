@@ -94,6 +94,16 @@ class DeepSpeedConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What keeps a bad step from the weights. A refused step is counted, written to refused/, and passed over."""
+
+    max_refused: int = 3  # steps refused in a row before the run stops
+    spike_window: int | None = None  # steps that a loss is compared with; null: only what is not finite is refused
+    spike_deviations: float = 6.0  # above the window's median, in standard deviations (1.4826 x MAD)
+    spike_action: str = "skip"  # or stop
+
+
+@dataclass
 class TrackerConfig:
     """Where metrics go beside the run's own metrics.jsonl."""
 
@@ -134,6 +144,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
@@ -406,8 +417,22 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             f"trainer.keep_every={trainer.keep_every} without trainer.keep_last: nothing is deleted then; set "
             "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
+    _validate_guards(config.guards)
     _validate_chain(config)
     existing_directory("data.store", data.store, STORE_MEND)
+
+
+def _validate_guards(guards: GuardConfig) -> None:
+    one_of("guards.spike_action", guards.spike_action, ("skip", "stop"))
+    if guards.max_refused < 1:
+        raise ValueError(f"guards.max_refused={guards.max_refused} must be positive; 1 stops at the first refused step")
+    if guards.spike_window is not None and guards.spike_window < 8:
+        raise ValueError(
+            f"guards.spike_window={guards.spike_window}: a median and a deviation of so few losses mean little; set 8 "
+            "or more, or null"
+        )
+    if guards.spike_deviations <= 0:
+        raise ValueError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
 
 
 def _validate_chain(config: TrainConfig) -> None:

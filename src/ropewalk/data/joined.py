@@ -78,10 +78,15 @@ class JoinedStore:
         store, name = self._place(domain)
         return store.trained_tokens(name, row)
 
+    def document_ends(self, domain: str, row: int) -> NDArray[np.int32]:
+        """Where the documents of a row end; see PackedStore.document_ends."""
+        store, name = self._place(domain)
+        return store.document_ends(name, row)
+
     def attention_cost(self, domain: str, row: int) -> int:
         """Sum of the squared lengths of a row's documents, padding counted as one, as attention computes it."""
         store, name = self._place(domain)
-        ends = store._domain(name).piece_ends(row)  # reads the index alone
+        ends = store.document_ends(name, row)
         bounds = np.concatenate([[0], ends, [store.sequence_length]]).astype(np.int64)
         lengths: NDArray[np.int64] = np.diff(bounds)
         return int(lengths @ lengths)

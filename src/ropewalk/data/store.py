@@ -111,6 +111,10 @@ class PackedStore:
         """Tokens that a sequence trains; see PackedSequence.trained_tokens. Reads the index, no token."""
         return self._domain(domain).trained_tokens(index)
 
+    def document_ends(self, domain: str, index: int) -> NDArray[np.int32]:
+        """Where each document of a sequence ends, int32 (documents,), tokens. Reads the index, no token."""
+        return self._domain(domain).piece_ends(index)
+
     def piece_lengths(self, domain: str) -> NDArray[np.int64]:
         """Tokens of every document piece of a domain, int64 (documents,), in order. Reads the index, no token."""
         return self._domain(domain).piece_lengths()

@@ -72,7 +72,9 @@ def verify_checkpoint(checkpoint: str | Path, rank: int | None = None) -> dict[s
     return manifest
 
 
-def save_checkpoint(engine: Any, run_dir: Path, step: int, contract: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    engine: Any, run_dir: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any]
+) -> Path:
     """Write files, make them durable, then commit by renaming the manifest into place. Collective.
 
     Args:
@@ -80,6 +82,7 @@ def save_checkpoint(engine: Any, run_dir: Path, step: int, contract: Mapping[str
         run_dir: the run's directory.
         step: steps taken; the data order needs no other state.
         contract: what a resumed run must agree with.
+        state: what it goes on from beside the tensors; small, JSON.
     """
     rank, directory = dist.get_rank(), checkpoint_directory(run_dir, step)
     if rank == 0:
@@ -101,6 +104,7 @@ def save_checkpoint(engine: Any, run_dir: Path, step: int, contract: Mapping[str
             "step": step,
             "world_size": dist.get_world_size(),
             "contract": dict(contract),
+            "state": dict(state),
             "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
         }
         fsync_path(directory / ZERO)

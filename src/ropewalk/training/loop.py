@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +11,26 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from ropewalk.attention import Documents, attention_kernel
+from ropewalk.attention import Documents
 from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, Reader, rank_micro_batches, read_batch
-from ropewalk.model import count_parameters, training_config
+from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
-from ropewalk.training.checkpoint import load_checkpoint, resumable_step, save_checkpoint
+from ropewalk.training.checkpoint import load_checkpoint, read_manifest, resumable_step, save_checkpoint
 from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, start_engine, start_processes, world_size
-from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
+from ropewalk.training.guards import (
+    Guard,
+    StepResult,
+    provenance_path,
+    refuse_update,
+    watch_gradients,
+    write_provenance,
+)
+from ropewalk.training.observer import Observer
 from ropewalk.training.retention import prune_checkpoints
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
-from ropewalk.training.tracker import open_tracker
 
 
 def train(config: TrainConfig) -> None:
@@ -34,7 +38,7 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         ValueError: for a configuration, store or checkpoint that does not fit, before a model is built.
-        FloatingPointError: where the loss or its gradient is not finite; that step changes no weight and is not saved.
+        TrainingStopped: where a guard ends the run; the refused step changed no weight.
         SystemExit: with EXIT_REQUEUE, saved, after SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
     """
     trainer = config.trainer
@@ -123,7 +127,9 @@ def _run(
         load_checkpoint(engine, checkpoint)
         restore_settings(engine, trainer)
         place_spectrum(engine)
-    saver = Saver(engine, config, agreed, observer, start, last)
+    watch_gradients(engine)
+    guard = Guard(config.guards, read_manifest(checkpoint).get("state", {}).get("guard") if checkpoint else None)
+    saver = Saver(engine, config, agreed, observer, guard, start, last)
     with _profiler(trainer.profile_steps, run_dir, ranks) as profile, _stop_flag(config) as stop:
         step = start
         try:
@@ -131,8 +137,14 @@ def _run(
                 seen = 0 if trainer.overfit_one_batch else step
                 batches = micro_batches(mixture.store, mixture, seen, ranks, config)
                 tokens = mixture.trained_tokens(seen)
-                loss, grad_norm = take_step(engine, batches, tokens, learning_rate(step, trainer), ranks, stop.check)
-                observer.record(step + 1, loss, grad_norm, tokens)
+                lr = learning_rate(step, trainer)
+                result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check)
+                guard.count(result)
+                observer.record(step + 1, result, tokens, guard.refused)
+                if result.refused is not None:
+                    if ranks.is_main:
+                        write_provenance(run_dir, step + 1, result, lr, mixture, seen)
+                    guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
                 saver.after(step + 1)
                 if profile is not None:
                     profile.step()
@@ -153,9 +165,16 @@ class Saver:
     """When a checkpoint is written: every ``checkpoint_every`` steps, after the last one, and before leaving early."""
 
     def __init__(
-        self, engine: Any, config: TrainConfig, agreed: dict[str, Any], observer: Observer, start: int, last: int
+        self,
+        engine: Any,
+        config: TrainConfig,
+        agreed: dict[str, Any],
+        observer: Observer,
+        guard: Guard,
+        start: int,
+        last: int,
     ) -> None:
-        self.engine, self.trainer, self.agreed = engine, config.trainer, agreed
+        self.engine, self.trainer, self.agreed, self.guard = engine, config.trainer, agreed, guard
         self.run_dir, self.observer = Path(config.run_dir), observer
         self.saved, self.last = start, last
 
@@ -170,11 +189,11 @@ class Saver:
         if self.trainer.checkpoint_every and step > self.saved:
             self._save(step)
         kept = "saved" if self.trainer.checkpoint_every else "not saved, as trainer.checkpoint_every=null says"
-        _say(self.observer.ranks, f"{reason}: step {step} is {kept}; leaving with exit code {EXIT_REQUEUE}")
+        self.observer.say(f"{reason}: step {step} is {kept}; leaving with exit code {EXIT_REQUEUE}")
 
     def _save(self, step: int) -> None:
         with self.observer.clock_stopped():
-            save_checkpoint(self.engine, self.run_dir, step, self.agreed)
+            save_checkpoint(self.engine, self.run_dir, step, self.agreed, {"guard": self.guard.state()})
             if self.observer.ranks.is_main:
                 prune_checkpoints(self.run_dir, self.trainer.keep_last, self.trainer.keep_every)
         self.saved = step
@@ -204,30 +223,25 @@ def take_step(
     global_tokens: int,
     lr: float,
     ranks: Ranks,
+    guard: Guard,
     boundary: Callable[[], None] = no_boundary,
-) -> tuple[float, float]:
-    """One optimizer step over this rank's micro batches; ``boundary`` is called before each and may raise.
+) -> StepResult:
+    """One optimizer step over this rank's micro batches; ``boundary`` is called before each and may raise. Collective.
 
-    Returns:
-        The loss of the global batch, nats per token, and the norm of its gradient before clipping.
-
-    Raises:
-        FloatingPointError: where either is not finite; the weights are as they were.
+    Where the guard objects to the loss, or the gradient is not finite, the weights stay as they were.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     loss = accumulate(engine, batches, global_tokens, ranks, boundary)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at learning rate {lr:.3g}; the weights were left as they were")
+    refused = guard.objection(loss)
+    if refused:
+        refuse_update(engine)
     engine.step()
     # DeepSpeed leaves the weights alone, without a word, where the norm is not finite.
     grad_norm = float(engine.get_global_grad_norm())
-    if engine.optimizer.overflow or not math.isfinite(grad_norm) or grad_norm < 0:
-        raise FloatingPointError(
-            f"the gradient is not finite (norm {grad_norm}) at loss {loss:.4f} and learning rate {lr:.3g}; the weights "
-            "were left as they were"
-        )
-    return loss, grad_norm
+    if refused is None and engine.optimizer.overflow:
+        refused = f"the gradient is not finite at loss {loss:.4f}"
+    return StepResult(loss, grad_norm, refused)
 
 
 def accumulate(
@@ -257,69 +271,6 @@ def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
         "labels": batch.labels.to(device),
         "documents": Documents.from_cu_seqlens(batch.cu_seqlens, device),
     }
-
-
-class Observer:
-    """Writes what happens: the run's record, metrics.jsonl, the tracker, and the line on the terminal."""
-
-    def __init__(
-        self, config: TrainConfig, ranks: Ranks, model_config: PreTrainedConfig, store: PackedStore, start: int
-    ) -> None:
-        position = position_of(model_config)
-        model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
-        self.config, self.ranks = config, ranks
-        self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
-        self.clock = time.monotonic()
-        self.since = start  # step of the last recorded row
-        if not ranks.is_main:
-            return
-        run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        details = write_record(config, position, store, model, ranks.world_size)
-        copy_tokenizer(store.tokenizer_path, run_dir)
-        self.metrics = MetricsFile(run_dir, start)
-        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, {**asdict(config), "run": details})
-        self.progress = Progress(start, config.trainer.max_steps)
-        where = f"from step {start}" if start else "from the start"
-        _say(
-            ranks,
-            f"{config.run_name}: {position}, {model['parameters']:,} parameters, "
-            f"{self.tokens_per_step:,} tokens a step, {where}",
-        )
-
-    def record(self, step: int, loss: float, grad_norm: float, trained_tokens: int) -> None:
-        """Record one finished step, every ``log_every`` steps and at the last."""
-        trainer = self.config.trainer
-        if not self.ranks.is_main or (step % trainer.log_every and step != trainer.max_steps):
-            return
-        now = time.monotonic()
-        steps, seconds = step - self.since, now - self.clock
-        row = {
-            "step": step,
-            "tokens": step * self.tokens_per_step,
-            "trained_tokens": trained_tokens,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate(step - 1, trainer),
-            "tokens_per_second": steps * self.tokens_per_step / seconds,
-            "seconds": seconds / steps,
-        }
-        self.clock, self.since = now, step
-        self.metrics.append(row)
-        self.tracker.log(row)
-        _say(self.ranks, self.progress.line(row))
-
-    @contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Leave what happens inside, the writing of a checkpoint, out of the steps' speed."""
-        before = time.monotonic()
-        yield
-        self.clock += time.monotonic() - before
-
-    def finish(self) -> None:
-        """Close the tracker."""
-        if self.ranks.is_main:
-            self.tracker.finish()
 
 
 def _profiler(steps: int, run_dir: Path, ranks: Ranks) -> Any:

@@ -1,0 +1,97 @@
+"""Where everything that happens is told: the run's record, metrics.jsonl, the tracker, the line on the terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from ropewalk.attention import attention_kernel
+from ropewalk.config import TrainConfig
+from ropewalk.data import PackedStore
+from ropewalk.model import count_parameters
+from ropewalk.rope.position import position_of
+from ropewalk.training.engine import Ranks
+from ropewalk.training.guards import StepResult
+from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
+from ropewalk.training.schedule import learning_rate
+from ropewalk.training.tracker import open_tracker
+
+
+class Observer:
+    """Writes what happens: the run's record, metrics.jsonl, the tracker, and the line on the terminal."""
+
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, model_config: PreTrainedConfig, store: PackedStore, start: int
+    ) -> None:
+        position = position_of(model_config)
+        model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
+        self.config, self.ranks = config, ranks
+        self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
+        self.clock = time.monotonic()
+        self.since = start  # step of the last recorded row
+        if not ranks.is_main:
+            return
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        details = write_record(config, position, store, model, ranks.world_size)
+        copy_tokenizer(store.tokenizer_path, run_dir)
+        self.metrics = MetricsFile(run_dir, start)
+        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, {**asdict(config), "run": details})
+        self.progress = Progress(start, config.trainer.max_steps)
+        where = f"from step {start}" if start else "from the start"
+        self.say(
+            f"{config.run_name}: {position}, {model['parameters']:,} parameters, "
+            f"{self.tokens_per_step:,} tokens a step, {where}"
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.ranks.is_main:
+            print(line, flush=True)
+
+    def record(self, step: int, result: StepResult, trained_tokens: int, refused_so_far: int) -> None:
+        """Record one finished step: every ``log_every`` steps, at the last, and where it was refused."""
+        trainer = self.config.trainer
+        due = step % trainer.log_every == 0 or step == trainer.max_steps or result.refused is not None
+        if not self.ranks.is_main or not due:
+            return
+        now = time.monotonic()
+        steps, seconds = step - self.since, now - self.clock
+        row = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "trained_tokens": trained_tokens,
+            "loss": _finite(result.loss),
+            "grad_norm": _finite(result.grad_norm),
+            "learning_rate": learning_rate(step - 1, trainer),
+            "tokens_per_second": steps * self.tokens_per_step / seconds,
+            "seconds": seconds / steps,
+            "refused_steps": refused_so_far,
+        }
+        self.clock, self.since = now, step
+        self.metrics.append(row)
+        self.tracker.log(row)
+        self.say(self.progress.line(row) if result.refused is None else f"step {step:>5} refused: {result.refused}")
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave what happens inside, the writing of a checkpoint, out of the steps' speed."""
+        before = time.monotonic()
+        yield
+        self.clock += time.monotonic() - before
+
+    def finish(self) -> None:
+        """Close the tracker."""
+        if self.ranks.is_main:
+            self.tracker.finish()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None

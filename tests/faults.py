@@ -1,0 +1,37 @@
+"""Faults for ranks of their own process to meet; ranks.start_ranks(fault="name") puts one in before train.py runs."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+from ropewalk.training.engine import LossModel
+
+
+def _in_forward(happen: Callable[[int], bool], do: Callable[[object], object]) -> None:
+    """Have rank 1's n-th forward (from 1) of the session, where ``happen(n)``, return ``do(loss)``."""
+    real, calls = LossModel.forward, 0
+
+    def forward(self, *arguments, **named):
+        nonlocal calls
+        calls += 1
+        loss = real(self, *arguments, **named)
+        return do(loss) if os.environ["RANK"] == "1" and happen(calls) else loss
+
+    LossModel.forward = forward
+
+
+def nan_in_forward_five() -> None:
+    _in_forward(lambda n: n == 5, lambda loss: loss * math.nan)
+
+
+def nan_always() -> None:
+    _in_forward(lambda n: True, lambda loss: loss * math.nan)
+
+
+def sleep_in_forward_forty() -> None:
+    def sleep(loss):
+        time.sleep(4)
+        return loss
+
+    _in_forward(lambda n: n == 40, sleep)

@@ -1,0 +1,162 @@
+"""A bad step never reaches the weights, all ranks agree on it, and what it saw is on disk."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import tiny_run
+from ranks import start_ranks, tiny_arguments
+
+from ropewalk.config import GuardConfig
+from ropewalk.model import training_config
+from ropewalk.training import find_checkpoint, loop, train
+from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.guards import Guard, StepResult, TrainingStopped, watch_gradients
+from ropewalk.training.loop import micro_batches, open_data, take_step
+from ropewalk.training.record import read_metrics
+
+
+def masters(engine):
+    """fp32 weights of the engine."""
+    optimizer = engine.optimizer
+    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
+    return torch.cat([group.detach().flatten().clone() for group in flat])
+
+
+class OneRefusal(Guard):
+    """Objects to the step that it is told to."""
+
+    def __init__(self):
+        super().__init__(GuardConfig())
+        self.object_next = False
+
+    def objection(self, loss):
+        return "told to" if self.object_next else super().objection(loss)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")])
+def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
+    """Steps 0 and 2 with a refused step 1 between them are, bit for bit, steps 0 and 2 alone; accumulation 2."""
+    ranks = start_processes("cpu")
+    config = tiny_run(store_64, tmp_path, f"deepspeed.stage={stage}", f"trainer.dtype={dtype}")
+    store, mixture = open_data(config)
+    found = []
+    for steps in ((0, 1, 2), (0, 2)):
+        engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+        watch_gradients(engine)
+        guard = OneRefusal()
+        for step in steps:
+            before = masters(engine)
+            guard.object_next = step == 1
+            batches = micro_batches(mixture.store, mixture, step, ranks, config)
+            result = take_step(engine, batches, mixture.trained_tokens(step), 1e-2, ranks, guard)
+            assert (result.refused is None) == (step != 1)
+            assert torch.equal(before, masters(engine)) == (step == 1)
+        found.append((result.loss, result.grad_norm, masters(engine)))
+        engine.destroy()
+    assert found[0][:2] == found[1][:2]
+    assert torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_are_not_finite_are_refused_and_end_the_run(store_64, tmp_path, monkeypatch, stage):
+    real = loop.accumulate
+
+    def spoiled(engine, *arguments):
+        loss = real(engine, *arguments)
+        for partition in engine.optimizer.averaged_gradients.values():
+            partition[0].fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate", spoiled)
+    config = tiny_run(store_64, tmp_path, "guards.max_refused=2", "trainer.dtype=bfloat16", f"deepspeed.stage={stage}")
+    with pytest.raises(TrainingStopped, match=r"step 2: the gradient is not finite.*2 in a row and"):
+        train(config)
+    assert [(row["step"], row["refused_steps"], row["grad_norm"]) for row in read_metrics(tmp_path)] == [
+        (1, 1, None), (2, 2, None)
+    ]  # fmt: skip
+    assert find_checkpoint(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_two_ranks_pass_over_a_step_that_one_of_them_finds_bad(store_64, tmp_path):
+    """Rank 1's fifth micro batch, the first of step 3, gives nan: both pass over step 3 and finish."""
+    arguments = tiny_arguments(store_64, tmp_path, "trainer.max_steps=5")
+    with start_ranks(2, tmp_path / "logs", arguments, fault="nan_in_forward_five") as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+    rows = read_metrics(tmp_path)
+    assert [row["refused_steps"] for row in rows] == [0, 0, 1, 1, 1]
+    assert [row["loss"] is None for row in rows] == [False, False, True, False, False]
+    told = json.loads((tmp_path / "refused" / "step-00000003.json").read_text())
+    config = tiny_run(store_64, tmp_path)
+    _, mixture = open_data(config)
+    batch = mixture.batch(2)
+    assert [(s["domain"], s["sequence"]) for s in told["sequences"]] == [(ref.domain, ref.index) for ref in batch]
+    for sequence, ref in zip(told["sequences"], batch, strict=True):
+        assert sequence["document_ends"] == store_64.read(ref.domain, ref.index).ends.tolist()
+    assert sum(told["domains"].values()) == 4
+    assert told["refused"] == "the loss is nan"
+    assert told["learning_rate"] == rows[2]["learning_rate"]
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(store_64, tmp_path):
+    arguments = tiny_arguments(store_64, tmp_path, "trainer.max_steps=9")
+    with start_ranks(2, tmp_path / "logs", arguments, fault="nan_always") as ranks:
+        assert ranks.wait() == [1, 1]
+        for rank in (0, 1):
+            assert "step 3: the loss is nan; the weights were left as they were" in ranks.output(rank)
+    assert len(list((tmp_path / "refused").glob("*.json"))) == 3
+
+
+def judged(guard, losses):
+    """Which of the losses the guard objects to, each counted as it was judged."""
+    refused = []
+    for number, loss in enumerate(losses):
+        objection = guard.objection(loss)
+        guard.count(StepResult(loss, 1.0, objection))
+        if objection:
+            refused.append(number)
+    return refused
+
+
+def test_a_spike_is_measured_in_deviations_from_the_median():
+    """Window 1..8: median 4.5, median absolute deviation 2, so the limit is 4.5 + 3 x 1.4826 x 2 = 13.3956."""
+    guard = Guard(GuardConfig(spike_window=8, spike_deviations=3.0))
+    assert judged(guard, [9.0, *range(1, 8)]) == []  # not full before
+    assert judged(guard, [8.0]) == []
+    assert guard.spike_limit() == pytest.approx(13.3956)
+    assert judged(guard, [13.3957, 100.0, math.inf, 13.3955]) == [0, 1, 2]
+    assert guard.refused == 3
+    assert guard.in_a_row == 0
+    assert 100.0 not in guard.recent
+
+
+def test_a_resumed_guard_goes_on_where_it_was():
+    config = GuardConfig(spike_window=8, spike_deviations=1.0)
+    losses = [5.0, 4.0, 6.0, 4.5, 5.5, 4.2, 5.8, 4.9, 30.0, 4.8, 5.1, 40.0]
+    whole, first = Guard(config), Guard(config)
+    expected = judged(whole, losses)
+    head = judged(first, losses[:9])
+    second = Guard(config, json.loads(json.dumps(first.state())))
+    assert head + [9 + n for n in judged(second, losses[9:])] == expected
+    assert second.state() == whole.state()
+
+
+def test_a_spike_stops_where_told_to(tmp_path):
+    guard = Guard(GuardConfig(spike_window=8, spike_action="stop"))
+    spike = StepResult(9.0, 1.0, "the loss 9.0 is a spike")
+    guard.count(spike)
+    with pytest.raises(TrainingStopped, match="ends the run; =skip goes on"):
+        guard.stop_if_due(3, spike, tmp_path)
+    Guard(GuardConfig(spike_window=8)).stop_if_due(3, spike, tmp_path)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("guards.max_refused=0", "must be positive"), ("guards.spike_window=3", "set 8 or more"),
+    ("guards.spike_deviations=0", "must be positive"), ("guards.spike_action=warn", "use one of: skip, stop"),
+])  # fmt: skip
+def test_values_that_make_no_sense_are_refused(store_64, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_run(store_64, tmp_path, override))
