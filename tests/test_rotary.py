@@ -80,3 +80,10 @@ def test_an_untruncated_ramp_reaches_the_layers_it_is_for(tmp_path):
     spectrum = RopeChain([smooth]).spectrum(head_dim=16, theta=1e4, pretrained_length=64, trained_length=64)
     again = reloaded(model, tmp_path / "b")
     np.testing.assert_allclose(again.model.rotary_emb.full_attention_inv_freq, spectrum.inv_freq, rtol=2.4e-7)
+    # read off such an entry, the chain is what stock transformers does with it
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    parts = content["rope_parameters"]
+    parts["full_attention"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "truncate": False,
+                               "original_max_position_embeddings": 16}  # fmt: skip
+    edit(tmp_path / "a", rope_parameters=parts)
+    load_for_evaluation(tmp_path / "a")  # asserts it
