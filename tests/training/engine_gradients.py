@@ -37,7 +37,7 @@ def main(cases: str, output: str) -> None:
         )
         mixture = Mixture(0, case["weights"], store, config.trainer.global_batch_size)
         engine = start_engine(config, training_config(config.model, "rope", [], store.sequence_length), ranks)
-        loss = accumulate(engine, micro_batches(store, mixture, 0, ranks, config), mixture.trained_tokens(0), ranks)
+        loss = accumulate(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks)
         gradients = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
         if ranks.is_main:
             arrays = {name: g.numpy() for name, g in gradients.items()}

@@ -40,7 +40,7 @@ def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
     """Steps 0 and 2 with a refused step 1 between them are, bit for bit, steps 0 and 2 alone; accumulation 2."""
     ranks = start_processes("cpu")
     config = tiny_run(store_64, tmp_path, f"deepspeed.stage={stage}", f"trainer.dtype={dtype}")
-    store, mixture = open_data(config)
+    _, mixture = open_data(config)
     found = []
     for steps in ((0, 1, 2), (0, 2)):
         engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
@@ -49,7 +49,7 @@ def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
         for step in steps:
             before = masters(engine)
             guard.object_next = step == 1
-            batches = micro_batches(mixture.store, mixture, step, ranks, config)
+            batches = micro_batches(mixture, step, ranks, config)
             result = take_step(engine, batches, mixture.trained_tokens(step), 1e-2, ranks, guard)
             assert (result.refused is None) == (step != 1)
             assert torch.equal(before, masters(engine)) == (step == 1)
@@ -91,10 +91,10 @@ def test_two_ranks_pass_over_a_step_that_one_of_them_finds_bad(store_64, tmp_pat
     told = json.loads((tmp_path / "refused" / "step-00000003.json").read_text())
     config = tiny_run(store_64, tmp_path)
     _, mixture = open_data(config)
-    batch = mixture.batch(2)
-    assert [(s["domain"], s["sequence"]) for s in told["sequences"]] == [(ref.domain, ref.index) for ref in batch]
+    batch = mixture.global_batch(2)
+    assert [(s["domain"], s["sequence"]) for s in told["sequences"]] == [(ref.domain, *ref.rows) for ref in batch]
     for sequence, ref in zip(told["sequences"], batch, strict=True):
-        assert sequence["document_ends"] == store_64.read(ref.domain, ref.index).ends.tolist()
+        assert sequence["document_ends"] == store_64.read(ref.domain, *ref.rows).ends.tolist()
     assert sum(told["domains"].values()) == 4
     assert told["refused"] == "the loss is nan"
     assert told["learning_rate"] == rows[2]["learning_rate"]

@@ -116,13 +116,13 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     config.rope.chain = COPE
     train(replace(config, trainer=replace(config.trainer, stop_after=2)))
     ranks = start_processes("cpu")
-    store, mixture = open_data(config)
+    _, mixture = open_data(config)
     model_config = training_config(config.model, "cope4", COPE, 64)
     engine = start_engine(config, model_config, ranks)
     lm, spectrum = engine.module.lm, position_of(model_config).spectrum()
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     assert_spectrum(lm, spectrum)
-    batches = micro_batches(store, mixture, 0, ranks, config)
+    batches = micro_batches(mixture, 0, ranks, config)
     take_step(engine, batches, mixture.trained_tokens(0), 1e-3, ranks, Guard(config.guards))
     assert_spectrum(lm, spectrum)
     load_checkpoint(engine, find_checkpoint(tmp_path))
@@ -187,8 +187,8 @@ def test_arms_see_identical_batches(store_64, tmp_path):
     for arm in ("rope", "hardclip11", "cope11"):
         config = composed("train", f"+experiment=demo/{arm}", f"data.store={store_64.root}", "data.sequence_length=64",
                           "~data.mixture.retrieval")  # fmt: skip
-        store, mixture = open_data(config)
-        batches = [b for step in range(3) for b in micro_batches(store, mixture, step, ranks, config)]
+        _, mixture = open_data(config)
+        batches = [b for step in range(3) for b in micro_batches(mixture, step, ranks, config)]
         seen.append([(b.input_ids, b.labels, b.cu_seqlens) for b in batches])
     for other in seen[1:]:
         for ours, theirs in zip(seen[0], other, strict=True):

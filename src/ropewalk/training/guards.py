@@ -119,9 +119,7 @@ def watch_gradients(engine: Any) -> None:
         engine.optimizer.check_grad_overflow = True
 
 
-def write_provenance(
-    run_dir: Path, step: int, result: StepResult, lr: float, mixture: Mixture, seen: int
-) -> Path:
+def write_provenance(run_dir: Path, step: int, result: StepResult, lr: float, mixture: Mixture, seen: int) -> Path:
     """Write what a refused step saw to refused/step-N.json.
 
     Args:

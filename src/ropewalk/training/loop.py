@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from ropewalk.attention import Documents
 from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.data.batches import Batch, Reader, rank_micro_batches, read_batch
+from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint import load_checkpoint, read_manifest, resumable_step, save_checkpoint
@@ -135,7 +135,7 @@ def _run(
         try:
             for step in range(start, last):
                 seen = 0 if trainer.overfit_one_batch else step
-                batches = micro_batches(mixture.store, mixture, seen, ranks, config)
+                batches = micro_batches(mixture, seen, ranks, config)
                 tokens = mixture.trained_tokens(seen)
                 lr = learning_rate(step, trainer)
                 result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check)
@@ -207,10 +207,10 @@ def describe_order(mixture: Mixture, steps: int) -> str:
     return f"epochs at step {steps}: {epochs}{repeated}{unused}"
 
 
-def micro_batches(store: Reader, mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
+def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
     """This rank's part of the global batch of ``step``."""
     refs = rank_micro_batches(mixture, step, ranks.rank, ranks.world_size, config.trainer.micro_batch_size)
-    return [read_batch(store, part) for part in refs]
+    return [read_batch(mixture.store, part) for part in refs]
 
 
 def no_boundary() -> None:
