@@ -11,6 +11,7 @@ from rope_samples import SAMPLES, chain_of
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.rope import RopeChain, available_methods
 from ropewalk.rope.methods.clipping import recommended_clip
@@ -398,3 +399,71 @@ def test_stopped_pairs_are_not_beyond_a_length():
     half = spectrum({"method": "half_rope"})
     turning = [5e5 ** (-2 * i / 64) for i in range(32)]
     assert half.pairs_beyond(8192) == sum(2 * math.pi / f > 8192 for f in turning)
+
+
+@settings(max_examples=30, deadline=None)
+@given(head_dims, thetas)
+def test_plain_rope_equals_stock_default(head_dim, theta):
+    config = LlamaConfig(head_dim=head_dim, hidden_size=4 * head_dim, num_attention_heads=4)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    theirs, scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config, device=torch.device("cpu"))
+    close(spectrum(head_dim=head_dim, theta=theta).inv_freq, theirs.double().numpy())
+    assert scaling == 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(head_dims, thetas, st.floats(0, 1), factors)
+def test_p_rope_then_pi_equals_stock_proportional_with_a_factor(head_dim, theta, fraction, factor):
+    slower = {"method": "pi", "factor": factor}
+    s = spectrum({"method": "p_rope", "fraction": fraction}, slower, head_dim=head_dim, theta=theta)
+    entry = {"rope_type": "proportional", "partial_rotary_factor": fraction, "factor": factor}
+    inv_freq, _ = stock(head_dim, theta, **entry)
+    assert np.array_equal(s.inv_freq == 0, inv_freq == 0)
+    close(s.inv_freq, inv_freq)
+
+
+tokens = st.integers(8, 2**20)
+shares = st.floats(0.05, 1.0)
+windows = st.sampled_from(["raised_cosine", "quarter_cosine", "blackman", "kaiser", "linear"])
+STRETCH = {"factor": factors, "original_max_position_embeddings": tokens}
+BETAS = {"beta_fast": st.floats(8, 64), "beta_slow": st.floats(0.1, 8), "truncate": st.booleans()}
+ARGUMENTS = {  # of every method, over its whole range
+    "abf": {"theta": st.floats(1.1, 1e12)},
+    "pi": STRETCH,
+    "ntk": STRETCH,
+    "dynamic_ntk": STRETCH,
+    "ntk_by_parts": {**STRETCH, **BETAS},
+    "yarn": {**STRETCH, **BETAS, "mscale": st.floats(0, 4), "mscale_all_dim": st.floats(0, 4)},
+    "llama3": {**STRETCH, "low_freq_factor": st.floats(0.1, 4), "high_freq_factor": st.floats(4.1, 64)},
+    "mrrope_pro": STRETCH,
+    "mrrope_uni": STRETCH,
+    "cope": {"clip": st.integers(0, 64), "window": windows, "taper_domain": st.sampled_from(["index", "frequency"])},
+    "hardclip": {"clip": st.integers(0, 64)},
+    "p_rope": {"fraction": st.floats(0, 1)},
+    "hope": {"length": tokens, "share": st.none() | st.floats(0, 1)},
+    "resonance": {},
+    "high_frequency": {"length": tokens},
+    "half_rope": {"share": shares},
+    "rope_id": {"share": shares, "shortest_period": st.floats(1, 64), "longest_period": st.floats(64, 1e6),
+                "temperature_exponent": st.floats(0, 4), "trained_length": tokens},
+    "longrope": {"short_factor": st.lists(st.floats(0.1, 64), min_size=64, max_size=64),
+                 "long_factor": st.lists(st.floats(0.1, 1e38), min_size=64, max_size=64),
+                 "original_max_position_embeddings": tokens, "factor": st.none() | factors},
+    "rope_id_yarn": STRETCH,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_no_argument_in_range_gives_nan_infinity_or_a_negative_frequency(name):
+    before = chain_of(name)[:-1]
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.fixed_dictionaries(ARGUMENTS[name]), tokens)
+    def holds(arguments, length):
+        s = spectrum(*before, {"method": name, **arguments}, length=length)
+        assert np.all(np.isfinite(s.inv_freq))
+        assert np.all(s.inv_freq >= 0)
+        assert math.isfinite(s.attention_scaling)
+        assert s.attention_scaling > 0
+
+    holds()
