@@ -43,12 +43,17 @@ class RopeConfig:
 
 @dataclass
 class DataConfig:
-    """Which packed store is read, and in what proportions."""
+    """Which packed stores are read, and in what proportions."""
 
-    store: str = MISSING  # directory of the packed store
+    store: str = MISSING  # directory or URL (s3://, gs://, hf://, file://) of the packed store
     sequence_length: int = MISSING  # tokens; must equal the store's
     mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of sequences; normalised
+    curriculum: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> the mixture from that step on
+    # More stores by name; their domains are NAME/DOMAIN. Shorter sequences that divide sequence_length are joined.
+    stores: dict[str, str] = field(default_factory=dict)
     verify: bool = False  # hash every file of the store before training
+    cache_dir: str | None = None  # where stores behind a URL are copied to; a disk of the node
+    cache_gib: float = 256.0  # what their token files may take there
 
 
 @dataclass
@@ -419,7 +424,26 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         )
     _validate_guards(config.guards)
     _validate_chain(config)
-    existing_directory("data.store", data.store, STORE_MEND)
+    _validate_stores(data)
+
+
+def _validate_stores(data: DataConfig) -> None:
+    for name, where in {"data.store": data.store, **{f"data.stores.{k}": v for k, v in data.stores.items()}}.items():
+        if not is_remote(where):
+            existing_directory(name, where, STORE_MEND)
+        elif data.cache_dir is None:
+            raise ValueError(
+                f"{name}={where} is a URL and data.cache_dir is null; set data.cache_dir=DIR, on local disk"
+            )
+    if "" in data.stores or any("/" in name for name in data.stores):
+        raise ValueError(f"data.stores has the names {list(data.stores)}; give each one that is not empty and has no /")
+    if data.cache_gib <= 0:
+        raise ValueError(f"data.cache_gib={data.cache_gib} must be positive; it has to hold the largest token file")
+
+
+def is_remote(where: str) -> bool:
+    """Whether a store's place is a URL."""
+    return "://" in where
 
 
 def _validate_guards(guards: GuardConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prefetched(load: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Iterator[Result]:
+def prefetched(load: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Generator[Result, None, None]:
     """``load(item)`` for every item, in order, made up to ``depth`` items ahead of what has been taken.
 
     One thread loads, one item after the other; at most ``depth`` results wait. An error of ``load`` is raised where
@@ -32,7 +32,7 @@ def prefetched(load: Callable[[Item], Result], items: Iterable[Item], depth: int
     return _prefetched(load, iter(items), depth)
 
 
-def _prefetched(load: Callable[[Item], Result], items: Iterator[Item], depth: int) -> Iterator[Result]:
+def _prefetched(load: Callable[[Item], Result], items: Iterator[Item], depth: int) -> Generator[Result, None, None]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         ahead: deque[Future[Result]] = deque(pool.submit(load, item) for item in islice(items, depth))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents
-from ropewalk.config import STORE_MEND, TrainConfig, existing_directory, instant, require_device, validate_train
+from ropewalk.config import TrainConfig, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
+from ropewalk.data.prefetch import prefetched
+from ropewalk.data.remote import open_stores
 from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint import load_checkpoint, read_manifest, resumable_step, save_checkpoint
@@ -57,15 +59,12 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
         ValueError: for a store of another sequence length or tokenizer, or a mixture that does not fit.
     """
     data, trainer = config.data, config.trainer
-    store = PackedStore(existing_directory("data.store", data.store, STORE_MEND))
-    if store.sequence_length != data.sequence_length:
-        raise ValueError(
-            f"data.sequence_length={data.sequence_length}, but {data.store} holds sequences of {store.sequence_length} "
-            f"tokens; set data.sequence_length={store.sequence_length} or name another store"
-        )
-    if data.verify:
-        store.verify()
-    return store, Mixture(trainer.seed, data.mixture, store, trainer.global_batch_size)
+    stores = open_stores(data)
+    mixture = Mixture(
+        trainer.seed, data.mixture, stores, trainer.global_batch_size,
+        sequence_length=data.sequence_length, curriculum=data.curriculum,
+    )  # fmt: skip
+    return stores[""], mixture
 
 
 def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scratch: bool) -> None:
@@ -130,12 +129,12 @@ def _run(
     watch_gradients(engine)
     guard = Guard(config.guards, read_manifest(checkpoint).get("state", {}).get("guard") if checkpoint else None)
     saver = Saver(engine, config, agreed, observer, guard, start, last)
-    with _profiler(trainer.profile_steps, run_dir, ranks) as profile, _stop_flag(config) as stop:
+    seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
+    loaded = closing(prefetched(lambda seen: micro_batches(mixture, seen, ranks, config), seen_at))
+    with _profiler(trainer.profile_steps, run_dir, ranks) as profile, _stop_flag(config) as stop, loaded as ahead:
         step = start
         try:
-            for step in range(start, last):
-                seen = 0 if trainer.overfit_one_batch else step
-                batches = micro_batches(mixture, seen, ranks, config)
+            for step, seen, batches in zip(range(start, last), seen_at, ahead, strict=True):
                 tokens = mixture.trained_tokens(seen)
                 lr = learning_rate(step, trainer)
                 result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check)
