@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +28,8 @@ def in_processes(
     if workers <= 1:
         yield from ((place, function(*work)) for place, work in enumerate(works))
         return
-    with ProcessPoolExecutor(workers, initializer=_alone) as pool:
+    started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks that other threads hold
+    with ProcessPoolExecutor(workers, started_anew, initializer=_alone) as pool:
         running = {pool.submit(function, *work): place for place, work in enumerate(works)}
         for future in as_completed(running):
             try:
