@@ -2,10 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, alone_environment, composed, tiny_run, torchrun
+from helpers import TINY, composed, tiny_run
+from ranks import run_ranks, tiny_arguments
 
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
@@ -27,24 +24,12 @@ from ropewalk.training.guards import Guard
 from ropewalk.training.loop import micro_batches, open_data, take_step
 from ropewalk.training.record import read_metrics
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
 
 
 def losses(run_dir):
     return [row["loss"] for row in read_metrics(run_dir)]
-
-
-def command_line(store, run_dir, *more):
-    """The overrides that make `python train.py` run the tiny model on a store."""
-    return [
-        "+experiment=demo/pretrain", "tracker=none", "data=packed", f"data.store={store.root}",
-        f"data.sequence_length={store.sequence_length}", f"run_dir={run_dir}",
-        "model.head_dim=16", "model.pretrained_length=64", "trainer.global_batch_size=4", "trainer.checkpoint_every=2",
-        *(f"model.architecture.{key}={value}" for key, value in TINY.items() if key != "max_position_embeddings"),
-        *more,
-    ]  # fmt: skip
 
 
 def test_golden_losses(store_64, tmp_path):
@@ -231,35 +216,8 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
     runs = []
     for ranks in (1, 2):
         run_dir = tmp_path / f"ranks{ranks}"
-        arguments = command_line(store_64, run_dir, "trainer.max_steps=4", "trainer.micro_batch_size=2")
-        torchrun(ranks, "train.py", *arguments)
+        arguments = tiny_arguments(store_64, run_dir, "trainer.max_steps=4", "trainer.micro_batch_size=2")
+        run_ranks(ranks, run_dir / "logs", arguments)
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(store_64, tmp_path):
-    """kill -9 in the middle, the same command again: the same losses, bit for bit."""
-    arguments = ("trainer.max_steps=12", "trainer.micro_batch_size=4")
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-
-    def start(run_dir):
-        command = [sys.executable, "train.py", *command_line(store_64, run_dir, *arguments)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                env=alone_environment())  # fmt: skip
-
-    for run_dir in (straight, killed):
-        process = start(run_dir)
-        if run_dir == killed:
-            while find_checkpoint(run_dir) is None and process.poll() is None:
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == (-signal.SIGKILL if run_dir == killed else 0), errors[-3000:]
-    assert json.loads((find_checkpoint(killed) / "manifest.json").read_text())["step"] < 12
-    process = start(killed)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
-    assert losses(killed) == losses(straight)
-    assert len(losses(killed)) == 12

@@ -1,0 +1,143 @@
+"""kill -9 real two-rank runs at random moments, restart them, and compare with the run that nobody killed.
+
+python tests/soak.py --kills 20 [--seed N]
+
+The killer is this process; the ranks know nothing of it. A third of the kills fall inside a save: after the directory
+of a checkpoint has appeared and before its manifest has. One rank or both are hit; the survivor of a half kill follows
+a moment later, as under srun --kill-on-bad-exit. The losses of every finished run must equal the uninterrupted ones bit
+for bit (CPU, fp32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ranks import RankProcesses, run_ranks, start_ranks, tiny_arguments
+
+from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.data import PackedStore
+from ropewalk.data.prepare import prepare
+from ropewalk.training import find_checkpoint, verify_checkpoint
+from ropewalk.training.record import read_metrics
+
+STEPS = 16
+START_SECONDS = 1.5  # of a rank until its first step, about
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: when it came, whom it hit, and whether a save was cut."""
+
+    step: int
+    victims: tuple[int, ...]
+    inside_save: bool
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of every step that the run kept."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir)]
+
+
+def torn(run_dir: Path) -> set[tuple[Path, int]]:
+    """Directories of checkpoints that are not committed, each with when it was made: a resumed run makes it anew."""
+    found = set()
+    for path in run_dir.glob("checkpoints/step-*"):
+        with suppress(FileNotFoundError):  # a rank may be removing it
+            if not (path / "manifest.json").exists():
+                found.add((path, path.stat().st_ctime_ns))
+    return found
+
+
+class Soak:
+    """Kills runs until enough have been killed; every run is brought to its end and compared."""
+
+    def __init__(self, store: PackedStore, work: Path, seed: int, report: Callable[[str], None]) -> None:
+        self.store, self.work, self.report = store, work, report
+        self.random = random.Random(seed)
+        self.kills: list[Kill] = []
+        self.runs = 0
+        run_ranks(2, work / "logs", self.arguments(work / "straight"))
+        self.expected = losses(work / "straight")
+        assert len(self.expected) == STEPS
+        self.step_seconds = sorted(row["seconds"] for row in read_metrics(work / "straight"))[STEPS // 2]
+        report(f"seed {seed}: {STEPS} steps of {self.step_seconds:.3f} s, a checkpoint every second one")
+
+    def arguments(self, run_dir: Path) -> list[str]:
+        """Of train.py: accumulation 2, a save every second step."""
+        return tiny_arguments(self.store, run_dir, f"trainer.max_steps={STEPS}")
+
+    def run(self, kills: int) -> None:
+        """Go on until ``kills`` have happened, at least a third of them inside a save."""
+        while len(self.kills) < kills or 3 * sum(kill.inside_save for kill in self.kills) < kills:
+            self.runs += 1
+            run_dir = self.work / f"killed-{self.runs}"
+            while len(self.kills) < kills or 3 * sum(kill.inside_save for kill in self.kills) < kills:
+                if not self._start_and_kill(run_dir):
+                    break
+            run_ranks(2, self.work / "logs", self.arguments(run_dir))
+            assert losses(run_dir) == self.expected, f"{run_dir}: {losses(run_dir)} instead of {self.expected}"
+            self.report(f"run {self.runs}: {STEPS} losses equal bit for bit")
+
+    def _start_and_kill(self, run_dir: Path) -> bool:
+        """One session, killed; False where it came to its end first."""
+        torn_before, rows_before = torn(run_dir), len(losses(run_dir))
+        victims = self.random.choice([(0,), (1,), (0, 1)])
+        kind = ["save", "start", "step"][len(self.kills) % 3]
+        with start_ranks(2, self.work / "logs", self.arguments(run_dir)) as ranks:
+            if kind == "start":
+                self._sleep(START_SECONDS)
+            elif kind == "save" and self._wait(ranks, lambda: torn(run_dir) - torn_before):
+                self._sleep(self.step_seconds)
+            elif kind == "step" and self._wait(ranks, lambda: len(losses(run_dir)) != rows_before):
+                self._sleep(6 * self.step_seconds)
+            if not ranks.alive():
+                return False
+            ranks.send(signal.SIGKILL, *victims)
+            self._sleep(0.3)
+        found = find_checkpoint(run_dir)
+        step = verify_checkpoint(found)["step"] if found else 0
+        self.kills.append(Kill(step, victims, bool(torn(run_dir) - torn_before)))
+        self.report(f"kill {len(self.kills)} ({kind}): {self.kills[-1]}")
+        return True
+
+    def _sleep(self, at_most: float) -> None:
+        time.sleep(self.random.uniform(0, at_most))
+
+    @staticmethod
+    def _wait(ranks: RankProcesses, condition: Callable[[], object]) -> bool:
+        while ranks.alive():
+            if condition():
+                return True
+            time.sleep(0.001)
+        return False
+
+
+def main() -> None:
+    """Soak on the fixture corpus."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="of the moments; printed")
+    arguments = parser.parse_args()
+    fixtures = Path(__file__).parent / "fixtures"
+    with tempfile.TemporaryDirectory() as work:
+        corpus = CorpusConfig(name="fixture", paths=[str(fixtures / "corpus")], tokenizer=str(fixtures / "tokenizer"))
+        config = PrepareConfig(output=f"{work}/data", sequence_lengths=[64], corpus=corpus)
+        store = PackedStore(prepare(config, report=lambda line: None) / "packed-64")
+        soak = Soak(store, Path(work), arguments.seed, lambda line: print(line, flush=True))
+        soak.run(arguments.kills)
+        inside = sum(kill.inside_save for kill in soak.kills)
+        print(f"{len(soak.kills)} kills, {inside} inside a save, {soak.runs} runs: every loss equal bit for bit")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
