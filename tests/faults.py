@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import time
 from collections.abc import Callable
 
@@ -35,3 +36,9 @@ def sleep_in_forward_forty() -> None:
         return loss
 
     _in_forward(lambda n: n == 40, sleep)
+
+
+def files_of_20_kilobytes_on_rank_one() -> None:
+    """A disk that is full, for one rank: whatever it writes ends there."""
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -80,8 +80,6 @@ class TrainerConfig:
     checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
     keep_last: int | None = None  # newest checkpoints that are kept; null: all
     keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
-    resume: bool = True  # go on from the newest committed checkpoint of the run directory
-    accept: list[str] = field(default_factory=list)  # contract entries allowed to differ on resume, by name
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
     stop_before: str | None = None  # save and leave in time for this instant: seconds since 1970, or ISO 8601
     overfit_one_batch: bool = False  # every step sees step 0's batch
@@ -96,6 +94,14 @@ class DeepSpeedConfig:
     param_persistence_threshold: int = 100_000  # parameters smaller than this stay whole on every rank
     overlap_comm: bool = True
     offload_optimizer: bool = False  # optimizer states in host memory
+
+
+@dataclass
+class ResumeConfig:
+    """Going on from the newest committed checkpoint of the run directory."""
+
+    enabled: bool = True  # false: a run directory that holds one is an error
+    accept: list[str] = field(default_factory=list)  # contract entries that may differ, by name
 
 
 @dataclass
@@ -149,6 +155,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)

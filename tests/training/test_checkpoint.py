@@ -1,15 +1,19 @@
 """A checkpoint exists when its manifest does, and is only what its manifest says."""
 
 import json
+import re
+import resource
 import shutil
 
 import pytest
 import torch
 from helpers import tiny_run
+from ranks import start_ranks, tiny_arguments
 
-from ropewalk.training import find_checkpoint, train, verify_checkpoint
-from ropewalk.training.checkpoint import check_contract, check_world_size, checkpoint_directory
-from ropewalk.training.record import read_metrics
+from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
+from ropewalk.training.checkpoint import SaveFailed, checkpoint_directory
+from ropewalk.training.contract import check_contract
+from ropewalk.training.record import MetricsFile, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -70,40 +74,124 @@ def test_a_path_out_of_the_root_is_not_followed(copied):
 def test_contract_names_what_differs():
     saved = {"seed": 0, "max_steps": 4}
     check_contract(saved, {"seed": 0, "max_steps": 4}, [])
-    with pytest.raises(ValueError, match=r"seed was 0, is 1.*trainer.accept=\[seed\]"):
+    with pytest.raises(ValueError, match=r"seed was 0, is 1.*resume.accept=\[seed\]"):
         check_contract(saved, {"seed": 1, "max_steps": 4}, [])
     check_contract(saved, {"seed": 1, "max_steps": 4}, ["seed"])
     with pytest.raises(ValueError, match="names no contract entry"):
         check_contract(saved, saved, ["sede"])
 
 
-def test_another_world_size_is_refused(finished):
-    checkpoint = find_checkpoint(finished)
-    manifest = verify_checkpoint(checkpoint)
-    check_world_size(checkpoint, manifest, 1)
-    with pytest.raises(ValueError, match="saved by 1 ranks and this run has 2; resume with 1"):
-        check_world_size(checkpoint, manifest, 2)
+@pytest.mark.parametrize("damage", ["shard", "manifest", "lost"])
+def test_damage_is_told_and_the_checkpoint_before_is_used(store_64, copied, capsys, damage):
+    newest = find_checkpoint(copied)
+    if damage == "shard":
+        next(newest.rglob("*model_states.pt")).write_bytes(b"")
+    elif damage == "lost":
+        next(newest.rglob("*optim_states.pt")).unlink()
+    else:
+        (newest / "manifest.json").write_text('{"format": 1, "fi')
+    left = sorted(str(path.relative_to(newest)) for path in newest.rglob("*"))
+    expected = [row["loss"] for row in read_metrics(copied)]
+    train(tiny_run(store_64, copied))  # from step 2
+    told = capsys.readouterr().out
+    assert re.search(
+        r"warning: \S+ is (missing|not the (file|manifest)).*kept as damaged-step-00000004, .* from step-00000002", told
+    )
+    assert "from step 2" in told
+    aside = newest.with_name("damaged-step-00000004")
+    assert sorted(str(path.relative_to(aside)) for path in aside.rglob("*")) == left
+    assert verify_checkpoint(newest)["step"] == 4  # saved anew
+    assert [row["loss"] for row in read_metrics(copied)] == expected
 
 
-def test_damage_stops_a_resume_and_its_mend_works(store_64, copied):
+def test_the_only_checkpoint_damaged_is_an_error(store_64, copied):
+    shutil.rmtree(checkpoint_directory(copied, 2))
     newest = find_checkpoint(copied)
     next(newest.rglob("*model_states.pt")).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is not the file that was saved.*rename .*manifest.json"):
+    with pytest.raises(ValueError, match=r"is not the file that was saved.*no checkpoint before it; mend .* rename"):
         train(tiny_run(store_64, copied))
-    (newest / "manifest.json").rename(newest / "manifest.json.bad")
-    train(tiny_run(store_64, copied))  # from step 2
-    assert verify_checkpoint(find_checkpoint(copied))["step"] == 4
+    assert find_checkpoint(copied) == newest
+
+
+def test_a_disk_that_fills_costs_no_checkpoint(store_64, tmp_path, capsys):
+    """A limit of 20 kB a file, as a full disk: the save of step 4 fails, training goes on, the last one stands."""
+    run_dir = tmp_path / "run"
+    arguments = ["trainer.max_steps=6", "trainer.checkpoint_every=2"]
+    train(tiny_run(store_64, run_dir, *arguments, "trainer.stop_after=2"))
+    real, limits = saving.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(engine, run_dir, step, contract, state):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step == 4 else limits[0], limits[1]))
+        try:
+            return real(engine, run_dir, step, contract, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "save_checkpoint", on_a_full_disk)
+        train(tiny_run(store_64, run_dir, *arguments))
+    told = capsys.readouterr().out
+    assert re.search(
+        r"warning: the checkpoint of step 4 could not be written \(rank 0: .*\); step-00000002 stands", told
+    )
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000002", "step-00000006"]
+    assert len(read_metrics(run_dir)) == 6
+
+
+@pytest.mark.slow
+def test_one_rank_with_a_full_disk_fails_the_save_on_all(store_64, tmp_path):
+    """Nobody waits for it in a barrier; the save at the end being the run's purpose, all exit with an error."""
+    with start_ranks(2, tmp_path / "logs", tiny_arguments(store_64, tmp_path, "trainer.max_steps=3"),
+                     fault="files_of_20_kilobytes_on_rank_one") as ranks:  # fmt: skip
+        assert ranks.wait() == [1, 1], ranks.output()
+    assert "warning: the checkpoint of step 2 could not be written (rank 1: " in ranks.output(0)
+    assert "the checkpoint of step 3 could not be written (rank 1: " in ranks.output(0)
+    assert find_checkpoint(tmp_path) is None
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_save_that_fails_at_the_end_is_an_error(store_64, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("in the way")
+    with pytest.raises(SaveFailed, match=r"step 1 could not be written \(rank 0: .*; there is none before it"):
+        train(tiny_run(store_64, run_dir, "trainer.stop_after=1"))
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_model_is_built(store_64, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run_dir=\S+ cannot be written .*choose another"):
+        train(tiny_run(store_64, tmp_path / "file" / "run"))
+
+
+def test_metrics_that_could_not_be_written_are_written_later(tmp_path, capsys):
+    metrics = MetricsFile(tmp_path, 0)
+    metrics.append({"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    metrics.append({"step": 2})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert "its rows are kept for later" in capsys.readouterr().out
+    metrics.append({"step": 3})
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_another_tokenizer_is_named(store_64):
+    saved = {"tokenizer": {"sha256": "aa", "vocab_size": 512}}
+    with pytest.raises(ValueError, match=r"tokenizer.sha256 was 'aa', is 'bb'.*accept=\[tokenizer\]"):
+        check_contract(saved, {"tokenizer": {"sha256": "bb", "vocab_size": 512}}, [])
 
 
 def test_what_is_committed_is_not_overwritten(store_64, copied):
     before = (copied / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"trainer.resume=false, but .* holds step-00000004"):
-        train(tiny_run(store_64, copied, "trainer.resume=false"))
+    with pytest.raises(ValueError, match=r"resume.enabled=false, but .* holds step-00000004"):
+        train(tiny_run(store_64, copied, "resume.enabled=false"))
     assert (copied / "metrics.jsonl").read_text() == before
 
 
 def test_accepted_optimizer_settings_take_effect(store_64, copied):
-    changes = ["trainer.adam_beta2=0.5", "trainer.weight_decay=0.5", "trainer.accept=[optimizer,max_steps]"]
+    changes = ["trainer.adam_beta2=0.5", "trainer.weight_decay=0.5", "resume.accept=[optimizer,max_steps]"]
     train(tiny_run(store_64, copied, "trainer.max_steps=5", *changes))
     groups = next(
         value["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]

@@ -121,8 +121,8 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     """A load that casts the buffers, as DeepSpeed may, leaves no trace in the steps after it."""
     engines = []
 
-    def casting_load(engine, checkpoint):
-        load_checkpoint(engine, checkpoint)
+    def casting_load(engine, *origin):
+        load_checkpoint(engine, *origin)
         engine.module.lm.get_decoder().rotary_emb.to(torch.bfloat16)
         engines.append(engine)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ropewalk.config import TrainerConfig
 from ropewalk.files import fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 ZERO = "zero"  # DeepSpeed's tag inside the step's directory
 
 
@@ -37,39 +39,46 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a committed checkpoint.
 
     Raises:
-        ValueError: where there is none, or it is of another format.
+        ValueError: where there is none, it is no JSON, or it is of another format.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise ValueError(f"{checkpoint} holds no {MANIFEST}, so it was never committed; name one that was, or the run")
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not the manifest that was written: {error}") from error
     if manifest.get("format") != FORMAT_VERSION:
         raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
     return manifest
 
 
-def verify_checkpoint(checkpoint: str | Path, rank: int | None = None) -> dict[str, Any]:
+def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     """Read files back and compare them with the manifest; returns the manifest.
 
     Args:
         checkpoint: directory of one step.
-        rank: look only at the files that this rank wrote; None: at all.
+        rank: look only at this rank's share of the files; where as many ranks saved it, those that it wrote.
+        world_size: ranks that share the reading.
 
     Raises:
         ValueError: naming the first file that is missing or differs. Nothing is deleted.
     """
     checkpoint = Path(checkpoint)
     manifest = read_manifest(checkpoint)
-    mend = f"; to go on from the checkpoint before it, rename {checkpoint / MANIFEST}"
     for name, expected in manifest["files"].items():
         path = inside(checkpoint, name)
-        if rank is not None and _owner(path) % manifest["world_size"] != rank:
+        if _owner(path) % world_size != rank:
             continue
         if not path.is_file():
-            raise ValueError(f"{path} is missing, but the manifest lists it{mend}")
+            raise ValueError(f"{path} is missing, but the manifest lists it")
         if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise ValueError(f"{path} is not the file that was saved (its size or sha256 differs){mend}")
+            raise ValueError(f"{path} is not the file that was saved (its size or sha256 differs)")
     return manifest
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def save_checkpoint(
@@ -82,116 +91,145 @@ def save_checkpoint(
         run_dir: the run's directory.
         step: steps taken; the data order needs no other state.
         contract: what a resumed run must agree with.
-        state: what it goes on from beside the tensors; small, JSON.
+        state: what it goes on from beside the tensors; small, JSON; rank 0's is written.
+
+    Raises:
+        SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
     """
-    rank, directory = dist.get_rank(), checkpoint_directory(run_dir, step)
-    if rank == 0:
-        if (directory / MANIFEST).exists():
-            raise RuntimeError(f"{directory} is committed already and is never written twice")
-        shutil.rmtree(directory, ignore_errors=True)  # torn by an earlier death: no manifest
-        directory.mkdir(parents=True)
-        write_config(engine.module.lm.config, directory / "config.json")
-    dist.barrier()
-    engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
-    save_file(_rng_state(), directory / f"rng_rank_{rank}.safetensors")
-    dist.barrier()
-    mine = {str(path.relative_to(directory)): _settle(path) for path in _files_of(rank, directory)}
-    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)  # every rank's files are durable once this returns
-    if rank == 0:
-        manifest = {
-            "format": FORMAT_VERSION,
-            "step": step,
-            "world_size": dist.get_world_size(),
-            "contract": dict(contract),
-            "state": dict(state),
-            "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
-        }
-        fsync_path(directory / ZERO)
-        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        fsync_path(directory.parent)
-    dist.barrier()
+    directory = checkpoint_directory(run_dir, step)
+    try:
+        _all_or_none(lambda: _begin(engine, directory))
+        with _recorded_writes(engine) as failures:
+            engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
+        mine = _all_or_none(lambda: _settle_share(directory, failures))
+        _all_or_none(lambda: _commit(directory, step, contract, state, mine))
+    except SaveFailed as error:
+        if dist.get_rank() == 0:  # a full disk gets its space back
+            shutil.rmtree(directory, ignore_errors=True)
+        dist.barrier()
+        raise SaveFailed(
+            f"the checkpoint of step {step} could not be written ({error}); {_standing(run_dir)}"
+        ) from None
     return directory
 
 
-def resumable_step(run_dir: Path, contract: Mapping[str, Any], trainer: TrainerConfig) -> tuple[Path | None, int]:
-    """The checkpoint that this run goes on from, or None, and its step; before a model is built. Collective.
-
-    Rank 0 looks, so that all ranks mean the same one; each rank reads back the files that it wrote.
-
-    Raises:
-        ValueError: on every rank, for a damaged checkpoint, another world size, a contract that differs in an entry
-            that ``trainer.accept`` does not name, or committed checkpoints where the run was told not to resume.
-    """
-    found = [find_checkpoint(run_dir)]
-    dist.broadcast_object_list(found)
-    checkpoint = found[0]
-    if checkpoint is None:
-        return None, 0
-    if not trainer.resume:
-        raise ValueError(
-            f"trainer.resume=false, but {run_dir} holds {checkpoint.name}, which is never overwritten; choose another "
-            "run_name or remove that directory"
-        )
-    manifest = read_manifest(checkpoint)
-    check_contract(manifest["contract"], contract, trainer.accept)
-    check_world_size(checkpoint, manifest, dist.get_world_size())
-    _agree(_damage(checkpoint))
-    return checkpoint, int(manifest["step"])
+def _begin(engine: Any, directory: Path) -> None:
+    if dist.get_rank() != 0:
+        return
+    if (directory / MANIFEST).exists():
+        raise RuntimeError(f"{directory} is committed already and is never written twice")
+    shutil.rmtree(directory, ignore_errors=True)  # torn by an earlier death: no manifest
+    directory.mkdir(parents=True)
+    (directory / ZERO).mkdir()
+    write_config(engine.module.lm.config, directory / "config.json")
 
 
-def check_world_size(checkpoint: Path, manifest: Mapping[str, Any], world_size: int) -> None:
-    """Raise ValueError where another number of ranks wrote the checkpoint."""
-    saved = manifest["world_size"]
-    if saved != world_size:
-        raise ValueError(f"{checkpoint} was saved by {saved} ranks and this run has {world_size}; resume with {saved}")
+@contextmanager
+def _recorded_writes(engine: Any) -> Iterator[list[str]]:
+    """Have DeepSpeed's writes leave word of a failure instead of an exception: the other ranks wait in its barriers."""
+    failures: list[str] = []
 
+    def recorded(write: Callable[..., Any]) -> Callable[..., None]:
+        def attempt(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:  # torch tells of a full disk as RuntimeError
+                failures.append(str(error))
 
-def _damage(checkpoint: Path) -> str | None:
+        return attempt
+
+    writes = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    for owner, name in writes:
+        setattr(owner, name, recorded(getattr(owner, name)))
     try:
-        verify_checkpoint(checkpoint, dist.get_rank())
-    except ValueError as error:
-        return str(error)
-    return None
+        yield failures
+    finally:
+        for owner, name in writes:
+            delattr(owner, name)
 
 
-def _agree(problem: str | None) -> None:
-    """Raise the first rank's problem on every rank."""
+def _settle_share(directory: Path, failures: list[str]) -> dict[str, Any]:
+    """This rank's files, on the disk, with size and checksum."""
+    if failures:
+        raise OSError(failures[0])
+    rank = dist.get_rank()
+    save_file(_rng_state(), directory / f"rng_rank_{rank}.safetensors")
+    return {str(path.relative_to(directory)): _settle(path) for path in _files_of(rank, directory)}
+
+
+def _commit(
+    directory: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any], mine: dict[str, Any]
+) -> None:
+    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
+    if dist.get_rank() != 0:
+        return
+    manifest = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "world_size": dist.get_world_size(),
+        "contract": dict(contract),
+        "state": dict(state),
+        "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
+    }
+    fsync_path(directory / ZERO)
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    fsync_path(directory.parent)
+
+
+def _standing(run_dir: Path) -> str:
+    newest = find_checkpoint(run_dir)
+    return f"{newest.name} stands" if newest else "there is none before it"
+
+
+def _all_or_none(work: Callable[[], T]) -> T:
+    """Do a rank's part of a save; an OSError of any rank is SaveFailed on all. Collective."""
+    problem, result = None, None
+    try:
+        result = work()
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {dist.get_rank()}: {error}"
+    problem = first_problem(problem)
+    if problem is not None:
+        raise SaveFailed(problem)
+    return cast(T, result)
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The first rank's problem, on every rank; None where no rank has one. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p is not None), None)
-    if first is not None:
-        raise ValueError(first)
+    return next((p for p in problems if p is not None), None)
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Bring engine and random state back to a checkpoint that was found resumable. Collective."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ZERO)
+def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None) -> None:
+    """Bring engine and random state back to a checkpoint. Collective.
+
+    Args:
+        engine: the DeepSpeed engine.
+        checkpoint: verified.
+        universal: its universal form, where another number of ranks saved it. Random state is left alone then: it
+            belongs to ranks that are no more, and training draws nothing from it.
+    """
+    engine._config.load_universal_checkpoint = universal is not None
+    loaded, _ = engine.load_checkpoint(str(universal or checkpoint), tag=ZERO)
     if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint / ZERO}")
-    _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
+        raise RuntimeError(f"DeepSpeed found nothing to load in {(universal or checkpoint) / ZERO}")
+    if universal is None:
+        _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
+    else:
+        _unshare_steps(engine)
 
 
-def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
-    """Raise ValueError naming each entry that differs and is not accepted by name."""
-    unknown = set(accept) - set(present)
-    if unknown:
-        raise ValueError(f"trainer.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
-    differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
-    if differing:
-        told = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
-        raise ValueError(
-            f"this run is not the one that was saved: {told}. Restore the settings, choose another run_name, or accept "
-            f"the change by name: trainer.accept=[{','.join(differing)}]"
-        )
+def _unshare_steps(engine: Any) -> None:
+    """Give every parameter group its own step count.
 
-
-def _changes(name: str, saved: Any, present: Any) -> list[str]:
-    """The leaves in which two contract entries differ, in words; a hash says nothing that its source does not."""
-    if isinstance(saved, dict) and isinstance(present, dict):
-        keys = [k for k in present if saved.get(k) != present[k] and not k.endswith("sha256")]
-        return [line for key in keys for line in _changes(f"{name}.{key}", saved.get(key), present[key])]
-    return [f"{name} was {saved!r}, is {present!r}"]
+    DeepSpeed 0.19.8 loads a universal checkpoint with one tensor for all, which torch's Adam then advances once for
+    each group: the bias correction is off, and the second loss after such a load by 1e-4 of itself.
+    """
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def _owner(path: Path) -> int:

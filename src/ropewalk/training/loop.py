@@ -18,8 +18,10 @@ from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.prefetch import prefetched
 from ropewalk.data.remote import open_stores
 from ropewalk.model import training_config
-from ropewalk.rope.position import Position, position_of
-from ropewalk.training.checkpoint import load_checkpoint, read_manifest, resumable_step, save_checkpoint
+from ropewalk.rope.position import position_of
+from ropewalk.training.checkpoint import load_checkpoint
+from ropewalk.training.contract import contract
+from ropewalk.training.elastic import make_universal
 from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, start_engine, start_processes, world_size
 from ropewalk.training.guards import (
     Guard,
@@ -30,7 +32,8 @@ from ropewalk.training.guards import (
     write_provenance,
 )
 from ropewalk.training.observer import Observer
-from ropewalk.training.retention import prune_checkpoints
+from ropewalk.training.resume import find_origin, require_writable
+from ropewalk.training.saving import Saver
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
 
@@ -83,52 +86,30 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scrat
         model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
 
 
-def contract(config: TrainConfig, position: Position, mixture: Mixture) -> dict[str, Any]:
-    """What a resumed run must share with the checkpoint, entry by entry."""
-    trainer = config.trainer
-    metadata = position.metadata()
-    return {
-        "position": {
-            **{k: v for k, v in metadata.items() if k not in ("name", "base_model")},
-            "chain": str(position.chain),
-        },
-        "base_model": {
-            "path": config.model.path,
-            "revision": config.model.revision,
-            "architecture": dict(config.model.architecture),
-        },
-        **mixture.contract(),
-        "overfit_one_batch": trainer.overfit_one_batch,
-        "max_steps": trainer.max_steps,
-        "schedule": {name: getattr(trainer, name) for name in ("learning_rate", "min_lr_ratio", "warmup_ratio")},
-        "optimizer": {
-            name: getattr(trainer, name)
-            for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
-        },
-        "dtype": trainer.dtype,
-    }
-
-
 def _run(
     config: TrainConfig, ranks: Ranks, store: PackedStore, mixture: Mixture, model_config: PreTrainedConfig
 ) -> None:
     trainer, run_dir, position = config.trainer, Path(config.run_dir), position_of(model_config)
-    agreed = contract(config, position, mixture)
-    checkpoint, start = resumable_step(run_dir, agreed, trainer)
+    agreed = contract(config, position, store, mixture)
+    require_writable(run_dir)
+    origin = find_origin(run_dir, agreed, config.resume)
+    start = origin.step
     last = min(trainer.max_steps, start + (trainer.stop_after or trainer.max_steps))
     if start >= last:
         _say(ranks, f"{run_dir} is at step {start} of {trainer.max_steps}: nothing left to do")
         return
     _say(ranks, describe_order(mixture, last))
-    observer = Observer(config, ranks, model_config, store, start)
+    elastic = origin.checkpoint is not None and origin.world_size != ranks.world_size
+    universal = make_universal(origin.checkpoint, config.deepspeed.stage) if origin.checkpoint and elastic else None
+    observer = Observer(config, ranks, model_config, store, origin)
     engine = start_engine(config, model_config, ranks)
-    if checkpoint:
-        load_checkpoint(engine, checkpoint)
+    if origin.checkpoint:
+        load_checkpoint(engine, origin.checkpoint, universal)
         restore_settings(engine, trainer)
         place_spectrum(engine)
     watch_gradients(engine)
-    guard = Guard(config.guards, read_manifest(checkpoint).get("state", {}).get("guard") if checkpoint else None)
-    saver = Saver(engine, config, agreed, observer, guard, start, last)
+    guard = Guard(config.guards, origin.state.get("guard"))
+    saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
     loaded = closing(prefetched(lambda seen: micro_batches(mixture, seen, ranks, config), seen_at))
     with _profiler(trainer.profile_steps, run_dir, ranks) as profile, _stop_flag(config) as stop, loaded as ahead:
@@ -158,44 +139,6 @@ def _run(
 def _stop_flag(config: TrainConfig) -> StopFlag:
     until = config.trainer.stop_before
     return StopFlag(instant(until) if until else None, control_group(config.trainer.device))
-
-
-class Saver:
-    """When a checkpoint is written: every ``checkpoint_every`` steps, after the last one, and before leaving early."""
-
-    def __init__(
-        self,
-        engine: Any,
-        config: TrainConfig,
-        agreed: dict[str, Any],
-        observer: Observer,
-        guard: Guard,
-        start: int,
-        last: int,
-    ) -> None:
-        self.engine, self.trainer, self.agreed, self.guard = engine, config.trainer, agreed, guard
-        self.run_dir, self.observer = Path(config.run_dir), observer
-        self.saved, self.last = start, last
-
-    def after(self, step: int) -> None:
-        """Save if it is time to, and delete what is not kept. Collective."""
-        every = self.trainer.checkpoint_every
-        if every and (step % every == 0 or step == self.last):
-            self._save(step)
-
-    def before_leaving(self, step: int, reason: str) -> None:
-        """Save the ``step`` steps that were finished, unless that is done or nothing is ever saved. Collective."""
-        if self.trainer.checkpoint_every and step > self.saved:
-            self._save(step)
-        kept = "saved" if self.trainer.checkpoint_every else "not saved, as trainer.checkpoint_every=null says"
-        self.observer.say(f"{reason}: step {step} is {kept}; leaving with exit code {EXIT_REQUEUE}")
-
-    def _save(self, step: int) -> None:
-        with self.observer.clock_stopped():
-            save_checkpoint(self.engine, self.run_dir, step, self.agreed, {"guard": self.guard.state()})
-            if self.observer.ranks.is_main:
-                prune_checkpoints(self.run_dir, self.trainer.keep_last, self.trainer.keep_every)
-        self.saved = step
 
 
 def describe_order(mixture: Mixture, steps: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -19,6 +20,7 @@ from ropewalk.rope.position import position_of
 from ropewalk.training.engine import Ranks
 from ropewalk.training.guards import StepResult
 from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
+from ropewalk.training.resume import Origin
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.tracker import open_tracker
 
@@ -27,13 +29,14 @@ class Observer:
     """Writes what happens: the run's record, metrics.jsonl, the tracker, and the line on the terminal."""
 
     def __init__(
-        self, config: TrainConfig, ranks: Ranks, model_config: PreTrainedConfig, store: PackedStore, start: int
+        self, config: TrainConfig, ranks: Ranks, model_config: PreTrainedConfig, store: PackedStore, origin: Origin
     ) -> None:
         position = position_of(model_config)
         model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
         self.config, self.ranks = config, ranks
         self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
         self.clock = time.monotonic()
+        start = origin.step
         self.since = start  # step of the last recorded row
         if not ranks.is_main:
             return
@@ -42,7 +45,8 @@ class Observer:
         details = write_record(config, position, store, model, ranks.world_size)
         copy_tokenizer(store.tokenizer_path, run_dir)
         self.metrics = MetricsFile(run_dir, start)
-        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, {**asdict(config), "run": details})
+        details = {**asdict(config), "run": details}
+        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, origin.state.get("tracker_id"))
         self.progress = Progress(start, config.trainer.max_steps)
         where = f"from step {start}" if start else "from the start"
         self.say(
@@ -78,6 +82,15 @@ class Observer:
         self.metrics.append(row)
         self.tracker.log(row)
         self.say(self.progress.line(row) if result.refused is None else f"step {step:>5} refused: {result.refused}")
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: the tracker's run, in which a resumed run goes on."""
+        return {"tracker_id": self.tracker.run_id} if self.ranks.is_main else {}
+
+    def settle(self) -> None:
+        """Have the rows so far on the disk, before a checkpoint says that their steps are done."""
+        if self.ranks.is_main:
+            self.metrics.settle()
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 
 from ropewalk.config import TrainConfig
 from ropewalk.data import PackedStore
-from ropewalk.files import write_atomically
+from ropewalk.files import fsync_path, write_atomically
 from ropewalk.rope.position import Position
 
 PACKAGES = (
@@ -105,10 +107,25 @@ class MetricsFile:
         kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
+        self.unwritten = ""
+
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add one row. Where the disk is full it waits for the next: a lost row is no reason to lose a run."""
+        self.unwritten += json.dumps(row) + "\n"
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("a") as file:
+                file.write(self.unwritten)
+        except OSError as error:
+            print(f"warning: {self.path} could not be written ({error}); its rows are kept for later", flush=True)
+            with suppress(OSError):
+                os.truncate(self.path, size)  # half a row would spoil the next
+        else:
+            self.unwritten = ""
+
+    def settle(self) -> None:
+        """Have all rows on the disk."""
+        fsync_path(self.path)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     Kept are the newest ``keep_last`` (at least 1), and those whose step is a multiple of ``keep_every``. A checkpoint
     with a file missing or of another size is left for a person to look at and does not count. The manifest goes first,
     so a death in between leaves a directory that nothing takes for a checkpoint; such directories before the newest
-    checkpoint are removed too.
+    checkpoint are removed too, and universal forms of checkpoints before it.
 
     Args:
         run_dir: the run's directory.
@@ -33,12 +33,20 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     if keep_every is not None:
         kept |= {path for path in whole if int(read_manifest(path)["step"]) % keep_every == 0}
     torn = [path for path in steps if not (path / MANIFEST).exists() and whole and path < whole[-1]]
-    expendable = sorted([*(path for path in whole if path not in kept), *torn])
+    universal = [
+        path for path in (run_dir / "checkpoints").glob("universal-step-*") if whole and _source(path) < whole[-1]
+    ]
+    expendable = sorted([*(path for path in whole if path not in kept), *torn, *universal])
     for path in expendable:
         (path / MANIFEST).unlink(missing_ok=True)
         fsync_path(path)
         shutil.rmtree(path)
     return expendable
+
+
+def _source(universal: Path) -> Path:
+    """The checkpoint that a universal form was made of."""
+    return universal.with_name(universal.name.removeprefix("universal-").removesuffix(".partial"))
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -14,6 +14,8 @@ from ropewalk.files import write_atomically
 class Tracker(Protocol):
     """Where metrics go."""
 
+    run_id: str | None  # by which a resumed run goes on in the same one
+
     def log(self, metrics: dict[str, Any]) -> None:
         """One row; "step" and "tokens" are among its keys."""
 
@@ -23,6 +25,8 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Nothing beside metrics.jsonl."""
+
+    run_id: str | None = None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Do nothing."""
@@ -34,21 +38,24 @@ class NoTracker:
 class WandbTracker:
     """Weights & Biases; offline, into the run directory, where there is no API key.
 
-    The run's id is kept in tracker.json, so that a resumed run goes on in the same W&B run.
+    The run's id is kept in tracker.json and in every checkpoint, so that a resumed run goes on in the same W&B run.
     """
 
-    def __init__(self, config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any], saved_id: str | None
+    ) -> None:
         import wandb
 
         stored = run_dir / "tracker.json"
-        run_id = json.loads(stored.read_text())["wandb_id"] if stored.exists() else secrets.token_hex(4)
-        write_atomically(stored, json.dumps({"wandb_id": run_id}) + "\n")
+        known = json.loads(stored.read_text())["wandb_id"] if stored.exists() else saved_id
+        self.run_id = known or secrets.token_hex(4)
+        write_atomically(stored, json.dumps({"wandb_id": self.run_id}) + "\n")
         self.run = wandb.init(
             project=config.project,
             name=run_name,
             group=config.group,
             tags=config.tags,
-            id=run_id,
+            id=self.run_id,
             resume="allow",
             dir=run_dir,
             config=details,
@@ -60,7 +67,7 @@ class WandbTracker:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Log a row; the axis of every train/ metric is the token count."""
-        named = {f"train/{k}": v for k, v in metrics.items() if k not in ("step", "tokens")}
+        named = {f"train/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
         self.run.log({**named, "tokens": metrics["tokens"]}, step=metrics["step"])
 
     def finish(self) -> None:
@@ -78,8 +85,10 @@ def _mode() -> Literal["offline"] | None:
     return None if has_key or settings.mode != "online" else "offline"
 
 
-def open_tracker(config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any]) -> Tracker:
-    """The tracker that the config names; ``details`` become its config columns."""
+def open_tracker(
+    config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any], saved_id: str | None
+) -> Tracker:
+    """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
     if config.name == "wandb":
-        return WandbTracker(config, run_name, run_dir, details)
+        return WandbTracker(config, run_name, run_dir, details, saved_id)
     return NoTracker()

@@ -1,0 +1,60 @@
+"""What a resumed run must share with the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ropewalk.config import TrainConfig
+from ropewalk.data import Mixture, PackedStore
+from ropewalk.rope.position import Position
+
+
+def contract(config: TrainConfig, position: Position, store: PackedStore, mixture: Mixture) -> dict[str, Any]:
+    """Everything that changes the numbers of a step, entry by entry."""
+    trainer = config.trainer
+    metadata = position.metadata()
+    return {
+        "position": {
+            **{k: v for k, v in metadata.items() if k not in ("name", "base_model")},
+            "chain": str(position.chain),
+        },
+        "base_model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "architecture": dict(config.model.architecture),
+        },
+        "tokenizer": dict(store.tokenizer),
+        **mixture.contract(),
+        "overfit_one_batch": trainer.overfit_one_batch,
+        "max_steps": trainer.max_steps,
+        "schedule": {name: getattr(trainer, name) for name in ("learning_rate", "min_lr_ratio", "warmup_ratio")},
+        "optimizer": {
+            name: getattr(trainer, name)
+            for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
+        },
+        "dtype": trainer.dtype,
+    }
+
+
+def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
+    """Raise ValueError naming each entry that differs, with both values, and is not accepted by name."""
+    unknown = set(accept) - set(present)
+    if unknown:
+        raise ValueError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
+    differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
+    if differing:
+        told = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
+        raise ValueError(
+            f"this run is not the one that was saved: {told}. Restore the settings, choose another run_name, or accept "
+            f"the change by name: resume.accept=[{','.join(differing)}]"
+        )
+
+
+def _changes(name: str, saved: Any, present: Any) -> list[str]:
+    """The leaves in which two contract entries differ, in words; a hash only where nothing else says it."""
+    if not (isinstance(saved, dict) and isinstance(present, dict)):
+        return [f"{name} was {saved!r}, is {present!r}"]
+    differing = [key for key in present if saved.get(key) != present[key]]
+    telling = [key for key in differing if not key.endswith("sha256")]
+    return [line for key in telling or differing for line in _changes(f"{name}.{key}", saved.get(key), present[key])]
