@@ -5,6 +5,7 @@ from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropewalk.analysis.inspection import describe, rotations
+from ropewalk.training.engine import end_processes
 
 distributed.init_process_group("gloo")
 model = LlamaForCausalLM(
@@ -17,4 +18,4 @@ if distributed.get_rank() == 1:
 found = rotations(model, 8)[0]
 assert found.equal_on_all_ranks is False
 assert "NOT EQUAL ON ALL RANKS" in describe(found)
-distributed.destroy_process_group()
+end_processes()
