@@ -209,5 +209,8 @@ def spectrum_tolerance(spectrum: Spectrum, rope_type: str) -> float:
     plain = float(stock_tolerances(spectrum, {"rope_type": "default", "rope_theta": spectrum.theta}).max())
     if rope_type not in ("yarn", "llama3"):
         return plain
-    slowed = float((geometric(spectrum.theta, spectrum.head_dim) / spectrum.inv_freq).max())
+    turning = spectrum.inv_freq > 0
+    slowed = float(
+        (geometric(spectrum.theta, spectrum.head_dim)[turning] / spectrum.inv_freq[turning]).max(initial=1.0)
+    )
     return plain + 3 * _HALF_ULP + (plain + 4 * _HALF_ULP) * 4 / 3 * slowed

@@ -52,8 +52,11 @@ def test_metadata_that_the_stock_entry_contradicts_is_told(tmp_path, capsys):
     assert rotation.inv_freq[-1] == 0
     assert "chain: cope(clip=4), from base 1e4 (from its metadata)" in said
     assert "warning" not in said
-    edit(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
-    assert "stock transformers does NOT rotate with this chain" in inspected(tmp_path, capsys)[1]
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64}  # fmt: skip
+    for other in ({"rope_type": "default", "rope_theta": 1e4}, llama3):  # neither stops a pair
+        edit(tmp_path, rope_parameters=other)
+        assert "stock transformers does NOT rotate with this chain" in inspected(tmp_path, capsys)[1]
 
 
 def test_a_type_that_follows_the_length_is_read_at_one(tmp_path, capsys):

@@ -196,6 +196,7 @@ def _whole(spectrum: Spectrum, *, times: Tokens | None = None, kind: Literal["a"
     ("m", _unannotated, {}, "parameter times must be annotated int, float"),
     ("m", _of_text, {}, "times: str must be annotated int, float"),
     ("m", _whole, {"auto": {"clip": int}}, "auto has a rule for clip, which is no parameter"),
+    ("m", _whole, {"clips": True}, "a method with clips takes clip"),
     ("m", _whole, {"reaches": max}, "takes original_max_position_embeddings"),
 ])  # fmt: skip
 def test_registration_is_checked(name, function, options, message):
@@ -325,3 +326,24 @@ def test_importing_the_package_needs_numpy_alone():
     code = f"import sys, ropewalk.rope; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("methods", [[5], None, "cope", {"method": "cope", "clip": 3}, [{"method": ["cope"]}]])
+def test_what_is_no_list_of_steps_is_named(methods):
+    with pytest.raises(ValueError, match=r"write|names no method"):
+        RopeChain(methods)
+
+
+def test_apply_at_a_length_needs_no_other():
+    own = 1e7 ** (-np.arange(64) / 64)
+    dynamic = RopeChain.parse("dynamic_ntk(factor=2, original_max_position_embeddings=8192)")
+    expected = (1e7 * 3 ** (128 / 126)) ** (-np.arange(64) / 64)  # 2 x 16384 / 8192 - 1
+    np.testing.assert_allclose(dynamic.apply(own, length=16384), expected, rtol=1e-12)
+
+
+def test_equal_lists_and_no_temperature_do_not_depend_on_the_length():
+    inputs = {k: v for k, v in INPUTS.items() if k != "length"}
+    lists = {"short_factor": [2.0] * 64, "long_factor": [2.0] * 64, "original_max_position_embeddings": 8192}
+    assert not RopeChain([{"method": "longrope", **lists}]).depends_on_length(**inputs)
+    assert RopeChain([{"method": "longrope", **lists, "long_factor": [3.0] * 64}]).depends_on_length(**inputs)
+    assert not RopeChain.parse("rope_id(temperature_exponent=0)").depends_on_length(**inputs)

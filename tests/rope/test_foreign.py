@@ -123,6 +123,8 @@ UNTRUNCATED = {
     ({**ONE, "model_type": "stablelm", "max_position_embeddings": 4096, "partial_rotary_factor": 0.5}, "rope", 32),
     ({**ONE, "model_type": "glm4", "max_position_embeddings": 4096, "head_dim": 64}, "rope", 32),
     ({**ONE, "model_type": "phi", "max_position_embeddings": 4096}, "rope", 32),
+    ({**ONE, "model_type": "minimax_m2", "rotary_dim": 32, "rope_theta": 5e6, "max_position_embeddings": 4096},
+     "rope", 32),
     (DEEPSEEK, "yarn(factor=40, original_max_position_embeddings=4096, mscale=1, mscale_all_dim=0.5)", 64),
     (HUNYUAN, "ntk(factor=1000, original_max_position_embeddings=None)", 64),
     (NULL_FACTOR, "yarn(factor=4, original_max_position_embeddings=2048)", 64),
@@ -288,3 +290,11 @@ def test_a_path_without_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         Position.from_pretrained(tmp_path)
+
+
+def test_a_linear_entry_may_name_its_start():
+    entry = {"type": "linear", "factor": 4.0}
+    config = {"head_dim": 128, "max_position_embeddings": 8192, "rope_theta": 1e4}
+    for named in ({}, {"original_max_position_embeddings": 2048}):
+        chain = position_of({**config, "rope_scaling": {**entry, **named}}).chain
+        assert str(chain) == "pi(factor=4, original_max_position_embeddings=2048)"

@@ -272,3 +272,17 @@ def test_other_rotary_classes_read_the_compiled_form(tmp_path, model_type, field
     if prefix:  # the layers with a window keep their own
         assert torch.equal(rotary.sliding_attention_inv_freq, before.sliding_attention_inv_freq)
     assert torch.isfinite(model(input_ids=torch.arange(20)[None]).logits).all()
+
+
+@pytest.mark.parametrize(("arguments", "kind"), [
+    ({}, "yarn"), ({"mscale": 0.7}, "yarn"), ({"attention_factor": 1.0}, "longrope"),
+    ({"mscale": 1.0, "mscale_all_dim": 1.0}, "longrope"),
+])  # fmt: skip
+def test_yarn_with_an_attention_scaling_of_its_own_is_longrope(arguments, kind):
+    """vLLM's yarn knows 0.1 ln s + 1 alone; longrope's three keys are read by all engines."""
+    yarn = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, **arguments}
+    inputs = {"head_dim": 128, "theta": 5e5, "pretrained_length": 8192, "trained_length": 8192}
+    entry = RopeChain([yarn]).rope_parameters(**inputs, max_position_embeddings=32768)
+    assert entry["rope_type"] == kind
+    if kind == "longrope":
+        assert entry["attention_factor"] == entry["long_mscale"] == 1.0

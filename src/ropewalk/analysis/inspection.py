@@ -164,8 +164,10 @@ def _compare_with_chain(content: Mapping[str, Any], found: list[Rotation], lengt
     stock = rotation.inv_freq.double().numpy()
     fits = stock.shape == exact.shape and np.array_equal(stock == 0, exact == 0)
     worst = float(np.max(np.abs(stock - exact)[exact > 0] / exact[exact > 0], initial=0.0)) if fits else np.inf
-    if worst <= spectrum_tolerance(spectrum, rotation.rope_type) and np.isclose(
-        rotation.attention_scaling, spectrum.attention_scaling, rtol=1e-6
+    if (
+        fits
+        and worst <= spectrum_tolerance(spectrum, rotation.rope_type)
+        and np.isclose(rotation.attention_scaling, spectrum.attention_scaling, rtol=1e-6)
     ):
         yield f"  stock transformers rotates with it: largest relative difference {worst:.1e}"
     else:

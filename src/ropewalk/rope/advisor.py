@@ -155,6 +155,8 @@ def advise(
     yarns = _yarns(run, clips[-1:], yarn_from, target)
     own = [] if chain is None else [replace(run, chain=chain) if chain.rebuilds else run.extended(chain.to_list())]
     arms = [*((arm, arm) for arm in (run, *clips)), *yarns, *((arm, arm) for arm in own)]
+    if train_length is None:  # no training: what the model has seen is what it rotates with now
+        arms = [(position, served) for _, served in arms]
     asked = [run, *clips, *(served for _, served in yarns if target_length is not None), *own]
     pretrained = replace(position, chain=RopeChain([]))
     at_pretrained = [Beyond.of(one, position.pretrained_length) for one in (pretrained, position, run)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -18,6 +18,8 @@ from ropewalk.rope.notation import parse_steps, print_value
 from ropewalk.rope.order import check_order, reached_length
 from ropewalk.rope.registry import LENGTHS, get_method
 from ropewalk.rope.spectrum import Spectrum, geometric
+
+_LONGEST = 2**40  # tokens, beyond any input
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class RopeChain:
     """
 
     def __init__(self, methods: Sequence[Mapping[str, Any]]) -> None:
+        if isinstance(methods, (str, Mapping)) or not isinstance(methods, Iterable):
+            raise ValueError(f"{methods!r} is no list of steps; write [{{method: NAME, ...}}], or use RopeChain.parse")
         self.steps = tuple(_step(entry) for entry in methods)
         check_order(self.steps)
 
@@ -101,13 +105,12 @@ class RopeChain:
         return chain
 
     def depends_on_length(self, *, head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> bool:
-        """Whether a method of this chain reads the present input's length."""
+        """Whether the spectrum for an input of one token is not that for the longest one."""
         start = _start(head_dim, theta, pretrained_length, trained_length)
-        try:
-            self._resolved(start)._run(_Unmeasured(**vars(start)))
-        except _LengthRead:
-            return True
-        return False
+        chain = self._resolved(start)
+        short, long = (chain._run(start.at_length(length)) for length in (1, _LONGEST))
+        same = np.array_equal(short.inv_freq, long.inv_freq) and short.attention_scaling == long.attention_scaling
+        return not same
 
     def apply(
         self,
@@ -119,7 +122,8 @@ class RopeChain:
     ) -> Any:
         """The same transforms on a caller's own vector (d/2,), numpy or torch; returned in its type and dtype.
 
-        The base is read off the ratio of the first two frequencies, which holds for any RoPE vector.
+        The base is read off the ratio of the first two frequencies, which holds for any RoPE vector. The attention
+        scaling, which YaRN and others multiply cos and sin by, is not in a vector: ``spectrum`` has it.
 
         Args:
             inv_freq: RoPE's own inverse frequencies, highest first, radians per token.
@@ -141,6 +145,7 @@ class RopeChain:
         theta = float((values[0] / values[1]) ** values.size)
         _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length, length=length)
         start = _Unstated(values, theta, pretrained_length, trained_length)  # type: ignore[arg-type]
+        start = start if trained_length else start.at_length(length)  # type: ignore[assignment]
         result = self._resolved(start)._run(start.at_length(length)).inv_freq
         return inv_freq.new_tensor(result) if is_torch else result.astype(np.asarray(inv_freq).dtype)
 
@@ -209,18 +214,6 @@ class RopeChain:
         return hash(self.sha256)
 
 
-class _LengthRead(Exception):
-    """A method asked for the present length."""
-
-
-class _Unmeasured(Spectrum):
-    """A spectrum for an input of unknown length: reading it is noticed."""
-
-    @property
-    def present_length(self) -> int:
-        raise _LengthRead
-
-
 class _Unstated(Spectrum):
     """A caller's own vector, of a model whose lengths may not have been told: reading one of those is an error."""
 
@@ -247,8 +240,12 @@ def _check_lengths(**lengths: int | None) -> None:
 
 
 def _step(entry: Mapping[str, Any]) -> Step:
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"{entry!r} is no step of a chain; write {{method: NAME, ...}}, or give text to RopeChain.parse"
+        )
     arguments = dict(entry)
     name = arguments.pop("method", None)
-    if name is None:
+    if not isinstance(name, str):
         raise ValueError(f"{dict(entry)} names no method; write {{method: NAME, ...}}")
     return Step(name, get_method(name).arguments(arguments))

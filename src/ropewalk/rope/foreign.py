@@ -139,7 +139,11 @@ def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str) -> fl
 
 
 def _rotating_channels(config: Mapping[str, Any], share: float) -> int:
-    head_dim = whole(config, "qk_rope_head_dim", "channels", _WIDEST) or whole(config, "head_dim", "channels", _WIDEST)
+    rotary_dim = whole(config, "rotary_dim", "channels", _WIDEST)  # MiniMax's and GPT-J's own key, of whole channels
+    if rotary_dim is not None:
+        share = 1.0
+    head_dim = rotary_dim or whole(config, "qk_rope_head_dim", "channels", _WIDEST)
+    head_dim = head_dim or whole(config, "head_dim", "channels", _WIDEST)
     if head_dim is None:
         heads, width = whole(config, "num_attention_heads", "heads"), whole(config, "hidden_size", "channels")
         if heads is None or width is None:

@@ -53,8 +53,8 @@ def _linear(scaling: Scaling) -> list[Step]:
 
 def _interpolation(scaling: Scaling, factor: float) -> Step:
     """From the length that the entry names, or else so that it reaches the longest input that the config promises."""
-    start = scaling.original if ORIGINAL in scaling.entry else max(int(scaling.served_length / factor), 1)
-    return {"method": "pi", "factor": factor, ORIGINAL: start}
+    named = _positive(scaling.entry, ORIGINAL)
+    return {"method": "pi", "factor": factor, ORIGINAL: int(named or max(scaling.served_length / factor, 1))}
 
 
 def _dynamic(scaling: Scaling) -> list[Step]:

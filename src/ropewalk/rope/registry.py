@@ -112,7 +112,7 @@ def register_method(
         auto: arguments that take the word ``auto``, with the rule that resolves it.
         rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it,
         uses_base: and abf only if the method reads the base.
-        clips: the method slows or stops the slowest pairs; a chain takes one of these.
+        clips: the method slows or stops the ``clip`` slowest pairs; a chain takes one of these.
         reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
             arguments, which include ``original_max_position_embeddings``; ropewalk.rope.order.stretched as a rule.
 
@@ -162,6 +162,8 @@ def _check_registration(method: Method, parameters: list[inspect.Parameter]) -> 
                 f"{name}: parameter {parameter} must be annotated int, float, bool, Tokens, a Literal, list[float], or "
                 "one of these or None"
             )
+    if method.clips and "clip" not in method.hints:
+        raise ValueError(f"{name}: a method with clips takes clip, the number of pairs it acts on")
     for argument in method.auto.keys() - method.hints.keys():
         raise ValueError(f"{name}: auto has a rule for {argument}, which is no parameter of the function")
     if method.scaling and "original_max_position_embeddings" not in method.hints:

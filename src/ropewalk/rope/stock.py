@@ -32,7 +32,7 @@ def compile_to_stock(chain: RopeChain, spectrum: Spectrum, max_position_embeddin
     base = _base_of(spectrum)
     if base is not None and spectrum.attention_scaling == 1.0:
         return {"rope_type": "default", "rope_theta": base}
-    if len(steps) == 1 and steps[0].method in _STOCK:
+    if len(steps) == 1 and steps[0].method in _STOCK and _is_read_alike(steps[0]):
         return {"rope_theta": spectrum.theta, **_STOCK[steps[0].method](steps[0])}
     return longrope_entry(spectrum, max_position_embeddings)
 
@@ -50,6 +50,15 @@ def _base_of(spectrum: Spectrum) -> float | None:
         if base < _FLOAT32_MAX and np.allclose(spectrum.inv_freq, geometric(base, d), rtol=1e-12, atol=0.0):
             return base
     return None
+
+
+def _is_read_alike(step: Step) -> bool:
+    """Whether every engine takes the same attention scaling from the stock type: vLLM's yarn reads no other than
+    0.1 ln s + 1, whatever attention_factor or the two mscale say.
+    """
+    arguments = step.arguments
+    has_own = arguments.get("attention_factor") or (arguments.get("mscale") and arguments.get("mscale_all_dim"))
+    return step.method != "yarn" or not has_own
 
 
 def _linear(step: Step) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def ntk(
 
 def _followed(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
     """dynamic_ntk goes along with the input, so at least to the trained length."""
-    return max(stretched(arguments, spectrum), spectrum.trained_length)
+    return max(stretched(arguments, spectrum), spectrum.present_length)
 
 
 @register_method("dynamic_ntk", reaches=_followed)
