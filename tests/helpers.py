@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ropewalk.config import CorpusConfig
 from ropewalk.data import PackedStore
+from ropewalk.data.corpus import Document, read_documents
+from ropewalk.data.sources import corpus_sources, list_units
 from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
 
 TINY = {
@@ -32,6 +36,17 @@ def composed(name: str, *overrides: str) -> Any:
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return to_object(compose(name, list(overrides)))
+
+
+def documents_of(corpus: CorpusConfig, shard_bytes: int = 10**9) -> tuple[list[Document], dict[str, int]]:
+    """Every document of a corpus, and what was left out of it."""
+    skipped: Counter[str] = Counter()
+    documents = []
+    for source in corpus_sources(corpus):
+        for unit in list_units(source, shard_bytes):
+            documents += read_documents(unit, skipped)
+        skipped += source.skipped
+    return documents, dict(+skipped)
 
 
 def alone_environment() -> dict[str, str]:

@@ -162,13 +162,45 @@ class TrainConfig:
 
 
 @dataclass
+class SourceConfig:
+    """Where documents of one domain come from."""
+
+    domain: str = MISSING
+    path: str = MISSING  # file or directory; kind=dataset: a saved dataset, or a hub id
+    kind: str = "files"  # files (text, code, jsonl, parquet), repositories (one document each), dataset (Hugging Face)
+    chat: bool = False  # rows are lists of messages; only what the assistant says is trained
+    column: str | None = None  # of the rows; null: text, or messages where chat
+    subset: str | None = None  # of a hub dataset
+    split: str = "train"  # of a hub dataset
+    revision: str | None = None  # commit of a hub dataset; must be given
+
+
+@dataclass
+class DomainConfig:
+    """How the documents of one domain become sequences.
+
+    ``long`` puts a stretch of one document into each sequence; ``short`` packs by best fit and cuts no document that
+    fits; ``concat`` puts documents one after the other and cuts where a sequence is full.
+    """
+
+    packing: str = "short"  # long, short or concat
+    remainder: str = "drop"  # packing=long: domain that takes what fills no sequence, or drop
+
+
+@dataclass
 class CorpusConfig:
     """Raw documents and how they become tokens."""
 
     name: str = MISSING
     stdlib: bool = False  # the running interpreter's standard library, one document per top-level package
-    paths: list[str] = field(default_factory=list)  # files and directories: text, markdown, code, jsonl, parquet
+    paths: list[str] = field(default_factory=list)  # files and directories; with stdlib: split into long and short
+    sources: list[SourceConfig] = field(default_factory=list)  # documents that name their own domain
+    domains: dict[str, DomainConfig] = field(default_factory=dict)  # of sources; a domain without an entry is short
     tokenizer: str | None = None  # Hugging Face tokenizer directory or hub id; null: train a BPE on the corpus
+    engine: str = "auto"  # tokenizers, tiktoken, gigatoken (checked); auto: tiktoken for Llama 3's, else tokenizers
+    bos: bool = True  # begin each document with BOS, where the tokenizer has one
+    eos: bool = True  # end each document with EOS, where the tokenizer has one
+    chat_template: str | None = None  # Jinja file; null: the tokenizer's own
     vocab_size: int = 4096  # of the BPE that is trained
     retrieval_tokens: int = 0  # tokens of synthetic retrieval documents to add for each sequence length
     heldout_documents: int = 0  # long documents kept out of training, for evaluation
@@ -182,6 +214,11 @@ class PrepareConfig:
     output: str = MISSING  # directory for tokenizer, documents and one packed store per sequence length
     sequence_lengths: list[int] = MISSING  # tokens
     seed: int = 0
+    shard_mb: float = 64.0  # raw megabytes that a process tokenizes at a time; changes the bytes of large stores
+    workers: int | None = None  # processes; null: one for each core, or none but this one for a small corpus
+    stage: str = "all"  # all, or one for an array of jobs: plan, tokenize, pack, finish
+    shard: int = 0  # stage=tokenize or pack: which share of the work
+    n_shards: int = 1  # stage=tokenize or pack: of how many
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import documents_of
 
-import ropewalk.data.prepare as module
-from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.corpus import load_corpus
+from ropewalk.data.parts import PartWriter
 from ropewalk.data.prepare import prepare
+from ropewalk.data.token_files import TokenFileWriter
 from ropewalk.data.tokenizer import load_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures/tokenizer"
@@ -19,11 +20,12 @@ TOKENIZER = Path(__file__).parents[1] / "fixtures/tokenizer"
 def config_of(output: Path, corpus: Path, **changes) -> PrepareConfig:
     settings = {"vocab_size": 512, "retrieval_tokens": 3000, "heldout_documents": 2, "heldout_length": 1500}
     lengths = changes.pop("sequence_lengths", [128, 256])
-    seed = changes.pop("seed", 0)
+    names = ("seed", "shard_mb", "workers", "stage", "shard", "n_shards")
+    others = {name: changes.pop(name) for name in names if name in changes}
     return PrepareConfig(
         output=str(output),
         sequence_lengths=lengths,
-        seed=seed,
+        **others,
         corpus=CorpusConfig(name="test", paths=[str(corpus)], **{**settings, **changes}),
     )
 
@@ -46,7 +48,8 @@ def test_every_token_of_the_corpus_is_in_the_store(prepared, fixture_corpus):
     output, _ = prepared
     encoder = load_tokenizer(str(output / "tokenizer"))
     held = {json.loads(line)["name"] for line in (output / "heldout/documents.jsonl").read_text().splitlines()}
-    training = [d for d in load_corpus(False, [str(fixture_corpus)]).documents if d.name not in held]
+    documents, _ = documents_of(CorpusConfig(paths=[str(fixture_corpus)]))
+    training = [document for document in documents if document.name not in held]
     expected = np.concatenate([encoder.encode_document(document.text) for document in training])
     for length in (128, 256):
         store = PackedStore(output / f"packed-{length}")
@@ -120,29 +123,87 @@ def test_other_work_is_not_overwritten(prepared, fixture_corpus, tmp_path):
     assert contents(tmp_path).keys() == {"thesis.tex"}
 
 
-def test_a_killed_run_leaves_no_store_and_is_done_again(prepared, fixture_corpus, tmp_path, monkeypatch):
-    output, real, calls = tmp_path / "output", module.write_store, []
+@pytest.fixture(scope="module")
+def in_shards(tmp_path_factory, fixture_corpus):
+    """Many small shards, in this process."""
+    output = tmp_path_factory.mktemp("shards") / "output"
+    lines: list[str] = []
+    prepare(config_of(output, fixture_corpus, shard_mb=0.02), lines.append)
+    assert any(line.startswith("tokenize: ") and not line.startswith("tokenize: 1 shards") for line in lines)
+    return output
 
-    def dying(root, *rest):
-        calls.append(root)
-        if len(calls) == 2:
-            sequences = rest[1]["long"]
 
-            def killed():
-                yield next(iter(sequences))
-                raise KeyboardInterrupt
+def test_bytes_do_not_depend_on_processes(in_shards, fixture_corpus, tmp_path):
+    prepare(config_of(tmp_path / "o", fixture_corpus, shard_mb=0.02, workers=2), lambda line: None)
+    assert contents(tmp_path / "o") == contents(in_shards)
 
-            rest = (rest[0], {**rest[1], "long": killed()}, *rest[2:])
-        return real(root, *rest)
 
-    monkeypatch.setattr(module, "write_store", dying)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config_of(output, fixture_corpus), lambda line: None)
-    assert (output / "packed-256/long").is_dir()
+def test_bytes_do_not_depend_on_the_stages_being_apart(in_shards, fixture_corpus, tmp_path):
+    """As an array of jobs does it, its tasks in any order."""
+
+    def stage(name, shard=0, n_shards=1):
+        config = config_of(
+            tmp_path / "o", fixture_corpus, shard_mb=0.02, stage=name, shard=shard, n_shards=n_shards, workers=1
+        )
+        prepare(config, lambda line: None)
+
+    with pytest.raises(ValueError, match="has no plan; run stage=plan first"):
+        stage("tokenize")
+    stage("plan")
+    stage("tokenize", 2, 3)
+    with pytest.raises(ValueError, match=r"shards, the first 0, are not tokenized; run stage=tokenize"):
+        stage("pack")
+    stage("tokenize", 0, 3)
+    stage("tokenize", 1, 3)
+    stage("pack", 1, 2)
+    with pytest.raises(ValueError, match=r"is not packed; run stage=pack"):
+        stage("finish")
+    stage("pack", 0, 2)
+    stage("finish")
+    assert contents(tmp_path / "o") == contents(in_shards)
+    for name in ("plan", "tokenize", "pack", "finish"):  # submitted again
+        stage(name)
+    assert contents(tmp_path / "o") == contents(in_shards)
+
+
+@pytest.mark.parametrize(("place", "nth"), [
+    ("TokenFileWriter.write", 1), ("TokenFileWriter.commit", 4), ("PartWriter.record", 3), ("PartWriter.assemble", 2),
+    ("PartWriter.assemble", 5),
+])  # fmt: skip
+def test_a_killed_run_leaves_no_store_and_goes_on(in_shards, fixture_corpus, tmp_path, monkeypatch, place, nth):
+    output, calls = tmp_path / "o", []
+    cls = {"TokenFileWriter": TokenFileWriter, "PartWriter": PartWriter}[place.split(".")[0]]
+    real = getattr(cls, place.split(".")[1])
+
+    def dying(self, *arguments):
+        calls.append(self)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    config = config_of(output, fixture_corpus, shard_mb=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, place.split(".")[1], dying)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, lambda line: None)
     assert not (output / "packed-256/manifest.json").exists()
-    monkeypatch.setattr(module, "write_store", real)
-    prepare(config_of(output, fixture_corpus), lambda line: None)
-    assert contents(output) == contents(prepared[0])
+    lines: list[str] = []
+    prepare(config, lines.append)
+    assert contents(output) == contents(in_shards)
+    if place == "TokenFileWriter.commit":
+        assert any(line.startswith("tokenize: ") and line.endswith(" 3 finished before") for line in lines)
+
+
+def test_groups_are_packed_apart(in_shards, fixture_corpus, tmp_path, monkeypatch):
+    """What bounds memory: the same tokens in the same domains, in more parts."""
+    monkeypatch.setattr("ropewalk.data.stages.GROUP_TOKENS", 20_000)
+    prepare(config_of(tmp_path / "o", fixture_corpus, shard_mb=0.02), lambda line: None)
+    whole, apart = PackedStore(in_shards / "packed-128"), PackedStore(tmp_path / "o/packed-128")
+    apart.verify()
+    assert len(apart.domains["short"].shards) > 2
+    for name, info in whole.domains.items():
+        assert apart.domains[name].tokens == info.tokens
+        assert apart.accounting[name] == whole.accounting[name]
 
 
 def test_finished_work_that_lost_a_store_is_named(prepared, fixture_corpus, tmp_path):
@@ -192,6 +253,24 @@ def test_too_few_long_documents_are_counted(fixture_corpus, fixture_tokenizer, t
         ({"retrieval_tokens": -1}, r"corpus.retrieval_tokens=-1 must not be negative"),
         ({"heldout_documents": -1}, r"corpus.heldout_documents=-1 must not be negative"),
         ({"heldout_length": 0}, r"corpus.heldout_length=0 must be at least 2"),
+        ({"stage": "token"}, "stage=token is not known; use one of: all, plan"),
+        ({"shard": 2, "n_shards": 2}, "shard=2 must be 0 to n_shards - 1 = 1"),
+        ({"shard_mb": 0}, "shard_mb=0 and workers=None must be positive"),
+        ({"engine": "fast"}, "corpus.engine=fast is not known; use one of: auto"),
+        ({"chat_template": "nowhere.jinja"}, r"corpus.chat_template=nowhere.jinja is no file"),
+        ({"domains": {"books": DomainConfig()}}, "corpus.domains names books, which no source has"),
+        (
+            {"domains": {"short": DomainConfig("tight")}},
+            "corpus.domains.short.packing=tight is not known; use",
+        ),
+        ({"domains": {"short": DomainConfig("short", "long")}}, "short.remainder is for packing=long; leave it out"),
+        ({"domains": {"short": DomainConfig("concat")}}, "long.remainder=short is no domain of packing=short"),
+        ({"sources": [SourceConfig("retrieval", str(TOKENIZER))]}, "the domain retrieval is taken"),
+        ({"sources": [SourceConfig("long", str(TOKENIZER), chat=True)]}, "the domain long has sources with chat and"),
+        (
+            {"sources": [SourceConfig("short", str(TOKENIZER), chat=True)]},
+            "long.remainder=short: one of the two has lo",
+        ),
         (
             {"heldout_documents": 39, "heldout_length": 2, "tokenizer": str(TOKENIZER)},
             "of the 38 documents that could be set aside only 38",

@@ -31,7 +31,7 @@ def filler(fixture_corpus):
 
 
 def decode(encoder, ids) -> str:
-    return encoder._backend.decode(ids.tolist(), skip_special_tokens=True)
+    return encoder.tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
 
 def test_the_one_text_format():
@@ -76,7 +76,7 @@ def test_the_prompt_ends_where_the_key_begins(encoder):
     """Prompt and key encoded apart are the tokens of both together: evaluation asks what was taught."""
     prompt, key = question("wise-otter"), "70314"
     apart, together = encoder.encode_texts([prompt, key]), encoder.encode_texts([prompt + key])
-    assert apart[0] + apart[1] == together[0]
+    assert [*apart[0], *apart[1]] == together[0].tolist()
     assert len(apart[1]) == 5
 
 

@@ -4,8 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import documents_of
 
-from ropewalk.data.corpus import Corpus, Document, add_packages, load_corpus
+from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.data.corpus import Document
 from ropewalk.data.tokenizer import (
     BOS,
     EOS,
@@ -22,10 +24,9 @@ def encoder(fixture_tokenizer):
 
 
 def test_training_again_gives_the_committed_tokenizer(fixture_corpus, fixture_tokenizer, tmp_path):
-    from ropewalk.config import CorpusConfig
     from ropewalk.data.prepare import _make_encoder
 
-    documents = load_corpus(False, [str(fixture_corpus)]).documents
+    documents, _ = documents_of(CorpusConfig(paths=[str(fixture_corpus)]))
     for name in ("1", "2"):
         _make_encoder(CorpusConfig(name="fixture", vocab_size=512), 0, documents, ()).save(tmp_path / name)
     committed = json.loads((fixture_tokenizer / "tokenizer.json").read_text())["model"]
@@ -67,9 +68,7 @@ def test_parts_are_joined_where_no_token_crosses(encoder, tmp_path):
     for name, text in {"a.py": "x = 1\n\n\n", "b.py": "    y", "c.py": ""}.items():
         (tmp_path / "pkg").mkdir(exist_ok=True)
         (tmp_path / "pkg" / name).write_text(text)
-    corpus = Corpus()
-    add_packages(corpus, tmp_path, "lib")
-    (document,) = corpus.documents
+    (document,), _ = documents_of(CorpusConfig(sources=[SourceConfig("code", str(tmp_path), "repositories")]))
     assert len(document.parts) == 3
     (tokens,) = encoder.encode_documents([document.parts])
     np.testing.assert_array_equal(tokens, encoder.encode_document(document.text))

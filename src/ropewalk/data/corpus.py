@@ -1,21 +1,28 @@
-"""Raw documents: the interpreter's standard library and the files that a user names."""
+"""Documents, read one at a time: text and code, JSON lines, parquet, whole repositories, Hugging Face datasets."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
-import sysconfig
+import re
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-from ropewalk.data.hashing import canonical_json, sha256_text
+from typing import IO, Any
 
 PROSE = {".txt", ".md", ".rst"}
 _CODE = ".c .cc .cpp .cu .go .h .hpp .java .jl .js .kt .lua .php .pl .pm .py .r .rb .rs .scala .sh .sql .swift .tex .ts"
 CODE = set(_CODE.split())
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+MAX_DOCUMENT_BYTES = 2**29  # of a file of text, or of a row; larger ones do not fit in the memory of a process
+MAX_LINE = 2**24  # characters; tokenizers take a gigabyte for a line of this length
+MAX_SPACES = 400_000  # in a row; the regular expressions of tokenizers run out of stack beyond
+_SPACES = re.compile(r"\s{2,}")
+_COMMENTS = {"# ": ".jl .pl .pm .py .r .rb .sh", "-- ": ".lua .sql", "% ": ".tex"}
+COMMENT = {suffix: sign for sign, suffixes in _COMMENTS.items() for suffix in suffixes.split()}
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,13 @@ class Document:
 
     Attributes:
         name: where it came from; never an absolute path.
-        parts: its text, in parts that may be tokenized apart (the files of a package).
+        parts: its text, in parts that may be tokenized apart (the files of a repository).
+        messages: of a conversation, role and content each; it has no parts.
     """
 
     name: str
     parts: tuple[str, ...]
+    messages: tuple[dict[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -41,152 +50,214 @@ class Document:
         return sum(len(part.encode()) for part in self.parts)
 
 
-@dataclass
-class Corpus:
-    """Documents in a fixed order, and the number of files left out by reason."""
+@dataclass(frozen=True)
+class Unit:
+    """What is read by itself: a file, a stretch of one, a repository, a share of a dataset.
 
-    documents: list[Document] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    Attributes:
+        kind: text, jsonl, parquet, repository or dataset.
+        name: of its documents, or what their names begin with.
+        root: directory, file, or hub id.
+        files: of a repository, relative to ``root``.
+        start: first byte (jsonl), row group (parquet), row or share (dataset).
+        stop: the one after the last; -1: to the end.
+        bytes: size, as far as it is known.
+        column: of rows, the one that is read.
+        chat: whether the rows are lists of messages.
+        dataset: of a hub dataset: ``subset``, ``split``, ``revision``.
+    """
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 over names and texts, in order."""
-        return sha256_text(canonical_json([[d.name, sha256_text(d.text)] for d in self.documents]))
+    kind: str
+    name: str
+    root: str
+    files: tuple[str, ...] = ()
+    start: int = 0
+    stop: int = -1
+    bytes: int = 0
+    column: str = "text"
+    chat: bool = False
+    dataset: tuple[str | None, str, str | None] | None = None
 
 
-def load_corpus(stdlib: bool, paths: Sequence[str]) -> Corpus:
-    """Read every document.
+def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    """The documents of a unit; what is left out is counted in ``skipped`` by reason.
 
-    Args:
-        stdlib: take the running interpreter's standard library.
-        paths: files and directories.
+    Left out are empty documents, files that are not UTF-8, files and rows above 512 MB, and documents (of a repository:
+    files) with a line of more than 2^24 characters or more than 400,000 spaces in a row.
 
     Raises:
-        ValueError: for a path that does not exist, a damaged file, or no document at all.
+        ValueError: for a damaged file, or rows without the column or with something else in it.
     """
-    corpus = Corpus()
-    if stdlib:
-        add_packages(corpus, Path(sysconfig.get_paths()["stdlib"]), "stdlib")
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"corpus.paths names {path}, which does not exist; correct it")
-        _add_path(corpus, path)
-    _number_repeated_names(corpus)
-    if not corpus.documents:
-        raise ValueError(
-            f"the corpus has no documents (skipped: {dict(+corpus.skipped)}); "
-            "set corpus.stdlib=true or corpus.paths=[...]"
-        )
-    return corpus
-
-
-def add_packages(corpus: Corpus, root: Path, label: str) -> None:
-    """Add the Python code under ``root``: one document per top-level package or module.
-
-    A package's files follow each other in the order of their paths, each under a comment with its path, as
-    ProLong concatenates repositories. Installed packages (site-packages) are not taken.
-    """
-    packages: dict[str, list[str]] = {}
-    for path in _walk(corpus, root, {"__pycache__", "site-packages", "dist-packages"}):
-        text = _read_text(corpus, path) if path.suffix == ".py" else None
-        if text is not None:
-            relative = path.relative_to(root)
-            # One newline at the end makes the join a place where no tokenizer merges.
-            packages.setdefault(relative.parts[0], []).append(f"# {relative.as_posix()}\n{text}".rstrip() + "\n")
-    corpus.documents.extend(Document(f"{label}/{name}", tuple(parts)) for name, parts in sorted(packages.items()))
-
-
-def _number_repeated_names(corpus: Corpus) -> None:
-    """Make names unique: the second ``docs/a.md`` of two directories of one name becomes ``docs/a.md#2``."""
-    seen: Counter[str] = Counter()
-    for place, document in enumerate(corpus.documents):
-        seen[document.name] += 1
-        if seen[document.name] > 1:
-            corpus.documents[place] = replace(document, name=f"{document.name}#{seen[document.name]}")
-
-
-def _add_path(corpus: Corpus, path: Path) -> None:
-    if path.is_file():
-        corpus.documents.extend(_file_documents(corpus, path, path.name))
+    if unit.kind == "repository":
+        yield from _repository(unit, skipped)
         return
-    for file in _walk(corpus, path, set()):
-        name = (Path(path.resolve().name) / file.relative_to(path)).as_posix()
-        corpus.documents.extend(_file_documents(corpus, file, name))
-
-
-def _walk(corpus: Corpus, root: Path, excluded: set[str]) -> Iterator[Path]:
-    """The files under ``root`` in the order of their paths; hidden ones and links outwards are counted."""
-    found: list[Path] = []
-    for place, directories, files in os.walk(root):
-        here = Path(place)
-        kept = [name for name in directories if name not in excluded]
-        corpus.skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
-        corpus.skipped["linked directory"] += sum((here / name).is_symlink() for name in kept)
-        directories[:] = [name for name in kept if not name.startswith(".")]
-        found.extend(here / name for name in files if not name.startswith("."))
-    resolved = root.resolve()
-    for path in sorted(found, key=lambda path: path.relative_to(root).parts):
-        if path.is_symlink() and not path.resolve().is_relative_to(resolved):
-            corpus.skipped["link out of the directory"] += 1
-        else:
-            yield path
-
-
-def _file_documents(corpus: Corpus, path: Path, name: str) -> Iterator[Document]:
-    """The documents of one file; a file of an unknown kind is counted."""
-    if path.suffix in PROSE | CODE:
-        text = _read_text(corpus, path)
-        texts = iter([] if text is None else [(name, text)])
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        texts = _jsonl_texts(path, name)
-    elif path.suffix == ".parquet":
-        texts = _parquet_texts(path, name)
+    if unit.kind == "text":
+        text = _read_text(Path(unit.root), skipped)
+        rows: Iterator[tuple[str, Any]] = iter([] if text is None else [(unit.name, text)])
     else:
-        corpus.skipped[f"unknown kind {path.suffix or path.name}"] += 1
-        return
-    for document, text in texts:
-        if text.strip():
-            yield Document(document, (text,))
+        rows = {"jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}[unit.kind](unit, skipped)
+    for name, value in rows:
+        if unit.chat:
+            yield Document(name, (), _messages(value, f"{unit.root}, row {name.rpartition(':')[2]}", unit.column))
+        elif not value.strip():
+            skipped["empty"] += 1
+        elif reason := unfit(value):
+            skipped[reason] += 1
         else:
-            corpus.skipped["empty"] += 1
+            yield Document(name, (value,))
 
 
-def _read_text(corpus: Corpus, path: Path) -> str | None:
+def unfit(text: str) -> str | None:
+    """Why a text cannot be tokenized, or None."""
+    start = 0
+    while len(text) - start > MAX_LINE:
+        end = text.rfind("\n", start, start + MAX_LINE + 1)
+        if end < 0:
+            return "a line too long"
+        start = end + 1
+    if len(text) > MAX_SPACES and any(run.end() - run.start() > MAX_SPACES for run in _SPACES.finditer(text)):
+        return "too many spaces in a row"
+    return None
+
+
+def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    """One document: the files in the order of their paths, each under a comment with its path."""
+    parts = []
+    for file in unit.files:
+        text = _read_text(Path(unit.root) / file, skipped)
+        if text is None:
+            continue
+        if reason := unfit(text):
+            skipped[reason] += 1
+            continue
+        suffix = Path(file).suffix
+        head = "" if suffix in PROSE else f"{COMMENT.get(suffix, '// ')}{file}\n"
+        # One newline at the end makes the join a place where no tokenizer merges.
+        part = f"{head}{text}".rstrip() + "\n"
+        if part.strip():
+            parts.append(part)
+    if parts:
+        yield Document(unit.name, tuple(parts))
+    else:
+        skipped["empty"] += 1
+
+
+def _read_text(path: Path, skipped: Counter[str]) -> str | None:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        skipped["too large"] += 1
+        return None
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        corpus.skipped["not UTF-8"] += 1
+        skipped["not UTF-8"] += 1
         return None
 
 
-def _jsonl_texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is not a JSON object with a 'text': {error!r}") from error
-            yield f"{name}:{number}", _checked_text(text, path, number)
+def _jsonl(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
+    """The rows whose line begins in [start, stop)."""
+    path = Path(unit.root)
+    name = unit.name if unit.start == 0 else f"{unit.name}@{unit.start}"
+    number = 0
+    with _open_lines(path) as lines:
+        position = unit.start
+        if unit.start:  # a line that begins before belongs to the stretch before
+            lines.seek(unit.start - 1)
+            position += len(lines.readline()) - 1
+        try:
+            while unit.stop < 0 or position < unit.stop:
+                line = lines.readline(MAX_DOCUMENT_BYTES + 1)
+                if not line:
+                    return
+                number += 1
+                position += len(line)
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    skipped["too large"] += 1
+                    while line and not line.endswith(b"\n"):
+                        line = lines.readline(MAX_DOCUMENT_BYTES)
+                        position += len(line)
+                    continue
+                yield f"{name}:{number}", _value_of(line, unit, path, number)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged after line {number} ({error}); fetch it again") from error
 
 
-def _parquet_texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
+def _value_of(line: bytes, unit: Unit, path: Path, number: int) -> Any:
+    where = f"{path}, line {number}" + (f" after byte {unit.start}" if unit.start else "")
+    try:
+        value = json.loads(line)[unit.column]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}, is not a JSON object with a {unit.column!r}: {error!r}") from error
+    return value if unit.chat else _checked_text(value, path, number, unit.column)
+
+
+def _open_lines(path: Path) -> IO[bytes] | gzip.GzipFile | io.BufferedReader:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return path.open("rb")
+
+
+def _parquet(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise ValueError(f"{path} has the columns {file.schema_arrow.names}; name the one with the documents 'text'")
-    number = 0
-    for rows in file.iter_batches(columns=["text"]):
-        for text in rows.column(0).to_pylist():
-            number += 1
-            yield f"{name}:{number}", _checked_text(text, path, number)
+    with pyarrow.parquet.ParquetFile(unit.root) as file:
+        if unit.column not in file.schema_arrow.names:
+            raise ValueError(
+                f"{unit.root} has the columns {file.schema_arrow.names}; name the one with the documents: "
+                f"{unit.column!r} is none"
+            )
+        stop = file.num_row_groups if unit.stop < 0 else unit.stop
+        number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+        for rows in file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=[unit.column]):
+            for value in rows.column(0).to_pylist():
+                number += 1
+                yield (
+                    f"{unit.name}:{number}",
+                    value if unit.chat else _checked_text(value, unit.root, number, unit.column),
+                )
 
 
-def _checked_text(text: object, path: Path, number: int) -> str:
+def _dataset(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
+    """Rows of a saved dataset, or of share ``start`` of ``stop`` of one that is streamed."""
+    import datasets
+
+    if unit.dataset is None:
+        saved = datasets.load_from_disk(unit.root)
+        rows = (saved[place] for place in range(unit.start, unit.stop))
+        first = unit.start
+    else:
+        subset, split, revision = unit.dataset
+        streamed = datasets.load_dataset(unit.root, subset, split=split, revision=revision, streaming=True)
+        rows = iter(streamed.shard(num_shards=unit.stop, index=unit.start))
+        first = 0
+    name = unit.name if unit.dataset is None else f"{unit.name}@{unit.start}"
+    for number, row in enumerate(rows, start=first + 1):
+        if unit.column not in row:
+            raise ValueError(f"{unit.root} has the columns {sorted(row)}; {unit.column!r} is none of them")
+        value = row[unit.column]
+        yield f"{name}:{number}", value if unit.chat else _checked_text(value, unit.root, number, unit.column)
+
+
+def _checked_text(text: object, path: str | Path, number: int, column: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{path}, row {number}: 'text' is {type(text).__name__}, not a string; correct the file")
+        raise ValueError(f"{path}, row {number}: {column!r} is {type(text).__name__}, not a string; correct the file")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{path}, row {number}: 'text' is not valid Unicode ({error}); correct the file") from error
+        raise ValueError(
+            f"{path}, row {number}: {column!r} is not valid Unicode ({error}); correct the file"
+        ) from error
     return text
+
+
+def _messages(value: Any, where: str, column: str) -> tuple[dict[str, str], ...]:
+    whole = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not whole:
+        raise ValueError(f"{where}: {column!r} is no list of objects with a 'role' and a 'content'; correct it")
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)

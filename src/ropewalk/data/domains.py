@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ropewalk.data.packing import cut, pack, packed_sequences, whole_sequences
+from ropewalk.config import DomainConfig, one_of
+from ropewalk.data.packing import Documents, Pieces, chunk, cut, pack, packed_sequences, whole_sequences
 from ropewalk.data.store import PackedSequence
+from ropewalk.data.token_files import FlatDocuments
 from ropewalk.data.writer import Accounting
+
+DROP = "drop"
 
 
 @dataclass(frozen=True)
@@ -20,38 +24,108 @@ class DomainSource:
     sequences: Iterable[PackedSequence]
     accounting: Accounting
 
-    @property
-    def tokens(self) -> int:
-        """Tokens to pack."""
-        return self.accounting.tokens_in - sum(self.accounting.moved.values())
+
+@dataclass(frozen=True)
+class DomainDocuments:
+    """The documents that came into a domain from its sources, and their loss masks, if they have some."""
+
+    documents: FlatDocuments
+    masks: FlatDocuments | None = None
 
 
-def corpus_domains(documents: Sequence[NDArray[np.uint32]], length: int, seed: int) -> dict[str, DomainSource]:
-    """The domains ``long`` and ``short`` of a corpus.
+def pack_domains(
+    rules: Mapping[str, DomainConfig], found: Mapping[str, DomainDocuments], length: int, *key: str | int
+) -> dict[str, DomainSource]:
+    """Pack the documents of each domain by its rule.
 
-    ``long`` has the documents of at least ``length`` tokens, cut into sequences of one document each; what is
-    left of them goes to ``short``, packed with the shorter documents.
+    ``long``: documents are cut into sequences of one document each. What fills none, the rest of a document or a
+    document shorter than a sequence, goes to the domain that ``remainder`` names, or is dropped and counted.
+    ``short``: documents longer than a sequence are cut so, the rest and all others go by best fit into sequences, and
+    none of them is cut. ``concat``: documents follow each other and are cut where a sequence is full.
 
     Args:
-        documents: tokens of each, uint32.
+        rules: domain -> how it is packed; checked by validate_domains.
+        found: domain -> what its sources gave.
         length: tokens of a sequence.
-        seed: of the order of the packed sequences.
+        key: what the order of packed sequences depends on.
     """
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    whole, rest = cut(lengths, length)
-    bins = pack(rest.length, length, "short", seed)
-    is_long = lengths >= length
-    in_long, in_short = int(lengths[is_long].sum()), int(lengths[~is_long].sum())
-    moved = in_long - whole.tokens
-    return {
-        "long": DomainSource(whole_sequences(documents, whole), Accounting(in_long, moved={"short": moved})),
-        "short": DomainSource(packed_sequences(documents, rest, bins, length), Accounting(in_short + moved)),
-    }
+    pools: dict[str, list[tuple[FlatDocuments, Pieces]]] = {name: [] for name in rules}
+    moved_in = dict.fromkeys(rules, 0)
+    result: dict[str, DomainSource] = {}
+    long = [name for name, rule in rules.items() if rule.packing == "long"]
+    for name in long:  # first, since others take what they leave
+        have = found.get(name)
+        documents = FlatDocuments([], []) if have is None else have.documents
+        whole, rest = cut(documents.lengths, length)
+        target = rules[name].remainder
+        tokens_in = whole.tokens + rest.tokens
+        if target == DROP:
+            cut_off = int(rest.length[rest.start > 0].sum())
+            dropped = {"remainder": cut_off, "shorter than a sequence": rest.tokens - cut_off}
+            account = Accounting(tokens_in, dropped={reason: count for reason, count in dropped.items() if count})
+        else:
+            pools[target].append((documents, rest))
+            moved_in[target] += rest.tokens
+            account = Accounting(tokens_in, moved={target: rest.tokens} if rest.tokens else {})
+        result[name] = DomainSource(whole_sequences(documents, whole), account)
+    for name, rule in rules.items():
+        if name not in long:
+            have = found.get(name, DomainDocuments(FlatDocuments([], [])))
+            account = Accounting(int(have.documents.lengths.sum()) + moved_in[name])
+            pack_it = _concatenated if rule.packing == "concat" else _best_fit
+            result[name] = DomainSource(pack_it(have, pools[name], length, (name, *key)), account)
+    return {name: result[name] for name in rules}
 
 
-def packed_domain(name: str, documents: Sequence[NDArray[np.uint32]], length: int, seed: int) -> DomainSource:
-    """One domain of documents that are cut only where they are longer than a sequence."""
-    whole, rest = cut([len(document) for document in documents], length)
-    bins = pack(rest.length, length, name, seed)
-    sequences = [*whole_sequences(documents, whole), *packed_sequences(documents, rest, bins, length)]
-    return DomainSource(sequences, Accounting(whole.tokens + rest.tokens))
+def _concatenated(
+    have: DomainDocuments, pool: list[tuple[FlatDocuments, Pieces]], length: int, key: tuple[str | int, ...]
+) -> Iterator[PackedSequence]:
+    assert not pool, "validate_domains lets no domain hand its remainders to one of packing=concat"
+    pieces, bins = chunk(have.documents.lengths, length)
+    return packed_sequences(have.documents, pieces, bins, length, have.masks)
+
+
+def _best_fit(
+    have: DomainDocuments, pool: list[tuple[FlatDocuments, Pieces]], length: int, key: tuple[str | int, ...]
+) -> Iterator[PackedSequence]:
+    whole, rest = cut(have.documents.lengths, length)
+    documents: FlatDocuments = have.documents
+    for others, pieces in pool:
+        shifted = Pieces(pieces.document + len(documents), pieces.start, pieces.length)
+        rest = Pieces(*(np.concatenate(pair) for pair in zip(_fields(rest), _fields(shifted), strict=True)))
+        documents = documents + others
+    bins = pack(rest.length, length, *key)
+    masks: Documents | None = have.masks
+    return chain(
+        whole_sequences(documents, whole, masks),
+        packed_sequences(documents, rest, bins, length, masks),
+    )
+
+
+def _fields(pieces: Pieces) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return pieces.document, pieces.start, pieces.length
+
+
+def validate_domains(rules: Mapping[str, DomainConfig], masked: Mapping[str, bool]) -> None:
+    """Check how domains are packed.
+
+    Args:
+        rules: every domain.
+        masked: domain -> whether its documents have loss masks.
+
+    Raises:
+        ValueError: for an unknown packing, remainders that go to no domain of packing=short, or to or from one with
+            loss masks.
+    """
+    for name, rule in rules.items():
+        one_of(f"corpus.domains.{name}.packing", rule.packing, ("long", "short", "concat"))
+    for name, rule in rules.items():
+        if rule.packing != "long" or rule.remainder == DROP:
+            if rule.remainder != DROP:
+                raise ValueError(f"corpus.domains.{name}.remainder is for packing=long; leave it out")
+            continue
+        where = f"corpus.domains.{name}.remainder={rule.remainder}"
+        if rule.remainder not in rules or rules[rule.remainder].packing != "short":
+            raise ValueError(f"{where} is no domain of packing=short; name one, or drop")
+        if masked.get(name) or masked.get(rule.remainder):
+            raise ValueError(f"{where}: one of the two has loss masks; set it to drop")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numba import njit
@@ -94,27 +96,66 @@ def pack(lengths: NDArray[np.int64], sequence_length: int, *key: str | int) -> B
     return Bins(order, offsets.astype(np.int64))
 
 
-def whole_sequences(documents: Sequence[NDArray[np.uint32]], pieces: Pieces) -> Iterator[PackedSequence]:
+def chunk(lengths: NDArray[np.int64], sequence_length: int) -> tuple[Pieces, Bins]:
+    """Documents as they come, cut wherever a sequence is full (ProLong's way): the pieces, and those of each sequence.
+
+    Args:
+        lengths: tokens of each document, (n_documents,), at least 1.
+        sequence_length: tokens of a sequence; the last one may have fewer.
+    """
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.union1d(ends, np.arange(sequence_length, total, sequence_length))
+    starts = np.concatenate([[0], cuts[:-1]])[: len(cuts)]
+    document = np.searchsorted(ends, starts, side="right")
+    offsets = np.searchsorted(starts, np.arange(0, total + sequence_length, sequence_length))
+    pieces = Pieces(document, starts - (ends[document] - lengths[document]), cuts - starts)
+    return pieces, Bins(np.arange(len(cuts)), offsets if total else np.zeros(1, dtype=np.int64))
+
+
+class Documents(Protocol):
+    """Documents by their number: tokens, or loss masks."""
+
+    def __getitem__(self, index: int, /) -> NDArray[Any]:
+        """One document."""
+
+
+def whole_sequences(documents: Documents, pieces: Pieces, masks: Documents | None = None) -> Iterator[PackedSequence]:
     """One sequence for each piece; the pieces fill their sequences exactly."""
     for document, start, length in zip(pieces.document, pieces.start, pieces.length, strict=True):
-        yield PackedSequence(documents[document][start : start + length], np.array([length], dtype=np.int32))
+        tokens = documents[document][start : start + length]
+        mask = None if masks is None else masks[document][start : start + length]
+        yield PackedSequence(tokens, np.array([length], dtype=np.int32), mask)
 
 
 def packed_sequences(
-    documents: Sequence[NDArray[np.uint32]], pieces: Pieces, bins: Bins, sequence_length: int
+    documents: Documents, pieces: Pieces, bins: Bins, sequence_length: int, masks: Documents | None = None
 ) -> Iterator[PackedSequence]:
     """One sequence for each bin, padded with token 0 after its last piece."""
-    for first, last in zip(bins.offsets[:-1], bins.offsets[1:], strict=True):
+
+    def gathered(source: Documents, inside: NDArray[np.int64], dtype: type) -> NDArray[Any]:
+        row: NDArray[Any] = np.zeros(sequence_length, dtype=dtype)
+        parts = [source[pieces.document[i]][pieces.start[i] : pieces.start[i] + pieces.length[i]] for i in inside]
+        filled = np.concatenate(parts)
+        row[: len(filled)] = filled
+        return row
+
+    for first, last in pairwise(bins.offsets):
         inside = bins.order[first:last]
-        ends = np.cumsum(pieces.length[inside])
-        tokens = np.zeros(sequence_length, dtype=np.uint32)
-        tokens[: ends[-1]] = np.concatenate(
-            [documents[pieces.document[i]][pieces.start[i] : pieces.start[i] + pieces.length[i]] for i in inside]
-        )
-        yield PackedSequence(tokens, ends.astype(np.int32))
+        ends = np.cumsum(pieces.length[inside]).astype(np.int32)
+        mask = None if masks is None else gathered(masks, inside, np.bool_)
+        yield PackedSequence(gathered(documents, inside, np.uint32), ends, mask)
 
 
-@njit
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled by numba, and kept on disk for the next process where there is a place that can be written."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:
+        return njit(function)
+
+
+@_compiled
 def _best_fit(lengths, capacity):  # type: ignore[no-untyped-def]
     """Bin of each length (int64, in decreasing order) by best fit, and the number of bins.
 
@@ -148,7 +189,7 @@ def _best_fit(lengths, capacity):  # type: ignore[no-untyped-def]
     return bin_of, n_bins
 
 
-@njit
+@_compiled
 def _tightest(occupied, leaves, need):  # type: ignore[no-untyped-def]
     """The smallest room of at least ``need`` that a bin has, or -1."""
     node = leaves + need
@@ -164,7 +205,7 @@ def _tightest(occupied, leaves, need):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit
+@_compiled
 def _mark(occupied, leaves, room, value):  # type: ignore[no-untyped-def]
     """Record whether a bin with this room exists, from the leaf up to the root."""
     node = leaves + room

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import CorpusConfig, PrepareConfig
-from ropewalk.data.corpus import Corpus, Document, load_corpus
-from ropewalk.data.domains import DomainSource, corpus_domains, packed_domain
+from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, one_of
+from ropewalk.data.corpus import Document, Unit
+from ropewalk.data.domains import DROP, DomainDocuments, pack_domains, validate_domains
+from ropewalk.data.engines import ENGINES
 from ropewalk.data.hashing import canonical_json, sha256_directory, sha256_text, stable_key
 from ropewalk.data.heldout import choose_heldout, write_heldout
-from ropewalk.data.manifest import MANIFEST
+from ropewalk.data.manifest import MANIFEST, check_domain_name
+from ropewalk.data.pool import in_processes
 from ropewalk.data.retrieval import retrieval_documents
+from ropewalk.data.sampling import sample_documents
+from ropewalk.data.sources import SPLIT_DOMAIN, Source, corpus_sources, list_units
+from ropewalk.data.stages import PLAN, Pack, Plan, Tokenize, open_encoders, store_directory, work_directory, write_units
 from ropewalk.data.store import PackedStore
+from ropewalk.data.token_files import FlatDocuments, read_record
 from ropewalk.data.tokenizer import DocumentEncoder, describe_tokenizer, load_tokenizer, train_tokenizer
-from ropewalk.data.writer import write_store
+from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
 from ropewalk.files import fsync_path, write_atomically
 
-PIPELINE = 1  # raise where the same configuration and corpus give other bytes than before
+PIPELINE = 2  # raise where the same configuration and corpus give other bytes than before
 PREPARED = "prepared.json"  # names finished work
 PREPARING = "preparing.json"  # names work that is under way, or was when it was killed
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
+SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
+STAGES = ("all", "plan", "tokenize", "pack", "finish")
+RETRIEVAL = "retrieval"
 
 Report = Callable[[str], None]
 say: Report = partial(print, flush=True)
@@ -34,11 +44,13 @@ say: Report = partial(print, flush=True)
 def prepare(config: PrepareConfig, report: Report = say) -> Path:
     """Write ``tokenizer/``, ``heldout/`` and ``packed-<length>/`` under ``config.output``.
 
-    Finished work of the same configuration and corpus is kept; what a killed call left is done again. The
-    same configuration and corpus always give the same bytes.
+    Finished work of the same configuration and corpus is kept; a killed call goes on with the shards that are missing.
+    The same configuration and corpus always give the same bytes, whatever the number of processes or calls. Documents
+    are read and tokenized a shard at a time, so memory does not grow with the corpus, but for a few hundred bytes a
+    file and the boundaries of documents.
 
     Args:
-        config: what to prepare.
+        config: what to prepare; ``config.stage`` names a part of it, for arrays of jobs.
         report: takes each line of progress.
 
     Returns:
@@ -49,74 +61,217 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
     """
     _validate(config)
     output = Path(config.output)
-    corpus = load_corpus(config.corpus.stdlib, config.corpus.paths)
-    report(
-        f"corpus: {len(corpus.documents):,} documents, {_megabytes(corpus.documents):.1f} MB; "
-        f"skipped: {_counts(+corpus.skipped)}"
-    )
-    work = _work(config, corpus)
-    if _finished(output, work, config.sequence_lengths):
+    if config.stage in ("tokenize", "pack", "finish") and (output / PREPARED).is_file():
+        report(f"{output} is finished already")
+        return output
+    if config.stage in ("tokenize", "pack"):
+        plan = Plan.load(output)
+        stage = Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)
+        stage.run(config.shard, config.n_shards)
+        return output
+    if config.stage != "finish" and not _planned(config, output, report):
         report(f"{output} holds this work already; remove it to make it again")
-    else:
-        _begin(output, work)
-        _write(config, corpus, output, report)
-        (output / PREPARING).replace(output / PREPARED)
-        fsync_path(output)
-    for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
-        report(line)
+    elif config.stage != "plan":
+        plan = Plan.load(output)
+        if config.stage == "all":
+            small = sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
+            workers = 1 if small and config.workers is None else config.workers
+            _run_all(Tokenize(plan), "tokenize", workers, report)
+            _run_all(Pack.of(plan), "pack", workers, report)
+        _finish(plan, report)
+    if config.stage != "plan":
+        for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
+            report(line)
     return output
 
 
-def _write(config: PrepareConfig, corpus: Corpus, output: Path, report: Report) -> None:
-    encoder, heldout = choose_heldout(
-        corpus.documents,
-        config.corpus.heldout_documents,
-        config.corpus.heldout_length,
-        partial(_make_encoder, config.corpus, config.seed, corpus.documents),
-    )
+def _planned(config: PrepareConfig, output: Path, report: Report) -> bool:
+    """Settle the plan, or find that it is settled; False where all work is finished."""
+    sources = corpus_sources(config.corpus)
+    shards = _shards(sources, int(config.shard_mb * 1e6))
+    total = sum(source.bytes for source in sources)
+    skipped = sum((source.skipped for source in sources), Counter[str]())
+    report(f"corpus: {sum(s.units for s in sources):,} units, {total / 1e6:.1f} MB; skipped: {_counts(+skipped)}")
+    if not shards:
+        raise ValueError(
+            f"the corpus has no documents (skipped: {dict(+skipped)}); set corpus.stdlib=true, corpus.paths=[...] or "
+            "corpus.sources=[...]"
+        )
+    work = _work(config, sources)
+    if _finished(output, work, config.sequence_lengths):
+        return False
+    _begin(output, work)
+    if not (work_directory(output) / PLAN).is_file():
+        _make_plan(config, output, sources, shards, report)
+    return True
+
+
+def _shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list[Unit]]]:
+    """The units of all sources, dealt in order to shards of one source and about ``shard_bytes`` each."""
+    shards: list[tuple[int, list[Unit]]] = []
+    for place, source in enumerate(sources):
+        size = 0
+        for unit in list_units(source, shard_bytes):
+            if size == 0 or size + unit.bytes > shard_bytes:
+                shards.append((place, []))
+                size = 0
+            shards[-1][1].append(unit)
+            size += max(unit.bytes, 1)
+    return shards
+
+
+def _make_plan(
+    config: PrepareConfig, output: Path, sources: list[Source], shards: list[tuple[int, list[Unit]]], report: Report
+) -> None:
+    """Tokenizer, held-out documents, and what each shard reads."""
+    corpus = config.corpus
+    documents: list[Document] = []
+    if corpus.tokenizer is None or corpus.heldout_documents or corpus.retrieval_tokens:
+        documents = sample_documents(_units_of_text(shards))
+    make_encoder = partial(_make_encoder, corpus, config.seed, documents)
+    encoder, heldout = choose_heldout(documents, corpus.heldout_documents, corpus.heldout_length, make_encoder)
     encoder.save(output / "tokenizer")
     tokenizer = describe_tokenizer(output / "tokenizer")
     report(f"tokenizer: {tokenizer['vocab_size']:,} entries")
+    kept_out = [documents[index] for index in heldout]
     if heldout:
-        kept_out = [corpus.documents[index] for index in heldout]
         counts = [len(tokens) for tokens in heldout.values()]
         write_heldout(output / "heldout", kept_out, counts, tokenizer["sha256"])
         names = ", ".join(document.name for document in kept_out)
         report(f"held out: {len(heldout)} documents, {sum(counts):,} tokens: {names}")
-    training = [document for index, document in enumerate(corpus.documents) if index not in heldout]
-    tokens = encoder.encode_documents([document.parts for document in training])
-    total = sum(map(len, tokens))
-    report(
-        f"tokens: {total:,} in {len(training):,} documents, {1e6 * _megabytes(training) / total:.2f} bytes per token"
-    )
-    for length in config.sequence_lengths:
-        enough = sum(len(document) >= length for document in tokens)
-        report(f"packed-{length}: {enough:,} of {len(tokens):,} documents have {length:,} tokens or more")
-        domains = corpus_domains(tokens, length, config.seed)
-        if config.corpus.retrieval_tokens:
-            filler = [part for document in training for part in document.parts]
-            made = list(retrieval_documents(encoder, filler, length, config.corpus.retrieval_tokens, config.seed))
-            domains["retrieval"] = packed_domain("retrieval", made, length, config.seed)
-        _write_packed(output / f"packed-{length}", length, domains, output / "tokenizer", report)
+    rules = domain_rules(corpus)
+    for number, (_, units) in enumerate(shards):
+        write_units(work_directory(output), number, units)
+    template = None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8")
+    Plan(
+        output=str(output),
+        sources=[{**s.described(), "skipped": dict(sorted((+s.skipped).items()))} for s in sources],
+        shard_sources=[place for place, _ in shards],
+        ranks=corpus.tokenizer if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None,
+        engine=corpus.engine,
+        bos=corpus.bos,
+        eos=corpus.eos,
+        chat_template=template,
+        heldout=[document.name for document in kept_out],
+        rules={name: asdict(rule) for name, rule in rules.items()},
+        sequence_lengths=list(config.sequence_lengths),
+        vocab_size=tokenizer["vocab_size"],
+        seed=config.seed,
+        retrieval_tokens=corpus.retrieval_tokens,
+    ).save()
 
 
-def _write_packed(root: Path, length: int, domains: dict[str, DomainSource], tokenizer: Path, report: Report) -> None:
-    """Write one store, leaving out and reporting the domains without a token."""
-    empty = [name for name, domain in domains.items() if domain.tokens == 0]
-    store = write_store(
-        root,
-        length,
-        {name: domain.sequences for name, domain in domains.items() if name not in empty},
-        tokenizer,
-        {name: domain.accounting for name, domain in domains.items() if name not in empty},
-    )
-    for name in empty:
+def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
+    """How each domain is packed: what ``corpus.domains`` says, else short; stdlib and paths are long and short.
+
+    Raises:
+        ValueError: for rules that do not fit, or of a domain that no document comes into.
+    """
+    rules: dict[str, DomainConfig] = {}
+    if corpus.stdlib or corpus.paths:
+        rules = {SPLIT_DOMAIN: DomainConfig("long", "short"), "short": DomainConfig()}
+    chat: dict[str, set[bool]] = {}
+    for source in corpus.sources:
+        rules.setdefault(source.domain, DomainConfig())
+        chat.setdefault(check_domain_name(source.domain), set()).add(source.chat)
+    targets = {rule.remainder for rule in corpus.domains.values()} - {DROP}
+    unknown = set(corpus.domains) - set(rules) - targets
+    if unknown:
+        raise ValueError(f"corpus.domains names {', '.join(sorted(unknown))}, which no source has; correct it")
+    rules.update(corpus.domains)
+    rules.update({name: DomainConfig() for name in sorted(targets - set(rules))})
+    if corpus.retrieval_tokens and RETRIEVAL in rules:
+        raise ValueError(f"the domain {RETRIEVAL} is taken by corpus.retrieval_tokens; call the source's another name")
+    mixed = [name for name, kinds in chat.items() if len(kinds) > 1 or (True in kinds and name == SPLIT_DOMAIN)]
+    if mixed:
+        raise ValueError(f"the domain {mixed[0]} has sources with chat and without; give them different domains")
+    validate_domains(rules, {name: True in kinds for name, kinds in chat.items()})
+    return rules
+
+
+def _units_of_text(shards: Iterable[tuple[int, list[Unit]]]) -> Iterable[Unit]:
+    return (unit for _, units in shards for unit in units if not unit.chat)
+
+
+def _run_all(stage: Tokenize | Pack, name: str, workers: int | None, report: Report) -> None:
+    todo = [task for task in range(len(stage)) if not stage.finished(task)]
+    report(f"{name}: {len(todo)} shards to do, {len(stage) - len(todo)} finished before")
+    for count, (place, _) in enumerate(in_processes(stage.run, [(task, len(stage)) for task in todo], workers), 1):
+        report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
+
+
+def _finish(plan: Plan, report: Report) -> None:
+    """Put the parts together, and clear away what was needed for them."""
+    output, pack = Path(plan.output), Pack.of(plan)
+    sources = _described(plan)
+    for source in sources:
+        report(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: "
+               f"{_counts(source['skipped'])}")  # fmt: skip
+    filler: list[Document] = []
+    if plan.retrieval_tokens:
+        units = (unit for shard in range(plan.shards) for unit in plan.units(shard) if not unit.chat)
+        filler = [document for document in sample_documents(units) if document.name not in set(plan.heldout)]
+    for length in plan.sequence_lengths:
+        if not (store_directory(plan, length) / MANIFEST).is_file():
+            _assemble(plan, pack, length, filler, sources, report)
+    (output / PREPARING).replace(output / PREPARED)
+    fsync_path(output)
+    shutil.rmtree(plan.work)
+
+
+def _described(plan: Plan) -> list[dict[str, Any]]:
+    """The sources with what was read of them."""
+    described = [{**source, "documents": 0, "text_bytes": 0, "tokens": 0} for source in plan.sources]
+    for shard in range(plan.shards):
+        record = read_record(plan.work, shard)
+        assert record is not None
+        source = described[record.source]
+        for key in ("documents", "text_bytes", "tokens"):
+            source[key] += getattr(record, key)
+        source["skipped"] = dict(sorted((Counter(source["skipped"]) + Counter(record.skipped)).items()))
+    return described
+
+
+def _assemble(
+    plan: Plan,
+    pack: Pack,
+    length: int,
+    filler: list[Document],
+    sources: list[dict[str, Any]],
+    report: Report,
+) -> None:
+    root = store_directory(plan, length)
+    tasks = [task for task in range(len(pack)) if pack.place(task)[0] == length]
+    accounts: dict[str, Accounting] = dict.fromkeys(plan.rules, Accounting(0))
+    for task in tasks:
+        done = pack.accounting(task)
+        if done is None:
+            raise ValueError(f"group {pack.place(task)[1]} of packed-{length} is not packed; run stage=pack")
+        accounts = {name: account + done[name] for name, account in accounts.items()}
+    domains = {}
+    for name in plan.rules:
+        writer = pack.writer(length, name)
+        parts = [writer.finished(pack.place(task)[1]) for task in tasks]
+        domains[name] = writer.assemble([part for part in parts if part is not None])
+    if filler:
+        writer = pack.writer(length, RETRIEVAL)
+        encoder, _ = open_encoders(plan)
+        texts = [part for document in filler for part in document.parts]
+        made = list(retrieval_documents(encoder, texts, length, plan.retrieval_tokens, plan.seed))
+        found = {RETRIEVAL: DomainDocuments(FlatDocuments.of(made))}
+        packed = pack_domains({RETRIEVAL: DomainConfig()}, found, length, plan.seed)[RETRIEVAL]
+        domains[RETRIEVAL] = writer.assemble([writer.write(0, packed.sequences)])
+        accounts[RETRIEVAL] = packed.accounting
+    for name in [name for name, info in domains.items() if not info.sequences]:
         report(f"{root.name}: no document for the domain {name}; left out")
+        shutil.rmtree(root / name)
+        del domains[name]
+    tokenizer = copy_tokenizer(Path(plan.output) / "tokenizer", root / "tokenizer")
+    store = commit_store(root, length, tokenizer, domains, accounts, sources)
     for name, info in store.domains.items():
-        accounting = domains[name].accounting
         report(
             f"{root.name}: {name}: {info.sequences:,} sequences, fill {_fill(info.tokens, info.padding)}, "
-            f"moved: {_counts(accounting.moved)}, dropped: {_counts(accounting.dropped)}"
+            f"moved: {_counts(accounts[name].moved)}, dropped: {_counts(accounts[name].dropped)}"
         )
 
 
@@ -125,7 +280,7 @@ def _make_encoder(
 ) -> DocumentEncoder:
     """The tokenizer that is named, else a BPE trained on a sample of the documents that are not excluded."""
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(config.tokenizer, config.engine, config.bos, config.eos)
     parts = [
         (stable_key("sample", seed, document.name, number), part)
         for index, document in enumerate(documents)
@@ -150,24 +305,32 @@ def _validate(config: PrepareConfig) -> None:
             raise ValueError(f"corpus.{name}={getattr(config.corpus, name)} must not be negative; 0 means none")
     if config.corpus.heldout_length < 2:
         raise ValueError(f"corpus.heldout_length={config.corpus.heldout_length} must be at least 2 tokens; raise it")
+    one_of("stage", config.stage, STAGES)
+    one_of("corpus.engine", config.corpus.engine, ENGINES)
+    if not 0 <= config.shard < config.n_shards:
+        raise ValueError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
+    if config.shard_mb <= 0 or (config.workers is not None and config.workers < 1):
+        raise ValueError(f"shard_mb={config.shard_mb} and workers={config.workers} must be positive; raise them")
+    if config.corpus.chat_template is not None and not Path(config.corpus.chat_template).is_file():
+        raise ValueError(f"corpus.chat_template={config.corpus.chat_template} is no file; name a Jinja template")
+    domain_rules(config.corpus)
 
 
-def _work(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
-    """What the output depends on; where its files lie is no part of it."""
-    settings = {key: value for key, value in asdict(config.corpus).items() if key not in ("name", "paths", "stdlib")}
-    tokenizer = config.corpus.tokenizer
+def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
+    """What the output depends on; where its files lie, and how fast it is made, is no part of it."""
+    apart = ("name", "paths", "stdlib", "sources", "engine", "chat_template")
+    settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
+    tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
         settings["tokenizer"] = sha256_directory(Path(tokenizer))
+    if template is not None:
+        settings["chat_template"] = sha256_text(Path(template).read_text(encoding="utf-8"))
     content = {
         "pipeline": PIPELINE,
         "seed": config.seed,
         "sequence_lengths": list(config.sequence_lengths),
-        "corpus": {
-            **settings,
-            "documents": len(corpus.documents),
-            "skipped": dict(sorted((+corpus.skipped).items())),
-            "sha256": corpus.sha256,
-        },
+        "shard_mb": config.shard_mb,
+        "corpus": {**settings, "sources": [source.described() for source in sources]},
     }
     return {**content, "sha256": sha256_text(canonical_json(content))}
 
@@ -190,14 +353,18 @@ def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int
 
 
 def _begin(output: Path, work: dict[str, Any]) -> None:
-    """Claim the output directory; clear what a killed call left there."""
-    if (output / PREPARING).exists():
-        for name in ("tokenizer", "heldout", *(path.name for path in output.glob("packed-*"))):
+    """Claim the output directory; what a killed call of other work, or one without a plan yet, left is cleared."""
+    claim = output / PREPARING
+    if claim.exists():
+        same = json.loads(claim.read_text(encoding="utf-8"))["sha256"] == work["sha256"]
+        if same and (work_directory(output) / PLAN).is_file():
+            return
+        for name in ("tokenizer", "heldout", "work", *(path.name for path in output.glob("packed-*"))):
             if (output / name).exists():
                 shutil.rmtree(output / name)
     elif output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
-    output.mkdir(parents=True, exist_ok=True)
+    work_directory(output).mkdir(parents=True, exist_ok=True)
     write_atomically(output / PREPARING, json.dumps(work, indent=2) + "\n")
 
 
@@ -214,10 +381,6 @@ def _table(stores: Sequence[PackedStore]) -> list[str]:
 
 def _fill(tokens: int, padding: int) -> str:
     return f"{tokens / (tokens + padding):.2%}"
-
-
-def _megabytes(documents: Sequence[Document]) -> float:
-    return sum(document.bytes for document in documents) / 1e6
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.data.engines import PROBE, open_engine
 from ropewalk.data.hashing import sha256_directory
 
 BOS = "<|begin_of_text|>"
@@ -22,13 +24,28 @@ class DocumentEncoder:
     """Turns documents into ``[bos] tokens [eos]`` with a fast Hugging Face tokenizer.
 
     Text that looks like a special token is encoded as the text it is.
+
+    Attributes:
+        tokenizer: the transformers tokenizer.
+        engine: what encodes.
+        head: BOS, or nothing; uint32 (0 or 1,).
+        tail: EOS, or nothing; uint32 (0 or 1,).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, engine: str = "auto", directory: Path | None = None, bos: bool = True, eos: bool = True
+    ) -> None:
         """Wrap ``tokenizer``, a transformers fast tokenizer.
 
+        Args:
+            tokenizer: taken over: its backend encodes special tokens as text from now on.
+            engine: see engines.open_engine.
+            directory: of the tokenizer, where it is one.
+            bos: begin documents with BOS, where the tokenizer has one.
+            eos: end them with EOS, where the tokenizer has one.
+
         Raises:
-            ValueError: for a slow tokenizer, or one with neither a BOS nor an EOS token.
+            ValueError: for a slow tokenizer, one with neither a BOS nor an EOS token, or an engine that cannot be used.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
@@ -36,16 +53,37 @@ class DocumentEncoder:
             raise ValueError(
                 f"{tokenizer.name_or_path} has neither a BOS nor an EOS token to separate documents; set one"
             )
-        self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.encode_special_tokens = True
-        self._head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.tokenizer = tokenizer
+        self.engine = open_engine(engine, tokenizer.backend_tokenizer, directory)
+        ids = tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id if eos else None
+        self.head, self.tail = (np.array([] if id_ is None else [id_], dtype=np.uint32) for id_ in ids)
+        self._cuts_at_lines = self._tokens_end_at_lines()
 
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, without special tokens."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+    def encode_texts(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """The tokens of each text, uint32, without special tokens."""
+        return self.engine.encode_batch([text.encode() for text in texts])
+
+    def pieces(self, part: str) -> Iterator[str]:
+        """``part`` in pieces of a few megabytes, cut where no token crosses, if the tokenizer has such places."""
+        if not self._cuts_at_lines:
+            yield part
+            return
+        while len(part) > BATCH_CHARACTERS:
+            place = _line_start(part, BATCH_CHARACTERS)
+            if place == 0:
+                break
+            yield part[:place]
+            part = part[place:]
+        yield part
+
+    def _tokens_end_at_lines(self) -> bool:
+        """Whether text between newlines can be encoded apart; where a space is put before each text it cannot."""
+        whole = np.concatenate(self.encode_texts([PROBE]))
+        apart, rest = [], PROBE
+        while place := _line_start(rest, 1, forward=True):
+            apart.append(rest[:place])
+            rest = rest[place:]
+        return np.array_equal(whole, np.concatenate(self.encode_texts([*apart, rest])))
 
     def encode_document(self, text: str) -> NDArray[np.uint32]:
         """``[bos] tokens [eos]``, uint32."""
@@ -57,22 +95,31 @@ class DocumentEncoder:
         Parts are encoded apart, which lets one large document use all cores.
         """
         parts = [part for document in documents for part in document]
-        encoded = chain.from_iterable(map(self._encode_arrays, _batches(parts)))
+        encoded = chain.from_iterable(map(self.encode_texts, batches(parts)))
         return [self._wrapped([next(encoded) for _ in document]) for document in documents]
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer so that AutoTokenizer loads it."""
-        self._tokenizer.save_pretrained(directory)
-
-    def _encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        return [np.array(ids, dtype=np.uint32) for ids in self.encode_texts(texts)]
+        self.tokenizer.save_pretrained(directory)
 
     def _wrapped(self, parts: Iterable[Any]) -> NDArray[np.uint32]:
-        pieces = [self._head, *parts, self._tail]
+        pieces = [self.head, *parts, self.tail]
         return np.concatenate([np.asarray(piece, dtype=np.uint32) for piece in pieces])
 
 
-def _batches(texts: Sequence[str]) -> Iterable[list[str]]:
+def _line_start(text: str, near: int, forward: bool = False) -> int:
+    """A place before (or after) ``near`` where a line starts and neither side of its newline is a space; 0: none."""
+    while True:
+        place = text.find("\n", near) if forward else text.rfind("\n", 0, near)
+        if place <= 0 or place + 1 >= len(text):
+            return 0
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place + 1
+        near = place + 1 if forward else place
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """``texts`` in lists of a few megabytes."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -85,8 +132,14 @@ def _batches(texts: Sequence[str]) -> Iterable[list[str]]:
         yield batch
 
 
-def load_tokenizer(name: str) -> DocumentEncoder:
+def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool = True) -> DocumentEncoder:
     """Open the tokenizer of a Hugging Face directory or hub id.
+
+    Args:
+        name: directory or hub id.
+        engine: see engines.open_engine.
+        bos: begin documents with BOS.
+        eos: end them with EOS.
 
     Raises:
         ValueError: where there is none, or documents cannot be separated with it.
@@ -100,7 +153,36 @@ def load_tokenizer(name: str) -> DocumentEncoder:
         raise ValueError(
             f"corpus.tokenizer={name} cannot be opened: {reason}; name a tokenizer directory or a hub id"
         ) from error
-    return DocumentEncoder(tokenizer)
+    return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
+
+
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """What a DocumentEncoder needs of a tokenizer on disk, without the seconds that transformers takes to load."""
+
+    backend_tokenizer: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+    name_or_path: str
+    is_fast: bool = True
+
+
+def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = True, eos: bool = True) -> DocumentEncoder:
+    """Open a tokenizer that save_pretrained() wrote.
+
+    Args:
+        directory: that it was written to.
+        engine: see engines.open_engine.
+        ranks: directory of its tokenizer.model, where there is one.
+        bos: begin documents with BOS.
+        eos: end them with EOS.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    bos_id, eos_id = (_token_id(backend, config.get(name)) for name in ("bos_token", "eos_token"))
+    return DocumentEncoder(SavedTokenizer(backend, bos_id, eos_id, str(directory)), engine, ranks, bos, eos)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count, islice
@@ -31,6 +32,12 @@ class Accounting:
     tokens_in: int
     moved: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Accounting) -> Accounting:
+        moved, dropped = (
+            dict(Counter(a) + Counter(b)) for a, b in ((self.moved, other.moved), (self.dropped, other.dropped))
+        )
+        return Accounting(self.tokens_in + other.tokens_in, moved, dropped)
 
 
 def write_store(
@@ -88,21 +95,21 @@ def commit_store(
         sequence_length: tokens of every sequence.
         tokenizer: see describe_tokenizer.
         domains: name -> its files.
-        accounting: name -> what became of its tokens.
+        accounting: name -> what became of its tokens; perhaps also of domains that have no sequence.
         sources: what the documents were read from.
 
     Raises:
         ValueError: for no sequences at all, or accounting that does not add up.
     """
-    for name, info in domains.items():
-        _check_accounting(name, accounting[name], info.tokens)
+    for name, account in accounting.items():
+        _check_accounting(name, account, domains[name].tokens if name in domains else 0)
     if not any(info.sequences for info in domains.values()):
         raise ValueError(f"{root} would hold no sequence of {sequence_length} tokens; give it documents")
     manifest = Manifest(
         sequence_length,
         tokenizer,
         dict(domains),
-        {name: asdict(accounting[name]) for name in domains},
+        {name: asdict(account) for name, account in accounting.items()},
         sources,
         token_dtype(tokenizer["vocab_size"]).str,
     )

@@ -1,0 +1,169 @@
+"""The whole preparation of a corpus against its tokenizer alone, and two processes against one; and packing by itself.
+
+python benchmarks/prepare.py [--megabytes 200] [--tokenizer DIRECTORY] [--engine auto] [--source DIRECTORY]
+
+The corpus is Python code, of this environment's site-packages unless --source names another directory, as one document
+for each package, up to so many megabytes. Without --tokenizer, the small one of
+the tests is used; scripts/fetch_llama3_tokenizer.sh fetches Llama 3's. Everything runs in processes of its
+own, from page cache, one thread each: the tokenizer alone on the same texts, then prepare.py with one process and with
+two, in turns, several times; printed are the medians and their ratios (goals: at least 0.8 of the bare tokenizer's rate
+on one process; two processes 1.7 times one), and the largest memory of a process on a quarter of the corpus and on all
+of it. On a machine with other work, the seconds of processors say more than the rates. Packing: one million log-normal
+documents (median 1,500 tokens, sigma 1.7) into 65,536 tokens (goals: 0.6 s, fill 0.999).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ropewalk.data.packing import cut, pack
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH = 65536
+BARE = """
+import sys, time
+from collections import Counter
+from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.data.corpus import read_documents
+from ropewalk.data.sources import corpus_sources, list_units
+from ropewalk.data.tokenizer import batches, load_tokenizer
+tokenizer, engine, source = sys.argv[1:]
+engine_ = load_tokenizer(tokenizer, engine).engine
+engine_.encode_batch([b"begin"])
+seconds = cpu = size = 0
+for place in corpus_sources(CorpusConfig(sources=[SourceConfig("code", source, "repositories")])):
+    for unit in list_units(place, 10**9):
+        for document in read_documents(unit, Counter()):
+            for batch in batches(document.parts):
+                texts = [text.encode() for text in batch]
+                size += sum(map(len, texts))
+                start, used = time.perf_counter(), time.process_time()
+                engine_.encode_batch(texts)
+                seconds, cpu = seconds + time.perf_counter() - start, cpu + time.process_time() - used
+print(seconds, cpu, size)
+"""
+PREPARE = """
+import json, resource, sys, time
+if __name__ == "__main__":
+    from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
+    from ropewalk.data.prepare import prepare
+    tokenizer, engine, source, output, workers = sys.argv[1:]
+    corpus = CorpusConfig(name="code", sources=[SourceConfig("code", source, "repositories")], tokenizer=tokenizer,
+                          engine=engine, domains={"code": DomainConfig("long", "short")})
+    start = time.perf_counter()
+    prepare(PrepareConfig(output, [65536], shard_mb=8.0, workers=int(workers), corpus=corpus), lambda line: None)
+    seconds = time.perf_counter() - start
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(seconds, sum(u.ru_utime + u.ru_stime for u in used), max(u.ru_maxrss for u in used) / 1024)
+"""
+
+
+def copied(source: Path, target: Path, megabytes: float) -> int:
+    """Copy packages of Python code until they have so many megabytes; the size in bytes."""
+    size = 0
+    for package in sorted(source.iterdir()):
+        files = sorted(package.rglob("*.py")) if package.is_dir() else [package] * (package.suffix == ".py")
+        for path in files:
+            if size >= megabytes * 1e6:
+                return size
+            to = target / path.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, to)
+            size += path.stat().st_size
+    return size
+
+
+def run(code: str, *arguments: str) -> list[float]:
+    """The numbers that a script prints in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # a file, since processes are started anew from it
+        script.write(code)
+        script.flush()
+        done = subprocess.run(
+            [sys.executable, script.name, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return [float(number) for number in done.stdout.split()]
+
+
+def prepared(scratch: Path, tokenizer: str, engine: str, source: Path, workers: int) -> list[float]:
+    """Seconds, seconds of processors, and megabytes of the largest process."""
+    output = scratch / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    return run(PREPARE, tokenizer, engine, str(source), str(output), str(workers))
+
+
+def packing() -> None:
+    """Best fit of a million documents, compiled before the clock starts."""
+    lengths = np.maximum(np.random.default_rng(0).lognormal(np.log(1500), 1.7, 1_000_000), 1).astype(np.int64)
+    pack(cut(lengths[:1000], LENGTH)[1].length, LENGTH)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        whole, rest = cut(lengths, LENGTH)
+        bins = pack(rest.length, LENGTH)
+        seconds.append(time.perf_counter() - start)
+    sequences = len(whole.length) + len(bins.offsets) - 1
+    fill = lengths.sum() / (sequences * LENGTH)
+    cut_that_fit = int(np.sum((rest.start > 0) & (lengths[rest.document] <= LENGTH)))
+    print(
+        f"packing of 1,000,000 documents: {statistics.median(seconds):.2f} s (goal 0.6), fill {fill:.6f} (goal 0.999),"
+    )
+    print(f"  {sequences:,} sequences, {cut_that_fit} documents cut that fit")
+
+
+def main() -> None:
+    """Copy, time in turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--source", type=Path, default=Path(sysconfig.get_paths()["purelib"]))
+    parser.add_argument("--tokenizer", default=str(ROOT / "tests/fixtures/tokenizer"))
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    packing()
+    tokenizer, engine = arguments.tokenizer, arguments.engine
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        size = copied(arguments.source, scratch / "all/code", arguments.megabytes)
+        copied(arguments.source, scratch / "quarter/code", arguments.megabytes / 4)
+        source = scratch / "all/code"
+        rates: dict[str, list[float]] = {"bare tokenizer": [], "one process": [], "two processes": []}
+        cpu: dict[str, list[float]] = {name: [] for name in rates}
+        memory = 0.0
+        for _ in range(arguments.rounds):
+            seconds, used, encoded = run(BARE, tokenizer, engine, str(source))
+            rates["bare tokenizer"].append(encoded / seconds / 1e6)
+            cpu["bare tokenizer"].append(used)
+            for workers, name in ((1, "one process"), (2, "two processes")):
+                seconds, used, largest = prepared(scratch, tokenizer, engine, source, workers)
+                rates[name].append(encoded / seconds / 1e6)
+                cpu[name].append(used)
+                memory = max(memory, largest) if workers == 1 else memory
+        stored = json.loads((scratch / "out/packed-65536/manifest.json").read_text())["domains"]
+        quarter = prepared(scratch, tokenizer, engine, scratch / "quarter/code", 1)[2]
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    tokens = sum(domain["tokens"] for domain in stored.values())
+    print(f"{size / 1e6:.0f} MB of code, {tokens / 1e6:.1f} Mtok, engine {engine}, medians of {arguments.rounds}:")
+    for name, rate in medians.items():
+        print(f"  {name:<15} {rate:8.2f} MB/s, {statistics.median(cpu[name]):6.1f} s of processors")
+    print(f"one process / bare tokenizer   {medians['one process'] / medians['bare tokenizer']:.2f} (goal 0.8)")
+    print(f"two processes / one process    {medians['two processes'] / medians['one process']:.2f} (goal 1.7)")
+    print(f"memory, all / a quarter        {memory / quarter:.2f} ({memory:.0f} and {quarter:.0f} MB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Conversations as tokens, and which of them the assistant said."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Message = dict[str, str]
+
+
+class ChatEncoder:
+    """Puts conversations through a chat template; only what the assistant says is trained.
+
+    That is each stretch in ``{% generation %}`` where the template has such marks, else what each assistant message
+    adds to the conversation before it, end-of-turn token included. A token across the edge is the assistant's, as
+    transformers has it.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        """Take a transformers fast tokenizer and a Jinja template.
+
+        Args:
+            tokenizer: copied, since here special tokens are encoded as such.
+            template: None: the tokenizer's own.
+
+        Raises:
+            ValueError: where there is no template.
+        """
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizer.backend_tokenizer.encode_special_tokens = False
+        self._template = template or tokenizer.chat_template
+        if not isinstance(self._template, str):
+            raise ValueError(f"{tokenizer.name_or_path} has no chat template; set corpus.chat_template=FILE")
+        self._marked = "{% generation" in self._template or "{%- generation" in self._template
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._special = tuple(token.content for token in added if token.special)
+
+    def encode(
+        self, messages: Sequence[Message], skipped: Counter[str]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]] | None:
+        """Tokens uint32 (n,) and loss mask bool (n,); None where the conversation is left out, which is counted.
+
+        Left out is a conversation in which no assistant speaks, or where a message has the text of a special token and
+        could end its own turn.
+
+        Raises:
+            ValueError: for a template that takes back what it wrote when a message follows.
+        """
+        if any(special in message["content"] for message in messages for special in self._special):
+            skipped["special token in a message"] += 1
+            return None
+        text, spans = self._generated(messages) if self._marked else self._added(messages)
+        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        mask = np.zeros(len(encoding.ids), dtype=np.bool_)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        for start, end in spans:
+            mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        if not mask.any():
+            skipped["no assistant"] += 1
+            return None
+        return np.array(encoding.ids, dtype=np.uint32), mask
+
+    def _generated(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, spans = render_jinja_template(
+            [list(messages)],
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return rendered[0], spans[0]
+
+    def _added(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        whole = self._render(messages)
+        spans = []
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:place], prompt=True) if place else ""
+            after = self._render(messages[: place + 1])
+            if not after.startswith(before) or not whole.startswith(after):
+                raise ValueError(
+                    "the chat template changes earlier messages when one follows, so what the assistant said cannot be "
+                    "told apart; mark it with {% generation %} in a template of your own: corpus.chat_template=FILE"
+                )
+            spans.append((len(before), len(after)))
+        return whole, spans
+
+    def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        return self._tokenizer.apply_chat_template(
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=prompt
+        )

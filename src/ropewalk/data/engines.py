@@ -1,0 +1,228 @@
+"""Engines that turn bytes into tokens: Hugging Face tokenizers, tiktoken, and gigatoken checked against either."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+ENGINES = ("auto", "tokenizers", "tiktoken", "gigatoken")
+RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on each line
+CHECKED_ONE_IN = 1000  # texts that gigatoken's tokens are compared of
+LARGE_BYTES = 1_000_000  # of larger texts, a window is compared
+WINDOW_BYTES = 65_536
+
+PROBE = (
+    "def probe(x):\n    return {'a': x[1:] + 12345678}  # naïve café — 東京 🙂\r\n\r\n\tIt's  the   END!!!\n\n\n"
+    "x = 1\ny = [\n]\n\u0301\u200d  \u00a0 <|eot_id|></s><s>\n"
+)
+
+
+class Engine(Protocol):
+    """Turns texts into tokens, nothing added."""
+
+    name: str
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """The tokens of each text, uint32; texts are UTF-8, and what looks like a special token is text."""
+
+
+class FastPathError(Exception):
+    """gigatoken gave other tokens than its reference."""
+
+
+class TokenizersEngine:
+    """Hugging Face's tokenizers: every tokenizer.json."""
+
+    name = "tokenizers"
+
+    def __init__(self, backend: Any) -> None:
+        """Take a ``tokenizers.Tokenizer``; from now on it encodes special tokens as text."""
+        self._backend = backend
+        self._backend.encode_special_tokens = True
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """See Engine."""
+        encodings = self._backend.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+class TiktokenEngine:
+    """tiktoken, for a directory that has Llama 3's ``tokenizer.model`` beside its tokenizer.json."""
+
+    name = "tiktoken"
+
+    def __init__(self, directory: Path, backend: Any) -> None:
+        """Open the ranks; the pattern that splits text into words is the one in tokenizer.json.
+
+        Args:
+            directory: that has tokenizer.model.
+            backend: the ``tokenizers.Tokenizer``.
+
+        Raises:
+            ValueError: where tiktoken is not installed, or there is no such file or pattern.
+        """
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ValueError("corpus.engine=tiktoken is not installed; pip install tiktoken") from error
+        if not has_ranks(directory):
+            raise ValueError(
+                f"{directory} has no {RANKS} of tiktoken's form; scripts/fetch_llama3_tokenizer.sh fetches one, or set "
+                "corpus.engine=tokenizers"
+            )
+        pattern = _pattern(backend)
+        ranks = read_ranks(directory / RANKS)
+        self._encoding = tiktoken.Encoding(RANKS, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """See Engine."""
+        return [self._encoding.encode_to_numpy(text.decode()) for text in texts]
+
+
+class GigatokenEngine:
+    """gigatoken, many times faster than the others and younger: to be used through CheckedEngine."""
+
+    name = "gigatoken"
+
+    def __init__(self, backend: Any) -> None:
+        """Take a ``tokenizers.Tokenizer``.
+
+        Raises:
+            ValueError: where gigatoken is not installed, or does not know this kind of tokenizer.
+        """
+        try:
+            from gigatoken import Tokenizer
+        except ImportError as error:
+            raise ValueError("corpus.engine=gigatoken is not installed; pip install 'ropewalk[fast]'") from error
+        content = json.loads(backend.to_str())
+        # Without them, what looks like a special token is text.
+        content["added_tokens"], content["post_processor"] = [], None
+        try:
+            self._tokenizer = Tokenizer.from_json(json.dumps(content))
+        except Exception as error:  # whatever it raises, it says that it cannot take this tokenizer
+            raise ValueError(f"gigatoken cannot take this tokenizer ({error}); set corpus.engine=auto") from error
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """See Engine."""
+        if not texts:
+            return []
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False)
+        if isinstance(rows, list):  # what it gives where awkward cannot be imported
+            return [np.asarray(row, dtype=np.uint32) for row in rows]
+        tokens = np.asarray(rows.layout.content.data, dtype=np.uint32)
+        offsets = np.asarray(rows.layout.offsets.data)
+        return [tokens[first:last] for first, last in pairwise(offsets)]
+
+
+class CheckedEngine:
+    """A fast engine, compared with a reference on a sample that the texts themselves choose.
+
+    Compared are one text in 1,000, whole, and a window of 64 kB of each text above 1 MB. What is compared does not
+    depend on the order of texts or on the process, so that the same corpus always passes or always fails.
+    """
+
+    def __init__(self, fast: Engine, reference: Engine) -> None:
+        """Put ``fast`` under the eye of ``reference``."""
+        self._fast, self.reference = fast, reference
+        self.name = fast.name
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """See Engine.
+
+        Raises:
+            FastPathError: at the first difference.
+        """
+        encoded = self._fast.encode_batch(texts)
+        for text, tokens in zip(texts, encoded, strict=True):
+            chosen = xxhash.xxh64_intdigest(text)
+            if chosen % CHECKED_ONE_IN == 0:
+                self._compare(text, tokens)
+            elif len(text) > LARGE_BYTES:
+                window = _window(text, chosen)
+                self._compare(window, self._fast.encode_batch([window])[0])
+        return encoded
+
+    def _compare(self, text: bytes, tokens: NDArray[np.uint32]) -> None:
+        (expected,) = self.reference.encode_batch([text])
+        if not np.array_equal(tokens, expected):
+            shared = min(len(tokens), len(expected))
+            place = int(np.argmin(np.append(tokens[:shared] == expected[:shared], False)))
+            raise FastPathError(
+                f"{self.name} differs from {self.reference.name} at token {place} of a text of {len(text)} bytes that "
+                f"begins {text[:40]!r}: {tokens[place : place + 4].tolist()} is not "
+                f"{expected[place : place + 4].tolist()}"
+            )
+
+
+def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
+    """The engine that ``corpus.engine`` names, for one tokenizer.
+
+    Args:
+        name: one of ENGINES.
+        backend: the ``tokenizers.Tokenizer``.
+        directory: of the tokenizer, where it is one.
+
+    Raises:
+        ValueError: for an engine that is not installed, cannot take this tokenizer, or does not give the tokens of
+            tokenizer.json on a short text.
+    """
+    reference: Engine = TokenizersEngine(backend)
+    if name == "tokenizers":
+        return reference
+    if directory is not None and has_ranks(directory):
+        reference = _agreeing(TiktokenEngine(directory, backend), reference)
+    elif name == "tiktoken":
+        raise ValueError(f"corpus.engine=tiktoken needs a directory with {RANKS}; set corpus.engine=auto")
+    if name == "gigatoken":
+        return CheckedEngine(_agreeing(GigatokenEngine(backend), reference), reference)
+    return reference
+
+
+def has_ranks(directory: Path) -> bool:
+    """Whether ``directory`` has Llama 3's tokenizer.model; Llama 2's, of that name too, is of another form."""
+    path = directory / RANKS
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.read(1000).split(b"\n")[0].split()
+    return len(first) == 2 and first[1].isdigit()
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a file of tiktoken's form, and their ranks."""
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def _agreeing(engine: Engine, reference: Engine) -> Engine:
+    probe = [PROBE.encode()]
+    if not np.array_equal(engine.encode_batch(probe)[0], reference.encode_batch(probe)[0]):
+        raise ValueError(
+            f"{engine.name} does not give the tokens of {reference.name} for this tokenizer; set "
+            f"corpus.engine={reference.name}"
+        )
+    return engine
+
+
+def _pattern(backend: Any) -> str:
+    """The regular expression by which a tokenizer splits text, where that is its only rule."""
+    state = {} if backend.pre_tokenizer is None else json.loads(backend.pre_tokenizer.__getstate__())
+    steps = state.get("pretokenizers", [])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    if len(patterns) != 1 or patterns[0] is None or backend.normalizer is not None:
+        raise ValueError("tokenizer.json does not split text by one regular expression; set corpus.engine=tokenizers")
+    return patterns[0]
+
+
+def _window(text: bytes, chosen: int) -> bytes:
+    """64 kB of ``text`` from a place that ``chosen`` names, whole characters."""
+    start = chosen % (len(text) - WINDOW_BYTES)
+    return text[start : start + WINDOW_BYTES].decode(errors="ignore").encode()

@@ -1,0 +1,214 @@
+"""What a corpus is made of: sources listed as units of work, and the units dealt to shards."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ropewalk.config import CorpusConfig, SourceConfig, one_of
+from ropewalk.data.corpus import CODE, JSONL, PROSE, Unit
+from ropewalk.data.hashing import canonical_json
+
+SPLIT_DOMAIN = "long"  # where corpus.stdlib and corpus.paths begin; what is shorter goes on to "short"
+_INSTALLED = {"__pycache__", "site-packages", "dist-packages"}
+
+
+@dataclass
+class Source:
+    """One source and what was found there.
+
+    Attributes:
+        config: where it is.
+        name: what the names of its documents begin with; different for each source.
+        skipped: files left out, by reason.
+        units: number of them.
+        bytes: size of all files.
+        digest: xxh3 over the names and contents of all files, once they are listed.
+    """
+
+    config: SourceConfig
+    name: str
+    stdlib: bool = False
+    skipped: Counter[str] = field(default_factory=Counter)
+    units: int = 0
+    bytes: int = 0
+    digest: str = ""
+
+    def described(self) -> dict[str, Any]:
+        """What a manifest says about the source; where it lies is no part of it."""
+        settings = {key: value for key, value in asdict(self.config).items() if value is not None and key != "path"}
+        return {"name": self.name, **settings, "bytes": self.bytes, "xxh3": self.digest}
+
+
+def corpus_sources(corpus: CorpusConfig) -> list[Source]:
+    """The sources of a configuration, in order, each with a name of its own.
+
+    Raises:
+        ValueError: for a path that does not exist, an unknown kind, or a hub dataset without a revision.
+    """
+    named = [Source(SourceConfig(SPLIT_DOMAIN, "", "repositories"), "stdlib", True)] if corpus.stdlib else []
+    for path in corpus.paths:
+        if not Path(path).exists():
+            raise ValueError(f"corpus.paths names {path}, which does not exist; correct it")
+        named.append(Source(SourceConfig(SPLIT_DOMAIN, path), Path(path).resolve().name))
+    for source in corpus.sources:
+        one_of("kind of a source", source.kind, ("files", "repositories", "dataset"))
+        exists = Path(source.path).exists()
+        if not exists and source.kind != "dataset":
+            raise ValueError(f"corpus.sources names {source.path}, which does not exist; correct it")
+        if not exists and source.revision is None:
+            raise ValueError(
+                f"corpus.sources names the hub dataset {source.path} without a revision; give its commit, so that the "
+                "same configuration is the same data"
+            )
+        if source.chat and source.kind == "repositories":
+            raise ValueError(f"corpus.sources: {source.path} cannot be repositories and chat at once")
+        named.append(Source(source, Path(source.path).resolve().name if exists else source.path))
+    seen: Counter[str] = Counter()
+    for source_ in named:
+        seen[source_.name] += 1
+        if seen[source_.name] > 1:
+            source_.name = f"{source_.name}#{seen[source_.name]}"
+    return named
+
+
+def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
+    """The units of a source, in order, none much larger than a shard where it can be divided.
+
+    Every file is read once, for the digest: a corpus that changed is noticed, however it changed.
+    """
+    digest = xxhash.xxh3_128()
+    column = source.config.column or ("messages" if source.config.chat else "text")
+    for unit in _units(source, shard_bytes):
+        source.units += 1
+        source.bytes += unit.bytes
+        if unit.start == 0 and (unit.dataset is None or Path(unit.root).exists()):
+            files = [Path(unit.root) / file for file in unit.files] or _files_of(Path(unit.root))
+            digest.update(canonical_json([unit.kind, unit.name, list(unit.files)]).encode())
+            for file in files:
+                digest.update(_digest(file))
+        yield replace(unit, column=column, chat=source.config.chat)
+    if source.config.revision is not None:
+        digest.update(source.config.revision.encode())
+    source.digest = digest.hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+
+
+def _digest(path: Path) -> bytes:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _units(source: Source, shard_bytes: int) -> Iterator[Unit]:
+    config, path = source.config, Path(source.config.path)
+    if source.stdlib:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        yield from _repositories(source, root, _INSTALLED, {".py"})
+    elif config.kind == "repositories":
+        yield from _repositories(source, path, {"__pycache__"}, CODE | PROSE)
+    elif config.kind == "dataset":
+        yield from _dataset_units(source, shard_bytes)
+    elif path.is_file():
+        yield from _file_units(source, path, source.name, shard_bytes)
+    else:
+        for file in _walk(source.skipped, path, set()):
+            yield from _file_units(source, file, f"{source.name}/{file.relative_to(path).as_posix()}", shard_bytes)
+
+
+def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[str]) -> Iterator[Unit]:
+    """One unit for each file or directory of ``root``; code lies in it in the order of paths.
+
+    Of the standard library every package or module is one; installed packages are not taken.
+    """
+    tops: dict[str, list[Path]] = {}
+    for path in _walk(source.skipped, root, excluded):
+        if path.suffix in suffixes:
+            tops.setdefault(path.relative_to(root).parts[0], []).append(path)
+        elif not source.stdlib:
+            source.skipped[f"unknown kind {path.suffix or path.name}"] += 1
+    for name, paths in sorted(tops.items()):
+        files = tuple(path.relative_to(root).as_posix() for path in paths)
+        size = sum(path.stat().st_size for path in paths)
+        yield Unit("repository", f"{source.name}/{name}", str(root.resolve()), files, bytes=size)
+
+
+def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iterator[Unit]:
+    size = path.stat().st_size
+    root = str(path.resolve())
+    if path.suffix in PROSE | CODE and not source.config.chat:
+        yield Unit("text", name, root, bytes=size)
+    elif path.name.endswith(JSONL):
+        step = shard_bytes if path.suffix == ".jsonl" else max(size, 1)
+        for start in range(0, max(size, 1), step):
+            stop = start + step
+            yield Unit(
+                "jsonl", name, root, start=start, stop=stop if stop < size else -1, bytes=min(step, size - start)
+            )
+    elif path.suffix == ".parquet":
+        yield from _parquet_units(name, root, shard_bytes)
+    else:
+        source.skipped[f"unknown kind {path.suffix or path.name}"] += 1
+
+
+def _parquet_units(name: str, root: str, shard_bytes: int) -> Iterator[Unit]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(root) as file:
+        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    first = total = 0
+    for group, size in enumerate(sizes):
+        total += size
+        if total >= shard_bytes or group == len(sizes) - 1:
+            yield Unit("parquet", name, root, start=first, stop=group + 1, bytes=total)
+            first, total = group + 1, 0
+
+
+def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
+    import datasets
+
+    config, path = source.config, Path(source.config.path)
+    if (path / "state.json").is_file():  # what save_to_disk() writes
+        saved = datasets.load_from_disk(str(path))
+        shares = max(1, -(-saved.data.nbytes // shard_bytes))
+        bounds = [len(saved) * share // shares for share in range(shares + 1)]
+        for start, stop in pairwise(bounds):
+            size = saved.data.nbytes // shares
+            yield Unit("dataset", source.name, str(path.resolve()), start=start, stop=stop, bytes=size)
+        return
+    root = str(path.resolve()) if path.exists() else config.path
+    chosen = config.subset, config.split, config.revision
+    streamed = datasets.load_dataset(root, config.subset, split=config.split, revision=config.revision, streaming=True)
+    for share in range(streamed.num_shards):
+        yield Unit("dataset", source.name, root, start=share, stop=streamed.num_shards, dataset=chosen)
+
+
+def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[Path]:
+    """The files under ``root`` in the order of their paths; hidden ones and links outwards are counted."""
+    found: list[Path] = []
+    for place, directories, files in os.walk(root):
+        here = Path(place)
+        kept = [name for name in directories if name not in excluded]
+        skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
+        skipped["linked directory"] += sum((here / name).is_symlink() for name in kept)
+        directories[:] = [name for name in kept if not name.startswith(".")]
+        found.extend(here / name for name in files if not name.startswith("."))
+    resolved = root.resolve()
+    for path in sorted(found, key=lambda path: path.relative_to(root).parts):
+        if path.is_symlink() and not path.resolve().is_relative_to(resolved):
+            skipped["link out of the directory"] += 1
+        else:
+            yield path

@@ -1,0 +1,146 @@
+"""Tokenized documents between the two stages: a flat file of tokens, where each document ends, perhaps masks."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.files import fsync_path, write_atomically
+
+
+@dataclass
+class TokenRecord:
+    """What a shard of raw documents gave; on disk, it says that the shard's files are whole.
+
+    Attributes:
+        source: place in the list of sources.
+        domain: of its documents.
+        documents: how many are in the file.
+        tokens: in the file.
+        text_bytes: of these documents, in UTF-8.
+        masked: whether there are loss masks.
+        engine: what encoded them.
+        skipped: documents left out, by reason.
+    """
+
+    source: int
+    domain: str
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    masked: bool = False
+    engine: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+class TokenFileWriter:
+    """Writes the files of one shard; they count once ``commit`` has written the record."""
+
+    def __init__(self, directory: Path, number: int, record: TokenRecord) -> None:
+        """Replace the files of shard ``number``."""
+        self._stem = directory / f"tokens-{number:05d}"
+        self._record = record
+        self._tokens = self._stem.with_suffix(".bin").open("wb")
+        self._masks = self._stem.with_suffix(".mask").open("wb") if record.masked else None
+        self._ends = array("q")
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tokens.close()
+        if self._masks is not None:
+            self._masks.close()
+
+    def write(self, tokens: NDArray[np.uint32], mask: NDArray[np.bool_] | None = None) -> None:
+        """Add to the document at the end of the file."""
+        self._tokens.write(tokens.astype("<u4", copy=False).tobytes())
+        self._record.tokens += len(tokens)
+        if self._masks is not None:
+            assert mask is not None
+            self._masks.write(mask.tobytes())
+
+    def end_document(self) -> None:
+        """What is written next is of another document."""
+        self._ends.append(self._record.tokens)
+
+    def commit(self) -> TokenRecord:
+        """Close the files, and say that they are whole."""
+        self.__exit__()
+        self._record.documents = len(self._ends)
+        np.save(self._stem.with_suffix(".npy"), np.array(self._ends, dtype=np.int64), allow_pickle=False)
+        for suffix in (".bin", ".npy", *([".mask"] if self._record.masked else [])):
+            fsync_path(self._stem.with_suffix(suffix))
+        write_atomically(self._stem.with_suffix(".json"), json.dumps(asdict(self._record)) + "\n")
+        return self._record
+
+
+def read_record(directory: Path, number: int) -> TokenRecord | None:
+    """The record of a shard, or None where it is not finished."""
+    stem = directory / f"tokens-{number:05d}"
+    if not stem.with_suffix(".json").is_file():
+        return None
+    record = TokenRecord(**json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")))
+    path = stem.with_suffix(".bin")
+    return record if path.is_file() and path.stat().st_size == 4 * record.tokens else None
+
+
+class FlatDocuments:
+    """Documents that lie one after the other in flat arrays, mapped or not; ``documents[i]`` is one, not copied."""
+
+    def __init__(self, flats: Sequence[NDArray[Any]], ends: Sequence[NDArray[np.int64]]) -> None:
+        """Take flat arrays and, for each, where its documents end in it."""
+        self._flats, self._ends = list(flats), list(ends)
+        self._first = [0, *np.cumsum([len(counts) for counts in ends], dtype=np.int64).tolist()]
+
+    @classmethod
+    def of(cls, documents: Sequence[NDArray[Any]]) -> FlatDocuments:
+        """A copy of ``documents`` in one flat array."""
+        lengths = [len(document) for document in documents]
+        flat = np.concatenate([np.zeros(0, np.uint32), *documents])
+        return cls([flat], [np.cumsum(lengths, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        which = bisect_right(self._first, index) - 1
+        ends, place = self._ends[which], index - self._first[which]
+        return self._flats[which][int(ends[place - 1]) if place else 0 : int(ends[place])]
+
+    def __add__(self, other: FlatDocuments) -> FlatDocuments:
+        return FlatDocuments([*self._flats, *other._flats], [*self._ends, *other._ends])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64 (documents,)."""
+        none = np.zeros(0, dtype=np.int64)
+        return np.concatenate([none, *(np.diff(ends, prepend=0) for ends in self._ends)])
+
+
+def open_tokens(directory: Path, numbers: Sequence[int]) -> FlatDocuments:
+    """The documents of finished shards, mapped."""
+    return _open(directory, numbers, ".bin", np.dtype("<u4"))
+
+
+def open_masks(directory: Path, numbers: Sequence[int]) -> FlatDocuments:
+    """Their loss masks."""
+    return _open(directory, numbers, ".mask", np.dtype(np.bool_))
+
+
+def _open(directory: Path, numbers: Sequence[int], suffix: str, dtype: np.dtype[Any]) -> FlatDocuments:
+    flats, ends = [], []
+    for number in numbers:
+        stem = directory / f"tokens-{number:05d}"
+        path = stem.with_suffix(suffix)
+        flats.append(np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype))
+        ends.append(np.load(stem.with_suffix(".npy"), allow_pickle=False))
+    return FlatDocuments(flats, ends)
