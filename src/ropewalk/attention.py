@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
@@ -28,18 +29,22 @@ class Documents:
         cu_seqlens: int32 (n + 1,) on the model's device: 0, end of document 1, ..., number of tokens.
         bounds: the same numbers as Python ints, so that no layer waits for the device.
         max_seqlen: tokens of the longest document.
+        group: the ranks that each hold an equal stretch of the row, in order; None where this rank holds all of it.
     """
 
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
     max_seqlen: int
+    group: dist.ProcessGroup | None = None
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device) -> Documents:
-        """From cumulative lengths on the CPU."""
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> Documents:
+        """From cumulative lengths of the whole row, on the CPU."""
         bounds = tuple(cu_seqlens.tolist())
         longest = max(end - start for start, end in pairwise(bounds))
-        return cls(cu_seqlens.to(device, torch.int32), bounds, longest)
+        return cls(cu_seqlens.to(device, torch.int32), bounds, longest, group)
 
 
 def document_attention(
@@ -61,7 +66,8 @@ def document_attention(
         value: like key.
         attention_mask: must be None; the documents say everything.
         scaling: of the logits; None for head_dim^-0.5.
-        documents: bounds of the documents in this row.
+        documents: bounds of the documents in this row; where its ``group`` shares the row, ``tokens`` is this rank's
+            stretch of it.
         **kwargs: dropout must be 0; a sliding window is refused.
 
     Returns:
@@ -78,7 +84,30 @@ def document_attention(
             "set attention_dropout: 0.0 and sliding_window: null in the model's config"
         )
     attend = _varlen if query.is_cuda else _per_document
-    return attend(query, key, value, scaling, documents), None
+    if documents.group is None:
+        return attend(query, key, value, scaling, documents), None
+    query, key, value = (_tokens_for_heads(x, documents.group) for x in (query, key, value))
+    return _heads_for_tokens(attend(query, key, value, scaling, documents), documents.group), None
+
+
+def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(1, heads, tokens / n, head_dim) -> (1, heads / n, tokens, head_dim); each rank's share, of n."""
+    from deepspeed.sequence.layer import _dim_zero_all_to_all
+
+    _, heads, tokens, head_dim = x.shape
+    n = dist.get_world_size(group)
+    traded = _dim_zero_all_to_all(group, x.reshape(n, heads // n, tokens, head_dim))
+    return traded.transpose(0, 1).reshape(1, heads // n, n * tokens, head_dim)
+
+
+def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(1, tokens, heads / n, head_dim) -> (1, tokens / n, heads, head_dim)."""
+    from deepspeed.sequence.layer import _dim_zero_all_to_all
+
+    _, tokens, heads, head_dim = x.shape
+    n = dist.get_world_size(group)
+    traded = _dim_zero_all_to_all(group, x.reshape(n, tokens // n, heads, head_dim))
+    return traded.transpose(0, 1).reshape(1, tokens // n, n * heads, head_dim)
 
 
 def _per_document(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, documents: Documents) -> Tensor:

@@ -77,6 +77,7 @@ class TrainerConfig:
     activation_checkpointing: bool = True
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     log_every: int = 1  # steps
+    peak_flops: float | None = None  # of one device, dense, for MFU; null: known for A100, H100 and H200 in bf16
     checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
     keep_last: int | None = None  # newest checkpoints that are kept; null: all
     keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
@@ -112,13 +113,22 @@ class GuardConfig:
     spike_window: int | None = None  # steps that a loss is compared with; null: only what is not finite is refused
     spike_deviations: float = 6.0  # above the window's median, in standard deviations (1.4826 x MAD)
     spike_action: str = "skip"  # or stop
+    stuck_multiple: float = 10.0  # of the median step; a step that takes longer is reported, with every rank's stack
+    stuck_seconds: float = 60.0  # and at least so long
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the work beside data parallelism."""
+
+    sequence: int = 1  # neighbouring ranks that share each row of tokens (Ulysses); divides the key/value heads
 
 
 @dataclass
 class TrackerConfig:
     """Where metrics go beside the run's own metrics.jsonl."""
 
-    name: str = "wandb"  # wandb or none
+    name: str = "wandb"  # wandb, trackio or none
     project: str = "ropewalk"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -157,6 +167,7 @@ class TrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
@@ -415,6 +426,7 @@ POSITIVE = (
     "gradient_clipping",
     "loss_chunk_size",
     "log_every",
+    "peak_flops",
     "checkpoint_every",
     "keep_last",
     "keep_every",
@@ -447,15 +459,9 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         raise ValueError(
             f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"
         )
-    one_of("tracker.name", config.tracker.name, ("wandb", "none"))
+    one_of("tracker.name", config.tracker.name, ("wandb", "trackio", "none"))
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
-    per_step = trainer.micro_batch_size * world_size
-    if trainer.global_batch_size % per_step:
-        near = max(1, round(trainer.global_batch_size / per_step)) * per_step
-        raise ValueError(
-            f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size="
-            f"{trainer.micro_batch_size} x world size {world_size} = {per_step}; set it to {near}"
-        )
+    _validate_shares(config, world_size)
     if config.model.path is None and "model_type" not in config.model.architecture:
         raise ValueError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "
@@ -499,8 +505,35 @@ def _validate_guards(guards: GuardConfig) -> None:
             f"guards.spike_window={guards.spike_window}: a median and a deviation of so few losses mean little; set 8 "
             "or more, or null"
         )
+    if guards.stuck_multiple <= 1 or guards.stuck_seconds <= 0:
+        raise ValueError(
+            f"guards.stuck_multiple={guards.stuck_multiple} must exceed 1 and guards.stuck_seconds="
+            f"{guards.stuck_seconds} must be positive; 10 and 60 are calm"
+        )
     if guards.spike_deviations <= 0:
         raise ValueError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
+
+
+def _validate_shares(config: TrainConfig, world_size: int) -> None:
+    trainer, sequence = config.trainer, config.parallel.sequence
+    if sequence < 1 or world_size % sequence:
+        raise ValueError(
+            f"parallel.sequence={sequence} must divide the world size {world_size}; change it or the number of ranks"
+        )
+    row = trainer.micro_batch_size * config.data.sequence_length
+    if row % sequence:
+        raise ValueError(
+            f"trainer.micro_batch_size x data.sequence_length = {row} tokens do not divide over parallel.sequence="
+            f"{sequence} ranks; choose a value that divides them"
+        )
+    per_step = trainer.micro_batch_size * (world_size // sequence)
+    if trainer.global_batch_size % per_step:
+        near = max(1, round(trainer.global_batch_size / per_step)) * per_step
+        over = f"world size {world_size}" + (f" / parallel.sequence={sequence}" if sequence > 1 else "")
+        raise ValueError(
+            f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size="
+            f"{trainer.micro_batch_size} x {over} = {per_step}; set it to {near}"
+        )
 
 
 def _validate_chain(config: TrainConfig) -> None:

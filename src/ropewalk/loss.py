@@ -15,7 +15,9 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
     """Both gradients are formed in forward, so backward needs neither the logits nor the gathered weight."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, token_losses: Tensor | None
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
@@ -25,7 +27,10 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
             x, target = hidden[rows], labels[rows, None]
             logits = (x @ weight.T).float()
             normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
+            losses = normalizer - logits.gather(1, target)
+            total += losses.sum()
+            if token_losses is not None:
+                token_losses[rows] = losses.squeeze(1)
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = logits.sub_(normalizer).exp_()  # softmax, in the logits' own memory
                 grad_logits.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
@@ -37,13 +42,15 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: FunctionCtx, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         scale = grad_output[0]
-        return grad_hidden * scale, grad_weight * scale, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
-def tiled_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+def tiled_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, token_losses: Tensor | None = None
+) -> Tensor:
     """Sum over trained tokens of -log softmax(hidden @ weight.T)[label].
 
     torch's own chunked linear_cross_entropy returns a bf16 sum for bf16 inputs, three digits of a loss; here the sum
@@ -54,8 +61,9 @@ def tiled_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, c
         weight: (vocabulary, width), of the same dtype.
         labels: int64 (tokens,); -100 is not trained on.
         chunk_size: tokens whose logits exist at once; memory is chunk_size x vocabulary fp32.
+        token_losses: fp32 (tokens,), gets the loss of each trained token, for metrics; the others stay as they are.
 
     Returns:
         fp32 scalar; exactly 0 where no token is trained on.
     """
-    return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size)
+    return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size, token_losses)

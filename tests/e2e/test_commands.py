@@ -135,7 +135,7 @@ def test_every_command_has_help(script, command, groups):
 
 
 def test_the_options_of_a_group_are_listed_with_their_folders():
-    assert choices("tracker", "test_time") == "tracker: none, wandb\ntest_time: auto, none, yarn4"
+    assert choices("tracker", "test_time") == "tracker: none, trackio, wandb\ntest_time: auto, none, yarn4"
     assert "demo/cope11" in choices("experiment").split(": ")[1].split(", ")
 
 

@@ -20,8 +20,9 @@ from ropewalk.training.loop import accumulate, micro_batches
 
 def main(cases: str, output: str) -> None:
     """Write one npz of gradients and loss for each case."""
-    ranks = start_processes("cpu")
-    for case in json.loads(Path(cases).read_text()):
+    told = json.loads(Path(cases).read_text())
+    ranks = start_processes("cpu", told["sequence"])
+    for case in told["cases"]:
         store = PackedStore(case["store"])
         config = tiny_run(
             store,
@@ -31,17 +32,20 @@ def main(cases: str, output: str) -> None:
             "model.pretrained_length=64",
             "model.head_dim=16",
             f"trainer.micro_batch_size={case['micro_batch_size']}",
-            f"trainer.activation_checkpointing={case['activation_checkpointing']}",
+            f"trainer.global_batch_size={case['global_batch_size']}",
+            f"parallel.sequence={told['sequence']}",
             "deepspeed.param_persistence_threshold=0",
             "trainer.loss_chunk_size=50",
+            *case["overrides"],
         )
         mixture = Mixture(0, case["weights"], store, config.trainer.global_batch_size)
         engine = start_engine(config, training_config(config.model, "rope", [], store.sequence_length), ranks)
         loss = accumulate(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks)
         gradients = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+        engine.step()
         if ranks.is_main:
             arrays = {name: g.numpy() for name, g in gradients.items()}
-            np.savez(Path(output) / f"{case['name']}.npz", loss=loss, **arrays)
+            np.savez(Path(output) / f"{case['name']}.npz", loss=loss, norm=engine.get_global_grad_norm(), **arrays)
         engine.destroy()
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from helpers import composed, save_tiny, torchrun
 from transformers import AutoModelForCausalLM
 
-from ropewalk.data import Mixture
+from ropewalk.data import Mixture, PackedStore
 from ropewalk.training.engine import parameter_groups, zero_config
 
 HERE = Path(__file__).parent
-GLOBAL_BATCH = 4
+GLOBAL_BATCH = 8
 WEIGHTS = {"long": 0.5, "short": 0.5}
 
 
@@ -35,6 +35,24 @@ def per_document_gradients(directory, store):
     return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}
 
 
+def assert_gradients(directory, ranks, cases, sequence=1):
+    """Run the cases through the engine on ``ranks`` processes; each must give what its model does by itself."""
+    for case in cases:
+        case |= {"weights": WEIGHTS, "global_batch_size": GLOBAL_BATCH}
+        case["micro_batch_size"] = GLOBAL_BATCH * sequence // (ranks * case["accumulation"])
+    (directory / "cases.json").write_text(json.dumps({"sequence": sequence, "cases": cases}))
+    torchrun(ranks, str(HERE / "engine_gradients.py"), str(directory / "cases.json"), str(directory))
+    for case in cases:
+        loss, expected = per_document_gradients(case["model"], PackedStore(case["store"]))
+        with np.load(directory / f"{case['name']}.npz") as found:
+            assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
+            norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+            assert float(found["norm"]) == pytest.approx(norm.item(), rel=1e-5)
+            assert set(found.files) == {"loss", "norm", *expected}
+            for name, gradient in expected.items():
+                torch.testing.assert_close(torch.from_numpy(found[name]), gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients_equal_each_document_alone(tmp_path, store_64, ranks):
@@ -45,29 +63,33 @@ def test_gradients_equal_each_document_alone(tmp_path, store_64, ranks):
     }
     cases = [
         {
-            "name": f"micro{micro}_tied{tied}_checkpointing{checkpointing}",
+            "name": f"accumulation{accumulation}_tied{tied}_checkpointing{checkpointing}",
             "model": str(models[tied]),
-            "tied": tied,
             "store": str(store_64.root),
-            "weights": WEIGHTS,
-            "micro_batch_size": micro,
-            "activation_checkpointing": checkpointing,
+            "accumulation": accumulation,
+            "overrides": [f"trainer.activation_checkpointing={checkpointing}"],
         }
-        for micro, tied, checkpointing in [
-            (4 // ranks, True, False),
-            (2 // ranks, False, False),
-            (1, True, True),
-        ]
+        for accumulation, tied, checkpointing in [(1, True, False), (2, False, False), (4, True, True)]
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    torchrun(ranks, str(HERE / "engine_gradients.py"), str(tmp_path / "cases.json"), str(tmp_path))
-    for case in cases:
-        loss, expected = per_document_gradients(models[case["tied"]], store_64)
-        with np.load(tmp_path / f"{case['name']}.npz") as found:
-            assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
-            assert set(found.files) == {"loss", *expected}
-            for name, gradient in expected.items():
-                torch.testing.assert_close(torch.from_numpy(found[name]), gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_gradients(tmp_path, ranks, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, 2), (4, 2), (4, 4)])
+def test_gradients_of_shared_sequences_equal_each_document_alone(tmp_path, store_64, ranks, sequence):
+    """Documents that cross the ranks' borders, grouped heads, accumulation 2; ZeRO stages average differently."""
+    model = save_tiny(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    cases = [
+        {
+            "name": f"checkpointing{checkpointing}_stage{stage}",
+            "model": str(model),
+            "store": str(store_64.root),
+            "accumulation": 2,
+            "overrides": [f"trainer.activation_checkpointing={checkpointing}", f"deepspeed.stage={stage}"],
+        }
+        for checkpointing, stage in [(False, 2), (True, 3)]
+    ]
+    assert_gradients(tmp_path, ranks, cases, sequence)
 
 
 def test_label_counts_are_unequal(store_64):
@@ -81,7 +103,7 @@ def test_label_counts_are_unequal(store_64):
 
 def test_gradients_add_up_and_travel_in_fp32():
     config = composed("train", "+experiment=cope20")
-    settings = zero_config(config.trainer, config.deepspeed, world_size=8)
+    settings = zero_config(config.trainer, config.deepspeed, data_size=8)
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
     assert settings["communication_data_type"] == "fp32"
     assert settings["bf16"] == {"enabled": True}

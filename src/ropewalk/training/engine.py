@@ -24,6 +24,7 @@ from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
+from ropewalk.training.parallel import sequence_groups
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
@@ -31,11 +32,31 @@ GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process among the others.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: processes of the run.
+        device: where this one computes.
+        sequence: neighbouring ranks that share each row of tokens (parallel.sequence).
+        group: those ranks; None where there is no other.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    sequence: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the ``data_size`` shares of the global batch this rank works on."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        """Shares that the global batch is divided in."""
+        return self.world_size // self.sequence
 
     @property
     def is_main(self) -> bool:
@@ -61,13 +82,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_processes(device: str) -> Ranks:
-    """Join the process group that srun or torchrun describes; alone, make one of a single process."""
+def start_processes(device: str, sequence: int = 1) -> Ranks:
+    """Join the process group that srun or torchrun describes; alone, make one of a single process.
+
+    Args:
+        device: cpu or cuda.
+        sequence: neighbouring ranks that share a row of tokens.
+    """
     deepspeed = import_deepspeed(device)
     if not dist.is_initialized():
         _join(deepspeed, device)
     where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), where)
+    _, group = sequence_groups(sequence)
+    return Ranks(dist.get_rank(), dist.get_world_size(), where, sequence, group)
 
 
 def _join(deepspeed: Any, device: str) -> None:
@@ -132,12 +159,12 @@ def _return_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
-def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
+def accumulation_steps(trainer: TrainerConfig, data_size: int) -> int:
     """Micro batches that each rank adds up for one step."""
-    return trainer.global_batch_size // (trainer.micro_batch_size * world_size)
+    return trainer.global_batch_size // (trainer.micro_batch_size * data_size)
 
 
-def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, world_size: int) -> dict[str, Any]:
+def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, data_size: int, sequence: int = 1) -> dict[str, Any]:
     """DeepSpeed's own configuration. Gradients add up and travel in fp32, whatever the model's dtype."""
     zero_optimization: dict[str, Any] = {
         "stage": zero.stage,
@@ -149,11 +176,13 @@ def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, world_size: int) 
         zero_optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": trainer.device == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
+        "gradient_accumulation_steps": accumulation_steps(trainer, data_size),
         "gradient_clipping": trainer.gradient_clipping,
         "bf16": {"enabled": trainer.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "seq_parallel_communication_data_type": "fp32",
+        "sequence_parallel_size": sequence,
         "zero_optimization": zero_optimization,
         "zero_allow_untested_optimizer": True,  # torch's AdamW
         "zero_force_ds_cpu_optimizer": False,
@@ -169,7 +198,14 @@ class LossModel(nn.Module):
         self.lm = lm
         self.chunk_size = chunk_size
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, documents: Documents) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        documents: Documents,
+        token_losses: Tensor | None = None,
+    ) -> Tensor:
         """Summed cross entropy of one packed row.
 
         Args:
@@ -177,6 +213,7 @@ class LossModel(nn.Module):
             position_ids: int64 (1, tokens), from 0 in each document.
             labels: int64 (1, tokens), already shifted; -100 is not trained on.
             documents: where each document begins and ends.
+            token_losses: fp32 (tokens,), gets the loss of each trained token.
 
         Returns:
             fp32 scalar, nats.
@@ -185,7 +222,7 @@ class LossModel(nn.Module):
         decoder = self.lm.get_decoder()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
         head = self.lm.get_output_embeddings().weight
-        return tiled_linear_cross_entropy(hidden.last_hidden_state[0], head, labels[0], self.chunk_size)
+        return tiled_linear_cross_entropy(hidden.last_hidden_state[0], head, labels[0], self.chunk_size, token_losses)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -207,7 +244,7 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     from transformers.integrations import HfDeepSpeedConfig
 
     trainer = config.trainer
-    settings = zero_config(trainer, config.deepspeed, ranks.world_size)
+    settings = zero_config(trainer, config.deepspeed, ranks.data_size, ranks.sequence)
     partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
     lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
@@ -223,9 +260,18 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
         eps=trainer.adam_eps,
         fused=trainer.device == "cuda" and not config.deepspeed.offload_optimizer,
     )
-    engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings)
+    mpu, _ = sequence_groups(ranks.sequence)
+    engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings, mpu=mpu)
     place_spectrum(engine)
     return engine
+
+
+def averaging_ranks(engine: Any, ranks: Ranks) -> int:
+    """What ZeRO divides the gradients' sum over all ranks by.
+
+    Of ranks that share a sequence, DeepSpeed 0.19.8 averages at stage 3 and adds up at stages 1 and 2.
+    """
+    return ranks.world_size if engine.zero_optimization_stage() == 3 else ranks.data_size
 
 
 def restore_settings(engine: Any, trainer: TrainerConfig) -> None:

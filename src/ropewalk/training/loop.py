@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents
@@ -22,7 +21,15 @@ from ropewalk.rope.position import position_of
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.contract import contract
 from ropewalk.training.elastic import make_universal
-from ropewalk.training.engine import Ranks, place_spectrum, restore_settings, start_engine, start_processes, world_size
+from ropewalk.training.engine import (
+    Ranks,
+    averaging_ranks,
+    place_spectrum,
+    restore_settings,
+    start_engine,
+    start_processes,
+    world_size,
+)
 from ropewalk.training.guards import (
     Guard,
     StepResult,
@@ -31,11 +38,14 @@ from ropewalk.training.guards import (
     watch_gradients,
     write_provenance,
 )
+from ropewalk.training.metrics import Meter
 from ropewalk.training.observer import Observer
+from ropewalk.training.parallel import check_heads, shard
 from ropewalk.training.resume import find_origin, require_writable
 from ropewalk.training.saving import Saver
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
+from ropewalk.training.watchdog import Watchdog
 
 
 def train(config: TrainConfig) -> None:
@@ -52,7 +62,8 @@ def train(config: TrainConfig) -> None:
     store, mixture = open_data(config)
     model_config = training_config(config.model, config.rope.name, config.rope.chain, config.data.sequence_length)
     fit_tokenizer(model_config, store, from_scratch=config.model.path is None)
-    _run(config, start_processes(trainer.device), store, mixture, model_config)
+    check_heads(model_config, config.parallel.sequence)
+    _run(config, start_processes(trainer.device, config.parallel.sequence), store, mixture, model_config)
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
@@ -101,7 +112,7 @@ def _run(
     _say(ranks, describe_order(mixture, last))
     elastic = origin.checkpoint is not None and origin.world_size != ranks.world_size
     universal = make_universal(origin.checkpoint, config.deepspeed.stage) if origin.checkpoint and elastic else None
-    observer = Observer(config, ranks, model_config, store, origin)
+    observer = Observer(config, ranks, model_config, store, mixture, origin)
     engine = start_engine(config, model_config, ranks)
     if origin.checkpoint:
         load_checkpoint(engine, origin.checkpoint, universal)
@@ -112,20 +123,28 @@ def _run(
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
     loaded = closing(prefetched(lambda seen: micro_batches(mixture, seen, ranks, config), seen_at))
-    with _profiler(trainer.profile_steps, run_dir, ranks) as profile, _stop_flag(config) as stop, loaded as ahead:
+    with (
+        _profiler(trainer.profile_steps, run_dir, ranks) as profile,
+        _stop_flag(config) as stop,
+        _watchdog(config, ranks) as watchdog,
+        loaded as ahead,
+    ):
         step = start
+        watchdog.step_begins(step + 1)
         try:
-            for step, seen, batches in zip(range(start, last), seen_at, ahead, strict=True):
+            for step, seen, batches in zip(range(start, last), seen_at, observer.meter.waited(ahead), strict=True):
                 tokens = mixture.trained_tokens(seen)
                 lr = learning_rate(step, trainer)
-                result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check)
+                result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check, observer.meter)
                 guard.count(result)
-                observer.record(step + 1, result, tokens, guard.refused)
+                observer.record(step + 1, seen, result, tokens, guard.refused)
                 if result.refused is not None:
                     if ranks.is_main:
                         write_provenance(run_dir, step + 1, result, lr, mixture, seen)
                     guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
+                watchdog.step_ends()
                 saver.after(step + 1)
+                watchdog.step_begins(step + 2)
                 if profile is not None:
                     profile.step()
         except StopRequested as reason:
@@ -141,6 +160,12 @@ def _stop_flag(config: TrainConfig) -> StopFlag:
     return StopFlag(instant(until) if until else None, control_group(config.trainer.device))
 
 
+def _watchdog(config: TrainConfig, ranks: Ranks) -> Watchdog:
+    guards = config.guards
+    run_dir = Path(config.run_dir)
+    return Watchdog(run_dir, ranks.rank, ranks.world_size, guards.stuck_multiple, guards.stuck_seconds)
+
+
 def describe_order(mixture: Mixture, steps: int) -> str:
     """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
     epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
@@ -151,8 +176,8 @@ def describe_order(mixture: Mixture, steps: int) -> str:
 
 def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
     """This rank's part of the global batch of ``step``."""
-    refs = rank_micro_batches(mixture, step, ranks.rank, ranks.world_size, config.trainer.micro_batch_size)
-    return [read_batch(mixture.store, part) for part in refs]
+    refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
+    return [shard(read_batch(mixture.store, part), ranks.rank % ranks.sequence, ranks.sequence) for part in refs]
 
 
 def no_boundary() -> None:
@@ -167,6 +192,7 @@ def take_step(
     ranks: Ranks,
     guard: Guard,
     boundary: Callable[[], None] = no_boundary,
+    meter: Meter | None = None,
 ) -> StepResult:
     """One optimizer step over this rank's micro batches; ``boundary`` is called before each and may raise. Collective.
 
@@ -174,11 +200,13 @@ def take_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    loss = accumulate(engine, batches, global_tokens, ranks, boundary)
+    meter = meter or Meter(ranks.device)
+    loss = accumulate(engine, batches, global_tokens, ranks, boundary, meter)
     refused = guard.objection(loss)
     if refused:
         refuse_update(engine)
-    engine.step()
+    with meter.time("optimizer"):
+        engine.step()
     # DeepSpeed leaves the weights alone, without a word, where the norm is not finite.
     grad_norm = float(engine.get_global_grad_norm())
     if refused is None and engine.optimizer.overflow:
@@ -187,31 +215,41 @@ def take_step(
 
 
 def accumulate(
-    engine: Any, batches: list[Batch], global_tokens: int, ranks: Ranks, boundary: Callable[[], None] = no_boundary
+    engine: Any,
+    batches: list[Batch],
+    global_tokens: int,
+    ranks: Ranks,
+    boundary: Callable[[], None] = no_boundary,
+    meter: Meter | None = None,
 ) -> float:
     """Forward and backward of every micro batch; returns the loss of the global batch. Collective.
 
     Each micro batch's summed loss is divided by the trained tokens of the whole step, so every token of it weighs the
-    same whatever the documents and ranks. ZeRO averages gradients over ranks, hence the factor world_size.
+    same whatever the documents and ranks. ZeRO averages gradients over ranks, which the factor averaging_ranks undoes.
     """
+    meter = meter or Meter(ranks.device)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    scale = averaging_ranks(engine, ranks) / global_tokens
     for number, batch in enumerate(batches, 1):
         boundary()
-        summed = engine(**_on_device(batch, ranks.device))
-        engine.backward(summed * (ranks.world_size / global_tokens), scale_wrt_gas=False)
+        token_losses = meter.token_losses(batch)
+        with meter.time("forward"):
+            summed = engine(**_on_device(batch, ranks), token_losses=token_losses)
+        with meter.time("backward"):
+            engine.backward(summed * scale, scale_wrt_gas=False)
         total += summed.detach()
+        meter.add(batch, token_losses)
         if number < len(batches):
             engine.step()  # counts the micro batch; the weights change at the last one's
-    dist.all_reduce(total)
-    return total.item() / global_tokens
+    return meter.reduce(total) / global_tokens
 
 
-def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
     return {
-        "input_ids": batch.input_ids.to(device),
-        "position_ids": batch.position_ids.to(device),
-        "labels": batch.labels.to(device),
-        "documents": Documents.from_cu_seqlens(batch.cu_seqlens, device),
+        "input_ids": batch.input_ids.to(ranks.device),
+        "position_ids": batch.position_ids.to(ranks.device),
+        "labels": batch.labels.to(ranks.device),
+        "documents": Documents.from_cu_seqlens(batch.cu_seqlens, ranks.device, ranks.group),
     }
 
 

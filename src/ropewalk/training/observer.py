@@ -8,38 +8,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import attention_kernel
 from ropewalk.config import TrainConfig
-from ropewalk.data import PackedStore
+from ropewalk.data import Mixture, PackedStore
 from ropewalk.model import count_parameters
 from ropewalk.rope.position import position_of
 from ropewalk.training.engine import Ranks
 from ropewalk.training.guards import StepResult
+from ropewalk.training.metrics import Meter
 from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.resume import Origin
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.tracker import open_tracker
+from ropewalk.training.work import CONVENTIONS, StepWork, WorkCounter, known_peak
 
 
 class Observer:
     """Writes what happens: the run's record, metrics.jsonl, the tracker, and the line on the terminal."""
 
     def __init__(
-        self, config: TrainConfig, ranks: Ranks, model_config: PreTrainedConfig, store: PackedStore, origin: Origin
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        model_config: PreTrainedConfig,
+        store: PackedStore,
+        mixture: Mixture,
+        origin: Origin,
     ) -> None:
         position = position_of(model_config)
         model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
         self.config, self.ranks = config, ranks
         self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
+        self.meter = Meter(ranks.device, sorted(mixture.store.domains), config.data.sequence_length)
         self.clock = time.monotonic()
         start = origin.step
         self.since = start  # step of the last recorded row
         if not ranks.is_main:
             return
+        self.work = WorkCounter(model_config, mixture, ranks.world_size, config.trainer.micro_batch_size)
+        self.peak_flops = config.trainer.peak_flops or known_peak(ranks.device)
+        self.done: list[StepWork] = []  # since the last row
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         details = write_record(config, position, store, model, ranks.world_size)
@@ -59,11 +72,20 @@ class Observer:
         if self.ranks.is_main:
             print(line, flush=True)
 
-    def record(self, step: int, result: StepResult, trained_tokens: int, refused_so_far: int) -> None:
-        """Record one finished step: every ``log_every`` steps, at the last, and where it was refused."""
+    def record(self, step: int, seen: int, result: StepResult, trained_tokens: int, refused_so_far: int) -> None:
+        """Record one finished step: every ``log_every`` steps, at the last, and where it was refused.
+
+        Loss, gradient norm and learning rate are the step's own; the rest is of all steps since the last row.
+        """
         trainer = self.config.trainer
         due = step % trainer.log_every == 0 or step == trainer.max_steps or result.refused is not None
-        if not self.ranks.is_main or not due:
+        if self.ranks.is_main:
+            self.done.append(self.work.step(seen))
+        if not due:
+            return
+        measured = self.meter.row(step - self.since)
+        if not self.ranks.is_main:
+            self.since = step
             return
         now = time.monotonic()
         steps, seconds = step - self.since, now - self.clock
@@ -77,11 +99,25 @@ class Observer:
             "tokens_per_second": steps * self.tokens_per_step / seconds,
             "seconds": seconds / steps,
             "refused_steps": refused_so_far,
+            **measured,
+            **self._work_done(seconds),
         }
         self.clock, self.since = now, step
         self.metrics.append(row)
         self.tracker.log(row)
         self.say(self.progress.line(row) if result.refused is None else f"step {step:>5} refused: {result.refused}")
+
+    def _work_done(self, seconds: float) -> dict[str, float]:
+        """Work rate of a device by convention, as a share of its peak where that is known, and how even it was."""
+        rates = {
+            name: sum(work.flops[name] for work in self.done) / seconds / self.ranks.world_size for name in CONVENTIONS
+        }
+        row = {f"tflops_per_device/{name}": rate / 1e12 for name, rate in rates.items()}
+        if self.peak_flops:
+            row |= {f"mfu/{name}": rate / self.peak_flops for name, rate in rates.items()}
+        row["work_imbalance"] = mean(work.imbalance for work in self.done)
+        self.done.clear()
+        return row
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: the tracker's run, in which a resumed run goes on."""
@@ -96,7 +132,8 @@ class Observer:
     def clock_stopped(self) -> Iterator[None]:
         """Leave what happens inside, the writing of a checkpoint, out of the steps' speed."""
         before = time.monotonic()
-        yield
+        with self.meter.time("checkpoint"):
+            yield
         self.clock += time.monotonic() - before
 
     def finish(self) -> None:

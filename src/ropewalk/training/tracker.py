@@ -75,6 +75,34 @@ class WandbTracker:
         self.run.finish()
 
 
+class TrackioTracker:
+    """trackio, into its own local database (TRACKIO_DIR); a resumed run goes on in the run of the same name."""
+
+    def __init__(self, config: TrackerConfig, run_name: str, details: dict[str, Any]) -> None:
+        import trackio
+
+        self.run_id: str | None = run_name
+        self.run = trackio.init(
+            config.project,
+            name=run_name,
+            group=config.group,
+            config={**details, "tags": config.tags},
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Log a row at its step; trackio has no axis of its own choice, so "tokens" is a metric."""
+        named = {f"train/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
+        self.run.log({**named, "tokens": metrics["tokens"]}, step=metrics["step"])
+
+    def finish(self) -> None:
+        """Flush and close the run."""
+        self.run.finish()
+
+
 def _mode() -> Literal["offline"] | None:
     """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
@@ -91,4 +119,6 @@ def open_tracker(
     """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
     if config.name == "wandb":
         return WandbTracker(config, run_name, run_dir, details, saved_id)
+    if config.name == "trackio":
+        return TrackioTracker(config, run_name, details)
     return NoTracker()

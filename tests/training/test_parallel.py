@@ -1,0 +1,62 @@
+"""Ranks that share a sequence: what each holds, and which head counts allow it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import composed
+from transformers import LlamaConfig
+
+from ropewalk.config import validate_train
+from ropewalk.data import Mixture
+from ropewalk.data.batches import rank_micro_batches, read_batch
+from ropewalk.training.parallel import check_heads, shard
+
+
+@pytest.fixture(scope="module")
+def batch(store_64):
+    mixture = Mixture(store_64, {"long": 0.5, "short": 0.5}, 0, 4)
+    return read_batch(store_64, next(rank_micro_batches(mixture, 0, 0, 1, 2)))
+
+
+def test_stretches_make_up_the_row(batch):
+    parts = [shard(batch, rank, 4) for rank in range(4)]
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
+    assert all(torch.equal(part.cu_seqlens, batch.cu_seqlens) for part in parts)
+
+
+def test_labels_are_shifted_before_the_cut(batch):
+    """A stretch that ends inside a document is trained on the first token of the next."""
+    first, second = shard(batch, 0, 2), shard(batch, 1, 2)
+    cut = first.input_ids.shape[1]
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        if start < cut < end:
+            assert first.labels[0, -1] == second.input_ids[0, 0]
+    moved = [shard(batch, rank, 8) for rank in range(8)]
+    assert sum(part.trained_tokens for part in moved) == batch.trained_tokens
+
+
+def test_a_row_that_does_not_divide_is_refused(batch):
+    with pytest.raises(ValueError, match="128 tokens cannot be cut in 3"):
+        shard(batch, 0, 3)
+
+
+def test_llama_3_8b_allows_two_four_and_eight():
+    config = LlamaConfig(num_attention_heads=32, num_key_value_heads=8)
+    for size in (1, 2, 4, 8):
+        check_heads(config, size)
+    for size in (3, 16, 32):
+        with pytest.raises(ValueError, match=f"parallel.sequence={size} .* 32 query and 8 key/value .* 1, 2, 4, 8"):
+            check_heads(config, size)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["parallel.sequence=3"], r"parallel\.sequence=3 must divide the world size 8"),
+    (["parallel.sequence=0"], r"parallel\.sequence=0 must divide"),
+    (["parallel.sequence=8", "data.sequence_length=65532"], "65532 tokens do not divide over parallel.sequence=8"),
+    (["parallel.sequence=2", "trainer.global_batch_size=6"], r"world size 8 / parallel.sequence=2 = 4; set it to 8"),
+])  # fmt: skip
+def test_shares_that_do_not_divide_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate_train(composed("train", "+experiment=cope20", *overrides), 8)
