@@ -1,0 +1,72 @@
+"""The typed configuration: one dataclass for each Hydra group, and the rules that no type can state.
+
+Importing it loads neither torch nor transformers, so composing a configuration stays fast.
+"""
+
+from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
+from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.data import (
+    ConvertConfig,
+    CorpusConfig,
+    DomainConfig,
+    InspectStoreConfig,
+    PrepareConfig,
+    SourceConfig,
+)
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.export import ExportConfig
+from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
+from ropewalk.config.schemas import SCHEMAS
+from ropewalk.config.train import (
+    SUPPORTED_MODEL_TYPES,
+    DataConfig,
+    DeepSpeedConfig,
+    GuardConfig,
+    ModelConfig,
+    ParallelConfig,
+    ResumeConfig,
+    TrackerConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "SCHEMAS",
+    "STORE_MEND",
+    "SUPPORTED_MODEL_TYPES",
+    "AdviseConfig",
+    "CompareConfig",
+    "ConvertConfig",
+    "CorpusConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "DomainConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FiguresConfig",
+    "GeometryConfig",
+    "GuardConfig",
+    "InspectConfig",
+    "InspectStoreConfig",
+    "ModelConfig",
+    "ModelPath",
+    "NeedleConfig",
+    "ParallelConfig",
+    "PathsConfig",
+    "PrepareConfig",
+    "ResumeConfig",
+    "RopeConfig",
+    "SourceConfig",
+    "TestTimeConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "TrainerConfig",
+    "ValidateConfig",
+    "existing_directory",
+    "instant",
+    "is_remote",
+    "one_of",
+    "require_device",
+    "validate_train",
+]

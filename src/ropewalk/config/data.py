@@ -1,0 +1,98 @@
+"""Data: the commands below ``data_prep/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from ropewalk.config.groups import PathsConfig
+
+
+@dataclass
+class SourceConfig:
+    """Where documents of one domain come from."""
+
+    domain: str = MISSING
+    path: str = MISSING  # file or directory; kind=dataset: a saved dataset, or a hub id
+    kind: str = "files"  # files (text, code, jsonl, parquet), repositories (one document each), dataset (Hugging Face)
+    chat: bool = False  # rows are lists of messages; only what the assistant says is trained
+    column: str | None = None  # of the rows; null: text, or messages where chat
+    subset: str | None = None  # of a hub dataset
+    split: str = "train"  # of a hub dataset
+    revision: str | None = None  # commit of a hub dataset; must be given
+
+
+@dataclass
+class DomainConfig:
+    """How the documents of one domain become sequences.
+
+    ``long`` puts a stretch of one document into each sequence; ``short`` packs by best fit and cuts no document that
+    fits; ``concat`` puts documents one after the other and cuts where a sequence is full.
+    """
+
+    packing: str = "short"  # long, short or concat
+    remainder: str = "drop"  # packing=long: domain that takes what fills no sequence, or drop
+
+
+@dataclass
+class CorpusConfig:
+    """Raw documents and how they become tokens."""
+
+    name: str = MISSING
+    stdlib: bool = False  # the running interpreter's standard library, one document per top-level package
+    paths: list[str] = field(default_factory=list)  # files and directories; with stdlib: split into long and short
+    sources: list[SourceConfig] = field(default_factory=list)  # documents that name their own domain
+    domains: dict[str, DomainConfig] = field(default_factory=dict)  # of sources; a domain without an entry is short
+    tokenizer: str | None = None  # Hugging Face tokenizer directory or hub id; null: train a BPE on the corpus
+    engine: str = "auto"  # tokenizers, tiktoken, gigatoken (checked); auto: tiktoken for Llama 3's, else tokenizers
+    bos: bool = True  # begin each document with BOS, where the tokenizer has one
+    eos: bool = True  # end each document with EOS, where the tokenizer has one
+    chat_template: str | None = None  # Jinja file; null: the tokenizer's own
+    vocab_size: int = 4096  # of the BPE that is trained
+    retrieval_tokens: int = 0  # tokens of synthetic retrieval documents to add for each sequence length
+    heldout_documents: int = 0  # long documents kept out of training, for evaluation
+    heldout_length: int = 8192  # tokens that such a document has at least
+
+
+@dataclass
+class PrepareConfig:
+    """``python data_prep/prepare.py``."""
+
+    output: str = MISSING  # directory for tokenizer, documents and one packed store per sequence length
+    sequence_lengths: list[int] = MISSING  # tokens
+    seed: int = 0
+    shard_mb: float = 64.0  # raw megabytes that a process tokenizes at a time; changes the bytes of large stores
+    workers: int | None = None  # processes; null: one for each core, or none but this one for a small corpus
+    stage: str = "all"  # all, or one for an array of jobs: plan, tokenize, pack, finish
+    shard: int = 0  # stage=tokenize or pack: which share of the work
+    n_shards: int = 1  # stage=tokenize or pack: of how many
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class ConvertConfig:
+    """``python data_prep/convert_mds.py``."""
+
+    output: str = MISSING  # directory
+    format: str = "packed"  # of the output: packed (from MDS directories) or mds (from a packed store)
+    root: str = "."  # what the directories of `sources` are relative to
+    sources: dict[str, str] = field(default_factory=dict)  # domain -> MDS directory
+    sequence_length: int = 65536  # tokens; shorter samples are padded, longer ones an error
+    tokenizer: str | None = None  # that the tokens are of: directory or hub id
+    store: str | None = None  # packed store, for format=mds
+    verify: bool = True  # compare the digests in index.json
+    workers: int | None = None  # processes; null: one for each core
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class InspectStoreConfig:
+    """``python data_prep/inspect_store.py``."""
+
+    store: str = MISSING  # directory of a packed store
+    domain: str | None = None  # whose sequence is decoded; null: the first
+    sequence: int = 0  # which one
+    verify: bool = False  # hash every file again
+    paths: PathsConfig = field(default_factory=PathsConfig)

@@ -1,0 +1,24 @@
+"""Which dataclass each command composes."""
+
+from __future__ import annotations
+
+from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
+from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
+from ropewalk.config.export import ExportConfig
+from ropewalk.config.train import TrainConfig
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "convert_mds": ConvertConfig,
+    "inspect_store": InspectStoreConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "compare": CompareConfig,
+    "advise": AdviseConfig,
+    "inspect": InspectConfig,
+    "figures": FiguresConfig,
+    "geometry": GeometryConfig,
+    "validate": ValidateConfig,
+}

@@ -1,0 +1,140 @@
+"""Training: the groups of ``train.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from ropewalk.config.groups import PathsConfig, RopeConfig
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass
+class ModelConfig:
+    """The model that training starts from.
+
+    ``theta``, ``head_dim`` and ``pretrained_length`` are declared here, so that a chain can be resolved before
+    anything is loaded; they are checked against the checkpoint's own config.json when it is.
+    """
+
+    name: str = MISSING
+    path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
+    revision: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
+    theta: float = MISSING  # RoPE base of the pretrained model
+    head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
+    pretrained_length: int = MISSING  # tokens
+
+
+@dataclass
+class DataConfig:
+    """Which packed stores are read, and in what proportions."""
+
+    store: str = MISSING  # directory or URL (s3://, gs://, hf://, file://) of the packed store
+    sequence_length: int = MISSING  # tokens; must equal the store's
+    mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of sequences; normalised
+    curriculum: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> the mixture from that step on
+    # More stores by name; their domains are NAME/DOMAIN. Shorter sequences that divide sequence_length are joined.
+    stores: dict[str, str] = field(default_factory=dict)
+    verify: bool = False  # hash every file of the store before training
+    cache_dir: str | None = None  # where stores behind a URL are copied to; a disk of the node
+    cache_gib: float = 256.0  # what their token files may take there
+
+
+@dataclass
+class TrainerConfig:
+    """The optimization: batch, schedule, precision, and when to save."""
+
+    seed: int = 0
+    device: str = "cuda"  # cuda or cpu
+    dtype: str = "bfloat16"  # of parameters and activations: bfloat16 or float32
+    max_steps: int = MISSING
+    global_batch_size: int = MISSING  # sequences a step, over all ranks
+    micro_batch_size: int = 1  # sequences a rank holds at once
+    learning_rate: float = MISSING  # peak
+    min_lr_ratio: float = 0.1  # floor of the cosine, as a share of the peak
+    warmup_ratio: float = 0.1  # share of max_steps
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1  # not on norms and biases
+    gradient_clipping: float = 1.0  # global norm
+    activation_checkpointing: bool = True
+    loss_chunk_size: int = 2048  # tokens whose logits exist at once
+    log_every: int = 1  # steps
+    peak_flops: float | None = None  # of one device, dense, for MFU; null: known for A100, H100 and H200 in bf16
+    checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
+    keep_last: int | None = None  # newest checkpoints that are kept; null: all
+    keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
+    stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
+    stop_before: str | None = None  # save and leave in time for this instant: seconds since 1970, or ISO 8601
+    overfit_one_batch: bool = False  # every step sees step 0's batch
+    profile_steps: int = 0  # steps recorded by torch.profiler into the run directory
+
+
+@dataclass
+class DeepSpeedConfig:
+    """What of ZeRO is a choice; the rest is fixed in training/engine.py."""
+
+    stage: int = 3
+    param_persistence_threshold: int = 100_000  # parameters smaller than this stay whole on every rank
+    overlap_comm: bool = True
+    offload_optimizer: bool = False  # optimizer states in host memory
+
+
+@dataclass
+class ResumeConfig:
+    """Going on from the newest committed checkpoint of the run directory."""
+
+    enabled: bool = True  # false: a run directory that holds one is an error
+    accept: list[str] = field(default_factory=list)  # contract entries that may differ, by name
+
+
+@dataclass
+class GuardConfig:
+    """What keeps a bad step from the weights. A refused step is counted, written to refused/, and passed over."""
+
+    max_refused: int = 3  # steps refused in a row before the run stops
+    spike_window: int | None = None  # steps that a loss is compared with; null: only what is not finite is refused
+    spike_deviations: float = 6.0  # above the window's median, in standard deviations (1.4826 x MAD)
+    spike_action: str = "skip"  # or stop
+    stuck_multiple: float = 10.0  # of the median step; a step that takes longer is reported, with every rank's stack
+    stuck_seconds: float = 60.0  # and at least so long
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the work beside data parallelism."""
+
+    sequence: int = 1  # neighbouring ranks that share each row of tokens (Ulysses); divides the key/value heads
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go beside the run's own metrics.jsonl."""
+
+    name: str = "wandb"  # wandb, trackio or none
+    project: str = "ropewalk"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    """``python train.py``."""
+
+    run_name: str = MISSING
+    run_dir: str = "${paths.output_dir}/${run_name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
