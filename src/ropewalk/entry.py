@@ -7,7 +7,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -69,6 +69,7 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         @wraps(main)
         def command() -> None:
             try:
+                sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
                     sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
                 run()
@@ -113,6 +114,31 @@ def to_object(composed: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
+
+
+def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
+    """Arguments as Hydra takes them.
+
+    ``--key value`` and ``--flag`` of the configuration's own keys become ``key=value`` and ``flag=true``; ``+group=``
+    loses its plus where the group has a default, since Hydra would add a second option to it.
+    """
+    kinds = {f.name: str(f.type) for f in fields(SCHEMAS[config_name])}
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))["defaults"]  # type: ignore
+    groups = {str(group) for entry in defaults if isinstance(entry, dict) for group in entry}
+    result: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and key.replace("-", "_") in kinds:
+            key = key.replace("-", "_")
+            if not equals:
+                value = "true" if kinds[key] == "bool" else next(rest, "")
+            result.append(f"{key}={value}")
+        elif argument.startswith("+") and argument[1:].partition("=")[0] in groups:
+            result.append(argument[1:])
+        else:
+            result.append(argument)
+    return result
 
 
 def plain_argument(argument: str) -> str:

@@ -94,7 +94,6 @@ def same(found, expected):
 
 @pytest.mark.parametrize("name", ["tiktoken", "gigatoken"])
 def test_engines_agree(llama3, texts, name):
-    pytest.importorskip(name, reason=f"{name} is not installed; it is in the fast extra")
     reference = load_tokenizer(str(llama3), "tokenizers")
     encoder = load_tokenizer(str(llama3), name)
     assert encoder.engine.name == name
@@ -104,13 +103,11 @@ def test_engines_agree(llama3, texts, name):
 
 
 def test_auto_takes_tiktoken_where_there_are_ranks(llama3, fixture_tokenizer):
-    pytest.importorskip("tiktoken", reason="tiktoken is not installed; it is in the fast extra")
     assert load_tokenizer(str(llama3)).engine.name == "tiktoken"
     assert load_tokenizer(str(fixture_tokenizer)).engine.name == "tokenizers"
 
 
 def test_ranks_of_another_tokenizer_are_refused(llama3, tmp_path):
-    pytest.importorskip("tiktoken", reason="tiktoken is not installed; it is in the fast extra")
     shutil.copytree(llama3, tmp_path / "t")
     path = tmp_path / "t/tokenizer.model"
     lines = path.read_bytes().splitlines()

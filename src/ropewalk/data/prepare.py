@@ -47,7 +47,7 @@ from ropewalk.data.tokenizer import (
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
 from ropewalk.files import fsync_path, write_atomically
 
-PIPELINE = 2  # raise where the same configuration and corpus give other bytes than before
+PIPELINE = 3  # raise where the same configuration and corpus give other bytes than before
 PREPARED = "prepared.json"  # names finished work
 PREPARING = "preparing.json"  # names work that is under way, or was when it was killed
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds

@@ -291,6 +291,28 @@ def _described(sha256: str, directory: Path) -> dict[str, Any]:
     }
 
 
+def check_same_vocabulary(store: Path, model: Path) -> None:
+    """Compare the tokens and ids of two tokenizer directories, however their files are written.
+
+    Special tokens are left out: Llama 3.1 gave names to some that Llama 3 held in reserve.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    from tokenizers import Tokenizer
+
+    of_store, of_model = (
+        Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab(with_added_tokens=False) for path in (store, model)
+    )
+    different = sorted(of_store.items() ^ of_model.items(), key=lambda entry: entry[1])
+    if different:
+        token, number = different[0]
+        raise ValueError(
+            f"the tokenizer of the data ({store}) is not the model's ({model}): they differ first at id {number}, "
+            f"token {token!r}; prepare the data with corpus.tokenizer={model}"
+        )
+
+
 def _token_id(tokenizer: Any, token: str | dict[str, Any] | None) -> int | None:
     """The id of a special token as tokenizer_config.json writes it: its text, or an object with its text."""
     text = token["content"] if isinstance(token, dict) else token
