@@ -150,6 +150,7 @@ def _run(
                 if result.refused is not None:
                     if ranks.is_main:
                         write_provenance(run_dir, step + 1, result, lr, mixture, seen)
+                    saver.settle()  # the guard may end the run
                     guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
                 watchdog.step_ends()
                 saver.after(step + 1)
