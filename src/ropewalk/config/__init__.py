@@ -5,6 +5,7 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
