@@ -17,6 +17,7 @@ from ropewalk.config.data import (
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
 from ropewalk.config.schemas import SCHEMAS
 from ropewalk.config.train import (
@@ -37,6 +38,7 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "AssumptionConfig",
     "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "NeedleConfig",
     "ParallelConfig",
     "PathsConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ropewalk.data import Mixture, SequenceRef
 from ropewalk.data.batches import rank_micro_batches
+from ropewalk.flops import causal_pairs, sequence_flops
 
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets, by the name that CUDA gives it.
 PEAK_FLOPS = {
@@ -76,13 +77,13 @@ class WorkCounter:
         return rank_micro_batches(self.mixture, step, rank, self.data_size, self.micro_batch_size)
 
     def _of(self, ref: SequenceRef, convention: str) -> float:
-        """FLOPs of one sequence: 3 x (2 x linear weights x tokens + 4 x width x pairs)."""
+        """FLOPs of one sequence."""
         tokens = self.length
         if convention == "full_attention":
             pairs = float(tokens**2)
         elif convention == "dense_causal":
-            pairs = tokens * (tokens + 1) / 2
+            pairs = causal_pairs(tokens)
         else:  # a document of n tokens has n(n + 1)/2 pairs
             squares = sum(self.mixture.store.attention_cost(ref.domain, row) for row in ref.rows)
             pairs = (squares + tokens) / 2
-        return 3 * (2.0 * self.linear * tokens + 4.0 * self.attention_width * pairs)
+        return sequence_flops(self.linear, self.attention_width, tokens, pairs)
