@@ -91,7 +91,7 @@ def step(case: Case) -> None:
     print(f"peak={peak};", flush=True)
 
 
-def _config(case: Case):  # noqa: ANN202
+def _config(case: Case):
     from hydra import compose, initialize_config_dir
 
     from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
@@ -136,7 +136,7 @@ def measure(name: str, case: Case) -> float:
     return max(int(number) for number in re.findall(r"peak=(\d+);", done.stdout))  # ranks share the pipe
 
 
-def planned(case: Case):  # noqa: ANN202
+def planned(case: Case):
     """The planner's Memory for one case."""
     from ropewalk.planner.memory import Setting, memory
     from ropewalk.planner.shape import ModelShape

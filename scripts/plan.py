@@ -1,4 +1,4 @@
-"""What a training run needs before it is submitted: ``python scripts/plan.py +experiment=cope20 cluster=h100_8 nodes=4``."""
+"""What a training run needs before it is submitted: ``python scripts/plan.py +experiment=cope20 nodes=4``."""
 
 import sys
 

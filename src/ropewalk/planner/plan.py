@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ropewalk.config import PlanConfig, validate_train
@@ -83,9 +83,7 @@ def make_plan(config: PlanConfig) -> Plan:
             f"parallel.sequence={setting.sequence} does not share {shape.heads} query and {shape.kv_heads} key/value "
             f"heads evenly inside a node of {cluster.gpus_per_node}; use one of {', '.join(map(str, degrees))}"
         )
-    room = Room(
-        cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation)
-    )
+    room = Room(cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation))
     needed = memory(shape, setting, room.allowances)
     fits = room.has_room(needed, setting)
     most = max(config.nodes, trainer.global_batch_size * setting.sequence // cluster.gpus_per_node)
@@ -104,9 +102,7 @@ def make_plan(config: PlanConfig) -> Plan:
     )
 
 
-def _entries(
-    config: PlanConfig, shape: ModelShape, setting: Setting, time: cost.Time, save: float
-) -> dict[str, Any]:
+def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost.Time, save: float) -> dict[str, Any]:
     trainer, cluster = config.trainer, config.cluster
     tokens = trainer.global_batch_size * setting.length
     hours = time.training / HOUR * setting.ranks
@@ -152,8 +148,6 @@ def _check_cluster(config: PlanConfig) -> None:
             f"trainer.device={config.trainer.device} on cluster={config.cluster.name}, whose device is {device}; set "
             f"trainer.device={device} or choose another cluster"
         )
-
-
 
 
 def gib(size: float) -> str:

@@ -129,8 +129,8 @@ def shape_of(model: ModelConfig) -> ModelShape:
         return ModelShape.from_config(json.loads((directory / "config.json").read_text()), str(directory))
     if not model.architecture:
         raise ValueError(
-            f"model.path={model.path} holds no config.json here and model.architecture is empty, so the model's size is "
-            "unknown; name a directory that is on this disk, or give its fields (++model.architecture={model_type: "
+            f"model.path={model.path} holds no config.json here and model.architecture is empty, so its size is "
+            "not known; name a directory that is on this disk, or give its fields (++model.architecture={model_type: "
             "llama, hidden_size: ..., ...})"
         )
     return ModelShape.from_config({"head_dim": model.head_dim, **model.architecture}, f"model={model.name}")

@@ -77,16 +77,16 @@ def _memory_lines(plan: Plan, config: PlanConfig) -> list[str]:
 def _time_lines(plan: Plan, e: Any) -> list[str]:
     flops = e["gflops_per_token"]
     return [
-        f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; {e['steps']:,} steps, "
-        f"{e['tokens'] / 1e9:,.2f}B tokens",
+        f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; "
+        f"{e['steps']:,} steps, {e['tokens'] / 1e9:,.2f}B tokens",
         f"work: {flops['linear']:.1f} GFLOP a token in linear layers, {flops['causal']:.1f} in causal attention "
         f"({flops['full']:.1f} counted in full)",
-        f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is reached "
-        "(assume.utilisation)",
+        f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
+        "reached (assume.utilisation)",
         f"time: {_duration(e['step_seconds'])} a step, {e['days']:.1f} days, {e['gpu_hours']:,.0f} GPU-hours, "
         f"{e['cost']:,.0f} at the cluster's price",
-        f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if none "
-        "of it is hidden",
+        f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if "
+        "none of it is hidden",
     ]
 
 
@@ -104,5 +104,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
-
-
