@@ -2,12 +2,17 @@
 
 Every entry takes ``--dry-run=LEDGER``: it composes and validates its configuration as always, checks the paths that it
 would read against the disk and the ledger, adds what it would write to the ledger, and ends. The ledger is a JSON file.
+``python -m ropewalk.dry_run CHAIN`` does so for the lines of a file, in one process; recipes write it (DRY_RUN=1).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
+import shlex
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,3 +217,35 @@ def _read(ledger: Path) -> dict[str, Any]:
 def _write(ledger: Path, promised: Mapping[str, Any]) -> None:
     ledger.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(ledger, json.dumps(promised, indent=2) + "\n")
+
+
+def dry_run_chain(chain: Path) -> None:
+    """Check the commands of a file in their order: ``ENTRY OVERRIDES...``, or ``given PATH KIND``. The planner plans.
+
+    Raises:
+        SystemExit: with the code of the first entry that does not hold; it has said why.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        ledger = Path(scratch) / "ledger.json"
+        for words in map(shlex.split, chain.read_text().splitlines()):
+            if words[0] == "given":
+                promise(ledger, words[1], words[2])
+            else:
+                _run_entry(words, ledger)
+
+
+def _run_entry(words: list[str], ledger: Path) -> None:
+    """The entry's own file, as if it had been started with these words."""
+    entry, *overrides = words
+    plans = Path(entry).name == "plan.py"
+    sys.argv[:] = [entry, *overrides, *([] if plans else [f"--dry-run={ledger}"])]
+    try:
+        runpy.run_path(entry, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            print(f"dry run: stopped at {shlex.join(words)}", file=sys.stderr)
+            raise
+
+
+if __name__ == "__main__":
+    dry_run_chain(Path(sys.argv[1]))

@@ -125,7 +125,7 @@ def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost
         "micro_step_seconds": time.micro_step,
         "communication_seconds": time.communication,
         "step_seconds": time.step,
-        "days": time.training / DAY,
+        "seconds": time.training,
         "gpu_hours": hours,
         "cost": hours * cluster.price_per_gpu_hour,
         "checkpoint_bytes": size,

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import PlanConfig
-from ropewalk.planner.plan import HOUR, Plan, gib, make_plan
+from ropewalk.planner.memory import GIB
+from ropewalk.planner.plan import DAY, HOUR, Plan, gib, make_plan
 
 GB = 1e9
 
 
 def print_plan(config: PlanConfig) -> bool:
-    """Print the plan, or the one entry ``only``; returns whether it fits (or is only advice).
+    """Print the plan, or the one entry ``config.print``; returns whether it fits, or need not.
 
     Raises:
-        ValueError: as of make_plan, and for an ``only`` that names no entry.
+        ValueError: as of make_plan, and for a ``print`` that names no entry.
     """
     plan = make_plan(config)
     content = plan.to_json()
@@ -24,20 +25,31 @@ def print_plan(config: PlanConfig) -> bool:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
-    if config.only is None:
-        print("\n".join(lines(plan, config)))
-    elif config.only in content:
-        print(json.dumps(content[config.only]))
-    else:
-        raise ValueError(f"only={config.only} is no entry of a plan; use one of: {', '.join(content)}")
-    return plan.fits or config.advisory
+    if config.print is None:
+        print(summary(plan, config) if config.brief else "\n".join(lines(plan, config)))
+        return plan.fits or config.advisory
+    if config.print not in content:
+        raise ValueError(f"print={config.print} is no entry of a plan; use one of: {', '.join(content)}")
+    print(json.dumps(content[config.print]))
+    return True
+
+
+def summary(plan: Plan, config: PlanConfig) -> str:
+    """The plan in one line."""
+    e, capacity = plan.entries, config.cluster.gpu_memory_gib
+    return (
+        f"plan: {e['run_name']} on {e['gpus']} x {e['cluster']} {'fits' if plan.fits else 'DOES NOT FIT'} "
+        f"({plan.memory.device_total / GIB:.1f} of {capacity} GiB), {_duration(e['seconds'])}, "
+        f"{e['gpu_hours']:,.4g} GPU-hours, {e['cost']:,.0f} at the cluster's price"
+        + "".join(f"; would fit: {' '.join(chosen)}" for chosen in plan.changes[:1])
+    )
 
 
 def lines(plan: Plan, config: PlanConfig) -> list[str]:
     """The page, line by line."""
     e = plan.entries
     return [
-        f"{e['run_name']}: {e['parameters'] / 1e9:,.2f}B parameters, {plan.setting.length:,} tokens a sequence, "
+        f"{e['run_name']}: {_count(e['parameters'])} parameters, {plan.setting.length:,} tokens a sequence, "
         f"{e['gpus']} x {e['cluster']}",
         "",
         *_memory_lines(plan, config),
@@ -54,7 +66,7 @@ def _memory_lines(plan: Plan, config: PlanConfig) -> list[str]:
     at = {"loss": "in the loss", "layer": "in the backward pass of a layer"}
     at |= {"reduce": "at the end of the backward pass", "step": "in the optimizer's step"}
     found = [
-        f"memory of a GPU: {gib(total)} of {capacity} GiB ({total / 2**30 / capacity:.0%}): {verdict}; "
+        f"memory of a GPU: {gib(total)} of {capacity} GiB ({total / GIB / capacity:.0%}): {verdict}; "
         f"the peak is {at[plan.memory.phase]}",
         *(f"  {name:<22} {gib(size):>12}" for name, size in plan.memory.parts.items() if size >= 2**20),
     ]
@@ -75,15 +87,15 @@ def _memory_lines(plan: Plan, config: PlanConfig) -> list[str]:
 
 
 def _time_lines(plan: Plan, e: Any) -> list[str]:
-    flops = e["gflops_per_token"]
+    flops = {name: _count(1e9 * value) for name, value in e["gflops_per_token"].items()}
     return [
         f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; "
-        f"{e['steps']:,} steps, {e['tokens'] / 1e9:,.2f}B tokens",
-        f"work: {flops['linear']:.1f} GFLOP a token in linear layers, {flops['causal']:.1f} in causal attention "
-        f"({flops['full']:.1f} counted in full)",
+        f"{e['steps']:,} steps, {_count(e['tokens'])} tokens",
+        f"work: {flops['linear']} FLOPs a token in linear layers, {flops['causal']} in causal attention "
+        f"({flops['full']} counted in full)",
         f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
         "reached (assume.utilisation)",
-        f"time: {_duration(e['step_seconds'])} a step, {e['days']:.1f} days, {e['gpu_hours']:,.0f} GPU-hours, "
+        f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, {e['gpu_hours']:,.4g} GPU-hours, "
         f"{e['cost']:,.0f} at the cluster's price",
         f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if "
         "none of it is hidden",
@@ -91,7 +103,7 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
 
 
 def _disk_lines(plan: Plan, e: Any) -> list[str]:
-    kv = ", ".join(f"{size / 2**30:.1f} at {length:,}" for length, size in e["kv_bytes"].items())
+    kv = ", ".join(f"{size / GIB:.1f} at {length:,}" for length, size in e["kv_bytes"].items())
     return [
         f"checkpoint: {e['checkpoint_bytes'] / GB:,.1f} GB, written in {_duration(e['checkpoint_seconds'])}; "
         f"{e['checkpoints_kept']} are kept, {e['storage_bytes'] / GB:,.0f} GB for the run at its end",
@@ -103,4 +115,14 @@ def _disk_lines(plan: Plan, e: Any) -> list[str]:
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
+    if seconds < 2 * HOUR:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / HOUR:.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:.1f} days"
+
+
+def _count(number: float) -> str:
+    """A number as 8.03B, 134.5M or 12.3K."""
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= factor:
+            return f"{number / factor:,.2f}{letter}"
+    return f"{number:,.0f}"
