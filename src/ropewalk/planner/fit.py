@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from ropewalk.config import ClusterConfig
@@ -43,7 +43,7 @@ class Change:
 
     override: str
     slowdown: float
-    changed: dict[str, object]
+    changed: dict[str, object] = field(compare=False)
 
     def applied(self, setting: Setting) -> Setting:
         """The setting with this change."""
@@ -76,11 +76,11 @@ def smallest_fit(
 
 
 def cheapest_changes(
-    shape: ModelShape, setting: Setting, room: Room, degrees: list[int], nodes: int, most_nodes: int
+    shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int], nodes: int
 ) -> list[tuple[Change, ...]]:
-    """Sets of changes that make the run fit, cheapest first; none holds another."""
+    """Sets of changes that make the run fit and leave its global batch, cheapest first; none holds another."""
     found: list[tuple[Change, ...]] = []
-    options = list(_changes(setting, degrees, nodes, most_nodes))
+    options = list(_changes(setting, degrees, nodes, global_batch))
     sets = [chosen for size in (1, 2, 3, 4) for chosen in combinations(options, size) if _one_of_each(chosen)]
     for chosen in sorted(sets, key=lambda changes: (_slowdown(changes), len(changes))):
         if any(set(smaller) <= set(chosen) for smaller in found):
@@ -88,14 +88,15 @@ def cheapest_changes(
         changed = setting
         for change in chosen:
             changed = change.applied(changed)
-        if room.holds(shape, changed):
+        even = global_batch % (changed.micro_batch * changed.ranks // changed.sequence) == 0
+        if even and room.holds(shape, changed):
             found.append(chosen)
         if len(found) == SHOWN:
             break
     return found
 
 
-def _changes(setting: Setting, degrees: list[int], nodes: int, most_nodes: int) -> Iterator[Change]:
+def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int) -> Iterator[Change]:
     """What can be changed, with what it costs. The slowdowns are rough; docs/planner.md says where they come from."""
     if setting.micro_batch > 1:
         yield Change("trainer.micro_batch_size=1", 1.0, {"micro_batch": 1})
@@ -106,11 +107,10 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, most_nodes: int) 
     for degree in degrees:
         if degree > setting.sequence:
             yield Change(f"parallel.sequence={degree}", 1 + 0.02 * degree.bit_length(), {"sequence": degree})
-    more = 2 * nodes
-    while setting.cuda and more <= most_nodes:
-        factor = more // nodes
-        yield Change(f"nodes={more}", 1.01**factor, {"ranks": setting.ranks * factor})
-        more *= 2
+    factor = 2
+    while setting.cuda and setting.ranks * factor <= global_batch * max(degrees):
+        yield Change(f"nodes={nodes * factor}", 1.01**factor, {"ranks": setting.ranks * factor})
+        factor *= 2
     if not setting.offload_optimizer:
         yield Change("deepspeed.offload_optimizer=true", 1.25, {"offload_optimizer": True})
 

@@ -137,10 +137,8 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Bytes a token that the backward pass of one layer needs, as transformers' Llama writes its operations."""
     b, h = setting.element, shape.hidden
     norm = FP32 * h + 2 * b * h  # fp32 input, normalised, output
-    # the CPU kernel repeats shared heads, and its output is copied once on the way to the output projection
-    keys = shape.key if setting.cuda else shape.query
-    outputs = 1 if setting.cuda else 2
-    attention = b * (shape.query + 2 * keys + outputs * shape.query) + FP32 * shape.heads
+    outputs = 1 if setting.cuda else 2  # documents are joined on the CPU, which copies what each gave
+    attention = b * (shape.query + 2 * shape.key + outputs * shape.query) + FP32 * shape.heads
     if shape.head_normed:
         attention += (FP32 + b) * (shape.query + shape.key)
     return {"norms": 2 * norm, "attention": attention, "mlp": 4 * b * shape.intermediate}

@@ -86,8 +86,8 @@ def make_plan(config: PlanConfig) -> Plan:
     room = Room(cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation))
     needed = memory(shape, setting, room.allowances)
     fits = room.has_room(needed, setting)
-    most = max(config.nodes, trainer.global_batch_size * setting.sequence // cluster.gpus_per_node)
-    changes = [] if fits else cheapest_changes(shape, setting, room, degrees, config.nodes, most)
+    batch = trainer.global_batch_size
+    changes = [] if fits else cheapest_changes(shape, setting, room, batch, degrees, config.nodes)
     time = cost.run_time(shape, setting, trainer, cluster, config.assume)
     save = cost.checkpoint_seconds(shape, setting, cluster, config.assume)
     return Plan(
@@ -95,7 +95,7 @@ def make_plan(config: PlanConfig) -> Plan:
         memory=needed,
         setting=setting,
         shape=shape,
-        smallest=smallest_fit(shape, setting, room, trainer.global_batch_size, degrees),
+        smallest=smallest_fit(shape, setting, room, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
         lead_seconds=cost.lead_seconds(time.micro_step, save),
         entries=_entries(config, shape, setting, time, save),

@@ -95,7 +95,8 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
         f"({flops['full']} counted in full)",
         f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
         "reached (assume.utilisation)",
-        f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, {e['gpu_hours']:,.4g} GPU-hours, "
+        f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, "
+        f"{e['gpu_hours']:,.4g} GPU-hours, "
         f"{e['cost']:,.0f} at the cluster's price",
         f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if "
         "none of it is hidden",
