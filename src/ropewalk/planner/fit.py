@@ -78,22 +78,24 @@ def smallest_fit(
 def cheapest_changes(
     shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int], nodes: int
 ) -> list[tuple[Change, ...]]:
-    """Sets of changes that make the run fit and leave its global batch, cheapest first; none holds another."""
-    found: list[tuple[Change, ...]] = []
+    """Sets of changes that make the run fit and leave its global batch, cheapest first; none holds another or sets
+    the same keys."""
+    fitting: list[tuple[Change, ...]] = []
+    shown: list[tuple[Change, ...]] = []
     options = list(_changes(setting, degrees, nodes, global_batch))
     sets = [chosen for size in (1, 2, 3, 4) for chosen in combinations(options, size) if _one_of_each(chosen)]
     for chosen in sorted(sets, key=lambda changes: (_slowdown(changes), len(changes))):
-        if any(set(smaller) <= set(chosen) for smaller in found):
+        if any(set(cheaper) <= set(chosen) for cheaper in fitting) or len(shown) == SHOWN:
             continue
         changed = setting
         for change in chosen:
             changed = change.applied(changed)
         even = global_batch % (changed.micro_batch * changed.ranks // changed.sequence) == 0
         if even and room.holds(shape, changed):
-            found.append(chosen)
-        if len(found) == SHOWN:
-            break
-    return found
+            fitting.append(chosen)
+            if all(_keys(cheaper) != _keys(chosen) for cheaper in shown):
+                shown.append(chosen)
+    return shown
 
 
 def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int) -> Iterator[Change]:
@@ -119,6 +121,10 @@ def _one_of_each(changes: tuple[Change, ...]) -> bool:
     """Whether no two set the same thing."""
     touched = [field for change in changes for field in change.changed]
     return len(touched) == len(set(touched))
+
+
+def _keys(changes: tuple[Change, ...]) -> set[str]:
+    return {change.override.partition("=")[0] for change in changes}
 
 
 def _slowdown(changes: tuple[Change, ...]) -> float:
