@@ -50,3 +50,14 @@ train() {
     fi
   fi
 }
+
+# evaluate ARGUMENTS...: scripts/evaluate.py on a GPU, through SLURM where there is one
+evaluate() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    note scripts/evaluate.py "$@"
+  elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
+    sbatch --wait slurm/evaluate.sh "$@"
+  else
+    python scripts/evaluate.py "$@"
+  fi
+}

@@ -19,7 +19,7 @@ for arm in "${arms[@]}"; do
 done
 
 for run in "${runs[@]}"; do
-  stage scripts/evaluate.py checkpoint="outputs/demo/$run/export" output="outputs/demo/$run/evaluation" \
+  evaluate checkpoint="outputs/demo/$run/export" output="outputs/demo/$run/evaluation" \
     documents=data/demo/heldout 'lengths=[512,1024,2048,4096,8192]' test_time=auto device=cpu dtype=float32 \
     needle.samples=2
 done

@@ -14,23 +14,23 @@ given heldout "$data/heldout" "the held-out text that fetch.py writes"
 stage data_prep/prepare.py corpus=files "corpus.paths=[$data/documents]" "corpus.tokenizer=$data/model" \
   'sequence_lengths=[12288]' "output=$data/prepared"
 
-evaluate() { # evaluate NAME CHECKPOINT [overrides]
+measure() { # measure NAME CHECKPOINT [overrides]
   local name=$1 checkpoint=$2
   shift 2
-  stage scripts/evaluate.py "name=$name" "checkpoint=$checkpoint" "output=$out/$name/evaluation" \
+  evaluate "name=$name" "checkpoint=$checkpoint" "output=$out/$name/evaluation" \
     "documents=$data/heldout" 'lengths=[2048,8192,10240,12288]' test_time=none device=cpu dtype=float32 \
     'needle.depths=[0.2,0.8]' needle.samples=1 "$@"
 }
 
-evaluate rope "$data/model"
-evaluate cope10 "$data/model" rope=cope10
-evaluate hardclip10 "$data/model" rope=hardclip10
-evaluate yarn2 "$data/model" rope=yarn2_8k
+measure rope "$data/model"
+measure cope10 "$data/model" rope=cope10
+measure hardclip10 "$data/model" rope=hardclip10
+measure yarn2 "$data/model" rope=yarn2_8k
 
 for arm in rope cope10; do
   train +experiment="smollm2/$arm"
   stage scripts/export.py checkpoint="$out/${arm}_trained"
-  evaluate "${arm}_trained" "$out/${arm}_trained/export"
+  measure "${arm}_trained" "$out/${arm}_trained/export"
 done
 
 stage scripts/compare.py "runs=[$out/rope,$out/cope10,$out/hardclip10,$out/yarn2,$out/rope_trained,$out/cope10_trained]" \

@@ -40,7 +40,7 @@ def summary(plan: Plan, config: PlanConfig) -> str:
     return (
         f"plan: {e['run_name']} on {e['gpus']} x {e['cluster']} {'fits' if plan.fits else 'DOES NOT FIT'} "
         f"({plan.memory.device_total / GIB:.1f} of {capacity} GiB), {_duration(e['seconds'])}, "
-        f"{e['gpu_hours']:,.4g} GPU-hours, {e['cost']:,.0f} at the cluster's price"
+        f"{_hours(e['gpu_hours'])} GPU-hours, {e['cost']:,.0f} at the cluster's price"
         + "".join(f"; would fit: {' '.join(chosen)}" for chosen in plan.changes[:1])
     )
 
@@ -96,7 +96,7 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
         f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
         "reached (assume.utilisation)",
         f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, "
-        f"{e['gpu_hours']:,.4g} GPU-hours, "
+        f"{_hours(e['gpu_hours'])} GPU-hours, "
         f"{e['cost']:,.0f} at the cluster's price",
         f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if "
         "none of it is hidden",
@@ -127,3 +127,7 @@ def _count(number: float) -> str:
         if number >= factor:
             return f"{number / factor:,.2f}{letter}"
     return f"{number:,.0f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
