@@ -23,6 +23,7 @@ from ropewalk import config
 from ropewalk.config import SCHEMAS
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+DRY_RUN = "--dry-run="
 
 
 def register_schemas() -> None:
@@ -46,19 +47,28 @@ def choices(*groups: str) -> str:
 def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
-    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. A ValueError that this package raised, or anything wrong
-    with the configuration itself, ends the process with one line on stderr and exit code 2; every other exception
-    keeps its traceback.
+    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
+    called; ropewalk.dry_run checks the configuration and its paths instead. A ValueError that this package raised, or
+    anything wrong with the configuration itself, ends the process with one line on stderr and exit code 2; every other
+    exception keeps its traceback.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
     takes_path = any(f.name == "model" and f.type == "ModelPath" for f in fields(SCHEMAS[config_name]))
 
+    ledgers: list[str] = []
+
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @wraps(main)
         def with_object(composed: DictConfig) -> None:
             try:
-                main(to_object(composed))
+                config_object = to_object(composed)
+                if ledgers:
+                    from ropewalk.dry_run import dry_run
+
+                    dry_run(config_name, config_object, Path(ledgers[-1]))
+                else:
+                    main(config_object)
             except ValueError as error:  # here, so that Hydra adds no line of its own
                 if not _is_ours(error):
                     raise
@@ -69,6 +79,8 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         @wraps(main)
         def command() -> None:
             try:
+                ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
+                sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
                 sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
                     sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]

@@ -5,6 +5,7 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
@@ -16,6 +17,7 @@ from ropewalk.config.data import (
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
 from ropewalk.config.schemas import SCHEMAS
 from ropewalk.config.train import (
@@ -36,6 +38,8 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "AssumptionConfig",
+    "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
@@ -54,6 +58,7 @@ __all__ = [
     "NeedleConfig",
     "ParallelConfig",
     "PathsConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",

@@ -23,7 +23,8 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
     revision: str | None = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
+    # Transformers config fields: what is built where path is null; else what the planner counts with, checked at load.
+    architecture: dict[str, Any] = field(default_factory=dict)
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
     pretrained_length: int = MISSING  # tokens

@@ -77,7 +77,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
     Raises:
         ValueError: for a configuration or corpus that cannot be prepared, or an output that holds other work.
     """
-    _validate(config)
+    validate_prepare(config)
     output = Path(config.output)
     if config.stage in ("tokenize", "pack", "finish") and (output / PREPARED).is_file():
         report(f"{output} is finished already")
@@ -327,7 +327,12 @@ def _make_encoder(
     return train_tokenizer(sample, config.vocab_size)
 
 
-def _validate(config: PrepareConfig) -> None:
+def validate_prepare(config: PrepareConfig) -> None:
+    """Check what can be known of a preparation before the corpus is looked at.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
     lengths = config.sequence_lengths
     if not lengths or min(lengths) < 2 or len(set(lengths)) < len(lengths):
         raise ValueError(f"sequence_lengths={lengths} must be different numbers of tokens, each at least 2; correct it")
