@@ -13,7 +13,14 @@ from ropewalk.config.data import (
     PrepareConfig,
     SourceConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    HelmetConfig,
+    NeedleConfig,
+    SuiteConfig,
+    ValidateConfig,
+)
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
@@ -47,6 +54,7 @@ __all__ = [
     "FiguresConfig",
     "GeometryConfig",
     "GuardConfig",
+    "HelmetConfig",
     "InspectConfig",
     "InspectStoreConfig",
     "ModelConfig",
@@ -58,6 +66,7 @@ __all__ = [
     "ResumeConfig",
     "RopeConfig",
     "SourceConfig",
+    "SuiteConfig",
     "TestTimeConfig",
     "TrackerConfig",
     "TrainConfig",
