@@ -14,7 +14,14 @@ from ropewalk.config.data import (
     PrepareConfig,
     SourceConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    HelmetConfig,
+    NeedleConfig,
+    SuiteConfig,
+    ValidateConfig,
+)
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.plan import AssumptionConfig, PlanConfig
@@ -51,6 +58,7 @@ __all__ = [
     "FiguresConfig",
     "GeometryConfig",
     "GuardConfig",
+    "HelmetConfig",
     "InspectConfig",
     "InspectStoreConfig",
     "ModelConfig",
@@ -63,6 +71,7 @@ __all__ = [
     "ResumeConfig",
     "RopeConfig",
     "SourceConfig",
+    "SuiteConfig",
     "TestTimeConfig",
     "TrackerConfig",
     "TrainConfig",
