@@ -5,6 +5,7 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
@@ -17,7 +18,9 @@ from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConf
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.schemas import SCHEMAS
+from ropewalk.config.slurm import SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     DataConfig,
@@ -36,6 +39,7 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
@@ -57,6 +61,8 @@ __all__ = [
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",
+    "SbatchConfig",
+    "SlurmConfig",
     "SourceConfig",
     "TestTimeConfig",
     "TrackerConfig",

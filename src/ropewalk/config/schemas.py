@@ -6,6 +6,7 @@ from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig
 from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.train import TrainConfig
 
 SCHEMAS: dict[str, type] = {
@@ -21,4 +22,5 @@ SCHEMAS: dict[str, type] = {
     "figures": FiguresConfig,
     "geometry": GeometryConfig,
     "validate": ValidateConfig,
+    "sbatch": SbatchConfig,
 }
