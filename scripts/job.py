@@ -2,6 +2,7 @@
 
 ``python scripts/job.py begin COMMAND BATCH_SCRIPT [overrides]``, inside a job
 ``python scripts/job.py options [cluster=NAME] [nodes=N] [lead_seconds=N]``, before sbatch
+``python scripts/job.py directory COMMAND [overrides]``: where a command would write, for the next one to read
 """
 
 from __future__ import annotations
@@ -38,5 +39,13 @@ def begin_job() -> None:
     print(f"job_record={shlex.quote(str(record))}", f"scratch={shlex.quote(cluster.slurm.scratch)}", *lines, sep="\n")
 
 
+def directory() -> None:
+    """Print the directory that a command would write with these overrides, after checking that they compose."""
+    command, *arguments = sys.argv[1:]
+    with user_errors():
+        config = composed(command, arguments)
+    print(config.run_dir if command == "train" else config.output)
+
+
 if __name__ == "__main__":
-    run_command({"begin": begin_job, "options": options})
+    run_command({"begin": begin_job, "options": options, "directory": directory})

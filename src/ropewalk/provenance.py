@@ -35,7 +35,7 @@ def git_commit() -> str | None:
 
 
 def git_changes() -> str:
-    """What differs from the commit, as a patch, and the names of files that git does not know; "" outside a checkout."""
+    """What differs from the commit, as a patch, and the names of files unknown to git; "" outside a checkout."""
     patch = _git("diff", "HEAD", "--binary")
     unknown = _git("ls-files", "--others", "--exclude-standard", ":/")
     return (f"{patch}\n" if patch else "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3", "n4")  # the last two are a partition of their own, to die
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue")
 REQUEUE_WAIT = 10  # seconds; a requeued job waits until the credential of its first start has run out
 
@@ -47,9 +48,9 @@ SlurmdTimeout=15
 KillWait=20
 MinJobAge=3600
 JobRequeue=1
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs={cpus} RealMemory=16000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs={cpus} RealMemory=16000 State=UNKNOWN
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+{nodes}
+PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=frail Nodes=n[3-4] MaxTime=INFINITE State=UP
 """
 
 
@@ -76,10 +77,11 @@ class LocalSlurm:
 
     def __enter__(self) -> LocalSlurm:
         self.root.mkdir(parents=True, exist_ok=True)
-        port, node1, node2 = _free_ports(3)
+        port, *ports = _free_ports(1 + len(NODES))
         host = socket.gethostname().split(".")[0]
-        text = CONFIG.format(root=self.root, port=port, node1=node1, node2=node2, host=host, cpus=self.cpus,
-                             requeue_wait=REQUEUE_WAIT)  # fmt: skip
+        line = "NodeName={} NodeHostname={} NodeAddr=127.0.0.1 Port={} CPUs={} RealMemory=16000 State=UNKNOWN"
+        nodes = "\n".join(line.format(node, host, own, self.cpus) for node, own in zip(NODES, ports, strict=True))
+        text = CONFIG.format(root=self.root, port=port, host=host, nodes=nodes, requeue_wait=REQUEUE_WAIT)
         (self.root / "slurm.conf").write_text(text)
         (self.root / "state").mkdir(exist_ok=True)
         try:
@@ -226,7 +228,5 @@ def _pids_in(title: str) -> list[int]:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -48,33 +48,36 @@ def judge(
         ranks: the notes that ranks left; a rank without "code" was killed.
         tasks: how many ranks there should have been.
         warned: SLURM has announced the end (SIGUSR1).
-        terminated: SLURM is ending the job (SIGTERM): a cancelled job must stay so, a pre-empted one it requeues itself.
+        terminated: SLURM is ending the job (SIGTERM); one that was cancelled must stay so.
         progress: whether this session committed a checkpoint.
         fruitless: sessions before this one that crashed without committing one, in a row.
     """
     codes = [int(rank["code"]) for rank in ranks if "code" in rank]
-    own = next((rank for rank in ranks if str(rank.get("error")).partition(":")[0] in OWN_ERRORS), None)
     if code == 0:
         return Verdict(False, "COMPLETED", "done")
+    own = _own_reason(code, codes, ranks, tasks)
     if own is not None:
-        return Verdict(False, "FAILED", f"rank {own['rank']} ended the run: {own['error']}")
-    if EXIT_OWN_ERROR in codes or (code == EXIT_OWN_ERROR and not codes):
-        return Verdict(False, "FAILED", "an error of configuration or data, named in the log; mend it and submit again")
+        return Verdict(False, "FAILED", own)
     if terminated and not warned:
         return Verdict(False, "ENDED", "SLURM ended the job; what it pre-empts it puts back into the queue itself")
-    if code == EXIT_UNFIT and not ranks:
-        return Verdict(False, "FAILED", "the doctor found the machine unfit; see its lines above")
     if EXIT_REQUEUE in (code, *codes):
         return Verdict(True, "REQUEUED", "saved, to go on")
-    killed = tasks - len(codes)
-    if killed == 0:
-        first = min((rank for rank in ranks if rank.get("error")), key=lambda rank: rank["ended"], default=None)
-        said = f"; rank {first['rank']}: {first['error']}" if first else ""
-        return Verdict(False, "FAILED", f"every rank ended by itself, with code {code} at most{said}")
+    killed = f"{tasks - len(codes)} of {tasks} ranks were killed"
     if progress or warned or fruitless < FRUITLESS_SESSIONS:
-        return Verdict(True, "REQUEUED", f"{killed} of {tasks} ranks were killed; goes on from the newest checkpoint")
-    return Verdict(
-        False,
-        "FAILED",
-        f"{killed} of {tasks} ranks were killed, as in {fruitless} sessions before, and none saved a checkpoint",
-    )
+        return Verdict(True, "REQUEUED", f"{killed}; goes on from the newest checkpoint")
+    return Verdict(False, "FAILED", f"{killed}, as in {fruitless} sessions before, and none saved a checkpoint")
+
+
+def _own_reason(code: int, codes: Sequence[int], ranks: Sequence[Mapping[str, Any]], tasks: int) -> str | None:
+    """Why the run failed by itself, so that the same would happen again; None where it did not."""
+    for rank in ranks:
+        if str(rank.get("error")).partition(":")[0] in OWN_ERRORS:
+            return f"rank {rank['rank']} ended the run: {rank['error']}"
+    if EXIT_OWN_ERROR in codes or (code == EXIT_OWN_ERROR and not codes):
+        return "an error of configuration or data, named in the log; mend it and submit again"
+    if code == EXIT_UNFIT and not ranks:
+        return "the doctor found the machine unfit; see its lines in the log"
+    if len(codes) == tasks and EXIT_REQUEUE not in codes:
+        first = min((rank for rank in ranks if rank.get("error")), key=lambda rank: rank["ended"], default=None)
+        return "every rank ended by itself" + (f"; first rank {first['rank']}: {first['error']}" if first else "")
+    return None
