@@ -88,9 +88,12 @@ noted_ranks() { find "$job_record/ranks" -name 'rank-*.json' 2>/dev/null | wc -l
 
 # Write the end of the record, and go back into the queue if there is something to go on with.
 finish() {
-  local answer
-  answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" ${warned:+--warned} ${terminated:+--terminated}) ||
-    answer=$([ "$code" -eq 75 ] && [ -z "$terminated" ] && echo requeue || echo stop)
+  local answer state
+  # scancel and pre-emption tell the ranks alone. A job that was cancelled would come back if it were requeued now.
+  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+  [ -z "$terminated" ] || [ "$state" != RUNNING ] || state=TERMINATED
+  answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" ${warned:+--warned} --state="$state") ||
+    answer=$([ "$code" -eq 75 ] && [ "$state" = RUNNING ] && echo requeue || echo stop)
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 NODES = ("n1", "n2", "n3", "n4")  # the last two are a partition of their own, to die
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue")
+SECRET = secrets.token_hex(16)
 REQUEUE_WAIT = 10  # seconds; a requeued job waits until the credential of its first start has run out
 
 CONFIG = """\
@@ -73,6 +75,7 @@ class LocalSlurm:
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_"))]:
             if name != "SLURM_CONF":
                 del self.environment[name]
+        self.environment |= {"HF_TOKEN": SECRET, "NCCL_TOKEN": SECRET}  # never to be written down
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> LocalSlurm:
@@ -135,25 +138,37 @@ class LocalSlurm:
     def kill_node(self, node: str) -> None:
         """Have a node die as by a power cut: its slurmd, its step daemons and all that they started, by SIGKILL."""
         if node in self.daemons:
-            for pid in [*_descendants(self.daemons[node].pid), *self._steps_of(node)]:
-                _kill(pid)
             self._stop(node, signal.SIGKILL)
+        for pid in self.processes_of(node):
+            _kill(pid)
 
-    def _steps_of(self, node: str) -> list[int]:
-        """Step daemons leave their slurmd's family; each names the node's spool directory in an open file or socket."""
-        found = []
-        for socket_file in (self.root / f"spool.{node}").glob(f"{node}_*"):
-            found += _pids_in(f"slurmstepd: [{socket_file.name.removeprefix(node + '_')}]")
-        return [pid for step in found for pid in (*_descendants(step), step)]
+    def processes_of(self, node: str) -> list[int]:
+        """What runs for jobs on a node: processes with its name in their environment, and the step daemons above."""
+        marks = (f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}/slurm.conf".encode())
+        found: dict[int, None] = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if set(marks) <= set((entry / "environ").read_bytes().split(b"\0")):
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd: ["):
+                        found[parent] = None
+                    found[int(entry.name)] = None
+        return list(found)
 
     def nodes(self, state: str) -> int:
         """How many nodes are in a state."""
         return len(self.run("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N").split())
 
-    def run(self, *command: str, cwd: Path | None = None) -> str:
+    def run(self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
         """Output of a client command; fails with what it said."""
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=self.environment, cwd=cwd, timeout=60
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment or self.environment,
+            cwd=cwd,
+            timeout=120,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -192,39 +207,6 @@ def _free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def _children() -> dict[int, list[int]]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
-    return children
-
-
-def _descendants(pid: int) -> list[int]:
-    children = _children()
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def _pids_in(title: str) -> list[int]:
-    """Processes whose command line begins with a title."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if entry.read_bytes().replace(b"\0", b" ").decode(errors="replace").startswith(title):
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def _kill(pid: int) -> None:

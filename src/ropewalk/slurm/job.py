@@ -71,20 +71,20 @@ def begin(
     return record
 
 
-def end(record: Path, code: int, *, warned: bool, terminated: bool) -> Verdict:
+def end(record: Path, code: int, *, warned: bool, state: str) -> Verdict:
     """Judge how the ranks ended and write it down, in the words of sacct.
 
     Args:
         record: what :func:`begin` returned.
         code: srun's exit code.
         warned: the job got SIGUSR1.
-        terminated: the job got SIGTERM.
+        state: what SLURM calls the job now: RUNNING, or CANCELLED, PREEMPTED, ... where it is ending it.
     """
     begun = json.loads((record / BEGIN).read_text())
     ranks = [json.loads(path.read_text()) for path in sorted(record.glob("ranks/rank-*.json"))]
     step = committed_step(begun["run_dir"]) if begun["run_dir"] else None
     verdict = judge(
-        code, ranks, begun["tasks"], warned=warned, terminated=terminated,
+        code, ranks, begun["tasks"], warned=warned, terminated=state != "RUNNING", cancelled=state == "CANCELLED",
         progress=step is not None and step > (begun["committed_step"] or 0), fruitless=_fruitless_before(record),
     )  # fmt: skip
     _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, step, ranks)
@@ -166,15 +166,15 @@ def _elapsed(seconds: float) -> str:
 
 
 def main() -> None:
-    """``python -m ropewalk.slurm.job end RECORD CODE [--warned] [--terminated]``: prints requeue or stop, and why."""
+    """``python -m ropewalk.slurm.job end RECORD CODE [--warned] [--state STATE]``: prints requeue or stop, and why."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("action", choices=["end"])
     parser.add_argument("record", type=Path)
     parser.add_argument("code", type=int)
     parser.add_argument("--warned", action="store_true")
-    parser.add_argument("--terminated", action="store_true")
+    parser.add_argument("--state", default="RUNNING")
     given = parser.parse_args()
-    verdict = end(given.record, given.code, warned=given.warned, terminated=given.terminated)
+    verdict = end(given.record, given.code, warned=given.warned, state=given.state)
     print(f"{'requeue' if verdict.requeue else 'stop'} {verdict.reason}")
 
 

@@ -72,5 +72,5 @@ def minutes(time: str) -> int:
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "slurm_minutes": minutes,
     "slurm_gpus": lambda cluster: cluster.gpus_per_node if cluster.slurm.gpu_request else None,
-    "slurm_setup": lambda environment: [". slurm/common.sh", *exports(environment), "enter_sweep"],
+    "slurm_exports": lambda environment: "; ".join(exports(environment)) or ":",
 }

@@ -35,6 +35,7 @@ def judge(
     *,
     warned: bool,
     terminated: bool,
+    cancelled: bool,
     progress: bool,
     fruitless: int,
 ) -> Verdict:
@@ -48,7 +49,8 @@ def judge(
         ranks: the notes that ranks left; a rank without "code" was killed.
         tasks: how many ranks there should have been.
         warned: SLURM has announced the end (SIGUSR1).
-        terminated: SLURM is ending the job (SIGTERM); one that was cancelled must stay so.
+        terminated: SLURM is ending the job itself.
+        cancelled: somebody has told it to; that job must stay ended.
         progress: whether this session committed a checkpoint.
         fruitless: sessions before this one that crashed without committing one, in a row.
     """
@@ -58,7 +60,7 @@ def judge(
     own = _own_reason(code, codes, ranks, tasks)
     if own is not None:
         return Verdict(False, "FAILED", own)
-    if terminated and not warned:
+    if cancelled or (terminated and not warned):
         return Verdict(False, "ENDED", "SLURM ended the job; what it pre-empts it puts back into the queue itself")
     if EXIT_REQUEUE in (code, *codes):
         return Verdict(True, "REQUEUED", "saved, to go on")
