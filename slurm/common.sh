@@ -43,19 +43,21 @@ begin() {
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; record: $job_record"
 }
 
-# start_ranks RECORD SCRIPT ARGUMENTS...: one task per GPU, by srun, so that a signal reaches the ranks themselves
-start_ranks() {
+# ranks RECORD SCRIPT ARGUMENTS...: sets $line to what starts them: one task per GPU, by srun, so that a signal reaches the
+# ranks themselves
+ranks() {
   # --wait: when a rank has ended, the others get a minute to end by themselves; they agree on most reasons to end.
   # --cpus-per-task: srun takes it from sbatch only where it is said again (SLURM 22.05 and later).
   # GPUs are not bound to tasks: each rank takes its LOCAL_RANK's, and NVLink between them needs all to be visible.
-  srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" \
-    "${container[@]}" python -u -m ropewalk.slurm.rank "$@"
+  line=(srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}"
+    "${container[@]}" python -u -m ropewalk.slurm.rank "$@")
 }
 
 # Look at the machine before hours are spent on it; what is wrong with it ends the job, with 3.
 check_machine() {
-  local status=0
-  start_ranks "$job_record/doctor" scripts/doctor.py "$@" || status=$?
+  local status=0 line
+  ranks "$job_record/doctor" scripts/doctor.py "$@"
+  "${line[@]}" || status=$?
   [ "$status" -ne 0 ] || return 0
   code=$((status > 128 ? status : 3))
   finish
@@ -67,8 +69,9 @@ run_ranks() {
     code=75
     return
   fi
-  local srun_pid passed_on=''
-  start_ranks "$job_record" "$@" &
+  local srun_pid passed_on='' line
+  ranks "$job_record" "$@"
+  "${line[@]}" & # srun itself, not a shell around it: the signal is for it
   srun_pid=$!
   while kill -0 "$srun_pid" 2>/dev/null; do
     # A signal to a task that has not begun would end it: rank.py notes itself once it holds signals back.

@@ -30,15 +30,14 @@ TREE = Path(__file__).parent
 
 def git_commit() -> str | None:
     """Commit of the source tree, with "+changes" where it differs from it; None outside a checkout."""
-    commit = _git("rev-parse", "HEAD")
+    commit = (_git("rev-parse", "HEAD") or "").strip() or None
     return f"{commit}+changes" if commit and _git("status", "--porcelain") else commit
 
 
 def git_changes() -> str:
     """What differs from the commit, as a patch, and the names of files unknown to git; "" outside a checkout."""
-    patch = _git("diff", "HEAD", "--binary")
-    unknown = _git("ls-files", "--others", "--exclude-standard", ":/")
-    return (f"{patch}\n" if patch else "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
+    patch, unknown = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
+    return (patch or "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
 
 
 def versions() -> dict[str, str]:
@@ -62,7 +61,7 @@ def _git(*arguments: str) -> str | None:
         )
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

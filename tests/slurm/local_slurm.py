@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-NODES = ("n1", "n2", "n3", "n4")  # the last two are a partition of their own, to die
+NODES = ("n1", "n2", "n3", "n4", "n5")  # n3 and n4 are there to die, n5 to be taken away
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue")
 SECRET = secrets.token_hex(16)
 REQUEUE_WAIT = 10  # seconds; a requeued job waits until the credential of its first start has run out
@@ -43,6 +43,8 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,requeue_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -53,6 +55,8 @@ JobRequeue=1
 {nodes}
 PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 PartitionName=frail Nodes=n[3-4] MaxTime=INFINITE State=UP
+PartitionName=low Nodes=n5 MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=40
+PartitionName=urgent Nodes=n5 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -66,7 +70,7 @@ def _path() -> str:
 
 
 class LocalSlurm:
-    """Two nodes on localhost. Use as a context manager; ``environment`` is for every client command."""
+    """Nodes on localhost. Use as a context manager; ``environment`` is for every client command."""
 
     def __init__(self, root: Path, cpus: int = 4) -> None:
         """Args: ``root`` for state and logs; ``cpus`` that each node says it has, jobs share what there is."""
@@ -92,7 +96,7 @@ class LocalSlurm:
             self._start("slurmctld", "slurmctld", "-D", "-c")
             for node in NODES:
                 self.start_node(node)
-            self.wait_for(lambda: self.nodes("idle") == len(NODES), 30, "two idle nodes")
+            self.wait_for(lambda: self.nodes("idle") == len(NODES), 30, "idle nodes")
         except BaseException:
             self.__exit__()
             raise

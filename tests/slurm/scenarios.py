@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> Scenari
         yield
 
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 
 
 def done(site: Site, *names: str) -> Scenario:
@@ -168,16 +169,18 @@ def dead_node(site: Site) -> Scenario:
 
 
 def early_and_cancelled(site: Site) -> Scenario:
-    """A warning before the ranks have begun puts the job back; a cancelled job stays cancelled."""
-    site.train("early", options=ONE_NODE)
+    """A warning before the ranks have begun puts the job back; so does pre-emption; a cancelled job stays cancelled."""
+    site.train("early", "trainer.checkpoint_every=1000", options=(*ONE_NODE, "--partition=low"))
     yield from until(lambda: "start 1, on" in site.log("early"), PATIENCE, "start of early")
     site.slurm.run("scancel", "--batch", "--signal=USR1", site.jobs["early"])
     yield from until(lambda: site.steps("early") >= 3, PATIENCE, "three steps of early")
-    site.signal("early", signal.SIGSTOP, restart=1)
-    try:
-        site.slurm.run("scancel", site.jobs["early"])
-    finally:
-        site.signal("early", signal.SIGCONT, restart=1)
+    site.sbatch("urgent", "--partition=urgent", "--exclusive", "--wrap=sleep 1")
+    yield from done(site, "urgent")
+    last = site.losses("early")[-1][0]
+    yield from until(
+        lambda: len(site.ranks("early", 2)) and site.steps("early") > last, PATIENCE, "a step more of early"
+    )
+    site.slurm.run("scancel", site.jobs["early"])
     yield from done(site, "early")
 
 
@@ -185,10 +188,7 @@ def own_failures(site: Site) -> Scenario:
     """Configuration, guard and doctor end their jobs for good."""
     site.train("config", "trainer.gradient_clipping=0", options=ONE_NODE)
     site.train("nan", "trainer.learning_rate=1e25", "trainer.warmup_ratio=0", options=ONE_NODE)
-    (site.output / "bare").mkdir()
-    for path in site.store.iterdir():
-        if path.name != "tokenizer":
-            (site.output / "bare" / path.name).symlink_to(path)
+    shutil.copytree(site.store, site.output / "bare", ignore=shutil.ignore_patterns("tokenizer"))
     site.train("unfit", f"data.store={site.output / 'bare'}", options=ONE_NODE)
     yield from done(site, "config", "nan", "unfit")
 
