@@ -126,7 +126,7 @@ def groups_in(help_text: str) -> set[str]:
 
 # What a command line may choose from; other entries' groups would only be refused.
 GROUPS = {name: set() for name in ENTRIES} | {
-    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "experiment", "debug"},
+    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "cluster", "experiment", "debug"},
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
@@ -136,7 +136,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
 @pytest.mark.parametrize(("script", "command", "groups"), [
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
-    ("scripts/evaluate.py", "validate", {"rope"}),
+    ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")

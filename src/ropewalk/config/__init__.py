@@ -26,7 +26,9 @@ from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.schemas import SCHEMAS
+from ropewalk.config.slurm import SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     DataConfig,
@@ -70,6 +72,8 @@ __all__ = [
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",
+    "SbatchConfig",
+    "SlurmConfig",
     "SourceConfig",
     "SuiteConfig",
     "TestTimeConfig",

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.groups import PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -143,4 +144,5 @@ class TrainConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -115,7 +115,10 @@ class _TiledGatedMLP(torch.autograd.Function):
         chunk_size, gate = ctx.chunk_size, ctx.gate  # type: ignore[attr-defined]
         leaves = [None if p is None else p.detach().requires_grad_() for p in parameters]
         present = [i for i, p in enumerate(parameters) if p is not None]
-        sums = {i: torch.zeros_like(parameters[i], dtype=torch.promote_types(parameters[i].dtype, torch.float32)) for i in present}
+        sums = {
+            i: torch.zeros_like(parameters[i], dtype=torch.promote_types(parameters[i].dtype, torch.float32))
+            for i in present
+        }
         grad_x = []
         rows = (tensor.reshape(-1, x.shape[-1]).split(chunk_size) for tensor in (x, grad_output[0]))
         for chunk, grad in zip(*rows, strict=True):
