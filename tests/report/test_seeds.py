@@ -78,6 +78,21 @@ def test_the_table_has_means_over_seeds_and_noise_beside_every_difference(runs: 
     assert {cell.noise for cell in blocks["Difference to rope-s0"]["hard"]} == {UNKNOWN_NOISE}
 
 
+def test_arms_of_the_same_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    fakes = [FakeRun(f"rope-s{i}", seed=i, offset=0.04 * i) for i in range(2)]
+    fakes += [FakeRun(f"cope-s{i}", chain=COPE, seed=i, offset=0.05 * i - 0.02) for i in range(2)]
+    found = made(tmp_path, *fakes)
+    of_seeds = arms(list(found.values()))
+    # cope less rope is -0.02 with seed 0 and -0.01 with seed 1, while the seeds of an arm lie 0.04 and 0.05 apart
+    words = noise_words(found["cope-s0"], found["rope-s0"], of_seeds, loss_at(512))
+    assert words == "over 2 seeds -0.020 to -0.010"
+    assert noise_words(found["cope-s1"], found["rope-s0"], of_seeds, loss_at(512)) == "seeds differ by up to 0.050"
+    table = results_table(list(found.values()), found["rope-s0"])
+    block = next(block for block in table.blocks if block.title.startswith("Difference to the arm rope"))
+    cell = dict(block.rows)["cope (2 seeds)"][0]
+    assert (cell.main, cell.detail, cell.decided, cell.worse) == ("-0.0150", "[-0.0200, -0.0100]", True, False)
+
+
 def test_seeds_share_a_colour_and_differ_in_their_dash(runs: dict[str, Run]) -> None:
     styles = styles_of(arms(list(runs.values())))
     assert styles["rope-s0"].color == styles["rope-s1"].color != styles["cope-seed0"].color

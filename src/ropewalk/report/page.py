@@ -15,6 +15,7 @@ from ropewalk.files import write_atomically
 from ropewalk.report import runs_table, summary
 from ropewalk.report.base import with_bases
 from ropewalk.report.figures import RunStyle, styles_of
+from ropewalk.report.files import check_files, write_figures
 from ropewalk.report.runs import Run, load_runs
 from ropewalk.report.sections import Section, sections_of
 from ropewalk.report.seeds import arms
@@ -30,12 +31,13 @@ def compare(config: CompareConfig) -> Path:
         Path of the report.
 
     Raises:
-        ValueError: for a run directory that holds nothing, a baseline that is none of the runs, or an output
-            that is a directory.
+        ValueError: for a run directory that holds nothing, a baseline that is none of the runs, an output that is a
+            directory, or a format that figures do not have.
     """
     output = Path(config.output)
     if output.is_dir():
         raise ValueError(f"output={output} is a directory; name a file in it: output={output / 'report.html'}")
+    check_files(config.figures, config.figure_formats)
     runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)
     styles = styles_of(arms(runs))
@@ -44,6 +46,9 @@ def compare(config: CompareConfig) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     results = next(section for section in sections if isinstance(section, Table))
+    if config.figures is not None:
+        files = write_figures(sections, styles, Path(config.figures), config.figure_formats)
+        print(f"figures: {len(files)} files in {Path(config.figures).resolve()}", flush=True)
     print(f"{as_text(results)}\n\nreport: {output.resolve()}", flush=True)
     return output
 

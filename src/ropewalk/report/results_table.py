@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ropewalk.report.differences import Unpaired, at_length
 from ropewalk.report.needle import EXACT_MATCH, TOKEN_ACCURACY, needle_lengths, pooled
 from ropewalk.report.runs import Run
-from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words
+from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 from ropewalk.report.table import Block, Cell, Table, block_of
 from ropewalk.report.text import counted, interval, tokens
 
@@ -80,7 +80,10 @@ def _over_seeds(found: list[Arm], baseline: Run, lengths: list[int]) -> list[Blo
     ]
     return [
         *block_of("Loss of each arm: mean over its seeds [lowest, highest seed]", means),
-        *block_of(f"Difference to the arm {own.name}: of the means over seeds", differences),
+        *block_of(
+            f"Difference to the arm {own.name}: mean over seeds [lowest, highest seed], seed by seed",
+            differences,
+        ),
     ]
 
 
@@ -98,14 +101,21 @@ def _mean(arm: Arm, length: int) -> Cell:
 
 
 def _mean_difference(arm: Arm, own: Arm, found: list[Arm], length: int) -> Cell:
-    ours, theirs = arm.values(loss_at(length)), own.values(loss_at(length))
+    ours, theirs, beyond = arm.values(loss_at(length)), own.values(loss_at(length)), arm.runs[0].is_beyond(length)
     if not ours or not theirs:
         return Cell()
+    differences = paired(arm, own, loss_at(length))
+    if len(differences) > 1:
+        mean, detail = sum(differences) / len(differences), interval(min(differences), max(differences), signed=True)
+        decided = min(differences) > 0 or max(differences) < 0
+        hint = f"lowest and highest of {len(differences)} seeds that both arms have"
+        noise = f"range over {len(differences)} seeds"
+        return Cell(f"{mean:+.4f}", detail, beyond, decided, decided and mean > 0, hint, noise)
     difference = sum(ours) / len(ours) - sum(theirs) / len(theirs)
     apart = min(ours) > max(theirs) or max(ours) < min(theirs)
     detail = ("all seeds apart" if apart else "seeds overlap") if len(ours) > 1 and len(theirs) > 1 else ""
     noise = noise_words(arm.runs[0], own.runs[0], found, loss_at(length), digits=4)
-    return Cell(f"{difference:+.4f}", detail, arm.runs[0].is_beyond(length), noise=noise)
+    return Cell(f"{difference:+.4f}", detail, beyond, noise=noise)
 
 
 def _loss(run: Run, length: int) -> Cell:

@@ -47,14 +47,18 @@ class Arm:
         """Whether it was trained here, and not what others were trained from."""
         return any(run.is_trained_here and not run.is_base for run in self.runs)
 
-    def values(self, quantity: Quantity) -> list[float]:
-        """The quantity of one run for each seed that has it, in order."""
+    def by_seed(self, quantity: Quantity) -> dict[str, float]:
+        """Seed -> the quantity of the first run of it that has one."""
         found: dict[str, float] = {}
         for run in self.runs:
             value = quantity(run)
             if value is not None:
                 found.setdefault(str(run.config.get(SEED)), value)
-        return list(found.values())
+        return found
+
+    def values(self, quantity: Quantity) -> list[float]:
+        """The quantity of one run for each seed that has it, in order."""
+        return list(self.by_seed(quantity).values())
 
     def spread(self, quantity: Quantity) -> float | None:
         """Largest less smallest value between the seeds; None with fewer than two."""
@@ -82,13 +86,24 @@ def arm_of(run: Run, found: Sequence[Arm]) -> Arm:
     return next(arm for arm in found if any(one is run for one in arm.runs))
 
 
-def noise_words(run: Run, baseline: Run, found: Sequence[Arm], quantity: Quantity, digits: int = 3) -> str:
-    """What is to stand beside a difference of ``quantity``: the spread of both arms, or that it is unknown.
+def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
+    """Differences of two arms seed by seed, of the seeds that both have: the same data order and random numbers."""
+    ours, theirs = arm.by_seed(quantity), other.by_seed(quantity)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs] if arm.is_trained and other.is_trained else []
 
-    The base, and a model that was only evaluated, is one fixed checkpoint that all arms share; of every other arm in
-    the difference it takes two seeds to know anything.
+
+def noise_words(run: Run, baseline: Run, found: Sequence[Arm], quantity: Quantity, digits: int = 3) -> str:
+    """What is to stand beside a difference of ``quantity``: how it varies over seeds, or that this is unknown.
+
+    Two runs of one seed share their data order, so theirs is the range of the same difference over the seeds that both
+    arms have; else it is the larger spread of the two arms. The base, and a model that was only evaluated, is one
+    fixed checkpoint that all arms share; of every other arm in the difference it takes two seeds to know anything.
     """
-    spreads = [arm.spread(quantity) for arm in (arm_of(run, found), arm_of(baseline, found)) if arm.is_trained]
+    arm, other = arm_of(run, found), arm_of(baseline, found)
+    differences = paired(arm, other, quantity)
+    if arm is not other and len(differences) > 1 and run.config.get(SEED) == baseline.config.get(SEED):
+        return f"over {len(differences)} seeds {min(differences):+.{digits}f} to {max(differences):+.{digits}f}"
+    spreads = [one.spread(quantity) for one in (arm, other) if one.is_trained]
     known = [spread for spread in spreads if spread is not None]
     if not known or len(known) < len(spreads):
         return UNKNOWN_NOISE
