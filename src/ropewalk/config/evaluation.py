@@ -106,6 +106,12 @@ class CompareConfig:
 
     runs: list[str] = MISSING  # run directories, each with its evaluation beside it
     baseline: str | None = None  # run that differences are taken to; null: the first
+    base: str | None = None  # the model before continued pretraining, a directory; null: found from model.path
     output: str = MISSING  # report.html
     title: str = "ropewalk report"
+    effective_needle: float = 85.0  # percent of exact match that a length must reach to count as effective context
+    effective_ruler: float = 85.6  # percent, RULER average: that of Llama-2-7B at 4k tokens (arXiv 2404.06654)
+    figures: str | None = None  # directory for every figure as a file of its own, by matplotlib; null: none
+    figure_formats: list[str] = field(default_factory=lambda: ["png", "pdf"])  # png, pdf or svg
+    track: bool = False  # log evaluations and figures into the runs of each run's tracker
     paths: PathsConfig = field(default_factory=PathsConfig)
