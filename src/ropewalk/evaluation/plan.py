@@ -84,7 +84,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     Raises:
         ValueError: naming the value, the rule and the mend.
     """
-    _validate(config)
+    check_settings(config)
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
     directory = resolve_checkpoint(config.checkpoint)
     position = read_position(directory)
@@ -118,7 +118,12 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _validate(config: EvaluateConfig) -> None:
+def check_settings(config: EvaluateConfig) -> None:
+    """Check the settings by themselves.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
     lengths, needle = config.lengths, config.needle
     if not lengths or min(lengths) < SHORTEST:
         raise ValueError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")

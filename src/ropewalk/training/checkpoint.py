@@ -102,7 +102,8 @@ def save_checkpoint(
         with _recorded_writes(engine) as failures:
             engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
         mine = _all_or_none(lambda: _settle_share(directory, failures))
-        _all_or_none(lambda: _commit(directory, step, contract, state, mine))
+        facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+        _all_or_none(lambda: _commit(directory, facts, contract, state, mine))
     except SaveFailed as error:
         if dist.get_rank() == 0:  # a full disk gets its space back
             shutil.rmtree(directory, ignore_errors=True)
@@ -158,7 +159,11 @@ def _settle_share(directory: Path, failures: list[str]) -> dict[str, Any]:
 
 
 def _commit(
-    directory: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any], mine: dict[str, Any]
+    directory: Path,
+    facts: Mapping[str, int],
+    contract: Mapping[str, Any],
+    state: Mapping[str, Any],
+    mine: dict[str, Any],
 ) -> None:
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
@@ -166,8 +171,7 @@ def _commit(
         return
     manifest = {
         "format": FORMAT_VERSION,
-        "step": step,
-        "world_size": dist.get_world_size(),
+        **facts,
         "contract": dict(contract),
         "state": dict(state),
         "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
@@ -211,13 +215,18 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None
         universal: its universal form, where another number of ranks saved it. Random state is left alone then: it
             belongs to ranks that are no more, and training draws nothing from it.
     """
-    engine._config.load_universal_checkpoint = universal is not None
-    loaded, _ = engine.load_checkpoint(str(universal or checkpoint), tag=ZERO)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {(universal or checkpoint) / ZERO}")
+    load_state(engine, universal or checkpoint, is_universal=universal is not None)
     if universal is None:
         _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
-    else:
+
+
+def load_state(engine: Any, directory: Path, *, is_universal: bool) -> None:
+    """Load weights and optimizer state from a verified checkpoint or its universal form. Collective."""
+    engine._config.load_universal_checkpoint = is_universal
+    loaded, _ = engine.load_checkpoint(str(directory), tag=ZERO)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {directory / ZERO}")
+    if is_universal:
         _unshare_steps(engine)
 
 

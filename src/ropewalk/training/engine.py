@@ -205,8 +205,9 @@ class LossModel(nn.Module):
         labels: Tensor,
         documents: Documents,
         token_losses: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross entropy of one packed row.
+        """Summed cross entropy of one packed row, or some of its logits.
 
         Args:
             input_ids: int64 (1, tokens).
@@ -214,15 +215,21 @@ class LossModel(nn.Module):
             labels: int64 (1, tokens), already shifted; -100 is not trained on.
             documents: where each document begins and ends.
             token_losses: fp32 (tokens,), gets the loss of each trained token.
+            logits_at: int64 (n,), places in the row.
 
         Returns:
-            fp32 scalar, nats.
+            fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
         """
         # use_cache=True would let packed documents see each other in stock attention; say it where it matters.
         decoder = self.lm.get_decoder()
-        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        hidden = output.last_hidden_state[0]
         head = self.lm.get_output_embeddings().weight
-        return tiled_linear_cross_entropy(hidden.last_hidden_state[0], head, labels[0], self.chunk_size, token_losses)
+        if not torch.is_grad_enabled():
+            head = head.detach()  # else the loss would form the head's gradient all the same
+        if logits_at is not None:
+            return (hidden[logits_at] @ head.T).float()
+        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

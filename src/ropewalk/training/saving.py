@@ -54,7 +54,7 @@ class Saver:
         self.observer.say(f"{reason}: step {step} is {kept}; leaving with exit code {EXIT_REQUEUE}")
 
     def _save(self, step: int) -> None:
-        with self.observer.clock_stopped():
+        with self.observer.clock_stopped("checkpoint"):
             self.observer.settle()
             save_checkpoint(self.engine, self.run_dir, step, self.contract, self.state())
             if self.observer.ranks.is_main:
