@@ -6,7 +6,6 @@ import atexit
 import ctypes
 import logging
 import os
-import socket
 import time
 import warnings
 from collections.abc import Iterable
@@ -99,15 +98,12 @@ def start_processes(device: str, sequence: int = 1) -> Ranks:
 
 def _join(deepspeed: Any, device: str) -> None:
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": "0",  # any free one: found by the store itself, so that no other process takes it meanwhile
         }
         os.environ.update(alone)
     if device == "cuda":
