@@ -53,10 +53,15 @@ def alone_environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in group}, "OMP_NUM_THREADS": "1"}
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process that imports from tests/: this directory before what the caller has set."""
+    return os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def torchrun(ranks: int, script: str, *arguments: str) -> None:
     """Run a script of the repository on ``ranks`` processes; fails the test where they fail."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**alone_environment(), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**alone_environment(), "PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, *launch, script, *arguments],
         cwd=CONFIG_DIR.parent,

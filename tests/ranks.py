@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from helpers import TINY
+from helpers import TINY, python_path
 
 from ropewalk.data import PackedStore
 
@@ -110,7 +110,7 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = context.Process(target=rank_main, args=(own, str(log), list(arguments), fault), daemon=True)
-        with environment(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent)):
+        with environment(OMP_NUM_THREADS="1", PYTHONPATH=python_path()):
             process.start()
         processes.append(process)
     return RankProcesses(processes, logs)
