@@ -206,7 +206,11 @@ def _recorded_writes(engine: Any, in_background: bool) -> Iterator[tuple[list[st
         setattr(owner, name, recorded(getattr(owner, name)))
     if in_background:
         write = engine.checkpoint_engine.save
-        engine.checkpoint_engine.save = lambda content, path: later.append(partial(write, snapshot(content), path))
+
+        def postpone(state_dict: Any, path: str) -> None:
+            later.append(partial(write, snapshot(state_dict), path))
+
+        engine.checkpoint_engine.save = postpone
     try:
         yield failures, later
     finally:
