@@ -3,10 +3,10 @@
 python benchmarks/checkpoint.py [--width 512] [--rounds 5]
 
 One rank, the demo's model made wider, ZeRO-3. Ours writes, makes durable, hashes and commits; loading hashes and
-compares ("verify"), then reads and fills the engine ("load"), which torch.load alone does not. The plain form writes and reads the same objects, once as torch.save leaves
-them, in the page cache, and once followed by fsync, which any checkpoint that outlives a dead node needs. Rounds
-alternate. Limit with hashing: 1.5 for saving and loading together. The last line is how long training stands still
-where the save goes on in the background.
+compares ("verify"), then reads and fills the engine ("load"), which torch.load alone does not. The plain form writes
+and reads the same objects, once as torch.save leaves them, in the page cache, and once followed by fsync, which any
+checkpoint that outlives a dead node needs. Rounds alternate. Limit with hashing: 1.5 for saving and loading together.
+The last line of times is how long training stands still where the save goes on in the background.
 """
 
 import argparse

@@ -4,21 +4,18 @@ import random
 import statistics
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from ropewalk.config import TrainConfig
 from ropewalk.data.batches import Batch
-from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
+from ropewalk.entry import composed
 
 SHARES = (0.22, 0.03, 0.16, 0.09, 0.18, 0.06, 0.12, 0.14)  # of the row, for each document
 
 
 def demo_config(*overrides: str) -> TrainConfig:
     """The demo's base recipe, from scratch; no store is read."""
-    register_schemas()
     fixed = ["+experiment=demo/pretrain", "tracker=none", "data=packed", "data.store=none", "data.sequence_length=512"]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return to_object(compose("train", [*fixed, *overrides]))
+    return composed("train", [*fixed, *overrides])
 
 
 def packed_batch(tokens: int, vocabulary: int, seed: int) -> Batch:

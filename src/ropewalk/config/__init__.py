@@ -5,19 +5,32 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
     DomainConfig,
+    ExecutorConfig,
+    GatherConfig,
     InspectStoreConfig,
     PrepareConfig,
     SourceConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    HelmetConfig,
+    NeedleConfig,
+    SuiteConfig,
+    ValidateConfig,
+)
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.schemas import SCHEMAS
+from ropewalk.config.slurm import SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     DataConfig,
@@ -36,6 +49,8 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "AssumptionConfig",
+    "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
@@ -43,10 +58,13 @@ __all__ = [
     "DeepSpeedConfig",
     "DomainConfig",
     "EvaluateConfig",
+    "ExecutorConfig",
     "ExportConfig",
     "FiguresConfig",
+    "GatherConfig",
     "GeometryConfig",
     "GuardConfig",
+    "HelmetConfig",
     "InspectConfig",
     "InspectStoreConfig",
     "ModelConfig",
@@ -54,10 +72,14 @@ __all__ = [
     "NeedleConfig",
     "ParallelConfig",
     "PathsConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",
+    "SbatchConfig",
+    "SlurmConfig",
     "SourceConfig",
+    "SuiteConfig",
     "TestTimeConfig",
     "TrackerConfig",
     "TrainConfig",

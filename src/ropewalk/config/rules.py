@@ -26,8 +26,13 @@ POSITIVE = (
 )
 
 
-def validate_train(config: TrainConfig, world_size: int) -> None:
+def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True) -> None:
     """Check everything about a training run that can be known before a model is built.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        stores: whether the data must be there already.
 
     Raises:
         ValueError: naming the value, the rule and the mend.
@@ -73,7 +78,8 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         )
     _validate_guards(config.guards)
     _validate_chain(config)
-    _validate_stores(data)
+    if stores:
+        _validate_stores(data)
 
 
 def _validate_stores(data: DataConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.groups import PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -23,7 +24,8 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
     revision: str | None = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
+    # Transformers config fields: what is built where path is null; else what the planner counts with, checked at load.
+    architecture: dict[str, Any] = field(default_factory=dict)
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
     pretrained_length: int = MISSING  # tokens
@@ -142,4 +144,5 @@ class TrainConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -22,7 +22,7 @@ def contract(config: TrainConfig, position: Position, store: PackedStore, mixtur
         "base_model": {
             "path": config.model.path,
             "revision": config.model.revision,
-            "architecture": dict(config.model.architecture),
+            "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
         },
         "tokenizer": dict(store.tokenizer),
         **mixture.contract(),

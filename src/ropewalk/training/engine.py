@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.launch import take_place
 from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
@@ -66,18 +67,13 @@ class Ranks:
 
 
 def world_size() -> int:
-    """Ranks that the launcher has announced, before any of them is joined.
+    """Ranks that the launcher, srun or torchrun, has announced, before any of them is joined.
 
     Raises:
-        ValueError: where srun started several tasks that do not know their ranks, or a rank lacks its place on the
+        ValueError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
             node: each would be a run of its own in the same directory.
     """
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks > 1:
-        raise ValueError(
-            f"SLURM_NTASKS={tasks} but RANK is not set, so every task would be rank 0; start through "
-            "slurm/train_64k.sh, which sets RANK, LOCAL_RANK and WORLD_SIZE"
-        )
+    take_place()
     if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         raise ValueError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
     return int(os.environ.get("WORLD_SIZE", "1"))
