@@ -14,7 +14,7 @@ from ropewalk.config.data import (
     SourceConfig,
 )
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
-from ropewalk.config.export import ExportConfig
+from ropewalk.config.export import CheckExportConfig, EnginesConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
 from ropewalk.config.schemas import SCHEMAS
@@ -36,12 +36,14 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "CheckExportConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "DomainConfig",
+    "EnginesConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FiguresConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "ParallelConfig",
     "PathsConfig",
     "PrepareConfig",
+    "RepairConfig",
     "ResumeConfig",
     "RopeConfig",
     "SourceConfig",
