@@ -52,8 +52,8 @@ def measure(layers: int, stage: int, ranks: int, scratch: Path) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(
-        f"ZeRO-{stage}, {ranks} ranks, {layers} layers: {weights / 1e9:.2f}B weights, {written / 2**30:.2f} GiB written, "
-        f"peak RssAnon {peak / 2**30:.2f} GiB, {seconds:.0f} s",
+        f"ZeRO-{stage}, {ranks} ranks, {layers} layers: {weights / 1e9:.2f}B weights, {written / 2**30:.2f} GiB "
+        f"written, peak RssAnon {peak / 2**30:.2f} GiB, {seconds:.0f} s",
         flush=True,
     )
     return peak
@@ -63,12 +63,13 @@ def write_checkpoint(checkpoint: Path, layers: int, stage: int, ranks: int) -> i
     """A committed checkpoint of random weights; returns how many."""
     config = AutoConfig.for_model(
         "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=65536, architectures=["LlamaForCausalLM"],
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=65536,
     )  # fmt: skip
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
     chain = RopeChain([{"method": "abf", "theta": 1e7}, {"method": "cope", "clip": 20}])
     position = Position("cope20", chain, 5e5, 128, 8192, 65536)
     place_position(config, position)
+    config.architectures = ["LlamaForCausalLM"]
     config.ropewalk, config.dtype = position.metadata(), torch.bfloat16
     with torch.device("meta"):
         shapes = {f"lm.{n}": p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}

@@ -67,7 +67,9 @@ def make(root: Path) -> None:
 
 def computed(directory: Path) -> dict:
     """Frequencies, attention scaling and logits in the transformers at hand."""
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, torch_dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     tokens = torch.arange(LENGTH)[None] * 7 % 512
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[0]
@@ -91,8 +93,8 @@ def read(directory: Path) -> bool:
     without = without_older_form(directory) - expected["logits"]
     lost = float(np.abs(without).max() / expected["logits"].std())
     print(
-        f"{'same' if same else 'OTHER':5}  {directory.name:11} frequencies {relative:.1e}, scaling {scaling:.1e}, logits "
-        f"{logits:.1e} of their standard deviation; without the older form logits {lost:.1e}"
+        f"{'same' if same else 'OTHER':5}  {directory.name:11} frequencies {relative:.1e}, scaling {scaling:.1e}, "
+        f"logits {logits:.1e} of their standard deviation; without the older form logits {lost:.1e}"
     )
     return same
 

@@ -65,6 +65,8 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
             f"llama.cpp's {family.arch} reads no {FACTORS}, so a GGUF of {config.model_type} cannot carry this "
             "method; export to=hf, for transformers, vLLM or SGLang"
         )
+    if family.arch in _ALTERNATING:
+        _check_gemma(config, family.arch)
     window = getattr(config, "sliding_window", None)
     if family.arch in ("llama", "qwen2", "qwen3", "olmo2") and window and getattr(config, "use_sliding_window", True):
         raise ValueError(
@@ -72,6 +74,24 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
             f"{window} tokens would be another model's; export to=hf"
         )
     return family
+
+
+_ALTERNATING = {"gemma2": 2, "gemma3": 6}  # every so many layers one attends to everything, in llama.cpp
+
+
+def _check_gemma(config: PreTrainedConfig, arch: str) -> None:
+    """What llama.cpp takes for granted of Gemma 2 and 3."""
+    every = _ALTERNATING[arch]
+    layers = [("full" if (i + 1) % every == 0 else "sliding") + "_attention" for i in range(config.num_hidden_layers)]
+    if list(config.layer_types) != layers:
+        raise ValueError(
+            f"layer_types: llama.cpp's {arch} has full attention in every layer {every} alone; export to=hf"
+        )
+    if config.query_pre_attn_scalar != config.head_dim:
+        raise ValueError(
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar}: llama.cpp's {arch} scales queries by head_dim="
+            f"{config.head_dim}; export to=hf"
+        )
 
 
 def add_architecture(writer: gguf.GGUFWriter, config: PreTrainedConfig, family: Family) -> None:
@@ -95,6 +115,8 @@ def add_architecture(writer: gguf.GGUFWriter, config: PreTrainedConfig, family: 
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if family.arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
+    if family.arch == "gemma3":
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     if family.arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ropewalk.export.portable import rope_entry
 from ropewalk.rope import Position
 
 
@@ -56,10 +54,3 @@ def commands(config: PreTrainedConfig, position: Position, directory: Path) -> l
     if files:
         lines += ["", "```bash", *(f"llama-server --model DIR/{name} --ctx-size {served}" for name in files), "```"]
     return lines
-
-
-def overrides(config: PreTrainedConfig) -> str:
-    """The argument of vLLM's --hf-overrides that gives a checkpoint on the hub this export's position."""
-    return json.dumps(
-        {"rope_parameters": rope_entry(config), "max_position_embeddings": config.max_position_embeddings}
-    )
