@@ -24,7 +24,7 @@ from ropewalk.config.evaluation import (
     SuiteConfig,
     ValidateConfig,
 )
-from ropewalk.config.export import ExportConfig
+from ropewalk.config.export import CheckExportConfig, EnginesConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
@@ -52,6 +52,7 @@ __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
     "AssumptionConfig",
+    "CheckExportConfig",
     "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "DomainConfig",
+    "EnginesConfig",
     "EvaluateConfig",
     "ExecutorConfig",
     "ExportConfig",
@@ -77,6 +79,7 @@ __all__ = [
     "PathsConfig",
     "PlanConfig",
     "PrepareConfig",
+    "RepairConfig",
     "ResumeConfig",
     "RopeConfig",
     "SbatchConfig",

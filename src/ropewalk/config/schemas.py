@@ -5,7 +5,7 @@ from __future__ import annotations
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.data import ConvertConfig, GatherConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
-from ropewalk.config.export import ExportConfig
+from ropewalk.config.export import CheckExportConfig, ExportConfig, RepairConfig
 from ropewalk.config.plan import PlanConfig
 from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.train import TrainConfig
@@ -19,6 +19,8 @@ SCHEMAS: dict[str, type] = {
     "inspect_store": InspectStoreConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "check_export": CheckExportConfig,
+    "repair": RepairConfig,
     "compare": CompareConfig,
     "advise": AdviseConfig,
     "inspect": InspectConfig,
