@@ -5,6 +5,7 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.dashboard import DashboardConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
+    "DashboardConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "DomainConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
+from ropewalk.config.dashboard import DashboardConfig
 from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
@@ -16,6 +17,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "compare": CompareConfig,
+    "dashboard": DashboardConfig,
     "advise": AdviseConfig,
     "inspect": InspectConfig,
     "figures": FiguresConfig,

@@ -59,7 +59,7 @@ class WandbTracker:
             resume="allow",
             dir=run_dir,
             config=details,
-            mode=_mode(),
+            mode=wandb_mode(),
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run.define_metric("tokens")
@@ -103,7 +103,7 @@ class TrackioTracker:
         self.run.finish()
 
 
-def _mode() -> Literal["offline"] | None:
+def wandb_mode() -> Literal["offline"] | None:
     """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
