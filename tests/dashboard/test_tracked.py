@@ -81,8 +81,11 @@ def test_an_offline_wandb_run_goes_on_and_wandbs_own_reader_finds_it(tmp_path: P
     assert history[0]["_step"] == 45  # after the 44 steps of training
     shown = history[len(expected)]
     assert shown["eval/short/mmlu/acc"] == 61
-    for name in ("tables/results", "tables/scores", "figures/loss_by_position", "figures/needle_in_a_haystack"):
-        path = shown[f"{name}.path"]
-        assert (written.parent / "files" / path).stat().st_size > 1000
+    files = written.parent / "files"
+    table = json.loads((files / shown["tables/scores.path"]).read_text())
+    assert [row[table["columns"].index("value")] for row in table["data"]] == [80, 60, 61]
+    assert len(json.loads((files / shown["tables/results.path"]).read_text())["data"]) == len(again.results)
+    for name in ("figures/loss_by_position", "figures/needle_in_a_haystack", "figures/what_the_spectra_do_3"):
+        assert (files / shown[f"{name}.path"]).read_bytes().startswith(b"\x89PNG")
     assert defined["eval/loss/*"] == metrics.POSITION
     assert defined["eval/ruler/*"] == metrics.LENGTH
