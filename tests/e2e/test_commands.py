@@ -14,7 +14,7 @@ from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments, plain_argument
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
-SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md"))
+SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md", "docs/compare.md"))
 BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", SHOWN, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
 ENTRIES = {
@@ -26,6 +26,7 @@ ENTRIES = {
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
+    "scripts/dashboard.py": "dashboard",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
 COMMANDS_OF = {
@@ -66,7 +67,7 @@ def test_readme_commands(command):
         assert run("bash", "-n", command[1]).returncode == 0
         composed("train", *(command[2:] or ["+experiment=cope20"]))
     else:
-        assert command[0] in {"git", "cd", "torchrun"}, f"no check knows {command}"
+        assert command[0] in {"git", "cd", "torchrun", "pip", "trackio"}, f"no check knows {command}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

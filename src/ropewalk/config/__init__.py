@@ -6,6 +6,7 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
 from ropewalk.config.cluster import ClusterConfig
+from ropewalk.config.dashboard import DashboardConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
+    "DashboardConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "DomainConfig",

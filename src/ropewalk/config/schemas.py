@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
+from ropewalk.config.dashboard import DashboardConfig
 from ropewalk.config.data import ConvertConfig, GatherConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import CheckExportConfig, ExportConfig, RepairConfig
@@ -22,6 +23,7 @@ SCHEMAS: dict[str, type] = {
     "check_export": CheckExportConfig,
     "repair": RepairConfig,
     "compare": CompareConfig,
+    "dashboard": DashboardConfig,
     "advise": AdviseConfig,
     "inspect": InspectConfig,
     "figures": FiguresConfig,

@@ -62,7 +62,7 @@ class WandbTracker:
                 resume="allow",
                 dir=run_dir,
                 config=details,
-                mode=_mode(),
+                mode=wandb_mode(),
                 settings=wandb.Settings(silent=True, console="off"),
             )
         self.run.define_metric("tokens")
@@ -134,7 +134,7 @@ def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
     return {**named, "tokens": metrics["tokens"]}
 
 
-def _mode() -> Literal["offline"] | None:
+def wandb_mode() -> Literal["offline"] | None:
     """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
