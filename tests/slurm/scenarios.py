@@ -250,7 +250,7 @@ def multirun(site: Site) -> Scenario:
     command = [
         sys.executable, "train.py", "-m", "hydra/launcher=slurm", "+experiment=demo/pretrain", *words,
         "trainer.seed=0,1", "run_name=multirun/seed${trainer.seed}", f"paths.output_dir={site.output}",
-        "cluster.slurm.nodes=2", "cluster.slurm.time=20", "hydra.launcher.name=multirun",
+        "cluster.slurm.time=20", "hydra.launcher.name=multirun",
         f"hydra.sweep.dir={site.output}/multirun/jobs",
     ]  # fmt: skip
     with (site.output / "multirun.log").open("w") as log:
