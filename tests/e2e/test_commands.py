@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import alone_environment, composed
 
-from ropewalk.entry import CONFIG_DIR, choices, plain_argument
+from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments, plain_argument
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
@@ -21,7 +21,7 @@ ENTRIES = {
     "train.py": "train",
     "data_prep/prepare.py": "prepare",
     "data_prep/convert_mds.py": "convert_mds",
-    "data_prep/inspect_store.py": "inspect_store",
+    "data_prep/inspect.py": "inspect_store",
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
@@ -60,7 +60,7 @@ def test_readme_commands(command):
     elif command[0] == "python" and command[2:] and command[2] in COMMANDS_OF.get(command[1], {}):
         composed(COMMANDS_OF[command[1]][command[2]], *map(plain_argument, command[3:]))
     elif command[0] == "python" and command[1] in ENTRIES:
-        composed(ENTRIES[command[1]], *command[2:])
+        composed(ENTRIES[command[1]], *hydra_arguments(command[2:], ENTRIES[command[1]]))
     elif command[0] == "sbatch":
         assert run("bash", "-n", command[1]).returncode == 0
         composed("train", *(command[2:] or ["+experiment=cope20"]))
@@ -87,9 +87,20 @@ def test_recipe_commands_compose(script):
             filled = filled.replace(variable, value)
         _, entry, *overrides = shlex.split(re.sub(r"\$\w+|\$\{\w+\}", "x", filled))
         if entry in ENTRIES:
-            composed(ENTRIES[entry], *overrides)
+            composed(ENTRIES[entry], *hydra_arguments(overrides, ENTRIES[entry]))
         else:
             assert (ROOT / entry).is_file(), entry
+
+
+@pytest.mark.parametrize(("name", "given", "taken"), [
+    ("inspect_store", ["store=x", "--verify"], ["store=x", "verify=true"]),
+    ("inspect_store", ["--store", "x", "--cfg", "job"], ["store=x", "--cfg", "job"]),
+    ("convert_mds", ["--format=mds", "+mds=prolong_64k"], ["format=mds", "+mds=prolong_64k"]),
+    ("prepare", ["+corpus=demo", "--n-shards", "4", "--help"], ["corpus=demo", "n_shards=4", "--help"]),
+    ("train", ["+experiment=cope20", "+rope=rope", "--multirun"], ["+experiment=cope20", "rope=rope", "--multirun"]),
+])  # fmt: skip
+def test_arguments_of_the_usual_form_are_taken(name, given, taken):
+    assert hydra_arguments(given, name) == taken
 
 
 def test_no_placeholder_is_left():

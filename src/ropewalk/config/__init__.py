@@ -14,9 +14,17 @@ from ropewalk.config.data import (
     PrepareConfig,
     SourceConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    HelmetConfig,
+    NeedleConfig,
+    SuiteConfig,
+    ValidateConfig,
+)
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
 from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.schemas import SCHEMAS
@@ -39,6 +47,7 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "AssumptionConfig",
     "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
@@ -51,6 +60,7 @@ __all__ = [
     "FiguresConfig",
     "GeometryConfig",
     "GuardConfig",
+    "HelmetConfig",
     "InspectConfig",
     "InspectStoreConfig",
     "ModelConfig",
@@ -58,12 +68,14 @@ __all__ = [
     "NeedleConfig",
     "ParallelConfig",
     "PathsConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",
     "SbatchConfig",
     "SlurmConfig",
     "SourceConfig",
+    "SuiteConfig",
     "TestTimeConfig",
     "TrackerConfig",
     "TrainConfig",

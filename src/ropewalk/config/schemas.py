@@ -6,11 +6,13 @@ from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig
 from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
+from ropewalk.config.plan import PlanConfig
 from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.train import TrainConfig
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "plan": PlanConfig,
     "prepare": PrepareConfig,
     "convert_mds": ConvertConfig,
     "inspect_store": InspectStoreConfig,

@@ -22,7 +22,7 @@ def contract(config: TrainConfig, position: Position, store: PackedStore, mixtur
         "base_model": {
             "path": config.model.path,
             "revision": config.model.revision,
-            "architecture": dict(config.model.architecture),
+            "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
         },
         "tokenizer": dict(store.tokenizer),
         **mixture.contract(),
@@ -34,6 +34,7 @@ def contract(config: TrainConfig, position: Position, store: PackedStore, mixtur
             for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
         },
         "dtype": trainer.dtype,
+        "z_loss": trainer.z_loss,
     }
 
 
