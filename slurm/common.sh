@@ -106,7 +106,7 @@ finish() {
 }
 
 # Seconds before the time limit at which a run has to be told: the planner's step and save.
-lead_seconds() { once python scripts/plan.py "$@" nodes="$SLURM_NNODES" only=lead_seconds advisory=true; }
+lead_seconds() { once python scripts/plan.py "$@" nodes="$SLURM_NNODES" print=lead_seconds; }
 
 # The instant at which the ranks leave by themselves, should SLURM's warning come late or never; empty where the job has
 # no limit, or one too short for that.
