@@ -1,12 +1,13 @@
 # make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
 # make test   everything that CI runs
+# make docs   the pages of docs/ as a site, in site/
 # make check  lint, types and the fast tests, for the working day
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-smollm2 test check lint types format
+.PHONY: install demo demo-smollm2 test docs check lint types format
 
 install: $(INSTALLED)
 
@@ -28,6 +29,15 @@ demo-smollm2: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# A venv of its own: MkDocs reads the sources and imports none of them.
+.venv-docs/.installed: requirements-docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.lock
+	@touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 check: lint types
 	$(BIN)/python -m pytest -m "not slow"
