@@ -10,7 +10,7 @@ from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment, composed
 from omegaconf import OmegaConf
 
-from ropewalk.entry import CONFIG_DIR, plain_argument
+from ropewalk.entry import CONFIG_DIR, hydra_arguments, plain_argument
 from ropewalk.planner import print_plan
 
 ROOT = CONFIG_DIR.parent

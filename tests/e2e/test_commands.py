@@ -10,7 +10,7 @@ import pytest
 from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment
 
-from ropewalk.entry import CONFIG_DIR, choices
+from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
@@ -27,6 +27,17 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def test_shell_scripts_parse(script):
     done = run("bash", "-n", script)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("name", "given", "taken"), [
+    ("inspect_store", ["store=x", "--verify"], ["store=x", "verify=true"]),
+    ("inspect_store", ["--store", "x", "--cfg", "job"], ["store=x", "--cfg", "job"]),
+    ("convert_mds", ["--format=mds", "+mds=prolong_64k"], ["format=mds", "+mds=prolong_64k"]),
+    ("prepare", ["+corpus=demo", "--n-shards", "4", "--help"], ["corpus=demo", "n_shards=4", "--help"]),
+    ("train", ["+experiment=cope20", "+rope=rope", "--multirun"], ["+experiment=cope20", "rope=rope", "--multirun"]),
+])  # fmt: skip
+def test_arguments_of_the_usual_form_are_taken(name, given, taken):
+    assert hydra_arguments(given, name) == taken
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -47,7 +58,7 @@ def groups_in(help_text: str) -> set[str]:
 
 # What a command line may choose from; other entries' groups would only be refused.
 GROUPS = {name: set() for name in ENTRIES} | {
-    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "experiment", "debug"},
+    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "cluster", "experiment", "debug"},
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
@@ -58,7 +69,7 @@ GROUPS["scripts/plan.py"] = GROUPS["train.py"] | {"cluster"}
 @pytest.mark.parametrize(("script", "command", "groups"), [
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
-    ("scripts/evaluate.py", "validate", {"rope"}),
+    ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")

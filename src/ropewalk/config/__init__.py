@@ -14,12 +14,21 @@ from ropewalk.config.data import (
     PrepareConfig,
     SourceConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    HelmetConfig,
+    NeedleConfig,
+    SuiteConfig,
+    ValidateConfig,
+)
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.schemas import SCHEMAS
+from ropewalk.config.slurm import SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     DataConfig,
@@ -51,6 +60,7 @@ __all__ = [
     "FiguresConfig",
     "GeometryConfig",
     "GuardConfig",
+    "HelmetConfig",
     "InspectConfig",
     "InspectStoreConfig",
     "ModelConfig",
@@ -62,7 +72,10 @@ __all__ = [
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",
+    "SbatchConfig",
+    "SlurmConfig",
     "SourceConfig",
+    "SuiteConfig",
     "TestTimeConfig",
     "TrackerConfig",
     "TrainConfig",

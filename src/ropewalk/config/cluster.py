@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
+
+from ropewalk.config.slurm import SlurmConfig
 
 
 @dataclass
@@ -21,3 +23,4 @@ class ClusterConfig:
     host_memory_gib: float = MISSING  # of a node
     disk_write_gb_s: float = MISSING  # that a node writes to where checkpoints go
     price_per_gpu_hour: float = MISSING  # in whatever currency you count
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

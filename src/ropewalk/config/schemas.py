@@ -7,6 +7,7 @@ from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfi
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.plan import PlanConfig
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.train import TrainConfig
 
 SCHEMAS: dict[str, type] = {
@@ -23,4 +24,5 @@ SCHEMAS: dict[str, type] = {
     "figures": FiguresConfig,
     "geometry": GeometryConfig,
     "validate": ValidateConfig,
+    "sbatch": SbatchConfig,
 }

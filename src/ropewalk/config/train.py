@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.groups import PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -64,10 +65,15 @@ class TrainerConfig:
     weight_decay: float = 0.1  # not on norms and biases
     gradient_clipping: float = 1.0  # global norm
     activation_checkpointing: bool = True
+    offload_activations: bool = False  # checkpointed activations wait in host memory
+    mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
+    compile: bool = False  # torch.compile, layer by layer
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
+    z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps
     peak_flops: float | None = None  # of one device, dense, for MFU; null: known for A100, H100 and H200 in bf16
     checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
+    save_in_background: bool = False  # from a copy in host memory, as large as the rank's part of the checkpoint
     keep_last: int | None = None  # newest checkpoints that are kept; null: all
     keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
@@ -138,4 +144,5 @@ class TrainConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -34,6 +34,7 @@ def contract(config: TrainConfig, position: Position, store: PackedStore, mixtur
             for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
         },
         "dtype": trainer.dtype,
+        "z_loss": trainer.z_loss,
     }
 
 

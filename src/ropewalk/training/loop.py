@@ -16,6 +16,7 @@ from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.prefetch import prefetched
 from ropewalk.data.remote import open_stores
+from ropewalk.data.tokenizer import check_same_vocabulary
 from ropewalk.model import training_config
 from ropewalk.rope.position import position_of
 from ropewalk.training.checkpoint import load_checkpoint
@@ -61,7 +62,7 @@ def train(config: TrainConfig) -> None:
     validate_train(config, world_size())
     store, mixture = open_data(config)
     model_config = training_config(config.model, config.rope.name, config.rope.chain, config.data.sequence_length)
-    fit_tokenizer(model_config, store, from_scratch=config.model.path is None)
+    fit_tokenizer(model_config, store, config.model.path)
     check_heads(model_config, config.parallel.sequence)
     _run(config, start_processes(trainer.device, config.parallel.sequence), store, mixture, model_config)
 
@@ -81,11 +82,17 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
     return stores[""], mixture
 
 
-def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scratch: bool) -> None:
-    """Check that the model can embed the store's tokens; a model from scratch takes the store's special tokens.
+def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str | None) -> None:
+    """Check that the store's tokens are the model's; a model from scratch takes the store's special tokens.
+
+    Args:
+        model_config: of the model.
+        store: whose tokens it is trained on.
+        path: directory or hub id of the model; its tokenizer is compared where it lies in a directory. None: from
+            scratch.
 
     Raises:
-        ValueError: where the store's vocabulary is larger than the model's.
+        ValueError: where the store's vocabulary is another than the model's, or larger than what it embeds.
     """
     tokenizer = store.tokenizer
     if tokenizer["vocab_size"] > model_config.vocab_size:
@@ -93,7 +100,9 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scrat
             f"the store's tokenizer has {tokenizer['vocab_size']} tokens and the model embeds {model_config.vocab_size}"
             "; prepare the data with the model's tokenizer (corpus.tokenizer=...)"
         )
-    if from_scratch:
+    if path is not None and (Path(path) / "tokenizer.json").is_file():
+        check_same_vocabulary(store.tokenizer_path, Path(path))
+    if path is None:
         model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
 
 
@@ -141,6 +150,7 @@ def _run(
                 if result.refused is not None:
                     if ranks.is_main:
                         write_provenance(run_dir, step + 1, result, lr, mixture, seen)
+                    saver.settle()  # the guard may end the run
                     guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
                 watchdog.step_ends()
                 saver.after(step + 1)

@@ -50,7 +50,7 @@ class Observer:
         self.since = start  # step of the last recorded row
         if not ranks.is_main:
             return
-        self.work = WorkCounter(model_config, mixture, ranks.world_size, config.trainer.micro_batch_size)
+        self.work = WorkCounter(model_config, mixture, ranks.data_size, config.trainer.micro_batch_size)
         self.peak_flops = config.trainer.peak_flops or known_peak(ranks.device)
         self.done: list[StepWork] = []  # since the last row
         run_dir = Path(config.run_dir)
