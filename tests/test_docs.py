@@ -79,7 +79,7 @@ def check_python(arguments: list[str]) -> None:
     if named:
         composed(named, *map(plain_argument, overrides[1:]))
     elif entry in ENTRIES:
-        composed(ENTRIES[entry], *overrides)
+        composed(ENTRIES[entry], *hydra_arguments(overrides, ENTRIES[entry]))
     elif entry == "-m":
         assert arguments[1].split(".")[0] in {"ropewalk", "pytest"}
     else:
