@@ -63,9 +63,10 @@ def test_commands_hold(words):
     elif program == "torchrun":
         script = next(place for place, word in enumerate(arguments) if word.endswith(".py"))
         check_python(arguments[script:])
-    elif program == "sbatch":
-        run("bash", "-n", arguments[0])
-        check_job(arguments)
+    elif program == "sbatch":  # options, some of which another command prints, then the script and its arguments
+        job = arguments[next(place for place, word in enumerate(arguments) if word.endswith(".sh")) :]
+        run("bash", "-n", job[0])
+        check_job(job)
     elif program.endswith(".sh"):
         run("bash", "-n", program)
     else:
@@ -75,6 +76,8 @@ def test_commands_hold(words):
 def check_python(arguments: list[str]) -> None:
     """Compose what an entry is given; other scripts must be there."""
     entry, overrides = arguments[0], [word for word in arguments[1:] if word.strip("-") not in OF_HYDRA]
+    if {"-m", "--multirun"} & set(arguments[1:]):  # the first of each list of values
+        overrides = [re.sub(r"^([^=\[{]+=[^,\[{]*),.*", r"\1", word) for word in overrides]
     named = COMMANDS_OF.get(entry, {}).get(overrides[0] if overrides else "")
     if named:
         composed(named, *map(plain_argument, overrides[1:]))
