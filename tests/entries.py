@@ -4,6 +4,7 @@ ENTRIES = {
     "train.py": "train",
     "data_prep/prepare.py": "prepare",
     "data_prep/convert_mds.py": "convert_mds",
+    "data_prep/gather.py": "gather",
     "data_prep/inspect.py": "inspect_store",
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",

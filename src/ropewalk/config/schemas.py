@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
-from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfig
+from ropewalk.config.data import ConvertConfig, GatherConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.plan import PlanConfig
@@ -14,6 +14,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "plan": PlanConfig,
     "prepare": PrepareConfig,
+    "gather": GatherConfig,
     "convert_mds": ConvertConfig,
     "inspect_store": InspectStoreConfig,
     "evaluate": EvaluateConfig,

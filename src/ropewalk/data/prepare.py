@@ -89,6 +89,13 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
         return output
     if config.stage != "finish" and not _planned(config, output, report):
         report(f"{output} holds this work already; remove it to make it again")
+    elif config.stage == "all" and config.executor.kind != "pool":
+        from ropewalk.data.scale import run_stages
+
+        run_stages(output, config.executor)
+        if config.executor.kind == "slurm":
+            report(f"submitted; {output} is whole when the last job is done")
+            return output
     elif config.stage != "plan":
         plan = Plan.load(output)
         if config.stage == "all":
@@ -96,7 +103,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
             workers = 1 if small and config.workers is None else config.workers
             _run_all(Tokenize(plan), "tokenize", workers, report)
             _run_all(Pack.of(plan), "pack", workers, report)
-        _finish(plan, report)
+        finish(plan, report)
     if config.stage != "plan":
         for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
             report(line)
@@ -225,7 +232,7 @@ def _run_all(stage: Tokenize | Pack, name: str, workers: int | None, report: Rep
         report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
 
 
-def _finish(plan: Plan, report: Report) -> None:
+def finish(plan: Plan, report: Report) -> None:
     """Put the parts together, and clear away what was needed for them."""
     output, pack = Path(plan.output), Pack.of(plan)
     sources = _described(plan)
@@ -343,6 +350,7 @@ def validate_prepare(config: PrepareConfig) -> None:
         raise ValueError(f"corpus.heldout_length={config.corpus.heldout_length} must be at least 2 tokens; raise it")
     one_of("stage", config.stage, STAGES)
     one_of("corpus.engine", config.corpus.engine, ENGINES)
+    one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))
     if not 0 <= config.shard < config.n_shards:
         raise ValueError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
     if config.shard_mb <= 0 or (config.workers is not None and config.workers < 1):
