@@ -148,10 +148,9 @@ def _evaluate(config: EvaluateConfig) -> Stage:
 
     for steps in (config.rope.chain, config.test_time.within, config.test_time.beyond):
         RopeChain(steps)
-    needs = [
-        Need("checkpoint", config.checkpoint, ("run", "model")),
-        Need("documents", config.documents, ("heldout", "documents")),
-    ]
+    needs = [Need("checkpoint", config.checkpoint, ("run", "model"))]
+    if config.documents is not None:
+        needs.append(Need("documents", config.documents, ("heldout", "documents")))
     return Stage(needs, [Promise(config.output, "evaluation")])
 
 
