@@ -151,7 +151,7 @@ def _source(checkpoint: Path, dtype: str) -> dict[str, object]:
         "step": manifest["step"],
         "chain_sha256": metadata["chain_sha256"],
         "dtype": dtype,
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+        "files": manifest["files"],
     }
 
 
