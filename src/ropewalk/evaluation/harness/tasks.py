@@ -125,8 +125,8 @@ def run_task(
         name = spec if isinstance(spec, str) else getattr(spec, "task_name", None) or spec["task"]
         raise ValueError(
             f"the data of {name} could not be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); if "
-            "the hub is not to be reached from here, fill its cache (HF_HOME) on a machine that reaches it, or give offline "
-            "data (suite=short_offline); finished tasks are kept"
+            "the hub is not to be reached from here, fill its cache (HF_HOME) on a machine that reaches it, or give "
+            "offline data (suite=short_offline); finished tasks are kept"
         ) from error
 
 
