@@ -98,7 +98,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     Raises:
         ValueError: naming the value, the rule and the mend.
     """
-    _validate(config)
+    check_settings(config)
     if config.documents is None:
         raise ValueError(
             "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
@@ -137,7 +137,12 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _validate(config: EvaluateConfig) -> None:
+def check_settings(config: EvaluateConfig) -> None:
+    """Check the settings by themselves.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
     lengths, needle = config.lengths, config.needle
     if not lengths or min(lengths) < SHORTEST:
         raise ValueError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")

@@ -47,7 +47,7 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
     published = None if config.suite.published is None else read_published(config.suite.published)
     subject = make_subject(config)
     output = writable_directory("output", config.output)
-    ranks = Ranks()
+    ranks = Ranks.launched()
     store = CellStore(output, config.overwrite)
     for suite in suites:
         for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
@@ -128,9 +128,7 @@ def check_suites(suites: list[SuiteConfig], config: EvaluateConfig) -> None:
 
 def _run(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
     if suite.harness == "quick":
-        if ranks.rank == 0:
-            run_quick(subject, test_time, store)
-        ranks.gather(None)
+        run_quick(subject, test_time, store, ranks)
     elif suite.harness == "ruler":
         run_ruler(subject, suite, test_time, store, ranks)
     elif suite.harness == "lm_eval":
@@ -141,10 +139,13 @@ def _run(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, store:
         run_helmet(subject, suite, test_time, store, ranks)
 
 
-def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore) -> None:
+def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
     """Loss by position and the needle grid, and their rows in the table."""
     config = replace(subject.config, test_time=test_time)
-    results = evaluate(config)
+    results = evaluate(config, ranks)
+    ranks.gather(None)  # before results.parquet is made, no rank may look for it
+    if ranks.rank:
+        return
     settings = subject.settings(config.lengths, test_time)
     for length, rows in results.groupby("context_length"):
         columns = subject.columns(settings[int(length)])

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 checkout, attention = sys.argv[1:3]
-sys.path.insert(0, checkout)
+sys.path[0] = checkout  # in place of this directory, whose modules are not HELMET's
 sys.argv = [f"{checkout}/eval.py", *sys.argv[3:]]
 
 import model_utils  # type: ignore[import-not-found]  # noqa: E402
