@@ -1,6 +1,6 @@
 """Memory and time of reading one long prompt: ``python benchmarks/prefill.py MODEL_DIR TOKENS [CHUNK]``.
 
-Reads TOKENS random tokens in chunks against a key/value cache, as evaluation does, and prints seconds, tokens a second and
+Reads TOKENS random tokens in chunks against a key/value cache, as evaluation does, and prints its seconds and
 the peak of resident memory. CHUNK: as chunk_for says unless given; TOKENS for one pass.
 """
 

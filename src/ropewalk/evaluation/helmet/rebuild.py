@@ -23,7 +23,7 @@ from ropewalk.files import write_atomically
 DEPTHS = 6  # the dep6 of the files' names
 DEMOS = 3  # worked examples that a row carries; HELMET takes as many as its shots
 _PARTS = re.compile(
-    r"afterwards\.\n(?P<context>.*)\nWhat (?:is|are all) the special magic (?P<kind>\w+) for (?P<query>.*) mentioned",
+    r"afterwards\.\n(?P<context>.*)\nWhat (?:is|are all) the special magic (?P<kind>\w+) for (?P<query>.*?) mentioned",
     re.S,
 )
 
