@@ -139,8 +139,11 @@ def _convert(config: ConvertConfig) -> Stage:
 
 
 def _export(config: ExportConfig) -> Stage:
-    output = config.output or f"{config.checkpoint}/export"
-    return Stage([Need("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
+    if config.checkpoint is not None:
+        need, output = Need("checkpoint", config.checkpoint, ("run",)), f"{config.checkpoint}/export"
+    else:
+        need, output = Need("model", config.model.path, ("model",)), f"{config.paths.output_dir}/exports"
+    return Stage([need], [Promise(config.output or output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
