@@ -146,5 +146,5 @@ def test_a_given_base_of_the_same_name_keeps_its_path(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "arm", other)
     found = with_bases([arm], str(other))
     assert [(run.name, run.is_base) for run in found] == [("arm", False), (str(other), True)]
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match=r"base=.*none is not a directory; give the base"):
         with_bases([arm], str(tmp_path / "none"))

@@ -201,8 +201,9 @@ def _without_number(found: list[Scores]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for one in found:
         for row in one.rows[one.rows["value"].isna()].itertuples():
-            reasons.setdefault(str(row.metric).replace("_", " "), []).append(str(row.task))
-    return [f"No number, because {reason}: {listed(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
+            reason = REASONS.get(str(row.metric), str(row.metric))
+            reasons.setdefault(reason, []).append(str(row.task))
+    return [f"No number, as {reason}: {listed(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
 
 
 def ranking(found: list[Scores], lengths: list[int], blocks: list[Block]) -> str:
