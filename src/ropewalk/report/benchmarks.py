@@ -33,6 +33,8 @@ RULER = Suite("ruler", "RULER", whole=13)
 HELMET = Suite("helmet", "HELMET", by_category=True)
 LONG = Suite("lm-eval", "Other long-context tasks")
 SUITES = (RULER, HELMET, LONG)
+# Metric of a row without a value -> why it has none.
+REASONS = {"needs_judge": "only a judge model scores it", "inputs_unpublished": "its inputs were never published"}
 SCALE = "Percent; shaded: longer than the run was trained at; ± is the standard error over samples, not training noise."
 
 
