@@ -168,16 +168,21 @@ def main() -> None:
         source = scratch / "all/code"
         documents_of(source, scratch / "documents.jsonl")
         found: dict[str, list[tuple[float, float]]] = {}
+
+        def note(name: str, seconds: float, used: float) -> None:
+            found.setdefault(name, []).append((seconds, used))
+            print(f"{name}: {seconds:.1f} s, {used:.1f} s of processors", file=sys.stderr, flush=True)
+
         memory = 0.0
         for _ in range(arguments.rounds):
             seconds, used, encoded = run(BARE, tokenizer, "auto", str(source))
-            found.setdefault("bare tokenizer", []).append((seconds, used))
+            note("bare tokenizer", seconds, used)
             for name, engine, workers in WAYS:
                 seconds, used, largest = prepared(scratch, tokenizer, engine, source, workers)
-                found.setdefault(name, []).append((seconds, used))
+                note(name, seconds, used)
                 memory = max(memory, largest) if name == "one process" else memory
             if rival is not None:
-                found.setdefault("datatools", []).append(rival.prepare(scratch / "documents.jsonl", LENGTH))
+                note("datatools", *rival.prepare(scratch / "documents.jsonl", LENGTH))
         stored = json.loads((scratch / "out/packed-65536/manifest.json").read_text())["domains"]
         quarter = prepared(scratch, tokenizer, "auto", scratch / "quarter/code", 1)[2]
     tokens = sum(domain["tokens"] for domain in stored.values())
