@@ -14,7 +14,7 @@ from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments, plain_argument
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
-SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md"))
+SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md", "docs/data.md"))
 BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", SHOWN, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
 ENTRIES = {
@@ -62,6 +62,9 @@ def test_readme_commands(command):
         composed(COMMANDS_OF[command[1]][command[2]], *map(plain_argument, command[3:]))
     elif command[0] == "python" and command[1] in ENTRIES:
         composed(ENTRIES[command[1]], *hydra_arguments(command[2:], ENTRIES[command[1]]))
+    elif command[0] == "slurm/prepare_data.sh":
+        assert run("bash", "-n", command[0]).returncode == 0
+        composed("prepare", *hydra_arguments(command[2:], "prepare"))
     elif command[0] == "sbatch":
         assert run("bash", "-n", command[1]).returncode == 0
         composed("train", *(command[2:] or ["+experiment=cope20"]))
