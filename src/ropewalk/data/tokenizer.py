@@ -175,7 +175,14 @@ def is_plain(directory: Path) -> bool:
     if not config.is_file() or not (directory / "tokenizer.json").is_file():
         return False
     said = json.loads(config.read_text(encoding="utf-8"))
-    return said.get("tokenizer_class") in PLAIN_CLASSES and {"bos_token", "eos_token"} <= said.keys()
+    if said.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= said.keys():
+        return False
+    # transformers would add those that tokenizer.json lacks
+    added = [
+        json.dumps(token["content"], ensure_ascii=False) for token in said.get("added_tokens_decoder", {}).values()
+    ]
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
+    return all(token in text for token in added)
 
 
 def copy_plain(source: Path, target: Path) -> None:
