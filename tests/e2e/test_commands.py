@@ -35,6 +35,7 @@ COMMANDS_OF = {
         **dict.fromkeys(FIGURES, "figures"),
     },
     "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
+    "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
 }
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("recipes", "slurm") for path in (ROOT / folder).rglob("*.sh")
@@ -119,13 +120,15 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
+    "scripts/export.py": {"rope", "test_time"},
 }
 
 
 @pytest.mark.parametrize(("script", "command", "groups"), [
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
-    ("scripts/evaluate.py", "validate", {"rope"}),
+    ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/export.py", "check", set()),
+    ("scripts/export.py", "repair", {"rope"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")
