@@ -102,9 +102,8 @@ def _train(config: TrainConfig) -> Stage:
     data = config.data
     needs = [Need("data.store", data.store, ("store",), data.sequence_length if not data.stores else None)]
     needs += [Need(f"data.stores.{name}", path, ("store",)) for name, path in data.stores.items()]
-    start = getattr(config, "start_from", None)
-    if start is not None and start.run is not None:
-        needs.append(Need("start_from.run", start.run, ("run",)))
+    if config.start_from.run is not None:
+        needs.append(Need("start_from.run", config.start_from.run, ("run",)))
     elif config.model.path is not None:
         needs.append(Need("model.path", config.model.path, ("model",)))
     return Stage(needs, [Promise(config.run_dir, "run", data.sequence_length)])
