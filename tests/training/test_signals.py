@@ -64,14 +64,16 @@ def test_a_second_signal_ends_the_process_at_once(store_64, tmp_path):
         assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
 
 
-def test_the_time_limit_leaves_before_the_next_step_would_pass_it(store_64, tmp_path):
-    limit = time.time() + 6
+def test_the_time_limit_leaves_before_the_next_step_would_pass_it(store_64, tmp_path, monkeypatch):
+    """An hour is left, and it is over once three steps are recorded."""
+    real = time.time
     config = tiny_run(store_64, tmp_path, "trainer.max_steps=100000", "trainer.checkpoint_every=1000",
-                      f"trainer.stop_before={limit}")  # fmt: skip
+                      f"trainer.stop_before={real() + 3600}")  # fmt: skip
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * (len(read_metrics(tmp_path)) >= 3))
     with pytest.raises(SystemExit) as left:
         train(config)
     assert left.value.code == EXIT_REQUEUE
-    assert verify_checkpoint(find_checkpoint(tmp_path))["step"] == len(read_metrics(tmp_path)) > 0
+    assert verify_checkpoint(find_checkpoint(tmp_path))["step"] == len(read_metrics(tmp_path)) == 3
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # an exiting process ignores them; pytest lives on
 

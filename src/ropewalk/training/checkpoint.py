@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ropewalk.files import fsync_path, inside, sha256_of, write_atomically
+from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
 from ropewalk.training.background import Work, snapshot
 
@@ -74,9 +74,16 @@ def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1
             continue
         if not path.is_file():
             raise ValueError(f"{path} is missing, but the manifest lists it")
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise ValueError(f"{path} is not the file that was saved (its size or sha256 differs)")
+        if path.stat().st_size != expected["bytes"] or not _hashes_to(path, expected):
+            raise ValueError(f"{path} is not the file that was saved (its size or checksum differs)")
     return manifest
+
+
+def _hashes_to(path: Path, expected: Mapping[str, Any]) -> bool:
+    """Checkpoints have BLAKE3; those of the first weeks SHA-256, which took longer than the writing."""
+    if "blake3" in expected:
+        return blake3_of(path) == expected["blake3"]
+    return sha256_of(path) == expected["sha256"]
 
 
 class SaveFailed(RuntimeError):
@@ -123,7 +130,8 @@ def start_save(
             do()
         return _settle_share(directory, failures, rng)
 
-    return StartedSave(run_dir, step, dict(contract), dict(state), Work(write, in_background))
+    facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+    return StartedSave(run_dir, facts, dict(contract), dict(state), Work(write, in_background))
 
 
 class StartedSave:
@@ -132,12 +140,13 @@ class StartedSave:
     def __init__(
         self,
         run_dir: Path,
-        step: int,
+        facts: Mapping[str, int],
         contract: Mapping[str, Any],
         state: Mapping[str, Any],
         share: Work[dict[str, Any]],
     ) -> None:
-        self.run_dir, self.step, self.contract, self.state, self.share = run_dir, step, contract, state, share
+        self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
+        self.step = facts["step"]
 
     def written(self, group: dist.ProcessGroup | None) -> bool:
         """Whether every rank has written its files, so that ``commit`` would not wait. Collective."""
@@ -154,7 +163,7 @@ class StartedSave:
         directory = checkpoint_directory(self.run_dir, self.step)
         with _undone(self.run_dir, self.step):
             mine = _all_or_none(self.share.result)
-            _all_or_none(lambda: _commit(directory, self.step, self.contract, self.state, mine))
+            _all_or_none(lambda: _commit(directory, self.facts, self.contract, self.state, mine))
         return directory
 
 
@@ -206,7 +215,11 @@ def _recorded_writes(engine: Any, in_background: bool) -> Iterator[tuple[list[st
         setattr(owner, name, recorded(getattr(owner, name)))
     if in_background:
         write = engine.checkpoint_engine.save
-        engine.checkpoint_engine.save = lambda content, path: later.append(partial(write, snapshot(content), path))
+
+        def postpone(state_dict: Any, path: str) -> None:
+            later.append(partial(write, snapshot(state_dict), path))
+
+        engine.checkpoint_engine.save = postpone
     try:
         yield failures, later
     finally:
@@ -224,7 +237,11 @@ def _settle_share(directory: Path, failures: list[str], rng: dict[str, torch.Ten
 
 
 def _commit(
-    directory: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any], mine: dict[str, Any]
+    directory: Path,
+    facts: Mapping[str, int],
+    contract: Mapping[str, Any],
+    state: Mapping[str, Any],
+    mine: dict[str, Any],
 ) -> None:
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
@@ -232,8 +249,7 @@ def _commit(
         return
     manifest = {
         "format": FORMAT_VERSION,
-        "step": step,
-        "world_size": dist.get_world_size(),
+        **facts,
         "contract": dict(contract),
         "state": dict(state),
         "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
@@ -277,13 +293,18 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None
         universal: its universal form, where another number of ranks saved it. Random state is left alone then: it
             belongs to ranks that are no more, and training draws nothing from it.
     """
-    engine._config.load_universal_checkpoint = universal is not None
-    loaded, _ = engine.load_checkpoint(str(universal or checkpoint), tag=ZERO)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {(universal or checkpoint) / ZERO}")
+    load_state(engine, universal or checkpoint, is_universal=universal is not None)
     if universal is None:
         _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
-    else:
+
+
+def load_state(engine: Any, directory: Path, *, is_universal: bool) -> None:
+    """Load weights and optimizer state from a verified checkpoint or its universal form. Collective."""
+    engine._config.load_universal_checkpoint = is_universal
+    loaded, _ = engine.load_checkpoint(str(directory), tag=ZERO)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {directory / ZERO}")
+    if is_universal:
         _unshare_steps(engine)
 
 
@@ -311,7 +332,7 @@ def _files_of(rank: int, directory: Path) -> list[Path]:
 def _settle(path: Path) -> dict[str, Any]:
     """Flush a file to its disk and describe it."""
     fsync_path(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "blake3": blake3_of(path)}
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
