@@ -66,7 +66,8 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
     one_of("tracker.name", config.tracker.name, ("wandb", "trackio", "none"))
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
     _validate_shares(config, world_size)
-    if config.model.path is None and "model_type" not in config.model.architecture:
+    one_of("start_from.optimizer", config.start_from.optimizer, ("keep", "drop"))
+    if not _has_weights(config) and "model_type" not in config.model.architecture:
         raise ValueError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "
             f"or an architecture to build from scratch (one of {', '.join(SUPPORTED_MODEL_TYPES)})"
@@ -77,6 +78,7 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
             "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
     _validate_guards(config.guards)
+    _validate_evaluation(config)
     _validate_chain(config)
     if stores:
         _validate_stores(data)
@@ -119,6 +121,24 @@ def _validate_guards(guards: GuardConfig) -> None:
         raise ValueError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
 
 
+def _validate_evaluation(config: TrainConfig) -> None:
+    evaluation, longest, sequence = config.evaluation, config.data.sequence_length, config.parallel.sequence
+    if evaluation.every is None:
+        return
+    if evaluation.every < 1:
+        raise ValueError(f"evaluation.every={evaluation.every} must be positive; null for no evaluation while training")
+    mend = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
+    existing_directory("evaluation.documents", evaluation.documents or "null", mend)
+    for length in evaluation.lengths:
+        if length > longest:
+            raise ValueError(
+                f"evaluation.lengths has {length}, past data.sequence_length={longest}; beyond it a method may need "
+                "test-time scaling, which scripts/evaluate.py gives"
+            )
+        if length % sequence:
+            raise ValueError(f"evaluation.lengths has {length}, which parallel.sequence={sequence} does not divide")
+
+
 def _validate_shares(config: TrainConfig, world_size: int) -> None:
     trainer, sequence = config.trainer, config.parallel.sequence
     if sequence < 1 or world_size % sequence:
@@ -141,11 +161,16 @@ def _validate_shares(config: TrainConfig, world_size: int) -> None:
         )
 
 
+def _has_weights(config: TrainConfig) -> bool:
+    """Whether training begins with a checkpoint's weights, and so with its chain."""
+    return config.model.path is not None or config.start_from.run is not None
+
+
 def _validate_chain(config: TrainConfig) -> None:
     from ropewalk.rope import RopeChain
 
     chain = RopeChain(config.rope.chain)
-    if config.model.path is not None and not chain.rebuilds:
+    if _has_weights(config) and not chain.rebuilds:
         return  # it follows the checkpoint's own chain: both are run when that one's config is read
     chain.spectrum(
         head_dim=config.model.head_dim,

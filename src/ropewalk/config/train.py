@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ropewalk.config.cluster import ClusterConfig
+from ropewalk.config.evaluation import NeedleConfig
 from ropewalk.config.groups import PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -18,7 +19,8 @@ class ModelConfig:
     """The model that training starts from.
 
     ``theta``, ``head_dim`` and ``pretrained_length`` are declared here, so that a chain can be resolved before
-    anything is loaded; they are checked against the checkpoint's own config.json when it is.
+    anything is loaded; they are checked against the checkpoint's own config.json when it is. Under ``start_from.run``
+    the weights, the config and the pretrained length are that run's, and ``path`` is not read.
     """
 
     name: str = MISSING
@@ -101,6 +103,14 @@ class ResumeConfig:
 
 
 @dataclass
+class StartConfig:
+    """A stage that begins with the weights of another run: a longer context, SFT. Its chain comes along."""
+
+    run: str | None = None  # run directory (its newest committed checkpoint), or one checkpoint; null: as model says
+    optimizer: str = "keep"  # keep: with its Adam moments and step count; drop: as at the beginning
+
+
+@dataclass
 class GuardConfig:
     """What keeps a bad step from the weights. A refused step is counted, written to refused/, and passed over."""
 
@@ -110,6 +120,21 @@ class GuardConfig:
     spike_action: str = "skip"  # or stop
     stuck_multiple: float = 10.0  # of the median step; a step that takes longer is reported, with every rank's stack
     stuck_seconds: float = 60.0  # and at least so long
+
+
+@dataclass
+class InTrainingConfig:
+    """A small evaluation every so many steps, on all ranks: loss by position and a needle grid.
+
+    It runs under the spectrum that is trained. Neither the data order nor random state is touched.
+    """
+
+    every: int | None = None  # steps; after the last one, too; null: none
+    documents: str | None = None  # held-out documents: a directory that prepare.py wrote, or one of text files
+    lengths: list[int] = field(default_factory=list)  # tokens, up to data.sequence_length; empty: that one
+    max_documents: int | None = 16
+    seed: int = 0
+    needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(depths=[0.0, 0.5, 1.0], samples=2))
 
 
 @dataclass
@@ -140,9 +165,11 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    start_from: StartConfig = field(default_factory=StartConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: InTrainingConfig = field(default_factory=InTrainingConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -130,7 +130,8 @@ def start_save(
             do()
         return _settle_share(directory, failures, rng)
 
-    return StartedSave(run_dir, step, dict(contract), dict(state), Work(write, in_background))
+    facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+    return StartedSave(run_dir, facts, dict(contract), dict(state), Work(write, in_background))
 
 
 class StartedSave:
@@ -139,12 +140,13 @@ class StartedSave:
     def __init__(
         self,
         run_dir: Path,
-        step: int,
+        facts: Mapping[str, int],
         contract: Mapping[str, Any],
         state: Mapping[str, Any],
         share: Work[dict[str, Any]],
     ) -> None:
-        self.run_dir, self.step, self.contract, self.state, self.share = run_dir, step, contract, state, share
+        self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
+        self.step = facts["step"]
 
     def written(self, group: dist.ProcessGroup | None) -> bool:
         """Whether every rank has written its files, so that ``commit`` would not wait. Collective."""
@@ -161,7 +163,7 @@ class StartedSave:
         directory = checkpoint_directory(self.run_dir, self.step)
         with _undone(self.run_dir, self.step):
             mine = _all_or_none(self.share.result)
-            _all_or_none(lambda: _commit(directory, self.step, self.contract, self.state, mine))
+            _all_or_none(lambda: _commit(directory, self.facts, self.contract, self.state, mine))
         return directory
 
 
@@ -235,7 +237,11 @@ def _settle_share(directory: Path, failures: list[str], rng: dict[str, torch.Ten
 
 
 def _commit(
-    directory: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any], mine: dict[str, Any]
+    directory: Path,
+    facts: Mapping[str, int],
+    contract: Mapping[str, Any],
+    state: Mapping[str, Any],
+    mine: dict[str, Any],
 ) -> None:
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
@@ -243,8 +249,7 @@ def _commit(
         return
     manifest = {
         "format": FORMAT_VERSION,
-        "step": step,
-        "world_size": dist.get_world_size(),
+        **facts,
         "contract": dict(contract),
         "state": dict(state),
         "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
@@ -288,13 +293,18 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None
         universal: its universal form, where another number of ranks saved it. Random state is left alone then: it
             belongs to ranks that are no more, and training draws nothing from it.
     """
-    engine._config.load_universal_checkpoint = universal is not None
-    loaded, _ = engine.load_checkpoint(str(universal or checkpoint), tag=ZERO)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {(universal or checkpoint) / ZERO}")
+    load_state(engine, universal or checkpoint, is_universal=universal is not None)
     if universal is None:
         _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
-    else:
+
+
+def load_state(engine: Any, directory: Path, *, is_universal: bool) -> None:
+    """Load weights and optimizer state from a verified checkpoint or its universal form. Collective."""
+    engine._config.load_universal_checkpoint = is_universal
+    loaded, _ = engine.load_checkpoint(str(directory), tag=ZERO)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {directory / ZERO}")
+    if is_universal:
         _unshare_steps(engine)
 
 

@@ -6,7 +6,6 @@ import atexit
 import ctypes
 import logging
 import os
-import socket
 import time
 import warnings
 from collections.abc import Iterable
@@ -96,15 +95,12 @@ def start_processes(device: str, sequence: int = 1) -> Ranks:
 
 def _join(deepspeed: Any, device: str) -> None:
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": "0",  # any free one: found by the store itself, so that no other process takes it meanwhile
         }
         os.environ.update(alone)
     if device == "cuda":
@@ -202,8 +198,9 @@ class LossModel(nn.Module):
         labels: Tensor,
         documents: Documents,
         token_losses: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross entropy of one packed row, and its z-loss where there is one.
+        """Summed cross entropy of one packed row, and its z-loss where there is one; or some of its logits.
 
         Args:
             input_ids: int64 (1, tokens).
@@ -211,17 +208,21 @@ class LossModel(nn.Module):
             labels: int64 (1, tokens), already shifted; -100 is not trained on.
             documents: where each document begins and ends.
             token_losses: fp32 (tokens,), gets the loss of each trained token.
+            logits_at: int64 (n,), places in the row.
 
         Returns:
-            fp32 scalar, nats.
+            fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
         """
         # use_cache=True would let packed documents see each other in stock attention; say it where it matters.
         decoder = self.lm.get_decoder()
-        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        hidden = output.last_hidden_state[0]
         head = self.lm.get_output_embeddings().weight
-        return tiled_linear_cross_entropy(
-            hidden.last_hidden_state[0], head, labels[0], self.chunk_size, token_losses, self.z_loss
-        )
+        if not torch.is_grad_enabled():
+            head = head.detach()  # else the loss would form the head's gradient all the same
+        if logits_at is not None:
+            return (hidden[logits_at] @ head.T).float()
+        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ropewalk.data.batches import IGNORE_INDEX, Batch
 
 FIRST_EDGE = 16  # tokens of context in the first bucket of positions
-PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
+PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
+BETWEEN_STEPS = ("data", "checkpoint", "evaluation")  # waits of the CPU, timed by its clock
 T = TypeVar("T")
 
 
@@ -52,7 +53,7 @@ class Meter:
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Count what happens inside to a phase; on a GPU by events in its queue, so that nothing waits for it."""
-        if self.device.type != "cuda" or phase in ("data", "checkpoint"):
+        if self.device.type != "cuda" or phase in BETWEEN_STEPS:
             start = time.perf_counter()
             yield
             self._seconds[phase] += time.perf_counter() - start

@@ -19,6 +19,9 @@ from ropewalk.files import fsync_path, write_atomically
 from ropewalk.provenance import git_commit, versions
 from ropewalk.rope.position import Position
 
+METRICS = "metrics.jsonl"  # a row for each logged step
+EVALUATIONS = "evaluations.jsonl"  # a row for each evaluation while training
+
 
 def write_record(
     config: TrainConfig, position: Position, store: PackedStore, model: dict[str, Any], world_size: int
@@ -66,11 +69,10 @@ def copy_tokenizer(source: Path | None, run_dir: Path) -> None:
 class MetricsFile:
     """metrics.jsonl: one object a logged step; on resume, rows past the checkpoint are taken off."""
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
+    def __init__(self, run_dir: Path, first_step: int, name: str = METRICS) -> None:
+        self.path = run_dir / name
+        kept = [row for row in read_metrics(run_dir, name) if row["step"] <= first_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
         self.unwritten = ""
 
     def append(self, row: dict[str, Any]) -> None:
@@ -92,9 +94,9 @@ class MetricsFile:
         fsync_path(self.path)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line cut off by a crash is left out."""
-    path = run_dir / "metrics.jsonl"
+def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, or evaluations.jsonl; a last line cut off by a crash is left out."""
+    path = run_dir / name
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

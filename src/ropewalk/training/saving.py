@@ -65,12 +65,12 @@ class Saver:
         if self.started is None:
             return
         started, self.started = self.started, None
-        with self._told(), self.observer.clock_stopped():
+        with self._told(), self.observer.clock_stopped("checkpoint"):
             self._commit(started)
 
     def _save(self, step: int) -> None:
         self.settle()
-        with self.observer.clock_stopped():
+        with self.observer.clock_stopped("checkpoint"):
             self._commit(self._begin(step, in_background=False))
 
     def _start(self, step: int) -> None:
@@ -78,7 +78,7 @@ class Saver:
             self._save(step)
             return
         self.settle()
-        with self.observer.clock_stopped():
+        with self.observer.clock_stopped("checkpoint"):
             self.started = self._begin(step, in_background=True)
 
     def _begin(self, step: int, in_background: bool) -> StartedSave:
