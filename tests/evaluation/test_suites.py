@@ -95,6 +95,24 @@ def test_with_and_without_scaling_past_the_trained_length(config) -> None:
     assert table["test_time_scaling"].tolist() == ["none", "yarn(factor=4, original_max_position_embeddings=256)"]
 
 
+def test_published_numbers_are_written_beside_the_runs(config, tmp_path, capsys) -> None:
+    config.lengths, config.name = [2200], "mine"
+    published = tmp_path / "published.csv"
+    published.write_text(
+        "source,table,benchmark,method,task,context_length,value\np,2,RULER,pretrained,13-task average,2200,80.0\n"
+    )
+    config.suite = replace(config.suite, published=str(published))
+    evaluate_suite(config)
+    beside = pd.read_csv(tmp_path / "evaluation" / "paper.csv")
+    assert beside[["run", "published", "n"]].values.tolist() == [["mine", 80.0, 2]]
+    assert beside["measured"].isna().all()  # of 13 tasks, one was run
+    assert beside["missing"][0].split(",")[0] == "niah_single_1"
+    assert "13-task average" in capsys.readouterr().out
+    config.suite.published = "nowhere.csv"
+    with pytest.raises(ValueError, match=r"suite.published=nowhere.csv is not a file"):
+        evaluate_suite(config)
+
+
 def test_quick_ends_in_the_same_table(config, documents, tmp_path) -> None:
     config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [128, 512]
     config.needle = NeedleConfig(depths=[0.0, 1.0], samples=1)
