@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig, SuiteConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
 from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
-from ropewalk.evaluation import read_results
+from ropewalk.evaluation import read_document_losses, read_results
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.suites import evaluate_suite
 from ropewalk.evaluation.table import read_table
@@ -191,24 +191,35 @@ def test_every_shipped_suite_composes() -> None:
         assert all(set(tasks) <= set(suite.tasks) or suite.harness == "helmet" for tasks in suite.averages.values())
 
 
+def two_processes(config: EvaluateConfig, output: Path, *overrides: str) -> None:
+    """scripts/evaluate.py under torchrun, on the model and lengths of ``config``."""
+    arguments = [f"checkpoint={config.checkpoint}", f"output={output}", f"lengths={config.lengths}".replace(" ", "")]
+    arguments += ["device=cpu", "dtype=float32", f"hydra.run.dir={output.parent}", *overrides]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+    subprocess.run([*launch, str(script), *arguments], check=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_samples(config, tmp_path) -> None:
     """torchrun's two ranks give what one process gives, answer by answer."""
     config.lengths, config.suite = [2200], replace(config.suite, samples=3)
     evaluate_suite(config)
     shared = tmp_path / "shared"
-    arguments = [
-        f"checkpoint={config.checkpoint}",
-        f"output={shared}",
-        "lengths=[2200]",
-        "suite=ruler",
-        "suite.tasks=[vt]",
-    ]
-    arguments += ["suite.samples=3", "device=cpu", "dtype=float32", "test_time=auto", f"hydra.run.dir={tmp_path}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-    subprocess.run([*launch, str(script), *arguments], check=True, timeout=300)
+    two_processes(config, shared, "suite=ruler", "suite.tasks=[vt]", "suite.samples=3", "test_time=auto")
     assert read_table(shared)["value"].tolist() == read_table(config.output)["value"].tolist()
     one, two = (sorted(Path(where).rglob("*.samples.jsonl"))[0].read_text() for where in (config.output, shared))
     assert one == two
     assert not math.isnan(read_table(shared)["stderr"][0])
+
+
+@pytest.mark.slow
+def test_two_processes_share_documents_and_needles(config, documents, tmp_path) -> None:
+    config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [128, 512]
+    config.needle = NeedleConfig(depths=[0.0, 1.0], samples=3)
+    evaluate_suite(config)
+    shared = tmp_path / "shared"
+    needle = ["needle.depths=[0.0,1.0]", "needle.samples=3"]
+    two_processes(config, shared, f"documents={documents}", "test_time=auto", *needle)
+    pd.testing.assert_frame_equal(read_results(shared), read_results(config.output))
+    pd.testing.assert_frame_equal(read_document_losses(shared), read_document_losses(config.output))
