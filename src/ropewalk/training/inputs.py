@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents
@@ -61,9 +63,24 @@ def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig
 
 
 def on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
-    """The model's arguments for one micro batch; queued, so that nothing waits for the device."""
-    tensors = {name: getattr(batch, name) for name in ("input_ids", "position_ids", "labels")}
+    """The model's arguments for one micro batch; see :func:`queued`."""
     return {
-        **{name: tensor.to(ranks.device, non_blocking=True) for name, tensor in tensors.items()},
-        "documents": Documents.from_cu_seqlens(batch.cu_seqlens, ranks.device, ranks.group),
+        "input_ids": queued(batch.input_ids, ranks.device),
+        "position_ids": queued(batch.position_ids, ranks.device),
+        "labels": queued(batch.labels, ranks.device),
+        "documents": Documents.from_cu_seqlens(pinned(batch.cu_seqlens, ranks.device), ranks.device, ranks.group),
     }
+
+
+def queued(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, the copy queued behind what runs there.
+
+    From pageable memory CUDA waits for its queue before it copies more than 64 kB (CUDA Runtime API, "API
+    synchronization behavior"), so the tensor is pinned first, into memory that torch's host allocator keeps.
+    """
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in page-locked memory where ``device`` is a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
