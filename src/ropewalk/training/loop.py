@@ -159,6 +159,7 @@ def _run(
                 if profile is not None:
                     profile.step()
         except StopRequested as reason:
+            watchdog.step_ends()  # the save may take its time
             saver.before_leaving(step, str(reason))
             observer.finish()
             stop.close()
