@@ -1,12 +1,13 @@
 # make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
 # make test   everything that CI runs
+# make test-slurm  jobs of slurm/ in a real SLURM that it starts on this machine (apt-get install slurm-wlm munge)
 # make check  lint, types and the fast tests, for the working day
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-smollm2 test check lint types format
+.PHONY: install demo demo-smollm2 test test-slurm check lint lint-shell types format
 
 install: $(INSTALLED)
 
@@ -29,12 +30,19 @@ demo-smollm2: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+test-slurm: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
+
 check: lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-shell:
+	@git ls-files '*.sh' .ci/run | while read -r script; do bash -n "$$script" || exit 1; done
+	git ls-files '*.sh' .ci/run | xargs shellcheck
 
 types: $(INSTALLED)
 	$(BIN)/mypy

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ropewalk import entry
 from ropewalk.config import CorpusConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.corpus import Document, read_documents
 from ropewalk.data.sources import corpus_sources, list_units
-from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
+from ropewalk.entry import CONFIG_DIR
 
 TINY = {
     "vocab_size": 512,
@@ -33,9 +33,7 @@ TINY = {
 
 def composed(name: str, *overrides: str) -> Any:
     """The dataclass that ``configs/<name>.yaml`` gives with these overrides."""
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return to_object(compose(name, list(overrides)))
+    return entry.composed(name, overrides)
 
 
 def documents_of(corpus: CorpusConfig, shard_bytes: int = 10**9) -> tuple[list[Document], dict[str, int]]:

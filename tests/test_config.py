@@ -36,7 +36,7 @@ def test_every_debug_config_composes(debug):
     assert composed("train", "+experiment=demo/cope11", f"+debug={debug}").tracker.name == "none"
 
 
-@pytest.mark.parametrize("group", ["rope", "model", "data", "trainer", "deepspeed", "tracker"])
+@pytest.mark.parametrize("group", ["rope", "model", "data", "trainer", "deepspeed", "tracker", "cluster"])
 def test_every_training_group_option_composes(group):
     for path in (CONFIG_DIR / group).glob("*.yaml"):
         mandatory = ["data.store=x", "data.sequence_length=64"] if (group, path.stem) == ("data", "packed") else []

@@ -47,6 +47,7 @@ class Documents:
         return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), bounds, longest, group)
 
 
+@torch.compiler.disable  # a compiled graph would be made anew for the bounds of every batch
 def document_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -71,6 +71,7 @@ def training_config(
         config.max_position_embeddings = model.pretrained_length
     else:
         config = _read_config(model.path, model.revision)
+        _check_sizes(model, config)
     _check_architecture(config)
     origin = position_of(config)
     _check_declared(model if start is None else replace(model, pretrained_length=origin.trained_length), origin)
@@ -109,6 +110,17 @@ def _check_architecture(config: PreTrainedConfig) -> None:
             f"sliding_window={window}: training attends to whole documents; set sliding_window: null in the model's "
             "config.json (or model.architecture), and know that the model was not trained that way"
         )
+
+
+def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
+    """Where a checkpoint's architecture is declared, for the planner, it must be the checkpoint's."""
+    for name, declared in model.architecture.items():
+        actual = getattr(config, name, None)
+        if declared != actual:
+            raise ValueError(
+                f"model.architecture.{name}={declared}, but the checkpoint {model.path} has {actual}; set "
+                f"model.architecture.{name}={actual}"
+            )
 
 
 def _check_declared(model: ModelConfig, origin: Position) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import alone_environment, composed
 
-from ropewalk.entry import CONFIG_DIR, choices, plain_argument
+from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments, plain_argument
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
@@ -21,7 +21,8 @@ ENTRIES = {
     "train.py": "train",
     "data_prep/prepare.py": "prepare",
     "data_prep/convert_mds.py": "convert_mds",
-    "data_prep/inspect_store.py": "inspect_store",
+    "data_prep/gather.py": "gather",
+    "data_prep/inspect.py": "inspect_store",
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
@@ -60,7 +61,7 @@ def test_readme_commands(command):
     elif command[0] == "python" and command[2:] and command[2] in COMMANDS_OF.get(command[1], {}):
         composed(COMMANDS_OF[command[1]][command[2]], *map(plain_argument, command[3:]))
     elif command[0] == "python" and command[1] in ENTRIES:
-        composed(ENTRIES[command[1]], *command[2:])
+        composed(ENTRIES[command[1]], *hydra_arguments(command[2:], ENTRIES[command[1]]))
     elif command[0] == "sbatch":
         assert run("bash", "-n", command[1]).returncode == 0
         composed("train", *(command[2:] or ["+experiment=cope20"]))
@@ -87,9 +88,20 @@ def test_recipe_commands_compose(script):
             filled = filled.replace(variable, value)
         _, entry, *overrides = shlex.split(re.sub(r"\$\w+|\$\{\w+\}", "x", filled))
         if entry in ENTRIES:
-            composed(ENTRIES[entry], *overrides)
+            composed(ENTRIES[entry], *hydra_arguments(overrides, ENTRIES[entry]))
         else:
             assert (ROOT / entry).is_file(), entry
+
+
+@pytest.mark.parametrize(("name", "given", "taken"), [
+    ("inspect_store", ["store=x", "--verify"], ["store=x", "verify=true"]),
+    ("inspect_store", ["--store", "x", "--cfg", "job"], ["store=x", "--cfg", "job"]),
+    ("convert_mds", ["--format=mds", "+mds=prolong_64k"], ["format=mds", "+mds=prolong_64k"]),
+    ("prepare", ["+corpus=demo", "--n-shards", "4", "--help"], ["corpus=demo", "n_shards=4", "--help"]),
+    ("train", ["+experiment=cope20", "+rope=rope", "--multirun"], ["+experiment=cope20", "rope=rope", "--multirun"]),
+])  # fmt: skip
+def test_arguments_of_the_usual_form_are_taken(name, given, taken):
+    assert hydra_arguments(given, name) == taken
 
 
 def test_no_placeholder_is_left():
@@ -115,7 +127,7 @@ def groups_in(help_text: str) -> set[str]:
 
 # What a command line may choose from; other entries' groups would only be refused.
 GROUPS = {name: set() for name in ENTRIES} | {
-    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "experiment", "debug"},
+    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "cluster", "experiment", "debug"},
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
@@ -125,7 +137,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
 @pytest.mark.parametrize(("script", "command", "groups"), [
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
-    ("scripts/evaluate.py", "validate", {"rope"}),
+    ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")

@@ -82,7 +82,9 @@ def test_position_marks_trained_lengths_and_pairs_differences(runs: list[Run]) -
     assert not traces(difference, "rope")  # the baseline is the zero line
     assert traces(difference, "base")[1].y == pytest.approx([0.2] * 8)
     assert "yarn(factor=4, original_max_position_embeddings=512)" in yarn.panels[0].note
-    assert "over positions 256 to 512" in figure.reading  # the last bucket that base shares on its own spectrum
+    assert "Over positions 256 to 512" in figure.rows[0].reading  # the last bucket that base shares on its own spectrum
+    assert figure.reading == "One seed, so training noise unknown: base, rope, hardclip11 and cope11."
+    assert yarn.panels[1].note == figure.reading  # beside the differences
     assert not figure.missing
 
 
@@ -98,7 +100,7 @@ def test_needle_panels_share_one_scale_and_mark_the_trained_length(runs: list[Ru
     assert list(heats[1].y) == ["0%", "25%", "50%", "75%", "100%"]
     assert {panel.plot.data[0].zmax for panel in nll.panels} == {2.3}
     assert "base, hardclip11 and cope11: at chance." in figure.reading
-    assert "rope answers exactly in at least half of the prompts up to 2,048 tokens." in figure.reading
+    assert "Exact in at least half of the prompts up to 2,048 tokens: rope." in figure.reading
     # 2.4 - 2.3; 25 cells of 4 prompts with standard error 0.2: 2 x sqrt(2 x 25 x (4 x 0.2)^2) / 100 = 0.11
     assert "cope11: the right answer is 0.10 nats per token likelier" in figure.reading
     assert "within two standard errors (0.11)" in figure.reading

@@ -118,17 +118,17 @@ def test_a_disk_that_fills_costs_no_checkpoint(store_64, tmp_path, capsys):
     run_dir = tmp_path / "run"
     arguments = ["trainer.max_steps=6", "trainer.checkpoint_every=2"]
     train(tiny_run(store_64, run_dir, *arguments, "trainer.stop_after=2"))
-    real, limits = saving.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, limits = saving.start_save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(engine, run_dir, step, contract, state):
+    def on_a_full_disk(engine, run_dir, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step == 4 else limits[0], limits[1]))
         try:
-            return real(engine, run_dir, step, contract, state)
+            return real(engine, run_dir, step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "save_checkpoint", on_a_full_disk)
+        patch.setattr(saving, "start_save", on_a_full_disk)
         train(tiny_run(store_64, run_dir, *arguments))
     told = capsys.readouterr().out
     assert re.search(

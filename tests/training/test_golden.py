@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden.compare import first_difference
+from golden.compare import TOLERANCE, first_difference
 from golden.demo_runs import ARMS, GOLDEN, PRETRAIN, STEPS, DemoRuns
 
 CURVES = json.loads(GOLDEN.read_text())["losses"]
@@ -18,7 +18,9 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("experiment", "ranks"), [(PRETRAIN, 1), (PRETRAIN, 2), ("demo/cope11", 1), ("demo/cope11", 2)])
+@pytest.mark.parametrize(
+    ("experiment", "ranks"), [(PRETRAIN, 1), (PRETRAIN, 2), ("demo/cope11", 1), ("demo/cope11", 2)]
+)
 def test_the_demo_follows_its_golden_curve(runs, experiment, ranks):
     """The other arms: python tests/golden/demo_runs.py."""
     assert first_difference(CURVES[experiment][str(ranks)], runs.losses(experiment, ranks)) is None
@@ -32,8 +34,6 @@ def test_there_is_a_curve_for_every_experiment_and_both_numbers_of_ranks():
 
 def test_the_tolerance_lies_between_rounding_and_the_arms():
     """Ranks add up in another order, which is rounding alone; the arms differ in the spectrum alone."""
-    from golden.compare import TOLERANCE
-
     rounding = max(
         abs(one - two) for curves in CURVES.values() for one, two in zip(curves["1"], curves["2"], strict=True)
     )
@@ -45,7 +45,7 @@ def test_the_tolerance_lies_between_rounding_and_the_arms():
 def test_the_first_step_that_differs_is_named():
     golden = [3.0, 2.0, 1.0]
     assert first_difference(golden, [3.0, 2.00001, 1.0]) is None
-    assert first_difference(golden, golden + [9.0]) is None
+    assert first_difference(golden, [*golden, 9.0]) is None
     told = first_difference(golden, [3.0, 2.1, 0.0])
     assert told.startswith("step 2 first differs: golden 2.0000000, found 2.1000000 (allowed 0.0001)")
     assert "step 3 first differs" in first_difference(golden, [3.0, 2.0, float("nan")])

@@ -5,19 +5,32 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
     DomainConfig,
+    ExecutorConfig,
+    GatherConfig,
     InspectStoreConfig,
     PrepareConfig,
     SourceConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, NeedleConfig, ValidateConfig
+from ropewalk.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    HelmetConfig,
+    NeedleConfig,
+    SuiteConfig,
+    ValidateConfig,
+)
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.schemas import SCHEMAS
+from ropewalk.config.slurm import SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     DataConfig,
@@ -38,6 +51,8 @@ __all__ = [
     "STORE_MEND",
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
+    "AssumptionConfig",
+    "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
@@ -45,10 +60,13 @@ __all__ = [
     "DeepSpeedConfig",
     "DomainConfig",
     "EvaluateConfig",
+    "ExecutorConfig",
     "ExportConfig",
     "FiguresConfig",
+    "GatherConfig",
     "GeometryConfig",
     "GuardConfig",
+    "HelmetConfig",
     "InTrainingConfig",
     "InspectConfig",
     "InspectStoreConfig",
@@ -57,11 +75,15 @@ __all__ = [
     "NeedleConfig",
     "ParallelConfig",
     "PathsConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ResumeConfig",
     "RopeConfig",
+    "SbatchConfig",
+    "SlurmConfig",
     "SourceConfig",
     "StartConfig",
+    "SuiteConfig",
     "TestTimeConfig",
     "TrackerConfig",
     "TrainConfig",

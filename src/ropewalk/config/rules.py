@@ -16,6 +16,7 @@ POSITIVE = (
     "learning_rate",
     "gradient_clipping",
     "loss_chunk_size",
+    "mlp_chunk_size",
     "log_every",
     "peak_flops",
     "checkpoint_every",
@@ -25,8 +26,13 @@ POSITIVE = (
 )
 
 
-def validate_train(config: TrainConfig, world_size: int) -> None:
+def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True) -> None:
     """Check everything about a training run that can be known before a model is built.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        stores: whether the data must be there already.
 
     Raises:
         ValueError: naming the value, the rule and the mend.
@@ -45,6 +51,13 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         raise ValueError(
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
             "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
+        )
+    if trainer.z_loss < 0:
+        raise ValueError(f"trainer.z_loss={trainer.z_loss} must not be negative; 0 leaves it out, 1e-4 is common")
+    if trainer.offload_activations and not trainer.activation_checkpointing:
+        raise ValueError(
+            "trainer.offload_activations=true moves what activation checkpointing keeps, and "
+            "trainer.activation_checkpointing=false keeps nothing; set both, or neither"
         )
     if trainer.stop_before is not None and instant(trainer.stop_before) <= time.time():
         raise ValueError(
@@ -67,7 +80,8 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     _validate_guards(config.guards)
     _validate_evaluation(config)
     _validate_chain(config)
-    _validate_stores(data)
+    if stores:
+        _validate_stores(data)
 
 
 def _validate_stores(data: DataConfig) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
-from ropewalk.config.data import ConvertConfig, InspectStoreConfig, PrepareConfig
+from ropewalk.config.data import ConvertConfig, GatherConfig, InspectStoreConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
+from ropewalk.config.plan import PlanConfig
+from ropewalk.config.sbatch import SbatchConfig
 from ropewalk.config.train import TrainConfig
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "plan": PlanConfig,
     "prepare": PrepareConfig,
+    "gather": GatherConfig,
     "convert_mds": ConvertConfig,
     "inspect_store": InspectStoreConfig,
     "evaluate": EvaluateConfig,
@@ -21,4 +25,5 @@ SCHEMAS: dict[str, type] = {
     "figures": FiguresConfig,
     "geometry": GeometryConfig,
     "validate": ValidateConfig,
+    "sbatch": SbatchConfig,
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.evaluation import NeedleConfig
 from ropewalk.config.groups import PathsConfig, RopeConfig
 
@@ -25,7 +26,8 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
     revision: str | None = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
+    # Transformers config fields: what is built where path is null; else what the planner counts with, checked at load.
+    architecture: dict[str, Any] = field(default_factory=dict)
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
     pretrained_length: int = MISSING  # tokens
@@ -65,10 +67,15 @@ class TrainerConfig:
     weight_decay: float = 0.1  # not on norms and biases
     gradient_clipping: float = 1.0  # global norm
     activation_checkpointing: bool = True
+    offload_activations: bool = False  # checkpointed activations wait in host memory
+    mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
+    compile: bool = False  # torch.compile, layer by layer
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
+    z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps
     peak_flops: float | None = None  # of one device, dense, for MFU; null: known for A100, H100 and H200 in bf16
     checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
+    save_in_background: bool = False  # from a copy in host memory, as large as the rank's part of the checkpoint
     keep_last: int | None = None  # newest checkpoints that are kept; null: all
     keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
@@ -164,4 +171,5 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: InTrainingConfig = field(default_factory=InTrainingConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     paths: PathsConfig = field(default_factory=PathsConfig)

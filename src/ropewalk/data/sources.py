@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from ropewalk.config import CorpusConfig, SourceConfig, one_of
-from ropewalk.data.corpus import CODE, JSONL, PROSE, Unit
+from ropewalk.data.corpus import CODE, JSONL, PROSE, Unit, open_parquet
 from ropewalk.data.hashing import canonical_json
 
 SPLIT_DOMAIN = "long"  # where corpus.stdlib and corpus.paths begin; what is shorter goes on to "short"
@@ -165,9 +165,7 @@ def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iter
 
 
 def _parquet_units(name: str, root: str, shard_bytes: int) -> Iterator[Unit]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(root) as file:
+    with open_parquet(root) as file:
         sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
     first = total = 0
     for group, size in enumerate(sizes):
@@ -198,17 +196,18 @@ def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
 
 def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[Path]:
     """The files under ``root`` in the order of their paths; hidden ones and links outwards are counted."""
-    found: list[Path] = []
+    found: list[tuple[str, ...]] = []  # the parts of their paths
     for place, directories, files in os.walk(root):
-        here = Path(place)
+        here = Path(place).relative_to(root).parts
         kept = [name for name in directories if name not in excluded]
         skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
-        skipped["linked directory"] += sum((here / name).is_symlink() for name in kept)
+        skipped["linked directory"] += sum(os.path.islink(os.path.join(place, name)) for name in kept)
         directories[:] = [name for name in kept if not name.startswith(".")]
-        found.extend(here / name for name in files if not name.startswith("."))
+        found.extend((*here, name) for name in files if not name.startswith("."))
     resolved = root.resolve()
-    for path in sorted(found, key=lambda path: path.relative_to(root).parts):
-        if path.is_symlink() and not path.resolve().is_relative_to(resolved):
+    for parts in sorted(found):
+        path = root.joinpath(*parts)
+        if os.path.islink(path) and not path.resolve().is_relative_to(resolved):
             skipped["link out of the directory"] += 1
         else:
             yield path

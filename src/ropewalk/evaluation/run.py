@@ -13,6 +13,7 @@ from ropewalk.config import EvaluateConfig
 from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.plan import Plan, make_plan
+from ropewalk.evaluation.prefill import chunk_for
 from ropewalk.evaluation.progress import Progress
 from ropewalk.evaluation.results import (
     RECORD,
@@ -93,7 +94,8 @@ def _evaluate_setting(plan: Plan, setting: Setting, progress: Progress) -> tuple
             length=setting.longest,
             dtype=config.dtype,
             device=config.device,
-        )
+        ),
+        prefill_chunk=config.prefill_chunk or chunk_for(setting.longest),
     )
     sums = document_table(_document_rows(plan, setting, scorer, progress))
     measured = list(loss_rows(sums, setting, config.seed))

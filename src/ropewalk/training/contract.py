@@ -25,7 +25,7 @@ def contract(
         "base_model": {
             "path": config.model.path,
             "revision": config.model.revision,
-            "architecture": dict(config.model.architecture),
+            "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
         },
         "start_from": start and {**start.identity(), "optimizer": config.start_from.optimizer},
         "tokenizer": dict(store.tokenizer),
@@ -38,6 +38,7 @@ def contract(
             for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
         },
         "dtype": trainer.dtype,
+        "z_loss": trainer.z_loss,
     }
 
 

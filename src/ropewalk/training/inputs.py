@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.remote import open_stores
+from ropewalk.data.tokenizer import check_same_vocabulary
 from ropewalk.training.engine import Ranks
 from ropewalk.training.parallel import shard
 
@@ -32,11 +34,17 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
     return stores[""], mixture
 
 
-def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scratch: bool) -> None:
-    """Check that the model can embed the store's tokens; a model from scratch takes the store's special tokens.
+def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str | None) -> None:
+    """Check that the store's tokens are the model's; a model from scratch takes the store's special tokens.
+
+    Args:
+        model_config: of the model.
+        store: whose tokens it is trained on.
+        path: directory or hub id of the model or its tokenizer, which is compared where it lies in a directory. None:
+            from scratch.
 
     Raises:
-        ValueError: where the store's vocabulary is larger than the model's.
+        ValueError: where the store's vocabulary is another than the model's, or larger than what it embeds.
     """
     tokenizer = store.tokenizer
     if tokenizer["vocab_size"] > model_config.vocab_size:
@@ -44,7 +52,9 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scrat
             f"the store's tokenizer has {tokenizer['vocab_size']} tokens and the model embeds {model_config.vocab_size}"
             "; prepare the data with the model's tokenizer (corpus.tokenizer=...)"
         )
-    if from_scratch:
+    if path is not None and (Path(path) / "tokenizer.json").is_file():
+        check_same_vocabulary(store.tokenizer_path, Path(path))
+    if path is None:
         model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
 
 

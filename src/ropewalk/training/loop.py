@@ -77,7 +77,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     validate_train(config, world_size())
     store, mixture = open_data(config)
     ranks = start_processes(trainer.device, config.parallel.sequence)
-    start = find_start(config, store.tokenizer)
+    start = find_start(config)
     model_config = training_config(
         config.model,
         config.rope.name,
@@ -85,7 +85,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         config.data.sequence_length,
         start=start.config if start is not None else None,
     )
-    fit_tokenizer(model_config, store, from_scratch=start is None and config.model.path is None)
+    fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
     check_heads(model_config, config.parallel.sequence)
     evaluation = None
     if config.evaluation.every is not None:
@@ -121,12 +121,7 @@ def _run(
     observer = Observer(config, ranks, model_config, store, mixture, origin)
     if before is not None and ranks.is_main:
         write_start(before, run_dir)
-    engine = start_engine(config, model_config, ranks)
-    if load is not None:
-        load(engine)
-        restore_settings(engine, trainer)
-        place_spectrum(engine)
-    watch_gradients(engine)
+    engine = _engine(config, model_config, ranks, load)
     guard = Guard(config.guards, origin.state.get("guard"))
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
@@ -149,6 +144,7 @@ def _run(
                 if result.refused is not None:
                     if ranks.is_main:
                         write_provenance(run_dir, step + 1, result, lr, mixture, seen)
+                    saver.settle()  # the guard may end the run
                     guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
                 watchdog.step_ends()
                 if evaluation is not None and _is_due(config.evaluation.every, step + 1, trainer.max_steps):
@@ -165,6 +161,19 @@ def _run(
             stop.close()
             raise SystemExit(EXIT_REQUEUE) from reason
     observer.finish()
+
+
+def _engine(
+    config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks, load: Callable[[Any], None] | None
+) -> Any:
+    """The engine as the first step finds it: built, brought to its checkpoint, its spectrum in place."""
+    engine = start_engine(config, model_config, ranks)
+    if load is not None:
+        load(engine)
+        restore_settings(engine, config.trainer)
+        place_spectrum(engine)
+    watch_gradients(engine)
+    return engine
 
 
 def _prepare_load(config: TrainConfig, origin: Origin, before: Start | None) -> Callable[[Any], None] | None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +16,11 @@ from omegaconf import OmegaConf
 from ropewalk.config import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.files import fsync_path, write_atomically
+from ropewalk.provenance import git_commit, versions
 from ropewalk.rope.position import Position
 
 METRICS = "metrics.jsonl"  # a row for each logged step
 EVALUATIONS = "evaluations.jsonl"  # a row for each evaluation while training
-PACKAGES = (
-    "ropewalk",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "numpy",
-    "flash-attn",
-)
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, with "+changes" where it differs from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def write_record(
@@ -86,7 +51,7 @@ def write_record(
         **model,
         "store_fingerprint": store.fingerprint,
         "git_commit": git_commit(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions(),
         "world_size": world_size,
     }
     run_dir = Path(config.run_dir)

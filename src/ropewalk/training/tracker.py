@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
+from ropewalk.launch import deaf_children
 
 
 class Tracker(Protocol):
@@ -50,18 +52,19 @@ class WandbTracker:
         known = json.loads(stored.read_text())["wandb_id"] if stored.exists() else saved_id
         self.run_id = known or secrets.token_hex(4)
         write_atomically(stored, json.dumps({"wandb_id": self.run_id}) + "\n")
-        self.run = wandb.init(
-            project=config.project,
-            name=run_name,
-            group=config.group,
-            tags=config.tags,
-            id=self.run_id,
-            resume="allow",
-            dir=run_dir,
-            config=details,
-            mode=_mode(),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        with deaf_children():  # its service is a process of its own
+            self.run = wandb.init(
+                project=config.project,
+                name=run_name,
+                group=config.group,
+                tags=config.tags,
+                id=self.run_id,
+                resume="allow",
+                dir=run_dir,
+                config=details,
+                mode=_mode(),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         self.run.define_metric("tokens")
         for group in ("train/*", "eval/*"):
             self.run.define_metric(group, step_metric="tokens")
@@ -107,6 +110,30 @@ def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
     return {**named, "tokens": metrics["tokens"]}
 
 
+class ForgivingTracker:
+    """A tracker whose failures are told, once, and never end the run: metrics.jsonl has every row all the same."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.run_id, self.failed = tracker, tracker.run_id, False
+
+    def log(self, metrics: dict[str, Any], group: str = "train") -> None:
+        """Log a row, or nothing after a failure."""
+        self._attempt(lambda: self.tracker.log(metrics, group))
+
+    def finish(self) -> None:
+        """Close the run, or nothing after a failure."""
+        self._attempt(self.tracker.finish)
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        if self.failed:
+            return
+        try:
+            act()
+        except Exception as error:  # whatever a dashboard's client raises, the training is worth more
+            self.failed = True
+            print(f"warning: the tracker failed ({error}); metrics.jsonl goes on", flush=True)
+
+
 def _mode() -> Literal["offline"] | None:
     """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
@@ -122,7 +149,7 @@ def open_tracker(
 ) -> Tracker:
     """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
     if config.name == "wandb":
-        return WandbTracker(config, run_name, run_dir, details, saved_id)
+        return ForgivingTracker(WandbTracker(config, run_name, run_dir, details, saved_id))
     if config.name == "trackio":
-        return TrackioTracker(config, run_name, details)
+        return ForgivingTracker(TrackioTracker(config, run_name, details))
     return NoTracker()

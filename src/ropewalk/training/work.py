@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ropewalk.data import Mixture, SequenceRef
 from ropewalk.data.batches import micro_batch_slots
+from ropewalk.flops import causal_pairs, sequence_flops
 
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets, by the name that CUDA gives it.
 PEAK_FLOPS = {
@@ -68,7 +69,7 @@ class WorkCounter:
         total, sequences, length = sum(map(sum, work)), self.mixture.global_batch_size, self.length
         flops = {
             "documents": total,
-            "dense_causal": sequences * self._flops(length * (length + 1) / 2),
+            "dense_causal": sequences * self._flops(causal_pairs(length)),
             "full_attention": sequences * self._flops(float(length**2)),
         }
         return StepWork(flops, sum(map(max, work)) / (total / self.data_size))
@@ -79,5 +80,5 @@ class WorkCounter:
         return self._flops((squares + self.length) / 2)
 
     def _flops(self, pairs: float) -> float:
-        """Of a sequence with so many pairs: 3 x (2 x linear weights x tokens + 4 x width x pairs)."""
-        return 3 * (2.0 * self.linear * self.length + 4.0 * self.attention_width * pairs)
+        """Of a sequence with so many pairs of query and key."""
+        return sequence_flops(self.linear, self.attention_width, self.length, pairs)
