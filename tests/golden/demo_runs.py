@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parent / "demo.json"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PRETRAIN = "demo/pretrain"
 ARMS = ("demo/rope", "demo/hardclip11", "demo/cope11")
-STEPS = {PRETRAIN: 8, **dict.fromkeys(ARMS, 5)}
+STEPS = {PRETRAIN: 6, **dict.fromkeys(ARMS, 4)}
 LENGTH = {PRETRAIN: 512, **dict.fromkeys(ARMS, 2048)}
 BATCH = {PRETRAIN: 8, **dict.fromkeys(ARMS, 2)}  # sequences a step: the experiments' own
 
@@ -55,7 +55,7 @@ class DemoRuns:
         ]  # fmt: skip
         if experiment in ARMS:
             arguments.append(f"model.path={self.base or self._make_base()}")
-        run_ranks(ranks, run_dir / "logs", arguments)
+        run_ranks(ranks, run_dir / "logs", arguments, seconds=1200)
         return [row["loss"] for row in read_metrics(run_dir)]
 
     def _make_base(self) -> Path:

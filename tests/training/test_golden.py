@@ -55,7 +55,7 @@ def test_the_first_step_that_differs_is_named():
 def test_the_script_compares_a_run_directory(tmp_path):
     script = Path(__file__).parents[1] / "golden" / "compare.py"
     curve = CURVES["demo/cope11"]["1"]
-    for shift, code, told in [(0.0, 0, "5 steps agree"), (0.01, 1, "step 3 first differs")]:
+    for shift, code, told in [(0.0, 0, "4 steps agree"), (0.01, 1, "step 3 first differs")]:
         rows = [{"step": n, "loss": loss + shift * (n == 3)} for n, loss in enumerate(curve, 1)]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         command = [sys.executable, str(script), str(GOLDEN), "demo/cope11", "1", str(tmp_path)]
