@@ -70,9 +70,8 @@ def _samples(subject: Subject, suite: SuiteConfig, task: RulerTask, length: int)
         )
     except OSError as error:
         raise ValueError(
-            f"{task.name}: its texts could not be read ({type(error).__name__}: {str(error)[:200]}); where the hub is "
-            "not to be reached, run scripts/fetch_eval_data.sh ruler and set suite.data=data/eval/ruler; finished tasks "
-            "are kept"
+            f"{task.name}: its texts could not be read ({type(error).__name__}: {str(error)[:200]}); without the hub, "
+            "run scripts/fetch_eval_data.sh ruler and set suite.data=data/eval/ruler; finished tasks are kept"
         ) from error
 
 
