@@ -1,5 +1,6 @@
 # make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
 # make test   everything that CI runs
+# make docs   the pages of docs/ as a site, in site/
 # make test-slurm  jobs of slurm/ in a real SLURM that it starts on this machine (apt-get install slurm-wlm munge)
 # make check  lint, types and the fast tests, for the working day
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-smollm2 test test-slurm check lint lint-shell types format
+.PHONY: install demo demo-smollm2 test test-slurm docs check lint lint-shell types format
 
 install: $(INSTALLED)
 
@@ -29,6 +30,15 @@ demo-smollm2: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# A venv of its own: MkDocs reads the sources and imports none of them.
+.venv-docs/.installed: requirements-docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.lock
+	@touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 test-slurm: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm

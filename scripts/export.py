@@ -1,16 +1,40 @@
-"""Export a training checkpoint for stock engines: ``python scripts/export.py checkpoint=outputs/my_run``."""
+"""Checkpoints and models for stock engines: ``python scripts/export.py checkpoint=outputs/my_run``.
 
-from ropewalk.config import ExportConfig
-from ropewalk.entry import entry
+``python scripts/export.py check DIR_OR_GGUF`` and ``python scripts/export.py repair model=DIR rope=cope20 output=DIR``.
+"""
+
+import sys
+
+from ropewalk.config import CheckExportConfig, ExportConfig, RepairConfig
+from ropewalk.entry import entry, run_command
 
 
 @entry("export")
 def main(config: ExportConfig) -> None:
-    """Export and verify one checkpoint."""
+    """Export and verify one checkpoint or model."""
     from ropewalk.export import export
 
     export(config)
 
 
+@entry("check_export")
+def check(config: CheckExportConfig) -> None:
+    """Whether a directory or GGUF file carries the method that it claims."""
+    from ropewalk.export.check import print_check
+
+    if not print_check(config.model.path):
+        sys.exit(1)
+
+
+@entry("repair")
+def repair(config: RepairConfig) -> None:
+    """Give a checkpoint the config of the method that it was trained with."""
+    from ropewalk.export.repair import repair as run
+
+    run(config)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["check"] and sys.argv[2:] and "=" not in sys.argv[2] and not sys.argv[2].startswith("-"):
+        sys.argv[2] = f"model={sys.argv[2]}"
+    run_command({"export": main, "check": check, "repair": repair}, default="export")

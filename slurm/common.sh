@@ -46,10 +46,11 @@ begin() {
 # ranks RECORD SCRIPT ARGUMENTS...: sets $line to what starts them: one task per GPU, by srun, so that a signal reaches the
 # ranks themselves
 ranks() {
-  # --wait: when a rank has ended, the others get a minute to end by themselves; they agree on most reasons to end.
+  # --wait: when a rank has ended, the others get five minutes to end by themselves: they agree on most reasons to end,
+  # and the first rank may have its tracker to finish.
   # --cpus-per-task: srun takes it from sbatch only where it is said again (SLURM 22.05 and later).
   # GPUs are not bound to tasks: each rank takes its LOCAL_RANK's, and NVLink between them needs all to be visible.
-  line=(srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}"
+  line=(srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}"
     "${container[@]}" python -u -m ropewalk.slurm.rank "$@")
 }
 
@@ -106,7 +107,7 @@ finish() {
 }
 
 # Seconds before the time limit at which a run has to be told: the planner's step and save.
-lead_seconds() { once python scripts/plan.py "$@" nodes="$SLURM_NNODES" only=lead_seconds advisory=true; }
+lead_seconds() { once python scripts/plan.py "$@" nodes="$SLURM_NNODES" print=lead_seconds; }
 
 # The instant at which the ranks leave by themselves, should SLURM's warning come late or never; empty where the job has
 # no limit, or one too short for that.

@@ -20,11 +20,9 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from helpers import TINY, python_path
+from helpers import PYTHONPATH, ROOT, TINY
 
 from ropewalk.data import PackedStore
-
-ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -110,7 +108,7 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = context.Process(target=rank_main, args=(own, str(log), list(arguments), fault), daemon=True)
-        with environment(OMP_NUM_THREADS="1", PYTHONPATH=python_path()):
+        with environment(OMP_NUM_THREADS="1", PYTHONPATH=PYTHONPATH):
             process.start()
         processes.append(process)
     return RankProcesses(processes, logs)

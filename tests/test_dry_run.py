@@ -90,7 +90,7 @@ def test_what_is_given_counts(check):
 
 
 def test_an_entry_without_a_description_is_refused(check):
-    code, _, errors = check(["data_prep/inspect_store.py store=x"])
+    code, _, errors = check(["data_prep/inspect.py store=x"])
     assert code == 2
     assert f"no dry run is described for inspect_store; there is one for: {', '.join(STAGES)}" in errors
 

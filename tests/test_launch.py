@@ -1,14 +1,12 @@
 """A rank's place, and signals that neither end a rank before it listens nor its helpers ever."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from ropewalk.launch import deaf_children, take_place
+from ropewalk.launch import take_place
 
 TASK = {"SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "MASTER_ADDR": "n1"}
 
@@ -51,22 +49,3 @@ def test_a_warning_waits_until_somebody_listens():
         rank.send_signal(signal.SIGUSR1)
         said, _ = rank.communicate("go\n", timeout=30)
     assert (said, rank.returncode) == ("told\n", 0)
-
-
-def test_children_started_deaf_outlive_a_jobs_signals():
-    with deaf_children():
-        deaf = subprocess.Popen(["sleep", "60"])
-    hearing = subprocess.Popen(["sleep", "60"])
-    try:
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-            deaf.send_signal(number)
-        hearing.send_signal(signal.SIGTERM)
-        assert hearing.wait(10) == -signal.SIGTERM
-        time.sleep(0.1)
-        assert deaf.poll() is None
-    finally:
-        for child in (deaf, hearing):
-            child.kill()
-            child.wait()
-    os.kill(os.getpid(), 0)
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

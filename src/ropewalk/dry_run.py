@@ -23,6 +23,7 @@ from ropewalk.config import (
     ConvertConfig,
     EvaluateConfig,
     ExportConfig,
+    GatherConfig,
     PrepareConfig,
     TrainConfig,
     is_remote,
@@ -109,6 +110,10 @@ def _train(config: TrainConfig) -> Stage:
     return Stage(needs, [Promise(config.run_dir, "run", data.sequence_length)])
 
 
+def _gather(config: GatherConfig) -> Stage:
+    return Stage([], [Promise(config.output, "documents")])  # what it reads may be anywhere
+
+
 def _prepare(config: PrepareConfig) -> Stage:
     from ropewalk.data.prepare import validate_prepare
 
@@ -134,8 +139,11 @@ def _convert(config: ConvertConfig) -> Stage:
 
 
 def _export(config: ExportConfig) -> Stage:
-    output = config.output or f"{config.checkpoint}/export"
-    return Stage([Need("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
+    if config.checkpoint is not None:
+        need, output = Need("checkpoint", config.checkpoint, ("run",)), f"{config.checkpoint}/export"
+    else:
+        need, output = Need("model", config.model.path, ("model",)), f"{config.paths.output_dir}/exports"
+    return Stage([need], [Promise(config.output or output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
@@ -143,10 +151,9 @@ def _evaluate(config: EvaluateConfig) -> Stage:
 
     for steps in (config.rope.chain, config.test_time.within, config.test_time.beyond):
         RopeChain(steps)
-    needs = [
-        Need("checkpoint", config.checkpoint, ("run", "model")),
-        Need("documents", config.documents, ("heldout", "documents")),
-    ]
+    needs = [Need("checkpoint", config.checkpoint, ("run", "model"))]
+    if config.documents is not None:
+        needs.append(Need("documents", config.documents, ("heldout", "documents")))
     return Stage(needs, [Promise(config.output, "evaluation")])
 
 
@@ -160,6 +167,7 @@ def _compare(config: CompareConfig) -> Stage:
 
 STAGES: dict[str, Callable[[Any], Stage]] = {
     "train": _train,
+    "gather": _gather,
     "prepare": _prepare,
     "convert_mds": _convert,
     "export": _export,

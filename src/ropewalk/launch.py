@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
 
 HELD = (signal.SIGUSR1, signal.SIGUSR2)  # warnings; SIGTERM ends a rank that has not begun
 RANK_OF = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
@@ -22,20 +21,6 @@ def hold_warnings() -> None:
 def release_warnings() -> None:
     """Deliver what has been held."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-
-
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that are started inside never get a job's signals.
-
-    SLURM sends them to every process of a task, and a logger that dies of one takes the end of its run with it. The
-    mask that a process starts with is kept by what it executes.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*HELD, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def take_place(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.prepare import prepare
-from ropewalk.training.loop import fit_tokenizer
+from ropewalk.training.inputs import fit_tokenizer
 
 
 @pytest.fixture
@@ -81,13 +81,13 @@ def test_the_manifest_of_another_tokenizer_is_refused(store_64, fixture_corpus, 
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         Mixture(0, {}, {"": store_64, "more": other})
     config = LlamaConfig(vocab_size=512)
-    fit_tokenizer(config, store_64, str(store_64.tokenizer_path))
+    fit_tokenizer(config, store_64, str(store_64.tokenizer_path), from_scratch=False)
     with pytest.raises(
         ValueError, match=r"is not the model's .*they differ first at id \d+, token .*; prepare the data"
     ):
-        fit_tokenizer(config, other, str(store_64.tokenizer_path))
+        fit_tokenizer(config, other, str(store_64.tokenizer_path), from_scratch=False)
     with pytest.raises(ValueError, match="has 512 tokens and the model embeds 400"):
-        fit_tokenizer(LlamaConfig(vocab_size=400), store_64, None)
+        fit_tokenizer(LlamaConfig(vocab_size=400), store_64, None, from_scratch=True)
 
 
 @pytest.mark.parametrize(

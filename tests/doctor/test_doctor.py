@@ -9,6 +9,7 @@ import time
 from collections import namedtuple
 
 import pytest
+import torch
 from helpers import alone_environment, tiny_run
 from ranks import tiny_arguments
 
@@ -117,15 +118,11 @@ def test_checkpoints_that_stay(store_64, tmp_path, overrides, kept):
 
 
 def test_kernels_and_data(store_64, tmp_path):
-    import torch
-
     assert levels(check_kernels(torch.device("cpu"), torch.float32, 64)) == {"attention": "ok", "loss": "ok"}
     assert levels(check_data(tiny_run(store_64, tmp_path))) == {"tokenizer": "ok", "data": "ok"}
 
 
 def test_attention_that_leaks_is_told(monkeypatch):
-    import torch
-
     def leaking(module, query, key, value, mask, documents):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return out.transpose(1, 2), None
@@ -135,22 +132,21 @@ def test_attention_that_leaks_is_told(monkeypatch):
 
 
 def test_a_loss_that_is_off_is_told(monkeypatch):
-    import torch
-
     right = machine.tiled_linear_cross_entropy
     monkeypatch.setattr(machine, "tiled_linear_cross_entropy", lambda *words: right(*words) * 1.1)
     assert levels(check_kernels(torch.device("cpu"), torch.float32, 64))["loss"] == "FAIL"
 
 
-def test_a_missing_gpu_is_told(store_64, tmp_path):
+def test_a_missing_gpu_is_told(store_64, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cluster = tiny_run(store_64, tmp_path).cluster
+    assert levels(check_device("cuda", cluster, 0)) == {"device": "FAIL"}
     assert levels(check_device("cpu", cluster, 0)) == {"device": "ok"}
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpus_of_this_machine(store_64, tmp_path):
-    import torch
-
     cluster = tiny_run(store_64, tmp_path).cluster
     cluster.gpus_per_node = torch.cuda.device_count()
     assert levels(check_device("cuda", cluster, 0))["device"] in ("ok", "warn")

@@ -1,42 +1,19 @@
-"""The README's and the recipes' commands compose, and the demo's path runs whole at the smallest size."""
+"""Commands have help and say what is wrong in a line, and the demo's path runs whole at the smallest size."""
 
 import json
 import math
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-from helpers import alone_environment, composed
+from entries import COMMANDS_OF, ENTRIES
+from helpers import alone_environment
 
-from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments, plain_argument
+from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
-SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md"))
-BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", SHOWN, re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
-ENTRIES = {
-    "train.py": "train",
-    "data_prep/prepare.py": "prepare",
-    "data_prep/convert_mds.py": "convert_mds",
-    "data_prep/gather.py": "gather",
-    "data_prep/inspect.py": "inspect_store",
-    "scripts/evaluate.py": "evaluate",
-    "scripts/export.py": "export",
-    "scripts/compare.py": "compare",
-}
-FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
-COMMANDS_OF = {
-    "scripts/analyze.py": {
-        "advise": "advise",
-        "inspect": "inspect",
-        "geometry": "geometry",
-        **dict.fromkeys(FIGURES, "figures"),
-    },
-    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
-}
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("recipes", "slurm") for path in (ROOT / folder).rglob("*.sh")
 )
@@ -46,51 +23,10 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
 
 
-def test_the_readme_shows_the_four_commands():
-    shown = [" ".join(command) for command in COMMANDS]
-    for command in ("make demo", "make test", "python train.py +experiment=cope20"):
-        assert command in shown
-    assert any(command.startswith("sbatch slurm/train_64k.sh") for command in shown)
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_readme_commands(command):
-    if command[0] == "make":
-        done = run("make", "--dry-run", *command[1:])
-        assert done.returncode == 0, done.stderr
-    elif command[0] == "python" and command[2:] and command[2] in COMMANDS_OF.get(command[1], {}):
-        composed(COMMANDS_OF[command[1]][command[2]], *map(plain_argument, command[3:]))
-    elif command[0] == "python" and command[1] in ENTRIES:
-        composed(ENTRIES[command[1]], *hydra_arguments(command[2:], ENTRIES[command[1]]))
-    elif command[0] == "sbatch":
-        assert run("bash", "-n", command[1]).returncode == 0
-        composed("train", *(command[2:] or ["+experiment=cope20"]))
-    else:
-        assert command[0] in {"git", "cd", "torchrun"}, f"no check knows {command}"
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shell_scripts_parse(script):
     done = run("bash", "-n", script)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("recipes/")])
-def test_recipe_commands_compose(script):
-    """Each python line of a recipe, with its shell variables filled in by any word."""
-    text = (ROOT / script).read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python ")]
-    assert lines
-    for line in lines:
-        filled = re.sub(r'"\$@"', "", line)
-        filled = re.sub(r'"runs=\[.*?\]"', "'runs=[a,b]'", filled)
-        for variable, value in {"$arm": "rope", "${arm}": "rope", "$name": "x", "$run": "x"}.items():
-            filled = filled.replace(variable, value)
-        _, entry, *overrides = shlex.split(re.sub(r"\$\w+|\$\{\w+\}", "x", filled))
-        if entry in ENTRIES:
-            composed(ENTRIES[entry], *hydra_arguments(overrides, ENTRIES[entry]))
-        else:
-            assert (ROOT / entry).is_file(), entry
 
 
 @pytest.mark.parametrize(("name", "given", "taken"), [
@@ -102,11 +38,6 @@ def test_recipe_commands_compose(script):
 ])  # fmt: skip
 def test_arguments_of_the_usual_form_are_taken(name, given, taken):
     assert hydra_arguments(given, name) == taken
-
-
-def test_no_placeholder_is_left():
-    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]:
-        assert "@@" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -132,6 +63,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
 }
+GROUPS["scripts/plan.py"] = GROUPS["train.py"] | {"cluster"}
 
 
 @pytest.mark.parametrize(("script", "command", "groups"), [

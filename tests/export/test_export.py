@@ -44,7 +44,7 @@ def test_stock_transformers_agrees(trained, exported):
 
 def test_control_plain_rope_would_not_agree(trained, exported):
     """The same weights read as plain RoPE: the comparison above could not have passed by being blind to positions."""
-    change_config(exported, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
+    change_entry(exported, {"rope_type": "default", "rope_theta": 1e5})
     with pytest.raises(RuntimeError, match=r"NOT VERIFIED.*frequencies DIFFER"):
         verify_export(find_checkpoint(trained), exported)
     found = json.loads((exported / "verification.json").read_text())
@@ -63,14 +63,16 @@ def test_a_spoiled_export_fails(trained, exported, spoil):
             entry[spoil] = 1.05
         else:
             entry[spoil][5] *= 1.01
-        change_config(exported, rope_parameters=entry)
+        change_entry(exported, entry)
     with pytest.raises(RuntimeError, match="NOT VERIFIED"):
         verify_export(find_checkpoint(trained), exported)
 
 
-def change_config(directory, **changes):
+def change_entry(directory, entry):
+    """In both forms: the older one has the last word in transformers 5."""
     content = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**content, **changes}))
+    content |= {"rope_parameters": entry, "rope_scaling": entry, "rope_theta": entry["rope_theta"]}
+    (directory / "config.json").write_text(json.dumps(content))
 
 
 def test_directory_is_complete(exported):
@@ -107,7 +109,7 @@ def test_bf16_export_is_the_rounded_weights(trained, tmp_path):
 
 
 def test_large_weights_are_sharded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("ropewalk.export.hf.SHARD_SIZE", "40KB")
+    monkeypatch.setattr("ropewalk.export.safetensors_files.SHARD_SIZE", "40KB")
     write_export(find_checkpoint(trained), tmp_path, None, overwrite=False)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())
@@ -143,7 +145,7 @@ def test_a_killed_export_is_made_again(trained, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropewalk.export.hf._source", killed)  # weights and config are written by then
+        patch.setattr("ropewalk.export.hf.copy_tokenizer_files", killed)  # weights and config are written by then
         with pytest.raises(KeyboardInterrupt):
             write_export(find_checkpoint(trained), tmp_path / "out", None, overwrite=False)
     assert not (tmp_path / "out").exists()

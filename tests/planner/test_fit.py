@@ -123,7 +123,7 @@ def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
     for part, size in plan["memory"]["parts"].items():
         assert size < 2**20 or f"{part:<22} {size / 2**30:>8,.1f} GiB" in said
     assert sum(plan["memory"]["parts"].values()) == pytest.approx(plan["memory"]["device_total"])
-    assert f"--signal=USR1@{plan['lead_seconds']}" in said
+    assert f"--signal=B:USR1@{plan['lead_seconds']}" in said
     assert plan["gpu_hours"] == pytest.approx(plan["seconds"] / 3600 * 32)
     with pytest.raises(ValueError, match=r"print=days is no entry of a plan; use one of: fits, memory"):
         print_plan(composed("plan", "+experiment=cope20", "print=days"))

@@ -160,8 +160,8 @@ class LocalSlurm:
         return list(found)
 
     def nodes(self, state: str) -> int:
-        """How many nodes are in a state."""
-        return len(self.run("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N").split())
+        """How many nodes are in a state; one of two partitions is listed twice."""
+        return len(set(self.run("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N").split()))
 
     def run(self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
         """Output of a client command; fails with what it said."""
@@ -183,16 +183,16 @@ class LocalSlurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
-        """Wait until a condition holds; fails with the daemons' last words."""
+        """Wait until a condition holds; fails with the controller's last words."""
         until = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < until, f"no {what} after {seconds} s\n{self.words()}"
             time.sleep(0.2)
 
     def words(self) -> str:
-        """The ends of the daemons' logs."""
-        logs = sorted([*self.root.glob("*.log"), *self.root.glob("*.out")])
-        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+        """The end of the controller's log."""
+        log = self.root / "slurmctld.log"
+        return log.read_text(errors="replace")[-2000:] if log.exists() else "slurmctld has not begun"
 
 
 def _free_ports(count: int) -> list[int]:

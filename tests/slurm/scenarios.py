@@ -218,10 +218,7 @@ def chain(site: Site) -> Scenario:
     paths = f"paths.data_dir={data} paths.output_dir={out}"
     train = " ".join(word for word in site.arguments("chain", "trainer.max_steps=4") if not _names_it(word))
     store = f"data.store={data}/demo/packed-64"
-    tuned = (
-        "trainer=cpu tracker=none model.theta=1e4 model.head_dim=16 model.pretrained_length=64 "
-        f"data.sequence_length=64 {store} trainer.global_batch_size=2 trainer.max_steps=2 trainer.checkpoint_every=2"
-    )
+    tuned = f"trainer=cpu model=demo {train} {store} trainer.max_steps=2 trainer.checkpoint_every=2"
     environment = {**site.slurm.environment, "SBATCH_OUTPUT": f"{site.output}/chain-%x-%A.log"}
     done_by = site.slurm.run(
         "slurm/chain.sh", "arms=demo/pretrain", "cluster=laptop", "nodes=1",
@@ -250,7 +247,7 @@ def multirun(site: Site) -> Scenario:
     command = [
         sys.executable, "train.py", "-m", "hydra/launcher=slurm", "+experiment=demo/pretrain", *words,
         "trainer.seed=0,1", "run_name=multirun/seed${trainer.seed}", f"paths.output_dir={site.output}",
-        "cluster.slurm.nodes=2", "cluster.slurm.time=20", "hydra.launcher.name=multirun",
+        "cluster.slurm.time=20", "hydra.launcher.name=multirun",
         f"hydra.sweep.dir={site.output}/multirun/jobs",
     ]  # fmt: skip
     with (site.output / "multirun.log").open("w") as log:

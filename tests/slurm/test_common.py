@@ -39,7 +39,7 @@ def test_ranks_run_in_the_container_under_srun():
 container=(apptainer exec --nv image.sif) srun_options=(--container-image=x)
 ranks RECORD train.py "$@"; printf '%s\\n' "${line[@]}" """
     assert shell(script, SLURM_CPUS_PER_TASK="12") == [
-        "srun", "--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=12", "--container-image=x",
+        "srun", "--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=12", "--container-image=x",
         "apptainer", "exec", "--nv", "image.sif",
         "python", "-u", "-m", "ropewalk.slurm.rank", "RECORD", "train.py", "+experiment=x", "a=b c",
     ]  # fmt: skip

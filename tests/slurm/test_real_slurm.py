@@ -49,7 +49,7 @@ def site(request, played):
     site, errors = played
     name = request.node.get_closest_marker("scenario").args[0]
     if name in errors:
-        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(site.output.glob("*.log")))
+        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-600:]}" for path in sorted(site.output.glob("*.log")))
         pytest.fail(f"{errors[name]}\n{site.slurm.words()}\n{logs}")
     return site
 
@@ -120,9 +120,10 @@ def test_a_warning_before_the_ranks_begin_is_not_lost(site):
 
 
 @pytest.mark.scenario("early")
-def test_pre_emption_saves_and_slurm_requeues(site):
+def test_pre_emption_saves_and_requeues(site):
     taken = site.record("early", 1)
-    assert (taken["State"], [rank["code"] for rank in taken["Ranks"]]) == ("ENDED", [75])
+    assert taken["State"] in ("REQUEUED", "ENDED")  # by the script in the grace time, or by SLURM after it
+    assert [rank["code"] for rank in taken["Ranks"]] == [75]
     assert site.record("early", 2, "begin.json")["committed_step"] == taken["CommittedStep"] >= 3
 
 
@@ -178,6 +179,8 @@ def test_a_chain_goes_from_documents_to_a_report(site):
 def test_a_multirun_goes_on_after_a_requeue(site):
     for seed in (0, 1):
         assert [step for step, *_ in site.losses(f"multirun/seed{seed}")] == list(range(1, STEPS + 1))
-    assert site.losses("multirun/seed0") == site.losses("straight")
-    assert site.losses("multirun/seed1") != site.losses("straight")
+    straight, same, other = ([loss for _, loss, _ in site.losses(name)] for name in
+                             ("straight", "multirun/seed0", "multirun/seed1"))  # fmt: skip
+    assert same == pytest.approx(straight, rel=1e-4)  # on one rank instead of two
+    assert other != pytest.approx(straight, rel=1e-2)
     assert site.state("multirun-0")["Restarts"] == "1"

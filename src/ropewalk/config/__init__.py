@@ -6,6 +6,7 @@ Importing it loads neither torch nor transformers, so composing a configuration 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.checks import existing_directory, one_of, require_device
 from ropewalk.config.cluster import ClusterConfig
+from ropewalk.config.dashboard import DashboardConfig
 from ropewalk.config.data import (
     ConvertConfig,
     CorpusConfig,
@@ -24,7 +25,7 @@ from ropewalk.config.evaluation import (
     SuiteConfig,
     ValidateConfig,
 )
-from ropewalk.config.export import ExportConfig
+from ropewalk.config.export import CheckExportConfig, EnginesConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
 from ropewalk.config.plan import AssumptionConfig, PlanConfig
 from ropewalk.config.rules import STORE_MEND, instant, is_remote, validate_train
@@ -52,13 +53,16 @@ __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "AdviseConfig",
     "AssumptionConfig",
+    "CheckExportConfig",
     "ClusterConfig",
     "CompareConfig",
     "ConvertConfig",
     "CorpusConfig",
+    "DashboardConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "DomainConfig",
+    "EnginesConfig",
     "EvaluateConfig",
     "ExecutorConfig",
     "ExportConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "PathsConfig",
     "PlanConfig",
     "PrepareConfig",
+    "RepairConfig",
     "ResumeConfig",
     "RopeConfig",
     "SbatchConfig",

@@ -41,6 +41,9 @@ class SuiteConfig:
     suites: list[str] = field(default_factory=list)  # of the harness `suites`: other files of configs/suite
     tasks: list[str] = field(default_factory=list)  # names of the harness
     few_shot: dict[str, int] = field(default_factory=dict)  # by task; a task that is not named keeps its own
+    lengths: list[int] = field(
+        default_factory=lambda: [8192, 16384, 32768, 65536, 131072]
+    )  # what `lengths` is unless set
     needs_length: bool = True  # whether tasks are run at each of `lengths`, or once, at what they ask for
     samples: int | None = None  # of each task and length; null: all there are (ruler: 500, as published)
     overflow: str = "error"  # a prompt longer than the length: error, or middle (cut there, and counted)

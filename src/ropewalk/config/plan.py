@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ropewalk.config.cluster import ClusterConfig
 from ropewalk.config.train import TrainConfig
 
 
@@ -24,7 +23,6 @@ class AssumptionConfig:
 class PlanConfig(TrainConfig):
     """``python scripts/plan.py``: a training run, and the machines that it is planned for."""
 
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     nodes: int = 1
     assume: AssumptionConfig = field(default_factory=AssumptionConfig)
     kv_lengths: list[int] = field(default_factory=lambda: [8192, 65536, 131072, 262144])  # tokens

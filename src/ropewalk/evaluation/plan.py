@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from ropewalk.config import EvaluateConfig, RopeConfig, existing_directory, one_of, require_device
@@ -105,7 +106,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
             " wrote, or one of text files"
         )
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
-    directory = resolve_checkpoint(config.checkpoint)
+    directory = checked_checkpoint(config.checkpoint)
     position = read_position(directory)
     settings = settings_by_length(position, config.rope, config.test_time, config.lengths)
     tokenizer = load_tokenizer(directory)
@@ -113,6 +114,31 @@ def make_plan(config: EvaluateConfig) -> Plan:
     prompts = {length: build_grid(tokenizer, windows, length, config.needle, config.seed) for length in config.lengths}
     output = writable_directory("output", config.output)
     return Plan(config, directory, output, position, settings, windows, prompts)
+
+
+def checked_checkpoint(path: str) -> Path:
+    """The Hugging Face directory of a checkpoint, every weight file whole.
+
+    Raises:
+        ValueError: where ``path`` is no checkpoint, or a shard of it is missing or cut short.
+    """
+    directory = resolve_checkpoint(path)
+    index = directory / "model.safetensors.index.json"
+    shards = {file.name for file in directory.glob("*.safetensors")}
+    if index.is_file():
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(wanted - shards):
+            raise ValueError(
+                f"checkpoint={directory} lacks {', '.join(missing[:3])} ({len(missing)} of {len(wanted)} weight files)"
+                "; copy it again, whole"
+            )
+    for name in sorted(shards):
+        try:
+            with safe_open(directory / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint={directory}: {name} is damaged ({error}); copy it again, whole") from error
+    return directory
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -9,14 +10,29 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """This process among those that share the work; alone where torchrun did not start it."""
+    """This process among those that share the work.
 
-    def __init__(self) -> None:
-        self.is_shared = dist.is_torchelastic_launched()
+    Args:
+        is_shared: whether there are others; joins their group, which they must do as well.
+    """
+
+    def __init__(self, is_shared: bool) -> None:
+        self.is_shared = is_shared
         if self.is_shared and not dist.is_initialized():
-            dist.init_process_group("gloo")  # only scores are exchanged, on the CPU
+            # only scores are exchanged, on the CPU; one rank's long prompts may keep the others waiting for hours
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
         self.rank = dist.get_rank() if self.is_shared else 0
         self.size = dist.get_world_size() if self.is_shared else 1
+
+    @classmethod
+    def launched(cls) -> Ranks:
+        """The ranks that torchrun started, or this process alone."""
+        return cls(dist.is_torchelastic_launched())
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process alone, whatever else runs."""
+        return cls(is_shared=False)
 
     def device(self, kind: str) -> str:
         """This process's own device: ``cuda`` becomes ``cuda:<local rank>``."""

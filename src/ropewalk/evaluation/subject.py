@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, one_of, require_device
-from ropewalk.evaluation.plan import checkpoint_sha256, load_tokenizer, method_name, run_name
+from ropewalk.evaluation.plan import checked_checkpoint, checkpoint_sha256, load_tokenizer, method_name, run_name
 from ropewalk.evaluation.prefill import Reader
 from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.settings import Setting, settings_by_length
-from ropewalk.export import resolve_checkpoint
 from ropewalk.model import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain
 
@@ -103,7 +102,7 @@ def make_subject(config: EvaluateConfig) -> Subject:
     one_of("device", config.device, ("cuda", "cpu"))
     one_of("backend", config.backend, ("transformers", "vllm"))
     require_device("device", config.device)
-    directory = resolve_checkpoint(config.checkpoint)
+    directory = checked_checkpoint(config.checkpoint)
     return Subject(config, directory, read_position(directory))
 
 

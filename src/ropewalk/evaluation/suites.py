@@ -16,13 +16,19 @@ from omegaconf import OmegaConf
 from ropewalk.config import EvaluateConfig, SuiteConfig, TestTimeConfig
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.evaluation.cells import Cell, CellStore
+from ropewalk.evaluation.harness.tasks import check_tasks
+from ropewalk.evaluation.helmet.run import check_checkout, run_helmet
+from ropewalk.evaluation.paper import beside_published, not_measured, read_published
 from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import RESULTS, writable_directory
+from ropewalk.evaluation.ruler.run import check_ruler, run_ruler
 from ropewalk.evaluation.run import evaluate
 from ropewalk.evaluation.subject import Subject, make_subject
 from ropewalk.evaluation.summary import summarize
 from ropewalk.evaluation.table import LOSS_METRICS, read_table
+from ropewalk.files import replace_atomically
 
+PAPER_CSV = "paper.csv"
 UNSCALED = TestTimeConfig(name="none")
 HARNESSES = ("quick", "ruler", "lm_eval", "helmet", "suites")
 
@@ -37,10 +43,11 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
         ValueError: for a wrong configuration, checkpoint, task or file, before a model is loaded where possible.
     """
     suites = list(flattened(config.suite, config.paths.data_dir))
-    _check(suites)
+    check_suites(suites, config)
+    published = None if config.suite.published is None else read_published(config.suite.published)
     subject = make_subject(config)
     output = writable_directory("output", config.output)
-    ranks = Ranks()
+    ranks = Ranks.launched()
     store = CellStore(output, config.overwrite)
     for suite in suites:
         for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
@@ -49,6 +56,8 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
     if ranks.rank == 0:
         store.write_table()
         print(summarize(read_table(output), suites), flush=True)
+        if published is not None:
+            print(compare_published(output, published), flush=True)
     ranks.close()
     return read_table(output)
 
@@ -90,35 +99,53 @@ def read_suite(name: str, data_dir: str) -> SuiteConfig:
     return found
 
 
-def _check(suites: list[SuiteConfig]) -> None:
+def compare_published(output: Path, published: pd.DataFrame) -> str:
+    """Write paper.csv, the table's numbers beside published ones, and return it as text."""
+    table = read_table(output)
+    beside = beside_published(table, published)
+    replace_atomically(output / PAPER_CSV, lambda path: beside.to_csv(path, index=False))
+    shown = beside.drop(columns=["run", "tasks"]).to_string(index=False, na_rep="-", float_format="{:.2f}".format)
+    return "\n".join(filter(None, [shown if len(beside) else "", not_measured(table, published)]))
+
+
+def check_suites(suites: list[SuiteConfig], config: EvaluateConfig) -> None:
+    """Check every suite before the first is run.
+
+    Raises:
+        ValueError: for a task, length or HELMET checkout that is not there, or lm-eval that is not installed.
+    """
     needs = [suite.name for suite in suites if suite.harness in ("ruler", "lm_eval")]
     if needs and find_spec("lm_eval") is None:
         raise ValueError(f"suite={needs[0]} runs through lm-eval, which is not installed; pip install 'ropewalk[eval]'")
+    for suite in suites:
+        if suite.harness == "ruler":
+            check_ruler(suite, config.lengths)
+        elif suite.harness == "lm_eval":
+            check_tasks(suite)
+        elif suite.harness == "helmet":
+            check_checkout(suite)
 
 
 def _run(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
     if suite.harness == "quick":
-        if ranks.rank == 0:
-            run_quick(subject, test_time, store)
-        ranks.gather(None)
+        run_quick(subject, test_time, store, ranks)
     elif suite.harness == "ruler":
-        from ropewalk.evaluation.ruler.run import run_ruler
-
         run_ruler(subject, suite, test_time, store, ranks)
     elif suite.harness == "lm_eval":
         from ropewalk.evaluation.harness.run import run_lm_eval
 
         run_lm_eval(subject, suite, test_time, store, ranks)
     else:
-        from ropewalk.evaluation.helmet.run import run_helmet
-
         run_helmet(subject, suite, test_time, store, ranks)
 
 
-def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore) -> None:
+def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
     """Loss by position and the needle grid, and their rows in the table."""
     config = replace(subject.config, test_time=test_time)
-    results = evaluate(config)
+    results = evaluate(config, ranks)
+    ranks.gather(None)  # before results.parquet is made, no rank may look for it
+    if ranks.rank:
+        return
     settings = subject.settings(config.lengths, test_time)
     for length, rows in results.groupby("context_length"):
         columns = subject.columns(settings[int(length)])

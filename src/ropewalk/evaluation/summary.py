@@ -18,9 +18,7 @@ def summarize(table: pd.DataFrame, suites: Sequence[SuiteConfig]) -> str:
     scored = table[table["harness"].isin(SHOWN) & table["depth"].isna()]
     for (harness, scaling), rows in scored.groupby(["harness", "test_time_scaling"]):
         shown = rows.assign(length=rows["context_length"].astype("string").fillna("own"))
-        scores = shown.pivot_table(
-            index=["task", "metric"], columns="length", values="value", aggfunc="first", sort=False, dropna=False
-        )
+        scores = shown.groupby(["task", "metric", "length"], sort=False)["value"].first().unstack(sort=False)
         blocks.append(
             f"{harness}, test-time scaling {scaling}\n{scores.to_string(float_format='{:.2f}'.format, na_rep='-')}"
         )

@@ -1,46 +1,26 @@
-"""A training checkpoint as a Hugging Face directory that stock transformers loads."""
+"""A model as a Hugging Face directory that stock transformers loads, written one weight at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
-from ropewalk.config import ExportConfig, one_of
-from ropewalk.export.zero_weights import ZeroWeights
+from ropewalk.export.place import SOURCE, check_replaceable, check_space, only_writer, written_beside
+from ropewalk.export.portable import write_portable_config
+from ropewalk.export.safetensors_files import total_bytes, write_weights
+from ropewalk.export.source import Source, committed_checkpoint, read_json, run_of, trained_source
 from ropewalk.files import write_atomically
-from ropewalk.rope.position import METADATA_KEY
-from ropewalk.training.checkpoint import MANIFEST, find_checkpoint, read_manifest
+from ropewalk.training.checkpoint import MANIFEST
 
-SOURCE = "export.json"  # which checkpoint an export came from; written last
-SHARD_SIZE = "2GB"
-
-
-def export(config: ExportConfig) -> Path:
-    """Export as ``config`` says, verify, and print what was found; returns the directory.
-
-    Raises:
-        ValueError: where there is no committed checkpoint, or the output is not empty and may not be replaced.
-        RuntimeError: where stock transformers does not reproduce the checkpoint's logits.
-    """
-    from ropewalk.export.verify import verify_export
-
-    if config.dtype is not None:
-        one_of("dtype", config.dtype, ("bfloat16", "float32", "float16"))
-    checkpoint = committed_checkpoint(config.checkpoint)
-    output = Path(config.output) if config.output else run_of(checkpoint) / "export"
-    if _is_current(output, checkpoint, config.dtype) and not config.overwrite:
-        print(f"{output} holds this checkpoint already")
-    else:
-        write_export(checkpoint, output, config.dtype, overwrite=config.overwrite)
-        print(f"exported {checkpoint} to {output}")
-    if config.verify:
-        print(verify_export(checkpoint, output))
-    return output
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                    "spiece.model", "chat_template*")  # fmt: skip
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -57,107 +37,127 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return path
     checkpoint = committed_checkpoint(path)
     run = run_of(checkpoint)
-    if _is_current(run / "export", checkpoint, None):
+    source = trained_source(checkpoint)
+    if is_current(run / "export", source, None):
         return run / "export"
     output = run / "exports" / checkpoint.name
-    if not _is_current(output, checkpoint, None):
-        write_export(checkpoint, output, None, overwrite=False)
+    if not is_current(output, source, None):
+        write_hf(source, output, None, overwrite=False)
     return output
 
 
-def committed_checkpoint(path: str | Path) -> Path:
-    """The committed checkpoint that ``path`` is, or the newest of the run that it is."""
-    path = Path(path)
-    if (path / MANIFEST).is_file() and (path / "zero").is_dir():
-        return path
-    found = find_checkpoint(path)
-    if found is None:
-        raise ValueError(
-            f"{path} is neither a run directory with a committed checkpoint, nor a checkpoint, nor a Hugging Face "
-            "directory with safetensors; name one of these"
-        )
-    return found
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in: <run>/checkpoints/step-N."""
-    return checkpoint.resolve().parents[1]
-
-
 def write_export(checkpoint: Path, output: Path, dtype: str | None, *, overwrite: bool) -> None:
+    """Export a committed training checkpoint; see :func:`write_hf`."""
+    write_hf(trained_source(checkpoint), output, dtype, overwrite=overwrite)
+
+
+def write_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool) -> None:
     """Write weights (safetensors), config.json, generation_config.json and the tokenizer.
 
     They are written beside, in ``<output>.partial``, and renamed when whole.
 
     Args:
-        checkpoint: committed training checkpoint.
+        source: what to export.
         output: directory; made anew.
-        dtype: of the weights; None keeps the dtype that was trained in.
+        dtype: of the weights; None: the source's own.
         overwrite: whether an earlier export there may be replaced.
 
     Raises:
-        ValueError: where ``output`` holds files and may not be replaced.
+        ValueError: where ``output`` holds files and may not be replaced, another export writes there, the disk is too
+            small, or the tokenizer has more entries than the model has embeddings.
     """
-    _check_replaceable(output, overwrite)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    partial.mkdir(parents=True)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["dtype"] = dtype or config["dtype"]
-    weights = ZeroWeights(checkpoint, tied=bool(config.get("tie_word_embeddings")))
-    _write_weights(weights, partial, getattr(torch, config["dtype"]))
-    special = {
-        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
-    }
-    write_atomically(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_atomically(partial / "generation_config.json", json.dumps(special, indent=2) + "\n")
-    tokenizer = run_of(checkpoint) / "tokenizer"
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
-    else:
-        print(f"no tokenizer in {tokenizer.parent}: the export has none, add one before serving it")
-    write_atomically(partial / SOURCE, json.dumps(_source(checkpoint, config["dtype"]), indent=2) + "\n")
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    with only_writer(output):
+        place_hf(source, output, dtype, overwrite=overwrite)
 
 
-def _check_replaceable(output: Path, overwrite: bool) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{output} is not empty; name another output or allow it with overwrite=true")
-    if not (output / SOURCE).exists():
-        raise ValueError(f"{output} is not an earlier export, so it is not replaced; name another output")
+def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool) -> None:
+    """The same for a caller that holds the output against others."""
+    check_replaceable(output, overwrite)
+    weights = source.open()
+    planned = plan_weights(weights.shapes(), weights.dtypes(), dtype or source.dtype)
+    check_space(output, total_bytes(list(planned.values())))
+    tokenizer = source_tokenizer(source, planned)
+    with written_beside(output) as partial:
+        write_weights(partial, planned, weights.gather)
+        source.config.dtype = _config_dtype(planned)
+        write_portable_config(source.config, partial)
+        write_generation_config(source, tokenizer, partial)
+        copy_tokenizer_files(source.tokenizer, partial)
+        identity = {**source.identity, "dtype": str(source.config.dtype).removeprefix("torch.")}
+        write_atomically(partial / SOURCE, json.dumps(identity, indent=2) + "\n")
 
 
-def _write_weights(weights: ZeroWeights, output: Path, dtype: torch.dtype) -> None:
-    """One shard in memory at a time."""
-    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in weights.shapes().items()}
-    split = split_torch_state_dict_into_shards(
-        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
-    )
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: weights[name].to(dtype) for name in names}, output / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_atomically(output / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _source(checkpoint: Path, dtype: str) -> dict[str, object]:
-    manifest = read_manifest(checkpoint)
-    metadata = json.loads((checkpoint / "config.json").read_text())[METADATA_KEY]
+def plan_weights(
+    shapes: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype], dtype: str | None
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every weight to write; what counts (integers) keeps its dtype, buffers of RoPE are dropped."""
+    wanted = None if dtype is None else getattr(torch, dtype)
     return {
-        "step": manifest["step"],
-        "chain_sha256": metadata["chain_sha256"],
-        "dtype": dtype,
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+        name: (shape, wanted if wanted is not None and dtypes[name].is_floating_point else dtypes[name])
+        for name, shape in shapes.items()
+        if not name.endswith("rotary_emb.inv_freq")
     }
 
 
-def _is_current(output: Path, checkpoint: Path, dtype: str | None) -> bool:
-    """Whether ``output`` was exported from exactly this checkpoint, in this dtype (None: in any)."""
-    if not (output / SOURCE).is_file():
+def _config_dtype(planned: Mapping[str, tuple[torch.Size, torch.dtype]]) -> torch.dtype:
+    """The dtype that most of the weights have."""
+    sizes: dict[torch.dtype, int] = {}
+    for shape, dtype in planned.values():
+        sizes[dtype] = sizes.get(dtype, 0) + shape.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def source_tokenizer(source: Source, planned: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Any:
+    """The source's tokenizer, or None.
+
+    Raises:
+        ValueError: where it makes tokens that the embedding has no row for.
+    """
+    if source.tokenizer is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+    rows = next(shape[0] for name, (shape, _) in planned.items() if name.endswith("embed_tokens.weight"))
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer in {source.tokenizer} has {len(tokenizer)} entries and the model {rows} embeddings; they "
+            "are not of one model: put the right tokenizer there, or resize the embeddings"
+        )
+    return tokenizer
+
+
+def write_generation_config(source: Source, tokenizer: Any, directory: Path) -> None:
+    """The base's own generation settings where they are at hand; special tokens are the tokenizer's, where there is
+    one, since a config made from scratch names the library's defaults.
+    """
+    settings = read_json(source.origin / "generation_config.json") if source.run_dir is None else {}
+    settings.pop("transformers_version", None)
+    for key in _SPECIAL:
+        ours = getattr(tokenizer, key, None) if tokenizer is not None else None
+        present = settings.get(key, getattr(source.config, key, None))
+        if isinstance(present, list) and (ours is None or ours in present):
+            ours = present  # several ends of a turn, the tokenizer names one
+        value = ours if ours is not None else present
+        if value is not None:
+            settings[key] = value
+    write_atomically(directory / "generation_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def copy_tokenizer_files(tokenizer: Path | None, directory: Path) -> None:
+    """Copy a tokenizer with its chat template; say where there is none."""
+    if tokenizer is None:
+        print("no tokenizer beside the weights: the export has none, add one before serving it")
+        return
+    for pattern in _TOKENIZER_FILES:
+        for path in sorted(tokenizer.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
+            else:
+                shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
+
+
+def is_current(output: Path, source: Source, dtype: str | None) -> bool:
+    """Whether ``output`` was exported from exactly this source, in this dtype (None: in any)."""
+    if not (output / SOURCE).is_file() or not (output / "config.json").is_file():
         return False
     present = json.loads((output / SOURCE).read_text())
-    return present == _source(checkpoint, dtype or present["dtype"])
+    return bool(present == {**source.identity, "dtype": dtype or present["dtype"]})

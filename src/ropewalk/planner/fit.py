@@ -106,6 +106,10 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
         yield Change("trainer.loss_chunk_size=1024", 1.0, {"loss_chunk": 1024})
     if not setting.checkpointing:
         yield Change("trainer.activation_checkpointing=true", 4 / 3, {"checkpointing": True})
+    elif not setting.offload_activations:
+        yield Change("trainer.offload_activations=true", 1.05, {"offload_activations": True})
+    if setting.mlp_tile is None:
+        yield Change("trainer.mlp_chunk_size=4096", 1.08, {"mlp_tile": 4096})
     for degree in degrees:
         if degree > setting.sequence:
             yield Change(f"parallel.sequence={degree}", 1 + 0.02 * degree.bit_length(), {"sequence": degree})

@@ -37,6 +37,7 @@ class Setting:
         loss_chunk: tokens whose logits exist at once; None: all, through stock cross entropy.
         offload_optimizer: master weights, moments and gradients in host memory.
         offload_parameters: the parameters' shares, too.
+        save_in_background: a checkpoint is written from a copy in host memory.
     """
 
     ranks: int
@@ -52,6 +53,7 @@ class Setting:
     loss_chunk: int | None = 2048
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    save_in_background: bool = False
 
     @property
     def tokens(self) -> int:
@@ -141,7 +143,8 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
     attention = b * (shape.query + 2 * shape.key + outputs * shape.query) + FP32 * shape.heads
     if shape.head_normed:
         attention += (FP32 + b) * (shape.query + shape.key)
-    return {"norms": 2 * norm, "attention": attention, "mlp": 4 * b * shape.intermediate}
+    mlp = 4 * b * shape.intermediate if setting.mlp_tile is None else 0  # a tiled one keeps its input alone
+    return {"norms": 2 * norm, "attention": attention, "mlp": mlp}
 
 
 def _boundaries(shape: ModelShape, setting: Setting) -> float:
@@ -177,9 +180,13 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
     saved = saved_per_token(shape, setting)
     recomputed = sum(saved.values()) - (FP32 * h if b == FP32 else 0)  # the fp32 input is the stored one
     again = n * recomputed if setting.checkpointing else 0.0
-    tile = n if setting.mlp_tile is None else min(n, setting.mlp_tile)
     # at the product of gate and up: both, the activated gate, and the gradients of product, gate and up
-    in_mlp = n * b * h + 6 * b * i * tile - n * saved["mlp"]
+    if setting.mlp_tile is None:
+        in_mlp = n * b * h + 6 * b * i * n - n * saved["mlp"]
+        weight_gradient = b * h * i
+    else:  # so for one tile; beside it the gradients of the output and, in pieces and joined, of the input
+        in_mlp = 3 * n * b * h + 6 * b * i * min(n, setting.mlp_tile)
+        weight_gradient = (FP32 + b) * 3 * h * i  # of all three weights, added up in fp32
     # gradients of output, queries, keys and values; flash attention sums the queries' in fp32
     in_attention = n * (b * (2 * shape.query + 2 * shape.key) + 2 * b * h) - n * saved["mlp"] - n * saved["norms"] / 2
     workspace = 0.0
@@ -188,7 +195,7 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
     if setting.sequence > 1:  # what is sent and what arrives
         workspace += n * b * (shape.query + 2 * shape.key)
     at_mlp = in_mlp >= in_attention + workspace
-    weight_gradient = b * max(h * i, shape.embedding if setting.loss_chunk is not None else 0)
+    weight_gradient = max(weight_gradient, b * shape.embedding if setting.loss_chunk is not None else 0)
     return {
         "stored activations": _boundaries(shape, setting),
         "working activations": max(0.0, again + (in_mlp if at_mlp else in_attention)),
@@ -199,10 +206,14 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def _reduce_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
-    """The end of the backward pass: the embedding's gradient, and the bucket's contents laid out for the ranks."""
+    """The end of the backward pass: the embedding's gradient, and the bucket's contents laid out for the ranks.
+
+    gloo reduces a copy of what it is given, where there are several ranks.
+    """
     filled = min(REDUCE_BUCKET, shape.parameters)
+    copies = 1 if setting.cuda or setting.ranks == 1 else 2
     return {
-        "weight gradients": float(setting.element * shape.embedding + FP32 * filled),
+        "weight gradients": float(setting.element * shape.embedding + copies * FP32 * filled),
         "gathered parameters": _gathered(shape, setting),
     }
 
@@ -249,4 +260,6 @@ def _host(shape: ModelShape, setting: Setting) -> dict[str, float]:
         host["parameters"] = setting.element * share
     if setting.checkpointing and setting.offload_activations:
         host["stored activations"] = float(shape.layers * setting.tokens * setting.element * shape.hidden)
+    if setting.save_in_background:
+        host["checkpoint"] = (FP32 + ADAM) * share
     return host

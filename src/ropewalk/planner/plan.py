@@ -61,8 +61,11 @@ def setting_of(config: PlanConfig) -> Setting:
         stage=config.deepspeed.stage,
         cuda=config.cluster.device == "cuda",
         checkpointing=trainer.activation_checkpointing,
+        offload_activations=trainer.offload_activations,
+        mlp_tile=trainer.mlp_chunk_size,
         loss_chunk=trainer.loss_chunk_size,
         offload_optimizer=config.deepspeed.offload_optimizer,
+        save_in_background=trainer.save_in_background,
     )
 
 

@@ -108,7 +108,7 @@ def _disk_lines(plan: Plan, e: Any) -> list[str]:
     return [
         f"checkpoint: {e['checkpoint_bytes'] / GB:,.1f} GB, written in {_duration(e['checkpoint_seconds'])}; "
         f"{e['checkpoints_kept']} are kept, {e['storage_bytes'] / GB:,.0f} GB for the run at its end",
-        f"SLURM's signal: {plan.lead_seconds} s before the time limit (--signal=USR1@{plan.lead_seconds})",
+        f"SLURM's signal: {plan.lead_seconds} s before the time limit (--signal=B:USR1@{plan.lead_seconds})",
         f"to serve: weights {gib(e['weights_bytes'])} in bf16, KV cache of one sequence in GiB: {kv}",
     ]
 

@@ -81,7 +81,7 @@ def drawings(
                 name = _name(section, row, names)
                 names.add(name)
                 notes = " ".join(dict.fromkeys(panel.note for panel in row.panels if panel.note))
-                parts = (f"{section.title}.", row.title, row.reading or section.reading, notes)
+                parts = (f"{section.title}.", row.title and f"{row.title}.", row.reading or section.reading, notes)
                 words = " ".join(part for part in parts if part)
                 yield name, _draw(section, row, styles), words
 

@@ -12,6 +12,7 @@ from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, pair
 from ropewalk.report.table import Block, Cell, Table, block_of
 from ropewalk.report.text import counted, interval, tokens
 
+SEEDS_TO_DECIDE = 6  # by chance alone the differences of n seeds have one sign with probability 2^(1-n): 1/32
 LEGEND = "*, shaded: longer than the run was trained at. Bold differences: the interval leaves out zero."
 
 
@@ -105,12 +106,15 @@ def _mean_difference(arm: Arm, own: Arm, found: list[Arm], length: int) -> Cell:
     if not ours or not theirs:
         return Cell()
     differences = paired(arm, own, loss_at(length))
-    if len(differences) > 1:
-        mean, detail = sum(differences) / len(differences), interval(min(differences), max(differences), signed=True)
-        decided = min(differences) > 0 or max(differences) < 0
-        hint = f"lowest and highest of {len(differences)} seeds that both arms have"
-        noise = f"range over {len(differences)} seeds"
-        return Cell(f"{mean:+.4f}", detail, beyond, decided, decided and mean > 0, hint, noise)
+    if differences:
+        mean, count = sum(differences) / len(differences), len(differences)
+        if count == 1:
+            noise = noise_words(arm.runs[0], own.runs[0], found, loss_at(length), digits=4)
+            return Cell(f"{mean:+.4f}", "one seed in common", beyond, noise=noise)
+        detail = interval(min(differences), max(differences), signed=True)
+        decided = count >= SEEDS_TO_DECIDE and (min(differences) > 0 or max(differences) < 0)
+        hint = f"lowest and highest of {count} seeds that both arms have"
+        return Cell(f"{mean:+.4f}", detail, beyond, decided, decided and mean > 0, hint, f"range over {count} seeds")
     difference = sum(ours) / len(ours) - sum(theirs) / len(theirs)
     apart = min(ours) > max(theirs) or max(ours) < min(theirs)
     detail = ("all seeds apart" if apart else "seeds overlap") if len(ours) > 1 and len(theirs) > 1 else ""

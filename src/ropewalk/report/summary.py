@@ -11,6 +11,8 @@ from ropewalk.report.runs_table import differences
 from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, UNKNOWN_NOISE, WITHOUT_EFFECT, Arm, arms, noise_words
 from ropewalk.report.text import amount, counted, listed
 
+MOST_NAMED = 4  # runs that the opening names one by one; the table has all
+
 
 def findings(runs: list[Run], baseline: Run) -> list[str]:
     """What was compared and how it came out, at the baseline's trained length and at the longest.
@@ -63,6 +65,8 @@ def _outcome(runs: list[Run], baseline: Run, length: int) -> str:
     found = sorted((run for run in runs if length in losses(run)), key=lambda run: losses(run)[length])
     of_seeds = arms(runs)
     words = [f"{run.name} {losses(run)[length]:.3f}{_against(run, baseline, of_seeds, length)}" for run in found]
+    if len(words) > MOST_NAMED:
+        words = [words[0], f"{len(words) - 2} between", words[-1]]
     where = ""
     if baseline.trained_length is not None:
         where = f", {'past' if baseline.is_beyond(length) else 'within'} {baseline.name}'s trained length"

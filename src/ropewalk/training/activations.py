@@ -38,10 +38,13 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
         if trainer.mlp_chunk_size is not None or trainer.compile:
             _check_gated(layer.mlp)
             forward = _whole_mlp if trainer.mlp_chunk_size is None else partial(_tiled_mlp, trainer.mlp_chunk_size)
-            layer.mlp.forward = partial(forward, layer.mlp, partial(gate, layer.mlp.act_fn))
-    for module in lm.modules() if trainer.compile else ():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = torch.compile(module.forward)
+            activation = layer.mlp.act_fn.forward  # without the hooks that ZeRO-3 puts on every module
+            layer.mlp.forward = partial(forward, layer.mlp, partial(gate, activation))
+    if trainer.compile:
+        norm = torch.compile(_rms_norm)
+        for module in lm.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = partial(_compiled_norm, module, norm)
 
 
 def checkpoint_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -71,6 +74,17 @@ def _check_gated(mlp: nn.Module) -> None:
             f"trainer.mlp_chunk_size and trainer.compile know MLPs of {', '.join(PROJECTIONS)} and act_fn; "
             f"{type(mlp).__name__} has {', '.join(children)}: leave both out"
         )
+
+
+def _compiled_norm(module: Any, norm: Callable[..., Tensor], x: Tensor) -> Tensor:
+    # The weight is read here, as reading it runs ZeRO-3's code, which is no part of a graph.
+    return norm(x, module.weight, module.variance_epsilon)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As the Llama family has it: normalised in fp32, scaled in the model's dtype."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 
 def _gate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

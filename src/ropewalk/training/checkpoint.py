@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ropewalk.files import fsync_path, inside, sha256_of, write_atomically
+from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
 from ropewalk.training.background import Work, snapshot
 
@@ -74,9 +74,16 @@ def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1
             continue
         if not path.is_file():
             raise ValueError(f"{path} is missing, but the manifest lists it")
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise ValueError(f"{path} is not the file that was saved (its size or sha256 differs)")
+        if path.stat().st_size != expected["bytes"] or not _hashes_to(path, expected):
+            raise ValueError(f"{path} is not the file that was saved (its size or checksum differs)")
     return manifest
+
+
+def _hashes_to(path: Path, expected: Mapping[str, Any]) -> bool:
+    """Checkpoints have BLAKE3; those of the first weeks SHA-256, which took longer than the writing."""
+    if "blake3" in expected:
+        return blake3_of(path) == expected["blake3"]
+    return sha256_of(path) == expected["sha256"]
 
 
 class SaveFailed(RuntimeError):
@@ -139,11 +146,7 @@ class StartedSave:
         share: Work[dict[str, Any]],
     ) -> None:
         self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
-
-    @property
-    def step(self) -> int:
-        """Steps that it holds."""
-        return self.facts["step"]
+        self.step = facts["step"]
 
     def written(self, group: dist.ProcessGroup | None) -> bool:
         """Whether every rank has written its files, so that ``commit`` would not wait. Collective."""
@@ -212,7 +215,11 @@ def _recorded_writes(engine: Any, in_background: bool) -> Iterator[tuple[list[st
         setattr(owner, name, recorded(getattr(owner, name)))
     if in_background:
         write = engine.checkpoint_engine.save
-        engine.checkpoint_engine.save = lambda content, path: later.append(partial(write, snapshot(content), path))
+
+        def postpone(state_dict: Any, path: str) -> None:
+            later.append(partial(write, snapshot(state_dict), path))
+
+        engine.checkpoint_engine.save = postpone
     try:
         yield failures, later
     finally:
@@ -325,7 +332,7 @@ def _files_of(rank: int, directory: Path) -> list[Path]:
 def _settle(path: Path) -> dict[str, Any]:
     """Flush a file to its disk and describe it."""
     fsync_path(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "blake3": blake3_of(path)}
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
-from ropewalk.launch import deaf_children
 
 
 class Tracker(Protocol):
@@ -52,19 +51,18 @@ class WandbTracker:
         known = json.loads(stored.read_text())["wandb_id"] if stored.exists() else saved_id
         self.run_id = known or secrets.token_hex(4)
         write_atomically(stored, json.dumps({"wandb_id": self.run_id}) + "\n")
-        with deaf_children():  # its service is a process of its own
-            self.run = wandb.init(
-                project=config.project,
-                name=run_name,
-                group=config.group,
-                tags=config.tags,
-                id=self.run_id,
-                resume="allow",
-                dir=run_dir,
-                config=details,
-                mode=_mode(),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+        self.run = wandb.init(
+            project=config.project,
+            name=run_name,
+            group=config.group,
+            tags=config.tags,
+            id=self.run_id,
+            resume="allow",
+            dir=run_dir,
+            config=details,
+            mode=wandb_mode(),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
         self.run.define_metric("tokens")
         for group in ("train/*", "eval/*"):
             self.run.define_metric(group, step_metric="tokens")
@@ -105,13 +103,11 @@ class TrackioTracker:
         self.run.finish()
 
 
-def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
-    named = {f"{group}/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
-    return {**named, "tokens": metrics["tokens"]}
-
-
 class ForgivingTracker:
-    """A tracker whose failures are told, once, and never end the run: metrics.jsonl has every row all the same."""
+    """A tracker whose failures are told, once, and never end the run: metrics.jsonl has every row all the same.
+
+    SLURM sends SIGTERM to every process of a task, and W&B's service is one; the ranks have to save and leave after it.
+    """
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker, self.run_id, self.failed = tracker, tracker.run_id, False
@@ -134,7 +130,12 @@ class ForgivingTracker:
             print(f"warning: the tracker failed ({error}); metrics.jsonl goes on", flush=True)
 
 
-def _mode() -> Literal["offline"] | None:
+def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
+    named = {f"{group}/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
+    return {**named, "tokens": metrics["tokens"]}
+
+
+def wandb_mode() -> Literal["offline"] | None:
     """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth

@@ -8,7 +8,6 @@ from typing import Any
 from ropewalk.config import SuiteConfig, TestTimeConfig
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import (
-    check_tasks,
     harness_version,
     rows_of,
     run_task,
@@ -29,7 +28,6 @@ def run_lm_eval(
     Raises:
         ValueError: for an unknown task or unreadable data, before and between models; finished cells are kept.
     """
-    check_tasks(suite)
     specs = {task: task_spec(task, suite) for task in suite.tasks}
     lengths = subject.config.lengths if suite.needs_length else [subject.trained_length]
     for length, setting in subject.settings(lengths, test_time).items():

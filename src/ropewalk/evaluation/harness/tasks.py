@@ -41,19 +41,14 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def check_tasks(suite: SuiteConfig) -> None:
-    """Raise ValueError for a task that lm-eval does not have, or a setting of one that is not run."""
+    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it."""
     known = task_manager().all_tasks
-    for task in suite.tasks:
-        if task not in known:
-            raise ValueError(
-                f"suite.tasks: lm-eval {harness_version()} has no task {task!r}; {nearest(task, known)} "
-                "(`lm_eval ls tasks` lists them)"
-            )
-    for name in ("few_shot", "datasets"):
-        for task in getattr(suite, name):
-            if task not in suite.tasks:
+    for key in ("tasks", "few_shot", "datasets", "metrics"):
+        for task in getattr(suite, key):
+            if task not in known:
                 raise ValueError(
-                    f"suite.{name}: {task!r} is not among suite.tasks={suite.tasks}; add it, or leave it out"
+                    f"suite.{key}: lm-eval {harness_version()} has no task {task!r}; {nearest(task, known)} "
+                    "(`lm_eval ls tasks` lists them)"
                 )
 
 
@@ -125,8 +120,8 @@ def run_task(
         name = spec if isinstance(spec, str) else getattr(spec, "task_name", None) or spec["task"]
         raise ValueError(
             f"the data of {name} could not be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); if "
-            "the hub is not to be reached from here, fill its cache (HF_HOME) on a machine that reaches it, or give offline "
-            "data (suite=short_offline); finished tasks are kept"
+            "the hub is not to be reached from here, fill its cache (HF_HOME) on a machine that reaches it, or give "
+            "offline data (suite=short_offline); finished tasks are kept"
         ) from error
 
 

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from ropewalk.config import SuiteConfig, TestTimeConfig
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import harness_version, run_task
@@ -42,7 +40,6 @@ def run_ruler(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, s
         ValueError: for a wrong task or length, or missing data; finished cells are kept.
     """
     config = subject.config
-    check_ruler(suite, config.lengths)
     for length, setting in subject.settings(config.lengths, test_time).items():
         columns = subject.columns(setting)
         identity = {
@@ -78,6 +75,7 @@ def _samples(subject: Subject, suite: SuiteConfig, task: RulerTask, length: int)
 
 def lm_eval_task(task: RulerTask, samples: list[Sample]) -> Any:
     """The task as lm-eval runs it over these samples."""
+    import datasets
     from lm_eval.api.task import ConfigurableTask
 
     def dataset(**_: Any) -> dict[str, datasets.Dataset]:

@@ -1,0 +1,114 @@
+"""Whether transformers 4 reads the position of an export: run by an interpreter whose transformers is one.
+
+python benchmarks/transformers4.py --make DIR        (with this project's own interpreter)
+OLD_PYTHON benchmarks/transformers4.py --read DIR    (with that of transformers 4.45 to 4.57 and torch, nothing else)
+
+``--make`` writes a tiny Llama under several chains, with what stock transformers 5 computes for them; ``--read`` loads
+them with whatever transformers it finds and compares the frequencies, the attention scaling and the logits.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+CHAINS = {
+    "rope": [],
+    "abf": [{"method": "abf", "theta": 1e7}],
+    "cope": [{"method": "abf", "theta": 1e7}, {"method": "cope", "clip": 12}],
+    "hardclip": [{"method": "hardclip", "clip": 10}],
+    "cope_yarn4": [
+        {"method": "cope", "clip": 10},
+        {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+    ],
+    "yarn4": [{"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}],
+    "pi4": [{"method": "pi", "factor": 4.0}],
+    "llama3": [{"method": "llama3"}],
+}
+LENGTH = 512
+
+
+def main() -> int:
+    """Make or read; the exit code says whether everything agreed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make", type=Path)
+    parser.add_argument("--read", type=Path)
+    given = parser.parse_args()
+    if given.make:
+        make(given.make)
+        return 0
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    return 0 if all([read(directory) for directory in sorted(given.read.iterdir())]) else 1
+
+
+def make(root: Path) -> None:
+    """One directory a chain, exported from the same random weights."""
+    from ropewalk.config import RopeConfig
+    from ropewalk.export.hf import write_hf
+    from ropewalk.export.source import converted_source
+
+    config = transformers.AutoConfig.for_model(
+        "llama", vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=8192, initializer_range=0.1,
+    )  # fmt: skip
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(root.with_name(f"{root.name}-base"))
+    for name, chain in CHAINS.items():
+        source = converted_source(str(root.with_name(f"{root.name}-base")), RopeConfig(name=name, chain=chain))
+        write_hf(source, root / name, None, overwrite=False)
+        np.savez(root / name / "expected.npz", **computed(root / name))
+
+
+def computed(directory: Path) -> dict:
+    """Frequencies, attention scaling and logits in the transformers at hand."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, torch_dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokens = torch.arange(LENGTH)[None] * 7 % 512
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0]
+    rotary = model.model.rotary_emb
+    return {
+        "inv_freq": rotary.inv_freq.float().numpy(),
+        "attention_scaling": np.float64(rotary.attention_scaling),
+        "logits": logits.numpy(),
+    }
+
+
+def read(directory: Path) -> bool:
+    """Compare one directory, print a line, and a line for the same weights without the older form."""
+    expected, found = dict(np.load(directory / "expected.npz")), computed(directory)
+    apart = np.abs(found["inv_freq"] - expected["inv_freq"])
+    relative = float(np.max(apart[expected["inv_freq"] > 0] / expected["inv_freq"][expected["inv_freq"] > 0]))
+    zeros = np.array_equal(found["inv_freq"] == 0, expected["inv_freq"] == 0)
+    logits = float(np.abs(found["logits"] - expected["logits"]).max() / expected["logits"].std())
+    scaling = float(abs(found["attention_scaling"] / expected["attention_scaling"] - 1))
+    same = zeros and relative <= 2.4e-7 and scaling <= 1e-7 and logits <= 1e-3
+    without = without_older_form(directory) - expected["logits"]
+    lost = float(np.abs(without).max() / expected["logits"].std())
+    print(
+        f"{'same' if same else 'OTHER':5}  {directory.name:11} frequencies {relative:.1e}, scaling {scaling:.1e}, "
+        f"logits {logits:.1e} of their standard deviation; without the older form logits {lost:.1e}"
+    )
+    return same
+
+
+def without_older_form(directory: Path) -> np.ndarray:
+    """Logits of the same directory with the keys of transformers 4 left out: the control."""
+    content = json.loads((directory / "config.json").read_text())
+    bare = {k: v for k, v in content.items() if k not in ("rope_theta", "rope_scaling")}
+    (directory / "config.json").write_text(json.dumps(bare))
+    try:
+        return computed(directory)["logits"]
+    finally:
+        (directory / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

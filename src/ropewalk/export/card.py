@@ -1,0 +1,216 @@
+"""The model card of an export: README.md with what the weights are, how they were made, and how to serve them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from httpx2 import HTTPError
+from huggingface_hub import ModelCard, hf_hub_download
+from omegaconf import OmegaConf
+
+from ropewalk.export.findings import STOCK, findings_of
+from ropewalk.export.place import SOURCE
+from ropewalk.export.serving import commands
+from ropewalk.export.source import Source, read_json
+from ropewalk.files import write_atomically
+
+CARD = "README.md"
+
+
+def write_card(source: Source, directory: Path, licence: str | None) -> None:
+    """Write README.md for an export, from what its run, its checkpoint and its verifications left behind.
+
+    Args:
+        source: what was exported.
+        directory: the export.
+        licence: of the base model; None: what the base's own card says, else unknown.
+    """
+    licence = licence or base_licence(source)
+    sections = [
+        _what(source, directory),
+        _position(source),
+        _training(source),
+        _metrics(source),
+        _verification(directory),
+        ["## Serving", "", *commands(source.config, source.position, directory)],
+        _licence(source, licence),
+    ]
+    text = "\n\n".join("\n".join(lines) for lines in sections if lines)
+    write_atomically(directory / CARD, f"{_front_matter(source, directory, licence)}\n{text}\n")
+
+
+def base_licence(source: Source) -> str | None:
+    """The licence that the base model's own card declares, where that card can be read."""
+    base = source.origin if source.run_dir is None else _base(source)
+    if base is None:
+        return None
+    try:
+        local = Path(base) / CARD
+        path = local if Path(base).is_dir() else Path(hf_hub_download(str(base), CARD))
+        found = ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):
+        return None
+    return None if found is None else str(found)
+
+
+def _base(source: Source) -> str | None:
+    return source.position.base_model
+
+
+def _base_name(source: Source) -> str:
+    """The base as others know it: a hub id, or the last part of a path on this machine."""
+    base = _base(source) or (None if source.run_dir is not None else str(source.identity["model"]))
+    if base is None:
+        return "none: trained from random weights" if source.run_dir is not None else "not recorded"
+    return Path(base).resolve().name if Path(base).is_absolute() or Path(base).exists() else base
+
+
+def _front_matter(source: Source, directory: Path, licence: str | None) -> str:
+    base = _base_name(source)
+    data: dict[str, Any] = {
+        "license": licence or "other",
+        "library_name": "transformers" if (directory / "config.json").is_file() else "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["ropewalk", "long-context", source.position.name],
+    }
+    if "/" in base and not base.startswith("none"):
+        data["base_model"] = base
+    return f"---\n{yaml.safe_dump(data, sort_keys=False).strip()}\n---"
+
+
+def _what(source: Source, directory: Path) -> list[str]:
+    title = source.run_dir.name if source.run_dir is not None else f"{_base_name(source)}, {source.position.name}"
+    made = read_json(directory / SOURCE)
+    step = (
+        f"step {made['step']:,} of the run" if "step" in made else "not trained here: the method was applied as it is"
+    )
+    files = sorted(path.name for path in directory.glob("*.gguf"))
+    return [
+        f"# {title}",
+        "",
+        f"{type(source.config).__name__.removesuffix('Config')} weights in {made.get('dtype')}"
+        f"{', with ' + ', '.join(files) if files else ''}; {step}. Base model: {_base_name(source)}.",
+        "It is loaded by stock engines; no code of its own is needed.",
+    ]
+
+
+def _position(source: Source) -> list[str]:
+    position = source.position
+    return [
+        "## Position",
+        "",
+        f"- chain: `{position.chain}`",
+        f"- spectrum sha256: `{position.sha256}` (of the chain and its inputs), chain sha256 `{position.chain.sha256}`",
+        f"- base {position.theta:g}, {position.head_dim} rotating channels a head, pretrained at "
+        f"{position.pretrained_length:,} tokens, trained at {position.trained_length:,}, served to "
+        f"{source.config.max_position_embeddings:,}",
+        f"- attention scaling {position.spectrum().attention_scaling:.6g}, "
+        f"{int((position.spectrum().inv_freq == 0).sum())} of {position.head_dim // 2} pairs do not rotate",
+        "",
+        "`python scripts/export.py check DIR` of ropewalk tells whether a copy still carries it.",
+    ]
+
+
+def _training(source: Source) -> list[str]:
+    if source.run_dir is None:
+        return ["## Training", "", "None. The method changes the model without training; measure before relying on it."]
+    contract = read_json(source.origin / "manifest.json").get("contract", {})
+    config = source.run_dir / "config.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
+    record = read_json(source.run_dir / "run.json")
+    trainer = settings.get("trainer", {})
+    tokens = read_json(source.origin / "manifest.json")["step"] * contract.get("global_batch_size", 0)
+    tokens *= contract.get("sequence_length", 0)
+    return [
+        "## Training",
+        "",
+        f"- {tokens:,} tokens in sequences of {contract.get('sequence_length', 0):,}, "
+        f"{contract.get('global_batch_size', 0):,} sequences a step, seed {contract.get('seed')}",
+        f"- AdamW, learning rate {trainer.get('learning_rate')}, weight decay {trainer.get('weight_decay')}, "
+        f"gradient clipping {trainer.get('gradient_clipping')}, {trainer.get('dtype')}, ZeRO stage "
+        f"{settings.get('deepspeed', {}).get('stage')}, {record.get('world_size')} ranks",
+        f"- code {record.get('git_commit')}; {_joined(record.get('versions', {}))}",
+        f"- data (share of the tokens): {_joined(_shares(contract.get('weights', {})))}",
+        f"- store `{contract.get('store')}`",
+        *([f"- curriculum: {json.dumps(contract['curriculum'])}"] if contract.get("curriculum") else []),
+    ]
+
+
+def _shares(weights: Mapping[str, Any]) -> dict[str, str]:
+    """Weights may be fractions in text, 803/826, as the data order keeps them exact."""
+
+    def share(text: str) -> float:
+        above, _, below = str(text).partition("/")
+        return float(above) / float(below or 1)
+
+    return {name: f"{share(weight):.1%}" for name, weight in weights.items()}
+
+
+def _joined(entries: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in entries.items()) or "not recorded"
+
+
+def _metrics(source: Source) -> list[str]:
+    if source.run_dir is None:
+        return []
+    lines = ["## Metrics", ""]
+    rows = [row for row in _rows(source.run_dir / "metrics.jsonl") if row["step"] <= source.identity["step"]]
+    if rows:
+        lines.append(f"- training loss at step {rows[-1]['step']:,}: {rows[-1]['loss']:.4f} nats per token")
+    lines += _evaluated(source.run_dir / "evaluation" / "results.parquet")
+    return lines if len(lines) > 2 else [*lines, "None were recorded."]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            return
+
+
+def _evaluated(path: Path) -> Iterator[str]:
+    """The losses by context length of the run's own evaluation, where there is one."""
+    if not path.is_file():
+        return
+    table = pd.read_parquet(path)
+    table = table[(table["task"] == "loss_at_length") & (table["metric"] == "nll")]
+    for _, row in table.sort_values("context_length").iterrows():
+        spread = f" ± {row['stderr']:.4f}" if np.isfinite(row["stderr"]) else ""
+        yield (
+            f"- held-out loss at {int(row['context_length']):,} tokens, test-time scaling {row['test_time']}: "
+            f"{row['value']:.4f}{spread} nats per token ({int(row['n'])} documents)"
+        )
+
+
+def _verification(directory: Path) -> list[str]:
+    findings = findings_of(directory)
+    if not findings:
+        return [
+            "## Verification",
+            "",
+            "None was run (verify=false): no engine's output was compared with the source's.",
+        ]
+    missing = [] if STOCK in findings else [f"- {STOCK}: not verified"]
+    return ["## Verification", "", *missing, *(f"- {engine}: {found['said']}" for engine, found in findings.items())]
+
+
+def _licence(source: Source, licence: str | None) -> list[str]:
+    if licence is not None:
+        return [
+            "## Licence",
+            "",
+            f"{licence}, that of the base model ({_base_name(source)}); its terms hold for these weights.",
+        ]
+    return [
+        "## Licence",
+        "",
+        f"Not known: no card of the base model ({_base_name(source)}) could be read. Its licence holds for these "
+        "weights; look it up and put it here before you share them (`license=NAME` writes it).",
+    ]

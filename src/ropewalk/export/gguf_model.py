@@ -1,0 +1,190 @@
+"""Which llama.cpp architecture a model is, and how its weights are renamed and laid out for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ropewalk.export.gguf_position import FACTORS, GgufPosition
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model type is written.
+
+    Attributes:
+        arch: llama.cpp's architecture.
+        interleaved: rotates neighbouring channels, so rows of q and k are permuted from halves to pairs.
+        reads_factors: its graph reads ``rope_freqs.weight``; the others refuse a file that holds one.
+        norm_shift: added to the weights of norms (Gemma keeps them less 1).
+    """
+
+    arch: str
+    interleaved: bool = False
+    reads_factors: bool = False
+    norm_shift: float = 0.0
+
+
+_LLAMA = Family("llama", interleaved=True, reads_factors=True)
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "olmo": Family("olmo", interleaved=True),
+    "olmo2": Family("olmo2"),
+    "gemma": Family("gemma", norm_shift=1.0),
+    "gemma2": Family("gemma2", norm_shift=1.0),
+    "gemma3_text": Family("gemma3", norm_shift=1.0),
+}
+
+
+def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
+    """How to write this model so that llama.cpp rotates with ``position``.
+
+    A Qwen2 is a Llama with biases on q, k and v, which llama.cpp's llama reads: under factors it is written as one.
+
+    Raises:
+        ValueError: for a model type that is not written, or one whose graph cannot take the method.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"model_type={config.model_type} is not written as GGUF; known are {', '.join(FAMILIES)}: export to=hf"
+        )
+    if config.model_type == "qwen2" and position.factors is not None:
+        family = _LLAMA
+    if position.factors is not None and not family.reads_factors:
+        raise ValueError(
+            f"llama.cpp's {family.arch} reads no {FACTORS}, so a GGUF of {config.model_type} cannot carry this "
+            "method; export to=hf, for transformers, vLLM or SGLang"
+        )
+    if family.arch in _ALTERNATING:
+        _check_gemma(config, family.arch)
+    window = getattr(config, "sliding_window", None)
+    if family.arch in ("llama", "qwen2", "qwen3", "olmo2") and window and getattr(config, "use_sliding_window", True):
+        raise ValueError(
+            f"sliding_window={window}: llama.cpp's {family.arch} attends to everything, so its answers past "
+            f"{window} tokens would be another model's; export to=hf"
+        )
+    return family
+
+
+_ALTERNATING = {"gemma2": 2, "gemma3": 6}  # every so many layers one attends to everything, in llama.cpp
+
+
+def _check_gemma(config: PreTrainedConfig, arch: str) -> None:
+    """What llama.cpp takes for granted of Gemma 2 and 3."""
+    every = _ALTERNATING[arch]
+    layers = [("full" if (i + 1) % every == 0 else "sliding") + "_attention" for i in range(config.num_hidden_layers)]
+    if list(config.layer_types) != layers:
+        raise ValueError(
+            f"layer_types: llama.cpp's {arch} has full attention in every layer {every} alone; export to=hf"
+        )
+    if config.query_pre_attn_scalar != config.head_dim:
+        raise ValueError(
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar}: llama.cpp's {arch} scales queries by head_dim="
+            f"{config.head_dim}; export to=hf"
+        )
+
+
+def add_architecture(writer: gguf.GGUFWriter, config: PreTrainedConfig, family: Family) -> None:
+    """The numbers that llama.cpp builds the graph from."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    if family.arch == "olmo":
+        writer.add_layer_norm_eps(1e-5)
+        if config.clip_qkv is not None:
+            writer.add_clamp_kqv(config.clip_qkv)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if family.arch in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+    if family.arch == "gemma3":
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if family.arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def add_position(writer: gguf.GGUFWriter, position: GgufPosition) -> None:
+    """Base, scaling and attention factor; the factors are a tensor, written with the others."""
+    writer.add_rope_dimension_count(position.dimensions)
+    writer.add_rope_freq_base(position.freq_base)
+    kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+    add: dict[str, Callable[[Any], None]] = {
+        "type": lambda kind: writer.add_rope_scaling_type(kinds[kind]),
+        "factor": writer.add_rope_scaling_factor,
+        "original_context_length": writer.add_rope_scaling_orig_ctx_len,
+        "yarn_beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "yarn_beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }
+    for key, value in position.scaling.items():
+        add[key](value)
+    if position.attn_factor is not None:
+        writer.add_rope_scaling_attn_factors(position.attn_factor)
+
+
+class Layout:
+    """Names and layout of a model's weights in llama.cpp."""
+
+    def __init__(self, config: PreTrainedConfig, family: Family) -> None:
+        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
+        self.names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        self.config, self.family = config, family
+
+    def name(self, weight: str) -> str:
+        """llama.cpp's name of a weight.
+
+        Raises:
+            ValueError: for a weight that its architecture does not have.
+        """
+        found = self.names.get_name(weight, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ValueError(
+                f"weight {weight} has no place in llama.cpp's {self.family.arch}; the model is not the "
+                f"{self.config.model_type} that its config names: export to=hf"
+            )
+        return str(found)
+
+    def arranged(self, weight: str, tensor: Tensor) -> Tensor:
+        """A weight as llama.cpp lays it out, in the same dtype."""
+        config = self.config
+        if self.family.interleaved and ".self_attn.q_proj." in weight:
+            return interleave(tensor, config.num_attention_heads)
+        if self.family.interleaved and ".self_attn.k_proj." in weight:
+            return interleave(tensor, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        if self.family.norm_shift and weight.endswith("norm.weight"):
+            return tensor + self.family.norm_shift
+        return tensor
+
+
+def interleave(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of q or k from transformers' order (pair i is channels i and i + d/2) to llama.cpp's (2i and 2i + 1).
+
+    Args:
+        tensor: (heads * head_dim, ...), weight or bias.
+        heads: of q or of k.
+    """
+    half = tensor.shape[0] // heads // 2
+    return tensor.view(heads, 2, half, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def is_matrix(tensor_shape: torch.Size) -> bool:
+    """Whether a weight is stored in the file's own type; vectors stay float32."""
+    return len(tensor_shape) >= 2

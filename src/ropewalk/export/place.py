@@ -1,0 +1,95 @@
+"""Where an export is written: one writer at a time, beside first, and nothing replaced unasked."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SOURCE = "export.json"  # which checkpoint an export came from; written last
+_MARGIN = 64 * 2**20  # bytes, for the tokenizer, the card, and what others write meanwhile
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Hold ``output`` against other exports; the lock ends with the process, however that ends.
+
+    Raises:
+        ValueError: where another export is writing there.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except BlockingIOError:
+            is_there = False
+        if not is_there:  # or it was deleted between our opening and our locking it, by one who has just finished
+            raise ValueError(f"another export is writing to {output}; wait for it, or name another with output=DIR")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raise ValueError where ``output`` holds files that may not be replaced."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a directory")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{output} is not empty; name another output or allow it with overwrite=true")
+    if not (output / SOURCE).exists():
+        raise ValueError(f"{output} is not an earlier export, so it is not replaced; name another output")
+
+
+def check_addable(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Raise ValueError where ``output`` holds something else than files of the export that ``identity`` describes."""
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / SOURCE).is_file():
+        raise ValueError(f"{output} is not empty and no earlier export; name another output")
+    present = json.loads((output / SOURCE).read_text())
+    if not overwrite and {**present, "dtype": None} != {**identity, "dtype": None}:
+        raise ValueError(f"{output} holds another export; name another output or allow it with overwrite=true")
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raise ValueError where the disk that will hold ``output`` has less than ``needed`` bytes free."""
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _MARGIN:
+        raise ValueError(
+            f"{output} needs {needed / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free; make room, name "
+            "another output, or export in a smaller dtype"
+        )
+
+
+@contextmanager
+def written_beside(output: Path) -> Iterator[Path]:
+    """A directory beside ``output`` that becomes it when the block ends well; on an error it is removed.
+
+    A full disk gets its space back, and what stood at ``output`` stands.
+    """
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"{output} could not be written ({error}); {_standing(output)}") from error
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
+
+
+def _standing(output: Path) -> str:
+    return "what it held before is as it was" if output.exists() else "nothing was left there"

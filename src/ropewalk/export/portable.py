@@ -1,0 +1,84 @@
+"""The position entry of an exported config.json, in the forms that every reader of it looks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ropewalk.files import write_atomically
+from ropewalk.model import write_config
+from ropewalk.rope.foreign import rotating_layers
+from ropewalk.rope.position import METADATA_KEY, Position
+from ropewalk.rope.stock import longrope_entry
+from ropewalk.rotary import place_position
+
+OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
+
+
+def place_portable(config: PreTrainedConfig, position: Position, served: int) -> None:
+    """Put ``position`` into a config, for ``served`` tokens, in a form that every version reads alike.
+
+    ``yarn`` is the one stock type that is none: transformers 4.45 takes max_position_embeddings for the length that
+    its ramp starts from, 4.57 recomputes the factor from the two lengths, and neither knows ``truncate``. Its spectrum
+    is written as longrope factors instead.
+    """
+    config.max_position_embeddings = served
+    place_position(config, position)
+    entry = rope_entry(config)
+    if entry["rope_type"] == "yarn":
+        spread = longrope_entry(position.spectrum(), served)
+        _replace_entry(config, {**{k: v for k, v in entry.items() if k == "partial_rotary_factor"}, **spread})
+    setattr(config, METADATA_KEY, position.metadata())
+
+
+def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
+    """The stock entry that the chain is about: the only one, or the full-attention layers'."""
+    layers = rotating_layers(config.rope_parameters, getattr(config, "layer_types", None))
+    return dict(config.rope_parameters[layers[0]] if layers else config.rope_parameters)
+
+
+def _replace_entry(config: PreTrainedConfig, entry: dict[str, Any]) -> None:
+    layers = rotating_layers(config.rope_parameters, getattr(config, "layer_types", None))
+    config.rope_parameters = {**config.rope_parameters, layers[0]: entry} if layers else entry
+
+
+def older_form(config: PreTrainedConfig) -> dict[str, Any]:
+    """The same position as top-level keys in the form of transformers 4.
+
+    Without them version 4 takes base 10,000 and no scaling, silently. Where layers differ, Gemma 3's key for the
+    sliding ones is written too.
+    """
+    entry = rope_entry(config)
+    form: dict[str, Any] = {"rope_theta": entry["rope_theta"]}
+    if entry["rope_type"] != "default":
+        form["rope_scaling"] = {k: v for k, v in entry.items() if k != "partial_rotary_factor"}
+    if "partial_rotary_factor" in entry:
+        form["partial_rotary_factor"] = entry["partial_rotary_factor"]
+    local = config.rope_parameters.get("sliding_attention")
+    if isinstance(local, Mapping):
+        form["rope_local_base_freq"] = local["rope_theta"]
+    return form
+
+
+def write_portable_config(config: PreTrainedConfig, directory: Path) -> bool:
+    """Write config.json with both forms; returns whether the older one is in it.
+
+    It is left out where this transformers would then read another position than without it.
+    """
+    path = directory / "config.json"
+    write_config(config, path)
+    content = json.loads(path.read_text())
+    intended = AutoConfig.from_pretrained(directory).rope_parameters
+    write_atomically(path, _text({**content, **older_form(config)}))
+    if AutoConfig.from_pretrained(directory).rope_parameters == intended:
+        return True
+    write_atomically(path, _text(content))
+    return False
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"

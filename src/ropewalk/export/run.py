@@ -1,0 +1,158 @@
+"""One export from the command line: write, verify, describe, push."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ropewalk.config import ExportConfig, one_of
+from ropewalk.export.card import write_card
+from ropewalk.export.findings import STOCK, EngineFailed, Unverifiable, findings_of, write_finding
+from ropewalk.export.gguf_file import check_same, gguf_type, write_gguf
+from ropewalk.export.gguf_model import family_of
+from ropewalk.export.gguf_position import gguf_position
+from ropewalk.export.hf import is_current, place_hf
+from ropewalk.export.hub import push
+from ropewalk.export.place import SOURCE, check_addable, only_writer
+from ropewalk.export.source import (
+    Source,
+    committed_checkpoint,
+    converted_source,
+    dtype_name,
+    static_steps,
+    trained_source,
+)
+from ropewalk.export.verify import verify_stock
+from ropewalk.export.verify_gguf import engine_name, verify_gguf
+from ropewalk.export.verify_tables import verify_table
+from ropewalk.files import write_atomically
+
+
+def export(config: ExportConfig) -> Path:
+    """Export as ``config`` says, verify, and print what was found; returns the directory.
+
+    Raises:
+        ValueError: where there is no committed checkpoint or model, the method does not fit, or the output is not empty
+            and may not be replaced.
+        RuntimeError: where an engine does not reproduce the checkpoint's logits. What was written stays, and its card
+            says so.
+    """
+    one_of("to", config.to, ("hf", "gguf", "all"))
+    dtype = dtype_name(config.dtype)
+    source = _source(config)
+    output = _output(config, source)
+    if config.to != "hf":
+        served = source.config.max_position_embeddings
+        family_of(source.config, gguf_position(source.position, served))  # refuses before anything is written
+    with only_writer(output):
+        failures: list[str] = []
+        if config.to in ("hf", "all"):
+            _export_hf(config, source, output, dtype, failures)
+        if config.to in ("gguf", "all"):
+            _export_gguf(config, source, output, dtype, failures)
+        write_card(source, output, config.license)
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    if config.push_to_hub is not None:
+        push(output, config.push_to_hub, private=config.private)
+    return output
+
+
+def _source(config: ExportConfig) -> Source:
+    extra = static_steps(config.test_time)
+    if config.checkpoint is not None and config.model.path:
+        raise ValueError(f"checkpoint={config.checkpoint} and model={config.model.path} are both set; give one of them")
+    if config.checkpoint is not None:
+        if config.rope.chain:
+            raise ValueError(
+                f"rope={config.rope.name} is for model=; a training checkpoint has the chain it was trained with "
+                "(test_time= appends to that)"
+            )
+        return trained_source(committed_checkpoint(config.checkpoint), extra)
+    if not config.model.path:
+        raise ValueError(
+            "checkpoint is not set; give it on the command line (checkpoint=RUN_OR_CHECKPOINT), or a model to convert "
+            "(model=DIR_OR_HUB_ID rope=cope20)"
+        )
+    return converted_source(config.model.path, config.rope, extra)
+
+
+def _output(config: ExportConfig, source: Source) -> Path:
+    if config.output:
+        return Path(config.output)
+    scaled = f"-{config.test_time.name}" if config.test_time.beyond else ""
+    if source.run_dir is not None:
+        return source.run_dir / f"export{'-gguf' if config.to == 'gguf' else ''}{scaled}"
+    method = f"-{config.rope.name}" if config.rope.chain else ""
+    return Path(config.paths.output_dir) / "exports" / f"{model_name(source)}{method}{scaled}"
+
+
+def model_name(source: Source) -> str:
+    """What people call the model: the run, or the last part of the model's name."""
+    if source.run_dir is not None:
+        return source.run_dir.name
+    return str(source.identity["model"]).rstrip("/").rpartition("/")[2]
+
+
+def _export_hf(config: ExportConfig, source: Source, output: Path, dtype: str | None, failures: list[str]) -> None:
+    if is_current(output, source, dtype) and not config.overwrite:
+        print(f"{output} holds this checkpoint already")
+    else:
+        place_hf(source, output, dtype, overwrite=config.overwrite)
+        print(f"exported {source.origin} to {output}")
+    if config.verify:
+        _verify(STOCK, output, lambda: verify_stock(source, output, config.verify_tokens), failures)
+        for engine, python in vars(config.engines).items():
+            _verify(engine, output, partial(verify_table, engine, output, python), failures)
+
+
+def _export_gguf(config: ExportConfig, source: Source, output: Path, dtype: str | None, failures: list[str]) -> None:
+    with _directory_for(config, source, output, dtype, failures) as directory:
+        kind = gguf_type(config.gguf, AutoConfig.from_pretrained(directory))
+        path = output / f"{model_name(source)}-{kind}.gguf"
+        if path.exists() and not config.overwrite:
+            check_same(path, directory)
+            print(f"{path} is there already")
+        else:
+            write_gguf(directory, path, kind)
+            print(f"exported {source.origin} to {path}")
+        if config.verify:
+            _verify(engine_name(path), output, lambda: verify_gguf(directory, path, kind), failures)
+
+
+@contextmanager
+def _directory_for(
+    config: ExportConfig, source: Source, output: Path, dtype: str | None, failures: list[str]
+) -> Iterator[Path]:
+    """The Hugging Face directory that a GGUF file is made from and compared with; a scratch one where none is kept."""
+    if config.to == "all":
+        yield output
+        return
+    check_addable(output, source.identity, config.overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / SOURCE, json.dumps({**source.identity, "dtype": "gguf"}, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        directory = Path(scratch) / "hf"
+        place_hf(source, directory, dtype, overwrite=False)
+        if config.verify:
+            _verify(STOCK, output, lambda: verify_stock(source, directory, config.verify_tokens, output), failures)
+        yield directory
+
+
+def _verify(engine: str, output: Path, verify: Callable[[], object], failures: list[str]) -> None:
+    """Run one verification; print and record what it found, also that it could not run."""
+    try:
+        print(f"{engine}: {verify()}", flush=True)
+    except Unverifiable as reason:
+        write_finding(output, engine, str(reason))
+        print(f"{engine}: {reason}", flush=True)
+    except RuntimeError as error:
+        failures.append(str(error))
+        if findings_of(output).get(engine, {}).get("passed") is not False:
+            write_finding(output, engine, EngineFailed(str(error)))

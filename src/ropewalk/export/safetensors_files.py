@@ -1,0 +1,157 @@
+"""Safetensors files of a model: read one weight at a time, written one weight at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ropewalk.files import inside, write_atomically
+
+INDEX = "model.safetensors.index.json"
+SHARD_SIZE = "2GB"
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The weights of a Hugging Face directory under the names that stand there; each look-up reads that one."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the safetensors files of ``directory``; nothing is read yet.
+
+        Raises:
+            ValueError: where there are none, or a file is missing or damaged.
+        """
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for file in weight_files(directory):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                        part = opened.get_slice(name)
+                        self._files[name], self._shapes[name] = file, torch.Size(part.get_shape())
+                        self._dtypes[name] = _dtype_of(part.get_dtype())
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read ({error}); copy it anew") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One weight in ``dtype``."""
+        return self[name].to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each weight."""
+        return dict(self._shapes)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each weight as stored."""
+        return dict(self._dtypes)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that make up the model in ``directory``, in order.
+
+    Raises:
+        ValueError: where there are none, or one that the index names is missing.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        single = directory / "model.safetensors"
+        if not single.is_file():
+            raise ValueError(
+                f"{directory} holds no model.safetensors and no {INDEX}; weights are read from safetensors alone "
+                "(pickled .bin files are not opened): convert them with transformers' save_pretrained"
+            )
+        return [single]
+    files = sorted({inside(directory, name) for name in json.loads(index.read_text())["weight_map"].values()})
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{directory}: {INDEX} names {', '.join(missing)}, not there; copy them, or download again")
+    return files
+
+
+def write_weights(
+    directory: Path,
+    planned: Mapping[str, tuple[torch.Size, torch.dtype]],
+    gather: Callable[[str, torch.dtype], Tensor],
+) -> int:
+    """Write a model as safetensors with an index where it needs several; returns bytes of weights.
+
+    One weight is in memory at a time, and no shard ever is.
+
+    Args:
+        directory: exists.
+        planned: shape and dtype of each weight.
+        gather: reads one weight in a dtype.
+    """
+    hollow = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in planned.items()}
+    split = split_torch_state_dict_into_shards(
+        hollow, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_shard(directory / file, {name: planned[name] for name in names}, gather)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in planned.values())
+
+
+def _write_shard(
+    path: Path,
+    planned: Mapping[str, tuple[torch.Size, torch.dtype]],
+    gather: Callable[[str, torch.dtype], Tensor],
+) -> None:
+    """The safetensors layout: length of the header as 8 little-endian bytes, the header as JSON, the weights.
+
+    The widest dtypes come first, so that every weight is aligned to its own size.
+    """
+    names = sorted(planned, key=lambda name: (-planned[name][1].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        shape, dtype = planned[name]
+        size = shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _write_tensor(file, gather(name, planned[name][1]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    for dtype, known in _NAMES.items():
+        if known == name:
+            return dtype
+    raise ValueError(f"weights of dtype {name} cannot be exported; use one of: {', '.join(_NAMES.values())}")
+
+
+def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
+    """Size of the weights on disk."""
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in planned)

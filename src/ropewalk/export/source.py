@@ -1,0 +1,224 @@
+"""What is exported: weights that are read one at a time, the position they rotate with, and where they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedConfig
+
+from ropewalk.config import RopeConfig, TestTimeConfig
+from ropewalk.export.portable import place_portable
+from ropewalk.export.safetensors_files import StoredWeights, weight_files
+from ropewalk.export.zero_weights import ZeroWeights
+from ropewalk.files import sha256_of
+from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.order import reached_length
+from ropewalk.rope.position import Steps, position_of, read_config_json, unreachable
+from ropewalk.training.checkpoint import MANIFEST, find_checkpoint, read_manifest
+
+DTYPES = {
+    **{name: name for name in ("bfloat16", "float32", "float16")},
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "fp32": "float32",
+    "f16": "float16",
+    "fp16": "float16",
+}
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+
+
+class Weights(Protocol):
+    """Weights by name, none of them in memory until it is asked for."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def gather(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One weight in ``dtype``."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each weight."""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each weight as it is kept."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model to export.
+
+    Attributes:
+        origin: checkpoint or model directory.
+        open: opens its weights; a training checkpoint is hashed first.
+        config: stock config with the exported position in it.
+        position: how the export rotates.
+        dtype: of the weights by default; None: each as it is kept.
+        tokenizer: directory that holds one; None: there is none.
+        identity: what tells this export from another of the same name.
+        run_dir: of the training run; None for a model that was not trained here.
+    """
+
+    origin: Path
+    open: Callable[[], Weights]
+    config: PreTrainedConfig
+    position: Position
+    dtype: str | None
+    tokenizer: Path | None
+    identity: dict[str, Any]
+    run_dir: Path | None
+
+
+def committed_checkpoint(path: str | Path) -> Path:
+    """The committed checkpoint that ``path`` is, or the newest of the run that it is."""
+    path = Path(path)
+    if (path / MANIFEST).is_file() and (path / "zero").is_dir():
+        return path
+    found = find_checkpoint(path)
+    if found is None:
+        raise ValueError(f"{path} is neither {_KINDS}{_what_else(path)}")
+    return found
+
+
+_KINDS = (
+    "a run directory with a committed checkpoint, nor a checkpoint, nor a Hugging Face directory with safetensors; "
+    "name one of these"
+)
+
+
+def _what_else(path: Path) -> str:
+    """A hint for what people have in its place."""
+    if list(path.glob("checkpoints/step-*")) or (path / "zero").is_dir():
+        return f" (it holds a checkpoint without {MANIFEST}: its save was cut short, or a file was not copied)"
+    if list(path.glob("global_step*")) or list(path.glob("*_optim_states.pt")):
+        return " (it is DeepSpeed's, of another trainer: convert it with its zero_to_fp32.py, then give model=DIR)"
+    return ""
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint lies in: <run>/checkpoints/step-N."""
+    return checkpoint.resolve().parents[1]
+
+
+def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
+    """A committed checkpoint, with test-time steps appended to its chain.
+
+    Raises:
+        ValueError: for a checkpoint that is not whole, or steps that do not fit its chain.
+    """
+    manifest = read_manifest(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    trained = position_of(config)
+    position = trained.extended(test_time)
+    place_portable(config, position, _served(position, config.max_position_embeddings))
+    tokenizer = run_of(checkpoint) / "tokenizer"
+    return Source(
+        origin=checkpoint,
+        open=lambda: ZeroWeights(checkpoint, tied=bool(config.tie_word_embeddings)),
+        config=config,
+        position=position,
+        dtype=str(config.dtype).removeprefix("torch."),
+        tokenizer=tokenizer if tokenizer.is_dir() else None,
+        identity={
+            "step": manifest["step"],
+            "chain_sha256": position.chain.sha256,
+            "files": manifest["files"],
+        },
+        run_dir=run_of(checkpoint),
+    )
+
+
+def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Source:
+    """A Hugging Face directory or hub model, with a method applied to it without training.
+
+    As in training, a chain that lays the spectrum out anew replaces the model's own; another follows it.
+
+    Raises:
+        ValueError: for a model that cannot be read, or a method that does not fit it.
+    """
+    directory = local_model(model)
+    read_config_json(directory)  # its errors are for people
+    config = AutoConfig.from_pretrained(directory)
+    if "text_config" in config.to_dict():
+        raise ValueError(f"model={model} is multimodal ({config.model_type}); export its language model alone")
+    origin = position_of(config)
+    added = RopeChain(rope.chain)
+    position = Position(
+        name=rope.name if rope.chain else origin.name,
+        chain=added if added.rebuilds else origin.chain.extended(rope.chain),
+        theta=origin.theta,
+        head_dim=origin.head_dim,
+        pretrained_length=origin.trained_length,
+        trained_length=origin.trained_length,
+        base_model=origin.base_model or (None if Path(model).is_dir() else model),
+    ).extended(test_time)
+    place_portable(config, position, _served(position, config.max_position_embeddings))
+    stored = [path.name for path in weight_files(directory)]
+    return Source(
+        origin=directory,
+        open=lambda: StoredWeights(directory),
+        config=config,
+        position=position,
+        dtype=None,
+        tokenizer=directory if (directory / "tokenizer_config.json").is_file() else None,
+        identity={
+            "model": model,
+            "chain_sha256": position.chain.sha256,
+            "files": {name: (directory / name).stat().st_size for name in stored},
+            "config_sha256": sha256_of(directory / "config.json"),
+        },
+        run_dir=None,
+    )
+
+
+def local_model(model: str) -> Path:
+    """The directory of a model; one of the hub is downloaded into its cache, pickles and code left out."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise ValueError(f"model={model} is no directory; name a Hugging Face directory or a hub id")
+    try:
+        return Path(snapshot_download(model, allow_patterns=_MODEL_FILES))
+    except OSError as error:
+        raise unreachable("model", model, error) from error
+
+
+def static_steps(test_time: TestTimeConfig) -> list[dict[str, Any]]:
+    """The test-time steps that one checkpoint can hold: those that are the same at every length.
+
+    Raises:
+        ValueError: where they differ with the input's length.
+    """
+    if test_time.within != test_time.beyond:
+        raise ValueError(
+            f"test_time={test_time.name} scales inputs past the trained length alone, and a checkpoint holds one "
+            "spectrum for all lengths; use test_time=none, or yarn4, which scales at every length"
+        )
+    return list(test_time.beyond)
+
+
+def _served(position: Position, present: int) -> int:
+    """Tokens that the export serves: what its scalings reach, never less than the trained length."""
+    reached = reached_length(position.chain.steps, position.spectrum())
+    return max(present, reached or 0)
+
+
+def dtype_name(value: str | None) -> str | None:
+    """The full name of a dtype; None stays.
+
+    Raises:
+        ValueError: for one that is not written.
+    """
+    if value is not None and value not in DTYPES:
+        raise ValueError(f"dtype={value} is not known; use one of: {', '.join(DTYPES)}")
+    return None if value is None else DTYPES[value]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}

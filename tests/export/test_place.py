@@ -1,0 +1,57 @@
+"""Exports do not meet: one writer a directory, enough disk, and a full disk leaves what stood."""
+
+import errno
+import fcntl
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from ropewalk.export.place import check_addable, check_space, only_writer, written_beside
+
+
+def test_two_exports_at_once(tmp_path):
+    with (tmp_path / ".out.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(ValueError, match=r"another export is writing to .*out; wait for it"),
+            only_writer(tmp_path / "out"),
+        ):
+            pass
+    with only_writer(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**30))
+    check_space(tmp_path / "new" / "out", 2**29)
+    with pytest.raises(ValueError, match=r"needs 2.0 GiB and its disk has 1.0 GiB free; make room"):
+        check_space(tmp_path / "new" / "out", 2**31)
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "before").write_text("stands")
+    with pytest.raises(ValueError, match=r"could not be written .*what it held before is as it was"):
+        fill(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "before").read_text() == "stands"
+
+
+def test_files_are_added_to_their_own_export_alone(tmp_path):
+    check_addable(tmp_path / "out", {"step": 2}, overwrite=False)
+    (tmp_path / "export.json").write_text('{"step": 1, "dtype": "gguf"}')
+    check_addable(tmp_path, {"step": 1}, overwrite=False)
+    with pytest.raises(ValueError, match="holds another export"):
+        check_addable(tmp_path, {"step": 2}, overwrite=False)
+    (tmp_path / "export.json").rename(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="is not empty and no earlier export"):
+        check_addable(tmp_path, {"step": 2}, overwrite=True)
+
+
+def fill(output):
+    with written_beside(output) as partial:
+        (partial / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,55 @@
+"""The rotary table that engines are compared with is stock transformers'; another one is found out."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ropewalk.export.findings import Unverifiable, findings_of
+from ropewalk.export.serving import cache_bytes
+from ropewalk.export.verify_tables import compare_tables, rotary_table, verify_table
+
+
+@pytest.mark.parametrize("arm", ["rope", "cope", "cope_yarn"])
+def test_the_table_is_transformers_own(exported_arm, tmp_path, arm):
+    config = AutoConfig.from_pretrained(exported_arm(arm))
+    table = rotary_table(config, 64)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(64)[None])
+    np.testing.assert_array_equal(table["cos"], cos[0, :, :8].numpy())
+    np.testing.assert_array_equal(table["sin"], sin[0, :, :8].numpy())
+    np.savez(tmp_path / "same.npz", **table, version="1")
+    assert compare_tables(tmp_path / "same.npz", table).passed
+    np.savez(tmp_path / "other.npz", **{**table, "sin": table["sin"] * 1.001}, version="1")
+    assert not compare_tables(tmp_path / "other.npz", table).passed
+    np.savez(tmp_path / "short.npz", cos=table["cos"][:5], sin=table["sin"][:5], version="1")
+    assert not compare_tables(tmp_path / "short.npz", table).passed
+
+
+def test_an_engine_that_is_not_there_is_said(exported_arm, tmp_path):
+    found = findings_of(exported_arm("cope"))
+    for engine in ("vllm", "sglang"):
+        assert found[engine]["passed"] is None
+        assert (
+            f"- {engine}: not verified: {engine} is not installed" in (exported_arm("cope") / "README.md").read_text()
+        )
+    with pytest.raises(Unverifiable, match="vllm could not build its table here"):
+        verify_table("vllm", exported_arm("cope"), str(tmp_path / "no-python"))
+
+
+def test_cache_of_llama_3_8b():
+    """2 x 32 layers x 8 heads x 128 channels x 2 bytes = 131,072 bytes a token: 32 GiB at 262,144."""
+    fields = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    assert cache_bytes(AutoConfig.for_model("llama", **fields), 262144) == 32 * 2**30
+
+
+def test_a_model_without_a_tokenizer_cannot_be_read_to(tmp_path):
+    from helpers import composed
+
+    from ropewalk.export import export
+
+    model = save_tiny(tmp_path / "model")
+    output = export(composed("export", f"model.path={model}", f"output={tmp_path / 'out'}"))
+    assert findings_of(output)["transformers"]["passed"] is None
+    assert "not verified: no tokenizer.json" in (output / "README.md").read_text()
