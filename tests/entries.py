@@ -10,6 +10,7 @@ ENTRIES = {
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
     "scripts/plan.py": "plan",
+    "scripts/dashboard.py": "dashboard",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
 COMMANDS_OF = {
@@ -20,4 +21,5 @@ COMMANDS_OF = {
         **dict.fromkeys(FIGURES, "figures"),
     },
     "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
+    "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
 }

@@ -138,8 +138,11 @@ def _convert(config: ConvertConfig) -> Stage:
 
 
 def _export(config: ExportConfig) -> Stage:
-    output = config.output or f"{config.checkpoint}/export"
-    return Stage([Need("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
+    if config.checkpoint is not None:
+        need = Need("checkpoint", config.checkpoint, ("run",))
+        return Stage([need], [Promise(config.output or f"{config.checkpoint}/export", "model")])
+    output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
+    return Stage([Need("model", config.model.path, ("model",))], [Promise(output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
