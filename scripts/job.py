@@ -26,6 +26,10 @@ def options(config: SbatchConfig) -> None:
 
 def begin_job() -> None:
     """Write the record of a job into its run directory and print what its script goes on with."""
+    if len(sys.argv) < 3 or "SLURM_JOB_ID" not in os.environ:
+        sys.exit(
+            "error: begin COMMAND BATCH_SCRIPT [overrides] is for a job's script; submit one of slurm/ with sbatch"
+        )
     command, batch_script, *arguments = sys.argv[1:]
     of_cluster = [word for word in arguments if word.partition("=")[0].lstrip("+~").split(".")[0] == "cluster"]
     of_command = arguments if command == "train" else [word for word in arguments if word not in of_cluster]
@@ -41,6 +45,8 @@ def begin_job() -> None:
 
 def directory() -> None:
     """Print the directory that a command would write with these overrides, after checking that they compose."""
+    if len(sys.argv) < 2:
+        sys.exit("error: say whose directory: python scripts/job.py directory train +experiment=cope20")
     command, *arguments = sys.argv[1:]
     with user_errors():
         config = composed(command, arguments)

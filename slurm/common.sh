@@ -101,7 +101,7 @@ finish() {
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || echo "error: SLURM does not requeue; the same sbatch again goes on" >&2
   fi
   exit "$code"
 }

@@ -9,8 +9,8 @@ ENTRIES = {
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
-    "scripts/plan.py": "plan",
     "scripts/dashboard.py": "dashboard",
+    "scripts/plan.py": "plan",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
 COMMANDS_OF = {

@@ -30,8 +30,8 @@ TAKEN_AS_WRITTEN = {
     "vllm": "an engine that is not installed here",
     "sglang": "an engine that is not installed here",
     "llama-server": "an engine that is not installed here",
-    "trackio": "an extra that is not installed here",
-    "wandb": "needs an account",
+    "trackio": "starts a server and waits",
+    "wandb": "another project's command",
     "pip": "needs a package index; the pins of requirements.lock are installed in CI",
 }
 

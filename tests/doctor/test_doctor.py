@@ -18,7 +18,6 @@ from ropewalk.doctor.disk import check_file_system, check_space
 from ropewalk.doctor.findings import fail, guarded, ok, screen
 from ropewalk.doctor.machine import check_data, check_device, check_kernels
 from ropewalk.doctor.network import SIZE
-from ropewalk.doctor.run import checkpoints_kept
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import train
 
@@ -106,15 +105,6 @@ def test_a_checkpoint_is_as_large_as_said(store_64, tmp_path):
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     parameters = 2 * 8192 * 32  # embedding and head; the layers are small beside them
     assert disk.FP32_STATES * parameters == pytest.approx(size, rel=0.25)
-
-
-@pytest.mark.parametrize(("overrides", "kept"), [
-    ((), 2), (("trainer.checkpoint_every=3",), 2), (("trainer.checkpoint_every=null",), 0),
-    (("trainer.checkpoint_every=1", "trainer.keep_last=1"), 1),
-    (("trainer.checkpoint_every=1", "trainer.keep_last=1", "trainer.keep_every=2"), 2),
-])  # fmt: skip
-def test_checkpoints_that_stay(store_64, tmp_path, overrides, kept):
-    assert checkpoints_kept(tiny_run(store_64, tmp_path, *overrides)) == kept
 
 
 def test_kernels_and_data(store_64, tmp_path):

@@ -218,7 +218,7 @@ def chain(site: Site) -> Scenario:
     paths = f"paths.data_dir={data} paths.output_dir={out}"
     train = " ".join(word for word in site.arguments("chain", "trainer.max_steps=4") if not _names_it(word))
     store = f"data.store={data}/demo/packed-64"
-    tuned = f"trainer=cpu model=demo {train} {store} trainer.max_steps=2 trainer.checkpoint_every=2"
+    tuned = f"trainer=cpu model=demo model.theta=1e4 {train} {store} trainer.max_steps=2 trainer.checkpoint_every=2"
     environment = {**site.slurm.environment, "SBATCH_OUTPUT": f"{site.output}/chain-%x-%A.log"}
     done_by = site.slurm.run(
         "slurm/chain.sh", "arms=demo/pretrain", "cluster=laptop", "nodes=1",

@@ -17,6 +17,7 @@ from ropewalk.doctor.machine import check_data, check_device, check_kernels, che
 from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join
 from ropewalk.launch import take_place
 from ropewalk.model import count_parameters, training_config
+from ropewalk.planner.cost import checkpoints_kept
 
 
 def examine(config: TrainConfig) -> int:
@@ -62,19 +63,7 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
     model_config = training_config(config.model, rope.name, rope.chain, config.data.sequence_length)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, config.model.path)
-    yield from check_space(run_dir, parameters, checkpoints_kept(config))
-
-
-def checkpoints_kept(config: TrainConfig) -> int:
-    """Checkpoints on disk when the run is done."""
-    every, steps, keep_last, keep_every = (
-        config.trainer.checkpoint_every, config.trainer.max_steps, config.trainer.keep_last, config.trainer.keep_every,
-    )  # fmt: skip
-    if every is None:
-        return 0
-    saved = {*range(every, steps + 1, every), steps}
-    newest = set(sorted(saved)[-keep_last:]) if keep_last else saved
-    return len(newest | {step for step in saved if keep_every and step % keep_every == 0})
+    yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer))
 
 
 def _together(config: TrainConfig, device: torch.device) -> list[Finding]:
