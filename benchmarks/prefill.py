@@ -1,12 +1,12 @@
-"""Memory and time of reading one long prompt: ``python benchmarks/prefill.py MODEL_DIR TOKENS [CHUNK]``.
+"""Memory of reading one long prompt: ``python benchmarks/prefill.py MODEL_DIR TOKENS [--last]``.
 
-Reads TOKENS random tokens in chunks against a key/value cache, as evaluation does, and prints its seconds and
-the peak of resident memory. CHUNK: as chunk_for says unless given; TOKENS for one pass.
+Reads TOKENS random tokens in chunks against a key/value cache, as evaluation does, and prints the peak of resident
+memory. ``--last`` fills the cache with zeros and reads the last chunk alone: the one that takes the most memory, in a
+fraction of the time.
 """
 
 import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,22 +17,29 @@ from ropewalk.model import load_for_evaluation
 GIB = 2**20  # of the KiB that getrusage counts
 
 
-def main(directory: Path, tokens: int, chunk: int) -> None:
+def peak() -> float:
+    """Peak resident memory of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB
+
+
+def main(directory: Path, tokens: int, last_alone: bool) -> None:
     """Read and print."""
-    reader = Reader(load_for_evaluation(directory, length=tokens), chunk)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reader = Reader(load_for_evaluation(directory, length=tokens))
+    held, chunk, cache = peak(), chunk_for(tokens), reader.new_cache()
     ids = torch.randint(0, 1000, (tokens,), generator=torch.Generator().manual_seed(0))
-    started = time.perf_counter()
-    states = reader.read(ids, 1)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if last_alone:
+        config, before = reader.model.config, tokens - chunk
+        shape = (1, config.num_key_value_heads, before, config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            cache.update(torch.zeros(shape), torch.zeros(shape), layer)
+        ids = ids[before:]
+    states = reader.read(ids, 1, cache)
     print(
-        f"{tokens} tokens in chunks of {chunk}: {seconds:.0f} s, {tokens / seconds:.0f} tokens/s, "
-        f"peak resident {peak / GIB:.2f} GiB, of which {held / GIB:.2f} with the model loaded; "
-        f"finite: {bool(torch.isfinite(states).all())}"
+        f"{tokens} tokens in chunks of {chunk}{', the last alone' if last_alone else ''}: peak resident {peak():.2f} GiB, "
+        f"{held:.2f} of it with the model loaded; {cache.get_seq_length()} tokens in the cache, states finite: "
+        f"{bool(torch.isfinite(states).all())}"
     )
 
 
 if __name__ == "__main__":
-    length = int(sys.argv[2])
-    main(Path(sys.argv[1]), length, int(sys.argv[3]) if len(sys.argv) > 3 else chunk_for(length))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "--last" in sys.argv)

@@ -9,6 +9,7 @@ ENTRIES = {
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
+    "scripts/dashboard.py": "dashboard",
     "scripts/plan.py": "plan",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
@@ -20,4 +21,5 @@ COMMANDS_OF = {
         **dict.fromkeys(FIGURES, "figures"),
     },
     "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
+    "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
 }

@@ -114,10 +114,10 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     return RankProcesses(processes, logs)
 
 
-def run_ranks(world_size: int, log_dir: Path, arguments: Sequence[str]) -> None:
-    """Run to the end; fails the test where a rank fails."""
+def run_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], seconds: float = 300) -> None:
+    """Run to the end; fails the test where a rank fails, or is not done after so long."""
     with start_ranks(world_size, log_dir, arguments) as ranks:
-        assert ranks.wait() == [0] * world_size, ranks.output()
+        assert ranks.wait(seconds) == [0] * world_size, ranks.output()
 
 
 def tiny_arguments(store: PackedStore, run_dir: Path, *more: str) -> list[str]:

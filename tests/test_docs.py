@@ -24,6 +24,8 @@ TAKEN_AS_WRITTEN = {
     "git": "another project's command",
     "cd": "a step of the reader's own",
     "source": "the reader's own shell",
+    "trackio": "starts a server and waits",
+    "wandb": "another project's command",
     "pip": "needs a package index; the pins of requirements.lock are installed in CI",
 }
 

@@ -11,11 +11,16 @@ stage data_prep/convert_mds.py +mds=prolong_64k root="$PROLONG" tokenizer=meta-l
   output=data/prolong_64k
 stage data_prep/prepare.py corpus=ultrachat 'sequence_lengths=[65536]' output=data/sft_64k
 
-# measure RUN: at the paper's lengths, with YaRN beyond the trained one
+# measure RUN: loss and needle on held-out texts, then the paper's benchmarks, with its numbers beside yours (printed, and in
+# paper.csv). HELMET is a checkout of HELMET's own code; without it the other benchmarks are run.
 measure() {
+  local suites=()
+  [ -n "${HELMET:-}" ] && suites=(suite.helmet.checkout="$HELMET") || suites=('suite.suites=[short,ruler,infinitebench]')
   stage scripts/export.py checkpoint="$1" verify=false
   evaluate checkpoint="$1/export" output="$1/evaluation" documents=data/text/heldout \
     'lengths=[8192,16384,32768,65536,131072,262144]' test_time=auto
+  evaluate suite=paper checkpoint="$1/export" output="$1/evaluation" test_time=auto "${suites[@]}" \
+    'lengths=[8192,16384,32768,65536,131072,262144]' suite.published=recipes/cope_llama3_8b_64k/expected.csv
 }
 
 runs=()

@@ -21,6 +21,8 @@ for run in outputs/prolong_512k outputs/prolong_512k_sft; do
   stage scripts/export.py checkpoint="$run" verify=false
   evaluate checkpoint="$run/export" output="$run/evaluation" documents=data/text/heldout \
     'lengths=[65536,131072,262144,524288]' test_time=none
+  evaluate suite=ruler checkpoint="$run/export" output="$run/evaluation" test_time=none \
+    'lengths=[65536,131072,262144,524288]' suite.published=recipes/prolong_llama3_8b_512k/expected.csv
 done
 stage scripts/compare.py 'runs=[outputs/prolong_512k,outputs/prolong_512k_sft]' output=outputs/prolong_512k.html \
   title='ProLong at 512k'

@@ -10,18 +10,23 @@ out=outputs/$MODEL
 given documents data/text/dolma "Dolma as .jsonl.gz"
 stage data_prep/prepare.py corpus=dolma 'sequence_lengths=[4096,32768,131072]'
 
-# measure RUN LENGTHS [overrides]: loss by position and the needle grid at the paper's lengths
+# measure RUN LENGTHS PUBLISHED: loss and needle at the paper's lengths, then RULER with the paper's numbers beside yours
+# (printed, and in paper.csv)
 measure() {
   evaluate checkpoint="$out/$1/export" output="$out/$1/evaluation" documents=data/dolma/heldout \
-    "lengths=$2" "${@:3}"
+    "lengths=$2" test_time=none
+  evaluate suite=ruler checkpoint="$out/$1/export" output="$out/$1/evaluation" "lengths=$2" test_time=none \
+    suite.published="recipes/rope_id_1b/$3"
 }
+published=expected.csv
+[ "$MODEL" = rope_id_1b ] || published=expected_3b.csv
 
 # From scratch. native is plain RoPE; its run is called rope.
 for arm in native high_frequency half_rope rope_id; do
   run=${arm/native/rope}_4k
   train +experiment="$MODEL" rope="$arm"
   stage scripts/export.py checkpoint="$out/$run"
-  measure "$run" '[4096,8192,16384]' test_time=none
+  measure "$run" '[4096,8192,16384]' "$published"
 done
 # The YaRN row: the RoPE arm with YaRN beyond its length.
 evaluate name=yarn checkpoint="$out/rope_4k/export" output="$out/yarn_4k/evaluation" \
@@ -43,7 +48,7 @@ extend yarn_32k yarn_128k rope_id_1b_128k yarn4
 extend rope_id_32k rope_id_128k rope_id_1b_128k default
 extend rope_id_yarn_32k rope_id_yarn_128k rope_id_1b_128k rope_id_yarn4
 for run in yarn_128k rope_id_128k rope_id_yarn_128k; do
-  measure "$run" '[4096,8192,16384,32768,65536,131072]' test_time=none
+  measure "$run" '[4096,8192,16384,32768,65536,131072]' expected_128k.csv
 done
 stage scripts/compare.py "runs=[$out/yarn_128k,$out/rope_id_128k,$out/rope_id_yarn_128k]" baseline=yarn_128k \
   output="$out/extended.html" title='RoPE-ID extended to 128k'

@@ -102,9 +102,8 @@ def _train(config: TrainConfig) -> Stage:
     data = config.data
     needs = [Need("data.store", data.store, ("store",), data.sequence_length if not data.stores else None)]
     needs += [Need(f"data.stores.{name}", path, ("store",)) for name, path in data.stores.items()]
-    start = getattr(config, "start_from", None)
-    if start is not None and start.run is not None:
-        needs.append(Need("start_from.run", start.run, ("run",)))
+    if config.start_from.run is not None:
+        needs.append(Need("start_from.run", config.start_from.run, ("run",)))
     elif config.model.path is not None:
         needs.append(Need("model.path", config.model.path, ("model",)))
     return Stage(needs, [Promise(config.run_dir, "run", data.sequence_length)])
@@ -139,8 +138,11 @@ def _convert(config: ConvertConfig) -> Stage:
 
 
 def _export(config: ExportConfig) -> Stage:
-    output = config.output or f"{config.checkpoint}/export"
-    return Stage([Need("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
+    if config.checkpoint is not None:
+        need, output = Need("checkpoint", config.checkpoint, ("run",)), f"{config.checkpoint}/export"
+    else:
+        need, output = Need("model", config.model.path, ("model",)), f"{config.paths.output_dir}/exports"
+    return Stage([need], [Promise(config.output or output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:

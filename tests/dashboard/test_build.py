@@ -121,8 +121,7 @@ def test_every_evaluated_metric_has_a_panel_over_its_axis(workspace: dict[str, A
 
 
 @pytest.mark.slow
-def test_help_and_the_push_switch(tmp_path: Path) -> None:
-    """Without an account --push writes the files, says why it cannot save them, and ends with 2."""
+def test_push_without_an_account_says_so_after_writing_the_files(tmp_path: Path) -> None:
     environment = alone_environment() | {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
     environment |= {
         "WANDB_BASE_URL": "http://127.0.0.1:9",

@@ -52,6 +52,19 @@ def test_one_flipped_bit_is_found_by_verify(store, file):
         PackedStore(store).verify()
 
 
+@pytest.mark.parametrize(("file", "byte"), [("tokens-00000.bin", 130), ("ends.npy", -4), ("checks.npy", -1)])
+def test_one_flipped_bit_gives_no_batch(store, file, byte):
+    """Also without verify: what is read is compared with what was written, each time; other sequences are read."""
+    content = bytearray((store / "short" / file).read_bytes())
+    content[byte] ^= 1
+    (store / "short" / file).write_bytes(content)
+    spoilt = PackedStore(store)
+    place = 1 if byte > 0 else spoilt.domains["short"].sequences - 1  # 128 bytes a sequence
+    with pytest.raises(ValueError, match=rf"is corrupt: sequence {place} is not as it was written; copy or write"):
+        spoilt.read("short", place)
+    assert len(spoilt.read("short", 0).tokens) == 64
+
+
 def test_a_store_that_is_being_written_is_no_store(fixture_corpus, fixture_tokenizer, tmp_path, monkeypatch):
     """Every file is there but the manifest, which comes last."""
     from ropewalk.data import writer
@@ -81,13 +94,13 @@ def test_the_manifest_of_another_tokenizer_is_refused(store_64, fixture_corpus, 
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         Mixture(0, {}, {"": store_64, "more": other})
     config = LlamaConfig(vocab_size=512)
-    fit_tokenizer(config, store_64, str(store_64.tokenizer_path), from_scratch=False)
+    fit_tokenizer(config, store_64, str(store_64.tokenizer_path))
     with pytest.raises(
         ValueError, match=r"is not the model's .*they differ first at id \d+, token .*; prepare the data"
     ):
-        fit_tokenizer(config, other, str(store_64.tokenizer_path), from_scratch=False)
+        fit_tokenizer(config, other, str(store_64.tokenizer_path))
     with pytest.raises(ValueError, match="has 512 tokens and the model embeds 400"):
-        fit_tokenizer(LlamaConfig(vocab_size=400), store_64, None, from_scratch=True)
+        fit_tokenizer(LlamaConfig(vocab_size=400), store_64, None)
 
 
 @pytest.mark.parametrize(

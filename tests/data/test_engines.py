@@ -207,10 +207,12 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     from ropewalk.data import PackedStore, stages
     from ropewalk.data.prepare import prepare
 
+    lines = []
+
     def made(name):
         corpus = CorpusConfig(name="c", paths=[str(fixture_corpus)], tokenizer=str(fixture_tokenizer))
         config = PrepareConfig(str(tmp_path / name), [64], shard_mb=0.02, corpus=corpus)
-        return PackedStore(prepare(config, lambda line: None) / "packed-64")
+        return PackedStore(prepare(config, lines.append) / "packed-64")
 
     expected = made("right")
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 1)
@@ -221,6 +223,7 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     said = capsys.readouterr().err
     assert "warning: shard 0: wrong differs from tokenizers at token" in said
     assert "is done again with tokenizers" in said
+    assert any(line.startswith("tokenized with tokenizers (") for line in lines)
 
 
 def test_a_pattern_that_is_not_alone_is_refused(fixture_tokenizer):

@@ -62,6 +62,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
+    "scripts/export.py": {"rope", "test_time"},
 }
 GROUPS["scripts/plan.py"] = GROUPS["train.py"] | {"cluster"}
 
@@ -70,6 +71,8 @@ GROUPS["scripts/plan.py"] = GROUPS["train.py"] | {"cluster"}
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
     ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
+    ("scripts/export.py", "check", set()),
+    ("scripts/export.py", "repair", {"rope"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")

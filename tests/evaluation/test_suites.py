@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig, SuiteConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
 from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
-from ropewalk.evaluation import read_results
+from ropewalk.evaluation import read_document_losses, read_results
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.suites import evaluate_suite
 from ropewalk.evaluation.table import read_table
@@ -93,6 +93,24 @@ def test_with_and_without_scaling_past_the_trained_length(config) -> None:
     config.lengths = [2200]
     table = evaluate_suite(config)
     assert table["test_time_scaling"].tolist() == ["none", "yarn(factor=4, original_max_position_embeddings=256)"]
+
+
+def test_published_numbers_are_written_beside_the_runs(config, tmp_path, capsys) -> None:
+    config.lengths, config.name = [2200], "mine"
+    published = tmp_path / "published.csv"
+    published.write_text(
+        "source,table,benchmark,method,task,context_length,value\np,2,RULER,pretrained,13-task average,2200,80.0\n"
+    )
+    config.suite = replace(config.suite, published=str(published))
+    evaluate_suite(config)
+    beside = pd.read_csv(tmp_path / "evaluation" / "paper.csv")
+    assert beside[["run", "published", "n"]].values.tolist() == [["mine", 80.0, 2]]
+    assert beside["measured"].isna().all()  # of 13 tasks, one was run
+    assert beside["missing"][0].split(",")[0] == "niah_single_1"
+    assert "13-task average" in capsys.readouterr().out
+    config.suite.published = "nowhere.csv"
+    with pytest.raises(ValueError, match=r"suite.published=nowhere.csv is not a file"):
+        evaluate_suite(config)
 
 
 def test_quick_ends_in_the_same_table(config, documents, tmp_path) -> None:
@@ -173,24 +191,35 @@ def test_every_shipped_suite_composes() -> None:
         assert all(set(tasks) <= set(suite.tasks) or suite.harness == "helmet" for tasks in suite.averages.values())
 
 
+def two_processes(config: EvaluateConfig, output: Path, *overrides: str) -> None:
+    """scripts/evaluate.py under torchrun, on the model and lengths of ``config``."""
+    arguments = [f"checkpoint={config.checkpoint}", f"output={output}", f"lengths={config.lengths}".replace(" ", "")]
+    arguments += ["device=cpu", "dtype=float32", f"hydra.run.dir={output.parent}", *overrides]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+    subprocess.run([*launch, str(script), *arguments], check=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_samples(config, tmp_path) -> None:
     """torchrun's two ranks give what one process gives, answer by answer."""
     config.lengths, config.suite = [2200], replace(config.suite, samples=3)
     evaluate_suite(config)
     shared = tmp_path / "shared"
-    arguments = [
-        f"checkpoint={config.checkpoint}",
-        f"output={shared}",
-        "lengths=[2200]",
-        "suite=ruler",
-        "suite.tasks=[vt]",
-    ]
-    arguments += ["suite.samples=3", "device=cpu", "dtype=float32", "test_time=auto", f"hydra.run.dir={tmp_path}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-    subprocess.run([*launch, str(script), *arguments], check=True, timeout=300)
+    two_processes(config, shared, "suite=ruler", "suite.tasks=[vt]", "suite.samples=3", "test_time=auto")
     assert read_table(shared)["value"].tolist() == read_table(config.output)["value"].tolist()
     one, two = (sorted(Path(where).rglob("*.samples.jsonl"))[0].read_text() for where in (config.output, shared))
     assert one == two
     assert not math.isnan(read_table(shared)["stderr"][0])
+
+
+@pytest.mark.slow
+def test_two_processes_share_documents_and_needles(config, documents, tmp_path) -> None:
+    config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [128, 512]
+    config.needle = NeedleConfig(depths=[0.0, 1.0], samples=3)
+    evaluate_suite(config)
+    shared = tmp_path / "shared"
+    needle = ["needle.depths=[0.0,1.0]", "needle.samples=3"]
+    two_processes(config, shared, f"documents={documents}", "test_time=auto", *needle)
+    pd.testing.assert_frame_equal(read_results(shared), read_results(config.output))
+    pd.testing.assert_frame_equal(read_document_losses(shared), read_document_losses(config.output))

@@ -44,7 +44,14 @@ def exported_arm(train_arm, tmp_path_factory):
         if name not in made:
             scaled = ["test_time=yarn4"] if name == "cope_yarn" else []
             made[name] = export(
-                composed("export", f"checkpoint={train_arm(ARMS[name])}", "to=all", f"output={root / name}", *scaled)
+                composed(
+                    "export",
+                    f"checkpoint={train_arm(ARMS[name])}",
+                    "to=all",
+                    "verify_tokens=512",
+                    f"output={root / name}",
+                    *scaled,
+                )
             )
         return made[name]
 

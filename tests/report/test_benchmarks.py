@@ -86,7 +86,7 @@ def test_a_needed_judge_is_named_and_no_zero(tmp_path: Path) -> None:
         "rag: average over nq and hotpotqa": ["45.0"],
         "Average over the 2 categories above: recall and rag": ["62.5"],  # (80 + 45) / 2
     }
-    assert "No number, because needs judge: narrativeqa." in found.missing
+    assert "No number, as only a judge model scores it: narrativeqa." in found.missing
     assert "0.0" not in [cell.main for block in found.blocks for _, row in block.rows for cell in row]
 
 

@@ -209,6 +209,8 @@ def test_errors_name_the_value_and_the_mend(tmp_path: Path) -> None:
         make_page(tmp_path)
     with pytest.raises(ValueError, match=r"empty is a directory; name a file in it"):
         compare(CompareConfig(runs=[str(run)], output=str(empty)))
+    with pytest.raises(ValueError, match=r"effective_ruler=856\.0 is no percentage"):
+        compare(CompareConfig(runs=[str(run)], output=str(tmp_path / "r.html"), effective_ruler=856.0))
 
 
 def test_damaged_files_are_errors_with_their_place(tmp_path: Path) -> None:

@@ -133,8 +133,11 @@ def test_a_base_that_nobody_evaluated_is_an_empty_row(tmp_path: Path) -> None:
     arm = arm_from(tmp_path, "arm", tmp_path / "meta-llama" / "Meta-Llama-3-8B")
     found = with_bases([arm], None)
     assert [run.name for run in found] == ["arm", str(tmp_path / "meta-llama" / "Meta-Llama-3-8B")]
-    losses = dict(results_table(found, arm).blocks[0].rows)
-    assert {cell.main for cell in losses[found[1].name]} == {"-"}
+    table = results_table(found, arm)
+    assert {cell.main for cell in dict(table.blocks[0].rows)[found[1].name]} == {"-"}
+    assert table.missing[0].startswith(
+        f"{found[1].name} was not evaluated here: python scripts/evaluate.py checkpoint="
+    )
 
 
 def test_a_given_base_of_the_same_name_keeps_its_path(tmp_path: Path) -> None:
@@ -143,5 +146,5 @@ def test_a_given_base_of_the_same_name_keeps_its_path(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "arm", other)
     found = with_bases([arm], str(other))
     assert [(run.name, run.is_base) for run in found] == [("arm", False), (str(other), True)]
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match=r"base=.*none is not a directory; give the base"):
         with_bases([arm], str(tmp_path / "none"))

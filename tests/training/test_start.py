@@ -2,12 +2,19 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from helpers import tiny_run
 from ranks import run_ranks, tiny_arguments
+from transformers import AutoModelForCausalLM
 
+from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
+from ropewalk.data import PackedStore
+from ropewalk.data.chat import ChatEncoder
+from ropewalk.data.prepare import prepare
+from ropewalk.data.tokenizer import load_tokenizer
 from ropewalk.export import resolve_checkpoint
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.checkpoint import checkpoint_directory
@@ -142,15 +149,59 @@ def test_what_is_not_committed_and_whole_is_refused(store_64, first, tmp_path):
         train(stage(store_64, tmp_path / "third", first, "deepspeed.stage=2"))
 
 
-def test_another_tokenizer_is_refused_unless_named(store_64, first, tmp_path):
+def test_another_tokenizer_is_refused(store_64, first, tmp_path):
+    """A chat template may be added; tokens may not change."""
     source = shutil.copytree(first, tmp_path / "source")
-    path = find_checkpoint(source) / "manifest.json"
+    (source / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1"))
+    path = source / "tokenizer" / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["contract"]["tokenizer"]["sha256"] = "0" * 64
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"tokenizer of sha256 0{64}, the store's is .*resume.accept=\[tokenizer\]"):
-        train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1"))
-    train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1", "resume.accept=[tokenizer]"))
+    with pytest.raises(ValueError, match=r"the tokenizer of the data .* is not the model's .*source/tokenizer"):
+        train(stage(store_64, tmp_path / "other", source, "trainer.stop_after=1"))
+
+
+TALK = [
+    {"role": "user", "content": "Is the hacker ethic a joke?"},
+    {"role": "assistant", "content": "Mostly it is not."},
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{{ eos_token }}\n{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}\n{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_sft_trains_what_the_assistant_says(first, tmp_path, fixture_tokenizer):
+    """Conversations to a store with masks to a stage from the run: the first loss is that of the answers' tokens
+    under the checkpoint, conversation by conversation in stock transformers.
+    """
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": TALK}) + "\n") * 40)
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    corpus = CorpusConfig(
+        name="chat", tokenizer=str(fixture_tokenizer), chat_template=str(tmp_path / "template.jinja"), eos=False,
+        sources=[SourceConfig("chat", str(tmp_path / "chat.jsonl"), chat=True)],
+    )  # fmt: skip
+    store = PackedStore(
+        prepare(PrepareConfig(str(tmp_path / "data"), [256], corpus=corpus), lambda line: None) / "packed-256"
+    )
+    run_dir = tmp_path / "sft"
+    train(
+        stage(store, run_dir, first, "start_from.optimizer=drop", "trainer.warmup_ratio=0.05", "trainer.stop_after=1")
+    )
+    row = read_metrics(run_dir)[0]
+    model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(first), attn_implementation="eager")
+    tokens, mask = ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, TEMPLATE).encode(TALK, Counter())
+    ids = torch.from_numpy(tokens.astype("int64"))[None]
+    labels = ids.masked_fill(~torch.from_numpy(mask)[None], -100)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels, use_cache=False).loss.item()  # a mean over the masked tokens
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["trained_tokens"] % int(mask.sum()) == 0
+    assert 0 < row["trained_tokens"] < 2 * 256 * mask.mean() + 1
 
 
 @pytest.mark.slow

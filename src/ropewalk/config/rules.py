@@ -6,7 +6,7 @@ import time
 from datetime import datetime
 
 from ropewalk.config.checks import existing_directory, one_of
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig, TrainConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig, InTrainingConfig, TrainConfig
 
 STORE_MEND = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
 POSITIVE = (
@@ -82,6 +82,7 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
     _validate_chain(config)
     if stores:
         _validate_stores(data)
+        _validate_documents(config.evaluation)
 
 
 def _validate_stores(data: DataConfig) -> None:
@@ -121,14 +122,18 @@ def _validate_guards(guards: GuardConfig) -> None:
         raise ValueError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
 
 
+def _validate_documents(evaluation: InTrainingConfig) -> None:
+    if evaluation.every is not None:
+        mend = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
+        existing_directory("evaluation.documents", evaluation.documents or "null", mend)
+
+
 def _validate_evaluation(config: TrainConfig) -> None:
     evaluation, longest, sequence = config.evaluation, config.data.sequence_length, config.parallel.sequence
     if evaluation.every is None:
         return
     if evaluation.every < 1:
         raise ValueError(f"evaluation.every={evaluation.every} must be positive; null for no evaluation while training")
-    mend = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
-    existing_directory("evaluation.documents", evaluation.documents or "null", mend)
     for length in evaluation.lengths:
         if length > longest:
             raise ValueError(

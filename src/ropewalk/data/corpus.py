@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -93,7 +94,7 @@ def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         yield from _repository(unit, skipped)
         return
     if unit.kind == "text":
-        text = _read_text(Path(unit.root), skipped)
+        text = _read_text(unit.root, skipped)
         rows: Iterator[tuple[str, Any]] = iter([] if text is None else [(unit.name, text)])
     else:
         rows = {"jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}[unit.kind](unit, skipped)
@@ -129,13 +130,13 @@ def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
     """One document: the files in the order of their paths, each under a comment with its path."""
     parts = []
     for file in unit.files:
-        text = _read_text(Path(unit.root) / file, skipped)
+        text = _read_text(os.path.join(unit.root, file), skipped)
         if text is None:
             continue
         if reason := unfit(text):
             skipped[reason] += 1
             continue
-        suffix = Path(file).suffix
+        suffix = os.path.splitext(file)[1]
         head = "" if suffix in PROSE else f"{COMMENT.get(suffix, '// ')}{file}\n"
         # One newline at the end makes the join a place where no tokenizer merges.
         part = f"{head}{text}".rstrip() + "\n"
@@ -147,12 +148,13 @@ def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         yield Document(unit.name, tuple(parts))
 
 
-def _read_text(path: Path, skipped: Counter[str]) -> str | None:
-    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+def _read_text(path: str, skipped: Counter[str]) -> str | None:
+    if os.stat(path).st_size > MAX_DOCUMENT_BYTES:
         skipped["too large"] += 1
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            return file.read()
     except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -218,7 +218,7 @@ def has_ranks(directory: Path) -> bool:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """The tokens of a file of tiktoken's form, and their ranks."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
+    return {binascii.a2b_base64(token): int(rank) for token, rank in lines}
 
 
 def _agreeing(engine: Engine, reference: Engine) -> Engine:

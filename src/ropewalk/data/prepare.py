@@ -236,6 +236,9 @@ def finish(plan: Plan, report: Report) -> None:
     """Put the parts together, and clear away what was needed for them."""
     output, pack = Path(plan.output), Pack.of(plan)
     sources = _described(plan)
+    records = [read_record(plan.work, shard) for shard in range(plan.shards)]
+    engines = Counter(record.engine for record in records if record is not None)
+    report(f"tokenized with {', '.join(f'{name} ({count} shards)' for name, count in sorted(engines.items()))}")
     for source in sources:
         report(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: "
                f"{_counts(source['skipped'])}")  # fmt: skip

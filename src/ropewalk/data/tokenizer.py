@@ -175,7 +175,14 @@ def is_plain(directory: Path) -> bool:
     if not config.is_file() or not (directory / "tokenizer.json").is_file():
         return False
     said = json.loads(config.read_text(encoding="utf-8"))
-    return said.get("tokenizer_class") in PLAIN_CLASSES and {"bos_token", "eos_token"} <= said.keys()
+    if said.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= said.keys():
+        return False
+    # transformers would add those that tokenizer.json lacks
+    added = [
+        json.dumps(token["content"], ensure_ascii=False) for token in said.get("added_tokens_decoder", {}).values()
+    ]
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
+    return all(token in text for token in added)
 
 
 def copy_plain(source: Path, target: Path) -> None:
@@ -222,7 +229,8 @@ def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = Tru
 
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    bos_id, eos_id = (_token_id(backend, config.get(name)) for name in ("bos_token", "eos_token"))
+    names = [_token_text(config.get(name)) for name in ("bos_token", "eos_token")]
+    bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
     return DocumentEncoder(SavedTokenizer(backend, bos_id, eos_id, str(directory)), engine, ranks, bos, eos)
 
 
@@ -279,15 +287,17 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
 
 @cache
 def _described(sha256: str, directory: Path) -> dict[str, Any]:
-    """What describe_tokenizer says, kept by the hash of the files: a large vocabulary takes a second to open."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    """What describe_tokenizer says, kept by the hash of the files, since the file of a large vocabulary is large."""
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, list):  # of Unigram: tokens with their scores, in the order of their ids
+        vocab = {token: number for number, (token, _) in enumerate(vocab)}
+    vocab = {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
     return {
-        "vocab_size": max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        "bos_id": _token_id(tokenizer, config.get("bos_token")),
-        "eos_id": _token_id(tokenizer, config.get("eos_token")),
+        "vocab_size": max(vocab.values()) + 1,
+        "bos_id": vocab.get(_token_text(config.get("bos_token"))),
+        "eos_id": vocab.get(_token_text(config.get("eos_token"))),
     }
 
 
@@ -313,7 +323,6 @@ def check_same_vocabulary(store: Path, model: Path) -> None:
         )
 
 
-def _token_id(tokenizer: Any, token: str | dict[str, Any] | None) -> int | None:
-    """The id of a special token as tokenizer_config.json writes it: its text, or an object with its text."""
-    text = token["content"] if isinstance(token, dict) else token
-    return None if text is None else tokenizer.token_to_id(text)
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """The text of a special token, which tokenizer_config.json writes as such or as an object that has it."""
+    return token["content"] if isinstance(token, dict) else token

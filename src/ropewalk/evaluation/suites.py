@@ -117,7 +117,7 @@ def check_suites(suites: list[SuiteConfig], config: EvaluateConfig) -> None:
     needs = [suite.name for suite in suites if suite.harness in ("ruler", "lm_eval")]
     if needs and find_spec("lm_eval") is None:
         raise ValueError(f"suite={needs[0]} runs through lm-eval, which is not installed; pip install 'ropewalk[eval]'")
-    for suite in suites:
+    for suite in sorted(suites, key=lambda suite: suite.harness == "lm_eval"):  # whose check takes seconds, last
         if suite.harness == "ruler":
             check_ruler(suite, config.lengths)
         elif suite.harness == "lm_eval":

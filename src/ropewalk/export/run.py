@@ -123,7 +123,9 @@ def _export_gguf(config: ExportConfig, source: Source, output: Path, dtype: str 
             write_gguf(directory, path, kind)
             print(f"exported {source.origin} to {path}")
         if config.verify:
-            _verify(engine_name(path), output, lambda: verify_gguf(directory, path, kind), failures)
+            _verify(
+                engine_name(path), output, lambda: verify_gguf(directory, path, kind, config.verify_tokens), failures
+            )
 
 
 @contextmanager

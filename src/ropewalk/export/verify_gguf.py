@@ -69,13 +69,14 @@ class GgufVerification:
         )
 
 
-def verify_gguf(directory: Path, path: Path, wanted: str | None) -> GgufVerification:
+def verify_gguf(directory: Path, path: Path, wanted: str | None, tokens: int | None = None) -> GgufVerification:
     """Compare a GGUF file with the directory that it was made from.
 
     Args:
         directory: Hugging Face directory.
         path: the file.
         wanted: its type; None: that of the directory.
+        tokens: of the text, at most MAX_TOKENS; None: as many.
 
     Raises:
         Unverifiable: where llama.cpp is not installed, or there is no tokenizer to read text with.
@@ -83,7 +84,7 @@ def verify_gguf(directory: Path, path: Path, wanted: str | None) -> GgufVerifica
     """
     if importlib.util.find_spec("cyllama") is None:
         raise Unverifiable("not verified: cyllama is not installed (pip install --no-deps cyllama==0.2.18)")
-    probe = probe_of(directory, MAX_TOKENS)
+    probe = probe_of(directory, min(tokens or MAX_TOKENS, MAX_TOKENS))
     config = AutoConfig.from_pretrained(directory)
     own = gguf_position(position_of(config), config.max_position_embeddings)
     lost = lost_position(own)

@@ -17,7 +17,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropewalk.export.findings import Unverifiable, write_finding
 from ropewalk.export.portable import rope_entry
 from ropewalk.export.probing import run_probe
-from ropewalk.rope.spectrum import geometric
 
 TOLERANCE = 1e-5  # of cos and sin, at the positions compared
 POSITIONS = 65536  # compared at most
@@ -93,7 +92,10 @@ def rotary_table(config: PreTrainedConfig, positions: int) -> dict[str, NDArray[
     entry = rope_entry(config)
     if entry["rope_type"] == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        inv_freq, scaling = torch.from_numpy(geometric(entry["rope_theta"], head_dim)).float(), 1.0
+        inv_freq, scaling = (
+            1.0 / entry["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim),
+            1.0,
+        )
     else:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[entry["rope_type"]](config, device=torch.device("cpu"))
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), inv_freq)

@@ -34,6 +34,8 @@ def with_bases(runs: list[Run], given: str | None) -> list[Run]:
     Raises:
         ValueError: where ``given`` is no run directory.
     """
+    if given is not None and not Path(given).is_dir():
+        raise ValueError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
     rows = list(runs)
     for path in [given] if given is not None else _started_from(runs):
         at = next((i for i, run in enumerate(rows) if _is_at(run, path)), None)

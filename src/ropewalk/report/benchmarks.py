@@ -33,6 +33,8 @@ RULER = Suite("ruler", "RULER", whole=13)
 HELMET = Suite("helmet", "HELMET", by_category=True)
 LONG = Suite("lm-eval", "Other long-context tasks")
 SUITES = (RULER, HELMET, LONG)
+# Metric of a row without a value -> why it has none.
+REASONS = {"needs_judge": "only a judge model scores it", "inputs_unpublished": "its inputs were never published"}
 SCALE = "Percent; shaded: longer than the run was trained at; ± is the standard error over samples, not training noise."
 
 
@@ -201,8 +203,9 @@ def _without_number(found: list[Scores]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for one in found:
         for row in one.rows[one.rows["value"].isna()].itertuples():
-            reasons.setdefault(str(row.metric).replace("_", " "), []).append(str(row.task))
-    return [f"No number, because {reason}: {listed(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
+            reason = REASONS.get(str(row.metric), str(row.metric))
+            reasons.setdefault(reason, []).append(str(row.task))
+    return [f"No number, as {reason}: {listed(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
 
 
 def ranking(found: list[Scores], lengths: list[int], blocks: list[Block]) -> str:

@@ -32,12 +32,15 @@ def compare(config: CompareConfig) -> Path:
 
     Raises:
         ValueError: for a run directory that holds nothing, a baseline that is none of the runs, an output that is a
-            directory, or a format that figures do not have.
+            directory, a format that figures do not have, or a threshold that is no percentage.
     """
     output = Path(config.output)
     if output.is_dir():
         raise ValueError(f"output={output} is a directory; name a file in it: output={output / 'report.html'}")
     check_files(config.figures, config.figure_formats)
+    for name in ("effective_needle", "effective_ruler"):
+        if not 0 < getattr(config, name) <= 100:
+            raise ValueError(f"{name}={getattr(config, name)} is no percentage; give one above 0 and up to 100")
     runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)
     styles = styles_of(arms(runs))

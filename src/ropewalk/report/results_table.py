@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ropewalk.report.base import how_to_evaluate
 from ropewalk.report.differences import Unpaired, at_length
 from ropewalk.report.needle import EXACT_MATCH, TOKEN_ACCURACY, needle_lengths, pooled
 from ropewalk.report.runs import Run
@@ -39,6 +40,7 @@ def results_table(runs: list[Run], baseline: Run) -> Table:
         *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
+    missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
     reading = f"Rows {order}. {LEGEND}" if blocks else ""
     return Table("Results", reading, [tokens(length) for length in lengths], blocks, missing=missing)
 

@@ -124,13 +124,13 @@ def start_save(
         with _recorded_writes(engine, in_background) as (failures, later):
             engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
     rng = _rng_state()
+    facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
 
     def write() -> dict[str, Any]:
         for do in later:
             do()
         return _settle_share(directory, failures, rng)
 
-    facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
     return StartedSave(run_dir, facts, dict(contract), dict(state), Work(write, in_background))
 
 
@@ -146,7 +146,11 @@ class StartedSave:
         share: Work[dict[str, Any]],
     ) -> None:
         self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
-        self.step = facts["step"]
+
+    @property
+    def step(self) -> int:
+        """Steps that it holds."""
+        return self.facts["step"]
 
     def written(self, group: dist.ProcessGroup | None) -> bool:
         """Whether every rank has written its files, so that ``commit`` would not wait. Collective."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents
@@ -32,15 +34,14 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
     return stores[""], mixture
 
 
-def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str | None, from_scratch: bool) -> None:
+def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str | None) -> None:
     """Check that the store's tokens are the model's; a model from scratch takes the store's special tokens.
 
     Args:
         model_config: of the model.
         store: whose tokens it is trained on.
-        path: directory or hub id of the weights; its tokenizer is compared where it lies in a directory. None: they
-            come from a run, whose contract names its tokenizer, or from nowhere.
-        from_scratch: whether the weights are random.
+        path: directory or hub id of the model or its tokenizer, which is compared where it lies in a directory. None:
+            from scratch.
 
     Raises:
         ValueError: where the store's vocabulary is another than the model's, or larger than what it embeds.
@@ -53,7 +54,7 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
         )
     if path is not None and (Path(path) / "tokenizer.json").is_file():
         check_same_vocabulary(store.tokenizer_path, Path(path))
-    if from_scratch:
+    if path is None:
         model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
 
 
@@ -72,9 +73,24 @@ def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig
 
 
 def on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
-    """The model's arguments for one micro batch; queued, so that nothing waits for the device."""
-    tensors = {name: getattr(batch, name) for name in ("input_ids", "position_ids", "labels")}
+    """The model's arguments for one micro batch; see :func:`queued`."""
     return {
-        **{name: tensor.to(ranks.device, non_blocking=True) for name, tensor in tensors.items()},
-        "documents": Documents.from_cu_seqlens(batch.cu_seqlens, ranks.device, ranks.group),
+        "input_ids": queued(batch.input_ids, ranks.device),
+        "position_ids": queued(batch.position_ids, ranks.device),
+        "labels": queued(batch.labels, ranks.device),
+        "documents": Documents.from_cu_seqlens(pinned(batch.cu_seqlens, ranks.device), ranks.device, ranks.group),
     }
+
+
+def queued(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, the copy queued behind what runs there.
+
+    From pageable memory CUDA waits for its queue before it copies more than 64 kB (CUDA Runtime API, "API
+    synchronization behavior"), so the tensor is pinned first, into memory that torch's host allocator keeps.
+    """
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in page-locked memory where ``device`` is a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -77,7 +77,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     validate_train(config, world_size())
     store, mixture = open_data(config)
     ranks = start_processes(trainer.device, config.parallel.sequence)
-    start = find_start(config, store.tokenizer)
+    start = find_start(config)
     model_config = training_config(
         config.model,
         config.rope.name,
@@ -85,8 +85,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         config.data.sequence_length,
         start=start.config if start is not None else None,
     )
-    path = config.model.path if start is None else None
-    fit_tokenizer(model_config, store, path, from_scratch=start is None and path is None)
+    fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
     check_heads(model_config, config.parallel.sequence)
     evaluation = None
     if config.evaluation.every is not None:
@@ -122,7 +121,7 @@ def _run(
     observer = Observer(config, ranks, model_config, store, mixture, origin)
     if before is not None and ranks.is_main:
         write_start(before, run_dir)
-    engine = _ready_engine(config, model_config, ranks, load)
+    engine = _engine(config, model_config, ranks, load)
     guard = Guard(config.guards, origin.state.get("guard"))
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
@@ -156,11 +155,25 @@ def _run(
                 if profile is not None:
                     profile.step()
         except StopRequested as reason:
+            watchdog.step_ends()  # the save may take its time
             saver.before_leaving(step, str(reason))
             observer.finish()
             stop.close()
             raise SystemExit(EXIT_REQUEUE) from reason
     observer.finish()
+
+
+def _engine(
+    config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks, load: Callable[[Any], None] | None
+) -> Any:
+    """The engine as the first step finds it: built, brought to its checkpoint, its spectrum in place."""
+    engine = start_engine(config, model_config, ranks)
+    if load is not None:
+        load(engine)
+        restore_settings(engine, config.trainer)
+        place_spectrum(engine)
+    watch_gradients(engine)
+    return engine
 
 
 def _prepare_load(config: TrainConfig, origin: Origin, before: Start | None) -> Callable[[Any], None] | None:
@@ -175,18 +188,6 @@ def _prepare_load(config: TrainConfig, origin: Origin, before: Start | None) -> 
     if origin.world_size != dist.get_world_size():
         universal = make_universal(checkpoint, stage)
     return lambda engine: load_checkpoint(engine, checkpoint, universal)
-
-
-def _ready_engine(
-    config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks, load: Callable[[Any], None] | None
-) -> Any:
-    engine = start_engine(config, model_config, ranks)
-    if load is not None:
-        load(engine)
-        restore_settings(engine, config.trainer)
-        place_spectrum(engine)
-    watch_gradients(engine)
-    return engine
 
 
 def _is_due(every: int | None, step: int, last: int) -> bool:

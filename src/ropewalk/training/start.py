@@ -41,7 +41,6 @@ class Start:
         step: steps that it has seen.
         world_size: ranks that saved it.
         zero_stage: of the run that saved it.
-        tokenizer: its contract's entry.
         config: its config.json.
     """
 
@@ -51,8 +50,12 @@ class Start:
     step: int
     world_size: int
     zero_stage: int
-    tokenizer: Mapping[str, Any]
     config: Mapping[str, Any]
+
+    @property
+    def tokenizer(self) -> str:
+        """The directory of the tokenizer that the other run keeps."""
+        return str(Path(self.checkpoint).parents[1] / "tokenizer")
 
     def identity(self) -> dict[str, Any]:
         """For the contract: what the weights are, wherever they lie."""
@@ -64,16 +67,11 @@ def directory_of(run_dir: Path) -> Path:
     return run_dir / "start"
 
 
-def find_start(config: TrainConfig, tokenizer: Mapping[str, Any]) -> Start | None:
+def find_start(config: TrainConfig) -> Start | None:
     """The checkpoint of ``start_from.run``, chosen by rank 0; None where none is named. Collective.
 
-    Args:
-        config: of this run.
-        tokenizer: what this run's store says of its tokenizer.
-
     Raises:
-        ValueError: on every rank, where nothing is committed there, or it was trained with another tokenizer and
-            ``resume.accept`` does not name that.
+        ValueError: on every rank, where nothing is committed there.
     """
     if config.start_from.run is None:
         return None
@@ -82,7 +80,6 @@ def find_start(config: TrainConfig, tokenizer: Mapping[str, Any]) -> Start | Non
     if dist.get_rank() == 0:
         try:
             start = _choose(config.start_from.run, Path(config.run_dir))
-            _check_tokenizer(start, tokenizer, config.resume.accept)
             found = [asdict(start)]
         except (ValueError, OSError) as error:
             problem = str(error)
@@ -118,19 +115,8 @@ def _choose(run: str, run_dir: Path) -> Start:
         step=manifest["step"],
         world_size=manifest["world_size"],
         zero_stage=manifest.get("zero_stage", 3),
-        tokenizer=manifest["contract"].get("tokenizer", {}),
         config=json.loads((checkpoint / "config.json").read_text()),
     )
-
-
-def _check_tokenizer(start: Start, tokenizer: Mapping[str, Any], accept: list[str]) -> None:
-    before, now = start.tokenizer.get("sha256"), tokenizer["sha256"]
-    if before != now and "tokenizer" not in accept:
-        raise ValueError(
-            f"start_from.run={start.run} was trained with the tokenizer of sha256 {before}, the store's is {now}; "
-            "prepare the data with that run's tokenizer, or where only a chat template was added say "
-            "resume.accept=[tokenizer]"
-        )
 
 
 def write_start(start: Start, run_dir: Path) -> None:

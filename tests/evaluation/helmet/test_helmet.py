@@ -173,8 +173,8 @@ def test_key_value_rows_are_as_helmet_reads_them() -> None:
 def test_ruler_prompts_become_helmets_fields() -> None:
     prompt = (
         "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you "
-        "about the numbers afterwards.\nOne.\nTwo.\nWhat are all the special magic numbers for a-b mentioned in the provided "
-        "text? The special magic numbers for a-b mentioned in the provided text are"
+        "about the numbers afterwards.\nOne.\nTwo.\nWhat are all the special magic numbers for a-b mentioned in the "
+        "provided text? The special magic numbers for a-b mentioned in the provided text are"
     )
     (row,) = ruler_rows([Sample(0, prompt, ["1", "2"], 9)])
     assert row == {"context": "One.\nTwo.", "query": "a-b", "type_needle_v": "numbers", "outputs": ["1", "2"]}

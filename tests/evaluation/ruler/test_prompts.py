@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -138,3 +140,31 @@ def test_the_largest_size_is_found_to_one_in_256(top: int, high: int | None) -> 
     found = largest(lambda n: n <= top, 1, high)
     bound = top if high is None else min(top, high)
     assert bound - max(0, bound // 256 * 2) <= found <= bound
+
+
+@pytest.mark.slow  # lm-eval's needle module takes seconds and 1.4 GB, so it is imported in a process of its own
+def test_needles_are_in_their_haystacks(tmp_path) -> None:
+    (tmp_path / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)  # looked for on import, else downloaded
+    program = """
+import json, sys
+from pathlib import Path
+from ropewalk.evaluation.ruler.prompts import build_samples
+from ropewalk.evaluation.ruler.tasks import TASKS
+names = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
+count = lambda text: len(text.encode()) + 1
+made = {n: [s.record() for s in build_samples(TASKS[n], count, 4096, 4, 42, Path(sys.argv[1]))] for n in names}
+print(json.dumps(made))
+"""
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, text=True)
+    made = json.loads(ended.stdout.splitlines()[-1])
+    for name, samples in made.items():
+        assert len({sample["prompt"] for sample in samples}) == 4
+        for sample in samples:
+            (reference,) = sample["references"]
+            text, _, question = sample["prompt"].rpartition("\nWhat is the special magic ")
+            kind, key = re.match(r"(\w+) for (.*?) mentioned in", question).groups()
+            assert f"One of the special magic {kind}s for {key} is: {reference}." in text
+            assert sample["prompt"].endswith(f"The special magic {kind} for {key} mentioned in the provided text is")
+            assert 0.9 * 4096 <= sample["tokens"] + 128 <= 4096
+            needles = text.count("One of the special magic")
+            assert needles == 1 if name == "niah_single_1" else needles > 10
