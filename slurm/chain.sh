@@ -34,7 +34,7 @@ runs=() tuned=()
 for arm in "${arms[@]}"; do
   run=$(python scripts/job.py directory train +experiment="$arm" "${cluster[@]}" "${train[@]}")
   runs+=("$run")
-  tuned+=("$(python scripts/job.py directory train +experiment=sft_64k model.path="$run/export" \
+  tuned+=("$(python scripts/job.py directory train +experiment=sft_64k start_from.run="$run" \
     run_name="$(basename "$run")_sft" "${cluster[@]}" "${sft[@]}")")
 done
 python scripts/job.py directory evaluate checkpoint=x output=x "${evaluate[@]}" >/dev/null

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning at 64k:  sbatch slurm/sft_64k.sh from=outputs/llama3_8b_64k_cope20 [overrides]
-# from= names the run to go on from; it is exported first, if it is not. Its position method is kept.
+# from= names the run to go on from, by its newest checkpoint. Its position method comes along.
 # Edit these lines for your site; slurm/train_64k.sh says how else they can be given.
 #SBATCH --job-name=ropewalk-sft
 #SBATCH --nodes=4
@@ -20,6 +20,5 @@ cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file 
 [ "${1%%=*}" = from ] || { echo "error: say which run to go on from: sft_64k.sh from=outputs/NAME" >&2; exit 2; }
 from=${1#from=}
 shift
-once python scripts/export.py checkpoint="$from" verify=false
-with_default +experiment=sft_64k model.path="$from/export" run_name="$(basename "$from")_sft" "$@"
+with_default +experiment=sft_64k start_from.run="$from" run_name="$(basename "$from")_sft" "$@"
 train "${arguments[@]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From 64k to 512k, eight GPUs to a sequence:  sbatch slurm/train_512k.sh [+experiment=...] [overrides]
-# It goes on from the export of a 64k run: model.path=outputs/llama3_8b_64k_cope20/export is the default experiment's.
+# It goes on from the 64k run that start_from.run names; the default experiment is ProLong's second stage.
 # Edit these lines for your site; slurm/train_64k.sh says how else they can be given.
 #SBATCH --job-name=ropewalk-512k
 #SBATCH --nodes=8
@@ -17,5 +17,5 @@ cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file 
 [ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
 . slurm/common.sh
 
-with_default +experiment=cope20_512k "$@"
+with_default +experiment=prolong_512k "$@"
 train "${arguments[@]}"

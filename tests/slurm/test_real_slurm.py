@@ -170,8 +170,8 @@ def test_a_chain_goes_from_documents_to_a_report(site):
         assert site.state(f"chain-{name}")["JobState"] == "COMPLETED", name
     runs = {name: json.loads((out / name / "run.json").read_text()) for name in ("demo/base", "base_sft")}
     assert runs["base_sft"]["store_fingerprint"] == runs["demo/base"]["store_fingerprint"]
-    config = (out / "base_sft" / "config.yaml").read_text()
-    assert f"path: {out}/demo/base/export" in config
+    begun = json.loads((out / "base_sft" / "start" / "start.json").read_text())
+    assert begun["checkpoint"] == f"{out}/demo/base/checkpoints/step-00000004"
     assert "base_sft" in (out / "report.html").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared
 from ropewalk.launch import take_place
 from ropewalk.model import count_parameters, training_config
 from ropewalk.planner.cost import checkpoints_kept
+from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
 
 
 def examine(config: TrainConfig) -> int:
@@ -59,11 +61,20 @@ def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:
 
 
 def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
-    rope = config.rope
-    model_config = training_config(config.model, rope.name, rope.chain, config.data.sequence_length)
+    rope, run = config.rope, config.start_from.run
+    start = json.loads((_checkpoint_of(run) / "config.json").read_text()) if run is not None else None
+    model_config = training_config(config.model, rope.name, rope.chain, config.data.sequence_length, start=start)
     parameters = count_parameters(model_config)
-    yield from check_model(model_config, parameters, config.model.path)
+    yield from check_model(model_config, parameters, run or config.model.path)
     yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer))
+
+
+def _checkpoint_of(run: str) -> Path:
+    """The checkpoint that ``start_from.run`` names, by itself or as the newest of its run."""
+    checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(f"start_from.run={run} holds no committed checkpoint; name a run directory that does")
+    return checkpoint
 
 
 def _together(config: TrainConfig, device: torch.device) -> list[Finding]:
