@@ -1,12 +1,14 @@
 # make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
 # make test   everything that CI runs
+# make docs   the pages of docs/ as a site, in site/
+# make test-slurm  jobs of slurm/ in a real SLURM that it starts on this machine (apt-get install slurm-wlm munge)
 # make check  lint, types and the fast tests, for the working day
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-smollm2 test check lint types format
+.PHONY: install demo demo-smollm2 test test-slurm docs check lint lint-shell types format
 
 install: $(INSTALLED)
 
@@ -29,12 +31,28 @@ demo-smollm2: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# A venv of its own: MkDocs reads the sources and imports none of them.
+.venv-docs/.installed: requirements-docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.lock
+	@touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+test-slurm: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
+
 check: lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-shell:
+	@git ls-files '*.sh' .ci/run | while read -r script; do bash -n "$$script" || exit 1; done
+	git ls-files '*.sh' .ci/run | xargs shellcheck
 
 types: $(INSTALLED)
 	$(BIN)/mypy

@@ -7,9 +7,10 @@ from ropewalk.entry import entry
 @entry("train")
 def main(config: TrainConfig) -> None:
     """Train one arm."""
+    from ropewalk.evaluation import TrainingEvaluation
     from ropewalk.training import train
 
-    train(config)
+    train(config, TrainingEvaluation)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The whole preparation of a corpus against its tokenizer alone, and two processes against one; and packing by itself.
+"""The whole preparation of a corpus against its tokenizer alone, two processes, gigatoken, and ProLong's datatools.
 
-python benchmarks/prepare.py [--megabytes 200] [--tokenizer DIRECTORY] [--engine auto] [--source DIRECTORY]
+python benchmarks/prepare.py --tokenizer DIRECTORY [--megabytes 200] [--rounds 3] [--source DIRECTORY]
+                             [--datatools PYTHON | --no-datatools]
 
-The corpus is Python code, of this environment's site-packages unless --source names another directory, as one document
-for each package, up to so many megabytes. Without --tokenizer, the small one of
-the tests is used; scripts/fetch_llama3_tokenizer.sh fetches Llama 3's. Everything runs in processes of its
-own, from page cache, one thread each: the tokenizer alone on the same texts, then prepare.py with one process and with
-two, in turns, several times; printed are the medians and their ratios (goals: at least 0.8 of the bare tokenizer's rate
-on one process; two processes 1.7 times one), and the largest memory of a process on a quarter of the corpus and on all
-of it. On a machine with other work, the seconds of processors say more than the rates. Packing: one million log-normal
-documents (median 1,500 tokens, sigma 1.7) into 65,536 tokens (goals: 0.6 s, fill 0.999).
+scripts/fetch_llama3_tokenizer.sh fetches the tokenizer. The corpus is Python code, of this environment's site-packages
+unless --source names another directory, as one document for each package. Everything runs in processes of its own, from
+page cache, one thread each, in turns, several times: the tokenizer alone (tiktoken) on the same texts, prepare.py with
+one process and with two, with gigatoken on one, and datatools' tokenize and pack on one, in an environment that is made
+here with pip or named with --datatools. Printed are medians and ratios, of seconds and, since a machine with other work
+gives seconds of no meaning, of seconds of processors. Goals: 0.8 of the bare tokenizer's rate, two processes 1.7 times
+one, twice datatools, with gigatoken 8 times; and the largest memory of a process on all of the corpus beside a quarter
+of it. Packing: one million log-normal documents (median 1,500 tokens, sigma 1.7) into 65,536 tokens (goals: 0.6 s, fill
+0.999).
 """
 
 from __future__ import annotations
@@ -24,14 +26,25 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from datatools import Datatools
 
+from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.data.corpus import read_documents
 from ropewalk.data.packing import cut, pack
+from ropewalk.data.sources import corpus_sources, list_units
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 65536
+WAYS = (("one process", "auto", 1), ("two processes", "auto", 2), ("gigatoken", "gigatoken", 1))
+RATIOS = (
+    ("one process / bare tokenizer", "one process", "bare tokenizer", 0.8),
+    ("two processes / one process", "two processes", "one process", "1.7, of seconds"),
+    ("one process / datatools", "one process", "datatools", 2),
+    ("gigatoken / datatools", "gigatoken", "datatools", 8),
+)
 BARE = """
 import sys, time
 from collections import Counter
@@ -125,44 +138,63 @@ def packing() -> None:
     print(f"  {sequences:,} sequences, {cut_that_fit} documents cut that fit")
 
 
+def documents_of(source: Path, target: Path) -> None:
+    """The documents as datatools reads them."""
+    corpus = CorpusConfig(sources=[SourceConfig("code", str(source), "repositories")])
+    with target.open("w", encoding="utf-8") as file:
+        for place in corpus_sources(corpus):
+            for unit in list_units(place, 10**9):
+                for document in read_documents(unit, Counter()):
+                    file.write(json.dumps({"text": document.text}) + "\n")
+
+
 def main() -> None:
     """Copy, time in turns, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--source", type=Path, default=Path(sysconfig.get_paths()["purelib"]))
-    parser.add_argument("--tokenizer", default=str(ROOT / "tests/fixtures/tokenizer"))
-    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--datatools", metavar="PYTHON")
+    parser.add_argument("--no-datatools", action="store_true")
     arguments = parser.parse_args()
     packing()
-    tokenizer, engine = arguments.tokenizer, arguments.engine
+    tokenizer = str(Path(arguments.tokenizer).resolve())
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
+        rival = None if arguments.no_datatools else Datatools(scratch, arguments.datatools, Path(tokenizer))
         size = copied(arguments.source, scratch / "all/code", arguments.megabytes)
         copied(arguments.source, scratch / "quarter/code", arguments.megabytes / 4)
         source = scratch / "all/code"
-        rates: dict[str, list[float]] = {"bare tokenizer": [], "one process": [], "two processes": []}
-        cpu: dict[str, list[float]] = {name: [] for name in rates}
+        documents_of(source, scratch / "documents.jsonl")
+        found: dict[str, list[tuple[float, float]]] = {}
+
+        def note(name: str, seconds: float, used: float) -> None:
+            found.setdefault(name, []).append((seconds, used))
+            print(f"{name}: {seconds:.1f} s, {used:.1f} s of processors", file=sys.stderr, flush=True)
+
         memory = 0.0
         for _ in range(arguments.rounds):
-            seconds, used, encoded = run(BARE, tokenizer, engine, str(source))
-            rates["bare tokenizer"].append(encoded / seconds / 1e6)
-            cpu["bare tokenizer"].append(used)
-            for workers, name in ((1, "one process"), (2, "two processes")):
+            seconds, used, encoded = run(BARE, tokenizer, "auto", str(source))
+            note("bare tokenizer", seconds, used)
+            for name, engine, workers in WAYS:
                 seconds, used, largest = prepared(scratch, tokenizer, engine, source, workers)
-                rates[name].append(encoded / seconds / 1e6)
-                cpu[name].append(used)
-                memory = max(memory, largest) if workers == 1 else memory
+                note(name, seconds, used)
+                memory = max(memory, largest) if name == "one process" else memory
+            if rival is not None:
+                note("datatools", *rival.prepare(scratch / "documents.jsonl", LENGTH))
         stored = json.loads((scratch / "out/packed-65536/manifest.json").read_text())["domains"]
-        quarter = prepared(scratch, tokenizer, engine, scratch / "quarter/code", 1)[2]
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+        quarter = prepared(scratch, tokenizer, "auto", scratch / "quarter/code", 1)[2]
     tokens = sum(domain["tokens"] for domain in stored.values())
-    print(f"{size / 1e6:.0f} MB of code, {tokens / 1e6:.1f} Mtok, engine {engine}, medians of {arguments.rounds}:")
-    for name, rate in medians.items():
-        print(f"  {name:<15} {rate:8.2f} MB/s, {statistics.median(cpu[name]):6.1f} s of processors")
-    print(f"one process / bare tokenizer   {medians['one process'] / medians['bare tokenizer']:.2f} (goal 0.8)")
-    print(f"two processes / one process    {medians['two processes'] / medians['one process']:.2f} (goal 1.7)")
-    print(f"memory, all / a quarter        {memory / quarter:.2f} ({memory:.0f} and {quarter:.0f} MB)")
+    print(f"{size / 1e6:.0f} MB of code, {tokens / 1e6:.1f} Mtok, medians of {arguments.rounds}:")
+    medians = {name: [statistics.median(kind) for kind in zip(*times, strict=True)] for name, times in found.items()}
+    for name, (seconds, used) in medians.items():
+        print(f"  {name:<15} {seconds:7.1f} s, {encoded / seconds / 1e6:7.2f} MB/s, {used:7.1f} s of processors")
+    for what, over, under, goal in RATIOS:
+        if under in medians:
+            ratios = [medians[under][kind] / medians[over][kind] for kind in (0, 1)]
+            print(f"{what:<32} {ratios[0]:5.2f} of seconds, {ratios[1]:5.2f} of processors (goal {goal})")
+    print(f"memory, all / a quarter          {memory / quarter:5.2f} ({memory:.0f} and {quarter:.0f} MB)")
 
 
 if __name__ == "__main__":

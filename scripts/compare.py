@@ -6,10 +6,14 @@ from ropewalk.entry import entry
 
 @entry("compare")
 def main(config: CompareConfig) -> None:
-    """Write the report and print its results table."""
+    """Write the report and print its results table; with track=true log evaluations into the runs' trackers."""
     from ropewalk.report import compare
 
     compare(config)
+    if config.track:
+        from ropewalk.dashboard import track
+
+        track(config)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from ropewalk.entry import entry, run_command
 @entry("evaluate")
 def main(config: EvaluateConfig) -> None:
     """Evaluate one checkpoint."""
-    from ropewalk.evaluation import evaluate
+    from ropewalk.evaluation.suites import evaluate_suite
 
-    evaluate(config)
+    evaluate_suite(config)
 
 
 @entry("validate")

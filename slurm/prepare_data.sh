@@ -16,7 +16,8 @@ submit() {
   while [ "$1" != -- ]; do options+=("$1") && shift; done
   shift
   printf -v command ' %q' "$@"
-  sbatch --parsable --job-name="ropewalk-$name" --output="%x-%A_%a.log" --requeue ${after:+--dependency=afterok:$after} \
+  sbatch --parsable --job-name="ropewalk-$name" --output="${SBATCH_OUTPUT:-%x-%j.log}" --open-mode=append --requeue \
+    ${after:+--dependency=afterok:$after} --kill-on-invalid-dep=yes \
     "${options[@]}" --wrap "PATH=\"$PWD/.venv/bin:\$PATH\" exec python data_prep/prepare.py stage=$name$command \
     ${options[1]:+shard=\$SLURM_ARRAY_TASK_ID n_shards=$tasks}"
 }

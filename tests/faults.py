@@ -3,8 +3,11 @@
 import math
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable
+
+import torch
 
 from ropewalk.training.engine import LossModel
 
@@ -42,3 +45,15 @@ def files_of_20_kilobytes_on_rank_one() -> None:
     """A disk that is full, for one rank: whatever it writes ends there."""
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def step_eight_is_never_written() -> None:
+    """A disk that takes ten minutes for a file of step 8 that is written beside the training."""
+    real = torch.save
+
+    def save(content, path, *arguments, **named):
+        if "step-00000008" in str(path) and threading.current_thread() is not threading.main_thread():
+            time.sleep(600)
+        return real(content, path, *arguments, **named)
+
+    torch.save = save

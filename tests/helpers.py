@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ropewalk import entry
 from ropewalk.config import CorpusConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.corpus import Document, read_documents
 from ropewalk.data.sources import corpus_sources, list_units
-from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.training import find_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PYTHONPATH = f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"  # of processes of their own: this tree, wherever it is
 
 TINY = {
     "vocab_size": 512,
@@ -33,9 +37,7 @@ TINY = {
 
 def composed(name: str, *overrides: str) -> Any:
     """The dataclass that ``configs/<name>.yaml`` gives with these overrides."""
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return to_object(compose(name, list(overrides)))
+    return entry.composed(name, overrides)
 
 
 def documents_of(corpus: CorpusConfig, shard_bytes: int = 10**9) -> tuple[list[Document], dict[str, int]]:
@@ -58,7 +60,7 @@ def alone_environment() -> dict[str, str]:
 def torchrun(ranks: int, script: str, *arguments: str) -> None:
     """Run a script of the repository on ``ranks`` processes; fails the test where they fail."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**alone_environment(), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**alone_environment(), "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, *launch, script, *arguments],
         cwd=CONFIG_DIR.parent,
@@ -106,3 +108,23 @@ def save_tiny(directory: Path, model_type: str = "llama", seed: int = 0, **field
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     return directory
+
+
+def load_states(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint's shards: masters and both moments."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}", item)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                walk(f"{prefix}.{index}", item)
+
+    for path in sorted(find_checkpoint(run_dir).rglob("*.pt")):
+        walk(path.name, torch.load(path, weights_only=False))
+    assert any("exp_avg_sq" in name for name in found)
+    return found

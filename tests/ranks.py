@@ -20,11 +20,9 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from helpers import TINY
+from helpers import PYTHONPATH, ROOT, TINY
 
 from ropewalk.data import PackedStore
-
-ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -110,16 +108,16 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = context.Process(target=rank_main, args=(own, str(log), list(arguments), fault), daemon=True)
-        with environment(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent)):
+        with environment(OMP_NUM_THREADS="1", PYTHONPATH=PYTHONPATH):
             process.start()
         processes.append(process)
     return RankProcesses(processes, logs)
 
 
-def run_ranks(world_size: int, log_dir: Path, arguments: Sequence[str]) -> None:
-    """Run to the end; fails the test where a rank fails."""
+def run_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], seconds: float = 300) -> None:
+    """Run to the end; fails the test where a rank fails, or is not done after so long."""
     with start_ranks(world_size, log_dir, arguments) as ranks:
-        assert ranks.wait() == [0] * world_size, ranks.output()
+        assert ranks.wait(seconds) == [0] * world_size, ranks.output()
 
 
 def tiny_arguments(store: PackedStore, run_dir: Path, *more: str) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import save_tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ropewalk import attention
@@ -55,6 +56,34 @@ def test_bounds_are_made_once():
     assert made.bounds == (0, 37, 38, 102, 128)
     assert made.max_seqlen == 64
     assert made.cu_seqlens.dtype == torch.int32
+
+
+class KernelInputs(TorchDispatchMode):
+    """Shapes of keys and values as the attention kernels get them, in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if "attention" in name:
+            at = 2 if "backward" in name else 1  # after the output's gradient and the query
+            self.shapes.append((name, *(tuple(x.shape) for x in args[at : at + 2])))
+        assert "attention" in name or "repeat_interleave" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def test_grouped_heads_are_not_copied():
+    """The fused kernel gets the shared heads as they are, forward and backward."""
+    query, key, value = (torch.randn(1, heads, 128, 16, requires_grad=True) for heads in (8, 2, 2))
+    with KernelInputs() as kernel:
+        out, _ = attention.document_attention(torch.nn.Module(), query, key, value, None, documents=documents(LENGTHS))
+        out.sum().backward()
+    assert len(kernel.shapes) == 2 * len(LENGTHS)
+    for name, *shapes in kernel.shapes:
+        assert "flash_attention_for_cpu" in name
+        assert {(heads, width) for _, heads, _, width in shapes} == {(2, 16)}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -17,6 +17,7 @@ EXPERIMENTS = sorted(
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
 )
 BASES = {"llama3_8b_64k", "demo/extend"}
+MANDATORY = {"sft_64k": ["start_from.run=outputs/cope20"]}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_resolves(experiment):
-    config = composed("train", f"+experiment={experiment}")
+    config = composed("train", f"+experiment={experiment}", *MANDATORY.get(experiment, []))
     inputs = {key: getattr(config.model, key) for key in ("head_dim", "theta", "pretrained_length")}
     RopeChain(config.rope.chain).spectrum(**inputs, trained_length=config.data.sequence_length)
 
@@ -35,7 +36,7 @@ def test_every_debug_config_composes(debug):
     assert composed("train", "+experiment=demo/cope11", f"+debug={debug}").tracker.name == "none"
 
 
-@pytest.mark.parametrize("group", ["rope", "model", "data", "trainer", "deepspeed", "tracker"])
+@pytest.mark.parametrize("group", ["rope", "model", "data", "trainer", "deepspeed", "tracker", "cluster"])
 def test_every_training_group_option_composes(group):
     for path in (CONFIG_DIR / group).glob("*.yaml"):
         mandatory = ["data.store=x", "data.sequence_length=64"] if (group, path.stem) == ("data", "packed") else []
@@ -71,6 +72,24 @@ def test_cope20_is_the_published_recipe():
     assert (trainer.dtype, trainer.activation_checkpointing) == ("bfloat16", True)
     assert str(RopeChain(config.rope.chain)) == "abf(theta=1e7) > cope(clip=20)"
     assert sum(data.mixture.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("experiment", "tokens", "steps", "rate", "warmup", "start"), [
+    ("prolong_64k", 4_194_304, 5000, 1e-5, 0.1, (None, "keep")),
+    ("prolong_512k", 8_388_608, 2500, 5e-6, 0.1, ("outputs/prolong_64k", "keep")),
+    ("sft_64k", 4_194_304, 250, 2e-5, 0.05, ("outputs/cope20", "drop")),
+])  # fmt: skip
+def test_stages_are_the_published_schedules(experiment, tokens, steps, rate, warmup, start):
+    """ProLong's scripts: 64 x 65,536; 128 x 524,288 / 8 ranks a sequence; SFT 64 x 65,536."""
+    config = composed("train", f"+experiment={experiment}", *MANDATORY.get(experiment, []))
+    trainer = config.trainer
+    assert trainer.global_batch_size * config.data.sequence_length == tokens
+    assert (trainer.max_steps, trainer.learning_rate, trainer.warmup_ratio) == (steps, rate, warmup)
+    assert (trainer.min_lr_ratio, trainer.adam_beta2, trainer.weight_decay, trainer.gradient_clipping) == (
+        0.1, 0.95, 0.1, 1.0,
+    )  # fmt: skip
+    assert (config.start_from.run, config.start_from.optimizer) == start
+    assert config.parallel.sequence == (8 if experiment == "prolong_512k" else 1)
 
 
 @pytest.mark.parametrize("arms", [

@@ -44,9 +44,10 @@ class Documents:
         """From cumulative lengths of the whole row, on the CPU."""
         bounds = tuple(cu_seqlens.tolist())
         longest = max(end - start for start, end in pairwise(bounds))
-        return cls(cu_seqlens.to(device, torch.int32), bounds, longest, group)
+        return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), bounds, longest, group)
 
 
+@torch.compiler.disable  # a compiled graph would be made anew for the bounds of every batch
 def document_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -7,7 +7,8 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -21,16 +22,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ropewalk import config
 from ropewalk.config import SCHEMAS
+from ropewalk.slurm.options import RESOLVERS
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+DRY_RUN = "--dry-run="
 
 
 def register_schemas() -> None:
     """Put each entry's dataclass into Hydra's store as ``schema/<entry>``; the YAML files build on them.
 
-    Their help texts say ``${choices:rope,test_time}`` for what :func:`choices` lists.
+    Their help texts say ``${choices:rope,test_time}`` for what :func:`choices` lists, the launcher's what slurm.options
+    computes.
     """
-    OmegaConf.register_new_resolver("choices", choices, replace=True)
+    for name, resolver in {"choices": choices, **RESOLVERS}.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"schema_{name}", node=schema)
@@ -46,19 +51,28 @@ def choices(*groups: str) -> str:
 def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
-    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. A ValueError that this package raised, or anything wrong
-    with the configuration itself, ends the process with one line on stderr and exit code 2; every other exception
-    keeps its traceback.
+    ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
+    called; ropewalk.dry_run checks the configuration and its paths instead. A ValueError that this package raised, or
+    anything wrong with the configuration itself, ends the process with one line on stderr and exit code 2; every other
+    exception keeps its traceback.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
     takes_path = any(f.name == "model" and f.type == "ModelPath" for f in fields(SCHEMAS[config_name]))
 
+    ledgers: list[str] = []
+
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @wraps(main)
         def with_object(composed: DictConfig) -> None:
             try:
-                main(to_object(composed))
+                config_object = to_object(composed)
+                if ledgers:
+                    from ropewalk.dry_run import dry_run
+
+                    dry_run(config_name, config_object, Path(ledgers[-1]))
+                else:
+                    main(config_object)
             except ValueError as error:  # here, so that Hydra adds no line of its own
                 if not _is_ours(error):
                     raise
@@ -69,6 +83,9 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         @wraps(main)
         def command() -> None:
             try:
+                ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
+                sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
+                sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
                     sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
                 run()
@@ -78,6 +95,30 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         return command
 
     return decorate
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> Any:
+    """The dataclass that ``configs/<config_name>.yaml`` gives with these overrides.
+
+    Raises:
+        ValueError: for a mandatory value that nothing has set; Hydra's own errors for what it does not know.
+    """
+    register_schemas()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return to_object(hydra.compose(config_name, list(overrides)))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the process as :func:`entry` does where the user's input is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(_report(error))
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        sys.exit(_report(error))
 
 
 def run_command(commands: Mapping[str, Callable[[], None]], default: str | None = None) -> None:
@@ -113,6 +154,31 @@ def to_object(composed: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
+
+
+def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
+    """Arguments as Hydra takes them.
+
+    ``--key value`` and ``--flag`` of the configuration's own keys become ``key=value`` and ``flag=true``; ``+group=``
+    loses its plus where the group has a default, since Hydra would add a second option to it.
+    """
+    kinds = {f.name: str(f.type) for f in fields(SCHEMAS[config_name])}
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))["defaults"]  # type: ignore
+    groups = {str(group) for entry in defaults if isinstance(entry, dict) for group in entry}
+    result: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and key.replace("-", "_") in kinds:
+            key = key.replace("-", "_")
+            if not equals:
+                value = "true" if kinds[key] == "bool" else next(rest, "")
+            result.append(f"{key}={value}")
+        elif argument.startswith("+") and argument[1:].partition("=")[0] in groups:
+            result.append(argument[1:])
+        else:
+            result.append(argument)
+    return result
 
 
 def plain_argument(argument: str) -> str:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from blake3 import blake3
+
 
 def fsync_path(path: Path) -> None:
     """Push a file, or the entries of a directory, to the disk."""
@@ -35,6 +37,15 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_of(path: Path) -> str:
+    """Hexadecimal BLAKE3 (256 bits, as of b3sum) of a file's bytes; several times as fast as SHA-256, on every core."""
+    digest, buffer = blake3(max_threads=blake3.AUTO), bytearray(2**20)  # it stays in the cache
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
 
 
 def inside(root: Path, name: str) -> Path:

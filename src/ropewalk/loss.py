@@ -16,7 +16,13 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, token_losses: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        token_losses: Tensor | None,
+        z_loss: float,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -29,41 +35,61 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             losses = normalizer - logits.gather(1, target)
             total += losses.sum()
+            if z_loss:
+                total += z_loss * normalizer.square().sum()
             if token_losses is not None:
                 token_losses[rows] = losses.squeeze(1)
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = logits.sub_(normalizer).exp_()  # softmax, in the logits' own memory
+                if z_loss:
+                    grad_logits.mul_(1 + 2 * z_loss * normalizer)
                 grad_logits.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
                 grad_logits = grad_logits.to(weight.dtype)
                 grad_hidden[rows] = grad_logits @ weight
                 grad_weight += grad_logits.T @ x
         if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.dtype = weight.dtype
+            ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: FunctionCtx, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         scale = grad_output[0]
-        return grad_hidden * scale, grad_weight * scale, None, None, None
+        scaled = torch.empty_like(grad_weight, dtype=ctx.dtype)  # type: ignore[attr-defined]
+        torch.mul(grad_weight, scale, out=scaled)  # rounded to the weight's dtype once, after scaling
+        return grad_hidden * scale, scaled, None, None, None, None
 
 
 def tiled_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, token_losses: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    token_losses: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Sum over trained tokens of -log softmax(hidden @ weight.T)[label].
+    """Sum over trained tokens of -log softmax(hidden @ weight.T)[label], and z_loss x logsumexp^2 of the logits.
 
-    torch's own chunked linear_cross_entropy returns a bf16 sum for bf16 inputs, three digits of a loss; here the sum
-    and the weight's gradient accumulate in fp32. Rows without a label cost nothing.
+    One function for every device, because it is the one that is exact here. torch's own chunked linear_cross_entropy
+    returns a bf16 sum for bf16 inputs, three digits of a loss, and knows no z-loss; DeepSpeed's TiledFusedLogitsLoss
+    loses the factor that the loss is scaled by after it on the head's gradient, so accumulation is wrong; Liger's
+    kernel adds the head's gradient up in bf16 unless told otherwise and runs on CUDA alone. Here the sum and the head's
+    gradient add up in fp32, and a factor put on the loss afterwards reaches both gradients. Rows without a label cost
+    nothing.
+
+    The z-loss is PaLM's (arXiv 2204.02311, section 5), which keeps the logits' scale from drifting.
 
     Args:
         hidden: (tokens, width), fp32 or bf16.
         weight: (vocabulary, width), of the same dtype.
         labels: int64 (tokens,); -100 is not trained on.
         chunk_size: tokens whose logits exist at once; memory is chunk_size x vocabulary fp32.
-        token_losses: fp32 (tokens,), gets the loss of each trained token, for metrics; the others stay as they are.
+        token_losses: fp32 (tokens,), gets the cross entropy of each trained token, without z-loss, for metrics; the
+            others stay as they are.
+        z_loss: coefficient; 0 leaves it out.
 
     Returns:
         fp32 scalar; exactly 0 where no token is trained on.
     """
-    return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size, token_losses)
+    return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size, token_losses, z_loss)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -40,34 +43,47 @@ def read_position(directory: str | Path) -> Position:
     return position_of(AutoConfig.from_pretrained(directory))
 
 
-def training_config(model: ModelConfig, rope_name: str, steps: Steps, sequence_length: int) -> PreTrainedConfig:
+def training_config(
+    model: ModelConfig, rope_name: str, steps: Steps, sequence_length: int, start: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
     """The transformers config of a training run: architecture, compiled chain, metadata.
 
     The run's chain follows the checkpoint's own, or replaces it where it lays the spectrum out anew (abf, rope_id).
+
+    Args:
+        model: the model group.
+        rope_name: of the chain.
+        steps: the run's chain.
+        sequence_length: tokens.
+        start: config.json of the training checkpoint that the run starts from; it takes the place of ``model.path``,
+            and its trained length that of ``model.pretrained_length``.
 
     Raises:
         ValueError: for an unsupported architecture, or a declared theta, head_dim or pretrained length that the
             checkpoint contradicts.
     """
-    if model.path is None:
+    if start is not None:
+        config = type(AutoConfig.for_model(start["model_type"])).from_dict(dict(start))
+    elif model.path is None:
         architecture = dict(model.architecture)
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
         config.rope_parameters = {"rope_type": "default", "rope_theta": model.theta}
         config.max_position_embeddings = model.pretrained_length
     else:
         config = _read_config(model.path, model.revision)
+        _check_sizes(model, config)
     _check_architecture(config)
     origin = position_of(config)
-    _check_declared(model, origin)
+    _check_declared(model if start is None else replace(model, pretrained_length=origin.trained_length), origin)
     added = RopeChain(steps)
     position = Position(
-        name=rope_name,
+        name=origin.name if start is not None and not added.steps else rope_name,
         chain=added if added.rebuilds else origin.chain.extended(steps),
         theta=origin.theta,
         head_dim=origin.head_dim,
         pretrained_length=origin.trained_length,
         trained_length=sequence_length,
-        base_model=model.path,
+        base_model=model.path if start is None else origin.base_model,
     )
     config.max_position_embeddings = sequence_length
     place_position(config, position)
@@ -94,6 +110,17 @@ def _check_architecture(config: PreTrainedConfig) -> None:
             f"sliding_window={window}: training attends to whole documents; set sliding_window: null in the model's "
             "config.json (or model.architecture), and know that the model was not trained that way"
         )
+
+
+def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
+    """Where a checkpoint's architecture is declared, for the planner, it must be the checkpoint's."""
+    for name, declared in model.architecture.items():
+        actual = getattr(config, name, None)
+        if declared != actual:
+            raise ValueError(
+                f"model.architecture.{name}={declared}, but the checkpoint {model.path} has {actual}; set "
+                f"model.architecture.{name}={actual}"
+            )
 
 
 def _check_declared(model: ModelConfig, origin: Position) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import ropewalk.data.engines as module
+from ropewalk.data.corpus import Document
 from ropewalk.data.engines import CheckedEngine, FastPathError, TokenizersEngine, has_ranks, open_engine, read_ranks
 from ropewalk.data.llama3 import convert
+from ropewalk.data.stages import encoded_documents
 from ropewalk.data.tokenizer import load_tokenizer, open_saved
 
 LLAMA3 = (
@@ -92,7 +94,6 @@ def same(found, expected):
 
 @pytest.mark.parametrize("name", ["tiktoken", "gigatoken"])
 def test_engines_agree(llama3, texts, name):
-    pytest.importorskip(name, reason=f"{name} is not installed; it is in the fast extra")
     reference = load_tokenizer(str(llama3), "tokenizers")
     encoder = load_tokenizer(str(llama3), name)
     assert encoder.engine.name == name
@@ -102,13 +103,11 @@ def test_engines_agree(llama3, texts, name):
 
 
 def test_auto_takes_tiktoken_where_there_are_ranks(llama3, fixture_tokenizer):
-    pytest.importorskip("tiktoken", reason="tiktoken is not installed; it is in the fast extra")
     assert load_tokenizer(str(llama3)).engine.name == "tiktoken"
     assert load_tokenizer(str(fixture_tokenizer)).engine.name == "tokenizers"
 
 
 def test_ranks_of_another_tokenizer_are_refused(llama3, tmp_path):
-    pytest.importorskip("tiktoken", reason="tiktoken is not installed; it is in the fast extra")
     shutil.copytree(llama3, tmp_path / "t")
     path = tmp_path / "t/tokenizer.model"
     lines = path.read_bytes().splitlines()
@@ -145,33 +144,59 @@ def right(fixture_tokenizer):
     return TokenizersEngine(load_tokenizer(str(fixture_tokenizer)).tokenizer.backend_tokenizer)
 
 
-def test_one_text_in_a_thousand_is_compared(right):
-    texts = [b"number %d" % i for i in range(20_000)]
+def encoded(engine, fixture_tokenizer, documents):
+    """What a shard of these documents would hold."""
+    encoder = load_tokenizer(str(fixture_tokenizer))
+    encoder.engine = engine
+    read = (Document(str(place), tuple(parts)) for place, parts in enumerate(documents))
+    return [tokens.tolist() for tokens, _ in encoded_documents(read, encoder)]
+
+
+class Watched:
+    """A reference that remembers what it was asked."""
+
+    name = "watched"
+
+    def __init__(self, right):
+        self._right, self.asked = right, []
+
+    def encode_batch(self, texts):
+        self.asked += texts
+        return self._right.encode_batch(texts)
+
+
+def test_one_document_in_a_thousand_is_compared(right, fixture_tokenizer):
+    """Whole, whatever the order; a document of two parts counts once."""
+    documents = [(f"number {i} ", f"and {i}\n") for i in range(10_000)]
     with pytest.raises(FastPathError, match=r"wrong differs from tokenizers at token \d+ of a text of \d+ bytes"):
-        CheckedEngine(Wrong(right, b"number"), right).encode_batch(texts)
-    compared = []
-
-    class Watched:
-        name = "watched"
-
-        def encode_batch(self, asked):
-            compared.extend(asked)
-            return right.encode_batch(asked)
-
-    same(CheckedEngine(right, Watched()).encode_batch(texts), right.encode_batch(texts))
-    assert 8 <= len(compared) <= 36  # 20 expected; beyond these bounds in fewer than one seed of a thousand
-    again = list(compared)
-    CheckedEngine(right, Watched()).encode_batch(texts[::-1])
-    assert sorted(compared[len(again) :]) == sorted(again)
+        encoded(CheckedEngine(Wrong(right, b"number"), right), fixture_tokenizer, documents)
+    watched = Watched(right)
+    found = encoded(CheckedEngine(right, watched), fixture_tokenizer, documents)
+    assert found == encoded(right, fixture_tokenizer, documents)
+    assert 4 <= len(watched.asked) <= 48  # of 10 documents expected; beyond in fewer than one seed of a thousand
+    chosen = {text.split()[1] for text in watched.asked}
+    assert sorted(watched.asked) == sorted(
+        b"%s %s%s" % (w, i, e) for i in chosen for w, e in ((b"number", b" "), (b"and", b"\n"))
+    )
+    again = Watched(right)
+    encoded(CheckedEngine(right, again), fixture_tokenizer, documents[::-1])
+    assert sorted(again.asked) == sorted(watched.asked)
 
 
-def test_a_window_of_each_large_text_is_compared(right, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 8, 60])
+def test_a_window_of_each_large_document_is_compared(right, fixture_tokenizer, monkeypatch, parts):
+    """Also where no part of it is large; 200 bytes but for the characters that its edges cut."""
     monkeypatch.setattr(module, "LARGE_BYTES", 1000)
     monkeypatch.setattr(module, "WINDOW_BYTES", 200)
-    text = "naïve fault, 東京. ".encode() * 60
-    with pytest.raises(FastPathError, match=r"of a text of (19\d|200) bytes"):
-        CheckedEngine(Wrong(right, b"fault"), right).encode_batch([text])
-    same(CheckedEngine(right, right).encode_batch([text]), right.encode_batch([text]))
+    documents = [["naïve fault, 東京. " * (60 // parts)] * parts, ["short fault"]]
+    with pytest.raises(FastPathError, match=r"of a text of \d+ bytes"):
+        encoded(CheckedEngine(Wrong(right, b"fault"), right), fixture_tokenizer, documents)
+    watched = Watched(right)
+    found = encoded(CheckedEngine(right, watched), fixture_tokenizer, documents)
+    assert found == encoded(right, fixture_tokenizer, documents)
+    window = b"".join(watched.asked)
+    assert 196 <= len(window) <= 200
+    assert window in "".join(documents[0]).encode()
 
 
 def test_a_shard_that_differs_is_done_again_with_the_reference(
@@ -182,20 +207,23 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     from ropewalk.data import PackedStore, stages
     from ropewalk.data.prepare import prepare
 
+    lines = []
+
     def made(name):
         corpus = CorpusConfig(name="c", paths=[str(fixture_corpus)], tokenizer=str(fixture_tokenizer))
         config = PrepareConfig(str(tmp_path / name), [64], shard_mb=0.02, corpus=corpus)
-        return PackedStore(prepare(config, lambda line: None) / "packed-64")
+        return PackedStore(prepare(config, lines.append) / "packed-64")
 
     expected = made("right")
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 1)
     encoder = load_tokenizer(str(fixture_tokenizer))
     encoder.engine = CheckedEngine(Wrong(right, b"the"), right)
-    monkeypatch.setattr(stages, "_encoder", lambda *settings: encoder)
+    monkeypatch.setattr(stages, "open_encoder", lambda *settings: encoder)
     assert made("checked").fingerprint == expected.fingerprint
     said = capsys.readouterr().err
     assert "warning: shard 0: wrong differs from tokenizers at token" in said
     assert "is done again with tokenizers" in said
+    assert any(line.startswith("tokenized with tokenizers (") for line in lines)
 
 
 def test_a_pattern_that_is_not_alone_is_refused(fixture_tokenizer):

@@ -287,18 +287,22 @@ def test_the_command(fixture_corpus, fixture_tokenizer, tmp_path):
     import sys
 
     root = Path(__file__).parents[2]
+    beside = root / "data_prep"  # the folder whose inspect.py must not stand before the standard library's
     command = [
-        *(
-            sys.executable,
-            str(root / "data_prep/prepare.py"),
-            "corpus=files",
-            f"corpus.paths=[{fixture_corpus}]",
-        ),
-        *(f"corpus.tokenizer={fixture_tokenizer}", "sequence_lengths=[64]", f"output={tmp_path}/o"),
+        *(sys.executable, "prepare.py", "+corpus=files", f"corpus.paths=[{fixture_corpus}]", "shard_mb=0.05"),
+        *(f"corpus.tokenizer={fixture_tokenizer}", "sequence_lengths=[64]", f"output={tmp_path}/o", "--workers", "2"),
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=beside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert "packed-64     long" in done.stdout
-    refused = subprocess.run([*command, "seed=1"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    store = f"store={tmp_path}/o/packed-64"
+    shown = subprocess.run(
+        [sys.executable, "inspect.py", store, "--verify"], cwd=beside, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "sequence 0 of long, 1 pieces:" in shown.stdout
+    assert shown.stdout.endswith("verified: every file has the size and SHA-256 of the manifest\n")
+    refused = subprocess.run([*command, "seed=1"], cwd=beside, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert "differs in: seed" in refused.stderr

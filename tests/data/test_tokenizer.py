@@ -13,6 +13,7 @@ from ropewalk.data.tokenizer import (
     EOS,
     DocumentEncoder,
     describe_tokenizer,
+    is_plain,
     load_tokenizer,
     train_tokenizer,
 )
@@ -97,6 +98,24 @@ def test_describe(fixture_tokenizer, tmp_path):
     other = describe_tokenizer(tmp_path)
     assert (other["bos_id"], other["eos_id"]) == (None, 1)
     assert other["sha256"] != described["sha256"]
+
+
+def test_a_plain_tokenizer_is_one_that_transformers_adds_nothing_to(fixture_tokenizer, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((fixture_tokenizer / name).read_bytes())
+    assert is_plain(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for change, plain in (
+        ({"added_tokens_decoder": {"1": {"content": EOS}}}, True),
+        ({"added_tokens_decoder": {"512": {"content": "<|pad|>"}}}, False),
+        ({"tokenizer_class": "LlamaTokenizer"}, False),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **change}))
+        assert is_plain(tmp_path) == plain
+    del config["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert not is_plain(tmp_path)
+    assert not is_plain(tmp_path / "elsewhere")
 
 
 def test_vocabularies_that_cannot_be_are_refused():

@@ -1,42 +1,19 @@
-"""The README's and the recipes' commands compose, and the demo's path runs whole at the smallest size."""
+"""Commands have help and say what is wrong in a line, and the demo's path runs whole at the smallest size."""
 
 import json
 import math
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-from helpers import alone_environment, composed
+from entries import COMMANDS_OF, ENTRIES
+from helpers import alone_environment
 
-from ropewalk.entry import CONFIG_DIR, choices, plain_argument
+from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent
-SHOWN = "".join((ROOT / name).read_text() for name in ("README.md", "docs/position.md"))
-BLOCKS = re.findall(r"```(?:bash|sh|console)\n(.*?)```", SHOWN, re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
-ENTRIES = {
-    "train.py": "train",
-    "data_prep/prepare.py": "prepare",
-    "data_prep/convert_mds.py": "convert_mds",
-    "data_prep/inspect_store.py": "inspect_store",
-    "scripts/evaluate.py": "evaluate",
-    "scripts/export.py": "export",
-    "scripts/compare.py": "compare",
-}
-FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
-COMMANDS_OF = {
-    "scripts/analyze.py": {
-        "advise": "advise",
-        "inspect": "inspect",
-        "geometry": "geometry",
-        **dict.fromkeys(FIGURES, "figures"),
-    },
-    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
-    "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
-}
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("recipes", "slurm") for path in (ROOT / folder).rglob("*.sh")
 )
@@ -46,56 +23,21 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
 
 
-def test_the_readme_shows_the_four_commands():
-    shown = [" ".join(command) for command in COMMANDS]
-    for command in ("make demo", "make test", "python train.py +experiment=cope20"):
-        assert command in shown
-    assert any(command.startswith("sbatch slurm/train_64k.sh") for command in shown)
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_readme_commands(command):
-    if command[0] == "make":
-        done = run("make", "--dry-run", *command[1:])
-        assert done.returncode == 0, done.stderr
-    elif command[0] == "python" and command[2:] and command[2] in COMMANDS_OF.get(command[1], {}):
-        composed(COMMANDS_OF[command[1]][command[2]], *map(plain_argument, command[3:]))
-    elif command[0] == "python" and command[1] in ENTRIES:
-        composed(ENTRIES[command[1]], *command[2:])
-    elif command[0] == "sbatch":
-        assert run("bash", "-n", command[1]).returncode == 0
-        composed("train", *(command[2:] or ["+experiment=cope20"]))
-    else:
-        assert command[0] in {"git", "cd", "torchrun"}, f"no check knows {command}"
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shell_scripts_parse(script):
     done = run("bash", "-n", script)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("recipes/")])
-def test_recipe_commands_compose(script):
-    """Each python line of a recipe, with its shell variables filled in by any word."""
-    text = (ROOT / script).read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python ")]
-    assert lines
-    for line in lines:
-        filled = re.sub(r'"\$@"', "", line)
-        filled = re.sub(r'"runs=\[.*?\]"', "'runs=[a,b]'", filled)
-        for variable, value in {"$arm": "rope", "${arm}": "rope", "$name": "x", "$run": "x"}.items():
-            filled = filled.replace(variable, value)
-        _, entry, *overrides = shlex.split(re.sub(r"\$\w+|\$\{\w+\}", "x", filled))
-        if entry in ENTRIES:
-            composed(ENTRIES[entry], *overrides)
-        else:
-            assert (ROOT / entry).is_file(), entry
-
-
-def test_no_placeholder_is_left():
-    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]:
-        assert "@@" not in path.read_text(), path
+@pytest.mark.parametrize(("name", "given", "taken"), [
+    ("inspect_store", ["store=x", "--verify"], ["store=x", "verify=true"]),
+    ("inspect_store", ["--store", "x", "--cfg", "job"], ["store=x", "--cfg", "job"]),
+    ("convert_mds", ["--format=mds", "+mds=prolong_64k"], ["format=mds", "+mds=prolong_64k"]),
+    ("prepare", ["+corpus=demo", "--n-shards", "4", "--help"], ["corpus=demo", "n_shards=4", "--help"]),
+    ("train", ["+experiment=cope20", "+rope=rope", "--multirun"], ["+experiment=cope20", "rope=rope", "--multirun"]),
+])  # fmt: skip
+def test_arguments_of_the_usual_form_are_taken(name, given, taken):
+    assert hydra_arguments(given, name) == taken
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -116,18 +58,20 @@ def groups_in(help_text: str) -> set[str]:
 
 # What a command line may choose from; other entries' groups would only be refused.
 GROUPS = {name: set() for name in ENTRIES} | {
-    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "experiment", "debug"},
+    "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "cluster", "experiment", "debug"},
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "test_time"},
     "scripts/export.py": {"rope", "test_time"},
 }
+GROUPS["scripts/plan.py"] = GROUPS["train.py"] | {"cluster"}
 
 
 @pytest.mark.parametrize(("script", "command", "groups"), [
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
-    ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/export.py", "check", set()),
+    ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
+    ("scripts/export.py", "check", set()),
     ("scripts/export.py", "repair", {"rope"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):

@@ -198,6 +198,26 @@ def test_a_checkpoint_without_tokenizer_is_refused(config, checkpoint, tmp_path)
         evaluate(config)
 
 
+def test_an_incomplete_checkpoint_is_refused(config, checkpoint, tmp_path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(checkpoint, half)
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config.checkpoint = str(half)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged .*copy it again, whole"):
+        evaluate(config)
+    shards = {"a": "model.safetensors", "b": "model-00002.safetensors", "c": "model-00003.safetensors"}
+    (half / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"lacks model-00002.safetensors, model-00003.safetensors \(2 of 3 weight"):
+        evaluate(config)
+
+
+def test_a_foreign_directory_is_refused(config, tmp_path) -> None:
+    config.checkpoint = str(tmp_path)
+    with pytest.raises(ValueError, match="neither a run directory with a committed checkpoint, nor a checkpoint, nor"):
+        evaluate(config)
+
+
 def test_the_shipped_configuration_composes() -> None:
     register_schemas()
     overrides = [

@@ -56,3 +56,23 @@ def test_a_length_dependent_chain_needs_a_pass_for_each_length(position: Positio
     settings = settings_by_length(position, NO_ROPE, AtTestTime("dynamic", [dynamic], [dynamic]), LENGTHS)
     assert [setting.lengths for setting in settings] == [(512, 1024, 2048), (4096,), (8192,)]
     assert settings[1].extra[0]["original_max_position_embeddings"] == 2048
+
+
+def test_a_factor_follows_the_length() -> None:
+    follow = {"method": "yarn", "factor": "length_over_trained", "original_max_position_embeddings": "trained_length"}
+    position = Position("pretrained", RopeChain([]), 1e4, 16, 256, 256)
+    found = settings_by_length(position, RopeConfig("default"), AtTestTime("follow", beyond=[follow]), [256, 512, 1024])
+    assert [setting.extra[0]["factor"] for setting in found[1:]] == [2.0, 4.0]
+    assert [setting.spectrum.attention_scaling for setting in found[1:]] == pytest.approx(
+        [0.1 * np.log(2) + 1, 0.1 * np.log(4) + 1]
+    )
+    assert found[0].extra == ()
+
+
+def test_a_length_may_have_a_chain_of_its_own() -> None:
+    position = Position("pretrained", RopeChain([]), 1e4, 16, 256, 256)
+    pi = {"method": "pi", "factor": 2.0}
+    test_time = AtTestTime("mine", beyond=[{"method": "ntk", "factor": 4.0}], at={512: [pi], 1024: []})
+    found = settings_by_length(position, RopeConfig("default"), test_time, [256, 512, 1024, 2048])
+    assert [setting.lengths for setting in found] == [(256,), (512,), (1024,), (2048,)]
+    assert [setting.name.partition("(")[0] for setting in found] == ["none", "pi", "none", "ntk"]

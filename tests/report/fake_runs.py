@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ropewalk.evaluation.results import document_table, results_table, write_evaluation
 
@@ -42,6 +43,7 @@ class FakeRun:
     exact: Any = lambda length, depth: 0.0
     steps: int = 44
     tokens_per_step: int = 8192
+    seed: int = 0
 
     def loss(self, position: float) -> float:
         return 2 + 4 / math.log2(position + 8) + self.offset + (self.beyond if position > 4096 else 0.0)
@@ -76,7 +78,7 @@ def write_config(directory: Path, run: FakeRun) -> None:
         f"run_dir: {directory}",
         f"rope: {{name: {method}, chain: [{{method: {method}}}]}}",
         f"data: {{sequence_length: {run.trained_length}, mixture: {{long: 0.7, retrieval: 0.3}}}}",
-        "trainer: {seed: 0, learning_rate: 1.0e-3, max_steps: " + str(run.steps) + "}",
+        f"trainer: {{seed: {run.seed}, learning_rate: 1.0e-3, max_steps: {run.steps}}}",
         *(f"{key}: {value}" for key, value in run.config.items()),
     ]
     (directory / "config.yaml").write_text("\n".join(lines) + "\n")
@@ -114,6 +116,14 @@ def write_metrics(directory: Path, run: FakeRun) -> None:
                 "learning_rate": 1e-3,
                 "tokens_per_second": 5000.0 + step,
                 "seconds": 1.6,
+                "seconds/data": 0.1,
+                "seconds/forward": 0.5,
+                "seconds/backward": 1.0,
+                "tflops_per_device/documents": 0.02,
+                "peak_memory_bytes": 2.0**30,
+                "loss/domain/long": 3.3 + run.offset,
+                "loss/domain/retrieval": 3.5 + run.offset + 1 / step,
+                **{f"loss/position/{edge}": run.loss(edge) for edge in (16, 512, run.trained_length)},
             }
             file.write(json.dumps(row) + "\n")
 
@@ -147,6 +157,20 @@ def write_fake_evaluation(directory: Path, run: FakeRun) -> None:
         ],
     }
     write_evaluation(directory, results_table(rows), document_table(documents), record)
+
+
+def benchmark_row(run: str, harness: str, task: str, length: int | None, value: float | None, **more: Any) -> dict:
+    """A row of the table that every harness ends in."""
+    row = {"run": run, "method": run, "chain": "rope", "test_time_scaling": "none", "harness": harness}
+    row |= {"harness_version": "1", "task": task, "category": "", "context_length": length, "depth": math.nan}
+    return row | {"metric": "score", "value": value, "n": 100, "stderr": 1.0, "source_file": "x.json"} | more
+
+
+def write_table(directory: Path, rows: list[dict[str, Any]]) -> None:
+    """The table.parquet of an evaluation, in the columns and dtypes of the evaluator's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows).astype({"context_length": "Int64", "value": "float64", "stderr": "float64"})
+    table.to_parquet(directory / "table.parquet", index=False)
 
 
 def bucket_loss(run: FakeRun, start: int, end: int) -> float:

@@ -14,6 +14,7 @@ from ropewalk.report.figures import (
     position_figure,
     run_styles,
     spectra_figure,
+    throughput_figure,
     training_figure,
 )
 from ropewalk.report.figures.spectra import clip_onset
@@ -82,7 +83,9 @@ def test_position_marks_trained_lengths_and_pairs_differences(runs: list[Run]) -
     assert not traces(difference, "rope")  # the baseline is the zero line
     assert traces(difference, "base")[1].y == pytest.approx([0.2] * 8)
     assert "yarn(factor=4, original_max_position_embeddings=512)" in yarn.panels[0].note
-    assert "over positions 256 to 512" in figure.reading  # the last bucket that base shares on its own spectrum
+    assert "Over positions 256 to 512" in figure.rows[0].reading  # the last bucket that base shares on its own spectrum
+    assert figure.reading == "One seed, so training noise unknown: base, rope, hardclip11 and cope11."
+    assert yarn.panels[1].note == figure.reading  # beside the differences
     assert not figure.missing
 
 
@@ -98,7 +101,7 @@ def test_needle_panels_share_one_scale_and_mark_the_trained_length(runs: list[Ru
     assert list(heats[1].y) == ["0%", "25%", "50%", "75%", "100%"]
     assert {panel.plot.data[0].zmax for panel in nll.panels} == {2.3}
     assert "base, hardclip11 and cope11: at chance." in figure.reading
-    assert "rope answers exactly in at least half of the prompts up to 2,048 tokens." in figure.reading
+    assert "Exact in at least half of the prompts up to 2,048 tokens: rope." in figure.reading
     # 2.4 - 2.3; 25 cells of 4 prompts with standard error 0.2: 2 x sqrt(2 x 25 x (4 x 0.2)^2) / 100 = 0.11
     assert "cope11: the right answer is 0.10 nats per token likelier" in figure.reading
     assert "within two standard errors (0.11)" in figure.reading
@@ -122,6 +125,41 @@ def test_training_curves_have_a_token_axis_and_a_panel_for_each_length(runs: lis
     assert list(curve.y) == runs[1].metrics["loss"].tolist()
     assert len(traces(short.plot, "base")) == 2  # 192 steps: each step faint, their running mean bold
     assert "Trained at 512 tokens, after 1.57M tokens: base" in figure.reading
+
+
+def test_training_is_told_apart_by_domain_and_by_position(runs: list[Run]) -> None:
+    figure = training_figure(runs, run_styles([run.name for run in runs]))
+    assert [row.title for row in figure.rows] == [
+        "",
+        *(
+            f"Trained at {length} tokens, by {what}"
+            for length in ("512", "2,048")
+            for what in ("domain", "position in the context")
+        ),
+    ]
+    domains, positions = figure.rows[3:]
+    assert [panel.title for panel in domains.panels] == ["long", "retrieval"]
+    (curve,) = traces(domains.panels[1].plot, "rope")
+    assert curve.x[0] == 8192
+    assert list(curve.y)[:2] == [4.5, 4.0]  # 3.5 + 1 / step
+    # retrieval ends at 3.5 + the mean of 1/41 .. 1/44, its last tenth of 44 steps
+    assert f"retrieval: cope11 {3.5 + np.mean(1 / np.arange(41, 45)):.3f}" in domains.reading
+    assert [panel.title for panel in positions.panels][1:] == [f"Contexts of up to {n}" for n in ("16", "512", "2k")]
+    (end,) = traces(positions.panels[0].plot, "rope")
+    assert list(end.x) == [16, 512, 2048]
+    assert end.y == pytest.approx([2 + 4 / math.log2(n + 8) for n in (16, 512, 2048)])
+    gain = 4 / math.log2(2056) - 4 / math.log2(520)
+    assert f"to 2,048 against to 512: cope11 {gain:+.3f}" in positions.reading
+
+
+def test_throughput_reads_the_median_step(runs: list[Run]) -> None:
+    figure = throughput_figure(runs, run_styles([run.name for run in runs]))
+    speed, phases, work = (panel.plot for panel in figure.rows[0].panels)
+    assert list(traces(speed, "rope")[0].y)[:2] == [5001, 5002]
+    assert {bar.name: bar.x[1] for bar in phases.data} == {"data": 0.1, "forward": 0.5, "backward": 1.0}
+    assert set(traces(work, "rope")[0].y) == {0.02}
+    # 5,001 to 5,044 tokens a second; 1.0 and 0.5 of 1.6 seconds
+    assert "rope 5.02k tokens/s, 0.02 TFLOP/s a device, 62% backward and 31% forward, 1.00 GiB" in figure.reading
 
 
 def test_unequal_training_is_said(tmp_path: Path) -> None:

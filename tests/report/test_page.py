@@ -96,20 +96,26 @@ def test_page_fetches_nothing_and_holds_plotly_once(page: str) -> None:
 def test_page_has_every_figure_and_a_reading_for_each(page: str) -> None:
     sections = page.split('<section class="figure">')[1:]
     titles = [re.search("<h2>(.*?)</h2>", section).group(1) for section in sections]
-    assert titles == ["Training curves", "Loss by position", "Needle in a haystack", "Spectra"]
+    assert titles == ["Training curves", "Loss by position", "Needle in a haystack", "Spectra", "Throughput"]
     assert all('<p class="reading">' in section for section in sections)
-    # Training: 512 and 2,048. Position: two settings with differences. Needle: two rows of four runs.
-    assert len(plots(page)) == 2 + 4 + 8 + 1
+    # Training: 512 and 2,048, each with two domains, loss by context and its first, middle and last bucket (of 512:
+    # 16 and 512). Position: two settings with differences. Needle: two rows of four runs. Throughput: three.
+    assert len(plots(page)) == 2 + (2 + 1 + 2) + (2 + 1 + 3) + 4 + 8 + 1 + 3
+    readings = re.findall(r'<h3>[^<]*</h3>\s*<p class="reading">(.*?)</p>', page)
+    assert len(readings) == 4 + 2  # by domain and by position, at each length; each kind of test-time setting
 
 
 def test_summary_names_losses_differences_and_limits(page: str) -> None:
     text = " ".join(Tags(page).text.split())
     # 2 + 4 / log2(6144 + 8) = 2.31769, the loss at the middle of 4096..8192; cope 0.09 lower, base 0.2 more.
-    order = "cope11 2.228 (-0.090), rope 2.318, hardclip11 2.338 (+0.020) and base 2.518 (+0.200)"
+    order = (
+        "cope11 2.228 (-0.090; training noise unknown), rope 2.318, hardclip11 2.338 (+0.020; training noise unknown) "
+        "and base 2.518 (+0.200; training noise unknown)"
+    )
     assert f"At 8,192 tokens, past rope's trained length, from the lowest loss: {order}." in text
     assert "At 2,048 tokens, within rope's trained length" in text
     assert "On the needle test every run is at chance in exact match." in text
-    assert "training noise is unknown" in text
+    assert "Each arm was trained with one seed, training noise unknown" in text
     assert "resampling the 16 held-out documents" in text
     assert "base differs from rope in more than the position method (data.sequence_length and trainer" in text
     assert "cope11 differs from rope in more" not in text
@@ -120,7 +126,7 @@ def test_configuration_lists_only_differing_keys_and_marks_the_others(page: str)
     keys = re.findall(r"<code>(.*?)</code>", table)
     assert keys == ["data.sequence_length", "rope.chain", "rope.name", "trainer.max_steps"]
     row = next(row for row in table.split("<tr>") if "trainer.max_steps" in row)
-    assert re.findall(r"<td>(.*?)</td>", row) == ["<mark>192</mark>", "44", "44", "44"]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["<mark>≠ 192</mark>", "44", "44", "44"]
 
 
 def test_terminal_gets_the_table_and_the_path(made: tuple[str, list[str], Path]) -> None:
@@ -181,8 +187,9 @@ def test_two_seeds_of_an_arm_give_their_spread_instead(tmp_path: Path) -> None:
     text = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
     page = make_page(tmp_path, first, second)
-    assert "seed0 and seed1 are seeds of one arm; between them the loss differs by 0.013 at 512" in page
-    assert "training noise is unknown" not in page
+    assert "The 2 seeds of seed0 differ in loss by up to 0.013 nats per token" in page
+    assert "training noise unknown" not in page
+    assert "seeds differ by up to 0.0130" in page
 
 
 def test_errors_name_the_value_and_the_mend(tmp_path: Path) -> None:
@@ -202,6 +209,8 @@ def test_errors_name_the_value_and_the_mend(tmp_path: Path) -> None:
         make_page(tmp_path)
     with pytest.raises(ValueError, match=r"empty is a directory; name a file in it"):
         compare(CompareConfig(runs=[str(run)], output=str(empty)))
+    with pytest.raises(ValueError, match=r"effective_ruler=856\.0 is no percentage"):
+        compare(CompareConfig(runs=[str(run)], output=str(tmp_path / "r.html"), effective_ruler=856.0))
 
 
 def test_damaged_files_are_errors_with_their_place(tmp_path: Path) -> None:
@@ -235,10 +244,10 @@ def test_spectra_are_drawn_as_images_within_the_page(made: tuple[str, list[str],
 def test_runs_that_have_no_room_in_the_images_are_named(arms: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = load_runs([str(arm) for arm in arms])
     monkeypatch.setattr("ropewalk.report.images.MOST_RUNS", 2)
-    images = spectrum_images(runs, runs[1])
+    images = spectrum_images(runs, runs[1]).images
     assert all(image.caption.endswith(" Not drawn, for want of room: hardclip11, cope11.") for image in images)
     assert not any("hardclip11" in image.title for image in images)
-    assert "Not drawn" not in spectrum_images(runs[:2], runs[1])[0].caption
+    assert "Not drawn" not in spectrum_images(runs[:2], runs[1]).images[0].caption
 
 
 def test_images_name_the_runs_of_another_training_length_and_leave_no_empty_bands(page: str) -> None:

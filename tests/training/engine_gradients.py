@@ -21,7 +21,7 @@ from ropewalk.training.loop import accumulate, micro_batches
 def main(cases: str, output: str) -> None:
     """Write one npz of gradients and loss for each case."""
     told = json.loads(Path(cases).read_text())
-    ranks = start_processes("cpu", told["sequence"])
+    ranks = start_processes(told.get("device", "cpu"), told["sequence"])
     for case in told["cases"]:
         store = PackedStore(case["store"])
         config = tiny_run(
@@ -44,7 +44,7 @@ def main(cases: str, output: str) -> None:
         gradients = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
         engine.step()
         if ranks.is_main:
-            arrays = {name: g.numpy() for name, g in gradients.items()}
+            arrays = {name: g.cpu().numpy() for name, g in gradients.items()}
             np.savez(Path(output) / f"{case['name']}.npz", loss=loss, norm=engine.get_global_grad_norm(), **arrays)
         engine.destroy()
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import tiny_run
+from helpers import load_states, tiny_run
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
@@ -118,17 +118,17 @@ def test_a_disk_that_fills_costs_no_checkpoint(store_64, tmp_path, capsys):
     run_dir = tmp_path / "run"
     arguments = ["trainer.max_steps=6", "trainer.checkpoint_every=2"]
     train(tiny_run(store_64, run_dir, *arguments, "trainer.stop_after=2"))
-    real, limits = saving.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, limits = saving.start_save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(engine, run_dir, step, contract, state):
+    def on_a_full_disk(engine, run_dir, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step == 4 else limits[0], limits[1]))
         try:
-            return real(engine, run_dir, step, contract, state)
+            return real(engine, run_dir, step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "save_checkpoint", on_a_full_disk)
+        patch.setattr(saving, "start_save", on_a_full_disk)
         train(tiny_run(store_64, run_dir, *arguments))
     told = capsys.readouterr().out
     assert re.search(
@@ -139,13 +139,16 @@ def test_a_disk_that_fills_costs_no_checkpoint(store_64, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_rank_with_a_full_disk_fails_the_save_on_all(store_64, tmp_path):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_one_rank_with_a_full_disk_fails_the_save_on_all(store_64, tmp_path, in_background):
     """Nobody waits for it in a barrier; the save at the end being the run's purpose, all exit with an error."""
-    with start_ranks(2, tmp_path / "logs", tiny_arguments(store_64, tmp_path, "trainer.max_steps=3"),
+    arguments = ["trainer.max_steps=3", f"trainer.save_in_background={in_background}"]
+    with start_ranks(2, tmp_path / "logs", tiny_arguments(store_64, tmp_path, *arguments),
                      fault="files_of_20_kilobytes_on_rank_one") as ranks:  # fmt: skip
         assert ranks.wait() == [1, 1], ranks.output()
-    assert "warning: the checkpoint of step 2 could not be written (rank 1: " in ranks.output(0)
-    assert "the checkpoint of step 3 could not be written (rank 1: " in ranks.output(0)
+    told = ranks.logs[0].read_text()
+    assert "warning: the checkpoint of step 2 could not be written (rank 1: " in told
+    assert "the checkpoint of step 3 could not be written (rank 1: " in told
     assert find_checkpoint(tmp_path) is None
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
@@ -230,26 +233,6 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(store_64, finished, tmp_pa
     ours, theirs = (load_states(d) for d in (run_dir, finished))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def load_states(run_dir):
-    """Every tensor of the newest checkpoint's shards: masters and both moments."""
-    found = {}
-
-    def walk(prefix, value):
-        if isinstance(value, torch.Tensor):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}", item)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                walk(f"{prefix}.{index}", item)
-
-    for path in sorted(find_checkpoint(run_dir).rglob("*.pt")):
-        walk(path.name, torch.load(path, weights_only=False))
-    assert any("exp_avg_sq" in name for name in found)
-    return found
 
 
 def test_a_finished_run_is_left_alone(store_64, finished, capsys):

@@ -1,4 +1,4 @@
-"""A run saved on two ranks goes on with one and with four: the same batches, losses equal to fp32 rounding."""
+"""A run goes on with another number of ranks, or of ranks that share a row: the same batches, the same losses."""
 
 import shutil
 
@@ -52,3 +52,29 @@ def test_lower_stages_refuse_another_number_of_ranks(store_64, tmp_path):
     with start_ranks(1, tmp_path / "alone", arguments) as alone:
         assert alone.wait() == [2]
         assert "needs deepspeed.stage=3, this run has deepspeed.stage=2" in alone.output()
+
+
+@pytest.mark.slow
+def test_the_degree_may_change(store_64, tmp_path):
+    """Saved by two ranks that share rows; goes on with two that do not, and with one; losses those of one rank."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run_ranks(1, alone / "logs", tiny_arguments(store_64, alone, *SIZE))
+    run_ranks(2, shared / "logs", tiny_arguments(store_64, shared, *SIZE, "parallel.sequence=2"))
+    expected = read_metrics(alone)
+    same(read_metrics(shared), expected)
+    assert read_metrics(shared)[0]["work_imbalance"] == 1.0  # one group does all of it
+    shutil.rmtree(checkpoint_directory(shared, 6))
+    for world_size in (2, 1):
+        run_dir = shutil.copytree(shared, tmp_path / f"ranks{world_size}")
+        run_ranks(world_size, run_dir / "logs", tiny_arguments(store_64, run_dir, *SIZE))
+        assert "from step 3" in (run_dir / "logs" / "rank0.log").read_text()
+        same(read_metrics(run_dir), expected)
+
+
+def same(found, expected):
+    """Whatever is a sum over the global batch is equal to fp32 rounding."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        for key in one:
+            if key.startswith(("loss", "tokens/")) or key in ("tokens", "grad_norm", "learning_rate"):
+                assert one[key] == pytest.approx(other[key], rel=1e-5), key

@@ -162,7 +162,7 @@ def test_lone_slurm_tasks_are_refused(store_64, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "3")
-    with pytest.raises(ValueError, match=r"SLURM_NTASKS=8 but RANK is not set"):
+    with pytest.raises(ValueError, match=r"SLURM_NTASKS=8 but MASTER_ADDR is not set"):
         train(tiny_run(store_64, tmp_path))
 
 

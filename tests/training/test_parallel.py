@@ -15,8 +15,8 @@ from ropewalk.training.parallel import check_heads, shard
 
 @pytest.fixture(scope="module")
 def batch(store_64):
-    mixture = Mixture(store_64, {"long": 0.5, "short": 0.5}, 0, 4)
-    return read_batch(store_64, next(rank_micro_batches(mixture, 0, 0, 1, 2)))
+    mixture = Mixture(0, {"long": 0.5, "short": 0.5}, store_64, 4)
+    return read_batch(store_64, rank_micro_batches(mixture, 0, 0, 1, 2)[0])
 
 
 def test_stretches_make_up_the_row(batch):

@@ -1,12 +1,14 @@
 """Real two-rank runs that are told to leave: saved, the documented exit code, and the same losses when they go on."""
 
 import signal
+import threading
 import time
 
 import pytest
 from helpers import tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
+from ropewalk.launch import hold_warnings
 from ropewalk.training import find_checkpoint, train, verify_checkpoint
 from ropewalk.training.record import read_metrics
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag
@@ -62,14 +64,16 @@ def test_a_second_signal_ends_the_process_at_once(store_64, tmp_path):
         assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
 
 
-def test_the_time_limit_leaves_before_the_next_step_would_pass_it(store_64, tmp_path):
-    limit = time.time() + 6
+def test_the_time_limit_leaves_before_the_next_step_would_pass_it(store_64, tmp_path, monkeypatch):
+    """An hour is left, and it is over once three steps are recorded."""
+    real = time.time
     config = tiny_run(store_64, tmp_path, "trainer.max_steps=100000", "trainer.checkpoint_every=1000",
-                      f"trainer.stop_before={limit}")  # fmt: skip
+                      f"trainer.stop_before={real() + 3600}")  # fmt: skip
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * (len(read_metrics(tmp_path)) >= 3))
     with pytest.raises(SystemExit) as left:
         train(config)
     assert left.value.code == EXIT_REQUEUE
-    assert verify_checkpoint(find_checkpoint(tmp_path))["step"] == len(read_metrics(tmp_path)) > 0
+    assert verify_checkpoint(find_checkpoint(tmp_path))["step"] == len(read_metrics(tmp_path)) == 3
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # an exiting process ignores them; pytest lives on
 
@@ -81,6 +85,17 @@ def test_the_margin_is_the_longest_gap_between_boundaries(monkeypatch):
         monkeypatch.setattr(time, "time", lambda now=now: now)
         due.append(bool(flag._out_of_time()))
     assert due == [False, False, False, False, True, True]
+
+
+def test_a_signal_that_came_before_is_not_lost():
+    """slurm/rank.py holds warnings back from its first moment; the flag takes them when it is there."""
+    hold_warnings()
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # a rank holds it in all its threads, pytest in this one
+    with StopFlag(None) as flag:
+        until = time.monotonic() + 10
+        while not flag.received and time.monotonic() < until:
+            time.sleep(0.01)
+        assert flag.received == signal.SIGUSR1
 
 
 def test_handlers_come_back(monkeypatch):

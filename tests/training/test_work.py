@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.data import Mixture, SequenceRef
+from ropewalk.training import work
 from ropewalk.training.work import WorkCounter
 
 BATCH = 4
@@ -43,10 +44,9 @@ def test_documents_count_their_own_pairs(store_64):
 
 def test_imbalance_is_the_slowest_of_every_slot_over_the_mean(store_64, monkeypatch):
     """Two ranks, two slots: (5, 3) and (2, 2) take 5 + 2 where 6 would do."""
-    work = {"a": 5.0, "b": 3.0, "c": 2.0, "d": 2.0}
-    dealt = {0: [["a"], ["c"]], 1: [["b"], ["d"]]}
-    refs = {name: SequenceRef(name, (0,)) for name in work}
+    costs = {"a": 5.0, "b": 3.0, "c": 2.0, "d": 2.0}
+    a, b, c, d = (SequenceRef(name, (0,)) for name in costs)
+    monkeypatch.setattr(work, "micro_batch_slots", lambda *arguments: [[[a], [b]], [[c], [d]]])
     found = counter(store_64, data_size=2)
-    monkeypatch.setattr(found, "_of", lambda ref, convention: work.get(ref.domain, 1.0))
-    monkeypatch.setattr(found, "_dealt", lambda step, rank: [[refs[n] for n in micro] for micro in dealt[rank]])
+    monkeypatch.setattr(found, "_of_documents", lambda ref: costs[ref.domain])
     assert found.step(0).imbalance == 7 / 6

@@ -56,6 +56,19 @@ class CorpusConfig:
 
 
 @dataclass
+class ExecutorConfig:
+    """What runs the tasks: processes of this machine, or datatrove's executors (extra scale), here or on SLURM."""
+
+    kind: str = "pool"  # pool, or of datatrove: local, slurm
+    tasks: int = 16  # local and slurm: shares of the work; a job of an array each
+    workers: int | None = None  # local and slurm: tasks at once; null: as many as there are cores, or tasks
+    partition: str | None = None  # slurm; must be given
+    time: str | None = None  # slurm: limit of a task, as sbatch takes it; must be given
+    mem_per_cpu_gb: int = 4  # slurm
+    env_command: str | None = None  # slurm: shell that makes this package's Python the first, in each job
+
+
+@dataclass
 class PrepareConfig:
     """``python data_prep/prepare.py``."""
 
@@ -67,7 +80,26 @@ class PrepareConfig:
     stage: str = "all"  # all, or one for an array of jobs: plan, tokenize, pack, finish
     shard: int = 0  # stage=tokenize or pack: which share of the work
     n_shards: int = 1  # stage=tokenize or pack: of how many
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)  # stage=all: what runs tokenize and pack
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class GatherConfig:
+    """``python data_prep/gather.py`` (extra ``scale``)."""
+
+    output: str = MISSING  # directory
+    reader: str = MISSING  # hub, warc, jsonl or parquet
+    path: str = MISSING  # hub id, or directory of files (also s3://, gs://, hf://)
+    glob: str | None = None  # which files of it
+    column: str = "text"  # of rows
+    subset: str | None = None  # of a hub dataset
+    split: str | None = "train"  # of a hub dataset
+    revision: str | None = None  # commit of a hub dataset; must be given
+    extract_seconds: float = 1.0  # warc: time in which the text of a page must be found, else it is left out
+    minhash: bool = False  # take near duplicates out
+    executor: ExecutorConfig = field(default_factory=lambda: ExecutorConfig(kind="local"))
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
@@ -89,7 +121,7 @@ class ConvertConfig:
 
 @dataclass
 class InspectStoreConfig:
-    """``python data_prep/inspect_store.py``."""
+    """``python data_prep/inspect.py``."""
 
     store: str = MISSING  # directory of a packed store
     domain: str | None = None  # whose sequence is decoded; null: the first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -20,17 +21,57 @@ class NeedleConfig:
 
 
 @dataclass
+class HelmetConfig:
+    """A HELMET checkout of the user's own, and how it reaches the model."""
+
+    checkout: str | None = None  # directory with HELMET's eval.py
+    python: str = "python"  # of the environment that HELMET's requirements are installed in
+    data: str | None = None  # directory of its data; null: <checkout>/data
+    endpoint: str | None = None  # URL of an OpenAI-compatible server with the model; null: in process
+    attention: str = "sdpa"  # of the in-process model; HELMET's own default is flash_attention_2
+    arguments: list[str] = field(default_factory=list)  # more of eval.py's own, such as --no_cuda
+
+
+@dataclass
+class SuiteConfig:
+    """What is measured: one harness and its tasks, or several suites in a row."""
+
+    name: str = "quick"
+    harness: str = "quick"  # quick, ruler, lm_eval, helmet, or suites
+    suites: list[str] = field(default_factory=list)  # of the harness `suites`: other files of configs/suite
+    tasks: list[str] = field(default_factory=list)  # names of the harness
+    few_shot: dict[str, int] = field(default_factory=dict)  # by task; a task that is not named keeps its own
+    lengths: list[int] = field(
+        default_factory=lambda: [8192, 16384, 32768, 65536, 131072]
+    )  # what `lengths` is unless set
+    needs_length: bool = True  # whether tasks are run at each of `lengths`, or once, at what they ask for
+    samples: int | None = None  # of each task and length; null: all there are (ruler: 500, as published)
+    overflow: str = "error"  # a prompt longer than the length: error, or middle (cut there, and counted)
+    data: str | None = None  # directory of offline data (scripts/fetch_eval_data.sh); null: the hub
+    averages: dict[str, list[str]] = field(default_factory=dict)  # name -> tasks that it is over
+    metrics: dict[str, str] = field(default_factory=dict)  # by task, the metric that averages and comparisons take
+    datasets: dict[str, Any] = field(default_factory=dict)  # by task, fields of its lm-eval configuration
+    unscaled_too: bool = False  # past the trained length also without test-time scaling
+    published: str | None = None  # csv of published numbers, set beside those measured
+    helmet: HelmetConfig = field(default_factory=HelmetConfig)
+
+
+@dataclass
 class EvaluateConfig:
     """``python scripts/evaluate.py``."""
 
     checkpoint: str = MISSING  # Hugging Face directory, training checkpoint or run directory
     name: str | None = None  # of the row in the results; null: the checkpoint's run name
     output: str = MISSING  # directory
-    documents: str = MISSING  # held-out documents: a directory that prepare.py wrote, or one of text files
+    # of suite=quick: held-out documents, a directory that prepare.py wrote, or one of text files
+    documents: str | None = None
     lengths: list[int] = MISSING  # tokens
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
     seed: int = 0
     device: str = "cuda"
     dtype: str = "bfloat16"
+    backend: str = "transformers"  # or vllm, for generation
+    prefill_chunk: int | None = None  # tokens of one forward pass over a long prompt; null: chosen by its length
     max_documents: int | None = None
     overwrite: bool = False  # replace an evaluation of other settings in `output`
     needle: NeedleConfig = field(default_factory=NeedleConfig)
@@ -68,6 +109,12 @@ class CompareConfig:
 
     runs: list[str] = MISSING  # run directories, each with its evaluation beside it
     baseline: str | None = None  # run that differences are taken to; null: the first
+    base: str | None = None  # the model before continued pretraining, a directory; null: found from model.path
     output: str = MISSING  # report.html
     title: str = "ropewalk report"
+    effective_needle: float = 85.0  # percent of exact match that a length must reach to count as effective context
+    effective_ruler: float = 85.6  # percent, RULER average: that of Llama-2-7B at 4k tokens (arXiv 2404.06654)
+    figures: str | None = None  # directory for every figure as a file of its own, by matplotlib; null: none
+    figure_formats: list[str] = field(default_factory=lambda: ["png", "pdf"])  # png, pdf or svg
+    track: bool = False  # log evaluations and figures into the runs of each run's tracker
     paths: PathsConfig = field(default_factory=PathsConfig)

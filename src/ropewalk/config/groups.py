@@ -27,12 +27,14 @@ class RopeConfig:
 class TestTimeConfig:
     """Spectrum transforms appended for evaluation or export.
 
-    ``original_max_position_embeddings: trained_length`` names the length that the checkpoint was trained at.
+    ``original_max_position_embeddings: trained_length`` names the length that the checkpoint was trained at, and
+    ``factor: length_over_trained`` is the length under evaluation divided by it.
     """
 
     name: str = MISSING
     within: list[dict[str, Any]] = field(default_factory=list)  # at lengths up to the trained one
     beyond: list[dict[str, Any]] = field(default_factory=list)  # at lengths past it
+    at: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # at these lengths, instead of both
 
 
 @dataclass

@@ -6,7 +6,7 @@ import time
 from datetime import datetime
 
 from ropewalk.config.checks import existing_directory, one_of
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig, TrainConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig, InTrainingConfig, TrainConfig
 
 STORE_MEND = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
 POSITIVE = (
@@ -16,6 +16,7 @@ POSITIVE = (
     "learning_rate",
     "gradient_clipping",
     "loss_chunk_size",
+    "mlp_chunk_size",
     "log_every",
     "peak_flops",
     "checkpoint_every",
@@ -25,8 +26,13 @@ POSITIVE = (
 )
 
 
-def validate_train(config: TrainConfig, world_size: int) -> None:
+def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True) -> None:
     """Check everything about a training run that can be known before a model is built.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        stores: whether the data must be there already.
 
     Raises:
         ValueError: naming the value, the rule and the mend.
@@ -46,6 +52,13 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
             "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
         )
+    if trainer.z_loss < 0:
+        raise ValueError(f"trainer.z_loss={trainer.z_loss} must not be negative; 0 leaves it out, 1e-4 is common")
+    if trainer.offload_activations and not trainer.activation_checkpointing:
+        raise ValueError(
+            "trainer.offload_activations=true moves what activation checkpointing keeps, and "
+            "trainer.activation_checkpointing=false keeps nothing; set both, or neither"
+        )
     if trainer.stop_before is not None and instant(trainer.stop_before) <= time.time():
         raise ValueError(
             f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"
@@ -53,7 +66,8 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     one_of("tracker.name", config.tracker.name, ("wandb", "trackio", "none"))
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
     _validate_shares(config, world_size)
-    if config.model.path is None and "model_type" not in config.model.architecture:
+    one_of("start_from.optimizer", config.start_from.optimizer, ("keep", "drop"))
+    if not _has_weights(config) and "model_type" not in config.model.architecture:
         raise ValueError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "
             f"or an architecture to build from scratch (one of {', '.join(SUPPORTED_MODEL_TYPES)})"
@@ -64,8 +78,11 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
     _validate_guards(config.guards)
+    _validate_evaluation(config)
     _validate_chain(config)
-    _validate_stores(data)
+    if stores:
+        _validate_stores(data)
+        _validate_documents(config.evaluation)
 
 
 def _validate_stores(data: DataConfig) -> None:
@@ -105,6 +122,28 @@ def _validate_guards(guards: GuardConfig) -> None:
         raise ValueError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
 
 
+def _validate_documents(evaluation: InTrainingConfig) -> None:
+    if evaluation.every is not None:
+        mend = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
+        existing_directory("evaluation.documents", evaluation.documents or "null", mend)
+
+
+def _validate_evaluation(config: TrainConfig) -> None:
+    evaluation, longest, sequence = config.evaluation, config.data.sequence_length, config.parallel.sequence
+    if evaluation.every is None:
+        return
+    if evaluation.every < 1:
+        raise ValueError(f"evaluation.every={evaluation.every} must be positive; null for no evaluation while training")
+    for length in evaluation.lengths:
+        if length > longest:
+            raise ValueError(
+                f"evaluation.lengths has {length}, past data.sequence_length={longest}; beyond it a method may need "
+                "test-time scaling, which scripts/evaluate.py gives"
+            )
+        if length % sequence:
+            raise ValueError(f"evaluation.lengths has {length}, which parallel.sequence={sequence} does not divide")
+
+
 def _validate_shares(config: TrainConfig, world_size: int) -> None:
     trainer, sequence = config.trainer, config.parallel.sequence
     if sequence < 1 or world_size % sequence:
@@ -127,11 +166,16 @@ def _validate_shares(config: TrainConfig, world_size: int) -> None:
         )
 
 
+def _has_weights(config: TrainConfig) -> bool:
+    """Whether training begins with a checkpoint's weights, and so with its chain."""
+    return config.model.path is not None or config.start_from.run is not None
+
+
 def _validate_chain(config: TrainConfig) -> None:
     from ropewalk.rope import RopeChain
 
     chain = RopeChain(config.rope.chain)
-    if config.model.path is not None and not chain.rebuilds:
+    if _has_weights(config) and not chain.rebuilds:
         return  # it follows the checkpoint's own chain: both are run when that one's config is read
     chain.spectrum(
         head_dim=config.model.head_dim,

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ropewalk.config.cluster import ClusterConfig
+from ropewalk.config.evaluation import NeedleConfig
 from ropewalk.config.groups import PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -17,13 +19,15 @@ class ModelConfig:
     """The model that training starts from.
 
     ``theta``, ``head_dim`` and ``pretrained_length`` are declared here, so that a chain can be resolved before
-    anything is loaded; they are checked against the checkpoint's own config.json when it is.
+    anything is loaded; they are checked against the checkpoint's own config.json when it is. Under ``start_from.run``
+    the weights, the config and the pretrained length are that run's, and ``path`` is not read.
     """
 
     name: str = MISSING
     path: str | None = None  # hub id or Hugging Face directory; null: random weights of `architecture`
     revision: str | None = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config fields, where path is null
+    # Transformers config fields: what is built where path is null; else what the planner counts with, checked at load.
+    architecture: dict[str, Any] = field(default_factory=dict)
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
     pretrained_length: int = MISSING  # tokens
@@ -63,10 +67,15 @@ class TrainerConfig:
     weight_decay: float = 0.1  # not on norms and biases
     gradient_clipping: float = 1.0  # global norm
     activation_checkpointing: bool = True
+    offload_activations: bool = False  # checkpointed activations wait in host memory
+    mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
+    compile: bool = False  # torch.compile, layer by layer
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
+    z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps
     peak_flops: float | None = None  # of one device, dense, for MFU; null: known for A100, H100 and H200 in bf16
     checkpoint_every: int | None = 250  # steps; the last step is saved too; null: nothing is saved
+    save_in_background: bool = False  # from a copy in host memory, as large as the rank's part of the checkpoint
     keep_last: int | None = None  # newest checkpoints that are kept; null: all
     keep_every: int | None = None  # with keep_last, those at multiples of so many steps are kept too
     stop_after: int | None = None  # end this session after so many steps, saved; the schedule is untouched
@@ -94,6 +103,14 @@ class ResumeConfig:
 
 
 @dataclass
+class StartConfig:
+    """A stage that begins with the weights of another run: a longer context, SFT. Its chain comes along."""
+
+    run: str | None = None  # run directory (its newest committed checkpoint), or one checkpoint; null: as model says
+    optimizer: str = "keep"  # keep: with its Adam moments and step count; drop: as at the beginning
+
+
+@dataclass
 class GuardConfig:
     """What keeps a bad step from the weights. A refused step is counted, written to refused/, and passed over."""
 
@@ -103,6 +120,21 @@ class GuardConfig:
     spike_action: str = "skip"  # or stop
     stuck_multiple: float = 10.0  # of the median step; a step that takes longer is reported, with every rank's stack
     stuck_seconds: float = 60.0  # and at least so long
+
+
+@dataclass
+class InTrainingConfig:
+    """A small evaluation every so many steps, on all ranks: loss by position and a needle grid.
+
+    It runs under the spectrum that is trained. Neither the data order nor random state is touched.
+    """
+
+    every: int | None = None  # steps; after the last one, too; null: none
+    documents: str | None = None  # held-out documents: a directory that prepare.py wrote, or one of text files
+    lengths: list[int] = field(default_factory=list)  # tokens, up to data.sequence_length; empty: that one
+    max_documents: int | None = 16
+    seed: int = 0
+    needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(depths=[0.0, 0.5, 1.0], samples=2))
 
 
 @dataclass
@@ -133,8 +165,11 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    start_from: StartConfig = field(default_factory=StartConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: InTrainingConfig = field(default_factory=InTrainingConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -137,6 +137,13 @@ def rank_micro_batches(
     Raises:
         ValueError: where the global batch is not a multiple of ``world_size * micro_batch_size``.
     """
+    return [slot[rank] for slot in micro_batch_slots(mixture, step, world_size, micro_batch_size)]
+
+
+def micro_batch_slots(
+    mixture: Mixture, step: int, world_size: int, micro_batch_size: int
+) -> list[list[list[SequenceRef]]]:
+    """The micro batches of all ranks in the global batch of ``step``, as ``[slot][rank]``; see rank_micro_batches."""
     refs = mixture.global_batch(step)
     costs = [sum(mixture.store.attention_cost(ref.domain, row) for row in ref.rows) for ref in refs]
-    return [[refs[i] for i in slot[rank]] for slot in deal(costs, world_size, micro_batch_size)]
+    return [[[refs[i] for i in micro] for micro in slot] for slot in deal(costs, world_size, micro_batch_size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -82,8 +83,9 @@ class Unit:
 def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
     """The documents of a unit; what is left out is counted in ``skipped`` by reason.
 
-    Left out are empty documents, files that are not UTF-8, files and rows above 512 MB, and documents (of a repository:
-    files) with a line of more than 2^24 characters or more than 400,000 spaces in a row.
+    Left out are empty documents, files and rows that are not UTF-8, files and rows above 512 MB, and documents (of a
+    repository: files; of a conversation: messages) with a line of more than 2^24 characters or more than 400,000 spaces
+    in a row. Of files of text and code, line ends are read as ``\\n``, whatever they are.
 
     Raises:
         ValueError: for a damaged file, or rows without the column or with something else in it.
@@ -92,13 +94,17 @@ def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         yield from _repository(unit, skipped)
         return
     if unit.kind == "text":
-        text = _read_text(Path(unit.root), skipped)
+        text = _read_text(unit.root, skipped)
         rows: Iterator[tuple[str, Any]] = iter([] if text is None else [(unit.name, text)])
     else:
         rows = {"jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}[unit.kind](unit, skipped)
     for name, value in rows:
         if unit.chat:
-            yield Document(name, (), _messages(value, f"{unit.root}, row {name.rpartition(':')[2]}", unit.column))
+            messages = _messages(value, f"{unit.root}, row {name.rpartition(':')[2]}", unit.column)
+            reasons = [reason for message in messages if (reason := unfit(message["content"]))]
+            skipped.update(reasons[:1])
+            if not reasons:
+                yield Document(name, (), messages)
         elif not value.strip():
             skipped["empty"] += 1
         elif reason := unfit(value):
@@ -124,30 +130,31 @@ def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
     """One document: the files in the order of their paths, each under a comment with its path."""
     parts = []
     for file in unit.files:
-        text = _read_text(Path(unit.root) / file, skipped)
+        text = _read_text(os.path.join(unit.root, file), skipped)
         if text is None:
             continue
         if reason := unfit(text):
             skipped[reason] += 1
             continue
-        suffix = Path(file).suffix
+        suffix = os.path.splitext(file)[1]
         head = "" if suffix in PROSE else f"{COMMENT.get(suffix, '// ')}{file}\n"
         # One newline at the end makes the join a place where no tokenizer merges.
         part = f"{head}{text}".rstrip() + "\n"
         if part.strip():
             parts.append(part)
+        else:
+            skipped["empty"] += 1
     if parts:
         yield Document(unit.name, tuple(parts))
-    else:
-        skipped["empty"] += 1
 
 
-def _read_text(path: Path, skipped: Counter[str]) -> str | None:
-    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+def _read_text(path: str, skipped: Counter[str]) -> str | None:
+    if os.stat(path).st_size > MAX_DOCUMENT_BYTES:
         skipped["too large"] += 1
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            return file.read()
     except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return None
@@ -176,12 +183,27 @@ def _jsonl(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
                         line = lines.readline(MAX_DOCUMENT_BYTES)
                         position += len(line)
                     continue
-                yield f"{name}:{number}", _value_of(line, unit, path, number)
+                text = _decoded(line, position == len(line), skipped)
+                if text is not None:
+                    yield f"{name}:{number}", _value_of(text, unit, path, number)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} is damaged after line {number} ({error}); fetch it again") from error
 
 
-def _value_of(line: bytes, unit: Unit, path: Path, number: int) -> Any:
+def _decoded(line: bytes, first: bool, skipped: Counter[str]) -> str | None:
+    """A line as text, without a byte order mark; None for one that is blank or not UTF-8, which is counted."""
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError:
+        skipped["not UTF-8"] += 1
+        return None
+    if not text.strip():
+        skipped["empty"] += 1
+        return None
+    return text
+
+
+def _value_of(line: str, unit: Unit, path: Path, number: int) -> Any:
     where = f"{path}, line {number}" + (f" after byte {unit.start}" if unit.start else "")
     try:
         value = json.loads(line)[unit.column]
@@ -201,9 +223,7 @@ def _open_lines(path: Path) -> IO[bytes] | gzip.GzipFile | io.BufferedReader:
 
 
 def _parquet(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(unit.root) as file:
+    with open_parquet(unit.root) as file:
         if unit.column not in file.schema_arrow.names:
             raise ValueError(
                 f"{unit.root} has the columns {file.schema_arrow.names}; name the one with the documents: "
@@ -211,13 +231,43 @@ def _parquet(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
             )
         stop = file.num_row_groups if unit.stop < 0 else unit.stop
         number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-        for rows in file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=[unit.column]):
-            for value in rows.column(0).to_pylist():
+        batches = file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=[unit.column])
+        while (rows := next_rows(batches, unit.root, number)) is not None:
+            for cell in rows.column(0):
                 number += 1
+                try:
+                    value = cell.as_py()
+                except UnicodeDecodeError:
+                    skipped["not UTF-8"] += 1
+                    continue
                 yield (
                     f"{unit.name}:{number}",
                     value if unit.chat else _checked_text(value, unit.root, number, unit.column),
                 )
+
+
+def open_parquet(path: str) -> Any:
+    """A parquet file.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no whole parquet file ({error}); fetch it again") from error
+
+
+def next_rows(batches: Iterator[Any], path: str, number: int) -> Any:
+    """The next rows of a parquet file, or None."""
+    import pyarrow
+
+    try:
+        return next(batches, None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged after row {number} ({error}); fetch it again") from error
 
 
 def _dataset(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:

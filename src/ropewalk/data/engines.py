@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 ENGINES = ("auto", "tokenizers", "tiktoken", "gigatoken")
 RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on each line
-CHECKED_ONE_IN = 1000  # texts that gigatoken's tokens are compared of
-LARGE_BYTES = 1_000_000  # of larger texts, a window is compared
+CHECKED_ONE_IN = 1000  # documents that gigatoken's tokens are compared of
+LARGE_BYTES = 1_000_000  # of larger documents, a window is compared
 WINDOW_BYTES = 65_536
 
 PROBE = (
@@ -123,10 +123,10 @@ class GigatokenEngine:
 
 
 class CheckedEngine:
-    """A fast engine, compared with a reference on a sample that the texts themselves choose.
+    """A fast engine, compared with a reference on a sample that the documents themselves choose.
 
-    Compared are one text in 1,000, whole, and a window of 64 kB of each text above 1 MB. What is compared does not
-    depend on the order of texts or on the process, so that the same corpus always passes or always fails.
+    Compared are one document in 1,000, whole, and a window of 64 kB, at a random place, of each document above 1 MB.
+    What is compared depends on the text of a document alone, so that the same corpus always passes or always fails.
     """
 
     def __init__(self, fast: Engine, reference: Engine) -> None:
@@ -135,22 +135,36 @@ class CheckedEngine:
         self.name = fast.name
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
-        """See Engine.
+        """See Engine; nothing is compared here."""
+        return self._fast.encode_batch(texts)
+
+    def watch(self, parts: Sequence[str]) -> bool:
+        """Compare a window of a document where it is large; whether all that it is encoded to is to be compared.
+
+        Args:
+            parts: of the document; none of them is encoded together with another.
 
         Raises:
-            FastPathError: at the first difference.
+            FastPathError: where the engines differ on the window.
         """
-        encoded = self._fast.encode_batch(texts)
-        for text, tokens in zip(texts, encoded, strict=True):
-            chosen = xxhash.xxh64_intdigest(text)
-            if chosen % CHECKED_ONE_IN == 0:
-                self._compare(text, tokens)
-            elif len(text) > LARGE_BYTES:
-                window = _window(text, chosen)
-                self._compare(window, self._fast.encode_batch([window])[0])
-        return encoded
+        texts = [part.encode() for part in parts]
+        digest = xxhash.xxh3_64()
+        for text in texts:
+            digest.update(text)
+        chosen, size = digest.intdigest(), sum(map(len, texts))
+        if chosen % CHECKED_ONE_IN == 0:
+            return True
+        if size > LARGE_BYTES:
+            for window in _window(texts, chosen % (size - WINDOW_BYTES)):
+                self.compare(window, self._fast.encode_batch([window])[0])
+        return False
 
-    def _compare(self, text: bytes, tokens: NDArray[np.uint32]) -> None:
+    def compare(self, text: bytes, tokens: NDArray[np.uint32]) -> None:
+        """Compare what the fast engine gave with the reference.
+
+        Raises:
+            FastPathError: where they differ.
+        """
         (expected,) = self.reference.encode_batch([text])
         if not np.array_equal(tokens, expected):
             shared = min(len(tokens), len(expected))
@@ -186,6 +200,11 @@ def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
     return reference
 
 
+def reference_of(engine: Engine) -> Engine:
+    """The engine itself, or what it is checked against."""
+    return engine.reference if isinstance(engine, CheckedEngine) else engine
+
+
 def has_ranks(directory: Path) -> bool:
     """Whether ``directory`` has Llama 3's tokenizer.model; Llama 2's, of that name too, is of another form."""
     path = directory / RANKS
@@ -199,7 +218,7 @@ def has_ranks(directory: Path) -> bool:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """The tokens of a file of tiktoken's form, and their ranks."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
+    return {binascii.a2b_base64(token): int(rank) for token, rank in lines}
 
 
 def _agreeing(engine: Engine, reference: Engine) -> Engine:
@@ -222,7 +241,9 @@ def _pattern(backend: Any) -> str:
     return patterns[0]
 
 
-def _window(text: bytes, chosen: int) -> bytes:
-    """64 kB of ``text`` from a place that ``chosen`` names, whole characters."""
-    start = chosen % (len(text) - WINDOW_BYTES)
-    return text[start : start + WINDOW_BYTES].decode(errors="ignore").encode()
+def _window(texts: Sequence[bytes], start: int) -> Iterator[bytes]:
+    """What of 64 kB from byte ``start`` lies in each of the texts, whole characters."""
+    for text in texts:
+        if start < len(text) and start + WINDOW_BYTES > 0:
+            yield text[max(start, 0) : start + WINDOW_BYTES].decode(errors="ignore").encode()
+        start -= len(text)

@@ -57,6 +57,7 @@ class DomainInfo:
         offsets: int64 .npy (sequences + 1,), where each sequence's pieces start in ``ends``.
         ends: int32 .npy (documents,), where each piece ends in its sequence.
         trained: int32 .npy (sequences,), tokens that each sequence trains; None where there are no loss masks.
+        checks: uint64 .npy (sequences,), see hashing.sequence_check; None in stores of before it was written.
     """
 
     sequences: int
@@ -68,12 +69,14 @@ class DomainInfo:
     offsets: StoredFile
     ends: StoredFile
     trained: StoredFile | None = None
+    checks: StoredFile | None = None
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
         """Every file of the domain."""
         masks = [shard.mask for shard in self.shards if shard.mask is not None]
-        return (*self.shards, *masks, self.offsets, self.ends, *([self.trained] if self.trained else []))
+        others = [stored for stored in (self.trained, self.checks) if stored is not None]
+        return (*self.shards, *masks, self.offsets, self.ends, *others)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Manifest:
         if self.version == 1:
             del content["token_dtype"]
         for domain in content["domains"].values():
-            for entry, key in ((domain, "trained"), *((shard, "mask") for shard in domain["shards"])):
+            optional = ((domain, "trained"), (domain, "checks"), *((shard, "mask") for shard in domain["shards"]))
+            for entry, key in optional:
                 if entry[key] is None:
                     del entry[key]
         return content if self.sources is not None else {k: v for k, v in content.items() if k != "sources"}
@@ -152,7 +156,7 @@ def read_manifest(root: Path) -> Manifest:
 def _parse(content: dict[str, Any]) -> Manifest:
     domains = {}
     for name, entry in content["domains"].items():
-        files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends", "trained") if key in entry}
+        files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends", "trained", "checks") if key in entry}
         shards = tuple(map(parse_shard, entry["shards"]))
         domains[check_domain_name(name)] = DomainInfo(**{**entry, **files, "shards": shards})
     token_dtype = content["token_dtype"] if content["version"] > 1 else "<u4"

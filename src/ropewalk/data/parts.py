@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.data.hashing import sequence_check
 from ropewalk.data.manifest import DomainInfo, Shard, StoredFile, check_domain_name, parse_shard, token_dtype
 from ropewalk.data.store import PackedSequence
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
-COUNTS = ("pieces", "ends", "trained")
+COUNTS = {"pieces": np.int32, "ends": np.int32, "trained": np.int32, "checks": np.uint64}
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Part:
         pieces: document pieces of each sequence.
         ends: where each piece ends in its sequence, those of all sequences in order.
         trained: tokens that each sequence trains.
+        checks: of each sequence; see hashing.sequence_check.
     """
 
     shard: Shard
     pieces: NDArray[np.int32]
     ends: NDArray[np.int32]
     trained: NDArray[np.int32]
+    checks: NDArray[np.uint64]
 
 
 class HashedFile:
@@ -96,23 +99,27 @@ class PartWriter:
         """
         name = f"{self.domain}/tokens-{number:05d}.bin"
         (self.root / self.domain).mkdir(parents=True, exist_ok=True)
-        pieces, ends, trained = array("i"), array("i"), array("i")
+        pieces, ends, trained, checks = array("i"), array("i"), array("i"), array("Q")
         masks: HashedFile | None = None
         with HashedFile(self.root, name) as tokens, ExitStack() as stack:
             for place, sequence in enumerate(sequences):
                 where = f"sequence {place} of {name}"
-                tokens.write(self._checked(sequence, where).tobytes())
+                row, mask = self._checked(sequence, where), None
+                tokens.write(row.tobytes())
                 if place == 0 and sequence.loss_mask is not None:
                     masks = stack.enter_context(HashedFile(self.root, name.replace("/tokens-", "/mask-")))
                 if (sequence.loss_mask is not None) != (masks is not None):
                     raise ValueError(f"{where} and the first one do not both have a loss mask; give it to all or none")
                 if masks is not None and sequence.loss_mask is not None:
-                    masks.write(self._packed_mask(sequence.loss_mask, where))
+                    mask = self._packed_mask(sequence.loss_mask, where)
+                    masks.write(mask.tobytes())
                 pieces.append(len(sequence.ends))
                 ends.extend(sequence.ends.tolist())
                 trained.append(sequence.trained_tokens)
+                checks.append(sequence_check(row, mask, sequence.ends))
         shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=masks.stored if masks else None)
-        return Part(shard, *(np.array(counts, dtype=np.int32) for counts in (pieces, ends, trained)))
+        found = zip((pieces, ends, trained, checks), COUNTS.values(), strict=True)
+        return Part(shard, *(np.array(counts, dtype=dtype) for counts, dtype in found))
 
     def record(self, number: int, part: Part) -> None:
         """Say on disk that part ``number`` is whole."""
@@ -130,7 +137,7 @@ class PartWriter:
             file = self.root / stored.file
             if not file.is_file() or file.stat().st_size != stored.bytes:
                 return None
-        return Part(shard, *(np.array(content[name], dtype=np.int32) for name in COUNTS))
+        return Part(shard, *(np.array(content[name], dtype=dtype) for name, dtype in COUNTS.items()))
 
     def assemble(self, parts: Sequence[Part]) -> DomainInfo:
         """The index files of the domain and its entry in the manifest; records and empty parts are removed.
@@ -147,8 +154,10 @@ class PartWriter:
         masked = {part.shard.mask is not None for part in parts}
         if len(masked) > 1:
             raise ValueError(f"some sequences of {self.domain} have loss masks, some have none; make two domains of it")
-        none = np.zeros(0, dtype=np.int32)
-        pieces, ends, trained = (np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in COUNTS)
+        pieces, ends, trained, checks = (
+            np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in parts)])
+            for name, dtype in COUNTS.items()
+        )
         offsets = np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)])
         tokens = int(ends[offsets[1:] - 1].sum(dtype=np.int64))
         stored = self._save("offsets.npy", offsets.astype("<i8")), self._save("ends.npy", ends.astype("<i4"))
@@ -165,17 +174,18 @@ class PartWriter:
             offsets=stored[0],
             ends=stored[1],
             trained=self._save("trained.npy", trained.astype("<i4")) if True in masked else None,
+            checks=self._save("checks.npy", checks.astype("<u8")),
         )
 
     def _record(self, number: int) -> Path:
         return self.root / self.domain / f"part-{number:05d}.json"
 
-    def _packed_mask(self, mask: NDArray[np.bool_], where: str) -> bytes:
+    def _packed_mask(self, mask: NDArray[np.bool_], where: str) -> NDArray[np.uint8]:
         if mask.shape != (self.sequence_length,) or mask.dtype != np.bool_:
             raise ValueError(
                 f"{where} has a loss mask of {mask.dtype} {mask.shape}; give it bool ({self.sequence_length},)"
             )
-        return np.packbits(mask).tobytes()
+        return np.packbits(mask)
 
     def _checked(self, sequence: PackedSequence, where: str) -> NDArray[Any]:
         """The tokens as they are written."""

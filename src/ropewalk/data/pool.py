@@ -19,12 +19,12 @@ def in_processes(
     Args:
         function: of a module, so that a process finds it.
         works: arguments, begun in this order.
-        workers: processes; 1: none but this one; None: one for each core.
+        workers: processes; 1: none but this one; None: one for each core that this process may use.
 
     Raises:
         ValueError: the first one that a work raised; what has not begun is left.
     """
-    workers = min(workers or os.cpu_count() or 1, len(works))
+    workers = min(workers or len(os.sched_getaffinity(0)), len(works))
     if workers <= 1:
         yield from ((place, function(*work)) for place, work in enumerate(works))
         return

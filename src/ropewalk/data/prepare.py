@@ -15,21 +15,39 @@ from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, one_of
 from ropewalk.data.corpus import Document, Unit
 from ropewalk.data.domains import DROP, DomainDocuments, pack_domains, validate_domains
 from ropewalk.data.engines import ENGINES
-from ropewalk.data.hashing import canonical_json, sha256_directory, sha256_text, stable_key
+from ropewalk.data.hashing import canonical_json, sha256_text, stable_key
 from ropewalk.data.heldout import choose_heldout, write_heldout
-from ropewalk.data.manifest import MANIFEST, check_domain_name
+from ropewalk.data.manifest import MANIFEST, TOKENIZER, check_domain_name
 from ropewalk.data.pool import in_processes
 from ropewalk.data.retrieval import retrieval_documents
 from ropewalk.data.sampling import sample_documents
 from ropewalk.data.sources import SPLIT_DOMAIN, Source, corpus_sources, list_units
-from ropewalk.data.stages import PLAN, Pack, Plan, Tokenize, open_encoders, store_directory, work_directory, write_units
+from ropewalk.data.stages import (
+    PLAN,
+    Pack,
+    Plan,
+    Tokenize,
+    open_encoder,
+    open_encoders,
+    store_directory,
+    work_directory,
+    write_units,
+)
 from ropewalk.data.store import PackedStore
 from ropewalk.data.token_files import FlatDocuments, read_record
-from ropewalk.data.tokenizer import DocumentEncoder, describe_tokenizer, load_tokenizer, train_tokenizer
+from ropewalk.data.tokenizer import (
+    DocumentEncoder,
+    copy_plain,
+    describe_tokenizer,
+    is_plain,
+    load_tokenizer,
+    sha256_tokenizer,
+    train_tokenizer,
+)
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
 from ropewalk.files import fsync_path, write_atomically
 
-PIPELINE = 2  # raise where the same configuration and corpus give other bytes than before
+PIPELINE = 3  # raise where the same configuration and corpus give other bytes than before
 PREPARED = "prepared.json"  # names finished work
 PREPARING = "preparing.json"  # names work that is under way, or was when it was killed
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
@@ -59,7 +77,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
     Raises:
         ValueError: for a configuration or corpus that cannot be prepared, or an output that holds other work.
     """
-    _validate(config)
+    validate_prepare(config)
     output = Path(config.output)
     if config.stage in ("tokenize", "pack", "finish") and (output / PREPARED).is_file():
         report(f"{output} is finished already")
@@ -71,6 +89,13 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
         return output
     if config.stage != "finish" and not _planned(config, output, report):
         report(f"{output} holds this work already; remove it to make it again")
+    elif config.stage == "all" and config.executor.kind != "pool":
+        from ropewalk.data.scale import run_stages
+
+        run_stages(output, config.executor)
+        if config.executor.kind == "slurm":
+            report(f"submitted; {output} is whole when the last job is done")
+            return output
     elif config.stage != "plan":
         plan = Plan.load(output)
         if config.stage == "all":
@@ -78,7 +103,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
             workers = 1 if small and config.workers is None else config.workers
             _run_all(Tokenize(plan), "tokenize", workers, report)
             _run_all(Pack.of(plan), "pack", workers, report)
-        _finish(plan, report)
+        finish(plan, report)
     if config.stage != "plan":
         for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
             report(line)
@@ -128,10 +153,15 @@ def _make_plan(
     documents: list[Document] = []
     if corpus.tokenizer is None or corpus.heldout_documents or corpus.retrieval_tokens:
         documents = sample_documents(_units_of_text(shards))
+    ranks = corpus.tokenizer if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None
     make_encoder = partial(_make_encoder, corpus, config.seed, documents)
+    if ranks is not None and is_plain(Path(ranks)):
+        copy_plain(Path(ranks), output / TOKENIZER)
+        make_encoder = partial(_copied_encoder, corpus, output / TOKENIZER)
     encoder, heldout = choose_heldout(documents, corpus.heldout_documents, corpus.heldout_length, make_encoder)
-    encoder.save(output / "tokenizer")
-    tokenizer = describe_tokenizer(output / "tokenizer")
+    if not (output / TOKENIZER).exists():
+        encoder.save(output / TOKENIZER)
+    tokenizer = describe_tokenizer(output / TOKENIZER)
     report(f"tokenizer: {tokenizer['vocab_size']:,} entries")
     kept_out = [documents[index] for index in heldout]
     if heldout:
@@ -143,11 +173,11 @@ def _make_plan(
     for number, (_, units) in enumerate(shards):
         write_units(work_directory(output), number, units)
     template = None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8")
-    Plan(
+    plan = Plan(
         output=str(output),
         sources=[{**s.described(), "skipped": dict(sorted((+s.skipped).items()))} for s in sources],
         shard_sources=[place for place, _ in shards],
-        ranks=corpus.tokenizer if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None,
+        ranks=ranks,
         engine=corpus.engine,
         bos=corpus.bos,
         eos=corpus.eos,
@@ -158,7 +188,9 @@ def _make_plan(
         vocab_size=tokenizer["vocab_size"],
         seed=config.seed,
         retrieval_tokens=corpus.retrieval_tokens,
-    ).save()
+    )
+    open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
+    plan.save()
 
 
 def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
@@ -200,10 +232,13 @@ def _run_all(stage: Tokenize | Pack, name: str, workers: int | None, report: Rep
         report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
 
 
-def _finish(plan: Plan, report: Report) -> None:
+def finish(plan: Plan, report: Report) -> None:
     """Put the parts together, and clear away what was needed for them."""
     output, pack = Path(plan.output), Pack.of(plan)
     sources = _described(plan)
+    records = [read_record(plan.work, shard) for shard in range(plan.shards)]
+    engines = Counter(record.engine for record in records if record is not None)
+    report(f"tokenized with {', '.join(f'{name} ({count} shards)' for name, count in sorted(engines.items()))}")
     for source in sources:
         report(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: "
                f"{_counts(source['skipped'])}")  # fmt: skip
@@ -257,7 +292,7 @@ def _assemble(
         writer = pack.writer(length, RETRIEVAL)
         encoder, _ = open_encoders(plan)
         texts = [part for document in filler for part in document.parts]
-        made = list(retrieval_documents(encoder, texts, length, plan.retrieval_tokens, plan.seed))
+        made = list(retrieval_documents(encoder.unchecked(), texts, length, plan.retrieval_tokens, plan.seed))
         found = {RETRIEVAL: DomainDocuments(FlatDocuments.of(made))}
         packed = pack_domains({RETRIEVAL: DomainConfig()}, found, length, plan.seed)[RETRIEVAL]
         domains[RETRIEVAL] = writer.assemble([writer.write(0, packed.sequences)])
@@ -266,7 +301,7 @@ def _assemble(
         report(f"{root.name}: no document for the domain {name}; left out")
         shutil.rmtree(root / name)
         del domains[name]
-    tokenizer = copy_tokenizer(Path(plan.output) / "tokenizer", root / "tokenizer")
+    tokenizer = copy_tokenizer(Path(plan.output) / TOKENIZER, root / TOKENIZER)
     store = commit_store(root, length, tokenizer, domains, accounts, sources)
     for name, info in store.domains.items():
         report(
@@ -275,12 +310,18 @@ def _assemble(
         )
 
 
+def _copied_encoder(corpus: CorpusConfig, directory: Path, excluded: Collection[int]) -> DocumentEncoder:
+    """The plain tokenizer that was copied to ``directory``."""
+    assert corpus.tokenizer is not None
+    return open_encoder(directory, corpus.engine, Path(corpus.tokenizer), corpus.bos, corpus.eos).unchecked()
+
+
 def _make_encoder(
     config: CorpusConfig, seed: int, documents: Sequence[Document], excluded: Collection[int]
 ) -> DocumentEncoder:
     """The tokenizer that is named, else a BPE trained on a sample of the documents that are not excluded."""
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, config.engine, config.bos, config.eos)
+        return load_tokenizer(config.tokenizer, config.engine, config.bos, config.eos).unchecked()
     parts = [
         (stable_key("sample", seed, document.name, number), part)
         for index, document in enumerate(documents)
@@ -296,7 +337,12 @@ def _make_encoder(
     return train_tokenizer(sample, config.vocab_size)
 
 
-def _validate(config: PrepareConfig) -> None:
+def validate_prepare(config: PrepareConfig) -> None:
+    """Check what can be known of a preparation before the corpus is looked at.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
     lengths = config.sequence_lengths
     if not lengths or min(lengths) < 2 or len(set(lengths)) < len(lengths):
         raise ValueError(f"sequence_lengths={lengths} must be different numbers of tokens, each at least 2; correct it")
@@ -307,6 +353,7 @@ def _validate(config: PrepareConfig) -> None:
         raise ValueError(f"corpus.heldout_length={config.corpus.heldout_length} must be at least 2 tokens; raise it")
     one_of("stage", config.stage, STAGES)
     one_of("corpus.engine", config.corpus.engine, ENGINES)
+    one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))
     if not 0 <= config.shard < config.n_shards:
         raise ValueError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
     if config.shard_mb <= 0 or (config.workers is not None and config.workers < 1):
@@ -322,7 +369,7 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
-        settings["tokenizer"] = sha256_directory(Path(tokenizer))
+        settings["tokenizer"] = sha256_tokenizer(Path(tokenizer))
     if template is not None:
         settings["chat_template"] = sha256_text(Path(template).read_text(encoding="utf-8"))
     content = {
@@ -359,7 +406,7 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
         same = json.loads(claim.read_text(encoding="utf-8"))["sha256"] == work["sha256"]
         if same and (work_directory(output) / PLAN).is_file():
             return
-        for name in ("tokenizer", "heldout", "work", *(path.name for path in output.glob("packed-*"))):
+        for name in (TOKENIZER, "heldout", "work", *(path.name for path in output.glob("packed-*"))):
             if (output / name).exists():
                 shutil.rmtree(output / name)
     elif output.exists() and any(output.iterdir()):

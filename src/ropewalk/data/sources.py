@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from ropewalk.config import CorpusConfig, SourceConfig, one_of
-from ropewalk.data.corpus import CODE, JSONL, PROSE, Unit
+from ropewalk.data.corpus import CODE, JSONL, PROSE, Unit, open_parquet
 from ropewalk.data.hashing import canonical_json
 
 SPLIT_DOMAIN = "long"  # where corpus.stdlib and corpus.paths begin; what is shorter goes on to "short"
@@ -91,7 +91,7 @@ def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
         source.units += 1
         source.bytes += unit.bytes
         if unit.start == 0 and (unit.dataset is None or Path(unit.root).exists()):
-            files = [Path(unit.root) / file for file in unit.files] or _files_of(Path(unit.root))
+            files = [os.path.join(unit.root, file) for file in unit.files] or _files_of(Path(unit.root))
             digest.update(canonical_json([unit.kind, unit.name, list(unit.files)]).encode())
             for file in files:
                 digest.update(_digest(file))
@@ -101,13 +101,13 @@ def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
     source.digest = digest.hexdigest()
 
 
-def _files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+def _files_of(path: Path) -> list[str]:
+    return [str(found) for found in sorted(path.rglob("*")) if found.is_file()] if path.is_dir() else [str(path)]
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: str) -> bytes:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open(path, "rb", buffering=0) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.digest()
@@ -126,7 +126,7 @@ def _units(source: Source, shard_bytes: int) -> Iterator[Unit]:
         yield from _file_units(source, path, source.name, shard_bytes)
     else:
         for file in _walk(source.skipped, path, set()):
-            yield from _file_units(source, file, f"{source.name}/{file.relative_to(path).as_posix()}", shard_bytes)
+            yield from _file_units(source, path / file, f"{source.name}/{file}", shard_bytes)
 
 
 def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[str]) -> Iterator[Unit]:
@@ -134,16 +134,16 @@ def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[
 
     Of the standard library every package or module is one; installed packages are not taken.
     """
-    tops: dict[str, list[Path]] = {}
-    for path in _walk(source.skipped, root, excluded):
-        if path.suffix in suffixes:
-            tops.setdefault(path.relative_to(root).parts[0], []).append(path)
+    tops: dict[str, list[str]] = {}
+    for file in _walk(source.skipped, root, excluded):
+        suffix = os.path.splitext(file)[1]
+        if suffix in suffixes:
+            tops.setdefault(file.partition("/")[0], []).append(file)
         elif not source.stdlib:
-            source.skipped[f"unknown kind {path.suffix or path.name}"] += 1
-    for name, paths in sorted(tops.items()):
-        files = tuple(path.relative_to(root).as_posix() for path in paths)
-        size = sum(path.stat().st_size for path in paths)
-        yield Unit("repository", f"{source.name}/{name}", str(root.resolve()), files, bytes=size)
+            source.skipped[f"unknown kind {suffix or os.path.basename(file)}"] += 1
+    for name, files in sorted(tops.items()):
+        size = sum(os.stat(os.path.join(root, file)).st_size for file in files)
+        yield Unit("repository", f"{source.name}/{name}", str(root.resolve()), tuple(files), bytes=size)
 
 
 def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iterator[Unit]:
@@ -165,9 +165,7 @@ def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iter
 
 
 def _parquet_units(name: str, root: str, shard_bytes: int) -> Iterator[Unit]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(root) as file:
+    with open_parquet(root) as file:
         sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
     first = total = 0
     for group, size in enumerate(sizes):
@@ -196,19 +194,20 @@ def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
         yield Unit("dataset", source.name, root, start=share, stop=streamed.num_shards, dataset=chosen)
 
 
-def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[Path]:
-    """The files under ``root`` in the order of their paths; hidden ones and links outwards are counted."""
-    found: list[Path] = []
+def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str]:
+    """The files under ``root``, relative to it, in the order of their paths' parts; some are left out and counted."""
+    found: list[tuple[str, ...]] = []  # the parts of their paths
     for place, directories, files in os.walk(root):
-        here = Path(place)
+        here = Path(place).relative_to(root).parts
         kept = [name for name in directories if name not in excluded]
         skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
-        skipped["linked directory"] += sum((here / name).is_symlink() for name in kept)
+        skipped["linked directory"] += sum(os.path.islink(os.path.join(place, name)) for name in kept)
         directories[:] = [name for name in kept if not name.startswith(".")]
-        found.extend(here / name for name in files if not name.startswith("."))
+        found.extend((*here, name) for name in files if not name.startswith("."))
     resolved = root.resolve()
-    for path in sorted(found, key=lambda path: path.relative_to(root).parts):
-        if path.is_symlink() and not path.resolve().is_relative_to(resolved):
+    for parts in sorted(found):
+        path = os.path.join(root, *parts)
+        if os.path.islink(path) and not Path(path).resolve().is_relative_to(resolved):
             skipped["link out of the directory"] += 1
         else:
-            yield path
+            yield "/".join(parts)

@@ -7,7 +7,6 @@ task writes depends on nothing but the plan.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from ropewalk.data.chat import ChatEncoder
 from ropewalk.data.corpus import Document, Unit, read_documents
 from ropewalk.data.domains import DomainDocuments, pack_domains
 from ropewalk.data.engines import CheckedEngine, FastPathError
+from ropewalk.data.hashing import sha256_directory
 from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.parts import PartWriter
 from ropewalk.data.token_files import TokenFileWriter, TokenRecord, open_masks, open_tokens, read_record
@@ -152,9 +152,7 @@ class Tokenize:
                 file=sys.stderr,
                 flush=True,
             )
-            slow = copy.copy(encoder)
-            slow.engine = engine.reference
-            self._write(number, slow, chat)
+            self._write(number, encoder.unchecked(), chat)
 
     def _write(self, number: int, encoder: DocumentEncoder, chat: ChatEncoder | None) -> None:
         place = self.plan.shard_sources[number]
@@ -197,15 +195,22 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
     """The tokens of documents, a stretch at a time, and whether the document ends with it.
 
     A few megabytes of text are encoded at once, and no document need be in memory as tokens.
+
+    Raises:
+        FastPathError: where the engine is a checked one, and it differs from its reference.
     """
     nothing = encoder.head[:0]
+    checked = encoder.engine if isinstance(encoder.engine, CheckedEngine) else None
     last: list[bool] = []  # of each piece under way: whether its document ends with it
+    watched: list[bool] = []  # of each piece that is not encoded yet: whether its tokens are to be compared
 
     def pieces() -> Iterator[str]:
         for document in documents:
+            watch = checked is not None and checked.watch(document.parts)
             for part in document.parts:
                 for piece in encoder.pieces(part):
                     last.append(False)
+                    watched.append(watch)
                     yield piece
             last[-1] = True
 
@@ -213,7 +218,13 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
     held: list[Any] = []
     begins = True
     for batch in batches(pieces()):
-        held += encoder.encode_texts(batch)
+        encoded = encoder.encode_texts(batch)
+        if checked is not None:
+            for text, tokens, watch in zip(batch, encoded, watched, strict=True):
+                if watch:
+                    checked.compare(text.encode(), tokens)
+        watched.clear()
+        held += encoded
         ready = len(held) - 1
         for tokens, ends in zip(held[:ready], last[:ready], strict=True):
             yield np.concatenate([encoder.head if begins else nothing, tokens, encoder.tail if ends else nothing]), ends
@@ -223,8 +234,13 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
         yield np.concatenate([encoder.head if begins else nothing, tokens, encoder.tail]), True
 
 
+def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
+    """See tokenizer.open_saved; opened once a process, as that can take seconds."""
+    return _encoder(sha256_directory(directory), directory, engine, ranks, bos, eos)
+
+
 @cache
-def _encoder(directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
+def _encoder(sha256: str, directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
     return open_saved(directory, engine, ranks, bos, eos)
 
 
@@ -236,7 +252,7 @@ def _chat_encoder(directory: Path, template: str | None) -> ChatEncoder:
 def open_encoders(plan: Plan) -> tuple[DocumentEncoder, ChatEncoder | None]:
     """What encodes documents, and conversations if there are any; opened once a process."""
     directory, ranks = Path(plan.output) / TOKENIZER, None if plan.ranks is None else Path(plan.ranks)
-    encoder = _encoder(directory, plan.engine, ranks, plan.bos, plan.eos)
+    encoder = open_encoder(directory, plan.engine, ranks, plan.bos, plan.eos)
     chat = any(source["chat"] for source in plan.sources)
     return encoder, _chat_encoder(directory, plan.chat_template) if chat else None
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.hashing import sha256_directory
+from ropewalk.data.hashing import sequence_check, sha256_directory
 from ropewalk.data.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
 from ropewalk.files import sha256_of
 
@@ -93,7 +93,8 @@ class PackedStore:
         """Sequence ``index`` of ``domain``; its arrays are copies.
 
         Raises:
-            ValueError: for a domain that the store does not have.
+            ValueError: for a domain that the store does not have, or a sequence that is not as it was written (stores
+                of before that was recorded are not checked).
             IndexError: for an index outside 0 .. sequences - 1.
         """
         return self._domain(domain).read(index)
@@ -182,6 +183,12 @@ class _Domain:
             return None
         return np.load(stored_path(self._root, self._info.trained.file), mmap_mode="r", allow_pickle=False)
 
+    @cached_property
+    def _checks(self) -> NDArray[np.uint64] | None:
+        if self._info.checks is None:
+            return None
+        return np.load(stored_path(self._root, self._info.checks.file), mmap_mode="r", allow_pickle=False)
+
     def trained_tokens(self, index: int) -> int:
         ends = self.piece_ends(index)
         if self._trained is not None:
@@ -201,11 +208,15 @@ class _Domain:
             if shard.mask is not None:
                 row_bytes = mask_bytes(self._length)
                 self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), (shard.sequences, row_bytes))
-        mask = None
-        if number in self._masks:
-            mask = np.unpackbits(self._masks[number][row], count=self._length).view(np.bool_)
-        tokens = self._shards[number][row]
-        return PackedSequence(np.array(tokens, dtype=np.uint32), np.array(self.piece_ends(index)), mask)
+        tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
+        packed = self._masks[number][row] if number in self._masks else None
+        if self._checks is not None and sequence_check(tokens, packed, ends) != int(self._checks[index]):
+            raise ValueError(
+                f"{self._root / shard.file} or the index beside it is corrupt: sequence {index} is not as it was "
+                "written; copy or write the store again"
+            )
+        mask = None if packed is None else np.unpackbits(packed, count=self._length).view(np.bool_)
+        return PackedSequence(np.array(tokens, dtype=np.uint32), ends, mask)
 
     def _map(self, file: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
         return np.memmap(stored_path(self._root, file), dtype, mode="r", shape=shape)

@@ -48,6 +48,7 @@ class TokenFileWriter:
         """Replace the files of shard ``number``."""
         self._stem = directory / f"tokens-{number:05d}"
         self._record = record
+        self._stem.with_suffix(".json").unlink(missing_ok=True)  # it may speak of files that another call damaged
         self._tokens = self._stem.with_suffix(".bin").open("wb")
         self._masks = self._stem.with_suffix(".mask").open("wb") if record.masked else None
         self._ends = array("q")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.engines import PROBE, open_engine
-from ropewalk.data.hashing import sha256_directory
+from ropewalk.data.engines import PROBE, RANKS, has_ranks, open_engine, reference_of
+from ropewalk.data.hashing import canonical_json, sha256_directory, sha256_text
+from ropewalk.files import sha256_of
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
+# transformers' classes for a tokenizer.json that is used as it is
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+PLAIN_FILES = ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
 
 
@@ -98,6 +105,12 @@ class DocumentEncoder:
         encoded = chain.from_iterable(map(self.encode_texts, batches(parts)))
         return [self._wrapped([next(encoded) for _ in document]) for document in documents]
 
+    def unchecked(self) -> DocumentEncoder:
+        """The same encoder; where its engine is one that must be checked, with what it is checked against."""
+        plain = copy.copy(self)
+        plain.engine = reference_of(self.engine)
+        return plain
+
     def save(self, directory: Path) -> None:
         """Write the tokenizer so that AutoTokenizer loads it."""
         self.tokenizer.save_pretrained(directory)
@@ -156,6 +169,41 @@ def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool 
     return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
 
 
+def is_plain(directory: Path) -> bool:
+    """Whether transformers would do no more than load tokenizer.json, so that it need not be loaded for it."""
+    config = directory / "tokenizer_config.json"
+    if not config.is_file() or not (directory / "tokenizer.json").is_file():
+        return False
+    said = json.loads(config.read_text(encoding="utf-8"))
+    if said.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= said.keys():
+        return False
+    # transformers would add those that tokenizer.json lacks
+    added = [
+        json.dumps(token["content"], ensure_ascii=False) for token in said.get("added_tokens_decoder", {}).values()
+    ]
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
+    return all(token in text for token in added)
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """Copy the files of a plain tokenizer, and nothing that may lie beside them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in _plain_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def sha256_tokenizer(directory: Path) -> str:
+    """SHA-256 over the names and contents of the files that a tokenizer consists of."""
+    if not is_plain(directory):
+        return sha256_directory(directory)
+    files = [*_plain_files(directory), *([directory / RANKS] if has_ranks(directory) else [])]
+    return sha256_text(canonical_json([[path.name, sha256_of(path)] for path in files]))
+
+
+def _plain_files(directory: Path) -> list[Path]:
+    return [directory / name for name in PLAIN_FILES if (directory / name).is_file()]
+
+
 @dataclass(frozen=True)
 class SavedTokenizer:
     """What a DocumentEncoder needs of a tokenizer on disk, without the seconds that transformers takes to load."""
@@ -168,7 +216,7 @@ class SavedTokenizer:
 
 
 def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = True, eos: bool = True) -> DocumentEncoder:
-    """Open a tokenizer that save_pretrained() wrote.
+    """Open a tokenizer that save_pretrained() wrote, or any plain one.
 
     Args:
         directory: that it was written to.
@@ -181,7 +229,8 @@ def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = Tru
 
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    bos_id, eos_id = (_token_id(backend, config.get(name)) for name in ("bos_token", "eos_token"))
+    names = [_token_text(config.get(name)) for name in ("bos_token", "eos_token")]
+    bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
     return DocumentEncoder(SavedTokenizer(backend, bos_id, eos_id, str(directory)), engine, ranks, bos, eos)
 
 
@@ -229,23 +278,51 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a directory without tokenizer.json and tokenizer_config.json.
     """
-    from tokenizers import Tokenizer
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
+    sha256 = sha256_directory(directory)
+    return {"sha256": sha256, **_described(sha256, directory)}
 
-    paths = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{directory} has no {path.name}; give a directory that save_pretrained() wrote")
-    tokenizer = Tokenizer.from_file(str(paths[0]))
-    config = json.loads(paths[1].read_text(encoding="utf-8"))
+
+@cache
+def _described(sha256: str, directory: Path) -> dict[str, Any]:
+    """What describe_tokenizer says, kept by the hash of the files, since the file of a large vocabulary is large."""
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, list):  # of Unigram: tokens with their scores, in the order of their ids
+        vocab = {token: number for number, (token, _) in enumerate(vocab)}
+    vocab = {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
     return {
-        "sha256": sha256_directory(directory),
-        "vocab_size": max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        "bos_id": _token_id(tokenizer, config.get("bos_token")),
-        "eos_id": _token_id(tokenizer, config.get("eos_token")),
+        "vocab_size": max(vocab.values()) + 1,
+        "bos_id": vocab.get(_token_text(config.get("bos_token"))),
+        "eos_id": vocab.get(_token_text(config.get("eos_token"))),
     }
 
 
-def _token_id(tokenizer: Any, token: str | dict[str, Any] | None) -> int | None:
-    """The id of a special token as tokenizer_config.json writes it: its text, or an object with its text."""
-    text = token["content"] if isinstance(token, dict) else token
-    return None if text is None else tokenizer.token_to_id(text)
+def check_same_vocabulary(store: Path, model: Path) -> None:
+    """Compare the tokens and ids of two tokenizer directories, however their files are written.
+
+    Special tokens are left out: Llama 3.1 gave names to some that Llama 3 held in reserve.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    from tokenizers import Tokenizer
+
+    of_store, of_model = (
+        Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab(with_added_tokens=False) for path in (store, model)
+    )
+    different = sorted(of_store.items() ^ of_model.items(), key=lambda entry: entry[1])
+    if different:
+        token, number = different[0]
+        raise ValueError(
+            f"the tokenizer of the data ({store}) is not the model's ({model}): they differ first at id {number}, "
+            f"token {token!r}; prepare the data with corpus.tokenizer={model}"
+        )
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """The text of a special token, which tokenizer_config.json writes as such or as an object that has it."""
+    return token["content"] if isinstance(token, dict) else token

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from ropewalk.config import EvaluateConfig, existing_directory, one_of, require_device
+from ropewalk.config import EvaluateConfig, RopeConfig, existing_directory, one_of, require_device
 from ropewalk.data.retrieval import number_of_keys
 from ropewalk.evaluation.documents import Windows, make_windows
 from ropewalk.evaluation.prompts import Prompt, build_grid
@@ -20,6 +21,7 @@ from ropewalk.export import resolve_checkpoint
 from ropewalk.model import read_position
 from ropewalk.rope.position import Position
 
+NOT_MEASURED = ("output", "overwrite", "paths", "suite", "backend", "prefill_chunk")  # settings no number depends on
 SHORTEST = 64  # tokens; a shorter context has no bucket of its own
 
 
@@ -38,19 +40,15 @@ class Plan:
     @property
     def run(self) -> str:
         """Name of the run: the configured one, else that of its directory, of which an export is a part."""
-        directory = self.directory.resolve()
-        return self.config.name or (directory.parent if directory.name == "export" else directory).name
+        return run_name(self.config, self.directory)
 
     @property
     def identity(self) -> dict[str, str]:
         """What the results depend on besides this code: settings, checkpoint and tokens, as SHA-256 of each."""
-        settings = {k: v for k, v in asdict(self.config).items() if k not in ("output", "overwrite", "paths")}
-        weights = sorted((p.name, p.stat().st_size) for p in self.directory.glob("*.safetensors"))
-        described = [self.directory / name for name in ("config.json", "export.json")]
-        parts = [path.read_text() for path in described if path.exists()]
+        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_MEASURED}
         return {
             "settings_sha256": _sha256(settings),
-            "checkpoint_sha256": _sha256([parts, weights]),
+            "checkpoint_sha256": checkpoint_sha256(self.directory),
             "windows_sha256": _sha256({name: ids.tolist() for name, ids in self.windows.tokens.items()}),
         }
 
@@ -62,16 +60,33 @@ class Plan:
     @property
     def method(self) -> str:
         """The checkpoint's method, or the ``rope`` group's where one is applied; both where there are two."""
-        rope, own = self.config.rope, self.position
-        if not rope.chain:
-            return own.name
-        return f"{own.name}+{rope.name}" if own.chain.steps else rope.name
+        return method_name(self.config.rope, self.position)
 
     @property
     def tokens(self) -> int:
         """Tokens of all forward passes."""
         documents = sum(setting.longest for setting in self.settings) * len(self.windows.tokens)
         return documents + sum(length * len(prompts) for length, prompts in self.prompts.items())
+
+
+def run_name(config: EvaluateConfig, directory: Path) -> str:
+    """Name of the run: the configured one, else that of its directory, of which an export is a part."""
+    resolved = directory.resolve()
+    return config.name or (resolved.parent if resolved.name == "export" else resolved).name
+
+
+def method_name(rope: RopeConfig, own: Position) -> str:
+    """The checkpoint's method, or the ``rope`` group's where one is applied; both where there are two."""
+    if not rope.chain:
+        return own.name
+    return f"{own.name}+{rope.name}" if own.chain.steps else rope.name
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """SHA-256 of a checkpoint's config, what it was exported from, and the sizes of its weights."""
+    weights = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
+    described = [directory / name for name in ("config.json", "export.json")]
+    return _sha256([[path.read_text() for path in described if path.exists()], weights])
 
 
 def _sha256(content: Any) -> str:
@@ -84,9 +99,14 @@ def make_plan(config: EvaluateConfig) -> Plan:
     Raises:
         ValueError: naming the value, the rule and the mend.
     """
-    _validate(config)
+    check_settings(config)
+    if config.documents is None:
+        raise ValueError(
+            "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
+            " wrote, or one of text files"
+        )
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
-    directory = resolve_checkpoint(config.checkpoint)
+    directory = checked_checkpoint(config.checkpoint)
     position = read_position(directory)
     settings = settings_by_length(position, config.rope, config.test_time, config.lengths)
     tokenizer = load_tokenizer(directory)
@@ -94,6 +114,31 @@ def make_plan(config: EvaluateConfig) -> Plan:
     prompts = {length: build_grid(tokenizer, windows, length, config.needle, config.seed) for length in config.lengths}
     output = writable_directory("output", config.output)
     return Plan(config, directory, output, position, settings, windows, prompts)
+
+
+def checked_checkpoint(path: str) -> Path:
+    """The Hugging Face directory of a checkpoint, every weight file whole.
+
+    Raises:
+        ValueError: where ``path`` is no checkpoint, or a shard of it is missing or cut short.
+    """
+    directory = resolve_checkpoint(path)
+    index = directory / "model.safetensors.index.json"
+    shards = {file.name for file in directory.glob("*.safetensors")}
+    if index.is_file():
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(wanted - shards):
+            raise ValueError(
+                f"checkpoint={directory} lacks {', '.join(missing[:3])} ({len(missing)} of {len(wanted)} weight files)"
+                "; copy it again, whole"
+            )
+    for name in sorted(shards):
+        try:
+            with safe_open(directory / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint={directory}: {name} is damaged ({error}); copy it again, whole") from error
+    return directory
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -118,7 +163,12 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _validate(config: EvaluateConfig) -> None:
+def check_settings(config: EvaluateConfig) -> None:
+    """Check the settings by themselves.
+
+    Raises:
+        ValueError: naming the value, the rule and the mend.
+    """
     lengths, needle = config.lengths, config.needle
     if not lengths or min(lengths) < SHORTEST:
         raise ValueError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")

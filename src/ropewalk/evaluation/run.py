@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -12,8 +13,11 @@ import pandas as pd
 from ropewalk.config import EvaluateConfig
 from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts
+from ropewalk.evaluation.partial import Partial
 from ropewalk.evaluation.plan import Plan, make_plan
+from ropewalk.evaluation.prefill import chunk_for
 from ropewalk.evaluation.progress import Progress
+from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import (
     RECORD,
     document_table,
@@ -27,10 +31,15 @@ from ropewalk.evaluation.settings import Setting
 from ropewalk.model import load_for_evaluation
 
 
-def evaluate(config: EvaluateConfig) -> pd.DataFrame:
+def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame:
     """Measure loss by position and the needle grid of one checkpoint, and write both into ``config.output``.
 
-    One model is in memory at a time: it is loaded once for each spectrum that the lengths need.
+    One model is in memory at a time: it is loaded once for each spectrum that the lengths need. A killed evaluation
+    goes on from the tables that it had finished.
+
+    Args:
+        config: of the evaluation.
+        ranks: processes that share documents and prompts; None: this one alone.
 
     Returns:
         The results table, as :func:`ropewalk.evaluation.read_results` reads it back.
@@ -45,16 +54,20 @@ def evaluate(config: EvaluateConfig) -> pd.DataFrame:
         results = read_results(plan.output)
         print(summary(results), flush=True)
         return results
-    progress = Progress(plan.tokens)
+    ranks = ranks or Ranks.alone()
+    progress = Progress(plan.tokens // ranks.size)
+    partial = Partial(plan.output, plan.identity, writes=ranks.rank == 0)
     rows: list[dict[str, Any]] = []
     sums: list[pd.DataFrame] = []
     for setting in plan.settings:
-        of_setting, of_documents = _evaluate_setting(plan, setting, progress)
+        of_setting, of_documents = _evaluate_setting(plan, setting, progress, partial, ranks)
         rows += of_setting
         sums.append(of_documents)
     results = results_table(rows)
-    write_evaluation(plan.output, results, pd.concat(sums, ignore_index=True), _record(plan))
-    print(summary(results), flush=True)
+    if ranks.rank == 0:
+        write_evaluation(plan.output, results, pd.concat(sums, ignore_index=True), _record(plan))
+        partial.remove()
+        print(summary(results), flush=True)
     return results
 
 
@@ -84,41 +97,69 @@ def summary(results: pd.DataFrame) -> str:
     return table.to_string(float_format="{:.4f}".format)
 
 
-def _evaluate_setting(plan: Plan, setting: Setting, progress: Progress) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+def _evaluate_setting(
+    plan: Plan, setting: Setting, progress: Progress, partial: Partial, ranks: Ranks
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Rows of the results and sums by document; whatever ``partial`` holds of them is not measured again."""
     config = plan.config
-    scorer = ModelScorer(
-        load_for_evaluation(
+
+    @functools.cache  # one model, and none where everything was measured
+    def scorer() -> Scorer:
+        model = load_for_evaluation(
             plan.directory,
             extra=setting.extra,
             length=setting.longest,
             dtype=config.dtype,
-            device=config.device,
+            device=ranks.device(config.device),
         )
+        return ModelScorer(model, prefill_chunk=config.prefill_chunk or chunk_for(setting.longest))
+
+    sums = partial.table(
+        f"loss-{setting.longest}",
+        lambda: document_table(_document_rows(plan, setting, scorer(), progress, ranks)),
     )
-    sums = document_table(_document_rows(plan, setting, scorer, progress))
     measured = list(loss_rows(sums, setting, config.seed))
     for length in setting.lengths if config.needle.samples else ():
-        measured += needle_rows(_needle_scores(plan, length, scorer, progress), config.seed)
+        ask = functools.partial(_needle_scores, plan, length, progress, ranks, scorer)
+        scores = partial.table(f"needle-{length}", ask)
+        measured += needle_rows(scores, config.seed)
     common = _identity(plan, setting)
     return [common | row for row in measured], sums
 
 
-def _document_rows(plan: Plan, setting: Setting, scorer: Scorer, progress: Progress) -> Iterator[Mapping[str, Any]]:
+def _document_rows(
+    plan: Plan, setting: Setting, scorer: Scorer, progress: Progress, ranks: Ranks
+) -> list[Mapping[str, Any]]:
+    """The rows of every document, in order; each rank reads its share of them."""
     edges = bucket_edges(plan.config.lengths)
     where = {"run": plan.run, "setting": setting.name, "context_length": setting.longest}
-    for number, (name, ids) in enumerate(plan.windows.tokens.items(), start=1):
+    mine = {}
+    for number, (name, ids) in list(enumerate(plan.windows.tokens.items()))[ranks.rank :: ranks.size]:
         losses = scorer.token_losses(ids[: setting.longest])
-        yield from (where | row for row in document_rows(name, losses, edges))
-        progress.advance(setting.longest, f"loss to {setting.longest}, document {number}/{len(plan.windows.tokens)}")
+        mine[number] = [where | row for row in document_rows(name, losses, edges)]
+        progress.advance(
+            setting.longest, f"loss to {setting.longest}, document {number + 1}/{len(plan.windows.tokens)}"
+        )
+    return [row for rows in _in_order(ranks.gather(mine)) for row in rows]
 
 
-def _needle_scores(plan: Plan, length: int, scorer: Scorer, progress: Progress) -> pd.DataFrame:
+def _needle_scores(
+    plan: Plan, length: int, progress: Progress, ranks: Ranks, scorer: Callable[[], Scorer]
+) -> pd.DataFrame:
+    """The scores of every prompt, in order; each rank answers its share of every depth."""
     prompts, samples = plan.prompts[length], plan.config.needle.samples
-    cells = []
+    mine: dict[int, pd.DataFrame] = {}
     for first in range(0, len(prompts), samples):
-        cells.append(score_prompts(scorer, prompts[first : first + samples]))
-        progress.advance(length * samples, f"needle at {length}, depth {prompts[first].depth:g}")
-    return pd.concat(cells)
+        numbers = range(first, first + samples)[ranks.rank :: ranks.size]
+        mine |= {number: score_prompts(scorer(), [prompts[number]]) for number in numbers}
+        progress.advance(length * len(numbers), f"needle at {length}, depth {prompts[first].depth:g}")
+    return pd.concat(_in_order(ranks.gather(mine)), ignore_index=True)
+
+
+def _in_order(shares: list[dict[int, Any]]) -> list[Any]:
+    """What the ranks have measured, by its number."""
+    numbered = {number: item for share in shares for number, item in share.items()}
+    return [numbered[number] for number in sorted(numbered)]
 
 
 def _identity(plan: Plan, setting: Setting) -> dict[str, Any]:

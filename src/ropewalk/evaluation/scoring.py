@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from ropewalk.evaluation.prefill import Reader
+
 LOGITS_CHUNK = 512  # positions whose logits exist at once: 0.26 GB at a vocabulary of 128k in float32
 
 
@@ -32,13 +34,17 @@ class ModelScorer:
     Args:
         model: in evaluation mode; its decoder gives hidden states, its output embeddings logits.
         chunk: positions whose logits exist at once.
+        prefill_chunk: positions of one forward pass, the earlier ones in a cache; None: one pass for the whole window,
+            as a model with other than stock attention needs it.
     """
 
-    def __init__(self, model: Any, chunk: int = LOGITS_CHUNK) -> None:
+    def __init__(self, model: Any, chunk: int = LOGITS_CHUNK, prefill_chunk: int | None = None) -> None:
+        self.model = model
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.device = model.device
         self.chunk = chunk
+        self.prefill_chunk = prefill_chunk
 
     @torch.inference_mode()
     def token_losses(self, ids: torch.Tensor) -> NDArray[np.float32]:
@@ -63,4 +69,6 @@ class ModelScorer:
         return self.head(hidden[-answer_ids.numel() :]).float().cpu()
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.prefill_chunk is not None and ids.numel() > self.prefill_chunk:
+            return Reader(self.model, self.prefill_chunk).read(ids, ids.numel())
         return self.decoder(input_ids=ids[None].to(self.device), use_cache=False).last_hidden_state[0]

@@ -12,6 +12,8 @@ from ropewalk.config import RopeConfig, TestTimeConfig
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.position import Steps
 
+LENGTH_RATIO = "length_over_trained"  # what a chain says for a factor that follows the length under evaluation
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -45,22 +47,28 @@ def settings_by_length(
 ) -> list[Setting]:
     """Group ``lengths`` (ascending) by the spectrum that each one runs under.
 
-    ``rope`` is appended to the checkpoint's chain at every length; then ``test_time.within`` up to the
-    trained length, ``test_time.beyond`` past it. Neighbouring lengths share a setting where spectrum and
-    attention scaling are equal; a length-dependent chain gets one setting for each length.
+    ``rope`` is appended to the checkpoint's chain at every length; then ``test_time.at`` where it names the length,
+    else ``test_time.within`` up to the trained length and ``test_time.beyond`` past it. Neighbouring lengths
+    share a setting where spectrum and attention scaling are equal; a length-dependent chain gets one for each length.
 
     Raises:
         ValueError: from the chain, for a method that does not fit.
     """
     settings: list[Setting] = []
     for length in lengths:
-        test = test_time.within if length <= position.trained_length else test_time.beyond
+        ruled = test_time.within if length <= position.trained_length else test_time.beyond
+        test = _follow(test_time.at.get(length, ruled), length / position.trained_length)
         setting = _setting(position, [*rope.chain, *test], length)
         if settings and _same_spectrum(settings[-1].spectrum, setting.spectrum):
             settings[-1] = replace(settings[-1], lengths=(*settings[-1].lengths, length))
         else:
             settings.append(setting)
     return settings
+
+
+def _follow(steps: Steps, ratio: float) -> list[dict[str, Any]]:
+    """``steps`` with the ratio of the length to the trained one in place of the word for it."""
+    return [{name: ratio if value == LENGTH_RATIO else value for name, value in step.items()} for step in steps]
 
 
 def _setting(position: Position, extra: Steps, length: int) -> Setting:

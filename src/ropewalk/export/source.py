@@ -126,7 +126,7 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
         identity={
             "step": manifest["step"],
             "chain_sha256": position.chain.sha256,
-            "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+            "files": manifest["files"],
         },
         run_dir=run_of(checkpoint),
     )

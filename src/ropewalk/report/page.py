@@ -13,16 +13,13 @@ from plotly.offline import get_plotlyjs
 from ropewalk.config import CompareConfig
 from ropewalk.files import write_atomically
 from ropewalk.report import runs_table, summary
-from ropewalk.report.figures import (
-    needle_figure,
-    position_figure,
-    run_styles,
-    spectra_figure,
-    training_figure,
-)
-from ropewalk.report.images import spectrum_images
-from ropewalk.report.results_table import ResultsTable, as_text, results_table
+from ropewalk.report.base import with_bases
+from ropewalk.report.figures import RunStyle, styles_of
+from ropewalk.report.files import check_files, write_figures
 from ropewalk.report.runs import Run, load_runs
+from ropewalk.report.sections import Section, sections_of
+from ropewalk.report.seeds import arms
+from ropewalk.report.table import Table, as_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -34,19 +31,28 @@ def compare(config: CompareConfig) -> Path:
         Path of the report.
 
     Raises:
-        ValueError: for a run directory that holds nothing, a baseline that is none of the runs, or an output
-            that is a directory.
+        ValueError: for a run directory that holds nothing, a baseline that is none of the runs, an output that is a
+            directory, a format that figures do not have, or a threshold that is no percentage.
     """
     output = Path(config.output)
     if output.is_dir():
         raise ValueError(f"output={output} is a directory; name a file in it: output={output / 'report.html'}")
-    runs = load_runs(config.runs)
+    check_files(config.figures, config.figure_formats)
+    for name in ("effective_needle", "effective_ruler"):
+        if not 0 < getattr(config, name) <= 100:
+            raise ValueError(f"{name}={getattr(config, name)} is no percentage; give one above 0 and up to 100")
+    runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)
-    table = results_table(runs, baseline)
-    page = render(config.title, runs, baseline, table)
+    styles = styles_of(arms(runs))
+    sections = sections_of(config, runs, baseline, styles)
+    page = render(config.title, runs, baseline, styles, sections)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
-    print(f"{as_text(table)}\n\nreport: {output.resolve()}", flush=True)
+    results = next(section for section in sections if isinstance(section, Table))
+    if config.figures is not None:
+        files = write_figures(sections, styles, Path(config.figures), config.figure_formats)
+        print(f"figures: {len(files)} files in {Path(config.figures).resolve()}", flush=True)
+    print(f"{as_text(results)}\n\nreport: {output.resolve()}", flush=True)
     return output
 
 
@@ -65,7 +71,7 @@ def find_baseline(runs: list[Run], name: str | None) -> Run:
     return found[0]
 
 
-def render(title: str, runs: list[Run], baseline: Run, table: ResultsTable) -> str:
+def render(title: str, runs: list[Run], baseline: Run, styles: dict[str, RunStyle], sections: list[Section]) -> str:
     """The page as HTML text; everything that comes from data is escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -74,7 +80,6 @@ def render(title: str, runs: list[Run], baseline: Run, table: ResultsTable) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    styles = run_styles([run.name for run in runs])
     numbers = count(1)
     environment.globals["next_number"] = lambda: next(numbers)
     environment.filters["figure_json"] = figure_json
@@ -84,14 +89,7 @@ def render(title: str, runs: list[Run], baseline: Run, table: ResultsTable) -> s
         styles=styles,
         findings=summary.findings(runs, baseline),
         limits=summary.limits(runs, baseline),
-        table=table,
-        figures=[
-            training_figure(runs, styles),
-            position_figure(runs, baseline, styles),
-            needle_figure(runs),
-            spectra_figure(runs, styles),
-        ],
-        images=spectrum_images(runs, baseline),
+        sections=sections,
         facts=runs_table.facts(runs),
         differences=runs_table.differences(runs, baseline),
         without_config=[run.name for run in runs if not run.config],

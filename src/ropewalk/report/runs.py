@@ -18,6 +18,21 @@ from omegaconf import OmegaConf
 METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
 PLACE_COLUMNS = ("task", "context_length", "position_start", "position_end", "depth")
 RESULT_COLUMNS = ("run", "chain", *PLACE_COLUMNS, "metric", "value", "ci_low", "ci_high", "stderr", "n")
+TABLE_COLUMNS = (
+    "run", "chain", "test_time_scaling", "harness", "task", "category", "context_length", "depth", "metric", "value",
+    "n", "stderr",
+)  # fmt: skip
+# What tells the rows of a table apart.
+NUMBER = [
+    "run",
+    "chain",
+    "test_time_scaling",
+    "harness",
+    "task",
+    "context_length",
+    "depth",
+    "metric",
+]
 DOCUMENT_COLUMNS = (
     "setting",
     "context_length",
@@ -29,7 +44,7 @@ DOCUMENT_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run; a missing part is an empty mapping or an empty table with its columns.
 
@@ -41,8 +56,10 @@ class Run:
         metrics: one row for each logged step, ascending.
         results: evaluation/results.parquet, tidy.
         documents: evaluation/documents.parquet, NLL sums per document and position bucket.
+        table: rows of every harness's table.parquet below the run's evaluations; scores in percent.
         evaluation: evaluation/evaluation.json.
         verification: export/verification.json.
+        is_base: whether the other runs were continued from it.
     """
 
     name: str
@@ -52,8 +69,10 @@ class Run:
     metrics: pd.DataFrame
     results: pd.DataFrame
     documents: pd.DataFrame
+    table: pd.DataFrame
     evaluation: dict[str, Any]
     verification: dict[str, Any]
+    is_base: bool = False
 
     @cached_property
     def trained_length(self) -> int | None:
@@ -83,6 +102,10 @@ class Run:
         """The rows of one task and metric."""
         return self.results[(self.results["task"] == task) & (self.results["metric"] == metric)]
 
+    def harness(self, name: str) -> pd.DataFrame:
+        """The rows of one harness that are no cell of a needle grid."""
+        return self.table[(self.table["harness"] == name) & self.table["depth"].isna()]
+
     def is_called(self, name: str) -> bool:
         """Whether ``name`` means this run: its name, its run_name, or its directory or the end of that."""
         return name in (
@@ -105,6 +128,13 @@ class Run:
     def is_beyond(self, length: int) -> bool:
         """Whether ``length`` tokens is past the run's trained length."""
         return self.trained_length is not None and length > self.trained_length
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
+    parts = ("config.yaml", "run.json", "metrics.jsonl", "results.parquet", "table.parquet")
+    inside = ("evaluation/results.parquet", "evaluation/table.parquet")
+    return any((directory / part).is_file() for part in (*parts, *inside))
 
 
 def load_runs(directories: Sequence[str]) -> list[Run]:
@@ -144,31 +174,33 @@ def load_run(directory: Path) -> Run:
     metrics = _metrics(directory / "metrics.jsonl")
     results = _table(evaluation / "results.parquet", RESULT_COLUMNS)
     documents = _table(evaluation / "documents.parquet", DOCUMENT_COLUMNS)
-    parts = (config, record, len(metrics), len(results), len(documents))
+    table = _tables(directory)
+    parts = (config, record, len(metrics), len(results), len(documents), len(table))
     if not any(parts):
         raise ValueError(
-            f"runs: {directory} holds none of config.yaml, run.json, metrics.jsonl, "
-            "evaluation/results.parquet and evaluation/documents.parquet; give a directory that train.py or "
+            f"runs: {directory} holds none of config.yaml, run.json, metrics.jsonl, evaluation/results.parquet, "
+            "evaluation/documents.parquet and evaluation/table.parquet; give a directory that train.py or "
             "scripts/evaluate.py wrote"
         )
     return Run(
-        name=_name(directory, results, record, config),
+        name=_name(directory, pd.concat([results["run"], table["run"]]), record, config),
         directory=directory,
         config=config,
         record=record,
         metrics=metrics,
         results=results,
         documents=documents,
+        table=table,
         evaluation=_json(evaluation / "evaluation.json"),
         verification=_json(directory / "export" / "verification.json"),
     )
 
 
-def _name(directory: Path, results: pd.DataFrame, record: dict[str, Any], config: dict[str, Any]) -> str:
-    names = sorted(set(results["run"].astype(str)))
+def _name(directory: Path, run_column: pd.Series, record: dict[str, Any], config: dict[str, Any]) -> str:
+    names = sorted(set(run_column.astype(str)))
     if len(names) > 1:
         raise ValueError(
-            f"{directory}/evaluation/results.parquet holds {len(names)} runs ({', '.join(names)}), and a run "
+            f"{directory}: its evaluation holds {len(names)} runs ({', '.join(names)}), and a run "
             "directory is one run; evaluate each into a directory of its own (scripts/evaluate.py output=...)"
         )
     return str((names or [record.get("run_name") or config.get("run_name") or directory.resolve().name])[0])
@@ -226,6 +258,23 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     frame = pd.read_parquet(path)
     _require(path, frame, columns)
     return frame
+
+
+def _tables(directory: Path) -> pd.DataFrame:
+    """The tables of all harnesses, from the directory itself or from the evaluations in it."""
+    paths = [directory / "table.parquet", *sorted(directory.glob("evaluation*/**/table.parquet"))]
+    found = [_table(path, TABLE_COLUMNS)[list(TABLE_COLUMNS)] for path in paths if path.is_file()]
+    if not found:
+        return pd.DataFrame(columns=list(TABLE_COLUMNS))
+    table = pd.concat(found, ignore_index=True)
+    twice = table[table.duplicated(NUMBER)]
+    if len(twice):
+        row = twice.iloc[0]
+        raise ValueError(
+            f"{directory} holds {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} tokens "
+            "twice; move one of its evaluations away"
+        )
+    return table
 
 
 def _require(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> None:

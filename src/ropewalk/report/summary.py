@@ -5,10 +5,13 @@ from __future__ import annotations
 from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS
 from ropewalk.report.differences import Unpaired, at_length
 from ropewalk.report.needle import is_at_chance
-from ropewalk.report.results_table import losses
+from ropewalk.report.results_table import loss_at, losses
 from ropewalk.report.runs import Run
 from ropewalk.report.runs_table import differences
+from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, UNKNOWN_NOISE, WITHOUT_EFFECT, Arm, arms, noise_words
 from ropewalk.report.text import amount, counted, listed
+
+MOST_NAMED = 4  # runs that the opening names one by one; the table has all
 
 
 def findings(runs: list[Run], baseline: Run) -> list[str]:
@@ -59,19 +62,23 @@ def _what(runs: list[Run], baseline: Run) -> str:
 
 
 def _outcome(runs: list[Run], baseline: Run, length: int) -> str:
-    found = sorted((losses(run)[length], run.name, run) for run in runs if length in losses(run))
-    words = [f"{name} {loss:.3f}{_against(run, baseline, length)}" for loss, name, run in found]
+    found = sorted((run for run in runs if length in losses(run)), key=lambda run: losses(run)[length])
+    of_seeds = arms(runs)
+    words = [f"{run.name} {losses(run)[length]:.3f}{_against(run, baseline, of_seeds, length)}" for run in found]
+    if len(words) > MOST_NAMED:
+        words = [words[0], f"{len(words) - 2} between", words[-1]]
     where = ""
     if baseline.trained_length is not None:
         where = f", {'past' if baseline.is_beyond(length) else 'within'} {baseline.name}'s trained length"
     return f"At {length:,} tokens{where}, from the lowest loss: {listed(words)}."
 
 
-def _against(run: Run, baseline: Run, length: int) -> str:
+def _against(run: Run, baseline: Run, of_seeds: list[Arm], length: int) -> str:
     found = Unpaired("itself") if run is baseline else at_length(run, baseline, length)
     if isinstance(found, Unpaired):
         return ""
-    return f" ({found.value:+.3f}{'' if found.is_decided else ', interval includes 0'})"
+    noise = noise_words(run, baseline, of_seeds, loss_at(length))
+    return f" ({found.value:+.3f}{'' if found.is_decided else ', interval includes 0'}; {noise})"
 
 
 def _documents(runs: list[Run]) -> str:
@@ -86,41 +93,40 @@ def _documents(runs: list[Run]) -> str:
 
 
 def _training_noise(runs: list[Run]) -> str:
-    seeds: dict[tuple[object, ...], list[Run]] = {}
-    trained = [run for run in runs if run.is_trained_here]
+    trained = [arm for arm in arms(runs) if arm.is_trained]
     if not trained:
         return "None of these runs was trained here, so there is no training noise to speak of."
-    for run in trained:
-        seeds.setdefault((run.record.get("chain_sha256", run.name), run.trained_length), []).append(run)
-    repeated = [group for group in seeds.values() if len({run.config.get("trainer.seed") for run in group}) > 1]
-    if not repeated:
-        return (
-            "Each arm was trained with one seed, so the training noise is unknown: a second seed of the same "
-            "arm could differ by as much as two arms differ here, however narrow the intervals."
+    repeated, single = [arm for arm in trained if arm.seeds > 1], [arm for arm in trained if arm.seeds == 1]
+    parts = [_spread(arm) for arm in repeated]
+    if single:
+        names = "Each arm" if not repeated else listed(arm.name for arm in single)
+        parts.append(
+            f"{names} was trained with one seed, {UNKNOWN_NOISE}: a second seed of the same arm could differ by as "
+            "much as two arms differ here, however narrow the intervals."
         )
-    return " ".join(_spread(group) for group in repeated)
+    return " ".join(parts)
 
 
-def _spread(group: list[Run]) -> str:
-    names, found = listed(run.name for run in group), [losses(run) for run in group]
-    shared = set.intersection(*map(set, found))
-    if not shared:
-        return f"{names} are seeds of one arm, but share no context length."
-    spread = {length: max(one[length] for one in found) - min(one[length] for one in found) for length in shared}
-    words = ", ".join(f"{spread[length]:.3f} at {length:,}" for length in sorted(shared))
+def _spread(arm: Arm) -> str:
+    lengths = sorted({length for run in arm.runs for length in losses(run)})
+    spreads = {length: spread for length in lengths if (spread := arm.spread(loss_at(length))) is not None}
+    if not spreads:
+        return f"{arm.name} has {arm.seeds} seeds, but they share no context length."
+    longest = max(spreads, key=lambda length: spreads[length])
     return (
-        f"{names} are seeds of one arm; between them the loss differs by {words} (nats/token, at tokens). "
-        "Differences between arms that are not clearly larger are training noise."
+        f"The {arm.seeds} seeds of {arm.name} differ in loss by up to {spreads[longest]:.3f} nats per token (at "
+        f"{longest:,} tokens); differences between arms that are not clearly larger are training noise."
     )
 
 
 def _confounds(runs: list[Run], baseline: Run) -> list[str]:
-    """Configuration keys besides the method in which a run differs from the baseline."""
-    rows = [row for row in differences(runs, baseline) if not row.name.startswith("rope.")]
+    """Configuration keys besides method and seed in which a run differs from the baseline; the base does by nature."""
+    free = ("rope.", *GROUPS_WITHOUT_EFFECT)
+    rows = [r for r in differences(runs, baseline) if not r.name.startswith(free) and r.name not in WITHOUT_EFFECT]
     found = []
     for i, run in enumerate(runs):
         keys = [row.name for row in rows if row.cells[i][1]]
-        if keys:
+        if keys and not run.is_base:
             shown = listed(keys[:4] if len(keys) <= 4 else [*keys[:3], f"{len(keys) - 3} other keys"])
             found.append(
                 f"{run.name} differs from {baseline.name} in more than the position method ({shown}), so "

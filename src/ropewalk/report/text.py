@@ -32,6 +32,13 @@ def listed(items: Iterable[object]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"
 
 
+def ranked(values: Iterable[tuple[float, str]], form: str = ".3f", most: int = 4) -> str:
+    """Names with their values, ascending: ``a 1.000, b 1.200 and c 1.300``; of more than ``most`` the two ends."""
+    ordered = sorted(values)
+    words = [f"{name} {value:{form}}" for value, name in ordered]
+    return listed(words) if len(words) <= most else f"{words[0]} to {words[-1]}, {len(words) - 2} between"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 run``, ``3 runs``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ropewalk.files import fsync_path, inside, sha256_of, write_atomically
+from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
+from ropewalk.training.background import Work, snapshot
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -72,9 +74,16 @@ def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1
             continue
         if not path.is_file():
             raise ValueError(f"{path} is missing, but the manifest lists it")
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise ValueError(f"{path} is not the file that was saved (its size or sha256 differs)")
+        if path.stat().st_size != expected["bytes"] or not _hashes_to(path, expected):
+            raise ValueError(f"{path} is not the file that was saved (its size or checksum differs)")
     return manifest
+
+
+def _hashes_to(path: Path, expected: Mapping[str, Any]) -> bool:
+    """Checkpoints have BLAKE3; those of the first weeks SHA-256, which took longer than the writing."""
+    if "blake3" in expected:
+        return blake3_of(path) == expected["blake3"]
+    return sha256_of(path) == expected["sha256"]
 
 
 class SaveFailed(RuntimeError):
@@ -84,33 +93,96 @@ class SaveFailed(RuntimeError):
 def save_checkpoint(
     engine: Any, run_dir: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Path:
-    """Write files, make them durable, then commit by renaming the manifest into place. Collective.
+    """Save and wait for it: ``start_save`` and ``commit`` in one. Collective."""
+    return start_save(engine, run_dir, step, contract, state, in_background=False).commit()
+
+
+def start_save(
+    engine: Any,
+    run_dir: Path,
+    step: int,
+    contract: Mapping[str, Any],
+    state: Mapping[str, Any],
+    in_background: bool,
+) -> StartedSave:
+    """Take everything that a checkpoint holds. Collective.
 
     Args:
-        engine: the DeepSpeed engine.
+        engine: the DeepSpeed engine; from here on it may change.
         run_dir: the run's directory.
         step: steps taken; the data order needs no other state.
         contract: what a resumed run must agree with.
         state: what it goes on from beside the tensors; small, JSON; rank 0's is written.
+        in_background: copy the tensors to host memory, and write and hash them in a thread.
 
     Raises:
         SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
     """
     directory = checkpoint_directory(run_dir, step)
-    try:
+    with _undone(run_dir, step):
         _all_or_none(lambda: _begin(engine, directory))
-        with _recorded_writes(engine) as failures:
+        with _recorded_writes(engine, in_background) as (failures, later):
             engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
-        mine = _all_or_none(lambda: _settle_share(directory, failures))
-        _all_or_none(lambda: _commit(directory, step, contract, state, mine))
+    rng = _rng_state()
+    facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+
+    def write() -> dict[str, Any]:
+        for do in later:
+            do()
+        return _settle_share(directory, failures, rng)
+
+    return StartedSave(run_dir, facts, dict(contract), dict(state), Work(write, in_background))
+
+
+class StartedSave:
+    """A checkpoint that is being written, and exists once ``commit`` has returned."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        facts: Mapping[str, int],
+        contract: Mapping[str, Any],
+        state: Mapping[str, Any],
+        share: Work[dict[str, Any]],
+    ) -> None:
+        self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
+
+    @property
+    def step(self) -> int:
+        """Steps that it holds."""
+        return self.facts["step"]
+
+    def written(self, group: dist.ProcessGroup | None) -> bool:
+        """Whether every rank has written its files, so that ``commit`` would not wait. Collective."""
+        done = torch.tensor([int(self.share.done())])
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=group)
+        return bool(done)
+
+    def commit(self) -> Path:
+        """Wait for every rank's files, then rename the manifest into place. Collective.
+
+        Raises:
+            SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
+        """
+        directory = checkpoint_directory(self.run_dir, self.step)
+        with _undone(self.run_dir, self.step):
+            mine = _all_or_none(self.share.result)
+            _all_or_none(lambda: _commit(directory, self.facts, self.contract, self.state, mine))
+        return directory
+
+
+@contextmanager
+def _undone(run_dir: Path, step: int) -> Iterator[None]:
+    """Remove what was written of a step whose save fails: a full disk gets its space back."""
+    try:
+        yield
     except SaveFailed as error:
-        if dist.get_rank() == 0:  # a full disk gets its space back
-            shutil.rmtree(directory, ignore_errors=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(checkpoint_directory(run_dir, step), ignore_errors=True)
         dist.barrier()
         raise SaveFailed(
             f"the checkpoint of step {step} could not be written ({error}); {_standing(run_dir)}"
         ) from None
-    return directory
 
 
 def _begin(engine: Any, directory: Path) -> None:
@@ -125,9 +197,13 @@ def _begin(engine: Any, directory: Path) -> None:
 
 
 @contextmanager
-def _recorded_writes(engine: Any) -> Iterator[list[str]]:
-    """Have DeepSpeed's writes leave word of a failure instead of an exception: the other ranks wait in its barriers."""
+def _recorded_writes(engine: Any, in_background: bool) -> Iterator[tuple[list[str], list[Callable[[], None]]]]:
+    """Have DeepSpeed's writes leave word of a failure instead of an exception: the other ranks wait in its barriers.
+
+    Yields that word, and, in the background, the writes of tensors that are still to be made, of copies.
+    """
     failures: list[str] = []
+    later: list[Callable[[], None]] = []
 
     def recorded(write: Callable[..., Any]) -> Callable[..., None]:
         def attempt(*arguments: Any, **named: Any) -> None:
@@ -141,24 +217,35 @@ def _recorded_writes(engine: Any) -> Iterator[list[str]]:
     writes = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
     for owner, name in writes:
         setattr(owner, name, recorded(getattr(owner, name)))
+    if in_background:
+        write = engine.checkpoint_engine.save
+
+        def postpone(state_dict: Any, path: str) -> None:
+            later.append(partial(write, snapshot(state_dict), path))
+
+        engine.checkpoint_engine.save = postpone
     try:
-        yield failures
+        yield failures, later
     finally:
         for owner, name in writes:
             delattr(owner, name)
 
 
-def _settle_share(directory: Path, failures: list[str]) -> dict[str, Any]:
+def _settle_share(directory: Path, failures: list[str], rng: dict[str, torch.Tensor]) -> dict[str, Any]:
     """This rank's files, on the disk, with size and checksum."""
     if failures:
         raise OSError(failures[0])
     rank = dist.get_rank()
-    save_file(_rng_state(), directory / f"rng_rank_{rank}.safetensors")
+    save_file(rng, directory / f"rng_rank_{rank}.safetensors")
     return {str(path.relative_to(directory)): _settle(path) for path in _files_of(rank, directory)}
 
 
 def _commit(
-    directory: Path, step: int, contract: Mapping[str, Any], state: Mapping[str, Any], mine: dict[str, Any]
+    directory: Path,
+    facts: Mapping[str, int],
+    contract: Mapping[str, Any],
+    state: Mapping[str, Any],
+    mine: dict[str, Any],
 ) -> None:
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
@@ -166,8 +253,7 @@ def _commit(
         return
     manifest = {
         "format": FORMAT_VERSION,
-        "step": step,
-        "world_size": dist.get_world_size(),
+        **facts,
         "contract": dict(contract),
         "state": dict(state),
         "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
@@ -211,13 +297,18 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None
         universal: its universal form, where another number of ranks saved it. Random state is left alone then: it
             belongs to ranks that are no more, and training draws nothing from it.
     """
-    engine._config.load_universal_checkpoint = universal is not None
-    loaded, _ = engine.load_checkpoint(str(universal or checkpoint), tag=ZERO)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {(universal or checkpoint) / ZERO}")
+    load_state(engine, universal or checkpoint, is_universal=universal is not None)
     if universal is None:
         _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
-    else:
+
+
+def load_state(engine: Any, directory: Path, *, is_universal: bool) -> None:
+    """Load weights and optimizer state from a verified checkpoint or its universal form. Collective."""
+    engine._config.load_universal_checkpoint = is_universal
+    loaded, _ = engine.load_checkpoint(str(directory), tag=ZERO)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {directory / ZERO}")
+    if is_universal:
         _unshare_steps(engine)
 
 
@@ -245,7 +336,7 @@ def _files_of(rank: int, directory: Path) -> list[Path]:
 def _settle(path: Path) -> dict[str, Any]:
     """Flush a file to its disk and describe it."""
     fsync_path(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "blake3": blake3_of(path)}
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

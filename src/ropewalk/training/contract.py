@@ -8,9 +8,12 @@ from typing import Any
 from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.rope.position import Position
+from ropewalk.training.start import Start
 
 
-def contract(config: TrainConfig, position: Position, store: PackedStore, mixture: Mixture) -> dict[str, Any]:
+def contract(
+    config: TrainConfig, position: Position, store: PackedStore, mixture: Mixture, start: Start | None = None
+) -> dict[str, Any]:
     """Everything that changes the numbers of a step, entry by entry."""
     trainer = config.trainer
     metadata = position.metadata()
@@ -22,8 +25,9 @@ def contract(config: TrainConfig, position: Position, store: PackedStore, mixtur
         "base_model": {
             "path": config.model.path,
             "revision": config.model.revision,
-            "architecture": dict(config.model.architecture),
+            "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
         },
+        "start_from": start and {**start.identity(), "optimizer": config.start_from.optimizer},
         "tokenizer": dict(store.tokenizer),
         **mixture.contract(),
         "overfit_one_batch": trainer.overfit_one_batch,
@@ -34,6 +38,7 @@ def contract(config: TrainConfig, position: Position, store: PackedStore, mixtur
             for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
         },
         "dtype": trainer.dtype,
+        "z_loss": trainer.z_loss,
     }
 
 

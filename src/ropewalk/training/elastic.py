@@ -22,10 +22,24 @@ def universal_directory(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"universal-{checkpoint.name}")
 
 
-def make_universal(checkpoint: Path, stage: int) -> Path:
+def require_stage(saved: int, present: int, checkpoint: Path) -> None:
+    """Raise ValueError where a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
+    if saved != present:
+        raise ValueError(
+            f"{checkpoint} was saved with deepspeed.stage={saved}, this run has deepspeed.stage={present}; set it to "
+            f"{saved}"
+        )
+
+
+def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> Path:
     """The universal form of a verified checkpoint, converted by rank 0 where it is not there yet. Collective.
 
     It costs as much disk as the checkpoint. retention deletes it with the checkpoints that ``trainer.keep_last`` ends.
+
+    Args:
+        checkpoint: verified.
+        stage: of ZeRO.
+        target: directory of it; None: beside the checkpoint.
 
     Raises:
         ValueError: for ZeRO-1 and -2, whose shards say too little for the conversion.
@@ -36,7 +50,7 @@ def make_universal(checkpoint: Path, stage: int) -> Path:
             f"{checkpoint} was saved by another number of ranks; that needs deepspeed.stage=3, this run has "
             f"deepspeed.stage={stage}: resume with as many ranks as saved it"
         )
-    target = universal_directory(checkpoint)
+    target = target or universal_directory(checkpoint)
     conversion = _Conversion(checkpoint, target) if dist.get_rank() == 0 else None
     while True:  # a barrier would meet the process group's timeout with a large model
         status = [conversion.status() if conversion else ""]

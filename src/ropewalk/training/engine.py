@@ -6,7 +6,6 @@ import atexit
 import ctypes
 import logging
 import os
-import socket
 import time
 import warnings
 from collections.abc import Iterable
@@ -20,10 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.launch import take_place
 from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
+from ropewalk.training.activations import place_activations
 from ropewalk.training.parallel import sequence_groups
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -65,18 +66,13 @@ class Ranks:
 
 
 def world_size() -> int:
-    """Ranks that the launcher has announced, before any of them is joined.
+    """Ranks that the launcher, srun or torchrun, has announced, before any of them is joined.
 
     Raises:
-        ValueError: where srun started several tasks that do not know their ranks, or a rank lacks its place on the
+        ValueError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
             node: each would be a run of its own in the same directory.
     """
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks > 1:
-        raise ValueError(
-            f"SLURM_NTASKS={tasks} but RANK is not set, so every task would be rank 0; start through "
-            "slurm/train_64k.sh, which sets RANK, LOCAL_RANK and WORLD_SIZE"
-        )
+    take_place()
     if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         raise ValueError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -99,15 +95,12 @@ def start_processes(device: str, sequence: int = 1) -> Ranks:
 
 def _join(deepspeed: Any, device: str) -> None:
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": "0",  # any free one: found by the store itself, so that no other process takes it meanwhile
         }
         os.environ.update(alone)
     if device == "cuda":
@@ -193,10 +186,10 @@ def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, data_size: int, s
 class LossModel(nn.Module):
     """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
 
-    def __init__(self, lm: PreTrainedModel, chunk_size: int) -> None:
+    def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float = 0.0) -> None:
         super().__init__()
         self.lm = lm
-        self.chunk_size = chunk_size
+        self.chunk_size, self.z_loss = chunk_size, z_loss
 
     def forward(
         self,
@@ -205,8 +198,9 @@ class LossModel(nn.Module):
         labels: Tensor,
         documents: Documents,
         token_losses: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross entropy of one packed row.
+        """Summed cross entropy of one packed row, and its z-loss where there is one; or some of its logits.
 
         Args:
             input_ids: int64 (1, tokens).
@@ -214,15 +208,21 @@ class LossModel(nn.Module):
             labels: int64 (1, tokens), already shifted; -100 is not trained on.
             documents: where each document begins and ends.
             token_losses: fp32 (tokens,), gets the loss of each trained token.
+            logits_at: int64 (n,), places in the row.
 
         Returns:
-            fp32 scalar, nats.
+            fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
         """
         # use_cache=True would let packed documents see each other in stock attention; say it where it matters.
         decoder = self.lm.get_decoder()
-        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        hidden = output.last_hidden_state[0]
         head = self.lm.get_output_embeddings().weight
-        return tiled_linear_cross_entropy(hidden.last_hidden_state[0], head, labels[0], self.chunk_size, token_losses)
+        if not torch.is_grad_enabled():
+            head = head.detach()  # else the loss would form the head's gradient all the same
+        if logits_at is not None:
+            return (hidden[logits_at] @ head.T).float()
+        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -249,10 +249,9 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     torch.manual_seed(trainer.seed)
     lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
     del partitioned_init
-    if trainer.activation_checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
+    place_activations(lm, trainer)
     lm.train()
-    loss_model = LossModel(lm, trainer.loss_chunk_size)
+    loss_model = LossModel(lm, trainer.loss_chunk_size, trainer.z_loss)
     optimizer = torch.optim.AdamW(
         parameter_groups(loss_model.parameters(), trainer.weight_decay),
         lr=trainer.learning_rate,

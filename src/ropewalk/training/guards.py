@@ -144,7 +144,7 @@ def write_provenance(run_dir: Path, step: int, result: StepResult, lr: float, mi
         "learning_rate": lr,
         "domains": dict(Counter(ref.domain for ref in refs)),
         "stores": {name: str(one.root) for name, one in store.stores.items()},
-        "read_one_with": "python data_prep/inspect_store.py store=STORE domain=DOMAIN sequence=SEQUENCE",
+        "read_one_with": "python data_prep/inspect.py store=STORE domain=DOMAIN sequence=SEQUENCE",
         "sequences": sequences,
     }
     path = provenance_path(run_dir, step)

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from ropewalk.attention import Documents
 from ropewalk.config import TrainConfig, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
+from ropewalk.data.batches import Batch
 from ropewalk.data.prefetch import prefetched
-from ropewalk.data.remote import open_stores
 from ropewalk.model import training_config
-from ropewalk.rope.position import position_of
+from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.contract import contract
-from ropewalk.training.elastic import make_universal
+from ropewalk.training.elastic import make_universal, require_stage
 from ropewalk.training.engine import (
     Ranks,
     averaging_ranks,
@@ -38,18 +37,35 @@ from ropewalk.training.guards import (
     watch_gradients,
     write_provenance,
 )
+from ropewalk.training.inputs import describe_order, fit_tokenizer, micro_batches, on_device, open_data
 from ropewalk.training.metrics import Meter
 from ropewalk.training.observer import Observer
-from ropewalk.training.parallel import check_heads, shard
-from ropewalk.training.resume import find_origin, require_writable
+from ropewalk.training.parallel import check_heads
+from ropewalk.training.resume import Origin, find_origin, require_writable
 from ropewalk.training.saving import Saver
 from ropewalk.training.schedule import learning_rate
+from ropewalk.training.scoring import EngineScorer
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
+from ropewalk.training.start import Start, find_start, prepare_start, write_start
 from ropewalk.training.watchdog import Watchdog
 
 
-def train(config: TrainConfig) -> None:
+class Evaluation(Protocol):
+    """What ``evaluation.every`` asks for; of ropewalk.evaluation, which this package knows nothing of."""
+
+    def __call__(self, scorer: EngineScorer, step: int) -> dict[str, float]:
+        """Metrics of the model after ``step`` steps. Collective."""
+
+
+Evaluator = Callable[[TrainConfig, PackedStore, Position, Ranks], Evaluation]
+
+
+def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     """Run, or go on with, the training that ``config`` describes. Collective.
+
+    Args:
+        config: of the run.
+        evaluator: makes the evaluation where ``evaluation.every`` is set.
 
     Raises:
         ValueError: for a configuration, store or checkpoint that does not fit, before a model is built.
@@ -60,48 +76,39 @@ def train(config: TrainConfig) -> None:
     require_device("trainer.device", trainer.device)
     validate_train(config, world_size())
     store, mixture = open_data(config)
-    model_config = training_config(config.model, config.rope.name, config.rope.chain, config.data.sequence_length)
-    fit_tokenizer(model_config, store, from_scratch=config.model.path is None)
+    ranks = start_processes(trainer.device, config.parallel.sequence)
+    start = find_start(config)
+    model_config = training_config(
+        config.model,
+        config.rope.name,
+        config.rope.chain,
+        config.data.sequence_length,
+        start=start.config if start is not None else None,
+    )
+    fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
     check_heads(model_config, config.parallel.sequence)
-    _run(config, start_processes(trainer.device, config.parallel.sequence), store, mixture, model_config)
-
-
-def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
-    """The store that the tokenizer is taken from, and the order in which it and any others are read.
-
-    Raises:
-        ValueError: for a store of another sequence length or tokenizer, or a mixture that does not fit.
-    """
-    data, trainer = config.data, config.trainer
-    stores = open_stores(data)
-    mixture = Mixture(
-        trainer.seed, data.mixture, stores, trainer.global_batch_size,
-        sequence_length=data.sequence_length, curriculum=data.curriculum,
-    )  # fmt: skip
-    return stores[""], mixture
-
-
-def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, from_scratch: bool) -> None:
-    """Check that the model can embed the store's tokens; a model from scratch takes the store's special tokens.
-
-    Raises:
-        ValueError: where the store's vocabulary is larger than the model's.
-    """
-    tokenizer = store.tokenizer
-    if tokenizer["vocab_size"] > model_config.vocab_size:
-        raise ValueError(
-            f"the store's tokenizer has {tokenizer['vocab_size']} tokens and the model embeds {model_config.vocab_size}"
-            "; prepare the data with the model's tokenizer (corpus.tokenizer=...)"
-        )
-    if from_scratch:
-        model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
+    evaluation = None
+    if config.evaluation.every is not None:
+        if evaluator is None:
+            raise ValueError(
+                f"evaluation.every={config.evaluation.every}, but train() was given no evaluator; pass "
+                "ropewalk.evaluation.TrainingEvaluation, as train.py does"
+            )
+        evaluation = evaluator(config, store, position_of(model_config), ranks)
+    _run(config, ranks, store, mixture, model_config, start, evaluation)
 
 
 def _run(
-    config: TrainConfig, ranks: Ranks, store: PackedStore, mixture: Mixture, model_config: PreTrainedConfig
+    config: TrainConfig,
+    ranks: Ranks,
+    store: PackedStore,
+    mixture: Mixture,
+    model_config: PreTrainedConfig,
+    before: Start | None,
+    evaluation: Evaluation | None,
 ) -> None:
     trainer, run_dir, position = config.trainer, Path(config.run_dir), position_of(model_config)
-    agreed = contract(config, position, store, mixture)
+    agreed = contract(config, position, store, mixture, before)
     require_writable(run_dir)
     origin = find_origin(run_dir, agreed, config.resume)
     start = origin.step
@@ -110,15 +117,11 @@ def _run(
         _say(ranks, f"{run_dir} is at step {start} of {trainer.max_steps}: nothing left to do")
         return
     _say(ranks, describe_order(mixture, last))
-    elastic = origin.checkpoint is not None and origin.world_size != ranks.world_size
-    universal = make_universal(origin.checkpoint, config.deepspeed.stage) if origin.checkpoint and elastic else None
+    load = _prepare_load(config, origin, before)
     observer = Observer(config, ranks, model_config, store, mixture, origin)
-    engine = start_engine(config, model_config, ranks)
-    if origin.checkpoint:
-        load_checkpoint(engine, origin.checkpoint, universal)
-        restore_settings(engine, trainer)
-        place_spectrum(engine)
-    watch_gradients(engine)
+    if before is not None and ranks.is_main:
+        write_start(before, run_dir)
+    engine = _engine(config, model_config, ranks, load)
     guard = Guard(config.guards, origin.state.get("guard"))
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
@@ -141,18 +144,54 @@ def _run(
                 if result.refused is not None:
                     if ranks.is_main:
                         write_provenance(run_dir, step + 1, result, lr, mixture, seen)
+                    saver.settle()  # the guard may end the run
                     guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
                 watchdog.step_ends()
+                if evaluation is not None and _is_due(config.evaluation.every, step + 1, trainer.max_steps):
+                    with observer.clock_stopped("evaluation"), EngineScorer(engine, ranks) as scorer:
+                        observer.evaluated(step + 1, evaluation(scorer, step + 1))
                 saver.after(step + 1)
                 watchdog.step_begins(step + 2)
                 if profile is not None:
                     profile.step()
         except StopRequested as reason:
+            watchdog.step_ends()  # the save may take its time
             saver.before_leaving(step, str(reason))
             observer.finish()
             stop.close()
             raise SystemExit(EXIT_REQUEUE) from reason
     observer.finish()
+
+
+def _engine(
+    config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks, load: Callable[[Any], None] | None
+) -> Any:
+    """The engine as the first step finds it: built, brought to its checkpoint, its spectrum in place."""
+    engine = start_engine(config, model_config, ranks)
+    if load is not None:
+        load(engine)
+        restore_settings(engine, config.trainer)
+        place_spectrum(engine)
+    watch_gradients(engine)
+    return engine
+
+
+def _prepare_load(config: TrainConfig, origin: Origin, before: Start | None) -> Callable[[Any], None] | None:
+    """What brings a new engine to this run's own checkpoint, else to the one that it starts from; None: nothing does.
+
+    Everything is checked and converted here, while there is no engine yet. Collective.
+    """
+    if origin.checkpoint is None:
+        return prepare_start(before, config) if before is not None else None
+    checkpoint, stage, universal = origin.checkpoint, config.deepspeed.stage, None
+    require_stage(origin.zero_stage, stage, checkpoint)
+    if origin.world_size != dist.get_world_size():
+        universal = make_universal(checkpoint, stage)
+    return lambda engine: load_checkpoint(engine, checkpoint, universal)
+
+
+def _is_due(every: int | None, step: int, last: int) -> bool:
+    return every is not None and (step % every == 0 or step == last)
 
 
 def _stop_flag(config: TrainConfig) -> StopFlag:
@@ -164,20 +203,6 @@ def _watchdog(config: TrainConfig, ranks: Ranks) -> Watchdog:
     guards = config.guards
     run_dir = Path(config.run_dir)
     return Watchdog(run_dir, ranks.rank, ranks.world_size, guards.stuck_multiple, guards.stuck_seconds)
-
-
-def describe_order(mixture: Mixture, steps: int) -> str:
-    """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
-    epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
-    unused = f"; not used: {', '.join(mixture.unused)}" if mixture.unused else ""
-    repeated = f"; run out and repeated: {', '.join(names)}" if (names := mixture.repeated(steps)) else ""
-    return f"epochs at step {steps}: {epochs}{repeated}{unused}"
-
-
-def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
-    """This rank's part of the global batch of ``step``."""
-    refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
-    return [shard(read_batch(mixture.store, part), ranks.rank % ranks.sequence, ranks.sequence) for part in refs]
 
 
 def no_boundary() -> None:
@@ -234,7 +259,7 @@ def accumulate(
         boundary()
         token_losses = meter.token_losses(batch)
         with meter.time("forward"):
-            summed = engine(**_on_device(batch, ranks), token_losses=token_losses)
+            summed = engine(**on_device(batch, ranks), token_losses=token_losses)
         with meter.time("backward"):
             engine.backward(summed * scale, scale_wrt_gas=False)
         total += summed.detach()
@@ -242,15 +267,6 @@ def accumulate(
         if number < len(batches):
             engine.step()  # counts the micro batch; the weights change at the last one's
     return meter.reduce(total) / global_tokens
-
-
-def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids.to(ranks.device),
-        "position_ids": batch.position_ids.to(ranks.device),
-        "labels": batch.labels.to(ranks.device),
-        "documents": Documents.from_cu_seqlens(batch.cu_seqlens, ranks.device, ranks.group),
-    }
 
 
 def _profiler(steps: int, run_dir: Path, ranks: Ranks) -> Any:

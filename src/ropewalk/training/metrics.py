@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ropewalk.data.batches import IGNORE_INDEX, Batch
+from ropewalk.training.inputs import queued
 
 FIRST_EDGE = 16  # tokens of context in the first bucket of positions
-PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
+PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
+BETWEEN_STEPS = ("data", "checkpoint", "evaluation")  # waits of the CPU, timed by its clock
 T = TypeVar("T")
 
 
@@ -52,7 +54,7 @@ class Meter:
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Count what happens inside to a phase; on a GPU by events in its queue, so that nothing waits for it."""
-        if self.device.type != "cuda" or phase in ("data", "checkpoint"):
+        if self.device.type != "cuda" or phase in BETWEEN_STEPS:
             start = time.perf_counter()
             yield
             self._seconds[phase] += time.perf_counter() - start
@@ -84,10 +86,10 @@ class Meter:
             return
         trained = batch.labels[0] != IGNORE_INDEX
         domains = self._domain_of_tokens(batch)
-        contexts = (batch.position_ids[0] + 1).to(self.device, non_blocking=True)
-        cells = domains.to(self.device, non_blocking=True).clamp(min=0) * len(self.edges)
+        contexts = queued(batch.position_ids[0] + 1, self.device)
+        cells = queued(domains, self.device).clamp(min=0) * len(self.edges)
         cells += torch.bucketize(contexts, self._edges_on_device).clamp(max=len(self.edges) - 1)
-        counted = trained.to(self.device, non_blocking=True).double()
+        counted = queued(trained, self.device).double()
         self._tally[0].index_add_(0, cells, token_losses.double() * counted)
         self._tally[1].index_add_(0, cells, counted)
 

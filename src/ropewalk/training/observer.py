@@ -21,7 +21,7 @@ from ropewalk.rope.position import position_of
 from ropewalk.training.engine import Ranks
 from ropewalk.training.guards import StepResult
 from ropewalk.training.metrics import Meter
-from ropewalk.training.record import MetricsFile, Progress, copy_tokenizer, write_record
+from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.resume import Origin
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.tracker import open_tracker
@@ -50,7 +50,7 @@ class Observer:
         self.since = start  # step of the last recorded row
         if not ranks.is_main:
             return
-        self.work = WorkCounter(model_config, mixture, ranks.world_size, config.trainer.micro_batch_size)
+        self.work = WorkCounter(model_config, mixture, ranks.data_size, config.trainer.micro_batch_size)
         self.peak_flops = config.trainer.peak_flops or known_peak(ranks.device)
         self.done: list[StepWork] = []  # since the last row
         run_dir = Path(config.run_dir)
@@ -58,6 +58,8 @@ class Observer:
         details = write_record(config, position, store, model, ranks.world_size)
         copy_tokenizer(store.tokenizer_path, run_dir)
         self.metrics = MetricsFile(run_dir, start)
+        if config.evaluation.every is not None:
+            self.evaluations = MetricsFile(run_dir, start, EVALUATIONS)
         details = {**asdict(config), "run": details}
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, origin.state.get("tracker_id"))
         self.progress = Progress(start, config.trainer.max_steps)
@@ -127,12 +129,24 @@ class Observer:
         """Have the rows so far on the disk, before a checkpoint says that their steps are done."""
         if self.ranks.is_main:
             self.metrics.settle()
+            if self.config.evaluation.every is not None:
+                self.evaluations.settle()
+
+    def evaluated(self, step: int, measured: dict[str, float]) -> None:
+        """Record an evaluation: evaluations.jsonl, the tracker under eval/, and a line on the terminal."""
+        if not self.ranks.is_main:
+            return
+        row = {"step": step, "tokens": step * self.tokens_per_step, **measured}
+        self.evaluations.append(row)
+        self.tracker.log(row, group="eval")
+        told = "  ".join(f"{k} {v:.4f}" for k, v in measured.items() if "/position/" not in k)
+        self.say(f"step {step:>5} evaluated: {told}")
 
     @contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Leave what happens inside, the writing of a checkpoint, out of the steps' speed."""
+    def clock_stopped(self, phase: str) -> Iterator[None]:
+        """Leave what happens inside, a checkpoint or an evaluation, out of the steps' speed."""
         before = time.monotonic()
-        with self.meter.time("checkpoint"):
+        with self.meter.time(phase):
             yield
         self.clock += time.monotonic() - before
 

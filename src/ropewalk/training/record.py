@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +16,11 @@ from omegaconf import OmegaConf
 from ropewalk.config import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.files import fsync_path, write_atomically
+from ropewalk.provenance import git_commit, versions
 from ropewalk.rope.position import Position
 
-PACKAGES = (
-    "ropewalk",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "numpy",
-    "flash-attn",
-)
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, with "+changes" where it differs from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+METRICS = "metrics.jsonl"  # a row for each logged step
+EVALUATIONS = "evaluations.jsonl"  # a row for each evaluation while training
 
 
 def write_record(
@@ -84,7 +51,7 @@ def write_record(
         **model,
         "store_fingerprint": store.fingerprint,
         "git_commit": git_commit(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions(),
         "world_size": world_size,
     }
     run_dir = Path(config.run_dir)
@@ -102,11 +69,10 @@ def copy_tokenizer(source: Path | None, run_dir: Path) -> None:
 class MetricsFile:
     """metrics.jsonl: one object a logged step; on resume, rows past the checkpoint are taken off."""
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
+    def __init__(self, run_dir: Path, first_step: int, name: str = METRICS) -> None:
+        self.path = run_dir / name
+        kept = [row for row in read_metrics(run_dir, name) if row["step"] <= first_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
         self.unwritten = ""
 
     def append(self, row: dict[str, Any]) -> None:
@@ -128,9 +94,9 @@ class MetricsFile:
         fsync_path(self.path)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line cut off by a crash is left out."""
-    path = run_dir / "metrics.jsonl"
+def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, or evaluations.jsonl; a last line cut off by a crash is left out."""
+    path = run_dir / name
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

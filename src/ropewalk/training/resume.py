@@ -24,12 +24,14 @@ class Origin:
         checkpoint: to load; None: the beginning.
         step: steps taken.
         world_size: ranks that saved it.
+        zero_stage: of ZeRO, that saved it.
         state: what was saved beside the tensors.
     """
 
     checkpoint: Path | None = None
     step: int = 0
     world_size: int = 0
+    zero_stage: int = 3
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -56,7 +58,8 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
         damage = first_problem(_damage(checkpoint, contract, resume.accept))
         if damage is None:
             manifest = read_manifest(checkpoint)
-            return Origin(checkpoint, manifest["step"], manifest["world_size"], manifest.get("state", {}))
+            stage = manifest.get("zero_stage", 3)
+            return Origin(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
         if not checkpoints:
             raise ValueError(
                 f"{damage}, and there is no checkpoint before it; mend the file, or to begin anew rename {checkpoint}"

@@ -15,7 +15,7 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     Kept are the newest ``keep_last`` (at least 1), and those whose step is a multiple of ``keep_every``. A checkpoint
     with a file missing or of another size is left for a person to look at and does not count. The manifest goes first,
     so a death in between leaves a directory that nothing takes for a checkpoint; such directories before the newest
-    checkpoint are removed too, and universal forms of checkpoints before it.
+    checkpoint are removed too, and universal forms of checkpoints before it or of the one that the run started from.
 
     Args:
         run_dir: the run's directory.
@@ -36,7 +36,8 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     universal = [
         path for path in (run_dir / "checkpoints").glob("universal-step-*") if whole and _source(path) < whole[-1]
     ]
-    expendable = sorted([*(path for path in whole if path not in kept), *torn, *universal])
+    started = [path for path in run_dir.glob("start/universal*") if whole]
+    expendable = sorted([*(path for path in whole if path not in kept), *torn, *universal, *started])
     for path in expendable:
         (path / MANIFEST).unlink(missing_ok=True)
         fsync_path(path)

@@ -11,6 +11,8 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from ropewalk.launch import release_warnings
+
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved, not finished; the same command goes on
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 1 << 10  # beyond every signal number
@@ -47,6 +49,7 @@ class StopFlag:
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, _noted_elsewhere) for number in HANDLED}
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+        release_warnings()  # those that came while the model was built
         return self
 
     def __exit__(

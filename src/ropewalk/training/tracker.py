@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,8 +17,8 @@ class Tracker(Protocol):
 
     run_id: str | None  # by which a resumed run goes on in the same one
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """One row; "step" and "tokens" are among its keys."""
+    def log(self, metrics: dict[str, Any], group: str = "train") -> None:
+        """One row, its keys put under ``group``; "step" and "tokens" are among them."""
 
     def finish(self) -> None:
         """Flush and close."""
@@ -28,7 +29,7 @@ class NoTracker:
 
     run_id: str | None = None
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: dict[str, Any], group: str = "train") -> None:
         """Do nothing."""
 
     def finish(self) -> None:
@@ -59,16 +60,16 @@ class WandbTracker:
             resume="allow",
             dir=run_dir,
             config=details,
-            mode=_mode(),
+            mode=wandb_mode(),
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run.define_metric("tokens")
-        self.run.define_metric("train/*", step_metric="tokens")
+        for group in ("train/*", "eval/*"):
+            self.run.define_metric(group, step_metric="tokens")
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Log a row; the axis of every train/ metric is the token count."""
-        named = {f"train/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
-        self.run.log({**named, "tokens": metrics["tokens"]}, step=metrics["step"])
+    def log(self, metrics: dict[str, Any], group: str = "train") -> None:
+        """Log a row; the axis of every metric is the token count."""
+        self.run.log(_named(metrics, group), step=metrics["step"])
 
     def finish(self) -> None:
         """Close the run."""
@@ -93,17 +94,48 @@ class TrackioTracker:
             auto_log_cpu=False,
         )
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: dict[str, Any], group: str = "train") -> None:
         """Log a row at its step; trackio has no axis of its own choice, so "tokens" is a metric."""
-        named = {f"train/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
-        self.run.log({**named, "tokens": metrics["tokens"]}, step=metrics["step"])
+        self.run.log(_named(metrics, group), step=metrics["step"])
 
     def finish(self) -> None:
         """Flush and close the run."""
         self.run.finish()
 
 
-def _mode() -> Literal["offline"] | None:
+class ForgivingTracker:
+    """A tracker whose failures are told, once, and never end the run: metrics.jsonl has every row all the same.
+
+    SLURM sends SIGTERM to every process of a task, and W&B's service is one; the ranks have to save and leave after it.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.run_id, self.failed = tracker, tracker.run_id, False
+
+    def log(self, metrics: dict[str, Any], group: str = "train") -> None:
+        """Log a row, or nothing after a failure."""
+        self._attempt(lambda: self.tracker.log(metrics, group))
+
+    def finish(self) -> None:
+        """Close the run, or nothing after a failure."""
+        self._attempt(self.tracker.finish)
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        if self.failed:
+            return
+        try:
+            act()
+        except Exception as error:  # whatever a dashboard's client raises, the training is worth more
+            self.failed = True
+            print(f"warning: the tracker failed ({error}); metrics.jsonl goes on", flush=True)
+
+
+def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
+    named = {f"{group}/{k}": v for k, v in metrics.items() if k not in ("step", "tokens") and v is not None}
+    return {**named, "tokens": metrics["tokens"]}
+
+
+def wandb_mode() -> Literal["offline"] | None:
     """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -118,7 +150,7 @@ def open_tracker(
 ) -> Tracker:
     """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
     if config.name == "wandb":
-        return WandbTracker(config, run_name, run_dir, details, saved_id)
+        return ForgivingTracker(WandbTracker(config, run_name, run_dir, details, saved_id))
     if config.name == "trackio":
-        return TrackioTracker(config, run_name, details)
+        return ForgivingTracker(TrackioTracker(config, run_name, details))
     return NoTracker()

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ropewalk.data import Mixture, SequenceRef
-from ropewalk.data.batches import rank_micro_batches
+from ropewalk.data.batches import micro_batch_slots
+from ropewalk.flops import causal_pairs, sequence_flops
 
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets, by the name that CUDA gives it.
 PEAK_FLOPS = {
@@ -63,26 +64,21 @@ class WorkCounter:
 
     def step(self, step: int) -> StepWork:
         """The work of the global batch of ``step``."""
-        ranks = [
-            [sum((self._of(ref, "documents") for ref in micro), 0.0) for micro in self._dealt(step, rank)]
-            for rank in range(self.data_size)
-        ]
-        slowest = sum(max(slot) for slot in zip(*ranks, strict=True))
-        mean = sum(map(sum, ranks)) / self.data_size
-        batch = self.mixture.global_batch(step)
-        return StepWork({name: sum(self._of(ref, name) for ref in batch) for name in CONVENTIONS}, slowest / mean)
+        slots = micro_batch_slots(self.mixture, step, self.data_size, self.micro_batch_size)
+        work = [[sum(self._of_documents(ref) for ref in micro) for micro in slot] for slot in slots]
+        total, sequences, length = sum(map(sum, work)), self.mixture.global_batch_size, self.length
+        flops = {
+            "documents": total,
+            "dense_causal": sequences * self._flops(causal_pairs(length)),
+            "full_attention": sequences * self._flops(float(length**2)),
+        }
+        return StepWork(flops, sum(map(max, work)) / (total / self.data_size))
 
-    def _dealt(self, step: int, rank: int) -> list[list[SequenceRef]]:
-        return rank_micro_batches(self.mixture, step, rank, self.data_size, self.micro_batch_size)
+    def _of_documents(self, ref: SequenceRef) -> float:
+        """FLOPs of one sequence: a document of n tokens has n(n + 1)/2 pairs."""
+        squares = sum(self.mixture.store.attention_cost(ref.domain, row) for row in ref.rows)
+        return self._flops((squares + self.length) / 2)
 
-    def _of(self, ref: SequenceRef, convention: str) -> float:
-        """FLOPs of one sequence: 3 x (2 x linear weights x tokens + 4 x width x pairs)."""
-        tokens = self.length
-        if convention == "full_attention":
-            pairs = float(tokens**2)
-        elif convention == "dense_causal":
-            pairs = tokens * (tokens + 1) / 2
-        else:  # a document of n tokens has n(n + 1)/2 pairs
-            squares = sum(self.mixture.store.attention_cost(ref.domain, row) for row in ref.rows)
-            pairs = (squares + tokens) / 2
-        return 3 * (2.0 * self.linear * tokens + 4.0 * self.attention_width * pairs)
+    def _flops(self, pairs: float) -> float:
+        """Of a sequence with so many pairs of query and key."""
+        return sequence_flops(self.linear, self.attention_width, self.length, pairs)

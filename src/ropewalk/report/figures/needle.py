@@ -46,7 +46,7 @@ def _row(runs: list[Run], metric: str, colors: Sequence[str], highest: float) ->
     panels = [_panel(run, metric, colors, highest) for run in runs if len(run.task("needle", metric))]
     is_nll = metric == ANSWER_NLL
     title = "Answer NLL (nats per answer token, lower is better)" if is_nll else NAMES[metric].capitalize()
-    return Row(panels, title, ScaleBar("0", f"{highest:.1f}" if is_nll else "1", colors))
+    return Row(panels, title, scale=ScaleBar("0", f"{highest:.1f}" if is_nll else "1", colors))
 
 
 def _panel(run: Run, metric: str, colors: Sequence[str], highest: float) -> Panel:
@@ -106,14 +106,15 @@ def _trained_words(run: Run) -> str:
 
 def _reading(runs: list[Run], chance: list[str]) -> str:
     sentences = []
+    held: dict[int | None, list[str]] = {}
     for run in runs:
-        if run.name in chance:
-            continue
-        held = _longest_held(run)
+        if run.name not in chance:
+            held.setdefault(_longest_held(run), []).append(run.name)
+    for length, names in held.items():
         sentences.append(
-            f"{run.name} answers exactly in at least half of the prompts up to {tokens(held)} tokens."
-            if held
-            else f"{run.name} is above chance, but answers exactly in under half of the prompts everywhere."
+            f"Exact in at least half of the prompts up to {tokens(length)} tokens: {listed(names)}."
+            if length
+            else f"Above chance, but exact in under half of the prompts everywhere: {listed(names)}."
         )
     if chance:
         sentences.append(

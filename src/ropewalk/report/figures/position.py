@@ -20,7 +20,8 @@ from ropewalk.report.figures.style import (
 )
 from ropewalk.report.passes import NONE, OWN, Pass, passes
 from ropewalk.report.runs import Run
-from ropewalk.report.text import interval, listed
+from ropewalk.report.seeds import arms, noise_sentence
+from ropewalk.report.text import interval, listed, ranked
 
 HEIGHT = 380  # pixels
 
@@ -39,13 +40,13 @@ class Group:
     def title(self) -> str:
         """The kind in words."""
         return (
-            "With the spectrum used up to the trained length" if self.kind == OWN else f"With {self.kind} at test time"
+            f"With {'the spectrum used up to the trained length' if self.kind == OWN else f'{self.kind} at test time'}"
         )
 
 
 def position_figure(runs: list[Run], baseline: Run, styles: dict[str, RunStyle]) -> Figure:
     """Loss curves for each kind of test-time setting and, beside them, the differences to the baseline."""
-    groups = _groups(runs)
+    groups, noise = _groups(runs), noise_sentence(arms(runs))
     for group in groups:
         _pair(group, baseline)
     drawn = [run for run in runs if any(run.name in group.passes for group in groups)]
@@ -57,8 +58,8 @@ def position_figure(runs: list[Run], baseline: Run, styles: dict[str, RunStyle])
     ]
     return Figure(
         title="Loss by position",
-        reading=" ".join(_reading(group, baseline) for group in groups),
-        rows=[Row(_panels(group, baseline, styles), group.title) for group in groups],
+        reading=noise,
+        rows=[Row(_panels(group, baseline, styles, noise), group.title, _reading(group, baseline)) for group in groups],
         runs=[run.name for run in drawn],
         missing=missing,
     )
@@ -90,7 +91,7 @@ def _pair(group: Group, baseline: Run) -> None:
             group.differences[run.name] = found
 
 
-def _panels(group: Group, baseline: Run, styles: dict[str, RunStyle]) -> list[Panel]:
+def _panels(group: Group, baseline: Run, styles: dict[str, RunStyle], noise: str) -> list[Panel]:
     curves = {name: [one.curve for one in found] for name, found in group.passes.items()}
     settings: dict[str, list[str]] = {}
     for name, found in group.passes.items():
@@ -106,7 +107,7 @@ def _panels(group: Group, baseline: Run, styles: dict[str, RunStyle]) -> list[Pa
         plot = _plot("difference (nats/token)", differences, group, styles, signed=True)
         zero = styles[baseline.name]
         plot.add_hline(y=0, line={"color": zero.color, "width": 2, "dash": zero.dash})
-        panels.append(Panel(f"Difference to {baseline.name}, paired by document (below 0: lower loss)", plot))
+        panels.append(Panel(f"Difference to {baseline.name}, paired by document (below 0: lower loss)", plot, noise))
     return panels
 
 
@@ -150,17 +151,13 @@ def _reading(group: Group, baseline: Run) -> str:
     buckets = [_values(found[-1].curve) for found in group.passes.values()]
     shared = set.intersection(*(set(values) for values in buckets))
     if not shared:
-        return f"{group.title}: the runs share no position bucket."
+        return "The runs share no position bucket."
     start, end = last = max(shared)
-    losses = sorted((values[last], name) for name, values in zip(group.passes, buckets, strict=True))
-    order = listed(f"{name} {loss:.3f}" for loss, name in losses)
+    order = ranked((values[last], name) for name, values in zip(group.passes, buckets, strict=True))
     decided = [name for name, rows in group.differences.items() if _leaves_out_zero(rows, last)]
     leading = listed(decided) if decided else "no run"
     against = f" The interval of the difference to {baseline.name} leaves out zero for {leading}."
-    return (
-        f"{group.title}, over positions {start:,} to {end:,}, from the lowest loss: {order}."
-        f"{against if group.differences else ''}"
-    )
+    return f"Over positions {start:,} to {end:,}, from the lowest loss: {order}.{against if group.differences else ''}"
 
 
 def _values(curve: pd.DataFrame) -> dict[tuple[int, int], float]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 import plotly.graph_objects as go
 
+from ropewalk.report.seeds import Arm
+
 # Okabe and Ito's colour-blind safe set without black and yellow, which vanish on a dark or a white page.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -62,10 +64,11 @@ class ScaleBar:
 
 @dataclass(frozen=True)
 class Row:
-    """Panels side by side under one heading."""
+    """Panels side by side under one heading, with a sentence of their own where the figure's says too little."""
 
     panels: list[Panel]
     title: str = ""
+    reading: str = ""
     scale: ScaleBar | None = None
 
 
@@ -87,6 +90,22 @@ def run_styles(names: Sequence[str]) -> dict[str, RunStyle]:
         name: RunStyle(PALETTE[i % turns], DASHES[i // turns % len(DASHES)], SYMBOLS[i % len(SYMBOLS)])
         for i, name in enumerate(names)
     }
+
+
+def styles_of(arms: Sequence[Arm]) -> dict[str, RunStyle]:
+    """A style for each run and arm: the seeds of an arm share its colour and marker, and differ in their dash.
+
+    With more arms than colours every run looks its own way, as in :func:`run_styles`.
+    """
+    if len(arms) > len(PALETTE):
+        styles = run_styles([run.name for arm in arms for run in arm.runs])
+    else:
+        styles = {
+            run.name: RunStyle(PALETTE[i], DASHES[seed % len(DASHES)], SYMBOLS[i])
+            for i, arm in enumerate(arms)
+            for seed, run in enumerate(arm.runs)
+        }
+    return styles | {arm.name: styles[arm.runs[0].name] for arm in arms}
 
 
 def plain(text: object) -> str:
@@ -149,6 +168,31 @@ def mark_lengths(plot: go.Figure, lengths: Iterable[int]) -> None:
             showarrow=False,
             font={"size": 11},
         )
+
+
+def add_line(
+    plot: go.Figure,
+    name: str,
+    style: RunStyle,
+    tokens: Iterable[float],
+    values: Iterable[float],
+    unit: str = ":.3f",
+    *,
+    faint: bool = False,
+) -> None:
+    """A line over tokens seen; ``faint``: behind another, without words of its own."""
+    look = {"color": style.color, "width": 1} if faint else {"color": style.color, "width": 2, "dash": style.dash}
+    plot.add_scatter(
+        x=list(tokens),
+        y=list(values),
+        mode="lines",
+        line=look,
+        opacity=0.35 if faint else None,
+        hoverinfo="skip" if faint else None,
+        hovertemplate=None if faint else f"{plain(name)}<br>%{{x:.3s}} tokens: %{{y{unit}}}<extra></extra>",
+        name=plain(name),
+        legendgroup=plain(name),
+    )
 
 
 def add_curve(plot: go.Figure, name: str, style: RunStyle, rows: pd.DataFrame, hover: Sequence[str]) -> None:

@@ -24,8 +24,14 @@ for (const button of document.querySelectorAll(".legend button")) {
 function fit() {
   for (const div of plots) Plotly.relayout(div, { width: div.clientWidth });
 }
-window.addEventListener("beforeprint", () => { document.body.classList.add("printing"); fit(); });
+const folded = [...document.querySelectorAll("details:not([open])")];
+window.addEventListener("beforeprint", () => {
+  for (const details of folded) details.open = true;  // nobody can unfold paper
+  document.body.classList.add("printing");
+  fit();
+});
 window.addEventListener("afterprint", () => {
   document.body.classList.remove("printing");
+  for (const details of folded) details.open = false;
   for (const div of plots) Plotly.relayout(div, { autosize: true, width: null });
 });

@@ -1,0 +1,100 @@
+"""Saving and loading a committed checkpoint against plain torch.save and torch.load of the same tensors.
+
+python benchmarks/checkpoint.py [--width 512] [--rounds 5]
+
+One rank, the demo's model made wider, ZeRO-3. Ours writes, makes durable, hashes and commits; loading hashes and
+compares ("verify"), then reads and fills the engine ("load"), which torch.load alone does not. The plain form writes
+and reads the same objects, once as torch.save leaves them, in the page cache, and once followed by fsync, which any
+checkpoint that outlives a dead node needs. Rounds alternate. Limit with hashing: 1.5 for saving and loading together.
+The last line of times is how long training stands still where the save goes on in the background.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from demo import demo_config, packed_batch
+
+from ropewalk.files import fsync_path
+from ropewalk.model import training_config
+from ropewalk.training.checkpoint import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
+from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.loop import accumulate
+
+
+def main() -> None:
+    """Print bytes, medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=512, help="channels of the model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", help="where checkpoints are written; default: the temporary directory")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    ranks = start_processes("cpu")
+    config = demo_config(
+        f"model.architecture.hidden_size={given.width}", f"model.architecture.intermediate_size={4 * given.width}"
+    )
+    model_config = training_config(config.model, "rope", [], 512)
+    engine = start_engine(config, model_config, ranks)
+    accumulate(engine, [packed_batch(512, model_config.vocab_size, 0)], 500, ranks)
+    engine.step()
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(dir=given.directory) as name:
+        root = Path(name)
+        for number in range(1, given.rounds + 1):
+            time_round(engine, root, number, seconds)
+            size = sum(path.stat().st_size for path in root.rglob("step-*/**/*") if path.is_file())
+            shutil.rmtree(root / "checkpoints")
+    print(f"{size / 2**20:.0f} MiB, medians of {given.rounds} alternating rounds")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        print(f"  {name:34} {median:7.3f} s")
+    save, load = medians["ours: save"], medians["ours: verify"] + medians["ours: load"]
+    for form in ("torch.save", "torch.save and fsync"):
+        plain, plain_load = medians[form], medians["torch.load"]
+        print(
+            f"against {form}: save {save / plain:.2f}, load {load / plain_load:.2f}, "
+            f"both {(save + load) / (plain + plain_load):.2f}"
+        )
+
+
+def time_round(engine, root: Path, number: int, seconds: dict[str, list[float]]) -> None:
+    """One of each; every file is read from the page cache by all forms alike."""
+
+    def timed(name, work):
+        start = time.perf_counter()
+        result = work()
+        seconds[name].append(time.perf_counter() - start)
+        return result
+
+    checkpoint = timed("ours: save", lambda: save_checkpoint(engine, root, number, {}, {}))
+    files = sorted(checkpoint.rglob("*.pt"))
+    contents = [torch.load(path, weights_only=False) for path in files]
+    plain = [root / f"plain-{i}.pt" for i in range(len(files))]
+
+    def write() -> None:
+        for content, path in zip(contents, plain, strict=True):
+            torch.save(content, path)
+
+    start = time.perf_counter()
+    timed("torch.save", write)
+    for path in plain:
+        fsync_path(path)
+    seconds["torch.save and fsync"].append(time.perf_counter() - start)
+    timed("torch.load", lambda: [torch.load(path, weights_only=False) for path in plain])
+
+    timed("ours: verify", lambda: verify_checkpoint(checkpoint))
+    timed("ours: load", lambda: load_checkpoint(engine, checkpoint))
+    started = timed(
+        "training waits, in the background", lambda: start_save(engine, root, number + 100, {}, {}, in_background=True)
+    )
+    started.commit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+# shellcheck shell=bash
+# What the recipes' run.sh share; each sources it from the repository's root. CLUSTER (a name in configs/cluster) and NODES
+# say where training runs; DRY_RUN=1 runs nothing: every stage composes and validates its configuration, training is
+# planned, and each input must be promised by a stage before.
+set -euo pipefail
+: "${CLUSTER:=h100_8}" "${NODES:=4}"
+
+if [ -n "${DRY_RUN:-}" ]; then
+  chain=$(mktemp)
+  check_chain() {
+    local status=$?
+    [ "$status" -ne 0 ] || python -m ropewalk.dry_run "$chain" || status=$?
+    rm -f "$chain"
+    exit "$status"
+  }
+  trap check_chain EXIT
+fi
+
+# note WORD...: a line of the chain that is checked
+note() { printf '%q ' "$@" >>"$chain" && echo >>"$chain"; }
+
+# stage ENTRY ARGUMENTS...: one command of this repository, on this machine
+stage() {
+  if [ -n "${DRY_RUN:-}" ]; then note "$@"; else python "$@"; fi
+}
+
+# given KIND PATH WHAT: what you bring yourself (KIND: mds, documents, model, heldout)
+given() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    note given "$2" "$1"
+  elif [ ! -e "$2" ]; then
+    echo "error: $2 is not there; it should be $3 (see the recipe's README)" >&2
+    exit 2
+  fi
+}
+
+# train OVERRIDES...: plan, then train: on a laptop here, else through SLURM where there is one, else on this node's GPUs
+train() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    note scripts/plan.py brief=true "cluster=$CLUSTER" "nodes=$NODES" "$@"
+    note train.py "$@"
+  elif [ "$CLUSTER" = laptop ]; then
+    python train.py "$@"
+  else
+    python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@"
+    if command -v sbatch >/dev/null; then
+      sbatch --wait --nodes="$NODES" slurm/train_64k.sh "$@"
+    else
+      torchrun --standalone --nproc-per-node=gpu train.py "$@"
+    fi
+  fi
+}
+
+# evaluate ARGUMENTS...: scripts/evaluate.py on a GPU, through SLURM where there is one
+evaluate() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    note scripts/evaluate.py "$@"
+  elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
+    sbatch --wait slurm/evaluate.sh "$@"
+  else
+    python scripts/evaluate.py "$@"
+  fi
+}

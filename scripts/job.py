@@ -1,0 +1,57 @@
+"""What the job scripts in slurm/ ask: the record of a job before its ranks start, and the options to submit it with.
+
+``python scripts/job.py begin COMMAND BATCH_SCRIPT [overrides]``, inside a job
+``python scripts/job.py options [cluster=NAME] [nodes=N] [lead_seconds=N]``, before sbatch
+``python scripts/job.py directory COMMAND [overrides]``: where a command would write, for the next one to read
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ropewalk.config import SbatchConfig, validate_train
+from ropewalk.entry import composed, entry, run_command, user_errors
+from ropewalk.slurm.job import begin
+from ropewalk.slurm.options import exports, sbatch_options
+
+
+@entry("sbatch")
+def options(config: SbatchConfig) -> None:
+    """Print sbatch options for a cluster: sbatch $(python scripts/job.py options cluster=h100_8 nodes=4) ..."""
+    print(*map(shlex.quote, sbatch_options(config.cluster, config.nodes, config.lead_seconds)))
+
+
+def begin_job() -> None:
+    """Write the record of a job into its run directory and print what its script goes on with."""
+    if len(sys.argv) < 3 or "SLURM_JOB_ID" not in os.environ:
+        sys.exit(
+            "error: begin COMMAND BATCH_SCRIPT [overrides] is for a job's script; submit one of slurm/ with sbatch"
+        )
+    command, batch_script, *arguments = sys.argv[1:]
+    of_cluster = [word for word in arguments if word.partition("=")[0].lstrip("+~").split(".")[0] == "cluster"]
+    of_command = arguments if command == "train" else [word for word in arguments if word not in of_cluster]
+    with user_errors():
+        config = composed(command, of_command)
+        cluster = composed("sbatch", of_cluster).cluster
+        if command == "train":
+            validate_train(config, int(os.environ.get("SLURM_NTASKS", "1")))
+        lines = exports(cluster.slurm.environment)
+    record = begin(command, config, arguments, Path(batch_script), os.environ)
+    print(f"job_record={shlex.quote(str(record))}", f"scratch={shlex.quote(cluster.slurm.scratch)}", *lines, sep="\n")
+
+
+def directory() -> None:
+    """Print the directory that a command would write with these overrides, after checking that they compose."""
+    if len(sys.argv) < 2:
+        sys.exit("error: say whose directory: python scripts/job.py directory train +experiment=cope20")
+    command, *arguments = sys.argv[1:]
+    with user_errors():
+        config = composed(command, arguments)
+    print(config.run_dir if command == "train" else config.output)
+
+
+if __name__ == "__main__":
+    run_command({"begin": begin_job, "options": options, "directory": directory})

@@ -1,0 +1,19 @@
+"""What a training run needs before it is submitted: ``python scripts/plan.py +experiment=cope20 nodes=4``."""
+
+import sys
+
+from ropewalk.config import PlanConfig
+from ropewalk.entry import entry
+
+
+@entry("plan")
+def main(config: PlanConfig) -> None:
+    """Plan one run; exit code 1 where it does not fit."""
+    from ropewalk.planner import print_plan
+
+    if not print_plan(config):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+# shellcheck shell=bash
+# What every job script shares: one task per GPU, their rendezvous, the record, signals and the requeue. Sourced from the
+# repository's root. docs/slurm.md tells what happens when.
+
+# A container, if your site wants one: take the comment off one of these two.
+container=()    # container=(apptainer exec --nv --bind "$PWD" ropewalk.sif)
+srun_options=() # srun_options=(--container-image="$PWD/ropewalk.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+
+export PATH="$PWD/.venv/bin:$PATH"
+code=1 warned='' terminated='' job_record=''
+
+# once COMMAND...: on this node alone, in the container if there is one
+once() {
+  if [ ${#srun_options[@]} -eq 0 ]; then "${container[@]}" "$@"
+  else srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" "$@"; fi
+}
+
+# Ranks meet at the first node, by the address that SLURM itself reaches it at. The port is the job's own.
+rendezvous() {
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+}
+
+# begin COMMAND OVERRIDES...: everything that must stand before the ranks start. A wrong configuration ends here, with 2.
+begin() {
+  local settings
+  # SLURM warns this script alone (--signal=B:USR1), and run_ranks passes it on. SIGTERM the ranks get from SLURM itself.
+  trap 'warned=1' USR1
+  trap 'terminated=1' TERM
+  # Threads of a rank's CPU work: more than its cores only take turns, and torch would take all cores of the node.
+  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+  rendezvous
+  settings=$(once python scripts/job.py begin "$1" "$0" "${@:2}") || exit
+  eval "$settings" # job_record, scratch, and the cluster's variables, quoted by Python
+  # On each node's own disk, one directory a job: compilers' caches that ranks of two jobs share corrupt each other, and
+  # one on a network disk is slow; a build that was killed leaves a lock that a later job would wait for.
+  scratch=$scratch/ropewalk-$SLURM_JOB_ID
+  mkdir -p "$scratch"
+  export TMPDIR=$scratch TRITON_CACHE_DIR=$scratch/triton TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
+  export TORCH_EXTENSIONS_DIR=$scratch/extensions
+  echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; record: $job_record"
+}
+
+# ranks RECORD SCRIPT ARGUMENTS...: sets $line to what starts them: one task per GPU, by srun, so that a signal reaches the
+# ranks themselves
+ranks() {
+  # --wait: when a rank has ended, the others get five minutes to end by themselves: they agree on most reasons to end,
+  # and the first rank may have its tracker to finish.
+  # --cpus-per-task: srun takes it from sbatch only where it is said again (SLURM 22.05 and later).
+  # GPUs are not bound to tasks: each rank takes its LOCAL_RANK's, and NVLink between them needs all to be visible.
+  line=(srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}"
+    "${container[@]}" python -u -m ropewalk.slurm.rank "$@")
+}
+
+# Look at the machine before hours are spent on it; what is wrong with it ends the job, with 3.
+check_machine() {
+  local status=0 line
+  ranks "$job_record/doctor" scripts/doctor.py "$@"
+  "${line[@]}" || status=$?
+  [ "$status" -ne 0 ] || return 0
+  code=$((status > 128 ? status : 3))
+  finish
+}
+
+# run_ranks SCRIPT ARGUMENTS...: run, pass the warning on, and have the ranks' exit code in $code
+run_ranks() {
+  if [ -n "$warned$terminated" ]; then # the end came before the ranks; nothing to save
+    code=75
+    return
+  fi
+  local srun_pid passed_on='' line
+  ranks "$job_record" "$@"
+  "${line[@]}" & # srun itself, not a shell around it: the signal is for it
+  srun_pid=$!
+  while kill -0 "$srun_pid" 2>/dev/null; do
+    # A signal to a task that has not begun would end it: rank.py notes itself once it holds signals back.
+    if [ -n "$warned" ] && [ -z "$passed_on" ] && [ "$(noted_ranks)" -ge "$SLURM_NTASKS" ]; then
+      echo "SIGUSR1 to the ranks: they save and leave"
+      kill -USR1 "$srun_pid" # srun gives it to every task
+      passed_on=1
+    fi
+    sleep 1 &
+    wait $! || true # a trap runs at once in a wait, and only afterwards in a sleep
+  done
+  code=0
+  wait "$srun_pid" || code=$?
+}
+
+noted_ranks() { find "$job_record/ranks" -name 'rank-*.json' 2>/dev/null | wc -l; }
+
+# Write the end of the record, and go back into the queue if there is something to go on with.
+finish() {
+  local answer state
+  # scancel and pre-emption tell the ranks alone. A job that was cancelled would come back if it were requeued now.
+  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+  [ -z "$terminated" ] || [ "$state" != RUNNING ] || state=TERMINATED
+  answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" ${warned:+--warned} --state="$state") ||
+    answer=$([ "$code" -eq 75 ] && [ "$state" = RUNNING ] && echo requeue || echo stop)
+  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
+  echo "exit code $code: $answer"
+  if [ "${answer%% *}" = requeue ]; then
+    scontrol requeue "$SLURM_JOB_ID" || echo "error: SLURM does not requeue; the same sbatch again goes on" >&2
+  fi
+  exit "$code"
+}
+
+# Seconds before the time limit at which a run has to be told: the planner's step and save.
+lead_seconds() { once python scripts/plan.py "$@" nodes="$SLURM_NNODES" print=lead_seconds; }
+
+# The instant at which the ranks leave by themselves, should SLURM's warning come late or never; empty where the job has
+# no limit, or one too short for that.
+leave_by() {
+  local lead end
+  lead=$(lead_seconds "$@") && [[ $lead =~ ^[0-9]+$ ]] || lead=300
+  end=$(date -d "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) || return 0
+  [ $((end - 2 * lead)) -le "$(date +%s)" ] || echo $((end - lead))
+}
+
+# train OVERRIDES...: the whole of a training job
+train() {
+  local until
+  begin train "$@"
+  check_machine "$@"
+  until=$(leave_by "$@")
+  run_ranks train.py ${until:+trainer.stop_before="$until"} "$@"
+  finish
+}
+
+# with_default OVERRIDE ARGUMENTS...: sets $arguments; OVERRIDE stands unless an argument names another of its kind
+with_default() {
+  local word
+  arguments=("${@:2}")
+  for word in "${arguments[@]}"; do
+    [ "${word%%=*}" != "${1%%=*}" ] || return 0
+  done
+  arguments=("$1" "${arguments[@]}")
+}
+
+# without_cluster ARGUMENTS...: sets $arguments to those that are not of the cluster group, which training alone has
+without_cluster() {
+  local word
+  arguments=()
+  for word in "$@"; do
+    [[ $word =~ ^[+~]*cluster[.=] ]] || arguments+=("$word")
+  done
+}
+
+# enter_sweep: what the batch script of hydra/launcher=slurm does before its srun, which is its last line
+enter_sweep() {
+  rendezvous
+  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+  trap '[ "$?" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"' EXIT
+}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Arms that differ in one thing, as one array:  sbatch slurm/sweep.sh [ARM ...] [overrides for all]
+# The default arms are RoPE, HardClip-20 and CoPE-20 on Llama-3-8B at 64k; others are experiments by name, with
+# --array=0-N for N+1 of them. A sweep over numbers is hydra/launcher=slurm's work (docs/slurm.md).
+# Edit these lines for your site; slurm/train_64k.sh says how else they can be given.
+#SBATCH --job-name=ropewalk-sweep
+#SBATCH --array=0-2
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=48:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file from its spool
+[ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
+. slurm/common.sh
+
+arms=()
+while [ $# -gt 0 ] && [[ $1 != *=* ]]; do arms+=("$1") && shift; done
+[ ${#arms[@]} -gt 0 ] || arms=(rope hardclip20 cope20)
+arm=${arms[SLURM_ARRAY_TASK_ID]:-}
+[ -n "$arm" ] || { echo "error: --array has a task $SLURM_ARRAY_TASK_ID, and there are ${#arms[@]} arms" >&2; exit 2; }
+train +experiment="$arm" "$@"

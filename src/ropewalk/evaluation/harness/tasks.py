@@ -1,0 +1,177 @@
+"""lm-eval's tasks: found by name, given offline data, run, and read back as rows of the table."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ropewalk.config import SuiteConfig
+
+SHARES = ("acc", "acc_norm", "exact_match", "f1", "score")  # 0 to 1 in lm-eval; so is every metric named *_score
+BABILONG_UNIT = 1024  # tokens of the k in its lengths
+
+
+def harness_version() -> str:
+    """For the table."""
+    return version("lm_eval")
+
+
+@cache
+def task_manager(metadata: str = "{}") -> Any:
+    """lm-eval's index of tasks, which are told ``metadata`` (JSON); reading it takes some ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(metadata=json.loads(metadata))
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """What to say of a task that is not among ``names``."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {len(names)}, such as {', '.join(names[:5])}"
+
+
+def check_tasks(suite: SuiteConfig) -> None:
+    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it."""
+    known = task_manager().all_tasks
+    for key in ("tasks", "few_shot", "datasets", "metrics"):
+        for task in getattr(suite, key):
+            if task not in known:
+                raise ValueError(
+                    f"suite.{key}: lm-eval {harness_version()} has no task {task!r}; {nearest(task, known)} "
+                    "(`lm_eval ls tasks` lists them)"
+                )
+
+
+def task_spec(name: str, suite: SuiteConfig) -> str | dict[str, Any]:
+    """What lm-eval is given for a task: its name, or its configuration with the suite's data in place of the hub's.
+
+    Raises:
+        ValueError: where a data file is missing.
+    """
+    fields = suite.datasets.get(name)
+    if not fields:
+        return name
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = task_manager().task_index[name].yaml_path
+    spec = {**load_yaml(path, resolve_func=True), **fields}
+    files = dict(spec.get("dataset_kwargs", {}).get("data_files", {}))
+    for split, file in files.items():
+        whole = Path(suite.data or ".") / file
+        if not whole.is_file():
+            raise ValueError(
+                f"{name}: {whole} is missing; scripts/fetch_eval_data.sh short writes it, or name "
+                "its directory with suite.data"
+            )
+        files[split] = str(whole)
+    if files:
+        spec["dataset_kwargs"] = {**spec["dataset_kwargs"], "data_files": files}
+    return spec
+
+
+def run_task(
+    lm: Any, spec: Any, few_shot: int | None, samples: int | None, seed: int, length: int | None = None
+) -> Any:
+    """lm-eval's results of one task or group of tasks; None on every rank but the first.
+
+    Its ``evaluate`` is called, not ``simple_evaluate``, which spends seconds of every call on describing the machine.
+
+    Args:
+        lm: lm-eval's model.
+        spec: a name, a configuration or a task.
+        few_shot: examples before each question; None: as the task says. A task fixed at none stays there.
+        samples: questions of each task; None: all.
+        seed: of the choice of examples.
+        length: tokens, for the tasks that are told.
+
+    Raises:
+        ValueError: where the data cannot be had.
+    """
+    import httpx
+    from lm_eval.api.task import Task
+    from lm_eval.evaluator import evaluate
+
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
+        seeded(seed)
+    try:
+        if isinstance(spec, Task):
+            loaded: Any = {"tasks": {spec.task_name: spec}, "groups": {}, "group_map": {}}
+        else:
+            loaded = task_manager(_metadata(spec, length)).load([spec])
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if few_shot is not None and own != 0:
+                task.set_config(key="num_fewshot", value=few_shot)
+            elif own is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=seed)
+        return evaluate(lm, loaded, limit=samples, bootstrap_iters=1000)
+    except (OSError, httpx.HTTPError) as error:
+        name = spec if isinstance(spec, str) else getattr(spec, "task_name", None) or spec["task"]
+        raise ValueError(
+            f"the data of {name} could not be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); if "
+            "the hub is not to be reached from here, fill its cache (HF_HOME) on a machine that reaches it, or give "
+            "offline data (suite=short_offline); finished tasks are kept"
+        ) from error
+
+
+def _metadata(spec: Any, length: int | None) -> str:
+    """What a task is told of the length, as JSON: BABILong the size of its set, by name."""
+    is_told = isinstance(spec, str) and spec.startswith("babilong") and length is not None
+    return json.dumps({"max_seq_lengths": f"{length // BABILONG_UNIT}k"} if is_told and length else {})
+
+
+def rows_of(results: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of the table for every task and group in lm-eval's results.
+
+    A group's row is lm-eval's own aggregate and says so in its category; what it is over are the rows beside it.
+    """
+    groups = results.get("groups", {})
+    for name, metrics in results["results"].items():
+        n = metrics.get("sample_len") or sum(_counts(results, name))
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if "_stderr" in metric or not filtered or not isinstance(value, (int, float)):
+                continue
+            scale = 100.0 if metric in SHARES or metric.endswith("_score") else 1.0
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            yield {
+                **common,
+                "task": name,
+                "category": "group" if name in groups else common["category"],
+                "metric": metric if filtered == "none" else key,
+                "value": value * scale,
+                "n": n,
+                "stderr": error * scale if isinstance(error, (int, float)) else math.nan,
+            }
+
+
+def _counts(results: Mapping[str, Any], group: str) -> Iterator[int]:
+    """Samples of every task below a group."""
+    for member in results.get("group_subtasks", {}).get(group, ()):
+        counted = results["n-samples"].get(member)
+        yield from [counted["effective"]] if counted else _counts(results, member)
+
+
+def samples_of(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What was asked, answered and scored, one JSON object a question."""
+    for task, samples in results.get("samples", {}).items():
+        for sample in samples:
+            yield {
+                "task": task,
+                "doc_id": sample["doc_id"],
+                "filter": sample["filter"],
+                "target": str(sample["target"]),
+                "answers": [str(answer) for answer in sample["filtered_resps"]],
+                **{metric: sample[metric] for metric in sample["metrics"] if isinstance(sample[metric], (int, float))},
+            }

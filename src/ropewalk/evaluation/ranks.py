@@ -1,0 +1,54 @@
+"""Processes that share the samples of an evaluation (data parallel), as torchrun starts them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """This process among those that share the work.
+
+    Args:
+        is_shared: whether there are others; joins their group, which they must do as well.
+    """
+
+    def __init__(self, is_shared: bool) -> None:
+        self.is_shared = is_shared
+        if self.is_shared and not dist.is_initialized():
+            # only scores are exchanged, on the CPU; one rank's long prompts may keep the others waiting for hours
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        self.rank = dist.get_rank() if self.is_shared else 0
+        self.size = dist.get_world_size() if self.is_shared else 1
+
+    @classmethod
+    def launched(cls) -> Ranks:
+        """The ranks that torchrun started, or this process alone."""
+        return cls(dist.is_torchelastic_launched())
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process alone, whatever else runs."""
+        return cls(is_shared=False)
+
+    def device(self, kind: str) -> str:
+        """This process's own device: ``cuda`` becomes ``cuda:<local rank>``."""
+        if kind != "cuda" or not self.is_shared:
+            return kind
+        return f"cuda:{self.rank % torch.cuda.device_count()}"
+
+    def gather(self, item: Any) -> list[Any]:
+        """The item of every rank, in their order, on every rank. Collective."""
+        if not self.is_shared:
+            return [item]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, item)
+        return gathered
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.is_shared and dist.is_initialized():
+            dist.destroy_process_group()

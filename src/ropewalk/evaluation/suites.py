@@ -1,0 +1,179 @@
+"""``python scripts/evaluate.py``: every suite, each number in one table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from ropewalk.config import EvaluateConfig, SuiteConfig, TestTimeConfig
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.evaluation.cells import Cell, CellStore
+from ropewalk.evaluation.harness.tasks import check_tasks
+from ropewalk.evaluation.helmet.run import check_checkout, run_helmet
+from ropewalk.evaluation.paper import beside_published, not_measured, read_published
+from ropewalk.evaluation.ranks import Ranks
+from ropewalk.evaluation.results import RESULTS, writable_directory
+from ropewalk.evaluation.ruler.run import check_ruler, run_ruler
+from ropewalk.evaluation.run import evaluate
+from ropewalk.evaluation.subject import Subject, make_subject
+from ropewalk.evaluation.summary import summarize
+from ropewalk.evaluation.table import LOSS_METRICS, read_table
+from ropewalk.files import replace_atomically
+
+PAPER_CSV = "paper.csv"
+UNSCALED = TestTimeConfig(name="none")
+HARNESSES = ("quick", "ruler", "lm_eval", "helmet", "suites")
+
+
+def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
+    """Run ``config.suite``, keep what is finished, and print what the table holds.
+
+    Returns:
+        the table of everything measured into ``config.output`` so far.
+
+    Raises:
+        ValueError: for a wrong configuration, checkpoint, task or file, before a model is loaded where possible.
+    """
+    suites = list(flattened(config.suite, config.paths.data_dir))
+    check_suites(suites, config)
+    published = None if config.suite.published is None else read_published(config.suite.published)
+    subject = make_subject(config)
+    output = writable_directory("output", config.output)
+    ranks = Ranks.launched()
+    store = CellStore(output, config.overwrite)
+    for suite in suites:
+        for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
+            _run(subject, suite, test_time, store, ranks)
+    ranks.gather(None)
+    if ranks.rank == 0:
+        store.write_table()
+        print(summarize(read_table(output), suites), flush=True)
+        if published is not None:
+            print(compare_published(output, published), flush=True)
+    ranks.close()
+    return read_table(output)
+
+
+def flattened(suite: SuiteConfig, data_dir: str) -> Iterator[SuiteConfig]:
+    """The suites that a suite is made of, itself where it is one; its count of samples goes down to them.
+
+    Raises:
+        ValueError: for a harness or suite that is not known.
+    """
+    if suite.harness not in HARNESSES:
+        raise ValueError(f"suite.harness={suite.harness} is not known; use one of: {', '.join(HARNESSES)}")
+    if suite.harness != "suites":
+        yield suite
+        return
+    for name in suite.suites:
+        part = read_suite(name, data_dir)
+        samples = part.samples if suite.samples is None else suite.samples
+        yield replace(part, samples=samples, unscaled_too=suite.unscaled_too, helmet=suite.helmet)
+
+
+def read_suite(name: str, data_dir: str) -> SuiteConfig:
+    """The suite of a file of configs/suite.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
+    path = CONFIG_DIR / "suite" / f"{name}.yaml"
+    if not path.is_file():
+        names = [file.stem for file in path.parent.glob("*.yaml")]
+        near = difflib.get_close_matches(name, names, n=1)
+        raise ValueError(
+            f"suite.suites: there is no suite {name!r}; did you mean {near[0] if near else ', '.join(names)}?"
+        )
+    whole = OmegaConf.create({"suite": OmegaConf.load(path), "paths": {"data_dir": data_dir}})
+    loaded = OmegaConf.to_container(whole, resolve=True)["suite"]  # type: ignore[index,call-overload]
+    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), loaded))
+    assert isinstance(found, SuiteConfig)
+    return found
+
+
+def compare_published(output: Path, published: pd.DataFrame) -> str:
+    """Write paper.csv, the table's numbers beside published ones, and return it as text."""
+    table = read_table(output)
+    beside = beside_published(table, published)
+    replace_atomically(output / PAPER_CSV, lambda path: beside.to_csv(path, index=False))
+    shown = beside.drop(columns=["run", "tasks"]).to_string(index=False, na_rep="-", float_format="{:.2f}".format)
+    return "\n".join(filter(None, [shown if len(beside) else "", not_measured(table, published)]))
+
+
+def check_suites(suites: list[SuiteConfig], config: EvaluateConfig) -> None:
+    """Check every suite before the first is run.
+
+    Raises:
+        ValueError: for a task, length or HELMET checkout that is not there, or lm-eval that is not installed.
+    """
+    needs = [suite.name for suite in suites if suite.harness in ("ruler", "lm_eval")]
+    if needs and find_spec("lm_eval") is None:
+        raise ValueError(f"suite={needs[0]} runs through lm-eval, which is not installed; pip install 'ropewalk[eval]'")
+    for suite in sorted(suites, key=lambda suite: suite.harness == "lm_eval"):  # whose check takes seconds, last
+        if suite.harness == "ruler":
+            check_ruler(suite, config.lengths)
+        elif suite.harness == "lm_eval":
+            check_tasks(suite)
+        elif suite.harness == "helmet":
+            check_checkout(suite)
+
+
+def _run(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
+    if suite.harness == "quick":
+        run_quick(subject, test_time, store, ranks)
+    elif suite.harness == "ruler":
+        run_ruler(subject, suite, test_time, store, ranks)
+    elif suite.harness == "lm_eval":
+        from ropewalk.evaluation.harness.run import run_lm_eval
+
+        run_lm_eval(subject, suite, test_time, store, ranks)
+    else:
+        run_helmet(subject, suite, test_time, store, ranks)
+
+
+def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
+    """Loss by position and the needle grid, and their rows in the table."""
+    config = replace(subject.config, test_time=test_time)
+    results = evaluate(config, ranks)
+    ranks.gather(None)  # before results.parquet is made, no rank may look for it
+    if ranks.rank:
+        return
+    settings = subject.settings(config.lengths, test_time)
+    for length, rows in results.groupby("context_length"):
+        columns = subject.columns(settings[int(length)])
+        cell = Cell("ropewalk", "quick", int(length), columns["test_time_scaling"])
+        identity = {**subject.identity(settings[int(length)], int(length)), "version": version("ropewalk")}
+        store.overwrite = True  # what results.parquet holds was checked there
+        store.write(cell, identity, [_quick_row(row, columns) for row in rows.to_dict("records")], {})
+    store.overwrite = subject.config.overwrite
+
+
+def _quick_row(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """A row of results.parquet as one of the table: shares in percent, the bucket of positions in the task's name."""
+    loss = row["metric"].removesuffix("_shuffled") in LOSS_METRICS
+    scale = 1.0 if loss else 100.0
+    task = row["task"]
+    if task == "loss_by_position":
+        task = f"loss_by_position[{row['position_start']},{row['position_end']})"
+    return {
+        **columns,
+        "harness": "ropewalk",
+        "harness_version": row["harness_version"],
+        "task": task,
+        "category": row["category"],
+        "context_length": row["context_length"],
+        "depth": row["depth"],
+        "metric": row["metric"],
+        "value": row["value"] * scale,
+        "n": row["n"],
+        "stderr": row["stderr"] * scale,
+        "source_file": Path(RESULTS).name,
+    }

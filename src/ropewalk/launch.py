@@ -1,0 +1,41 @@
+"""A rank's place among the others, as SLURM tells it, and signals that wait until somebody listens.
+
+Standard library alone: this runs before anything that takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import MutableMapping
+
+HELD = (signal.SIGUSR1, signal.SIGUSR2)  # warnings; SIGTERM ends a rank that has not begun
+RANK_OF = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+
+
+def hold_warnings() -> None:
+    """Keep SIGUSR1 and SIGUSR2 pending. SLURM may send them while a rank imports, and they would end it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def release_warnings() -> None:
+    """Deliver what has been held."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
+def take_place(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, LOCAL_RANK and WORLD_SIZE in a task that srun started; MASTER_ADDR is the job script's to set.
+
+    Raises:
+        ValueError: where several tasks were started without MASTER_ADDR: each would be a run of its own in the same
+            directory.
+    """
+    tasks = int(environment.get("SLURM_NTASKS", "1"))
+    if "RANK" in environment or "SLURM_PROCID" not in environment or tasks == 1:
+        return
+    if "MASTER_ADDR" not in environment:
+        raise ValueError(
+            f"SLURM_NTASKS={tasks} but MASTER_ADDR is not set, so every task would be rank 0; start through "
+            "slurm/train_64k.sh or hydra/launcher=slurm, which set it"
+        )
+    environment.update({ours: environment[theirs] for ours, theirs in RANK_OF.items()})

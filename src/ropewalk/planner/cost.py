@@ -1,0 +1,127 @@
+"""Time, money and disk of a run. docs/planner.md has the formulas in words, with their sources."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ropewalk.config import AssumptionConfig, ClusterConfig, TrainerConfig
+from ropewalk.flops import causal_pairs, sequence_flops
+from ropewalk.planner.memory import FP32, Setting
+from ropewalk.planner.shape import ModelShape
+
+GB = 1e9
+LEAD_MARGIN = 30.0  # seconds for the signal to reach every rank, and for the job to be requeued
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token, forward and backward, by part."""
+
+    linear: float
+    causal: float  # attention over one document that fills the row
+    full: float  # attention counted over all pairs
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds, and what follows from them.
+
+    Attributes:
+        micro_step: forward and backward of one micro batch.
+        step: one optimizer step.
+        training: all steps, and the checkpoints between them.
+        communication: of one micro batch, if none of it is hidden behind computing.
+        tokens_per_second_per_gpu: at the assumed utilisation.
+    """
+
+    micro_step: float
+    step: float
+    training: float
+    communication: float
+    tokens_per_second_per_gpu: float
+
+
+def flops_per_token(shape: ModelShape, length: int) -> Flops:
+    """FLOPs a token of a row of ``length`` tokens."""
+    linear = sequence_flops(shape.linear, shape.attention_width, length, 0)
+    causal = sequence_flops(0, shape.attention_width, length, causal_pairs(length))
+    full = sequence_flops(0, shape.attention_width, length, length**2)
+    return Flops(linear / length, causal / length, full / length)
+
+
+def accumulation_steps(setting: Setting, global_batch: int) -> int:
+    """Micro batches that each rank adds up for one step."""
+    return global_batch // (setting.micro_batch * (setting.ranks // setting.sequence))
+
+
+def checkpoint_bytes(shape: ModelShape) -> float:
+    """Master weights and both moments, in fp32."""
+    return 3.0 * FP32 * shape.parameters
+
+
+def checkpoint_seconds(shape: ModelShape, setting: Setting, cluster: ClusterConfig, assume: AssumptionConfig) -> float:
+    """Writing at what the nodes' file system takes, then hashing what each rank wrote."""
+    size, nodes = checkpoint_bytes(shape), max(1, setting.ranks // cluster.gpus_per_node)
+    return size / (GB * cluster.disk_write_gb_s * nodes) + size / (GB * assume.hash_gb_s * setting.ranks)
+
+
+def checkpoints_kept(trainer: TrainerConfig) -> int:
+    """Checkpoints on disk at the end of the run; one more exists while it is written."""
+    every, steps = trainer.checkpoint_every, trainer.max_steps
+    if every is None:
+        return 0
+    saved = {*range(every, steps + 1, every), steps}
+    if trainer.keep_last is None:
+        return len(saved)
+    newest = set(sorted(saved)[-trainer.keep_last :])
+    return len(newest | {step for step in saved if trainer.keep_every and step % trainer.keep_every == 0})
+
+
+def communication_seconds(shape: ModelShape, setting: Setting, cluster: ClusterConfig) -> float:
+    """Of one micro batch: ZeRO-3 gathers the weights twice and scatters fp32 gradients; Ulysses trades heads.
+
+    Every byte enters a GPU over NVLink; what another node holds enters the node once, spread over its GPUs' ports.
+    """
+    ranks, nodes = setting.ranks, max(1, setting.ranks // cluster.gpus_per_node)
+    gathers = 2 * setting.element if setting.stage == 3 else 0
+    zero = (gathers + FP32) * shape.parameters
+    inside = zero * (ranks - 1) / ranks / (GB * cluster.nvlink_gb_s)
+    between = zero * (nodes - 1) / nodes / (GB * cluster.network_gb_s * cluster.gpus_per_node)
+    passes = 3 if setting.checkpointing else 2
+    traded = passes * shape.layers * setting.tokens * setting.element * 2 * (shape.query + shape.key)
+    share = (setting.sequence - 1) / setting.sequence
+    return max(inside, between) + traded * share / (GB * cluster.nvlink_gb_s)
+
+
+def run_time(
+    shape: ModelShape, setting: Setting, trainer: TrainerConfig, cluster: ClusterConfig, assume: AssumptionConfig
+) -> Time:
+    """How long the run takes if ``assume.utilisation`` of the peak is reached, and nothing fails."""
+    flops = flops_per_token(shape, setting.length)
+    speed = assume.utilisation * cluster.peak_tflops * 1e12 / (flops.linear + flops.causal)
+    micro_step = setting.tokens / speed
+    step = accumulation_steps(setting, trainer.global_batch_size) * micro_step + assume.step_overhead
+    every = trainer.checkpoint_every
+    saves = math.ceil(trainer.max_steps / every) if every else 0
+    saving = saves * checkpoint_seconds(shape, setting, cluster, assume)
+    communication = communication_seconds(shape, setting, cluster)
+    return Time(micro_step, step, trainer.max_steps * step + saving, communication, speed)
+
+
+def lead_seconds(micro_step: float, save: float) -> int:
+    """How long before the time limit SLURM should send its signal (``--signal=B:USR1@N``).
+
+    Ranks look for it before each micro batch, so one may just have begun; then they save. Twice that, since a busy
+    file system is slow, and a margin; in tens of seconds. Also for times that were measured.
+
+    Args:
+        micro_step: seconds of one micro batch's forward and backward, and of the optimizer's step.
+        save: seconds of one checkpoint.
+    """
+    return 10 * math.ceil((2 * (micro_step + save) + LEAD_MARGIN) / 10)
+
+
+def kv_bytes(shape: ModelShape, length: int, element: int = 2) -> float:
+    """Keys and values of one sequence, in bf16 unless ``element`` says otherwise."""
+    return 2.0 * shape.layers * shape.key * element * length

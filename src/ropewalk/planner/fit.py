@@ -1,0 +1,138 @@
+"""Whether a run fits, the smallest way to make it fit, and the cheapest changes where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from ropewalk.config import ClusterConfig
+from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
+from ropewalk.planner.shape import ModelShape
+
+SHOWN = 3  # changes that are offered
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the machines hold, and what is set aside of it."""
+
+    cluster: ClusterConfig
+    allowances: Allowances
+
+    def holds(self, shape: ModelShape, setting: Setting) -> bool:
+        """Whether every GPU and every host has room for its ranks."""
+        return self.has_room(memory(shape, setting, self.allowances), setting)
+
+    def has_room(self, needed: Memory, setting: Setting) -> bool:
+        """The same of a memory already computed."""
+        per_node = min(setting.ranks, self.cluster.gpus_per_node)
+        in_host = needed.host_total * per_node <= GIB * self.cluster.host_memory_gib
+        return in_host and needed.device_total <= GIB * self.cluster.gpu_memory_gib
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that can be changed to save memory.
+
+    Attributes:
+        override: as on the command line.
+        slowdown: what a step then takes, over what it took; an estimate.
+        setting: the change made to a setting.
+    """
+
+    override: str
+    slowdown: float
+    changed: dict[str, object] = field(compare=False)
+
+    def applied(self, setting: Setting) -> Setting:
+        """The setting with this change."""
+        return replace(setting, **self.changed)  # type: ignore[arg-type]
+
+
+def sequence_degrees(shape: ModelShape, setting: Setting, gpus_per_node: int, global_batch: int) -> list[int]:
+    """Ranks that may share a row: equal shares of the heads and tokens, inside a node, with work for all ranks."""
+    allowed = []
+    for degree in range(1, shape.kv_heads + 1):
+        divides = shape.kv_heads % degree == 0 == shape.heads % degree and setting.ranks % degree == 0
+        if divides and degree <= gpus_per_node and setting.length % degree == 0:
+            groups = setting.ranks // degree
+            if global_batch % groups == 0:
+                allowed.append(degree)
+    return allowed
+
+
+def smallest_fit(
+    shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int]
+) -> tuple[int, int] | None:
+    """The smallest sequence-parallel degree that fits, and the largest micro batch that fits beside it; or None."""
+    for degree in degrees:
+        share = global_batch // (setting.ranks // degree)
+        sizes = [n for n in range(1, share + 1) if share % n == 0]
+        fitting = [n for n in sizes if room.holds(shape, replace(setting, sequence=degree, micro_batch=n))]
+        if fitting:
+            return degree, max(fitting)
+    return None
+
+
+def cheapest_changes(
+    shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int], nodes: int
+) -> list[tuple[Change, ...]]:
+    """Sets of changes that make the run fit and leave its global batch, cheapest first; none holds another or sets
+    the same keys."""
+    fitting: list[tuple[Change, ...]] = []
+    shown: list[tuple[Change, ...]] = []
+    options = list(_changes(setting, degrees, nodes, global_batch))
+    sets = [chosen for size in (1, 2, 3, 4) for chosen in combinations(options, size) if _one_of_each(chosen)]
+    for chosen in sorted(sets, key=lambda changes: (_slowdown(changes), len(changes))):
+        if any(set(cheaper) <= set(chosen) for cheaper in fitting) or len(shown) == SHOWN:
+            continue
+        changed = setting
+        for change in chosen:
+            changed = change.applied(changed)
+        even = global_batch % (changed.micro_batch * changed.ranks // changed.sequence) == 0
+        if even and room.holds(shape, changed):
+            fitting.append(chosen)
+            if all(_keys(cheaper) != _keys(chosen) for cheaper in shown):
+                shown.append(chosen)
+    return shown
+
+
+def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int) -> Iterator[Change]:
+    """What can be changed, with what it costs. The slowdowns are rough; docs/planner.md says where they come from."""
+    if setting.micro_batch > 1:
+        yield Change("trainer.micro_batch_size=1", 1.0, {"micro_batch": 1})
+    if setting.loss_chunk is None or setting.loss_chunk > 1024:
+        yield Change("trainer.loss_chunk_size=1024", 1.0, {"loss_chunk": 1024})
+    if not setting.checkpointing:
+        yield Change("trainer.activation_checkpointing=true", 4 / 3, {"checkpointing": True})
+    elif not setting.offload_activations:
+        yield Change("trainer.offload_activations=true", 1.05, {"offload_activations": True})
+    if setting.mlp_tile is None:
+        yield Change("trainer.mlp_chunk_size=4096", 1.08, {"mlp_tile": 4096})
+    for degree in degrees:
+        if degree > setting.sequence:
+            yield Change(f"parallel.sequence={degree}", 1 + 0.02 * degree.bit_length(), {"sequence": degree})
+    factor = 2
+    while setting.cuda and setting.ranks * factor <= global_batch * max(degrees):
+        yield Change(f"nodes={nodes * factor}", 1.01**factor, {"ranks": setting.ranks * factor})
+        factor *= 2
+    if not setting.offload_optimizer:
+        yield Change("deepspeed.offload_optimizer=true", 1.25, {"offload_optimizer": True})
+
+
+def _one_of_each(changes: tuple[Change, ...]) -> bool:
+    """Whether no two set the same thing."""
+    touched = [field for change in changes for field in change.changed]
+    return len(touched) == len(set(touched))
+
+
+def _keys(changes: tuple[Change, ...]) -> set[str]:
+    return {change.override.partition("=")[0] for change in changes}
+
+
+def _slowdown(changes: tuple[Change, ...]) -> float:
+    product = 1.0
+    for change in changes:
+        product *= change.slowdown
+    return product

@@ -1,0 +1,158 @@
+"""One run planned: memory, time, money, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ropewalk.config import PlanConfig, validate_train
+from ropewalk.planner import cost
+from ropewalk.planner.fit import Room, cheapest_changes, sequence_degrees, smallest_fit
+from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
+from ropewalk.planner.shape import ModelShape, shape_of
+
+DAY, HOUR = 86_400, 3_600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``scripts/plan.py`` says; sizes in bytes, times in seconds unless the name says otherwise.
+
+    Attributes:
+        fits: whether every GPU and host has room for what is configured.
+        smallest: (sequence-parallel degree, micro batch) that fits at least, or None.
+        changes: sets of overrides that would make it fit, cheapest first; empty where it fits.
+        lead_seconds: how long before the time limit the save signal should come.
+        entries: everything else, by name, as it goes to JSON.
+    """
+
+    fits: bool
+    memory: Memory
+    setting: Setting
+    shape: ModelShape
+    smallest: tuple[int, int] | None
+    changes: list[list[str]]
+    lead_seconds: int
+    entries: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "fits": self.fits,
+            "memory": {**asdict(self.memory), "device_total": self.memory.device_total},
+            "smallest_sequence": self.smallest[0] if self.smallest else None,
+            "smallest_micro_batch": self.smallest[1] if self.smallest else None,
+            "changes": self.changes,
+            "lead_seconds": self.lead_seconds,
+            **self.entries,
+        }
+
+
+def setting_of(config: PlanConfig) -> Setting:
+    """What of the configuration the memory depends on."""
+    trainer = config.trainer
+    return Setting(
+        ranks=config.nodes * config.cluster.gpus_per_node,
+        length=config.data.sequence_length,
+        micro_batch=trainer.micro_batch_size,
+        sequence=config.parallel.sequence,
+        element=2 if trainer.dtype == "bfloat16" else 4,
+        stage=config.deepspeed.stage,
+        cuda=config.cluster.device == "cuda",
+        checkpointing=trainer.activation_checkpointing,
+        offload_activations=trainer.offload_activations,
+        mlp_tile=trainer.mlp_chunk_size,
+        loss_chunk=trainer.loss_chunk_size,
+        offload_optimizer=config.deepspeed.offload_optimizer,
+        save_in_background=trainer.save_in_background,
+    )
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """Plan a run from its configuration alone.
+
+    Raises:
+        ValueError: for a run that could not be started on these machines whatever its memory, or a model of unknown
+            size.
+    """
+    _check_cluster(config)
+    setting, trainer, cluster = setting_of(config), config.trainer, config.cluster
+    validate_train(config, setting.ranks, stores=False)
+    shape = shape_of(config.model)
+    degrees = sequence_degrees(shape, setting, cluster.gpus_per_node, trainer.global_batch_size)
+    if setting.sequence not in degrees:
+        raise ValueError(
+            f"parallel.sequence={setting.sequence} does not share {shape.heads} query and {shape.kv_heads} key/value "
+            f"heads evenly inside a node of {cluster.gpus_per_node}; use one of {', '.join(map(str, degrees))}"
+        )
+    room = Room(cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation))
+    needed = memory(shape, setting, room.allowances)
+    fits = room.has_room(needed, setting)
+    batch = trainer.global_batch_size
+    changes = [] if fits else cheapest_changes(shape, setting, room, batch, degrees, config.nodes)
+    time = cost.run_time(shape, setting, trainer, cluster, config.assume)
+    save = cost.checkpoint_seconds(shape, setting, cluster, config.assume)
+    return Plan(
+        fits=fits,
+        memory=needed,
+        setting=setting,
+        shape=shape,
+        smallest=smallest_fit(shape, setting, room, batch, degrees),
+        changes=[[change.override for change in chosen] for chosen in changes],
+        lead_seconds=cost.lead_seconds(time.micro_step, save),
+        entries=_entries(config, shape, setting, time, save),
+    )
+
+
+def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost.Time, save: float) -> dict[str, Any]:
+    trainer, cluster = config.trainer, config.cluster
+    tokens = trainer.global_batch_size * setting.length
+    hours = time.training / HOUR * setting.ranks
+    kept = cost.checkpoints_kept(trainer)
+    size = cost.checkpoint_bytes(shape)
+    flops = cost.flops_per_token(shape, setting.length)
+    return {
+        "run_name": config.run_name,
+        "cluster": cluster.name,
+        "gpus": setting.ranks,
+        "parameters": shape.parameters,
+        "gflops_per_token": {name: value / 1e9 for name, value in asdict(flops).items()},
+        "gpu_memory_gib": cluster.gpu_memory_gib,
+        "accumulation_steps": cost.accumulation_steps(setting, trainer.global_batch_size),
+        "tokens_per_step": tokens,
+        "steps": trainer.max_steps,
+        "tokens": tokens * trainer.max_steps,
+        "utilisation": config.assume.utilisation,
+        "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
+        "micro_step_seconds": time.micro_step,
+        "communication_seconds": time.communication,
+        "step_seconds": time.step,
+        "seconds": time.training,
+        "gpu_hours": hours,
+        "cost": hours * cluster.price_per_gpu_hour,
+        "checkpoint_bytes": size,
+        "checkpoint_seconds": save,
+        "checkpoints_kept": kept,
+        "storage_bytes": size * (kept + (1 if kept else 0)) + setting.element * shape.parameters,
+        "weights_bytes": 2 * shape.parameters,
+        "kv_bytes": {length: cost.kv_bytes(shape, length) for length in config.kv_lengths},
+    }
+
+
+def _check_cluster(config: PlanConfig) -> None:
+    if config.nodes < 1:
+        raise ValueError(f"nodes={config.nodes} must be positive")
+    if not 0 < config.assume.utilisation <= 1:
+        raise ValueError(f"assume.utilisation={config.assume.utilisation} is a share of the peak; 0.28 is usual at 64k")
+    device = config.cluster.device
+    if config.trainer.device != device:
+        raise ValueError(
+            f"trainer.device={config.trainer.device} on cluster={config.cluster.name}, whose device is {device}; set "
+            f"trainer.device={device} or choose another cluster"
+        )
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, as people read them."""
+    return f"{size / GIB:,.1f} GiB"

@@ -1,0 +1,143 @@
+"""The shape of a model, from its config alone: no weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder of the Llama family; heads times ``head_dim`` need not be ``hidden``.
+
+    Attributes:
+        model_type: transformers' name.
+        vocabulary: rows of the embedding and of the output head.
+        hidden: width of the residual stream.
+        intermediate: width inside the MLP.
+        layers: decoder layers.
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: channels of a head.
+        tied: whether the head is the embedding.
+        biased: linear layers that have a bias, by name (q, k, v, o, mlp).
+    """
+
+    model_type: str
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    biased: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
+        """From the fields of a transformers config.json.
+
+        Raises:
+            ValueError: where ``name``'s config lacks a field, or is of another architecture.
+        """
+        kind = config.get("model_type")
+        if kind not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(f"{name}: model_type={kind!r} cannot be planned; use {', '.join(SUPPORTED_MODEL_TYPES)}")
+        missing = [key for key in REQUIRED if config.get(key) is None]
+        if missing:
+            raise ValueError(f"{name} does not say {', '.join(missing)}; give it in model.architecture")
+        heads = config["num_attention_heads"]
+        return cls(
+            model_type=kind,
+            vocabulary=config["vocab_size"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            biased=_biased(kind, config),
+        )
+
+    @property
+    def query(self) -> int:
+        """Channels of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        """Channels of all key heads together; as many of the values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def head_normed(self) -> bool:
+        """Whether queries and keys pass a norm of their own."""
+        return self.model_type == "qwen3"
+
+    @property
+    def linear_per_layer(self) -> int:
+        """Weights of one layer's linear maps, without biases."""
+        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+
+    @property
+    def linear(self) -> int:
+        """Weights of all linear maps, the output head with them."""
+        return self.layers * self.linear_per_layer + self.embedding
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding; as many of the output head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def small_per_layer(self) -> int:
+        """Norms and biases of one layer."""
+        widths = {"q": self.query, "k": self.key, "v": self.key, "o": self.hidden}
+        widths["mlp"] = 2 * self.intermediate + self.hidden
+        heads = 2 * self.head_dim if self.head_normed else 0
+        return 2 * self.hidden + heads + sum(widths[name] for name in self.biased)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied ones once."""
+        per_layer = self.linear_per_layer + self.small_per_layer
+        return self.layers * per_layer + self.embedding * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def attention_width(self) -> int:
+        """Layers times query channels."""
+        return self.layers * self.query
+
+
+def shape_of(model: ModelConfig) -> ModelShape:
+    """The shape of the model that a run starts from: its config.json where it is at hand, else model.architecture.
+
+    Raises:
+        ValueError: where neither says it.
+    """
+    directory = Path(model.path) if model.path else None
+    if directory is not None and (directory / "config.json").is_file():
+        return ModelShape.from_config(json.loads((directory / "config.json").read_text()), str(directory))
+    if not model.architecture:
+        raise ValueError(
+            f"model.path={model.path} holds no config.json here and model.architecture is empty, so its size is "
+            "not known; name a directory that is on this disk, or give its fields (++model.architecture={model_type: "
+            "llama, hidden_size: ..., ...})"
+        )
+    return ModelShape.from_config({"head_dim": model.head_dim, **model.architecture}, f"model={model.name}")
+
+
+def _biased(kind: str, config: Mapping[str, Any]) -> frozenset[str]:
+    if kind == "qwen2":  # its config has no switch
+        return frozenset("qkv")
+    names = set("qkvo") if config.get("attention_bias") else set()
+    return frozenset(names | ({"mlp"} if config.get("mlp_bias") else set()))

@@ -1,0 +1,71 @@
+"""What a run was made of: commit and differences of the source tree, versions, the environment without secrets."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    "ropewalk",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "flash-attn",
+)
+# Variables that change what a job does. Everything else stays out: an environment is where keys and tokens live.
+RECORDED = re.compile(
+    r"(SLURM_|SLURMD_|NCCL_|CUDA_|OMP_|MKL_|TORCH_|PYTORCH_|TRITON_|DS_|HYDRA_|GLOO_|TP_)\w+"
+    r"|HF_HOME|HF_HUB_OFFLINE|WANDB_MODE|MASTER_ADDR|MASTER_PORT|TMPDIR|LD_LIBRARY_PATH|HOSTNAME"
+)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE", re.IGNORECASE)
+TREE = Path(__file__).parent
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with "+changes" where it differs from it; None outside a checkout."""
+    commit = (_git("rev-parse", "HEAD") or "").strip() or None
+    return f"{commit}+changes" if commit and _git("status", "--porcelain") else commit
+
+
+def git_changes() -> str:
+    """What differs from the commit, as a patch, and the names of files unknown to git; "" outside a checkout."""
+    patch, unknown = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
+    return (patch or "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, as far as they are installed."""
+    return {name: found for name in PACKAGES if (found := _version(name))}
+
+
+def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that steer a job, by a list of names; none that is called like a key or a token."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if RECORDED.fullmatch(name) and not SECRET.search(name)
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=TREE, capture_output=True, text=True, errors="replace", check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

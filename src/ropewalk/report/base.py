@@ -1,0 +1,87 @@
+"""The base: the model before continued pretraining, which is a row of every table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from ropewalk.report.runs import (
+    DOCUMENT_COLUMNS,
+    METRIC_COLUMNS,
+    RESULT_COLUMNS,
+    TABLE_COLUMNS,
+    Run,
+    holds_run,
+    load_run,
+)
+
+MODEL_PATH = "model.path"
+EXPORT = "export"  # directory of a run's Hugging Face form
+
+
+def with_bases(runs: list[Run], given: str | None) -> list[Run]:
+    """The runs and, after them, the model that each was continued from, where it is not one of them already.
+
+    A base that was never evaluated, or cannot be found here (a hub id), is a run without numbers, so that its row
+    says so.
+
+    Args:
+        runs: as given by the user.
+        given: directory of the base or of its evaluation; None: from model.path of the runs.
+
+    Raises:
+        ValueError: where ``given`` is no run directory.
+    """
+    if given is not None and not Path(given).is_dir():
+        raise ValueError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
+    rows = list(runs)
+    for path in [given] if given is not None else _started_from(runs):
+        at = next((i for i, run in enumerate(rows) if _is_at(run, path)), None)
+        if at is not None:
+            rows[at] = replace(rows[at], is_base=True)
+            continue
+        found = load_run(Path(path)) if given is not None else _look_up(path)
+        if any(run.name == found.name for run in rows):
+            found = replace(found, name=path)
+        rows.append(replace(found, is_base=True))
+    return rows
+
+
+def how_to_evaluate(run: Run) -> str:
+    """For a base without numbers, the command that makes them."""
+    return (
+        f"{run.name} was not evaluated here: python scripts/evaluate.py checkpoint={run.directory} output=DIR ..., "
+        "then base=DIR."
+    )
+
+
+def _started_from(runs: list[Run]) -> list[str]:
+    """Different starting models of the runs, in order; a run from random weights has none."""
+    return list(dict.fromkeys(str(run.config[MODEL_PATH]) for run in runs if run.config.get(MODEL_PATH)))
+
+
+def _is_at(run: Run, path: str) -> bool:
+    """Whether ``run`` is the model at ``path``: its directory, its export, or an evaluation of it."""
+    own = [str(run.directory), str(run.directory / EXPORT)]
+    own += [str(run.evaluation["checkpoint"])] if "checkpoint" in run.evaluation else []
+    return Path(path).resolve() in {Path(one).resolve() for one in own}
+
+
+def _look_up(path: str) -> Run:
+    """The run whose export lies at ``path``; a run without numbers where there is none."""
+    directory = Path(path)
+    for place in (directory.parent, directory) if directory.name == EXPORT else (directory,):
+        if holds_run(place):
+            return load_run(place)
+    empty = {name: pd.DataFrame(columns=list(columns)) for name, columns in _COLUMNS.items()}
+    return Run(name=path, directory=directory, config={}, record={}, evaluation={}, verification={}, **empty)
+
+
+_COLUMNS = {
+    "metrics": METRIC_COLUMNS,
+    "results": RESULT_COLUMNS,
+    "documents": DOCUMENT_COLUMNS,
+    "table": TABLE_COLUMNS,
+}

@@ -1,0 +1,141 @@
+"""Arms trained over several seeds: which runs are one arm, and how far its seeds lie apart.
+
+Intervals over documents say nothing of this: two seeds of one arm score the same documents and still differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ropewalk.report.runs import Run
+from ropewalk.report.text import listed
+
+UNKNOWN_NOISE = "training noise unknown"
+SEED = "trainer.seed"
+# Of a run's configuration, what names it, tells where things lie, or says how often it is written down or saved.
+WITHOUT_EFFECT = {
+    "run_name", "run_dir", SEED, "data.verify", "data.cache_dir", "data.cache_gib", "trainer.log_every",
+    "trainer.checkpoint_every", "trainer.keep_last", "trainer.keep_every", "trainer.stop_after",
+    "trainer.stop_before", "trainer.profile_steps", "trainer.peak_flops",
+}  # fmt: skip
+GROUPS_WITHOUT_EFFECT = ("tracker.", "paths.", "resume.")
+Quantity = Callable[[Run], float | None]  # of a run; None where it was not measured
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in nothing but their seed; a run without a config.yaml is an arm of its own.
+
+    Attributes:
+        name: the name of its one run, or what the names of its runs begin with.
+        runs: in the order given.
+    """
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> int:
+        """Different seeds among the runs."""
+        return len({str(run.config.get(SEED)) for run in self.runs})
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it was trained here, and not what others were trained from."""
+        return any(run.is_trained_here and not run.is_base for run in self.runs)
+
+    def by_seed(self, quantity: Quantity) -> dict[str, float]:
+        """Seed -> the quantity of the first run of it that has one."""
+        found: dict[str, float] = {}
+        for run in self.runs:
+            value = quantity(run)
+            if value is not None:
+                found.setdefault(str(run.config.get(SEED)), value)
+        return found
+
+    def values(self, quantity: Quantity) -> list[float]:
+        """The quantity of one run for each seed that has it, in order."""
+        return list(self.by_seed(quantity).values())
+
+    def spread(self, quantity: Quantity) -> float | None:
+        """Largest less smallest value between the seeds; None with fewer than two."""
+        values = self.values(quantity)
+        return max(values) - min(values) if len(values) > 1 else None
+
+
+def arms(runs: Sequence[Run]) -> list[Arm]:
+    """The runs sorted into arms, in the order of each arm's first run."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run), []).append(run)
+    found = [Arm(_name(group), group) for group in groups.values()]
+    names = Counter([arm.name for arm in found] + [run.name for run in runs])  # an arm of one run counts twice
+    return [arm if len(arm.runs) == 1 or names[arm.name] == 1 else replace(arm, name=arm.runs[0].name) for arm in found]
+
+
+def one_run_each(found: Sequence[Arm]) -> list[Run]:
+    """A run for each arm, by the arm's name: for what seeds do not change, such as a spectrum."""
+    return [replace(arm.runs[0], name=arm.name) for arm in found]
+
+
+def arm_of(run: Run, found: Sequence[Arm]) -> Arm:
+    """The one of the arms that ``run`` is of."""
+    return next(arm for arm in found if any(one is run for one in arm.runs))
+
+
+def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
+    """Differences of two arms seed by seed, of the seeds that both have: the same data order and random numbers."""
+    ours, theirs = arm.by_seed(quantity), other.by_seed(quantity)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs] if arm.is_trained and other.is_trained else []
+
+
+def noise_words(run: Run, baseline: Run, found: Sequence[Arm], quantity: Quantity, digits: int = 3) -> str:
+    """What is to stand beside a difference of ``quantity``: how it varies over seeds, or that this is unknown.
+
+    Two runs of one seed share their data order, so theirs is the range of the same difference over the seeds that both
+    arms have; else it is the larger spread of the two arms. The base, and a model that was only evaluated, is one
+    fixed checkpoint that all arms share; of every other arm in the difference it takes two seeds to know anything.
+    """
+    arm, other = arm_of(run, found), arm_of(baseline, found)
+    differences = paired(arm, other, quantity)
+    if arm is not other and len(differences) > 1 and run.config.get(SEED) == baseline.config.get(SEED):
+        return f"over {len(differences)} seeds {min(differences):+.{digits}f} to {max(differences):+.{digits}f}"
+    spreads = [one.spread(quantity) for one in (arm, other) if one.is_trained]
+    known = [spread for spread in spreads if spread is not None]
+    if not known or len(known) < len(spreads):
+        return UNKNOWN_NOISE
+    return f"seeds differ by up to {max(known):.{digits}f}"
+
+
+def noise_sentence(found: Sequence[Arm]) -> str:
+    """Which arms have seeds to tell training noise by, for the reading under a figure of differences."""
+    trained = [arm for arm in found if arm.is_trained]
+    several = [f"{arm.name} ({arm.seeds} seeds)" for arm in trained if arm.seeds > 1]
+    single = [arm.name for arm in trained if arm.seeds == 1]
+    parts = [f"Trained over seeds: {listed(several)}."] if several else []
+    if single:
+        parts.append(f"One seed, so {UNKNOWN_NOISE}: {listed(single)}.")
+    return " ".join(parts)
+
+
+def _key(run: Run) -> str:
+    if not run.config:
+        return f"directory {run.directory.resolve()}"
+    settings = {
+        key: value
+        for key, value in run.config.items()
+        if key not in WITHOUT_EFFECT and not key.startswith(GROUPS_WITHOUT_EFFECT)
+    }
+    return json.dumps([settings, run.record.get("chain_sha256"), run.record.get("store_fingerprint")], default=str)
+
+
+def _name(runs: list[Run]) -> str:
+    """What all names begin with, less a trailing ``-s``, ``_seed`` or the like; else the first name."""
+    first, *others = [run.name for run in runs]
+    if not others:
+        return first
+    length = next((i for i, letters in enumerate(zip(first, *others, strict=False)) if len(set(letters)) > 1), None)
+    return first[:length].removesuffix("seed").removesuffix("s").rstrip("-_. ") or first

@@ -1,0 +1,182 @@
+"""The record of a job in its run directory: what it was made of before the ranks start, and how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ropewalk.files import write_atomically
+from ropewalk.provenance import git_changes, git_commit, recorded_environment, versions
+from ropewalk.slurm.verdict import Verdict, judge
+
+BEGIN, END = "begin.json", "end.json"
+
+
+def jobs_directory(command: str, config: Any, job_name: str) -> Path:
+    """Where records of a command's jobs live: in the run directory of a training, else below the output directory."""
+    return Path(config.run_dir) / "jobs" if command == "train" else Path(config.paths.output_dir) / "jobs" / job_name
+
+
+def begin(
+    command: str, config: Any, arguments: Sequence[str], batch_script: Path, environment: Mapping[str, str]
+) -> Path:
+    """Write what the job is made of; returns its directory, ``<jobs>/<job id>-<restart>``.
+
+    Args:
+        command: train, evaluate, ...: which configuration ``config`` is.
+        config: resolved.
+        arguments: of the command line.
+        batch_script: what SLURM runs, a copy in its spool.
+        environment: of the job; keys and tokens in it are not written.
+    """
+    job, restart = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
+    jobs = jobs_directory(command, config, environment.get("SLURM_JOB_NAME", "job"))
+    record = jobs / f"{job}-{restart}"
+    record.mkdir(parents=True, exist_ok=True)
+    _close_abandoned(jobs, job, restart)
+    shutil.copyfile(batch_script, record / "script.sh")
+    write_atomically(record / "changes.diff", git_changes())
+    write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    content = {
+        "command": shlex.join([command, *arguments]),
+        "job_id": job,
+        "job_name": environment.get("SLURM_JOB_NAME"),
+        "array": environment.get("SLURM_ARRAY_JOB_ID") and [
+            environment["SLURM_ARRAY_JOB_ID"], environment.get("SLURM_ARRAY_TASK_ID")
+        ],
+        "restart": restart,
+        "partition": environment.get("SLURM_JOB_PARTITION"),
+        "account": environment.get("SLURM_JOB_ACCOUNT"),
+        "nodes": environment.get("SLURM_JOB_NODELIST"),
+        "tasks": int(environment.get("SLURM_NTASKS", "1")),
+        "started": time.time(),
+        "run_dir": str(config.run_dir) if command == "train" else None,
+        "committed_step": committed_step(config.run_dir) if command == "train" else None,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "environment": recorded_environment(environment),
+    }  # fmt: skip
+    write_atomically(record / BEGIN, json.dumps(content, indent=2) + "\n")
+    return record
+
+
+def end(record: Path, code: int, *, warned: bool, state: str) -> Verdict:
+    """Judge how the ranks ended and write it down, in the words of sacct.
+
+    Args:
+        record: what :func:`begin` returned.
+        code: srun's exit code.
+        warned: the job got SIGUSR1.
+        state: what SLURM calls the job now: RUNNING, or CANCELLED, PREEMPTED, ... where it is ending it.
+    """
+    begun = json.loads((record / BEGIN).read_text())
+    ranks = [json.loads(path.read_text()) for path in sorted(record.glob("ranks/rank-*.json"))]
+    step = committed_step(begun["run_dir"]) if begun["run_dir"] else None
+    verdict = judge(
+        code, ranks, begun["tasks"], warned=warned, terminated=state != "RUNNING", cancelled=state == "CANCELLED",
+        progress=step is not None and step > (begun["committed_step"] or 0), fruitless=_fruitless_before(record),
+    )  # fmt: skip
+    _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, step, ranks)
+    return verdict
+
+
+def committed_step(run_dir: str | Path) -> int | None:
+    """Step of the newest committed checkpoint, as ``training.find_checkpoint`` finds it, without importing torch."""
+    manifests = sorted(Path(run_dir).glob("checkpoints/step-*/manifest.json"))
+    return int(manifests[-1].parent.name.removeprefix("step-")) if manifests else None
+
+
+def _write_end(
+    record: Path,
+    begun: Mapping[str, Any],
+    state: str,
+    exit_code: str | None,
+    reason: str,
+    step: int | None,
+    ranks: Sequence[Mapping[str, Any]],
+) -> None:
+    now = time.time()
+    content = {
+        "JobID": begun["job_id"],
+        "JobName": begun["job_name"],
+        "Partition": begun["partition"],
+        "Account": begun["account"],
+        "NodeList": begun["nodes"],
+        "NTasks": begun["tasks"],
+        "Restarts": begun["restart"],
+        "Start": _sacct_time(begun["started"]),
+        "End": _sacct_time(now),
+        "Elapsed": _elapsed(now - begun["started"]),
+        "State": state,
+        "ExitCode": exit_code,
+        "Reason": reason,
+        "CommittedStepBefore": begun["committed_step"],
+        "CommittedStep": step,
+        "Ranks": [{key: rank.get(key) for key in ("rank", "node", "code", "error")} for rank in ranks],
+    }
+    write_atomically(record / END, json.dumps(content, indent=2) + "\n")
+
+
+def _close_abandoned(jobs: Path, job: str, restart: int) -> None:
+    """Write an end for earlier sessions of this job that had none to write: their node died."""
+    for number in range(restart):
+        record = jobs / f"{job}-{number}"
+        if (record / BEGIN).is_file() and not (record / END).exists():
+            begun = json.loads((record / BEGIN).read_text())
+            step = committed_step(begun["run_dir"]) if begun["run_dir"] else None
+            _write_end(
+                record, begun, "NODE_FAIL", None, "no end was written: the node died or SLURM ended it", step, []
+            )
+
+
+def _fruitless_before(record: Path) -> int:
+    """Sessions right before this one that went back into the queue after a crash, without a new checkpoint."""
+    job, _, restart = record.name.rpartition("-")
+    count = 0
+    for number in reversed(range(int(restart))):
+        path = record.with_name(f"{job}-{number}") / END
+        ended = json.loads(path.read_text()) if path.is_file() else {}
+        killed = ended.get("State") == "REQUEUED" and any(rank["code"] is None for rank in ended["Ranks"])
+        if not killed or ended["CommittedStep"] != ended["CommittedStepBefore"]:
+            break
+        count += 1
+    return count
+
+
+def _sacct_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+
+
+def _elapsed(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}-" if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def main() -> None:
+    """``python -m ropewalk.slurm.job end RECORD CODE [--warned] [--state STATE]``: prints requeue or stop, and why."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("action", choices=["end"])
+    parser.add_argument("record", type=Path)
+    parser.add_argument("code", type=int)
+    parser.add_argument("--warned", action="store_true")
+    parser.add_argument("--state", default="RUNNING")
+    given = parser.parse_args()
+    verdict = end(given.record, given.code, warned=given.warned, state=given.state)
+    print(f"{'requeue' if verdict.requeue else 'stop'} {verdict.reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What the ``cluster`` group says, as sbatch and the hydra launcher want it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ropewalk.config import ClusterConfig
+
+VARIABLE = re.compile(r"[A-Za-z_]\w*")
+PER_DAY, PER_HOUR = 24 * 60, 60
+
+
+def sbatch_options(cluster: ClusterConfig, nodes: int | None, lead_seconds: int | None) -> list[str]:
+    """Options that stand for the #SBATCH lines of a training script.
+
+    Args:
+        cluster: where it is submitted.
+        nodes: of the job; None: what the script says.
+        lead_seconds: how long before the limit the warning is to come; None: what the script says.
+    """
+    slurm = cluster.slurm
+    options = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "nodes": nodes,
+        "ntasks-per-node": cluster.gpus_per_node,
+        "gpus-per-node": cluster.gpus_per_node if slurm.gpu_request else 0,
+        "cpus-per-task": slurm.cpus_per_gpu,
+        "signal": f"B:USR1@{lead_seconds}" if lead_seconds else None,
+    }
+    return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+
+def exports(environment: Mapping[str, str]) -> list[str]:
+    """Shell lines that export the cluster's variables.
+
+    Raises:
+        ValueError: for a name that is no variable's.
+    """
+    for name in environment:
+        if not VARIABLE.fullmatch(name):
+            raise ValueError(f"cluster.slurm.environment has the name {name!r}; use letters, digits and _")
+    return [f"export {name}={shlex.quote(str(value))}" for name, value in environment.items()]
+
+
+def minutes(time: str) -> int:
+    """A time limit as sbatch reads it ([days-]hours:minutes:seconds, minutes:seconds, minutes), in whole minutes.
+
+    Raises:
+        ValueError: for what is no such time.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found:
+        raise ValueError(f"cluster.slurm.time={time} is no time limit; write it as 48:00:00 or 2-00:00:00")
+    days, *parts = found.groups()
+    a, b, c = (int(part or 0) for part in parts)
+    if days is not None or parts[2] is not None:  # days-hours[:minutes[:seconds]], hours:minutes:seconds
+        total = int(days or 0) * PER_DAY + a * PER_HOUR + b + (c > 0)
+    else:  # minutes[:seconds]
+        total = a + (b > 0)
+    if total == 0:
+        raise ValueError(f"cluster.slurm.time={time} leaves no time at all; write it as 48:00:00 or 2-00:00:00")
+    return total
+
+
+# What configs/hydra/launcher/slurm.yaml computes from the cluster group.
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "slurm_minutes": minutes,
+    "slurm_gpus": lambda cluster: cluster.gpus_per_node if cluster.slurm.gpu_request else None,
+    "slurm_exports": lambda environment: "; ".join(exports(environment)) or ":",
+}

@@ -1,0 +1,168 @@
+"""Starting with the weights of another run: which checkpoint, whether it fits, and what of its optimizer comes along.
+
+The checkpoint is chosen once and written down in the run directory, its config.json included. From then on it does not
+matter that the other run goes on or prunes: until the first checkpoint of its own, this run starts from that one, and
+after it the other run is not read any more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ropewalk.config import TrainConfig
+from ropewalk.files import sha256_of, write_atomically
+from ropewalk.training.checkpoint import (
+    MANIFEST,
+    find_checkpoint,
+    first_problem,
+    load_state,
+    read_manifest,
+    verify_checkpoint,
+)
+from ropewalk.training.elastic import make_universal, require_stage
+
+RECORD = "start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from.
+
+    Attributes:
+        run: ``start_from.run``, as it was written.
+        checkpoint: absolute path of the checkpoint.
+        manifest_sha256: of its manifest, so of every byte in it.
+        step: steps that it has seen.
+        world_size: ranks that saved it.
+        zero_stage: of the run that saved it.
+        config: its config.json.
+    """
+
+    run: str
+    checkpoint: str
+    manifest_sha256: str
+    step: int
+    world_size: int
+    zero_stage: int
+    config: Mapping[str, Any]
+
+    @property
+    def tokenizer(self) -> str:
+        """The directory of the tokenizer that the other run keeps."""
+        return str(Path(self.checkpoint).parents[1] / "tokenizer")
+
+    def identity(self) -> dict[str, Any]:
+        """For the contract: what the weights are, wherever they lie."""
+        return {"manifest_sha256": self.manifest_sha256, "step": self.step}
+
+
+def directory_of(run_dir: Path) -> Path:
+    """What a run keeps of the checkpoint that it started from."""
+    return run_dir / "start"
+
+
+def find_start(config: TrainConfig) -> Start | None:
+    """The checkpoint of ``start_from.run``, chosen by rank 0; None where none is named. Collective.
+
+    Raises:
+        ValueError: on every rank, where nothing is committed there.
+    """
+    if config.start_from.run is None:
+        return None
+    problem: str | None = None
+    found: list[dict[str, Any]] = [{}]
+    if dist.get_rank() == 0:
+        try:
+            start = _choose(config.start_from.run, Path(config.run_dir))
+            found = [asdict(start)]
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = first_problem(problem)
+    if problem is not None:
+        raise ValueError(problem)
+    dist.broadcast_object_list(found)
+    return Start(**found[0])
+
+
+def _choose(run: str, run_dir: Path) -> Start:
+    record = directory_of(run_dir) / RECORD
+    if record.is_file():
+        start = Start(**json.loads(record.read_text()))
+        if start.run == run:
+            return start
+    checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(
+            f"start_from.run={run} holds no committed checkpoint; name a run directory that does, or one of its "
+            "checkpoints (weights in a Hugging Face directory are model.path's)"
+        )
+    if checkpoint.resolve().is_relative_to(run_dir.resolve()):
+        raise ValueError(
+            f"start_from.run={run} is this run itself, which goes on by itself; to begin a new stage choose another "
+            "run_name"
+        )
+    manifest = read_manifest(checkpoint)
+    return Start(
+        run=run,
+        checkpoint=str(checkpoint.resolve()),
+        manifest_sha256=sha256_of(checkpoint / MANIFEST),
+        step=manifest["step"],
+        world_size=manifest["world_size"],
+        zero_stage=manifest.get("zero_stage", 3),
+        config=json.loads((checkpoint / "config.json").read_text()),
+    )
+
+
+def write_start(start: Start, run_dir: Path) -> None:
+    """Write down which checkpoint was chosen; on one rank, once the contract of an earlier session is kept."""
+    directory_of(run_dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(directory_of(run_dir) / RECORD, json.dumps(asdict(start), indent=1) + "\n")
+
+
+def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
+    """What brings a new engine to the checkpoint, verified and, for another number of ranks, converted. Collective.
+
+    Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own. The
+    universal form is made in this run's directory; the other run's files are only read.
+
+    Raises:
+        ValueError: on every rank, where a file is not what the manifest says, or another ZeRO stage saved it.
+    """
+    problem = first_problem(_problem(start, config.deepspeed.stage))
+    if problem is not None:
+        raise ValueError(f"start_from.run={start.run} cannot be started from: {problem}")
+    checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
+    if dist.get_rank() == 0:
+        told = "without its optimizer's state" if is_dropped else "with its optimizer's state"
+        print(f"starting from {checkpoint} (step {start.step}), {told}", flush=True)
+    if start.world_size != dist.get_world_size():
+        directory_of(Path(config.run_dir)).mkdir(exist_ok=True)
+        universal = make_universal(checkpoint, config.deepspeed.stage, directory_of(Path(config.run_dir)) / "universal")
+
+    def load(engine: Any) -> None:
+        load_state(engine, universal or checkpoint, is_universal=universal is not None)
+        if is_dropped:
+            for state in engine.optimizer.optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()  # exp_avg, exp_avg_sq and step: what AdamW begins with
+
+    return load
+
+
+def _problem(start: Start, stage: int) -> str | None:
+    """What is wrong with the checkpoint, or with this rank's share of its files."""
+    checkpoint = Path(start.checkpoint)
+    try:
+        require_stage(start.zero_stage, stage, checkpoint)
+        if sha256_of(checkpoint / MANIFEST) != start.manifest_sha256:
+            return f"{checkpoint / MANIFEST} is not the one that this run was to start from"
+        verify_checkpoint(checkpoint, dist.get_rank(), dist.get_world_size())
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,181 @@
+"""The doctor tells a fit machine from an unfit one, line by line; two real ranks over gloo."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from helpers import alone_environment, tiny_run
+from ranks import tiny_arguments
+
+from ropewalk.doctor import disk, machine
+from ropewalk.doctor.disk import check_file_system, check_space
+from ropewalk.doctor.findings import fail, guarded, ok, screen
+from ropewalk.doctor.machine import check_data, check_device, check_kernels
+from ropewalk.doctor.network import SIZE
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.training import train
+
+ROOT = CONFIG_DIR.parent
+
+
+def levels(findings):
+    return {finding.subject: finding.level for finding in findings}
+
+
+def test_equal_findings_are_one_line_and_others_name_their_nodes():
+    text, failed = screen("title", [
+        ("n1", [ok("device", "8 GPUs"), ok("clock", "fine")]),
+        ("n1", [ok("device", "8 GPUs")]),
+        ("n2", [fail("device", "7 GPUs"), ok("clock", "fine")]),
+    ])  # fmt: skip
+    assert failed == 1
+    assert text.splitlines() == [
+        "title",
+        "  ok   device       8 GPUs  [n1]",
+        "  FAIL device       7 GPUs  [n2]",
+        "  ok   clock        fine",
+        "2 ok, 0 to look at, 1 to mend before training",
+    ]
+
+
+def test_a_check_that_breaks_is_a_finding():
+    def broken():
+        yield ok("x", "first")
+        raise OSError("no such disk")
+
+    assert guarded("x", broken) == [fail("x", "OSError: no such disk")]
+
+
+def test_a_sane_file_system(tmp_path):
+    assert levels(check_file_system(tmp_path)) == {"file system": "ok", "flock": "ok"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rename_that_leaves_two_files_is_told(tmp_path, monkeypatch):
+    """As an object store under a file system would: it copies, and the old name stays."""
+
+    def copied(path, text):
+        path.write_text(text)
+        path.with_name(path.name + ".partial").write_text(text)
+
+    monkeypatch.setattr(disk, "write_atomically", copied)
+    assert levels(check_file_system(tmp_path))["file system"] == "FAIL"
+
+
+def test_a_lock_that_does_not_exclude_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    assert levels(check_file_system(tmp_path))["flock"] == "warn"
+
+
+def test_a_lock_that_is_not_there_is_told(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert levels(check_file_system(tmp_path))["flock"] == "warn"
+
+
+def test_a_clock_beside_the_files_is_told(tmp_path, monkeypatch):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 60)
+    assert levels(check_file_system(tmp_path))["clock"] == "warn"
+
+
+@pytest.mark.parametrize(("free", "level"), [(100e9, "FAIL"), (250e9, "warn"), (400e9, "ok")])
+def test_space_is_counted_in_checkpoints(tmp_path, monkeypatch, free, level):
+    """8 billion parameters are 96 GB a checkpoint; two kept and one under way need 288."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e12, 0, free))
+    (finding,) = check_space(tmp_path, 8_000_000_000, 2)
+    assert finding.level == level
+    assert "96.0 GB a checkpoint, 2 kept: 288.0 GB" in finding.text
+
+
+def test_a_checkpoint_is_as_large_as_said(store_64, tmp_path):
+    """The optimizer's states dominate even the tiny model's; its files are within a tenth of 12 bytes a parameter."""
+    config = tiny_run(store_64, tmp_path, "trainer.checkpoint_every=4", vocab_size=8192)
+    train(config)
+    (checkpoint,) = tmp_path.glob("checkpoints/step-*")
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    parameters = 2 * 8192 * 32  # embedding and head; the layers are small beside them
+    assert disk.FP32_STATES * parameters == pytest.approx(size, rel=0.25)
+
+
+def test_kernels_and_data(store_64, tmp_path):
+    assert levels(check_kernels(torch.device("cpu"), torch.float32, 64)) == {"attention": "ok", "loss": "ok"}
+    assert levels(check_data(tiny_run(store_64, tmp_path))) == {"tokenizer": "ok", "data": "ok"}
+
+
+def test_attention_that_leaks_is_told(monkeypatch):
+    def leaking(module, query, key, value, mask, documents):
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out.transpose(1, 2), None
+
+    monkeypatch.setattr(machine, "document_attention", leaking)
+    assert levels(check_kernels(torch.device("cpu"), torch.float32, 64))["attention"] == "FAIL"
+
+
+def test_a_loss_that_is_off_is_told(monkeypatch):
+    right = machine.tiled_linear_cross_entropy
+    monkeypatch.setattr(machine, "tiled_linear_cross_entropy", lambda *words: right(*words) * 1.1)
+    assert levels(check_kernels(torch.device("cpu"), torch.float32, 64))["loss"] == "FAIL"
+
+
+def test_a_missing_gpu_is_told(store_64, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cluster = tiny_run(store_64, tmp_path).cluster
+    assert levels(check_device("cuda", cluster, 0)) == {"device": "FAIL"}
+    assert levels(check_device("cpu", cluster, 0)) == {"device": "ok"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpus_of_this_machine(store_64, tmp_path):
+    cluster = tiny_run(store_64, tmp_path).cluster
+    cluster.gpus_per_node = torch.cuda.device_count()
+    assert levels(check_device("cuda", cluster, 0))["device"] in ("ok", "warn")
+    device = torch.device("cuda", 0)
+    assert levels(check_kernels(device, torch.bfloat16, 64)) == {"attention": "ok", "loss": "ok"}
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/doctor.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+
+
+def test_by_hand_on_a_fit_machine(store_64, tmp_path):
+    done = doctor(*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0].endswith("1 ranks on 1 nodes")
+    assert done.stdout.splitlines()[-1].endswith("0 to look at, 0 to mend before training")
+    assert len(done.stdout.splitlines()) <= 24
+
+
+def test_by_hand_on_an_unfit_one(tmp_path):
+    done = doctor("+experiment=demo/rope", f"run_dir={tmp_path / 'run'}", f"data.store={tmp_path / 'none'}")
+    assert done.returncode == 1
+    assert "FAIL data" in done.stdout
+    assert "FAIL model" in done.stdout  # the base is not exported
+    assert "2 to mend before training" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_is_between_them(store_64, tmp_path):
+    arguments = [*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/doctor.py"]
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=alone_environment())  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gloo, 2 ranks: " in done.stdout
+    assert f"bus bandwidth for {SIZE['cpu'] >> 20} MiB" in done.stdout
+    assert "the nodes agree" in done.stdout
+    assert "what one rank writes, all see" in done.stdout
+    assert not (tmp_path / "run" / ".doctor-shared").exists()
+    assert os.listdir(tmp_path / "run") == []

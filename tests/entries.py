@@ -1,0 +1,25 @@
+"""The commands of the repository: which configuration each file, or a word after it, composes."""
+
+ENTRIES = {
+    "train.py": "train",
+    "data_prep/prepare.py": "prepare",
+    "data_prep/convert_mds.py": "convert_mds",
+    "data_prep/gather.py": "gather",
+    "data_prep/inspect.py": "inspect_store",
+    "scripts/evaluate.py": "evaluate",
+    "scripts/export.py": "export",
+    "scripts/compare.py": "compare",
+    "scripts/dashboard.py": "dashboard",
+    "scripts/plan.py": "plan",
+}
+FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
+COMMANDS_OF = {
+    "scripts/analyze.py": {
+        "advise": "advise",
+        "inspect": "inspect",
+        "geometry": "geometry",
+        **dict.fromkeys(FIGURES, "figures"),
+    },
+    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
+    "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
+}

@@ -1,0 +1,110 @@
+"""Evaluation inside a run: scripts/evaluate.py's numbers, and a run that does not notice it."""
+
+import pandas as pd
+import pytest
+from helpers import composed, tiny_run
+from ranks import run_ranks, tiny_arguments
+
+from ropewalk.config import validate_train
+from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_losses, read_record, read_results
+from ropewalk.training import find_checkpoint, train
+from ropewalk.training.record import EVALUATIONS, read_metrics
+
+DEPTHS, LENGTHS = "[0.0,1.0]", "[128,256]"
+ASKED = [
+    "evaluation.every=2",
+    f"evaluation.lengths={LENGTHS}",
+    "evaluation.max_documents=3",  # of two ranks, one repeats a document
+    f"evaluation.needle.depths={DEPTHS}",
+    "evaluation.needle.samples=2",
+    "evaluation.needle.digits=2",
+]
+COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
+
+
+@pytest.fixture
+def asked(fixture_corpus):
+    return [*ASKED, f"evaluation.documents={fixture_corpus}"]
+
+
+def test_the_run_does_not_notice_and_the_numbers_are_evaluates(store_256, fixture_corpus, tmp_path, asked):
+    for name, overrides in (("without", []), ("with", asked)):
+        config = tiny_run(store_256, tmp_path / name, *overrides)
+        config.rope.chain = COPE
+        train(config, TrainingEvaluation)
+    without, evaluated = tmp_path / "without", tmp_path / "with"
+    for key in ("loss", "grad_norm", "trained_tokens"):
+        assert [row[key] for row in read_metrics(without)] == [row[key] for row in read_metrics(evaluated)]
+    for file in find_checkpoint(without).glob("rng_rank_*"):
+        assert file.read_bytes() == (find_checkpoint(evaluated) / file.name).read_bytes()
+    rows = read_metrics(evaluated, EVALUATIONS)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0]["loss/256"] != rows[1]["loss/256"]
+    theirs = evaluate(
+        composed(
+            "evaluate", f"checkpoint={evaluated}", f"output={tmp_path / 'eval'}", f"documents={fixture_corpus}",
+            f"lengths={LENGTHS}", "max_documents=3", f"needle.depths={DEPTHS}", "needle.samples=2", "needle.digits=2",
+            "device=cpu", "dtype=float32", "test_time=none", "name=with",
+        )
+    )  # fmt: skip
+    ours = read_results(evaluated / "evaluations" / "step-00000004")
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-5)
+    pd.testing.assert_frame_equal(
+        read_document_losses(evaluated / "evaluations" / "step-00000004"), read_document_losses(tmp_path / "eval"),
+        rtol=1e-5,
+    )  # fmt: skip
+    at_length = theirs[(theirs["task"] == "loss_at_length")].set_index("context_length")["value"]
+    assert rows[1]["loss/256"] == pytest.approx(at_length[256], rel=1e-5)
+    assert rows[1]["loss/128"] == pytest.approx(at_length[128], rel=1e-5)
+    assert 0 <= rows[1]["needle_exact_match/256"] <= 1
+    assert read_record(evaluated / "evaluations" / "step-00000004")["documents"]["used"] == 3
+    assert read_metrics(evaluated)[2]["seconds/evaluation"] > 0
+
+
+def test_a_resumed_run_measures_again_what_it_has_lost(store_256, tmp_path, asked):
+    stopped = tiny_run(store_256, tmp_path, *asked, "trainer.checkpoint_every=3", "trainer.stop_after=2")
+    stopped.trainer.checkpoint_every = None  # evaluated after step 2, never saved
+    train(stopped, TrainingEvaluation)
+    before = read_metrics(tmp_path, EVALUATIONS)
+    train(tiny_run(store_256, tmp_path, *asked), TrainingEvaluation)
+    rows = read_metrics(tmp_path, EVALUATIONS)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[:1] == before
+
+
+@pytest.mark.slow
+def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
+    """Two ranks with documents of their own, and two that share each document, measure what one does."""
+    found = {}
+    for name, ranks, more in [("one", 1, []), ("data", 2, []), ("sequence", 2, ["parallel.sequence=2"])]:
+        run_dir = tmp_path / name
+        arguments = tiny_arguments(store_256, run_dir, "trainer.max_steps=2", *asked, *more)
+        run_ranks(ranks, run_dir / "logs", arguments)
+        found[name] = read_metrics(run_dir, EVALUATIONS)[0]
+    for name in ("data", "sequence"):
+        assert found[name] == pytest.approx(found["one"], rel=1e-5)
+    assert any("position" in key for key in found["one"])
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("evaluation.every=0", "evaluation.every=0 must be positive"),
+    ("evaluation.lengths=[512]", r"evaluation.lengths has 512, past data.sequence_length=256"),
+    ("evaluation.documents=nowhere", "evaluation.documents=nowhere is not a directory"),
+    ("evaluation.documents=null", "evaluation.documents=null is not a directory"),
+    ("evaluation.lengths=[32]", "must name contexts of 64 tokens or more"),
+    ("evaluation.needle.samples=-1", "needle.samples=-1"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(store_256, tmp_path, asked, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_run(store_256, tmp_path, *asked, override), TrainingEvaluation)
+
+
+def test_a_length_that_the_ranks_cannot_share_is_refused(store_256, tmp_path, asked):
+    config = tiny_run(store_256, tmp_path, *asked, "evaluation.lengths=[129,256]", "parallel.sequence=2")
+    with pytest.raises(ValueError, match=r"evaluation.lengths has 129, which parallel.sequence=2 does not divide"):
+        validate_train(config, 2)
+
+
+def test_without_an_evaluator_it_is_an_error(store_256, tmp_path, asked):
+    with pytest.raises(ValueError, match="train\\(\\) was given no evaluator"):
+        train(tiny_run(store_256, tmp_path, *asked))

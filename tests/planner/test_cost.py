@@ -1,0 +1,101 @@
+"""Work, time, disk and KV cache against published figures and sums by hand."""
+
+from dataclasses import replace
+
+import pytest
+from helpers import composed, tiny_run
+
+from ropewalk.config import AssumptionConfig
+from ropewalk.planner import Setting, lead_seconds, shape_of
+from ropewalk.planner.cost import (
+    accumulation_steps,
+    checkpoint_bytes,
+    checkpoints_kept,
+    communication_seconds,
+    flops_per_token,
+    kv_bytes,
+    run_time,
+)
+from ropewalk.training import find_checkpoint, train
+
+
+@pytest.fixture(scope="module")
+def config():
+    return composed("plan", "+experiment=cope20", "cluster=h100_8", "nodes=4")
+
+
+@pytest.fixture(scope="module")
+def shape(config):
+    return shape_of(config.model)
+
+
+def test_flops_of_llama3_8b_at_64k(shape):
+    """45.0 GFLOP a token in linear layers, 103.1 counting all pairs, 51.5 counting the causal ones."""
+    found = flops_per_token(shape, 65536)
+    assert [round(value / 1e9, 1) for value in (found.linear, found.full, found.causal)] == [45.0, 103.1, 51.5]
+
+
+def test_the_papers_hours_come_out(config, shape):
+    """CoPE reports 1,996 H100-hours for 20.97B tokens, ProLong about 2,200: at 28% of the peak, within 10%."""
+    time = run_time(shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=0.28))
+    assert 32 * time.training / 3600 == pytest.approx(1996, rel=0.1)
+
+
+def test_time_by_hand(config, shape):
+    """2,000 tokens/s a GPU: two micro batches of 65,536 tokens a step, and 20 checkpoints of 12 bytes a parameter."""
+    per_token = sum(flops_per_token(shape, 65536).__dict__[name] for name in ("linear", "causal"))
+    utilisation = 2000 * per_token / 989.4e12
+    time = run_time(
+        shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=utilisation)
+    )
+    assert time.tokens_per_second_per_gpu == pytest.approx(2000)
+    assert time.step == pytest.approx(2 * 65536 / 2000)
+    save = 12 * shape.parameters / (2e9 * 4) + 12 * shape.parameters / (1e9 * 32)
+    assert time.training == pytest.approx(5000 * time.step + 20 * save)
+
+
+def test_accumulation(config):
+    assert accumulation_steps(Setting(32, 65536), 64) == 2
+    assert accumulation_steps(Setting(32, 65536, sequence=8), 64) == 16
+    assert accumulation_steps(Setting(8, 65536, micro_batch=2), 64) == 4
+
+
+def test_kv_cache_is_the_published_size(shape):
+    """Llama-3-8B holds 128 KiB a token in bf16 (2 x 32 layers x 8 heads x 128 channels x 2 bytes)."""
+    assert kv_bytes(shape, 1) == 128 * 1024
+    assert kv_bytes(shape, 131072) == 16 * 2**30
+
+
+@pytest.mark.parametrize(("every", "last", "keep_every", "kept"), [
+    (None, None, None, 0), (250, None, None, 4), (300, None, None, 4), (250, 2, None, 2), (250, 2, 500, 3),
+    (250, 1, 500, 2), (100, 2, 500, 3),
+])  # fmt: skip
+def test_checkpoints_on_disk(config, every, last, keep_every, kept):
+    """1,000 steps: at multiples of ``every`` and at the end; as retention.py keeps them."""
+    trainer = replace(config.trainer, max_steps=1000, checkpoint_every=every, keep_last=last, keep_every=keep_every)
+    assert checkpoints_kept(trainer) == kept
+
+
+def test_communication_by_hand(config, shape):
+    """Two gathers of bf16 and one scatter of fp32, 8 bytes a parameter: over NVLink, or a 32nd of it over each port."""
+    one_node = communication_seconds(shape, Setting(8, 65536), config.cluster)
+    assert one_node == pytest.approx(8 * shape.parameters * 7 / 8 / 450e9)
+    four = communication_seconds(shape, Setting(32, 65536), config.cluster)
+    assert four == pytest.approx(max(8 * shape.parameters * 31 / 32 / 450e9, 8 * shape.parameters * 3 / 4 / 8 / 50e9))
+    traded = 3 * 32 * 32768 * 2 * 2 * (4096 + 1024) / 2 / 450e9  # forward, again, backward; half goes to the other
+    assert communication_seconds(shape, Setting(8, 65536, sequence=2), config.cluster) == pytest.approx(
+        one_node + traded
+    )
+
+
+def test_lead_covers_a_micro_batch_and_a_save_twice():
+    assert lead_seconds(0, 0) == 30
+    assert lead_seconds(22.8, 15.1) == 110  # 2 x 37.9 + 30, in tens
+
+
+def test_checkpoint_bytes_are_those_of_a_real_checkpoint(tmp_path, store_64):
+    """A committed step of a model whose weights outweigh the files' headers."""
+    config = tiny_run(store_64, tmp_path, "trainer.max_steps=1", vocab_size=16384, hidden_size=128)
+    train(config)
+    found = sum(path.stat().st_size for path in find_checkpoint(tmp_path).rglob("*.pt"))
+    assert found == pytest.approx(checkpoint_bytes(shape_of(config.model)), rel=0.02)

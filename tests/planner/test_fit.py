@@ -1,0 +1,134 @@
+"""What fits, the smallest way to make it fit, and the changes that are offered where it does not."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from helpers import alone_environment, composed
+
+from ropewalk.config import PlanConfig, TrainConfig
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.planner import make_plan, memory, print_plan
+from ropewalk.planner.fit import sequence_degrees
+
+ROOT = CONFIG_DIR.parent
+
+
+def planned(*overrides):
+    return make_plan(composed("plan", *overrides))
+
+
+def test_cope20_fits_on_four_nodes():
+    plan = planned("+experiment=cope20", "cluster=h100_8", "nodes=4")
+    assert plan.fits
+    assert plan.smallest == (1, 1)
+    assert plan.changes == []
+    assert (plan.entries["tokens_per_step"], plan.entries["accumulation_steps"]) == (4_194_304, 2)
+
+
+def test_the_smallest_degree_is_the_first_that_fits():
+    """At 256k one GPU does not hold a row, nor half of one; the next degree holds it."""
+    plan = planned("+experiment=cope20", "data.sequence_length=262144", "parallel.sequence=8")
+    degree, micro = plan.smallest
+    held = [memory(plan.shape, replace(plan.setting, sequence=n)).device_total for n in (1, 2, 4, 8)]
+    assert held == sorted(held, reverse=True)
+    assert degree > 1
+    assert micro == 1
+    assert not planned("+experiment=cope20", "data.sequence_length=262144", f"parallel.sequence={degree // 2}").fits
+    assert planned("+experiment=cope20", "data.sequence_length=262144", f"parallel.sequence={degree}").fits
+
+
+@pytest.mark.parametrize("overrides", [
+    ["+experiment=cope20", "data.sequence_length=262144"],
+    ["+experiment=cope20", "trainer.activation_checkpointing=false"],
+    ["+experiment=llama3_70b_64k", "nodes=8", "parallel.sequence=1"],
+    ["+experiment=cope20", "trainer.micro_batch_size=8"],
+])  # fmt: skip
+def test_every_change_that_is_offered_fits(overrides):
+    """Each set, put on the command line, makes the plan fit; none of it is needless."""
+    plan = planned(*overrides)
+    assert not plan.fits
+    assert plan.changes
+    for chosen in plan.changes:
+        assert planned(*overrides, *chosen).fits
+        for left_out in chosen:
+            fewer = [change for change in chosen if change != left_out]
+            assert not fewer or not would_fit(*overrides, *fewer)
+
+
+def would_fit(*overrides):
+    try:
+        return planned(*overrides).fits
+    except ValueError:  # the global batch does not divide
+        return False
+
+
+def test_what_cannot_be_mended_says_so(capsys):
+    config = composed("plan", "+experiment=llama3_70b_64k", "cluster=a100_8", "parallel.sequence=1",
+                      "trainer.global_batch_size=8", "data.sequence_length=4194304")  # fmt: skip
+    assert print_plan(config) is False
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said
+    assert "no change known here would make it fit" in said
+
+
+def test_degrees_share_heads_tokens_and_work():
+    plan = planned("+experiment=cope20", "nodes=4")
+    assert sequence_degrees(plan.shape, plan.setting, 8, 64) == [1, 2, 4, 8]
+    assert sequence_degrees(plan.shape, replace(plan.setting, length=65538), 8, 64) == [1, 2]
+    assert sequence_degrees(plan.shape, plan.setting, 4, 64) == [1, 2, 4]
+    assert sequence_degrees(plan.shape, plan.setting, 8, 16) == [2, 4, 8]  # 32 ranks and 16 rows: two or more a row
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["nodes=0"], "nodes=0 must be positive"),
+    (["assume.utilisation=0"], "assume.utilisation=0.0 is a share of the peak"),
+    (["cluster=laptop"], "trainer.device=cuda on cluster=laptop, whose device is cpu; set trainer.device=cpu"),
+    (["nodes=16"], "is not a multiple of trainer.micro_batch_size=1 x world size 128"),
+    (["parallel.sequence=16", "nodes=4"], "parallel.sequence=16 does not share 32 query and 8 key/value heads"),
+])  # fmt: skip
+def test_a_run_that_could_not_start_is_an_error(overrides, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        planned("+experiment=cope20", *overrides)
+
+
+def test_planning_takes_what_training_takes():
+    """A field of one that the other lacks would make the planner plan another run."""
+    assert issubclass(PlanConfig, TrainConfig)
+    shared = composed("train", "+experiment=cope20"), composed("plan", "+experiment=cope20")
+    for name in TrainConfig.__dataclass_fields__:
+        assert getattr(shared[0], name) == getattr(shared[1], name), name
+
+
+def test_the_command_loads_no_torch():
+    """An answer in two seconds: whatever torch takes to import, it is not waited for."""
+    script = (
+        "import runpy, sys; sys.argv = ['scripts/plan.py', '+experiment=cope20', 'print=lead_seconds']; "
+        "runpy.run_path('scripts/plan.py', run_name='__main__'); "
+        "assert not {'torch', 'transformers', 'deepspeed', 'pandas'} & set(sys.modules), 'heavy imports'"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=alone_environment())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) % 10 == 0
+
+
+def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    config = composed("plan", "+experiment=cope20", "nodes=4", f"output={output}")
+    assert print_plan(config)
+    said, plan = capsys.readouterr().out, json.loads(output.read_text())
+    for part, size in plan["memory"]["parts"].items():
+        assert size < 2**20 or f"{part:<22} {size / 2**30:>8,.1f} GiB" in said
+    assert sum(plan["memory"]["parts"].values()) == pytest.approx(plan["memory"]["device_total"])
+    assert f"--signal=B:USR1@{plan['lead_seconds']}" in said
+    assert plan["gpu_hours"] == pytest.approx(plan["seconds"] / 3600 * 32)
+    with pytest.raises(ValueError, match=r"print=days is no entry of a plan; use one of: fits, memory"):
+        print_plan(composed("plan", "+experiment=cope20", "print=days"))
+
+
+@pytest.mark.parametrize("cluster", sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml")))
+def test_every_cluster_composes(cluster):
+    assert composed("plan", f"cluster={cluster}").cluster.name == cluster

@@ -1,0 +1,78 @@
+"""Parameters against transformers' own models, and sizes that are nowhere are an error with the mend."""
+
+import json
+
+import pytest
+from helpers import composed, save_tiny
+from omegaconf import OmegaConf
+from transformers import AutoConfig
+
+from ropewalk.config import ModelConfig
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.model import count_parameters, training_config
+from ropewalk.planner import ModelShape, shape_of
+from ropewalk.training.work import WorkCounter
+
+SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
+ODD = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+       "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [
+    {"model_type": "llama", "tie_word_embeddings": True}, {"model_type": "llama", "attention_bias": True},
+    {"model_type": "llama", "mlp_bias": True}, {"model_type": "mistral"}, {"model_type": "qwen2"},
+    {"model_type": "qwen3"}, {"model_type": "qwen3", "attention_bias": True},
+])  # fmt: skip
+def test_parameters_are_those_of_the_model(fields):
+    architecture = {"tie_word_embeddings": False, **ODD, **fields}
+    plain = dict(architecture)
+    config = AutoConfig.for_model(plain.pop("model_type"), **plain)
+    assert ModelShape.from_config(architecture, "odd").parameters == count_parameters(config)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_model_can_be_planned(name):
+    model = composed("train", f"model={name}").model
+    plain = {"head_dim": model.head_dim, **model.architecture}
+    shape = shape_of(ModelConfig(**{**OmegaConf.to_container(OmegaConf.structured(model)), "path": None}))
+    assert shape.parameters == count_parameters(AutoConfig.for_model(plain.pop("model_type"), **plain))
+    assert shape.head_dim == model.head_dim
+
+
+def test_llama3_8b_is_as_published():
+    shape = shape_of(composed("train", "model=llama3_8b").model)
+    assert shape.parameters == 8_030_261_248  # the model card's 8.03B
+    assert shape.linear == 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # less the embedding and 65 norms
+
+
+def test_a_directory_counts_before_what_is_declared(tmp_path):
+    save_tiny(tmp_path)
+    model = ModelConfig(name="x", path=str(tmp_path), architecture={"model_type": "llama", **ODD}, head_dim=16)
+    assert shape_of(model).hidden == json.loads((tmp_path / "config.json").read_text())["hidden_size"] != 48
+
+
+def test_a_model_of_unknown_size_is_an_error():
+    with pytest.raises(ValueError, match=r"model\.path=org/name holds no config\.json here .* give its fields"):
+        shape_of(ModelConfig(name="x", path="org/name", head_dim=16))
+    with pytest.raises(ValueError, match=r"does not say intermediate_size; give it in model\.architecture"):
+        ModelShape.from_config({"model_type": "llama", **ODD, "intermediate_size": None}, "x")
+    with pytest.raises(ValueError, match="model_type='gpt2' cannot be planned; use llama"):
+        ModelShape.from_config({"model_type": "gpt2"}, "x")
+
+
+def test_a_declared_size_that_the_checkpoint_contradicts_is_refused_at_load(tmp_path):
+    """What the planner counted with must be what is trained."""
+    save_tiny(tmp_path)
+    model = ModelConfig(name="x", path=str(tmp_path), theta=1e4, head_dim=16, pretrained_length=64,
+                        architecture={"hidden_size": 48})  # fmt: skip
+    with pytest.raises(ValueError, match=r"model\.architecture\.hidden_size=48, but the checkpoint .* has 32; set"):
+        training_config(model, "default", [], 64)
+
+
+def test_work_counts_the_same_linear_weights(store_64):
+    from ropewalk.data import Mixture
+
+    for kind in ("llama", "qwen2", "qwen3"):
+        counted = WorkCounter(AutoConfig.for_model(kind, **ODD), Mixture(0, {}, store_64, 1), 1, 1)
+        shape = ModelShape.from_config({"model_type": kind, **ODD}, kind)
+        assert (shape.linear, shape.attention_width) == (counted.linear, counted.attention_width)

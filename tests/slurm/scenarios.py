@@ -1,0 +1,287 @@
+"""What happens to real jobs, as generators that yield while they wait, so that one loop drives all of them at once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers import TINY
+from local_slurm import LocalSlurm
+
+from ropewalk.training.record import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+ONE_NODE = ("--nodes=1", *TWO_NODES[1:])
+Scenario = Generator[None, None, None]
+
+
+@dataclass
+class Site:
+    """The local SLURM, and what the jobs read and write."""
+
+    slurm: LocalSlurm
+    store: Path  # packed, sequences of 64 tokens
+    output: Path
+    jobs: dict[str, str] = field(default_factory=dict)
+
+    def arguments(self, name: str, *more: str) -> list[str]:
+        """The demo's pretraining at the smallest size, as run ``name``."""
+        architecture = {key: value for key, value in TINY.items() if key != "max_position_embeddings"}
+        return [
+            "cluster=laptop", "tracker=none", "data=packed", f"data.store={self.store}", "data.sequence_length=64",
+            f"run_name={name}", f"run_dir={self.run_dir(name)}", "model.head_dim=16", "model.pretrained_length=64",
+            "trainer.global_batch_size=4", "trainer.micro_batch_size=1", f"trainer.max_steps={STEPS}",
+            "trainer.checkpoint_every=10",
+            *(f"model.architecture.{key}={value}" for key, value in architecture.items()), *more,
+        ]  # fmt: skip
+
+    def run_dir(self, name: str) -> Path:
+        return self.output / name
+
+    def log(self, name: str) -> str:
+        path = self.output / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def sbatch(self, name: str, *words: str) -> None:
+        """Submit from the repository's root; the job's output goes to ``<output>/<name>.log``."""
+        said = self.slurm.run("sbatch", "--parsable", f"--output={self.output}/{name}.log", *words, cwd=ROOT)
+        self.jobs[name] = said.strip()
+
+    def train(self, name: str, *more: str, options: tuple[str, ...] = TWO_NODES, limit: str = "--time=20") -> None:
+        script = ["slurm/train_64k.sh", "+experiment=demo/pretrain", *self.arguments(name, *more)]
+        self.sbatch(name, *options, limit, *script)
+
+    def state(self, name: str) -> dict[str, str]:
+        return self.slurm.job(self.jobs[name])
+
+    def steps(self, name: str) -> int:
+        return len(read_metrics(self.run_dir(name)))
+
+    def committed(self, name: str) -> list[Path]:
+        return sorted(self.run_dir(name).glob("checkpoints/step-*/manifest.json"))
+
+    def losses(self, name: str) -> list[tuple[int, float, float]]:
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(self.run_dir(name))]
+
+    def record(self, name: str, restart: int, file: str = "end.json") -> dict[str, Any]:
+        return json.loads((self.run_dir(name) / "jobs" / f"{self.jobs[name]}-{restart}" / file).read_text())
+
+    def ranks(self, name: str, restart: int = 0) -> list[dict[str, Any]]:
+        """The notes of a session's ranks, by rank."""
+        notes = self.run_dir(name).glob(f"jobs/{self.jobs[name]}-{restart}/ranks/rank-*.json")
+        return [json.loads(note.read_text()) for note in sorted(notes)]
+
+    def signal(self, name: str, number: int, *ranks: int, restart: int = 0) -> None:
+        for note in self.ranks(name, restart):
+            if note["rank"] in ranks or not ranks:
+                os.kill(note["pid"], number)
+
+
+def until(condition: Callable[[], object], seconds: float, what: str) -> Scenario:
+    """Wait for a condition; raises with ``what`` where it does not come about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"no {what} within {seconds:.0f} s")
+        yield
+
+
+PATIENCE = 600.0
+
+
+def done(site: Site, *names: str) -> Scenario:
+    """Wait until jobs have left SLURM's hands."""
+    for name in names:
+        ask = Paced(lambda name=name: site.state(name)["JobState"] in ENDED)
+        yield from until(ask, PATIENCE, f"end of {name}")
+
+
+class Paced:
+    """A condition that is looked at twice a second at most: asking slurmctld takes a process."""
+
+    def __init__(self, condition: Callable[[], object]) -> None:
+        self.condition, self.next = condition, 0.0
+
+    def __call__(self) -> bool:
+        if time.monotonic() < self.next:
+            return False
+        self.next = time.monotonic() + 0.5
+        return bool(self.condition())
+
+
+def straight(site: Site) -> Scenario:
+    """Train to the end on two nodes."""
+    site.train("straight")
+    yield from done(site, "straight")
+
+
+def time_limit(site: Site) -> Scenario:
+    """The limit comes near while the run is held between two steps; then again as if nothing had been."""
+    site.train(
+        "limit", "tracker=wandb", "trainer.checkpoint_every=1000",
+        options=(*TWO_NODES, "--signal=B:USR1@180"), limit="--time=20",
+    )  # fmt: skip
+    yield from until(lambda: site.steps("limit") >= 3, PATIENCE, "three steps of limit")
+    site.signal("limit", signal.SIGSTOP)
+    try:
+        since = site.state("limit")["RunTime"]
+        minutes = sum(int(part) * factor for part, factor in zip(since.split(":"), (60, 1, 0), strict=True)) + 2
+        site.slurm.run("scontrol", "update", f"JobId={site.jobs['limit']}", f"TimeLimit={minutes}")
+        yield from until(lambda: "SIGUSR1 to the ranks" in site.log("limit"), 90, "SLURM's warning")
+    finally:
+        site.signal("limit", signal.SIGCONT)
+    ask = Paced(lambda: site.state("limit")["JobState"] == "PENDING")
+    yield from until(ask, 90, "requeue of limit")
+    site.slurm.run("scontrol", "update", f"JobId={site.jobs['limit']}", "TimeLimit=20")
+    yield from done(site, "limit")
+
+
+def killed_ranks(site: Site) -> Scenario:
+    """One node's rank is killed after a checkpoint, without any signal to the others."""
+    site.train("killed")
+    yield from until(lambda: site.committed("killed"), PATIENCE, "a checkpoint of killed")
+    site.signal("killed", signal.SIGKILL, 1)
+    yield from done(site, "killed")
+
+
+def dead_node(site: Site) -> Scenario:
+    """A whole node dies after a checkpoint, its slurmd with it, and comes back."""
+    site.train("node", options=(*TWO_NODES, "--partition=frail"))
+    yield from until(lambda: site.committed("node"), PATIENCE, "a checkpoint of node")
+    site.slurm.kill_node("n4")
+    yield from until(Paced(lambda: site.slurm.nodes("down")), 90, "dead node in SLURM's eyes")
+    site.slurm.start_node("n4")
+    yield from done(site, "node")
+
+
+def early_and_cancelled(site: Site) -> Scenario:
+    """A warning before the ranks have begun puts the job back; so does pre-emption; a cancelled job stays cancelled."""
+    site.train("early", "trainer.checkpoint_every=1000", options=(*ONE_NODE, "--partition=low"))
+    yield from until(lambda: "start 1, on" in site.log("early"), PATIENCE, "start of early")
+    site.slurm.run("scancel", "--batch", "--signal=USR1", site.jobs["early"])
+    yield from until(lambda: site.steps("early") >= 3, PATIENCE, "three steps of early")
+    site.sbatch("urgent", "--partition=urgent", "--exclusive", "--wrap=sleep 1")
+    yield from done(site, "urgent")
+    last = site.losses("early")[-1][0]
+    yield from until(
+        lambda: len(site.ranks("early", 2)) and site.steps("early") > last, PATIENCE, "a step more of early"
+    )
+    site.slurm.run("scancel", site.jobs["early"])
+    yield from done(site, "early")
+
+
+def own_failures(site: Site) -> Scenario:
+    """Configuration, guard and doctor end their jobs for good."""
+    site.train("config", "trainer.gradient_clipping=0", options=ONE_NODE)
+    site.train("nan", "trainer.learning_rate=1e25", "trainer.warmup_ratio=0", options=ONE_NODE)
+    shutil.copytree(site.store, site.output / "bare", ignore=shutil.ignore_patterns("tokenizer"))
+    site.train("unfit", f"data.store={site.output / 'bare'}", options=ONE_NODE)
+    yield from done(site, "config", "nan", "unfit")
+
+
+ARMS = ("rope", "hardclip11", "cope11")
+
+
+def sweep(site: Site) -> Scenario:
+    """Three arms as one array; the arms of the demo, from random weights."""
+    words = site.arguments(
+        "sweep", "model=demo", "model.architecture.head_dim=64", "model.head_dim=64", "trainer.max_steps=4"
+    )
+    own = [word for word in words if not word.startswith(("run_name=", "run_dir="))]
+    arms = [f"demo/{arm}" for arm in ARMS]
+    site.sbatch("sweep", *ONE_NODE, "--time=20", "slurm/sweep.sh", *arms, *own, f"paths.output_dir={site.output}")
+    for task in range(len(ARMS)):
+        site.jobs[f"sweep-{task}"] = f"{site.jobs['sweep']}_{task}"
+    yield from done(site, *(f"sweep-{task}" for task in range(len(ARMS))))
+
+
+CHAIN = ("plan", "tokenize", "pack", "finish", "train", "sft", "evaluate", "compare")
+
+
+def chain(site: Site) -> Scenario:
+    """Prepare, train, fine-tune, evaluate and compare, each waiting for the one before."""
+    data, out = site.output / "data", site.output / "chain"
+    paths = f"paths.data_dir={data} paths.output_dir={out}"
+    train = " ".join(word for word in site.arguments("chain", "trainer.max_steps=4") if not _names_it(word))
+    store = f"data.store={data}/demo/packed-64"
+    tuned = f"trainer=cpu model=demo model.theta=1e4 {train} {store} trainer.max_steps=2 trainer.checkpoint_every=2"
+    environment = {**site.slurm.environment, "SBATCH_OUTPUT": f"{site.output}/chain-%x-%A.log"}
+    done_by = site.slurm.run(
+        "slurm/chain.sh", "arms=demo/pretrain", "cluster=laptop", "nodes=1",
+        "prepare=2 corpus=demo corpus.stdlib=false corpus.paths=[tests/fixtures/corpus] "
+        "corpus.tokenizer=tests/fixtures/tokenizer corpus.retrieval_tokens=0 corpus.heldout_documents=4 "
+        f"corpus.heldout_length=1024 sequence_lengths=[64] {paths}",
+        f"train={train} {store} {paths}", f"sft={tuned} {paths}",
+        f"evaluate=documents={data}/demo/heldout lengths=[64] device=cpu dtype=float32 needle.samples=0 {paths}",
+        f"compare=output={out}/report.html {paths}",
+        cwd=ROOT, environment=environment,
+    )  # fmt: skip
+    for name in CHAIN:
+        found = re.search(rf"{name}:? (\d+)", done_by)
+        assert found, done_by
+        site.jobs[f"chain-{name}"] = found[1]
+    yield from done(site, *(f"chain-{name}" for name in CHAIN))
+
+
+def _names_it(word: str) -> bool:
+    return word.startswith(("run_name=", "run_dir=", "cluster=", "data.store="))
+
+
+def multirun(site: Site) -> Scenario:
+    """Two seeds through hydra-submitit-launcher; the first is told to leave, and comes back."""
+    words = [word for word in site.arguments("x") if not word.startswith(("run_name=", "run_dir="))]
+    command = [
+        sys.executable, "train.py", "-m", "hydra/launcher=slurm", "+experiment=demo/pretrain", *words,
+        "trainer.seed=0,1", "run_name=multirun/seed${trainer.seed}", f"paths.output_dir={site.output}",
+        "cluster.slurm.time=20", "hydra.launcher.name=multirun",
+        f"hydra.sweep.dir={site.output}/multirun/jobs",
+    ]  # fmt: skip
+    with (site.output / "multirun.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=log, stderr=log)
+    try:
+        yield from until(lambda: site.steps("multirun/seed0") >= 3, PATIENCE, "three steps of the multirun")
+        jobs = site.slurm.run("squeue", "--noheader", "--array", "--name=multirun", "--format=%i").split()
+        site.jobs |= {f"multirun-{job.split('_')[1]}": job for job in jobs}
+        site.slurm.run("scancel", "--signal=USR2", site.jobs["multirun-0"])
+        yield from until(lambda: process.poll() is not None, PATIENCE, "end of the multirun")
+        assert process.returncode == 0, site.log("multirun")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def drive(scenarios: dict[str, Iterator[None]], seconds: float) -> dict[str, BaseException]:
+    """Run scenarios side by side; returns what went wrong, by name."""
+    errors: dict[str, BaseException] = {}
+    alive = dict(scenarios)
+    end = time.monotonic() + seconds
+    for _ in itertools.count():
+        for name, scenario in list(alive.items()):
+            try:
+                next(scenario)
+            except StopIteration:
+                del alive[name]
+            except (AssertionError, OSError) as error:
+                errors[name] = error
+                del alive[name]
+        if not alive:
+            return errors
+        if time.monotonic() > end:
+            return errors | {name: AssertionError(f"{name} was not over in {seconds:.0f} s") for name in alive}
+        time.sleep(0.02)
+    raise AssertionError

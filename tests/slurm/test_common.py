@@ -1,0 +1,49 @@
+"""The functions of slurm/common.sh that need no SLURM, in a real shell."""
+
+import subprocess
+
+import pytest
+
+from ropewalk.entry import CONFIG_DIR
+
+ROOT = CONFIG_DIR.parent
+
+
+def shell(script: str, **variables: str) -> list[str]:
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\n. slurm/common.sh\n{script}", "script", "+experiment=x", "a=b c"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ("", "+experiment=cope20|a=1"),
+    ("+experiment=rope", "a=1|+experiment=rope"),
+])  # fmt: skip
+def test_a_default_gives_way_to_what_is_said(given, expected):
+    script = f'with_default +experiment=cope20 a=1 {given}; (IFS="|"; echo "${{arguments[*]}}")'
+    assert shell(script) == [expected]
+
+
+def test_the_cluster_group_is_trainings_alone():
+    script = (
+        "without_cluster cluster=x a=cluster cluster.name=y clusters=1 ++cluster.slurm.time=3; echo ${arguments[*]}"
+    )
+    assert shell(script) == ["a=cluster clusters=1"]
+
+
+def test_ranks_run_in_the_container_under_srun():
+    script = """
+container=(apptainer exec --nv image.sif) srun_options=(--container-image=x)
+ranks RECORD train.py "$@"; printf '%s\\n' "${line[@]}" """
+    assert shell(script, SLURM_CPUS_PER_TASK="12") == [
+        "srun", "--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=12", "--container-image=x",
+        "apptainer", "exec", "--nv", "image.sif",
+        "python", "-u", "-m", "ropewalk.slurm.rank", "RECORD", "train.py", "+experiment=x", "a=b c",
+    ]  # fmt: skip
+
+
+def test_what_runs_once_is_in_the_container_too():
+    assert shell("container=(echo in); once python x 'a b'") == ["in python x a b"]

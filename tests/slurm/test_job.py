@@ -1,0 +1,98 @@
+"""The record of a job: complete, without secrets, and right about what came before it."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from helpers import composed
+
+from ropewalk.slurm.job import begin, committed_step, end
+from ropewalk.training import find_checkpoint
+
+JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+@dataclass
+class Jobs:
+    """One job's sessions."""
+
+    config: object
+    script: object
+
+    def session(self, restart, ranks, code, steps=None, **how):
+        """Begin, leave the notes that ranks leave, commit a checkpoint, end."""
+        record = begin("train", self.config, ["a=b c"], self.script, {**JOB, "SLURM_RESTART_COUNT": str(restart)})
+        (record / "ranks").mkdir()
+        for number, one in enumerate(ranks):
+            note = {"rank": number, "node": "n1", "pid": 1} | ({} if one is None else {"code": one, "ended": 1.0})
+            (record / "ranks" / f"rank-{number:05d}.json").write_text(json.dumps(note))
+        if steps:
+            checkpoint = record.parents[1] / "checkpoints" / f"step-{steps:08d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "manifest.json").write_text("{}")
+        return record, end(record, code, **{"warned": False, "state": "RUNNING", **how})
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    script = tmp_path / "spool_script"
+    script.write_text("#!/bin/bash\n")
+    return Jobs(composed("train", "+experiment=demo/pretrain", f"run_dir={tmp_path / 'run'}"), script)
+
+
+def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
+    environment = {**JOB, "HF_TOKEN": "s3cret", "WANDB_API_KEY": "s3cret", "SLURM_JWT": "s3cret", "MY": "s3cret"}
+    record = begin("train", jobs.config, ["a=b c"], jobs.script, {**environment, "NCCL_DEBUG": "WARN"})
+    assert record == tmp_path / "run" / "jobs" / "17-0"
+    begun = json.loads((record / "begin.json").read_text())
+    assert begun["command"] == "train 'a=b c'"
+    assert begun["environment"] == {**JOB, "NCCL_DEBUG": "WARN"}
+    assert len(begun["git_commit"].removesuffix("+changes")) == 40
+    assert begun["versions"]["deepspeed"] == "0.19.8"
+    assert (record / "script.sh").read_text() == "#!/bin/bash\n"
+    assert "max_steps: 384" in (record / "config.yaml").read_text()
+    assert "s3cret" not in "".join(path.read_text() for path in record.iterdir())
+
+
+def test_other_commands_record_below_the_output_directory(jobs, tmp_path):
+    config = composed("evaluate", "checkpoint=x", "output=y", "documents=z", f"paths.output_dir={tmp_path}")
+    record = begin("evaluate", config, [], jobs.script, JOB)
+    assert record == tmp_path / "jobs" / "train" / "17-0"
+
+
+def test_the_end_is_in_the_words_of_sacct(jobs):
+    record, verdict = jobs.session(0, [75, 75], 75, steps=5, warned=True)
+    ended = json.loads((record / "end.json").read_text())
+    assert verdict.requeue
+    assert (ended["JobID"], ended["State"], ended["ExitCode"]) == ("17", "REQUEUED", "75:0")
+    assert (ended["NodeList"], ended["NTasks"], ended["Restarts"]) == ("n[1-2]", 2, 0)
+    assert (ended["CommittedStepBefore"], ended["CommittedStep"]) == (None, 5)
+    assert ended["Elapsed"] in ("00:00:00", "00:00:01")
+
+
+def test_crashes_without_progress_come_to_an_end(jobs):
+    """The third in a row stops; a checkpoint in between begins the count anew."""
+    crashes = [jobs.session(n, [1, None], 137)[1].requeue for n in range(2)]
+    assert crashes == [True, True]
+    assert jobs.session(2, [1, None], 137, steps=10)[1].requeue
+    assert [jobs.session(n, [1, None], 137)[1].requeue for n in (3, 4, 5)] == [True, True, False]
+
+
+def test_a_session_without_an_end_is_closed_by_the_next(jobs):
+    record = begin("train", jobs.config, [], jobs.script, JOB)
+    begin("train", jobs.config, [], jobs.script, {**JOB, "SLURM_RESTART_COUNT": "1"})
+    assert json.loads((record / "end.json").read_text())["State"] == "NODE_FAIL"
+
+
+def test_a_cancelled_job_is_not_brought_back(jobs):
+    assert not jobs.session(0, [75, 75], 75, state="CANCELLED")[1].requeue
+
+
+def test_the_committed_step_is_the_one_that_resume_finds(tmp_path):
+    assert committed_step(tmp_path) is find_checkpoint(tmp_path) is None
+    for step, committed in ((9, True), (10, True), (11, False)):
+        directory = tmp_path / "checkpoints" / f"step-{step:08d}"
+        directory.mkdir(parents=True)
+        if committed:
+            (directory / "manifest.json").write_text("{}")
+    assert find_checkpoint(tmp_path).name == f"step-{committed_step(tmp_path):08d}" == "step-00000010"

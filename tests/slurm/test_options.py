@@ -1,0 +1,73 @@
+"""The cluster group as options of sbatch and of the hydra launcher."""
+
+import subprocess
+
+import pytest
+from helpers import composed
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ropewalk.entry import CONFIG_DIR, register_schemas
+from ropewalk.slurm.options import exports, minutes, sbatch_options
+
+CLUSTERS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_cluster_composes(name):
+    cluster = composed("sbatch", f"cluster={name}").cluster
+    assert cluster.name == name
+    assert cluster.gpus_per_node >= 1
+    exports(cluster.slurm.environment)
+
+
+def test_sbatch_options():
+    site = ["cluster=h100_8", "cluster.slurm.partition=gpu", "cluster.slurm.account=me"]
+    options = sbatch_options(composed("sbatch", *site).cluster, nodes=4, lead_seconds=240)
+    assert options == [
+        "--partition=gpu", "--account=me", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8",
+        "--cpus-per-task=12", "--signal=B:USR1@240",
+    ]  # fmt: skip
+
+
+def test_a_cluster_without_counted_gpus_asks_for_none():
+    """--gpus-per-node=0 takes back the #SBATCH line of a script."""
+    options = sbatch_options(composed("sbatch", "cluster=laptop").cluster, nodes=None, lead_seconds=None)
+    assert options == ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+
+
+def test_variables_reach_the_shell_as_they_are():
+    values = {"A": "x y", "B": "$(touch nothing)'\"", "C": "expandable_segments:True"}
+    script = "\n".join([*exports(values), 'printf "%s\\n" "$A" "$B" "$C"'])
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == list(values.values())
+    with pytest.raises(ValueError, match="has the name 'A B'"):
+        exports({"A B": "x"})
+
+
+@pytest.mark.parametrize(("time", "expected"), [
+    ("48:00:00", 2880), ("2-00:00:00", 2880), ("1-12", 2160), ("90", 90), ("90:30", 91), ("00:00:10", 1),
+    ("1-0:30", 1470),
+])  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(time, expected):
+    assert minutes(time) == expected
+
+
+@pytest.mark.parametrize("time", ["two days", "0", "1:2:3:4", "-5"])
+def test_what_is_no_time_limit_is_refused(time):
+    with pytest.raises(ValueError, match=r"cluster\.slurm\.time="):
+        minutes(time)
+
+
+def test_the_launcher_asks_for_what_the_cluster_group_says():
+    register_schemas()
+    overrides = ["hydra/launcher=slurm", "cluster=h100_8", "cluster.slurm.partition=gpu", "cluster.slurm.nodes=2",
+                 "run_name=x"]  # fmt: skip
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("train", overrides, return_hydra_config=True)
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True, throw_on_missing=False)
+    asked = {key: launcher[key] for key in ("partition", "nodes", "tasks_per_node", "gpus_per_node", "timeout_min")}
+    assert asked == {"partition": "gpu", "nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "timeout_min": 2880}
+    assert launcher["setup"][0] == ". slurm/common.sh"
+    assert "export NCCL_DEBUG=WARN" in launcher["setup"][1]
+    assert launcher["setup"][2] == "enter_sweep"

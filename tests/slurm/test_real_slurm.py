@@ -1,0 +1,186 @@
+"""Jobs of slurm/ in a real SLURM on this machine: ``make test-slurm``.
+
+All scenarios are submitted together, so that their waits for the requeue overlap; each test looks at what one left.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import scenarios
+from local_slurm import SECRET, LocalSlurm, missing_programs
+from scenarios import ARMS, STEPS, Site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+SECONDS = 900  # that they may take on a machine that is busy otherwise; alone they are over in less than half
+ALL = {
+    "chain": scenarios.chain,
+    "time_limit": scenarios.time_limit,
+    "dead_node": scenarios.dead_node,
+    "killed_ranks": scenarios.killed_ranks,
+    "multirun": scenarios.multirun,
+    "straight": scenarios.straight,
+    "early": scenarios.early_and_cancelled,
+    "own_failures": scenarios.own_failures,
+    "sweep": scenarios.sweep,
+}
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory, packed_store):
+    """All scenarios over; the site, and what went wrong by name."""
+    missing = missing_programs()
+    assert not missing, (
+        f"{missing} are not installed; apt-get install --no-install-recommends slurm-wlm slurm-client munge"
+    )
+    store = packed_store(64)
+    root = tmp_path_factory.mktemp("slurm")
+    with LocalSlurm(root / "daemons") as slurm:
+        (root / "out").mkdir()
+        site = Site(slurm, store.root, root / "out")
+        errors = scenarios.drive({name: play(site) for name, play in ALL.items()}, SECONDS)
+        yield site, errors
+
+
+@pytest.fixture
+def site(request, played):
+    """The site, where the scenario that the test is about was played through."""
+    site, errors = played
+    name = request.node.get_closest_marker("scenario").args[0]
+    if name in errors:
+        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-600:]}" for path in sorted(site.output.glob("*.log")))
+        pytest.fail(f"{errors[name]}\n{site.slurm.words()}\n{logs}")
+    return site
+
+
+@pytest.mark.scenario("straight")
+def test_two_nodes_train_to_the_end(site):
+    ended = site.record("straight", 0)
+    assert ended["State"] == "COMPLETED"
+    assert ended["CommittedStep"] == STEPS
+    assert [(rank["node"], rank["code"]) for rank in ended["Ranks"]] == [("n1", 0), ("n2", 0)]
+    assert [step for step, *_ in site.losses("straight")] == list(range(1, STEPS + 1))
+    assert "to mend before training" in site.log("straight")
+    assert "2 ranks on 2 nodes" in site.log("straight")
+
+
+@pytest.mark.scenario("straight")
+def test_a_job_records_what_it_is_made_of(site):
+    begun = site.record("straight", 0, "begin.json")
+    record = site.run_dir("straight") / "jobs" / f"{site.jobs['straight']}-0"
+    assert (record / "script.sh").read_text() == (scenarios.ROOT / "slurm" / "train_64k.sh").read_text()
+    assert "max_steps: 40" in (record / "config.yaml").read_text()
+    assert begun["nodes"] == "n[1-2]"
+    assert begun["environment"]["SLURM_JOB_ID"] == site.jobs["straight"]
+    assert SECRET not in "".join(path.read_text() for path in record.rglob("*") if path.is_file())
+
+
+@pytest.mark.scenario("time_limit")
+def test_the_time_limit_saves_requeues_and_goes_on(site):
+    """The steps and their losses are those of the run that nobody disturbed, and so is the tracker's run."""
+    first, second = site.record("limit", 0), site.record("limit", 1)
+    assert (first["State"], first["Reason"]) == ("REQUEUED", "saved, to go on")
+    assert [rank["code"] for rank in first["Ranks"]] == [75, 75]
+    assert 3 <= first["CommittedStep"] < STEPS
+    assert "SIGUSR1: step" in site.log("limit")
+    assert (second["State"], second["CommittedStepBefore"]) == ("COMPLETED", first["CommittedStep"])
+    assert site.state("limit")["Restarts"] == "1"
+    assert site.losses("limit") == site.losses("straight")
+    run_id = json.loads((site.run_dir("limit") / "tracker.json").read_text())["wandb_id"]
+    offline = list(site.run_dir("limit").glob("wandb/offline-run-*"))
+    assert len(offline) == 2
+    assert all(path.name.endswith(f"-{run_id}") for path in offline)
+
+
+@pytest.mark.scenario("killed_ranks")
+def test_killed_ranks_go_on_from_the_newest_checkpoint(site):
+    first = site.record("killed", 0)
+    assert first["State"] == "REQUEUED"
+    assert "1 of 2 ranks were killed" in first["Reason"]
+    assert first["Ranks"][1]["code"] is None
+    assert site.record("killed", 1)["State"] == "COMPLETED"
+    assert site.losses("killed") == site.losses("straight")
+
+
+@pytest.mark.scenario("dead_node")
+def test_a_dead_node_is_survived(site):
+    assert int(site.state("node")["Restarts"]) >= 1
+    ended = [json.loads(path.read_text()) for path in site.run_dir("node").glob("jobs/*/end.json")]
+    assert sorted(one["State"] for one in ended)[0] == "COMPLETED"
+    assert {one["State"] for one in ended} - {"COMPLETED"} <= {"NODE_FAIL", "ENDED", "REQUEUED"}
+    assert max(one["CommittedStepBefore"] or 0 for one in ended) >= 10
+    assert site.losses("node") == site.losses("straight")
+
+
+@pytest.mark.scenario("early")
+def test_a_warning_before_the_ranks_begin_is_not_lost(site):
+    assert site.record("early", 0)["State"] == "REQUEUED"
+    assert site.record("early", 0)["Ranks"] == []
+
+
+@pytest.mark.scenario("early")
+def test_pre_emption_saves_and_requeues(site):
+    taken = site.record("early", 1)
+    assert taken["State"] in ("REQUEUED", "ENDED")  # by the script in the grace time, or by SLURM after it
+    assert [rank["code"] for rank in taken["Ranks"]] == [75]
+    assert site.record("early", 2, "begin.json")["committed_step"] == taken["CommittedStep"] >= 3
+
+
+@pytest.mark.scenario("early")
+def test_a_cancelled_job_stays_cancelled(site):
+    assert site.state("early")["JobState"] == "CANCELLED"
+    assert site.state("early")["Restarts"] == "2"
+
+
+@pytest.mark.parametrize(("name", "code", "reason"), [
+    ("nan", "1:0", "TrainingStopped"), ("unfit", "3:0", "the doctor found the machine unfit"),
+])  # fmt: skip
+@pytest.mark.scenario("own_failures")
+def test_a_failure_of_its_own_is_not_requeued(site, name, code, reason):
+    ended, state = site.record(name, 0), site.state(name)
+    assert (ended["State"], ended["ExitCode"]) == ("FAILED", code)
+    assert reason in ended["Reason"]
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", code)
+
+
+@pytest.mark.scenario("own_failures")
+def test_a_wrong_configuration_ends_before_anything_is_written(site):
+    state = site.state("config")
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "2:0")
+    assert "error: trainer.gradient_clipping=0" in site.log("config")
+    assert not site.run_dir("config").exists()
+
+
+@pytest.mark.scenario("sweep")
+def test_an_array_trains_three_arms(site):
+    for task, arm in enumerate(ARMS):
+        run = site.output / "demo" / arm
+        assert site.state(f"sweep-{task}")["JobState"] == "COMPLETED"
+        method = json.loads((run / "run.json").read_text())["method"]
+        assert arm in method
+        (record,) = run.glob("jobs/*/end.json")
+        assert json.loads(record.read_text())["CommittedStep"] == 4
+
+
+@pytest.mark.scenario("chain")
+def test_a_chain_goes_from_documents_to_a_report(site):
+    out = site.output / "chain"
+    for name in scenarios.CHAIN:
+        assert site.state(f"chain-{name}")["JobState"] == "COMPLETED", name
+    runs = {name: json.loads((out / name / "run.json").read_text()) for name in ("demo/base", "base_sft")}
+    assert runs["base_sft"]["store_fingerprint"] == runs["demo/base"]["store_fingerprint"]
+    config = (out / "base_sft" / "config.yaml").read_text()
+    assert f"path: {out}/demo/base/export" in config
+    assert "base_sft" in (out / "report.html").read_text()
+
+
+@pytest.mark.scenario("multirun")
+def test_a_multirun_goes_on_after_a_requeue(site):
+    for seed in (0, 1):
+        assert [step for step, *_ in site.losses(f"multirun/seed{seed}")] == list(range(1, STEPS + 1))
+    straight, same, other = ([loss for _, loss, _ in site.losses(name)] for name in
+                             ("straight", "multirun/seed0", "multirun/seed1"))  # fmt: skip
+    assert same == pytest.approx(straight, rel=1e-4)  # on one rank instead of two
+    assert other != pytest.approx(straight, rel=1e-2)
+    assert site.state("multirun-0")["Restarts"] == "1"

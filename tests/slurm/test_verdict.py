@@ -1,0 +1,58 @@
+"""Which ends of a job put it back into the queue: each case as SLURM and the ranks leave it."""
+
+import pytest
+
+from ropewalk.slurm.verdict import EXIT_REQUEUE, FRUITLESS_SESSIONS, judge
+from ropewalk.training import signals
+from ropewalk.training.guards import TrainingStopped
+
+
+def rank(number, code=None, error=None, ended=1.0):
+    note = {"rank": number, "node": "n1", "pid": 1}
+    return note if code is None else {**note, "code": code, "error": error, "ended": ended}
+
+
+SAVED, DONE, KILLED = rank(0, 75), rank(0, 0), rank(1)
+GLOO = rank(0, 1, "RuntimeError: Connection closed by peer")
+GUARD = rank(0, 1, f"{TrainingStopped.__name__}: step 9: the loss is nan")
+CASES = {
+    "done": (0, [DONE, rank(1, 0)], {}, "COMPLETED"),
+    "saved": (75, [SAVED, rank(1, 75)], {"warned": True}, "REQUEUED"),
+    "saved at trainer.stop_before": (75, [SAVED, rank(1, 75)], {}, "REQUEUED"),
+    "warned before the ranks began": (75, [], {"warned": True}, "REQUEUED"),
+    "a rank was killed while it left": (137, [SAVED, KILLED], {"warned": True}, "REQUEUED"),
+    "one rank killed, the other lost its peer": (137, [GLOO, KILLED], {}, "REQUEUED"),
+    "all ranks killed": (137, [rank(0), KILLED], {}, "REQUEUED"),
+    "killed again and again": (137, [GLOO, KILLED], {"fruitless": FRUITLESS_SESSIONS}, "FAILED"),
+    "killed again, but it gets on": (137, [GLOO, KILLED], {"fruitless": 9, "progress": True}, "REQUEUED"),
+    "wrong configuration on every rank": (2, [rank(0, 2), rank(1, 2)], {}, "FAILED"),
+    "wrong on one, the other killed by srun": (143, [rank(0, 2), KILLED], {}, "FAILED"),
+    "the guard": (1, [GUARD, rank(1, 1, GUARD["error"])], {}, "FAILED"),
+    "the guard, the other killed by srun": (143, [GUARD, KILLED], {}, "FAILED"),
+    "a fault of the program on every rank": (1, [rank(0, 1, "TypeError: x"), rank(1, 1, "TypeError: x")], {}, "FAILED"),
+    "unfit": (3, [], {}, "FAILED"),
+    "cancelled, saved": (75, [SAVED, rank(1, 75)], {"terminated": True, "cancelled": True}, "ENDED"),
+    "cancelled after the warning": (75, [SAVED], {"warned": True, "terminated": True, "cancelled": True}, "ENDED"),
+    "pre-empted without warning": (75, [SAVED, rank(1, 75)], {"terminated": True}, "ENDED"),
+    "the limit came while it saved": (75, [SAVED, rank(1, 75)], {"warned": True, "terminated": True}, "REQUEUED"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_verdict(name):
+    code, ranks, given, state = CASES[name]
+    usual = {"warned": False, "terminated": False, "cancelled": False, "progress": False, "fruitless": 0}
+    verdict = judge(code, ranks, 2, **{**usual, **given})
+    assert verdict.state == state
+    assert verdict.requeue == (state == "REQUEUED")
+    assert verdict.reason
+
+
+def test_the_exit_code_is_trainings():
+    assert EXIT_REQUEUE == signals.EXIT_REQUEUE
+
+
+def test_the_first_error_is_told():
+    ranks = [rank(0, 1, "RuntimeError: peer is gone", ended=9.0), rank(1, 1, "OSError: disk is full", ended=8.0)]
+    verdict = judge(1, ranks, 2, warned=False, terminated=False, cancelled=False, progress=False, fruitless=0)
+    assert verdict.reason.endswith("first rank 1: OSError: disk is full")

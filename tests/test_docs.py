@@ -1,0 +1,136 @@
+"""Every command that a page shows is run or dry-run, and what a page shows as a command's answer is its answer."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from entries import COMMANDS_OF, ENTRIES
+from helpers import alone_environment, composed
+from omegaconf import OmegaConf
+
+from ropewalk.entry import CONFIG_DIR, hydra_arguments, plain_argument
+from ropewalk.planner import print_plan
+
+ROOT = CONFIG_DIR.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")),
+         *sorted(ROOT.glob("recipes/*/README.md"))]  # fmt: skip
+BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$(?:\n\n```text\n(.*?)\n```)?", re.DOTALL | re.MULTILINE)
+OF_THE_READER = {"cluster=mine": "cluster=h100_8"}  # files that a page has the reader make, and what stands for them
+OF_HYDRA = {"cfg", "job", "resolve", "help", "multirun", "m"}
+# What no check of ours runs, and why. Everything else is composed, dry-run or parsed.
+TAKEN_AS_WRITTEN = {
+    "git": "another project's command",
+    "cd": "a step of the reader's own",
+    "source": "the reader's own shell",
+    "trackio": "starts a server and waits",
+    "wandb": "another project's command",
+    "pip": "needs a package index; the pins of requirements.lock are installed in CI",
+}
+
+
+def lines_of(page: Path) -> list[list[str]]:
+    """The commands of a page, a line each; a line that ends in a backslash goes on."""
+    text = "\n".join(block[0].replace("\\\n", " ") for block in BLOCK.findall(page.read_text()))
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+SHOWN = [pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words)}") for page in PAGES
+         for words in lines_of(page)]  # fmt: skip
+ANSWERS = [pytest.param(commands, answer, id=str(page.relative_to(ROOT))) for page in PAGES
+           for commands, answer in BLOCK.findall(page.read_text()) if answer]  # fmt: skip
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_shows_the_four_commands():
+    shown = [" ".join(words) for words in lines_of(ROOT / "README.md")]
+    for command in ("make demo", "make test", "python train.py +experiment=cope20"):
+        assert command in shown
+    assert any(command.startswith("sbatch slurm/train_64k.sh") for command in shown)
+
+
+@pytest.mark.parametrize("words", SHOWN)
+def test_commands_hold(words):
+    while "=" in words[0]:  # a variable for one command
+        words = words[1:]
+    program, arguments = words[0], [OF_THE_READER.get(word, word) for word in words[1:]]
+    if program == "make":
+        run("make", "--dry-run", *arguments)
+    elif program == "python":
+        check_python(arguments)
+    elif program == "torchrun":
+        script = next(place for place, word in enumerate(arguments) if word.endswith(".py"))
+        check_python(arguments[script:])
+    elif program == "sbatch":  # options, some of which another command prints, then the script and its arguments
+        job = arguments[next(place for place, word in enumerate(arguments) if word.endswith(".sh")) :]
+        run("bash", "-n", job[0])
+        check_job(job)
+    elif program.endswith(".sh"):
+        run("bash", "-n", program)
+    else:
+        assert program in TAKEN_AS_WRITTEN, f"no check knows {program}; give it one, or a reason in TAKEN_AS_WRITTEN"
+
+
+def check_python(arguments: list[str]) -> None:
+    """Compose what an entry is given; other scripts must be there."""
+    entry, overrides = arguments[0], [word for word in arguments[1:] if word.strip("-") not in OF_HYDRA]
+    if {"-m", "--multirun"} & set(arguments[1:]):  # the first of each list of values
+        overrides = [re.sub(r"^([^=\[{]+=[^,\[{]*),.*", r"\1", word) for word in overrides]
+    named = COMMANDS_OF.get(entry, {}).get(overrides[0] if overrides else "")
+    if named:
+        composed(named, *map(plain_argument, overrides[1:]))
+    elif entry in ENTRIES:
+        composed(ENTRIES[entry], *hydra_arguments(overrides, ENTRIES[entry]))
+    elif entry == "-m":
+        assert arguments[1].split(".")[0] in {"ropewalk", "pytest"}
+    else:
+        assert (ROOT / entry).is_file(), f"{entry} is not there"
+
+
+def check_job(arguments: list[str]) -> None:
+    """What a job script passes on to train.py."""
+    if Path(arguments[0]).name.startswith("train_"):
+        composed("train", *(arguments[1:] or ["+experiment=cope20"]))
+
+
+@pytest.mark.parametrize(("commands", "answer"), ANSWERS)
+def test_shown_answers_are_the_answers(commands, answer, capsys):
+    """Planned hours and costs in the recipes, and whatever else a page shows below a command."""
+    for words in map(shlex.split, commands.strip().splitlines()):
+        assert words[:2] == ["python", "scripts/plan.py"], "only the planner's answers can be checked here"
+        print_plan(composed("plan", *words[2:]))
+    assert capsys.readouterr().out.strip() == answer.strip()
+
+
+def test_no_placeholder_is_left():
+    for page in PAGES:
+        assert not re.search(r"@@|^@\w+$", page.read_text(), re.MULTILINE), page
+
+
+def test_every_page_has_its_place_in_the_site():
+    """A page that is not named in mkdocs.yml would come last, under its file's name."""
+    nav = OmegaConf.to_container(OmegaConf.load(ROOT / "mkdocs.yml"))["nav"]
+    named = {next(iter(entry.values())) for entry in nav}
+    assert {path.name for path in ROOT.glob("docs/*.md")} <= named
+
+
+def test_every_recipe_has_its_parts():
+    for recipe in sorted(path.parent for path in ROOT.glob("recipes/*/run.sh")):
+        readme = (recipe / "README.md").read_text()
+        assert "ot known" in readme, f"{recipe.name}: say what is not known"
+        header = (recipe / "expected.csv").read_text().splitlines()[0].split(",")
+        assert {"source", "benchmark", "method", "task", "context_length", "value"} <= set(header), recipe.name
+        assert "scripts/compare.py" in (recipe / "run.sh").read_text(), recipe.name
+
+
+@pytest.mark.parametrize("link", sorted({
+    (page, target) for page in PAGES for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text())
+}, key=str), ids=lambda link: f"{link[0].relative_to(ROOT)} -> {link[1]}")  # fmt: skip
+def test_links_lead_somewhere(link):
+    page, target = link
+    assert (page.parent / target).exists()

@@ -1,0 +1,116 @@
+"""A chain is refused where a stage reads what none before it writes; every recipe's chain holds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import alone_environment
+
+from ropewalk.dry_run import STAGES, dry_run_chain
+from ropewalk.entry import CONFIG_DIR
+
+ROOT = CONFIG_DIR.parent
+RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.sh"))
+DEMO = [
+    "data_prep/prepare.py corpus=demo 'sequence_lengths=[512,2048]'",
+    "train.py +experiment=demo/pretrain",
+    "scripts/export.py checkpoint=outputs/demo/base",
+    "train.py +experiment=demo/cope11",
+    "scripts/export.py checkpoint=outputs/demo/cope11",
+    "scripts/evaluate.py checkpoint=outputs/demo/cope11 output=outputs/demo/cope11/evaluation 'lengths=[512]' "
+    "documents=data/demo/heldout",
+    "scripts/compare.py 'runs=[outputs/demo/cope11]'",
+]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The repository as a clone has it: no data, no outputs."""
+    for name in ("configs", "src", "scripts", "data_prep", "train.py", "recipes", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.fixture
+def check(clone, monkeypatch, capsys):
+    """``check(lines)``: exit code, output and errors of a chain."""
+
+    def run(lines):
+        (clone / "chain").write_text("\n".join(lines) + "\n")
+        monkeypatch.chdir(clone)
+        monkeypatch.setattr(sys, "argv", ["dry_run"])
+        code = 0
+        try:
+            dry_run_chain(clone / "chain")
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_chain_that_holds(check, clone):
+    code, said, errors = check(DEMO)
+    assert code == 0, errors
+    assert "train reads data/demo/packed-2048, outputs/demo/base/export; writes outputs/demo/cope11" in said
+    assert [path.name for path in clone.iterdir() if not path.is_symlink()] == ["chain"]
+
+
+@pytest.mark.parametrize(("number", "changed", "message"), [
+    (0, "data_prep/prepare.py corpus=demo 'sequence_lengths=[512]'",
+     "data.store=data/demo/packed-2048 is not on this disk and no stage before promises it; promised: data/demo/pack"),
+    (0, DEMO[0] + " output=data/elsewhere", "data.store=data/demo/packed-512 is not on this disk"),
+    (1, DEMO[1] + " data.sequence_length=256",
+     "data.store=data/demo/packed-512 will hold sequences of 512 tokens and data.sequence_length=256"),
+    (1, DEMO[1] + " trainer.max_steps=-1", "trainer.max_steps=-1 must be positive"),
+    (2, DEMO[2] + " output=outputs/export", "model.path=outputs/demo/base/export is not on this disk"),
+    (4, "scripts/export.py checkpoint=outputs/demo/cope12", "checkpoint=outputs/demo/cope12 is not on this disk"),
+    (4, "scripts/export.py checkpoint=data/demo/packed-512", "will hold a store, not a run"),
+    (5, DEMO[5].replace("heldout", "held_out"), "documents=data/demo/held_out is not on this disk"),
+    (5, DEMO[5].replace("lengths", "lenghts"), "did you mean lengths?"),
+    (6, "scripts/compare.py 'runs=[outputs/demo/base]'", "runs=outputs/demo/base/evaluation is not on this disk"),
+    (6, DEMO[6] + " baseline=rope", "baseline=rope is none of the runs; use one of cope11"),
+])  # fmt: skip
+def test_a_chain_that_does_not_hold_stops_at_its_stage(check, number, changed, message):
+    code, _, errors = check([*DEMO[:number], changed, *DEMO[number + 1 :]])
+    assert code == 2
+    assert message in errors
+    assert errors.splitlines()[-1].startswith("dry run: stopped at ")
+
+
+def test_what_is_given_counts(check):
+    store = "train.py +experiment=cope20"
+    assert check([store])[0] == 2
+    convert = "data_prep/convert_mds.py +mds=prolong_64k root=PROLONG output=data/prolong_64k tokenizer=org/name"
+    assert "=PROLONG/thestackv1_concat_by_repo-65536 is not on this disk" in check([convert])[2]
+    code, _, errors = check(["given PROLONG mds", convert, store])
+    assert code == 0, errors
+
+
+def test_an_entry_without_a_description_is_refused(check):
+    code, _, errors = check(["data_prep/inspect.py store=x"])
+    assert code == 2
+    assert f"no dry run is described for inspect_store; there is one for: {', '.join(STAGES)}" in errors
+
+
+def test_a_plan_that_does_not_fit_stops_the_chain(check):
+    code, said, errors = check(["scripts/plan.py +experiment=cope20 data.sequence_length=524288 brief=true"])
+    assert code == 1
+    assert "DOES NOT FIT" in said
+    assert "would fit: parallel.sequence=8" in said
+    assert "stopped at scripts/plan.py" in errors
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_holds(clone, recipe):
+    """DRY_RUN=1 recipes/NAME/run.sh, in a clone with no data; nothing is written."""
+    environment = {**alone_environment(), "DRY_RUN": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = ["bash", f"{clone}/recipes/{recipe}/run.sh"]
+    done = subprocess.run(run, cwd=clone, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "dry run: train" in done.stdout
+    assert "dry run: compare" in done.stdout
+    assert not [path for path in clone.iterdir() if not path.is_symlink()]

@@ -1,0 +1,137 @@
+"""What is kept, moved, computed again or compiled changes no gradient; the engine's own are in test_engine.py."""
+
+import weakref
+
+import pytest
+import torch
+from helpers import save_tiny, tiny_run
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from ropewalk.config import TrainerConfig, validate_train
+from ropewalk.training.activations import place_activations
+
+CHUNK = 40  # of 128 tokens: the last chunk is shorter
+
+
+def trainer(**fields):
+    return TrainerConfig(max_steps=1, global_batch_size=1, learning_rate=1e-3, activation_checkpointing=False, **fields)
+
+
+def gated_mlp(dtype=torch.float64):
+    torch.manual_seed(0)
+    return LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=80, mlp_bias=True)).to(dtype)
+
+
+class OneLayer(nn.Module):
+    """As much of a model as place_activations looks at."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": mlp})])
+        self.layers[0].mlp = mlp
+
+    def get_decoder(self):
+        return self
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(1, 128, 32, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return x, grad
+
+
+def test_tiled_mlp_is_the_mlp():
+    """Output and every gradient, in float64: what is left is rounding at 1e-16."""
+    plain, tiled = gated_mlp(), gated_mlp()
+    place_activations(OneLayer(tiled), trainer(mlp_chunk_size=CHUNK))
+    x, grad = inputs()
+    found = []
+    for mlp in (plain, tiled):
+        own = x.clone().requires_grad_()
+        out = mlp(own)
+        out.backward(grad)
+        found.append([out, own.grad, *(p.grad for p in mlp.parameters())])
+    assert len(found[0]) == 8
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_tiled_weight_gradients_add_up_in_fp32():
+    """In bf16: every chunk's gradient by the stock MLP, added in fp32, rounded once; bit for bit."""
+    plain, tiled = gated_mlp(torch.bfloat16), gated_mlp(torch.bfloat16)
+    place_activations(OneLayer(tiled), trainer(mlp_chunk_size=CHUNK))
+    x, grad = inputs(torch.bfloat16)
+    tiled(x).backward(grad)
+    parameters = list(plain.parameters())
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    for part, of_part in zip(x[0].split(CHUNK), grad[0].split(CHUNK), strict=True):
+        for total, gradient in zip(sums, torch.autograd.grad(plain(part), parameters, of_part), strict=True):
+            total.add_(gradient)
+    for parameter, total in zip(tiled.parameters(), sums, strict=True):
+        assert torch.equal(parameter.grad, total.bfloat16())
+
+
+def test_the_tiled_mlp_keeps_only_its_input():
+    """What autograd saves: the input and the parameters, nothing as wide as the MLP."""
+    tiled = gated_mlp()
+    place_activations(OneLayer(tiled), trainer(mlp_chunk_size=CHUNK))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        tiled(inputs()[0].requires_grad_())
+    own = {p.data_ptr() for p in tiled.parameters()}
+    assert [t.shape for t in saved if t.data_ptr() not in own] == [(1, 128, 32)]
+
+
+def test_an_mlp_of_another_kind_is_refused():
+    with pytest.raises(
+        ValueError, match=r"know MLPs of gate_proj, up_proj, down_proj and act_fn; Sequential has 0: le"
+    ):
+        place_activations(OneLayer(nn.Sequential(nn.Linear(4, 4))), trainer(mlp_chunk_size=CHUNK))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_offloaded_inputs_leave_the_device(tmp_path, offload):
+    """After forward nothing holds the layers' inputs, but for their copies; without offload the graph does."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "model")).train()
+    settings = trainer(offload_activations=offload)
+    settings.activation_checkpointing = True
+    place_activations(model, settings)
+    inputs = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(weakref.ref(arguments[0])))
+    ids = torch.arange(64)[None]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert len(inputs) == 2
+    assert [ref() is None for ref in inputs] == [offload, offload]
+    loss.backward()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["trainer.offload_activations=true"], "offload_activations=true moves what activation checkpointing keeps"),
+    (["trainer.mlp_chunk_size=0"], "trainer.mlp_chunk_size=0 must be positive"),
+    (["trainer.z_loss=-1"], r"trainer\.z_loss=-1\.0 must not be negative"),
+])  # fmt: skip
+def test_values_that_make_no_sense_are_refused(store_64, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate_train(tiny_run(store_64, tmp_path / "run", *overrides), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fields", [{"offload_activations": True}, {"mlp_chunk_size": CHUNK}, {"compile": True}])
+def test_on_cuda_as_on_cpu(tmp_path, fields):
+    """fp32 without tf32, loss and every gradient against the plain model on the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ids = torch.arange(128)[None] % 512
+    found = []
+    for device, settings in (("cpu", trainer()), ("cuda", trainer(**fields))):
+        model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / device)).train().to(device)
+        settings.activation_checkpointing = device == "cuda"
+        place_activations(model, settings)
+        loss = model(input_ids=ids.to(device), labels=ids.to(device), use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,220 @@
+"""A stage that starts from another run: its committed checkpoint, its chain, its Adam moments or none."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from helpers import tiny_run
+from ranks import run_ranks, tiny_arguments
+from transformers import AutoModelForCausalLM
+
+from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
+from ropewalk.data import PackedStore
+from ropewalk.data.chat import ChatEncoder
+from ropewalk.data.prepare import prepare
+from ropewalk.data.tokenizer import load_tokenizer
+from ropewalk.export import resolve_checkpoint
+from ropewalk.training import find_checkpoint, loop, train
+from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.record import read_metrics
+
+COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
+
+
+@pytest.fixture(scope="module")
+def first(store_64, tmp_path_factory):
+    """Four steps at 64 tokens, saved after 2 and 4."""
+    run_dir = tmp_path_factory.mktemp("first") / "run"
+    config = tiny_run(store_64, run_dir)
+    config.rope.chain = COPE
+    train(config)
+    return run_dir
+
+
+def stage(store, run_dir, first, *overrides, chain=()):
+    config = tiny_run(store, run_dir, f"start_from.run={first}", "trainer.global_batch_size=2",
+                      "trainer.micro_batch_size=1", *overrides)  # fmt: skip
+    config.rope.chain = list(chain)
+    return config
+
+
+def optimizer(checkpoint):
+    """fp32 weights, first and second moments, and the step count, as the one rank saved them."""
+    saved = torch.load(next(checkpoint.rglob("*optim_states.pt")), weights_only=False)["optimizer_state_dict"]
+    states = saved["optimizer_state_dict"]["state"]
+    moments = {name: torch.cat([s[name].flatten() for s in states.values()]) for name in ("exp_avg", "exp_avg_sq")}
+    weights = torch.cat([group.flatten() for group in saved["fp32_flat_groups"]])
+    return weights, moments, {float(s["step"]) for s in states.values()}
+
+
+@pytest.mark.parametrize("kept", ["keep", "drop"])
+def test_weights_come_along_and_moments_as_told(store_64, store_256, first, tmp_path, kept, monkeypatch):
+    """At four times the length. What the engine holds before its first step is what the first run saved."""
+    seen = []
+
+    def look(engine):
+        states = engine.optimizer.optimizer.state.values()
+        moments = {name: torch.cat([s[name].flatten() for s in states]) for name in ("exp_avg", "exp_avg_sq")}
+        weights = torch.cat([group.flatten() for group in engine.optimizer.fp32_partitioned_groups_flat])
+        seen.append((weights.detach().clone(), {k: v.clone() for k, v in moments.items()},
+                     {float(s["step"]) for s in states}))  # fmt: skip
+
+    monkeypatch.setattr(loop, "watch_gradients", look)
+    train(stage(store_256, tmp_path, first, f"start_from.optimizer={kept}"))
+    (weights, moments, steps), (saved, saved_moments, saved_steps) = seen[0], optimizer(find_checkpoint(first))
+    assert torch.equal(weights, saved)
+    assert saved_steps == {4.0}
+    for name, moment in moments.items():
+        assert saved_moments[name].abs().sum() > 0
+        assert torch.equal(moment, saved_moments[name] if kept == "keep" else torch.zeros_like(moment))
+    assert steps == (saved_steps if kept == "keep" else {0.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert read_metrics(tmp_path)[0]["learning_rate"] == 3e-3  # a schedule of its own
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["chain"] == "abf(theta=1e5) > cope(clip=4)"
+    assert (record["pretrained_length"], record["trained_length"]) == (64, 256)
+
+
+def test_the_first_loss_is_that_of_the_checkpoint(store_64, first, tmp_path):
+    """Against the export of the same checkpoint, loaded by path."""
+    train(stage(store_64, tmp_path / "stage", first, "trainer.stop_after=1"))
+    exported = resolve_checkpoint(first)
+    config = stage(store_64, tmp_path / "path", first, "trainer.stop_after=1")
+    config.start_from.run, config.model.path = None, str(exported)
+    config.model.theta = 1e4
+    train(config)
+    ours, theirs = (read_metrics(tmp_path / name)[0]["loss"] for name in ("stage", "path"))
+    assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_the_base_may_change(store_64, first, tmp_path):
+    chain = [{"method": "abf", "theta": 1e6}]
+    train(stage(store_64, tmp_path, first, "trainer.stop_after=1", chain=chain))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["chain"] == "abf(theta=1e6)"
+    assert json.loads((find_checkpoint(tmp_path) / "config.json").read_text())["rope_parameters"]["rope_theta"] == 1e6
+
+
+def test_a_stage_goes_on_by_itself(store_64, first, tmp_path):
+    """The other run goes on, prunes, is gone: this one has chosen, and is bit for bit the uninterrupted one."""
+    source = shutil.copytree(first, tmp_path / "source")
+    train(stage(store_64, tmp_path / "straight", source))
+    config = stage(store_64, tmp_path / "stopped", source, "trainer.stop_after=2")
+    train(config)
+    shutil.rmtree(source)
+    train(stage(store_64, tmp_path / "stopped", source))
+    straight, stopped = (read_metrics(tmp_path / name) for name in ("straight", "stopped"))
+    assert [row["loss"] for row in straight] == [row["loss"] for row in stopped]
+
+
+def test_what_was_chosen_stays_chosen(store_64, first, tmp_path):
+    """Killed before its first save, the stage starts again from the same checkpoint, though a newer one is there."""
+    source = shutil.copytree(first, tmp_path / "source")
+    newest = shutil.move(checkpoint_directory(source, 4), tmp_path / "aside")
+    train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1", "trainer.checkpoint_every=null"))
+    shutil.move(newest, checkpoint_directory(source, 4))
+    train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1", "trainer.checkpoint_every=null"))
+    assert json.loads((tmp_path / "stage" / "start" / "start.json").read_text())["step"] == 2
+
+
+def test_another_start_is_another_run(store_64, first, tmp_path):
+    train(stage(store_64, tmp_path / "stage", first, "trainer.stop_after=2"))
+    earlier = checkpoint_directory(first, 2)
+    with pytest.raises(ValueError, match=r"start_from.step was 4, is 2"):
+        train(stage(store_64, tmp_path / "stage", earlier))
+    with pytest.raises(ValueError, match=r"start_from.optimizer was 'keep', is 'drop'"):
+        train(stage(store_64, tmp_path / "stage", first, "start_from.optimizer=drop"))
+    with pytest.raises(ValueError, match="is this run itself"):
+        train(stage(store_64, tmp_path / "stage", tmp_path / "stage"))
+    train(stage(store_64, tmp_path / "stage", first))  # refused starts have changed nothing
+
+
+def test_what_is_not_committed_and_whole_is_refused(store_64, first, tmp_path):
+    source = shutil.copytree(first, tmp_path / "source")
+    victim = next(find_checkpoint(source).rglob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    before = sorted(source.rglob("*"))
+    with pytest.raises(ValueError, match=r"cannot be started from: .*optim_states.pt is not the file that was saved"):
+        train(stage(store_64, tmp_path / "stage", source))
+    assert sorted(source.rglob("*")) == before
+    for manifest in source.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match=r"start_from.run=.*source holds no committed checkpoint"):
+        train(stage(store_64, tmp_path / "other", source))
+    with pytest.raises(ValueError, match=r"was saved with deepspeed.stage=3, this run has deepspeed.stage=2; set it"):
+        train(stage(store_64, tmp_path / "third", first, "deepspeed.stage=2"))
+
+
+def test_another_tokenizer_is_refused(store_64, first, tmp_path):
+    """A chat template may be added; tokens may not change."""
+    source = shutil.copytree(first, tmp_path / "source")
+    (source / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1"))
+    path = source / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the tokenizer of the data .* is not the model's .*source/tokenizer"):
+        train(stage(store_64, tmp_path / "other", source, "trainer.stop_after=1"))
+
+
+TALK = [
+    {"role": "user", "content": "Is the hacker ethic a joke?"},
+    {"role": "assistant", "content": "Mostly it is not."},
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{{ eos_token }}\n{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}\n{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_sft_trains_what_the_assistant_says(first, tmp_path, fixture_tokenizer):
+    """Conversations to a store with masks to a stage from the run: the first loss is that of the answers' tokens
+    under the checkpoint, conversation by conversation in stock transformers.
+    """
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": TALK}) + "\n") * 40)
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    corpus = CorpusConfig(
+        name="chat", tokenizer=str(fixture_tokenizer), chat_template=str(tmp_path / "template.jinja"), eos=False,
+        sources=[SourceConfig("chat", str(tmp_path / "chat.jsonl"), chat=True)],
+    )  # fmt: skip
+    store = PackedStore(
+        prepare(PrepareConfig(str(tmp_path / "data"), [256], corpus=corpus), lambda line: None) / "packed-256"
+    )
+    run_dir = tmp_path / "sft"
+    train(
+        stage(store, run_dir, first, "start_from.optimizer=drop", "trainer.warmup_ratio=0.05", "trainer.stop_after=1")
+    )
+    row = read_metrics(run_dir)[0]
+    model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(first), attn_implementation="eager")
+    tokens, mask = ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, TEMPLATE).encode(TALK, Counter())
+    ids = torch.from_numpy(tokens.astype("int64"))[None]
+    labels = ids.masked_fill(~torch.from_numpy(mask)[None], -100)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels, use_cache=False).loss.item()  # a mean over the masked tokens
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["trained_tokens"] % int(mask.sum()) == 0
+    assert 0 < row["trained_tokens"] < 2 * 256 * mask.mean() + 1
+
+
+@pytest.mark.slow
+def test_two_ranks_start_from_what_one_has_saved(store_64, first, tmp_path):
+    """Converted in the new run's directory; the loss is that of a single rank that starts from it."""
+    more = ["trainer.max_steps=2", f"start_from.run={first}"]
+    before = sorted(first.rglob("*"))
+    for world_size in (1, 2):
+        run_dir = tmp_path / str(world_size)
+        run_ranks(world_size, run_dir / "logs", tiny_arguments(store_64, run_dir, *more))
+    assert sorted(first.rglob("*")) == before
+    assert (tmp_path / "2" / "start" / "universal").is_dir()
+    one, two = (read_metrics(tmp_path / name) for name in "12")
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
