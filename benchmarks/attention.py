@@ -4,8 +4,7 @@ python benchmarks/attention.py [--rounds 3]
 
 One layer of the demo's kind (8 heads of 64 channels over 2 key/value heads), a row of eight documents of uneven length.
 Times at 16,384 tokens are processor time on one thread, of interleaved rounds in one process (limit: 5 times faster);
-memory is the peak that a fresh
-process adds, at each length.
+memory is the peak that a fresh process adds, at each length.
 """
 
 import argparse

@@ -35,8 +35,8 @@ def main(directory: Path, tokens: int, last_alone: bool) -> None:
         ids = ids[before:]
     states = reader.read(ids, 1, cache)
     print(
-        f"{tokens} tokens in chunks of {chunk}{', the last alone' if last_alone else ''}: peak resident {peak():.2f} GiB, "
-        f"{held:.2f} of it with the model loaded; {cache.get_seq_length()} tokens in the cache, states finite: "
+        f"{tokens} tokens in chunks of {chunk}{', the last alone' if last_alone else ''}: peak resident {peak():.2f} "
+        f"GiB, {held:.2f} of it with the model loaded; {cache.get_seq_length()} tokens in the cache, states finite: "
         f"{bool(torch.isfinite(states).all())}"
     )
 

@@ -104,9 +104,9 @@ def against_bare(steps: int, tokens: int) -> None:
 class MeanLoss(LossModel):
     """The loss as the Trainer expects it."""
 
-    def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def forward(self, input_ids, position_ids, labels, documents) -> dict[str, torch.Tensor]:
         """The mean over this rank's trained tokens."""
-        return {"loss": super().forward(**inputs) / (inputs["labels"] != -100).sum()}
+        return {"loss": super().forward(input_ids, position_ids, labels, documents) / (labels != -100).sum()}
 
 
 def against_trainer(steps: int, tokens: int) -> None:

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from ropewalk.planner import print_plan
 ROOT = CONFIG_DIR.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")),
          *sorted(ROOT.glob("recipes/*/README.md"))]  # fmt: skip
+HEREDOC = re.compile(r"^python - .*<<'?(\w+)'?\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$(?:\n\n```text\n(.*?)\n```)?", re.DOTALL | re.MULTILINE)
+READS_A_MODEL = {"export"}  # entries without a word for which model=X is a path
 OF_THE_READER = {"cluster=mine": "cluster=h100_8"}  # files that a page has the reader make, and what stands for them
 OF_HYDRA = {"cfg", "job", "resolve", "help", "multirun", "m"}
 # What no check of ours runs, and why. Everything else is composed, dry-run or parsed.
@@ -24,6 +27,9 @@ TAKEN_AS_WRITTEN = {
     "git": "another project's command",
     "cd": "a step of the reader's own",
     "source": "the reader's own shell",
+    "vllm": "an engine that is not installed here",
+    "sglang": "an engine that is not installed here",
+    "llama-server": "an engine that is not installed here",
     "trackio": "starts a server and waits",
     "wandb": "another project's command",
     "pip": "needs a package index; the pins of requirements.lock are installed in CI",
@@ -31,9 +37,11 @@ TAKEN_AS_WRITTEN = {
 
 
 def lines_of(page: Path) -> list[list[str]]:
-    """The commands of a page, a line each; a line that ends in a backslash goes on."""
+    """The commands of a page, a line each; a line that ends in a backslash goes on, and a heredoc is one command."""
     text = "\n".join(block[0].replace("\\\n", " ") for block in BLOCK.findall(page.read_text()))
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    scripts = [["python", "-c", code] for _, code in HEREDOC.findall(text)]
+    text = HEREDOC.sub("", text)
+    return scripts + [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 SHOWN = [pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words)}") for page in PAGES
@@ -56,8 +64,10 @@ def test_the_readme_shows_the_four_commands():
 
 @pytest.mark.parametrize("words", SHOWN)
 def test_commands_hold(words):
-    while "=" in words[0]:  # a variable for one command
+    while words and "=" in words[0]:  # a variable for one command
         words = words[1:]
+    if not words:  # overrides alone, for a command that the text names
+        return
     program, arguments = words[0], [OF_THE_READER.get(word, word) for word in words[1:]]
     if program == "make":
         run("make", "--dry-run", *arguments)
@@ -83,11 +93,15 @@ def check_python(arguments: list[str]) -> None:
         overrides = [re.sub(r"^([^=\[{]+=[^,\[{]*),.*", r"\1", word) for word in overrides]
     named = COMMANDS_OF.get(entry, {}).get(overrides[0] if overrides else "")
     if named:
-        composed(named, *map(plain_argument, overrides[1:]))
+        given = [word if "=" in word else f"model={word}" for word in overrides[1:]]  # a directory by itself
+        composed(named, *map(plain_argument, given))
     elif entry in ENTRIES:
-        composed(ENTRIES[entry], *hydra_arguments(overrides, ENTRIES[entry]))
+        given = hydra_arguments(overrides, ENTRIES[entry])
+        composed(ENTRIES[entry], *map(plain_argument, given) if ENTRIES[entry] in READS_A_MODEL else given)
+    elif entry == "-c":
+        run(sys.executable, "-c", arguments[1])
     elif entry == "-m":
-        assert arguments[1].split(".")[0] in {"ropewalk", "pytest"}
+        assert arguments[1].split(".")[0] in {"ropewalk", "pytest", *TAKEN_AS_WRITTEN}
     else:
         assert (ROOT / entry).is_file(), f"{entry} is not there"
 

@@ -139,10 +139,10 @@ def _convert(config: ConvertConfig) -> Stage:
 
 def _export(config: ExportConfig) -> Stage:
     if config.checkpoint is not None:
-        need, output = Need("checkpoint", config.checkpoint, ("run",)), f"{config.checkpoint}/export"
-    else:
-        need, output = Need("model", config.model.path, ("model",)), f"{config.paths.output_dir}/exports"
-    return Stage([need], [Promise(config.output or output, "model")])
+        need = Need("checkpoint", config.checkpoint, ("run",))
+        return Stage([need], [Promise(config.output or f"{config.checkpoint}/export", "model")])
+    output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
+    return Stage([Need("model", config.model.path, ("model",))], [Promise(output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:

@@ -64,7 +64,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "scripts/evaluate.py": {"rope", "test_time"},
     "scripts/export.py": {"rope", "test_time"},
 }
-GROUPS["scripts/plan.py"] = GROUPS["train.py"] | {"cluster"}
+GROUPS["scripts/plan.py"] = GROUPS["train.py"]
 
 
 @pytest.mark.parametrize(("script", "command", "groups"), [

@@ -34,7 +34,8 @@ def scaled_copy(directory: Path, target: Path, setting: Setting, length: int) ->
     target.mkdir(parents=True, exist_ok=True)
     for file in directory.iterdir():
         link = target / file.name
-        if file.name != "config.json" and file.is_file() and not link.exists():
+        if file.name != "config.json" and file.is_file():
+            link.unlink(missing_ok=True)  # of another checkpoint, maybe
             link.symlink_to(file.resolve())
     write_config(config, target / "config.json")
     write_atomically(target / "scaling.txt", f"{setting.chain} at {length} tokens\n")

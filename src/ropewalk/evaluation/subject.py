@@ -63,7 +63,7 @@ class Subject:
         if self.config.backend == "vllm":
             from ropewalk.evaluation.harness.vllm import load_vllm
 
-            return load_vllm(self, setting, length)
+            return load_vllm(self, setting, length, overflow)
         from ropewalk.evaluation.harness.lm import ReaderLM
 
         reader = self.load(setting, length, ranks.device(self.config.device))

@@ -121,7 +121,7 @@ def _run(
     observer = Observer(config, ranks, model_config, store, mixture, origin)
     if before is not None and ranks.is_main:
         write_start(before, run_dir)
-    engine = _engine(config, model_config, ranks, load)
+    engine = _ready_engine(config, model_config, ranks, load)
     guard = Guard(config.guards, origin.state.get("guard"))
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
@@ -163,7 +163,7 @@ def _run(
     observer.finish()
 
 
-def _engine(
+def _ready_engine(
     config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks, load: Callable[[Any], None] | None
 ) -> Any:
     """The engine as the first step finds it: built, brought to its checkpoint, its spectrum in place."""

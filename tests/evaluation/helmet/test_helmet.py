@@ -120,6 +120,17 @@ def test_a_judged_dataset_says_so_until_its_judge_has_written(tmp_path) -> None:
     assert (row["metric"], row["value"]) == ("gpt-4-score", 50.0)  # 1.5 of 3
 
 
+def test_what_a_judge_has_written_is_taken_when_asked_for(config, tmp_path) -> None:
+    evaluate_suite(config)
+    work = next((tmp_path / "evaluation" / "helmet").iterdir())
+    stem = next((work / "Recall").glob("json_kv*.json"))
+    (work / "Recall" / stem.name.replace(".json", "-gpt4eval_o.json")).write_text("{}")
+    with pytest.raises(ValueError, match="measured with another judged"):
+        evaluate_suite(config)
+    config.overwrite = True
+    assert len(evaluate_suite(config)) == 4
+
+
 def test_inputs_that_nobody_has_are_marked_and_never_zero(config) -> None:
     config.lengths, config.suite.tasks = [262_144], ["RAG", "Summ"]
     table = evaluate_suite(config)

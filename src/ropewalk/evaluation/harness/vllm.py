@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from ropewalk.evaluation.subject import Subject
 
 
-def load_vllm(subject: Subject, setting: Setting, length: int) -> Any:
+def load_vllm(subject: Subject, setting: Setting, length: int, overflow: str) -> Any:
     """lm-eval's vLLM model under a setting's spectrum, every visible GPU holding a part of it.
 
     Raises:
-        ValueError: where vLLM is not installed.
+        ValueError: where vLLM is not installed, or prompts are to be cut in the middle, which only we do.
     """
+    if overflow != "error":
+        raise ValueError(f"backend=vllm cuts no prompts, and suite.overflow={overflow}; use backend=transformers")
     if find_spec("vllm") is None:
         raise ValueError(
             "backend=vllm, but vllm is not installed; install it on the GPU machine, or use backend=transformers"
@@ -31,15 +33,24 @@ def load_vllm(subject: Subject, setting: Setting, length: int) -> Any:
     from lm_eval.models.vllm_causallms import VLLM
 
     class CheckedVLLM(VLLM):
-        """vLLM that refuses a prompt it would cut from the left."""
+        """vLLM that refuses what lm-eval's own class would cut from the left."""
 
-        def _model_generate(self, requests: Any = None, *arguments: Any, **options: Any) -> Any:
-            longest = max(map(len, requests or [[]]))
-            if longest > length:
-                raise ValueError(
-                    f"a prompt of {longest} tokens does not fit length {length}; evaluate at a greater one"
-                )
-            return super()._model_generate(requests, *arguments, **options)
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            for request in requests:
+                text, options = request.args
+                require_room(len(self.tok_encode(text)) + int(options.get("max_gen_toks", self.max_gen_toks)))
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            for _, context, continuation in requests:
+                require_room(len(context) + len(continuation))
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
+
+    def require_room(tokens: int) -> None:
+        if tokens > length:
+            raise ValueError(
+                f"a prompt takes {tokens} tokens with its answer, length {length} is less; use a greater one"
+            )
 
     scratch = tempfile.TemporaryDirectory(prefix="ropewalk-vllm-")
     model = CheckedVLLM(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.helmet.configs import helmet_yaml, published, write_yaml
 from ropewalk.evaluation.helmet.datasets import CATEGORIES, LENGTHS, Category, Dataset, with_samples
 from ropewalk.evaluation.helmet.rebuild import rebuild
-from ropewalk.evaluation.helmet.scores import score_rows, unpublished_row
+from ropewalk.evaluation.helmet.scores import JUDGED, score_rows, unpublished_row
 from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.scaled_copy import scaled_copy
 from ropewalk.evaluation.settings import Setting
@@ -40,12 +42,12 @@ def run_helmet(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, 
             category = with_samples(CATEGORIES[name], suite.samples)
             cell = Cell(HARNESS, name, length, columns["test_time_scaling"])
             identity = {**subject.identity(setting, length), "harness_version": version, **_asked(suite, category)}
+            work = work_directory(store.output, cell, identity)
+            identity["judged"] = sorted(path.name for path in (work / name).glob(f"*{JUDGED}"))
             if store.is_finished(cell, identity):
                 print(f"kept: {cell}", flush=True)
                 continue
-            rows = _run_category(
-                subject, suite, (category, length, setting), store.output, {**common, "category": name}
-            )
+            rows = _run_category(subject, suite, (category, length, setting), work, {**common, "category": name})
             store.write(cell, identity, rows, {"command": "in helmet/ beside cells/"})
             print(f"done: {cell}", flush=True)
 
@@ -75,20 +77,25 @@ def helmet_version(checkout: Path) -> str:
     return found.stdout.strip() or "unknown"
 
 
+def work_directory(output: Path, cell: Cell, identity: dict[str, Any]) -> Path:
+    """Where HELMET runs: one directory for each length, scaling and identity, since it keeps outputs that it finds."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return output / HARNESS / f"{cell.file.stem}.{digest[:8]}"
+
+
 def _asked(suite: SuiteConfig, category: Category) -> dict[str, Any]:
     engine = "endpoint" if suite.helmet.endpoint else f"transformers {suite.helmet.attention}"
     return {"samples": category.samples, "engine": engine, "arguments": list(suite.helmet.arguments)}
 
 
 def _run_category(
-    subject: Subject, suite: SuiteConfig, what: tuple[Category, int, Setting], output: Path, common: dict[str, Any]
+    subject: Subject, suite: SuiteConfig, what: tuple[Category, int, Setting], work: Path, common: dict[str, Any]
 ) -> list[dict[str, Any]]:
     category, length, setting = what
     runnable = [dataset for dataset in category.datasets if published(dataset, length)]
     rows = [unpublished_row(dataset, length, common) for dataset in category.datasets if dataset not in runnable]
     if not runnable:
         return [{**row, "source_file": ""} for row in rows]
-    work = output / HARNESS / f"{length}.{Cell('', '', None, common['test_time_scaling']).file.stem.partition('.')[2]}"
     made = work / "data"
     for dataset in runnable:
         if length not in LENGTHS:
@@ -104,12 +111,13 @@ def _run_category(
     run_process(command, Path(suite.helmet.checkout or ""), work / f"{category.name}.log")
     for dataset in runnable:
         rows += score_rows(dataset, length, results, common)
-    return [{**row, "source_file": _below(output, results, row)} for row in rows]
+    return [{**row, "source_file": _below(work, results, row)} for row in rows]
 
 
-def _below(output: Path, results: Path, row: dict[str, Any]) -> str:
+def _below(work: Path, results: Path, row: dict[str, Any]) -> str:
+    """The path of a row's score file below the output of the evaluation, two levels above ``work``."""
     name = row.get("source_file")
-    return (results / name).relative_to(output).as_posix() if name else ""
+    return (results / name).relative_to(work.parents[1]).as_posix() if name else ""
 
 
 def rebuild_inputs(

@@ -63,14 +63,16 @@ def run_ruler(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, s
 def _samples(subject: Subject, suite: SuiteConfig, task: RulerTask, length: int) -> list[Sample]:
     tokenizer = subject.tokenizer
     data = None if suite.data is None else Path(suite.data)
-    return build_samples(
-        task,
-        lambda text: len(tokenizer.encode(text, verbose=False)),
-        length,
-        suite.samples or PUBLISHED_SAMPLES,
-        subject.config.seed,
-        data,
-    )
+    count = suite.samples or PUBLISHED_SAMPLES
+    try:
+        return build_samples(
+            task, lambda text: len(tokenizer.encode(text, verbose=False)), length, count, subject.config.seed, data
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{task.name}: its texts could not be read ({type(error).__name__}: {str(error)[:200]}); without the hub, "
+            "run scripts/fetch_eval_data.sh ruler and set suite.data=data/eval/ruler; finished tasks are kept"
+        ) from error
 
 
 def lm_eval_task(task: RulerTask, samples: list[Sample]) -> Any:
