@@ -52,14 +52,17 @@ def test_yarn_is_folded_in(exported_arm):
     assert position.factors[5] == pytest.approx(4 * fast[5])  # below the ramp: divided by 4 beside the taper
 
 
+def corrupted(own):
+    factors = own.factors.copy()
+    factors[3] *= 1.05
+    return replace(own, factors=factors)
+
+
 SPOILS = {
-    "a corrupted factor": (
-        "cope",
-        lambda own: replace(own, factors=own.factors * np.where(np.arange(8) == 3, 1.05, 1)),
-    ),
+    "a corrupted factor": ("cope", corrupted),
+    "dropped factors": ("cope", lambda own: replace(own, factors=None)),
+    "another base": ("cope", lambda own: replace(own, freq_base=own.freq_base * 2)),
     "a dropped attention scaling": ("cope_yarn", lambda own: replace(own, attn_factor=None)),
-    "dropped factors": ("hardclip", lambda own: replace(own, factors=None)),
-    "another base": ("rope", lambda own: replace(own, freq_base=own.freq_base * 2)),
 }
 
 

@@ -22,12 +22,19 @@ def test_weights_of_a_stage(store_64, tmp_path, stage, ranks, dtype):
         f"trainer.global_batch_size={ranks}", f"deepspeed.stage={stage}", f"trainer.dtype={dtype}",
     ))  # fmt: skip
     checkpoint = find_checkpoint(tmp_path)
-    expected = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero")
     weights = ZeroWeights(checkpoint, tied=False)
-    assert {f"lm.{name}" for name in weights} == {name for name in expected if "rotary" not in name}
-    for name, weight in weights.items():
-        assert torch.equal(weight, expected[f"lm.{name}"]), name
-        assert torch.equal(weights.gather(name, torch.bfloat16), expected[f"lm.{name}"].bfloat16())
+    if (stage, dtype) == (1, "bfloat16"):
+        # DeepSpeed's tool refuses these; the rounded copy that the ranks compute with is in their model states
+        state = torch.load(checkpoint / "zero" / "mp_rank_00_model_states.pt", weights_only=False)
+        expected = {name: weight for name, weight in state["module"].items() if "rotary" not in name}
+        found = {name: weights.gather(name, torch.bfloat16) for name in weights}
+        assert any(not torch.equal(weights[name], weight.float()) for name, weight in found.items())  # masters
+    else:
+        expected = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero")
+        expected = {name: weight for name, weight in expected.items() if "rotary" not in name}
+        found = dict(weights.items())
+    assert {f"lm.{name}" for name in found} == set(expected)
+    assert all(torch.equal(weight, expected[f"lm.{name}"]) for name, weight in found.items())
     assert verify_export(checkpoint, resolve_checkpoint(checkpoint)).passed
 
 

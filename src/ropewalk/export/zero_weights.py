@@ -18,8 +18,9 @@ from ropewalk.training.engine import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute
 _OPTIMIZER = "optimizer_state_dict"
-# Where each stage keeps this rank's share of the fp32 master weights, one flat vector a parameter group.
-_FLAT_GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
+# Where this rank's share of the fp32 master weights is kept, one flat vector a parameter group.
+_PARTITIONED_EACH = "fp32_flat_groups"  # ZeRO-3
+_PARTITIONED_WHOLE = "single_partition_of_fp32_groups"  # ZeRO-1 and -2
 
 
 class ZeroWeights(Mapping[str, Tensor]):
@@ -83,21 +84,23 @@ _Piece = tuple[torch.Size, list[Tensor]]
 def _open(directory: Path) -> dict[str, _Piece]:
     """Each parameter's shape and the stretches of the ranks' flat vectors that make it up, in order."""
     ranks = [_load(path)[_OPTIMIZER] for path in _ranked(directory, "*_optim_states.pt")]
-    if not ranks or "zero_stage" not in ranks[0]:
+    # ZeRO-1 in bf16 is another optimizer of DeepSpeed's, which does not write its stage down.
+    key = next((key for key in (_PARTITIONED_EACH, _PARTITIONED_WHOLE) if ranks and key in ranks[0]), None)
+    if key is None:
         raise ValueError(f"{directory} holds no ZeRO optimizer states; the fp32 weights are in them: save with ZeRO")
-    stage, expected = int(ranks[0]["zero_stage"]), ranks[0]["partition_count"]
+    expected = ranks[0]["partition_count"]
     expected = max(expected) if isinstance(expected, list) else int(expected)
     if expected != len(ranks):
         raise ValueError(
             f"{directory} was saved by {expected} ranks but holds the shards of {len(ranks)}; copy the others there"
         )
-    flat_groups = [_vectors(rank[_FLAT_GROUPS[stage]]) for rank in ranks]
+    flat_groups = [_vectors(rank[key]) for rank in ranks]
     state = _load(_ranked(directory, "*_model_states.pt")[0])
     frozen = state.get("frozen_param_shapes")
     if frozen:
         raise ValueError(f"{directory}: {len(frozen)} parameters were frozen, which this trainer never does: not ours")
     groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in state["param_shapes"]]
-    if stage == 3:
+    if key == _PARTITIONED_EACH:
         return _partitioned_each({k: v for group in groups for k, v in group.items()}, flat_groups, directory)
     paddings = ranks[0].get("param_alignment_paddings")
     return _partitioned_whole(groups, flat_groups, paddings, directory)
