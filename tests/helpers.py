@@ -92,8 +92,8 @@ def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture:
         "model.head_dim=16",
         *overrides,
     )
-    if config.model.path is None:
-        config.model.architecture = {"model_type": "llama", **TINY, **architecture}
+    # a checkpoint has its own architecture, and the demo's is declared beside its path
+    config.model.architecture = {} if config.model.path else {"model_type": "llama", **TINY, **architecture}
     return config
 
 
