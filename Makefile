@@ -28,8 +28,9 @@ demo: $(INSTALLED)
 demo-smollm2: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" recipes/smollm2_135m_cpu/run.sh
 
+# Two processes, one thread each: small models gain nothing from more threads.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A venv of its own: MkDocs reads the sources and imports none of them.
 .venv-docs/.installed: requirements-docs.lock
@@ -44,7 +45,7 @@ test-slurm: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
 
 check: lint types
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not slurm"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
