@@ -124,7 +124,8 @@ def test_repair_in_place_keeps_the_old_config(published):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["in_place=true"], "rope is not set; name the method"),
-    (["rope=cope10", "in_place=true"], "rope=cope10 has base 1e.07, but config.json says rope_theta=100000"),
+    (["rope.name=other", "rope.chain=[{method:abf,theta:1e7},{method:cope,clip:4}]", "in_place=true"],
+     r"rope=other has base 1e\+07, but config.json says rope_theta=100000"),
     (METHOD, "output is not set"),
     ([*METHOD, "in_place=true", "output=x"], "are both set"),
 ])  # fmt: skip
