@@ -53,7 +53,11 @@ def test_every_corpus_composes(corpus):
 def test_every_test_time_composes(test_time):
     config = composed("evaluate", f"test_time={test_time}", "checkpoint=x", "output=x", "documents=x")
     yarn = [{"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}]
-    expected = {"none": ([], []), "auto": ([], yarn), "yarn4": (yarn, yarn)}[test_time]
+    follow = {"factor": "length_over_trained"}
+    expected = {
+        "none": ([], []), "auto": ([], yarn), "yarn4": (yarn, yarn), "yarn_follow": ([], [{**yarn[0], **follow}]),
+        "pi_follow": ([], [{"method": "pi", **follow}]), "ntk_follow": ([], [{"method": "ntk", **follow}]),
+    }[test_time]  # fmt: skip
     assert (config.test_time.within, config.test_time.beyond) == expected
 
 
@@ -100,8 +104,10 @@ def test_arms_differ_in_the_rope_group_and_nothing_else(arms):
     assert len({str(asdict(config)["rope"]) for config in configs}) == len(arms)
     for config in configs:
         assert config.run_name.endswith(config.rope.name)  # derived from the group, not a choice of its own
-        same = replace(config, rope=configs[0].rope, run_name="", run_dir="")
-        assert same == replace(configs[0], run_name="", run_dir="")
+        assert config.tracker.group == config.rope.name
+        derived = {"run_name": "", "run_dir": "", "tracker": configs[0].tracker}
+        assert replace(config, rope=configs[0].rope, **derived) == replace(configs[0], **derived)
+        assert replace(config.tracker, group=None) == replace(configs[0].tracker, group=None)
 
 
 def test_demo_clip_follows_the_papers_rule():

@@ -61,7 +61,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "train.py": {"model", "rope", "data", "trainer", "deepspeed", "tracker", "cluster", "experiment", "debug"},
     "data_prep/prepare.py": {"corpus"},
     "data_prep/convert_mds.py": {"mds"},
-    "scripts/evaluate.py": {"rope", "test_time"},
+    "scripts/evaluate.py": {"rope", "suite", "test_time"},
     "scripts/export.py": {"rope", "test_time"},
 }
 GROUPS["scripts/plan.py"] = GROUPS["train.py"]
@@ -82,7 +82,10 @@ def test_every_command_has_help(script, command, groups):
 
 
 def test_the_options_of_a_group_are_listed_with_their_folders():
-    assert choices("tracker", "test_time") == "tracker: none, trackio, wandb\ntest_time: auto, none, yarn4"
+    assert (
+        choices("tracker", "test_time")
+        == "tracker: none, trackio, wandb\ntest_time: auto, none, ntk_follow, pi_follow, yarn4, yarn_follow"
+    )
     assert "demo/cope11" in choices("experiment").split(": ")[1].split(", ")
 
 
