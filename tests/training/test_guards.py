@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,11 +147,39 @@ def test_a_resumed_guard_goes_on_where_it_was():
 
 def test_a_spike_stops_where_told_to(tmp_path):
     guard = Guard(GuardConfig(spike_window=8, spike_action="stop"))
-    spike = StepResult(9.0, 1.0, "the loss 9.0 is a spike")
+    spike = StepResult(9.0, math.inf, "the loss 9.0 is a spike", spike=True)
     guard.count(spike)
     with pytest.raises(TrainingStopped, match="ends the run; =skip goes on"):
         guard.stop_if_due(3, spike, tmp_path)
     Guard(GuardConfig(spike_window=8)).stop_if_due(3, spike, tmp_path)
+
+
+def test_a_spike_ends_a_real_run(store_64, tmp_path, monkeypatch):
+    """The ninth loss is made three times what it is, after a window of eight."""
+    real, losses = loop.accumulate, []
+
+    def spiking(engine, *arguments):
+        losses.append(real(engine, *arguments))
+        return losses[-1] * (3 if len(losses) == 9 else 1)
+
+    monkeypatch.setattr(loop, "accumulate", spiking)
+    overrides = ("guards.spike_window=8", "guards.spike_action=stop", "trainer.max_steps=12")
+    with pytest.raises(TrainingStopped, match=r"step 9: .* is a spike.*spike_action=stop ends the run"):
+        train(tiny_run(store_64, tmp_path, *overrides))
+    assert len(losses) == 9
+
+
+def test_a_step_without_a_trained_token_changes_nothing(store_64, tmp_path):
+    ranks = start_processes("cpu")
+    config = tiny_run(store_64, tmp_path, "trainer.weight_decay=0.0")
+    _, mixture = open_data(config)
+    engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+    before = masters(engine)
+    batches = [replace(b, labels=torch.full_like(b.labels, -100)) for b in micro_batches(mixture, 0, ranks, config)]
+    result = take_step(engine, batches, 0, 1e-2, ranks, Guard(GuardConfig()))
+    assert (result.loss, result.grad_norm, result.refused) == (0.0, 0.0, None)
+    assert torch.equal(before, masters(engine))
+    engine.destroy()
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -41,8 +41,9 @@ def test_a_damaged_checkpoint_neither_counts_nor_goes(tmp_path):
         checkpoint(tmp_path, step)
     checkpoint(tmp_path, 40, content=b"cut")
     (checkpoint(tmp_path, 50) / "shard.bin").unlink()
+    (checkpoint(tmp_path, 60) / "manifest.json").write_text('{"format"')
     prune_checkpoints(tmp_path, 1, None)
-    assert steps(tmp_path) == [30, 40, 50]  # 30 is the newest that is whole
+    assert steps(tmp_path) == [30, 40, 50, 60]  # 30 is the newest that is whole
 
 
 def test_torn_directories_before_the_newest_go_and_one_being_written_stays(tmp_path):

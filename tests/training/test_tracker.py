@@ -113,3 +113,14 @@ def test_a_run_leaves_in_order_after_wandbs_service_is_gone(tmp_path):
     assert "warning: the tracker failed" in done.stdout, done.stderr[-2000:]
     assert done.stdout.endswith("1 services True\n")
     assert done.returncode == 75
+
+
+def test_a_tracker_that_cannot_start_costs_nothing_and_keeps_its_run(tmp_path, monkeypatch, capsys):
+    def unreachable(**settings):
+        raise ConnectionError("no network on this node")
+
+    monkeypatch.setattr("wandb.init", unreachable)
+    tracker = open_tracker(TrackerConfig(name="wandb"), "run", tmp_path, {}, "abc")
+    assert isinstance(tracker, NoTracker)
+    assert tracker.run_id == "abc"
+    assert "the tracker could not start (no network on this node)" in capsys.readouterr().out

@@ -42,11 +42,16 @@ def contract(
     }
 
 
+# Entries that checkpoints from before them lack, and what they would have said.
+BEFORE = {"z_loss": 0.0}
+
+
 def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
     """Raise ValueError naming each entry that differs, with both values, and is not accepted by name."""
     unknown = set(accept) - set(present)
     if unknown:
         raise ValueError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
+    saved = {**BEFORE, **saved}
     differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
     if differing:
         told = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))

@@ -30,11 +30,13 @@ class StepResult:
         loss: of the global batch, nats per token; the same number on every rank.
         grad_norm: of the whole gradient before clipping; not finite where it was refused for that.
         refused: why the weights were left as they were; None: they were updated.
+        spike: refused for a loss that is finite, and too high.
     """
 
     loss: float
     grad_norm: float
     refused: str | None = None
+    spike: bool = False
 
 
 class Guard:
@@ -89,9 +91,8 @@ class Guard:
         """
         if result.refused is None:
             return
-        spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         told = f"step {step}: {result.refused}; the weights were left as they were. What it saw: {provenance}"
-        if spike and self.config.spike_action == "stop":
+        if result.spike and self.config.spike_action == "stop":
             raise TrainingStopped(f"{told}. guards.spike_action=stop ends the run; =skip goes on without the step")
         if self.in_a_row >= self.config.max_refused:
             raise TrainingStopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -122,6 +123,7 @@ def _run(
     if before is not None and ranks.is_main:
         write_start(before, run_dir)
     engine = _ready_engine(config, model_config, ranks, load)
+    observer.begin()
     guard = Guard(config.guards, origin.state.get("guard"))
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)
     seen_at = [0 if trainer.overfit_one_batch else step for step in range(start, last)]
@@ -228,15 +230,16 @@ def take_step(
     meter = meter or Meter(ranks.device)
     loss = accumulate(engine, batches, global_tokens, ranks, boundary, meter)
     refused = guard.objection(loss)
+    spike = refused is not None and math.isfinite(loss)
     if refused:
-        refuse_update(engine)
+        refuse_update(engine)  # after which the norm is not finite either
     with meter.time("optimizer"):
         engine.step()
     # DeepSpeed leaves the weights alone, without a word, where the norm is not finite.
     grad_norm = float(engine.get_global_grad_norm())
     if refused is None and engine.optimizer.overflow:
         refused = f"the gradient is not finite at loss {loss:.4f}"
-    return StepResult(loss, grad_norm, refused)
+    return StepResult(loss, grad_norm, refused, spike)
 
 
 def accumulate(
@@ -251,7 +254,9 @@ def accumulate(
 
     Each micro batch's summed loss is divided by the trained tokens of the whole step, so every token of it weighs the
     same whatever the documents and ranks. ZeRO averages gradients over ranks, which the factor averaging_ranks undoes.
+    A step without a trained token has loss 0 and gradients of 0.
     """
+    global_tokens = max(global_tokens, 1)
     meter = meter or Meter(ranks.device)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     scale = averaging_ranks(engine, ranks) / global_tokens

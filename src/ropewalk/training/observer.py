@@ -69,6 +69,12 @@ class Observer:
             f"{self.tokens_per_step:,} tokens a step, {where}"
         )
 
+    def begin(self) -> None:
+        """Start the clock of the first step, once there is an engine."""
+        self.clock = time.monotonic()
+        if self.ranks.is_main:
+            self.progress.start = self.clock
+
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
         if self.ranks.is_main:

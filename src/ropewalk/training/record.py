@@ -78,19 +78,30 @@ class MetricsFile:
     def append(self, row: dict[str, Any]) -> None:
         """Add one row. Where the disk is full it waits for the next: a lost row is no reason to lose a run."""
         self.unwritten += json.dumps(row) + "\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        size: int | None = None
         try:
             size = self.path.stat().st_size
             with self.path.open("a") as file:
                 file.write(self.unwritten)
         except OSError as error:
             print(f"warning: {self.path} could not be written ({error}); its rows are kept for later", flush=True)
-            with suppress(OSError):
-                os.truncate(self.path, size)  # half a row would spoil the next
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # half a row would spoil the next
         else:
             self.unwritten = ""
 
     def settle(self) -> None:
-        """Have all rows on the disk."""
+        """Have all rows on the disk.
+
+        Raises:
+            OSError: where they are not.
+        """
+        if self.unwritten:
+            self._flush()
         fsync_path(self.path)
 
 

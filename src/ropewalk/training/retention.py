@@ -52,8 +52,9 @@ def _source(universal: Path) -> Path:
 
 def _is_whole(checkpoint: Path) -> bool:
     """Committed, and every file there with its size; hashing all of it at every save would take too long."""
-    if not (checkpoint / MANIFEST).is_file():
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except (ValueError, KeyError, OSError):  # none, or damaged
         return False
-    files = read_manifest(checkpoint)["files"]
     paths = {inside(checkpoint, name): entry["bytes"] for name, entry in files.items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())

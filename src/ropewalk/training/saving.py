@@ -89,7 +89,10 @@ class Saver:
         started.commit()
         self.saved = started.step
         if self.observer.ranks.is_main:
-            prune_checkpoints(self.run_dir, self.trainer.keep_last, self.trainer.keep_every)
+            try:
+                prune_checkpoints(self.run_dir, self.trainer.keep_last, self.trainer.keep_every)
+            except OSError as error:  # the other ranks would wait for this one in vain
+                self.observer.say(f"warning: old checkpoints could not be deleted ({error}); the next save tries again")
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -27,7 +27,8 @@ class Tracker(Protocol):
 class NoTracker:
     """Nothing beside metrics.jsonl."""
 
-    run_id: str | None = None
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id  # kept for a session that can track again
 
     def log(self, metrics: dict[str, Any], group: str = "train") -> None:
         """Do nothing."""
@@ -149,8 +150,11 @@ def open_tracker(
     config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any], saved_id: str | None
 ) -> Tracker:
     """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
-    if config.name == "wandb":
-        return ForgivingTracker(WandbTracker(config, run_name, run_dir, details, saved_id))
-    if config.name == "trackio":
-        return ForgivingTracker(TrackioTracker(config, run_name, details))
-    return NoTracker()
+    try:
+        if config.name == "wandb":
+            return ForgivingTracker(WandbTracker(config, run_name, run_dir, details, saved_id))
+        if config.name == "trackio":
+            return ForgivingTracker(TrackioTracker(config, run_name, details))
+    except Exception as error:  # a node without a network, say: the other ranks are waiting
+        print(f"warning: the tracker could not start ({error}); metrics.jsonl goes on", flush=True)
+    return NoTracker(saved_id)
