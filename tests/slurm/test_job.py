@@ -1,6 +1,7 @@
 """The record of a job: complete, without secrets, and right about what came before it."""
 
 import json
+import secrets
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import composed
 from ropewalk.slurm.job import begin, committed_step, end
 from ropewalk.training import find_checkpoint
 
+KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
 
 
@@ -41,7 +43,7 @@ def jobs(tmp_path):
 
 
 def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
-    environment = {**JOB, "HF_TOKEN": "s3cret", "WANDB_API_KEY": "s3cret", "SLURM_JWT": "s3cret", "MY": "s3cret"}
+    environment = {**JOB, "HF_TOKEN": KEY, "WANDB_API_KEY": KEY, "SLURM_JWT": KEY, "MY": KEY}
     record = begin("train", jobs.config, ["a=b c"], jobs.script, {**environment, "NCCL_DEBUG": "WARN"})
     assert record == tmp_path / "run" / "jobs" / "17-0"
     begun = json.loads((record / "begin.json").read_text())
@@ -51,7 +53,22 @@ def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
     assert begun["versions"]["deepspeed"] == "0.19.8"
     assert (record / "script.sh").read_text() == "#!/bin/bash\n"
     assert "max_steps: 384" in (record / "config.yaml").read_text()
-    assert "s3cret" not in "".join(path.read_text() for path in record.iterdir())
+    assert KEY not in "".join(path.read_text() for path in record.iterdir())
+
+
+@pytest.mark.parametrize("given", [
+    f"+cluster.slurm.environment.WANDB_API_KEY=a{KEY}",
+    f"+cluster.slurm.environment={{NCCL_DEBUG:INFO,WANDB_API_KEY:a{KEY}}}",
+], ids=["variable", "all of them"])  # fmt: skip
+def test_a_key_for_the_clusters_environment_is_masked(tmp_path, jobs, given):
+    arguments = [f"run_dir={tmp_path / 'keyed'}", "data.tokenizer=x", given]
+    config = composed("train", "+experiment=demo/pretrain", arguments[0], given)
+    assert config.cluster.slurm.environment["WANDB_API_KEY"] == f"a{KEY}"
+    record = begin("train", config, arguments, jobs.script, JOB)
+    assert KEY not in "".join(path.read_text() for path in record.iterdir())
+    assert "WANDB_API_KEY: '***'" in (record / "config.yaml").read_text()
+    assert "data.tokenizer=x" in json.loads((record / "begin.json").read_text())["command"]
+    assert config.cluster.slurm.environment["WANDB_API_KEY"] == f"a{KEY}"  # the ranks need it
 
 
 def test_other_commands_record_below_the_output_directory(jobs, tmp_path):

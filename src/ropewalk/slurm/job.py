@@ -9,14 +9,20 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ropewalk.files import write_atomically
-from ropewalk.provenance import git_changes, git_commit, recorded_environment, versions
+from ropewalk.provenance import (
+    git_changes,
+    git_commit,
+    recorded_arguments,
+    recorded_config,
+    recorded_environment,
+    versions,
+)
 from ropewalk.slurm.verdict import Verdict, judge
 
 BEGIN, END = "begin.json", "end.json"
@@ -35,7 +41,7 @@ def begin(
     Args:
         command: train, evaluate, ...: which configuration ``config`` is.
         config: resolved.
-        arguments: of the command line.
+        arguments: of the command line; keys and tokens for the cluster's environment are masked.
         batch_script: what SLURM runs, a copy in its spool.
         environment: of the job; keys and tokens in it are not written.
     """
@@ -46,9 +52,9 @@ def begin(
     _close_abandoned(jobs, job, restart)
     shutil.copyfile(batch_script, record / "script.sh")
     write_atomically(record / "changes.diff", git_changes())
-    write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     content = {
-        "command": shlex.join([command, *arguments]),
+        "command": shlex.join([command, *recorded_arguments(arguments)]),
         "job_id": job,
         "job_name": environment.get("SLURM_JOB_NAME"),
         "array": environment.get("SLURM_ARRAY_JOB_ID") and [
