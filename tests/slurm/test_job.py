@@ -95,6 +95,28 @@ def test_crashes_without_progress_come_to_an_end(jobs):
     assert [jobs.session(n, [1, None], 137)[1].requeue for n in (3, 4, 5)] == [True, True, False]
 
 
+def test_a_limit_too_short_for_one_step_comes_to_an_end(jobs):
+    """The job is warned before its ranks begin; the third such session in a row stops, dead nodes counted in."""
+    assert jobs.session(0, [], 75, warned=True)[1].requeue
+    begin("train", jobs.config, [], jobs.script, {**JOB, "SLURM_RESTART_COUNT": "1"})  # its node dies
+    assert jobs.session(2, [75, 75], 75, steps=3, warned=True)[1].requeue
+    assert [jobs.session(n, [], 75, warned=True)[1].requeue for n in (3, 4, 5)] == [True, True, False]
+
+
+def test_an_evaluation_gets_on_by_what_it_has_measured(jobs, tmp_path):
+    out = tmp_path / "out"
+    config = composed("evaluate", "checkpoint=x", f"output={out}", "documents=z", f"paths.output_dir={tmp_path}")
+
+    def session(restart, measured=None):
+        record = begin("evaluate", config, [], jobs.script, {**JOB, "SLURM_RESTART_COUNT": str(restart)})
+        if measured:
+            (out / "cells").mkdir(parents=True, exist_ok=True)
+            (out / "cells" / measured).write_text("{}")
+        return end(record, 75, warned=True, state="RUNNING").requeue
+
+    assert [session(0), session(1), session(2, "a.json"), session(3), session(4), session(5)] == [True] * 5 + [False]
+
+
 def test_a_session_without_an_end_is_closed_by_the_next(jobs):
     record = begin("train", jobs.config, [], jobs.script, JOB)
     begin("train", jobs.config, [], jobs.script, {**JOB, "SLURM_RESTART_COUNT": "1"})
