@@ -2,14 +2,20 @@
 
 import json
 import secrets
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 from helpers import composed
 
+from ropewalk.entry import CONFIG_DIR
 from ropewalk.slurm.job import begin, committed_step, end
 from ropewalk.training import find_checkpoint
 
+ROOT = CONFIG_DIR.parent
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
 
@@ -115,6 +121,22 @@ def test_an_evaluation_gets_on_by_what_it_has_measured(jobs, tmp_path):
         return end(record, 75, warned=True, state="RUNNING").requeue
 
     assert [session(0), session(1), session(2, "a.json"), session(3), session(4), session(5)] == [True] * 5 + [False]
+
+
+def test_a_warning_ends_an_evaluation_which_goes_on_later(tmp_path):
+    """Sent while its rank begins. The rank dies of it, as srun sees it, and the verdict is a requeue."""
+    words = ["checkpoint=nowhere", f"output={tmp_path / 'out'}", "documents=nowhere"]
+    config = composed("evaluate", *words, f"paths.output_dir={tmp_path}")
+    (tmp_path / "script").write_text("")
+    record = begin("evaluate", config, words, tmp_path / "script", {**JOB, "SLURM_NTASKS": "1"})
+    command = [sys.executable, "-m", "ropewalk.slurm.rank", str(record), "scripts/evaluate.py", *words]
+    rank = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while rank.poll() is None and not list(record.glob("ranks/*.json")):
+        time.sleep(0.01)
+    rank.send_signal(signal.SIGUSR1)
+    said = rank.communicate()[1]
+    assert rank.returncode == -signal.SIGUSR1, said
+    assert end(record, 128 + signal.SIGUSR1, warned=True, state="RUNNING").requeue
 
 
 def test_a_session_without_an_end_is_closed_by_the_next(jobs):
