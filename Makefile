@@ -1,5 +1,5 @@
 # make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
-# make test   everything that CI runs
+# make test   all tests that need no GPU, as CI runs them
 # make docs   the pages of docs/ as a site, in site/
 # make test-slurm  jobs of slurm/ in a real SLURM that it starts on this machine (apt-get install slurm-wlm munge)
 # make check  lint, types and the fast tests, for the working day

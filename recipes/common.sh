@@ -44,7 +44,11 @@ train() {
   else
     python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@"
     if command -v sbatch >/dev/null; then
-      sbatch --wait --nodes="$NODES" slurm/train_64k.sh "$@"
+      local lead options
+      lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds) || lead=null
+      options=$(python scripts/job.py options "cluster=$CLUSTER" "nodes=$NODES" "lead_seconds=$lead")
+      # shellcheck disable=SC2086
+      sbatch --wait $options slurm/train_64k.sh "cluster=$CLUSTER" "$@"
     else
       torchrun --standalone --nproc-per-node=gpu train.py "$@"
     fi
@@ -56,7 +60,10 @@ evaluate() {
   if [ -n "${DRY_RUN:-}" ]; then
     note scripts/evaluate.py "$@"
   elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
-    sbatch --wait slurm/evaluate.sh "$@"
+    local options
+    options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 cluster.gpus_per_node=1)
+    # shellcheck disable=SC2086
+    sbatch --wait $options slurm/evaluate.sh "cluster=$CLUSTER" "$@"
   else
     python scripts/evaluate.py "$@"
   fi

@@ -6,11 +6,13 @@
 
 from ropewalk.config import EvaluateConfig, ValidateConfig
 from ropewalk.entry import entry, run_command
+from ropewalk.launch import release_warnings
 
 
 @entry("evaluate")
 def main(config: EvaluateConfig) -> None:
     """Evaluate one checkpoint."""
+    release_warnings()  # nothing is to be saved: finished parts are on the disk, so a job's warning may end it
     from ropewalk.evaluation.suites import evaluate_suite
 
     evaluate_suite(config)

@@ -46,8 +46,15 @@ read -ra cpu <<<"$(options nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_req
 
 # prepared TASKS OVERRIDES...: submits a preparation and says so; prints the last of its jobs
 prepared() {
-  local said
+  local said option
   [ $# -gt 0 ] || return 0
+  for option in "${cpu[@]}"; do
+    case $option in
+      --partition=*) export SBATCH_PARTITION=${option#*=} ;;
+      --account=*) export SBATCH_ACCOUNT=${option#*=} ;;
+      --qos=*) export SBATCH_QOS=${option#*=} ;;
+    esac
+  done
   said=$(slurm/prepare_data.sh "$@")
   echo "prepare: $said" >&3
   echo "${said##* }"

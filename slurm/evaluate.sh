@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One run's evaluation on one GPU:
 #   sbatch slurm/evaluate.sh checkpoint=outputs/NAME output=outputs/NAME/evaluation documents=DIR [overrides]
-# A run that is not exported yet is exported first; a finished evaluation is kept.
+# A run that is not exported yet is exported first; a finished evaluation is kept. Near the time limit it is ended and put
+# back into the queue, where it goes on from the parts that are measured.
 # Edit these lines for your site.
 #SBATCH --job-name=ropewalk-evaluate
 #SBATCH --nodes=1
@@ -9,6 +10,7 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log

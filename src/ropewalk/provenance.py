@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     "ropewalk",
@@ -25,6 +27,8 @@ RECORDED = re.compile(
     r"|HF_HOME|HF_HUB_OFFLINE|WANDB_MODE|MASTER_ADDR|MASTER_PORT|TMPDIR|LD_LIBRARY_PATH|HOSTNAME"
 )
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE", re.IGNORECASE)
+MASKED = "***"
+ENVIRONMENT_WORD = re.compile(r"[+~]*cluster\b.*\benvironment\b")  # an override of cluster.slurm.environment
 TREE = Path(__file__).parent
 
 
@@ -52,6 +56,23 @@ def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if RECORDED.fullmatch(name) and not SECRET.search(name)
     }
+
+
+def recorded_config(config: Any) -> dict[str, Any]:
+    """A resolved configuration as it may be written down: values of ``cluster.slurm.environment`` named like a key or
+    a token are masked."""
+    content = asdict(config)
+    environment = content.get("cluster", {}).get("slurm", {}).get("environment", {})
+    environment.update({name: MASKED for name in environment if SECRET.search(name)})
+    return content
+
+
+def recorded_arguments(arguments: Sequence[str]) -> list[str]:
+    """Overrides as they may be written down: what gives ``cluster.slurm.environment`` a key or a token is masked."""
+    return [
+        f"{word.partition('=')[0]}={MASKED}" if ENVIRONMENT_WORD.match(word) and SECRET.search(word) else word
+        for word in arguments
+    ]
 
 
 def _git(*arguments: str) -> str | None:

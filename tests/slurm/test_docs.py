@@ -56,5 +56,4 @@ def test_sbatch_lines_stand_on_top_and_ask_for_a_requeue(script):
         return  # it is sourced, or runs on the login node
     assert text.index("#SBATCH") < text.index("\nset -euo pipefail")
     assert {"--requeue", "--open-mode=append"} <= set(options)
-    if "train" in script or script.startswith(("sft", "sweep")):
-        assert any(option.startswith("--signal=B:USR1@") for option in options)
+    assert any(option.startswith("--signal=B:USR1@") for option in options)

@@ -1,14 +1,22 @@
 """The record of a job: complete, without secrets, and right about what came before it."""
 
 import json
+import secrets
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 from helpers import composed
 
+from ropewalk.entry import CONFIG_DIR
 from ropewalk.slurm.job import begin, committed_step, end
 from ropewalk.training import find_checkpoint
 
+ROOT = CONFIG_DIR.parent
+KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
 
 
@@ -41,7 +49,7 @@ def jobs(tmp_path):
 
 
 def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
-    environment = {**JOB, "HF_TOKEN": "s3cret", "WANDB_API_KEY": "s3cret", "SLURM_JWT": "s3cret", "MY": "s3cret"}
+    environment = {**JOB, "HF_TOKEN": KEY, "WANDB_API_KEY": KEY, "SLURM_JWT": KEY, "MY": KEY}
     record = begin("train", jobs.config, ["a=b c"], jobs.script, {**environment, "NCCL_DEBUG": "WARN"})
     assert record == tmp_path / "run" / "jobs" / "17-0"
     begun = json.loads((record / "begin.json").read_text())
@@ -51,7 +59,22 @@ def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
     assert begun["versions"]["deepspeed"] == "0.19.8"
     assert (record / "script.sh").read_text() == "#!/bin/bash\n"
     assert "max_steps: 384" in (record / "config.yaml").read_text()
-    assert "s3cret" not in "".join(path.read_text() for path in record.iterdir())
+    assert KEY not in "".join(path.read_text() for path in record.iterdir())
+
+
+@pytest.mark.parametrize("given", [
+    f"+cluster.slurm.environment.WANDB_API_KEY=a{KEY}",
+    f"+cluster.slurm.environment={{NCCL_DEBUG:INFO,WANDB_API_KEY:a{KEY}}}",
+], ids=["variable", "all of them"])  # fmt: skip
+def test_a_key_for_the_clusters_environment_is_masked(tmp_path, jobs, given):
+    arguments = [f"run_dir={tmp_path / 'keyed'}", "data.tokenizer=x", given]
+    config = composed("train", "+experiment=demo/pretrain", arguments[0], given)
+    assert config.cluster.slurm.environment["WANDB_API_KEY"] == f"a{KEY}"
+    record = begin("train", config, arguments, jobs.script, JOB)
+    assert KEY not in "".join(path.read_text() for path in record.iterdir())
+    assert "WANDB_API_KEY: '***'" in (record / "config.yaml").read_text()
+    assert "data.tokenizer=x" in json.loads((record / "begin.json").read_text())["command"]
+    assert config.cluster.slurm.environment["WANDB_API_KEY"] == f"a{KEY}"  # the ranks need it
 
 
 def test_other_commands_record_below_the_output_directory(jobs, tmp_path):
@@ -76,6 +99,44 @@ def test_crashes_without_progress_come_to_an_end(jobs):
     assert crashes == [True, True]
     assert jobs.session(2, [1, None], 137, steps=10)[1].requeue
     assert [jobs.session(n, [1, None], 137)[1].requeue for n in (3, 4, 5)] == [True, True, False]
+
+
+def test_a_limit_too_short_for_one_step_comes_to_an_end(jobs):
+    """The job is warned before its ranks begin; the third such session in a row stops, dead nodes counted in."""
+    assert jobs.session(0, [], 75, warned=True)[1].requeue
+    begin("train", jobs.config, [], jobs.script, {**JOB, "SLURM_RESTART_COUNT": "1"})  # its node dies
+    assert jobs.session(2, [75, 75], 75, steps=3, warned=True)[1].requeue
+    assert [jobs.session(n, [], 75, warned=True)[1].requeue for n in (3, 4, 5)] == [True, True, False]
+
+
+def test_an_evaluation_gets_on_by_what_it_has_measured(jobs, tmp_path):
+    out = tmp_path / "out"
+    config = composed("evaluate", "checkpoint=x", f"output={out}", "documents=z", f"paths.output_dir={tmp_path}")
+
+    def session(restart, measured=None):
+        record = begin("evaluate", config, [], jobs.script, {**JOB, "SLURM_RESTART_COUNT": str(restart)})
+        if measured:
+            (out / "cells").mkdir(parents=True, exist_ok=True)
+            (out / "cells" / measured).write_text("{}")
+        return end(record, 75, warned=True, state="RUNNING").requeue
+
+    assert [session(0), session(1), session(2, "a.json"), session(3), session(4), session(5)] == [True] * 5 + [False]
+
+
+def test_a_warning_ends_an_evaluation_which_goes_on_later(tmp_path):
+    """Sent while its rank begins. The rank dies of it, as srun sees it, and the verdict is a requeue."""
+    words = ["checkpoint=nowhere", f"output={tmp_path / 'out'}", "documents=nowhere"]
+    config = composed("evaluate", *words, f"paths.output_dir={tmp_path}")
+    (tmp_path / "script").write_text("")
+    record = begin("evaluate", config, words, tmp_path / "script", {**JOB, "SLURM_NTASKS": "1"})
+    command = [sys.executable, "-m", "ropewalk.slurm.rank", str(record), "scripts/evaluate.py", *words]
+    rank = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while rank.poll() is None and not list(record.glob("ranks/*.json")):
+        time.sleep(0.01)
+    rank.send_signal(signal.SIGUSR1)
+    said = rank.communicate()[1]
+    assert rank.returncode == -signal.SIGUSR1, said
+    assert end(record, 128 + signal.SIGUSR1, warned=True, state="RUNNING").requeue
 
 
 def test_a_session_without_an_end_is_closed_by_the_next(jobs):

@@ -25,6 +25,13 @@ CASES = {
     "all ranks killed": (137, [rank(0), KILLED], {}, "REQUEUED"),
     "killed again and again": (137, [GLOO, KILLED], {"fruitless": FRUITLESS_SESSIONS}, "FAILED"),
     "killed again, but it gets on": (137, [GLOO, KILLED], {"fruitless": 9, "progress": True}, "REQUEUED"),
+    "warned again and again": (75, [], {"warned": True, "fruitless": FRUITLESS_SESSIONS}, "FAILED"),
+    "killed while it left, again and again": (
+        137, [rank(0), KILLED], {"warned": True, "fruitless": FRUITLESS_SESSIONS}, "FAILED"
+    ),
+    "left again and again, but it gets on": (
+        75, [SAVED, rank(1, 75)], {"warned": True, "fruitless": 9, "progress": True}, "REQUEUED"
+    ),
     "wrong configuration on every rank": (2, [rank(0, 2), rank(1, 2)], {}, "FAILED"),
     "wrong on one, the other killed by srun": (143, [rank(0, 2), KILLED], {}, "FAILED"),
     "the guard": (1, [GUARD, rank(1, 1, GUARD["error"])], {}, "FAILED"),
@@ -35,7 +42,7 @@ CASES = {
     "cancelled after the warning": (75, [SAVED], {"warned": True, "terminated": True, "cancelled": True}, "ENDED"),
     "pre-empted without warning": (75, [SAVED, rank(1, 75)], {"terminated": True}, "ENDED"),
     "the limit came while it saved": (75, [SAVED, rank(1, 75)], {"warned": True, "terminated": True}, "REQUEUED"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,14 +9,20 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ropewalk.files import write_atomically
-from ropewalk.provenance import git_changes, git_commit, recorded_environment, versions
+from ropewalk.provenance import (
+    git_changes,
+    git_commit,
+    recorded_arguments,
+    recorded_config,
+    recorded_environment,
+    versions,
+)
 from ropewalk.slurm.verdict import Verdict, judge
 
 BEGIN, END = "begin.json", "end.json"
@@ -35,7 +41,7 @@ def begin(
     Args:
         command: train, evaluate, ...: which configuration ``config`` is.
         config: resolved.
-        arguments: of the command line.
+        arguments: of the command line; keys and tokens for the cluster's environment are masked.
         batch_script: what SLURM runs, a copy in its spool.
         environment: of the job; keys and tokens in it are not written.
     """
@@ -46,9 +52,9 @@ def begin(
     _close_abandoned(jobs, job, restart)
     shutil.copyfile(batch_script, record / "script.sh")
     write_atomically(record / "changes.diff", git_changes())
-    write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     content = {
-        "command": shlex.join([command, *arguments]),
+        "command": shlex.join([command, *recorded_arguments(arguments)]),
         "job_id": job,
         "job_name": environment.get("SLURM_JOB_NAME"),
         "array": environment.get("SLURM_ARRAY_JOB_ID") and [
@@ -62,6 +68,8 @@ def begin(
         "started": time.time(),
         "run_dir": str(config.run_dir) if command == "train" else None,
         "committed_step": committed_step(config.run_dir) if command == "train" else None,
+        "output": None if command == "train" else str(config.output),
+        "output_files": None if command == "train" else output_files(config.output),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "versions": versions(),
@@ -85,7 +93,7 @@ def end(record: Path, code: int, *, warned: bool, state: str) -> Verdict:
     step = committed_step(begun["run_dir"]) if begun["run_dir"] else None
     verdict = judge(
         code, ranks, begun["tasks"], warned=warned, terminated=state != "RUNNING", cancelled=state == "CANCELLED",
-        progress=step is not None and step > (begun["committed_step"] or 0), fruitless=_fruitless_before(record),
+        progress=_has_progress(begun, step), fruitless=_fruitless_before(record),
     )  # fmt: skip
     _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, step, ranks)
     return verdict
@@ -95,6 +103,18 @@ def committed_step(run_dir: str | Path) -> int | None:
     """Step of the newest committed checkpoint, as ``training.find_checkpoint`` finds it, without importing torch."""
     manifests = sorted(Path(run_dir).glob("checkpoints/step-*/manifest.json"))
     return int(manifests[-1].parent.name.removeprefix("step-")) if manifests else None
+
+
+def output_files(output: str | Path) -> int:
+    """How many results an evaluation has written: it grows with each part, and falls where parts become one table."""
+    return sum(path.suffix in (".json", ".parquet") for path in Path(output).rglob("*"))
+
+
+def _has_progress(begun: Mapping[str, Any], step: int | None) -> bool:
+    """Whether a session has committed a checkpoint, or finished a part of an evaluation."""
+    if begun.get("output") is not None:
+        return output_files(begun["output"]) != int(begun["output_files"])
+    return step is not None and step > (begun["committed_step"] or 0)
 
 
 def _write_end(
@@ -123,6 +143,7 @@ def _write_end(
         "Reason": reason,
         "CommittedStepBefore": begun["committed_step"],
         "CommittedStep": step,
+        "Progress": _has_progress(begun, step),
         "Ranks": [{key: rank.get(key) for key in ("rank", "node", "code", "error")} for rank in ranks],
     }
     write_atomically(record / END, json.dumps(content, indent=2) + "\n")
@@ -141,14 +162,13 @@ def _close_abandoned(jobs: Path, job: str, restart: int) -> None:
 
 
 def _fruitless_before(record: Path) -> int:
-    """Sessions right before this one that went back into the queue after a crash, without a new checkpoint."""
+    """Sessions right before this one that went back into the queue, for whatever reason, without progress."""
     job, _, restart = record.name.rpartition("-")
     count = 0
     for number in reversed(range(int(restart))):
         path = record.with_name(f"{job}-{number}") / END
         ended = json.loads(path.read_text()) if path.is_file() else {}
-        killed = ended.get("State") == "REQUEUED" and any(rank["code"] is None for rank in ended["Ranks"])
-        if not killed or ended["CommittedStep"] != ended["CommittedStepBefore"]:
+        if ended.get("State") not in ("REQUEUED", "NODE_FAIL") or ended.get("Progress"):
             break
         count += 1
     return count

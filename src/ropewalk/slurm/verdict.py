@@ -10,7 +10,7 @@ EXIT_REQUEUE = 75  # as in training.signals: saved, not finished
 EXIT_OWN_ERROR = 2  # a configuration error, in one line
 EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit; slurm/common.sh says so with this code
 OWN_ERRORS = ("TrainingStopped",)  # exceptions by which a run ends itself: the guards have had enough
-FRUITLESS_SESSIONS = 2  # crashed sessions in a row without a new checkpoint; after so many a person must look
+FRUITLESS_SESSIONS = 2  # sessions in a row that got nothing on; after one more a person must look
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def judge(
         warned: SLURM has announced the end (SIGUSR1).
         terminated: SLURM is ending the job itself.
         cancelled: somebody has told it to; that job must stay ended.
-        progress: whether this session committed a checkpoint.
-        fruitless: sessions before this one that crashed without committing one, in a row.
+        progress: whether this session committed a checkpoint, or finished a part of an evaluation.
+        fruitless: sessions before this one that ended early without progress, in a row.
     """
     codes = [int(rank["code"]) for rank in ranks if "code" in rank]
     if code == 0:
@@ -62,12 +62,11 @@ def judge(
         return Verdict(False, "FAILED", own)
     if cancelled or (terminated and not warned):
         return Verdict(False, "ENDED", "SLURM ended the job; what it pre-empts it puts back into the queue itself")
-    if EXIT_REQUEUE in (code, *codes):
-        return Verdict(True, "REQUEUED", "saved, to go on")
-    killed = f"{tasks - len(codes)} of {tasks} ranks were killed"
-    if progress or warned or fruitless < FRUITLESS_SESSIONS:
-        return Verdict(True, "REQUEUED", f"{killed}; goes on from the newest checkpoint")
-    return Verdict(False, "FAILED", f"{killed}, as in {fruitless} sessions before, and none saved a checkpoint")
+    saved = EXIT_REQUEUE in (code, *codes)
+    why = "told to leave" if saved or warned else f"{tasks - len(codes)} of {tasks} ranks were killed"
+    if not progress and fruitless >= FRUITLESS_SESSIONS:
+        return Verdict(False, "FAILED", f"{why}; it and {fruitless} sessions before it have got nothing on")
+    return Verdict(True, "REQUEUED", "saved, to go on" if saved else f"{why}; goes on from what was saved last")
 
 
 def _own_reason(code: int, codes: Sequence[int], ranks: Sequence[Mapping[str, Any]], tasks: int) -> str | None:

@@ -149,10 +149,13 @@ def _run(
                     saver.settle()  # the guard may end the run
                     guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
                 watchdog.step_ends()
+                saver.after(step + 1)  # first: no signal is answered during an evaluation, which may outlast the job
                 if evaluation is not None and _is_due(config.evaluation.every, step + 1, trainer.max_steps):
-                    with observer.clock_stopped("evaluation"), EngineScorer(engine, ranks) as scorer:
-                        observer.evaluated(step + 1, evaluation(scorer, step + 1))
-                saver.after(step + 1)
+                    if step + 1 < last and stop.is_up():
+                        observer.say(f"step {step + 1:>5} is not evaluated: the run has been told to leave")
+                    else:
+                        with observer.clock_stopped("evaluation"), EngineScorer(engine, ranks) as scorer:
+                            observer.evaluated(step + 1, evaluation(scorer, step + 1))
                 watchdog.step_begins(step + 2)
                 if profile is not None:
                     profile.step()

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,6 +16,7 @@ from ropewalk.attention import attention_kernel
 from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model import count_parameters
+from ropewalk.provenance import recorded_config
 from ropewalk.rope.position import position_of
 from ropewalk.training.engine import Ranks
 from ropewalk.training.guards import StepResult
@@ -60,7 +60,7 @@ class Observer:
         self.metrics = MetricsFile(run_dir, start)
         if config.evaluation.every is not None:
             self.evaluations = MetricsFile(run_dir, start, EVALUATIONS)
-        details = {**asdict(config), "run": details}
+        details = {**recorded_config(config), "run": details}
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, origin.state.get("tracker_id"))
         self.progress = Progress(start, config.trainer.max_steps)
         where = f"from step {start}" if start else "from the start"

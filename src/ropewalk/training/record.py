@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from ropewalk.config import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.files import fsync_path, write_atomically
-from ropewalk.provenance import git_commit, versions
+from ropewalk.provenance import git_commit, recorded_config, versions
 from ropewalk.rope.position import Position
 
 METRICS = "metrics.jsonl"  # a row for each logged step
@@ -55,7 +54,7 @@ def write_record(
         "world_size": world_size,
     }
     run_dir = Path(config.run_dir)
-    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     write_atomically(run_dir / "run.json", json.dumps(record, indent=2) + "\n")
     return record
 

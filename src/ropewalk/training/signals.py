@@ -74,11 +74,19 @@ class StopFlag:
         Raises:
             StopRequested: on all ranks alike.
         """
-        reason = torch.tensor([self.received or self._out_of_time()])
-        dist.all_reduce(reason, op=dist.ReduceOp.MAX, group=self.group)
-        number = int(reason)
+        number = self._agreed(self.received or self._out_of_time())
         if number:
             raise StopRequested("trainer.stop_before" if number == TIME_LIMIT else signal.Signals(number).name)
+
+    def is_up(self) -> bool:
+        """Whether the next check would leave: any rank has been told to, or its time is over. Collective."""
+        past = self.stop_before is not None and time.time() + self._longest_gap >= self.stop_before
+        return bool(self._agreed(self.received or (TIME_LIMIT if past else 0)))
+
+    def _agreed(self, number: int) -> int:
+        largest = torch.tensor([number])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     def _out_of_time(self) -> int:
         """Whether the next boundary, as far away as the farthest so far (saving included), would be too late."""
