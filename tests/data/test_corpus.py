@@ -178,8 +178,20 @@ def test_conversations(tmp_path):
     for file in (path, tmp_path / "b.parquet"):
         (document,), _ = documents_of(CorpusConfig(sources=[SourceConfig("chat", str(file), chat=True)]))
         assert document.messages == ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
-    write(path, '{"messages": [{"role": "user"}]}\n')
-    with pytest.raises(ValueError, match=r"row 1: 'messages' is no list of objects with a 'role' and a 'content'"):
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user"}], "'messages' is no list of objects with a 'role' and a 'content'"),
+        ([], "'messages' is an empty list of objects"),
+        ([{"role": "user", "content": "\ud800"}], "'messages.content' is not valid Unicode"),
+        ([{"role": "\ud800", "content": "Hi"}], "'messages.role' is not valid Unicode"),
+    ],
+)
+def test_damaged_conversations_are_named(tmp_path, messages, message):
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 1: {message}"):
         documents_of(CorpusConfig(sources=[SourceConfig("chat", str(path), chat=True)]))
 
 
