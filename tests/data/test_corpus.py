@@ -1,6 +1,8 @@
 import ast
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -95,6 +97,22 @@ def test_links_outwards_are_counted_and_not_followed(tmp_path):
     found, skipped = read(root)
     assert found == {"docs/a.txt": "a", "docs/inside.txt": "a"}
     assert skipped == {"link out of the directory": 1, "linked directory": 1}
+
+
+def test_a_directory_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """The fault is put in below os.walk, as root may list whatever its permissions are."""
+    write(tmp_path / "tree/open/a.py", "a")
+    write(tmp_path / "tree/shut/b.py", "b")
+    real = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"tree/shut cannot be listed \(Permission denied\); make it readable"):
+        read(tmp_path / "tree")
 
 
 def test_repeated_names_are_numbered(tmp_path):
