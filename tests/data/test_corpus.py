@@ -1,6 +1,8 @@
 import ast
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -97,6 +99,22 @@ def test_links_outwards_are_counted_and_not_followed(tmp_path):
     assert skipped == {"link out of the directory": 1, "linked directory": 1}
 
 
+def test_a_directory_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """The fault is put in below os.walk, as root may list whatever its permissions are."""
+    write(tmp_path / "tree/open/a.py", "a")
+    write(tmp_path / "tree/shut/b.py", "b")
+    real = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"tree/shut cannot be listed \(Permission denied\); make it readable"):
+        read(tmp_path / "tree")
+
+
 def test_repeated_names_are_numbered(tmp_path):
     one, two = write(tmp_path / "1/docs/a.md", "one"), write(tmp_path / "2/docs/a.md", "two")
     assert read(one.parent, two.parent)[0] == {"docs/a.md": "one", "docs#2/a.md": "two"}
@@ -178,8 +196,20 @@ def test_conversations(tmp_path):
     for file in (path, tmp_path / "b.parquet"):
         (document,), _ = documents_of(CorpusConfig(sources=[SourceConfig("chat", str(file), chat=True)]))
         assert document.messages == ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
-    write(path, '{"messages": [{"role": "user"}]}\n')
-    with pytest.raises(ValueError, match=r"row 1: 'messages' is no list of objects with a 'role' and a 'content'"):
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user"}], "'messages' is no list of objects with a 'role' and a 'content'"),
+        ([], "'messages' is an empty list of objects"),
+        ([{"role": "user", "content": "\ud800"}], "'messages.content' is not valid Unicode"),
+        ([{"role": "\ud800", "content": "Hi"}], "'messages.role' is not valid Unicode"),
+    ],
+)
+def test_damaged_conversations_are_named(tmp_path, messages, message):
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 1: {message}"):
         documents_of(CorpusConfig(sources=[SourceConfig("chat", str(path), chat=True)]))
 
 

@@ -194,6 +194,39 @@ def test_a_killed_run_leaves_no_store_and_goes_on(in_shards, fixture_corpus, tmp
         assert any(line.startswith("tokenize: ") and line.endswith(" 3 finished before") for line in lines)
 
 
+@pytest.mark.parametrize("place", ["commit_store", "clear_records"])
+def test_a_finish_that_is_killed_is_finished_by_the_next(fixture_tokenizer, tmp_path, monkeypatch, place):
+    """Also where a domain is empty (long, at 4096 tokens), and where a group gave it nothing (at 128)."""
+    (tmp_path / "docs").mkdir()
+    for number, lines in enumerate((100, 1)):
+        (tmp_path / f"docs/{number}.txt").write_text("Some tokens of a short document.\n" * lines)
+    monkeypatch.setattr("ropewalk.data.stages.GROUP_TOKENS", 100)
+
+    def run(output, stage):
+        settings = {"tokenizer": str(fixture_tokenizer), "retrieval_tokens": 0, "heldout_documents": 0}
+        config = config_of(
+            output, tmp_path / "docs", shard_mb=0.001, stage=stage, workers=1, sequence_lengths=[128, 4096], **settings
+        )
+        prepare(config, lambda line: None)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    run(tmp_path / "whole", "all")
+    for stage in ("plan", "tokenize", "pack"):
+        run(tmp_path / "o", stage)
+    packed = set(contents(tmp_path / "o/packed-128"))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"ropewalk.data.prepare.{place}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "o", "finish")
+    run(tmp_path / "o", "finish")
+    assert contents(tmp_path / "o") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "o").rglob("part-*.json"))
+    assert "long/tokens-00001.bin" in packed - set(contents(tmp_path / "o/packed-128"))
+    assert not (tmp_path / "o/packed-4096/long").exists()
+
+
 def test_groups_are_packed_apart(in_shards, fixture_corpus, tmp_path, monkeypatch):
     """What bounds memory: the same tokens in the same domains, in more parts."""
     monkeypatch.setattr("ropewalk.data.stages.GROUP_TOKENS", 20_000)

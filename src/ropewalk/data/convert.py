@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ropewalk.data.hashing import canonical_json, sha256_text
 from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.mds import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds_writer import write_mds
-from ropewalk.data.parts import Part, PartWriter
+from ropewalk.data.parts import Part, PartWriter, clear_records
 from ropewalk.data.pool import in_processes
 from ropewalk.data.store import PackedSequence, PackedStore
 from ropewalk.data.tokenizer import load_tokenizer
@@ -50,6 +50,7 @@ def to_packed(config: ConvertConfig) -> Path:
     if not config.tokenizer:
         raise ValueError("tokenizer is not set; name the tokenizer directory or hub id that the tokens are of")
     if not _begin(root, config, sources):
+        _clear(root, sources)
         print(f"{root} holds this store already", flush=True)
         return root
     tokenizer = _save_tokenizer(root, config.tokenizer)
@@ -74,10 +75,17 @@ def to_packed(config: ConvertConfig) -> Path:
     }
     accounts = {name: Accounting(info.tokens) for name, info in domains.items()}
     store = commit_store(root, config.sequence_length, tokenizer, domains, accounts)
-    (root / CONVERTING).unlink()
+    _clear(root, sources)
     for name, info in store.domains.items():
         print(f"{name}: {info.sequences:,} sequences, {info.documents:,} documents, {info.tokens:,} tokens", flush=True)
     return root
+
+
+def _clear(root: Path, domains: Iterable[str]) -> None:
+    """Remove from a store what was needed to write it, also where a killed call left it."""
+    for name in domains:
+        clear_records(root / name)
+    (root / CONVERTING).unlink(missing_ok=True)
 
 
 def packed_sequence(sample: Mapping[str, Any], sequence_length: int) -> PackedSequence:

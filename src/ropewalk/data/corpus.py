@@ -100,7 +100,7 @@ def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         rows = {"jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}[unit.kind](unit, skipped)
     for name, value in rows:
         if unit.chat:
-            messages = _messages(value, f"{unit.root}, row {name.rpartition(':')[2]}", unit.column)
+            messages = _messages(value, unit.root, int(name.rpartition(":")[2]), unit.column)
             reasons = [reason for message in messages if (reason := unfit(message["content"]))]
             skipped.update(reasons[:1])
             if not reasons:
@@ -303,11 +303,17 @@ def _checked_text(text: object, path: str | Path, number: int, column: str) -> s
     return text
 
 
-def _messages(value: Any, where: str, column: str) -> tuple[dict[str, str], ...]:
+def _messages(value: Any, path: str, number: int, column: str) -> tuple[dict[str, str], ...]:
     whole = isinstance(value, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in value
     )
-    if not whole:
-        raise ValueError(f"{where}: {column!r} is no list of objects with a 'role' and a 'content'; correct it")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+    if not whole or not value:
+        raise ValueError(
+            f"{path}, row {number}: {column!r} is {'an empty list' if whole else 'no list'} of objects with a 'role' "
+            "and a 'content'; correct the file"
+        )
+    return tuple(
+        {key: _checked_text(message[key], path, number, f"{column}.{key}") for key in ("role", "content")}
+        for message in value
+    )

@@ -140,16 +140,16 @@ class PartWriter:
         return Part(shard, *(np.array(content[name], dtype=dtype) for name, dtype in COUNTS.items()))
 
     def assemble(self, parts: Sequence[Part]) -> DomainInfo:
-        """The index files of the domain and its entry in the manifest; records and empty parts are removed.
+        """The index files of the domain and its entry in the manifest.
+
+        Records and empty parts stay, as a call that is killed before the manifest is written needs them again; see
+        clear_records.
 
         Raises:
             ValueError: where some parts have loss masks and some have none.
         """
         directory = self.root / self.domain
         directory.mkdir(parents=True, exist_ok=True)
-        for part in parts:
-            if not part.shard.sequences:
-                (self.root / part.shard.file).unlink(missing_ok=True)
         parts = [part for part in parts if part.shard.sequences]
         masked = {part.shard.mask is not None for part in parts}
         if len(masked) > 1:
@@ -161,8 +161,6 @@ class PartWriter:
         offsets = np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)])
         tokens = int(ends[offsets[1:] - 1].sum(dtype=np.int64))
         stored = self._save("offsets.npy", offsets.astype("<i8")), self._save("ends.npy", ends.astype("<i4"))
-        for record in directory.glob("part-*.json"):
-            record.unlink()
         fsync_path(directory)
         return DomainInfo(
             sequences=len(pieces),
@@ -205,3 +203,12 @@ class PartWriter:
         np.save(path, array, allow_pickle=False)
         fsync_path(path)
         return StoredFile(f"{self.domain}/{name}", path.stat().st_size, sha256_of(path))
+
+
+def clear_records(directory: Path) -> None:
+    """Remove the records of a domain's parts, and the parts that are empty, once a manifest names the others."""
+    for record in directory.glob("part-*.json"):
+        shard = parse_shard(json.loads(record.read_text(encoding="utf-8"))["shard"])
+        if not shard.sequences:
+            (directory.parent / shard.file).unlink(missing_ok=True)
+        record.unlink()

@@ -22,7 +22,9 @@ def in_processes(
         workers: processes; 1: none but this one; None: one for each core that this process may use.
 
     Raises:
-        ValueError: the first one that a work raised; what has not begun is left.
+        ValueError: the first one that a work raised.
+
+    Whatever is raised, in a work or while the caller holds a result, what has not begun is left.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(works))
     if workers <= 1:
@@ -31,13 +33,14 @@ def in_processes(
     started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks that other threads hold
     with ProcessPoolExecutor(workers, started_anew, initializer=_alone) as pool:
         running = {pool.submit(function, *work): place for place, work in enumerate(works)}
-        for future in as_completed(running):
-            try:
-                result = future.result()
-            except ValueError as error:
-                pool.shutdown(cancel_futures=True)
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException as error:  # also an interrupt, and GeneratorExit where the caller stops
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, ValueError):
                 raise ValueError(str(error)) from error
-            yield running[future], result
+            raise
 
 
 def _alone() -> None:

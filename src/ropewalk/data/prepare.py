@@ -18,6 +18,7 @@ from ropewalk.data.engines import ENGINES
 from ropewalk.data.hashing import canonical_json, sha256_text, stable_key
 from ropewalk.data.heldout import choose_heldout, write_heldout
 from ropewalk.data.manifest import MANIFEST, TOKENIZER, check_domain_name
+from ropewalk.data.parts import clear_records
 from ropewalk.data.pool import in_processes
 from ropewalk.data.retrieval import retrieval_documents
 from ropewalk.data.sampling import sample_documents
@@ -249,6 +250,7 @@ def finish(plan: Plan, report: Report) -> None:
     for length in plan.sequence_lengths:
         if not (store_directory(plan, length) / MANIFEST).is_file():
             _assemble(plan, pack, length, filler, sources, report)
+        _clear(plan, length)
     (output / PREPARING).replace(output / PREPARED)
     fsync_path(output)
     shutil.rmtree(plan.work)
@@ -299,7 +301,6 @@ def _assemble(
         accounts[RETRIEVAL] = packed.accounting
     for name in [name for name, info in domains.items() if not info.sequences]:
         report(f"{root.name}: no document for the domain {name}; left out")
-        shutil.rmtree(root / name)
         del domains[name]
     tokenizer = copy_tokenizer(Path(plan.output) / TOKENIZER, root / TOKENIZER)
     store = commit_store(root, length, tokenizer, domains, accounts, sources)
@@ -308,6 +309,16 @@ def _assemble(
             f"{root.name}: {name}: {info.sequences:,} sequences, fill {_fill(info.tokens, info.padding)}, "
             f"moved: {_counts(accounts[name].moved)}, dropped: {_counts(accounts[name].dropped)}"
         )
+
+
+def _clear(plan: Plan, length: int) -> None:
+    """Remove from a store what its manifest does not name; before there is one, a killed call needs it again."""
+    store = PackedStore(store_directory(plan, length))
+    for name in (*plan.rules, RETRIEVAL):
+        if name in store.domains:
+            clear_records(store.root / name)
+        elif (store.root / name).exists():
+            shutil.rmtree(store.root / name)
 
 
 def _copied_encoder(corpus: CorpusConfig, directory: Path, excluded: Collection[int]) -> DocumentEncoder:

@@ -197,7 +197,7 @@ def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
 def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str]:
     """The files under ``root``, relative to it, in the order of their paths' parts; some are left out and counted."""
     found: list[tuple[str, ...]] = []  # the parts of their paths
-    for place, directories, files in os.walk(root):
+    for place, directories, files in os.walk(root, onerror=_unreadable):
         here = Path(place).relative_to(root).parts
         kept = [name for name in directories if name not in excluded]
         skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
@@ -211,3 +211,10 @@ def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str
             skipped["link out of the directory"] += 1
         else:
             yield "/".join(parts)
+
+
+def _unreadable(error: OSError) -> None:
+    """What os.walk would pass over in silence."""
+    raise ValueError(
+        f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it out of the source"
+    ) from error
