@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One run's evaluation on one GPU:
 #   sbatch slurm/evaluate.sh checkpoint=outputs/NAME output=outputs/NAME/evaluation documents=DIR [overrides]
-# A run that is not exported yet is exported first; a finished evaluation is kept.
+# A run that is not exported yet is exported first; a finished evaluation is kept. At the time limit the job
+# goes back into the queue, and goes on with what is not finished.
 # Edit these lines for your site.
 #SBATCH --job-name=ropewalk-evaluate
 #SBATCH --nodes=1
@@ -9,6 +10,7 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -17,6 +19,7 @@ cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file 
 [ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
 . slurm/common.sh
 
+on_warning=TERM
 begin evaluate "$@"
 without_cluster "$@"
 run_ranks scripts/evaluate.py "${arguments[@]}"
