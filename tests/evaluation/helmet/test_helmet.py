@@ -70,6 +70,17 @@ def test_scores_of_a_real_run_end_in_the_table(config, tmp_path) -> None:
     assert (work / "model" / "model.safetensors").samefile(Path(config.checkpoint) / "model.safetensors")
 
 
+def test_a_python_is_found_from_where_the_command_was_given(config, tmp_path, monkeypatch) -> None:
+    """HELMET runs in its checkout, and venv/bin/python there is another. A link is called by its own name."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(tmp_path / "HELMET" / "python")
+    monkeypatch.chdir(tmp_path)
+    config.suite.helmet = HelmetConfig("HELMET", "bin/python")
+    assert len(evaluate_suite(config)) == len(RECALL)
+    log = next((tmp_path / "evaluation" / "helmet").rglob("Recall.log")).read_text()
+    assert log.startswith(f"{tmp_path}/bin/python ")
+
+
 def test_scores_stay_in_percent_and_have_the_samples_error(tmp_path) -> None:
     source = next(FIXTURES.glob("ruler_niah_mv*.json"))
     outputs = json.loads(source.read_text())
