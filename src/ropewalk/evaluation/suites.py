@@ -151,9 +151,7 @@ def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore, ran
         columns = subject.columns(settings[int(length)])
         cell = Cell("ropewalk", "quick", int(length), columns["test_time_scaling"])
         identity = {**subject.identity(settings[int(length)], int(length)), "version": version("ropewalk")}
-        store.overwrite = True  # what results.parquet holds was checked there
         store.write(cell, identity, [_quick_row(row, columns) for row in rows.to_dict("records")], {})
-    store.overwrite = subject.config.overwrite
 
 
 def _quick_row(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
