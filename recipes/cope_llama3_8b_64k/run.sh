@@ -4,6 +4,14 @@ cd "$(dirname "$0")/../.."
 : "${PROLONG:=data/prolong_mds}"
 . recipes/common.sh
 
+# HELMET is a checkout of HELMET's own code, HELMET_PYTHON the python of its environment; without them the other benchmarks
+# are run.
+if [ -n "${HELMET:-}" ]; then
+  suites=(suite.helmet.checkout="$HELMET" suite.helmet.python="${HELMET_PYTHON:?name the python of the environment of HELMET}")
+else
+  suites=('suite.suites=[short,ruler,infinitebench]')
+fi
+
 given mds "$PROLONG" "ProLong's published 64k data"
 given documents data/text/heldout "texts of at least 262,144 tokens that training does not see"
 given documents data/text/ultrachat "UltraChat's conversations as .jsonl with a messages column"
@@ -12,10 +20,8 @@ stage data_prep/convert_mds.py +mds=prolong_64k root="$PROLONG" tokenizer=meta-l
 stage data_prep/prepare.py corpus=ultrachat 'sequence_lengths=[65536]' output=data/sft_64k
 
 # measure RUN: loss and needle on held-out texts, then the paper's benchmarks, with its numbers beside yours (printed, and in
-# paper.csv). HELMET is a checkout of HELMET's own code; without it the other benchmarks are run.
+# paper.csv).
 measure() {
-  local suites=()
-  [ -n "${HELMET:-}" ] && suites=(suite.helmet.checkout="$HELMET") || suites=('suite.suites=[short,ruler,infinitebench]')
   stage scripts/export.py checkpoint="$1" verify=false
   evaluate checkpoint="$1/export" output="$1/evaluation" documents=data/text/heldout \
     'lengths=[8192,16384,32768,65536,131072,262144]' test_time=auto

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ropewalk.evaluation.needle import grade
 from ropewalk.evaluation.scoring import ModelScorer
@@ -24,6 +25,28 @@ def test_token_losses_are_those_of_the_whole_logits(model, ids, chunk: int) -> N
     losses = ModelScorer(model, chunk).token_losses(ids)
     assert losses.dtype == np.float32
     np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefill_chunk", [None, 16])
+def test_a_models_cap_on_its_logits_is_in_losses_and_answers(ids, prefill_chunk) -> None:
+    """Gemma 2 bounds its logits by a tanh after its head; here to within 1, where plain ones reach far beyond."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    config = Gemma2Config(
+        **shape,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        final_logit_softcapping=1.0,
+        attn_implementation="eager",
+    )
+    capped = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        logits = capped(ids[None]).logits[0]
+    expected = -logits[:-1].double().log_softmax(-1).gather(-1, ids[1:, None])[:, 0].numpy()
+    scorer = ModelScorer(capped, prefill_chunk=prefill_chunk)
+    np.testing.assert_allclose(scorer.token_losses(ids), expected, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(scorer.score(ids[:150], ids[150:155]), logits[149:154], atol=1e-5, rtol=1e-5)
 
 
 def test_a_longer_window_leaves_the_losses_before_it(model, ids) -> None:

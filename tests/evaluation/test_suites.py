@@ -17,7 +17,7 @@ from ropewalk.config import TestTimeConfig as AtTestTime
 from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
 from ropewalk.evaluation import read_document_losses, read_results
 from ropewalk.evaluation.cells import Cell, CellStore
-from ropewalk.evaluation.suites import evaluate_suite
+from ropewalk.evaluation.suites import evaluate_suite, flattened
 from ropewalk.evaluation.table import read_table
 
 pytest.importorskip("lm_eval")
@@ -139,6 +139,11 @@ def test_quick_ends_in_the_same_table(config, documents, tmp_path) -> None:
         (SuiteConfig("ruler", "ruler", tasks=["vt"], samples=0), "suite.samples=0 must be 1 or more"),
         (SuiteConfig("x", "rulers"), "suite.harness=rulers is not known; use one of: quick, ruler"),
         (SuiteConfig("x", "suites", suites=["rulr"]), "there is no suite 'rulr'; did you mean ruler"),
+        (
+            SuiteConfig("x", "suites", suites=["ruler"], tasks=["vt"]),
+            "suite.tasks is each part's own, and suite=x is made",
+        ),
+        (SuiteConfig("x", "suites", suites=["long", "ruler"], overflow="middle"), "suite.overflow is .*suite=long"),
         (SuiteConfig(), "documents is not set, and suite=quick reads held-out documents"),
     ],
 )
@@ -147,6 +152,15 @@ def test_mistakes_end_before_a_model_is_loaded(config, monkeypatch, suite: Suite
     config.suite = suite
     with pytest.raises(ValueError, match=message):
         evaluate_suite(config)
+
+
+def test_what_a_suite_of_suites_says_goes_down_to_its_parts() -> None:
+    whole = SuiteConfig("x", "suites", suites=["ruler", "short_offline"])
+    kept = [(part.samples, part.data, part.unscaled_too) for part in flattened(whole, "d")]
+    assert kept == [(500, None, False), (None, "d/eval/short", False)]
+    whole = replace(whole, samples=7, data="here", unscaled_too=True)
+    given = [(part.samples, part.data, part.unscaled_too) for part in flattened(whole, "d")]
+    assert given == [(7, "here", True)] * 2
 
 
 def test_lm_eval_that_is_not_installed_is_named(config, monkeypatch) -> None:

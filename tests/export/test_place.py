@@ -2,12 +2,13 @@
 
 import errno
 import fcntl
+import json
 import shutil
 from collections import namedtuple
 
 import pytest
 
-from ropewalk.export.place import check_addable, check_space, only_writer, written_beside
+from ropewalk.export.place import begin_adding, check_addable, check_space, only_writer, written_beside
 
 
 def test_two_exports_at_once(tmp_path):
@@ -49,6 +50,21 @@ def test_files_are_added_to_their_own_export_alone(tmp_path):
     (tmp_path / "export.json").rename(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="is not empty and no earlier export"):
         check_addable(tmp_path, {"step": 2}, overwrite=True)
+
+
+def test_what_another_step_left_goes_and_what_this_one_left_stays(tmp_path):
+    source = tmp_path / "export.json"
+    source.write_text('{"step": 1, "dtype": "float32"}')  # a Hugging Face export
+    for name in ("a-f16.gguf", "verification.json"):
+        (tmp_path / name).write_text("{}")
+    begin_adding(tmp_path, {"step": 1}, overwrite=True)
+    assert json.loads(source.read_text()) == {"step": 1, "dtype": "float32"}
+    assert len(list(tmp_path.iterdir())) == 3
+    begin_adding(tmp_path, {"step": 2}, overwrite=True)
+    assert json.loads(source.read_text()) == {"step": 2, "dtype": "gguf"}
+    assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
+    begin_adding(tmp_path / "new", {"step": 2}, overwrite=False)
+    assert json.loads((tmp_path / "new" / "export.json").read_text())["step"] == 2
 
 
 def fill(output):

@@ -1,7 +1,8 @@
-"""Processes that share the samples of an evaluation (data parallel), as torchrun starts them."""
+"""Processes that share the samples of an evaluation (data parallel), as torchrun or srun starts them."""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -26,8 +27,8 @@ class Ranks:
 
     @classmethod
     def launched(cls) -> Ranks:
-        """The ranks that torchrun started, or this process alone."""
-        return cls(dist.is_torchelastic_launched())
+        """The ranks that torchrun or srun started, or this process alone."""
+        return cls(int(os.environ.get("WORLD_SIZE", "1")) > 1)
 
     @classmethod
     def alone(cls) -> Ranks:

@@ -39,12 +39,10 @@ class ModelScorer:
     """
 
     def __init__(self, model: Any, chunk: int = LOGITS_CHUNK, prefill_chunk: int | None = None) -> None:
-        self.model = model
         self.decoder = model.get_decoder()
-        self.head = model.get_output_embeddings()
+        self.reader = Reader(model, prefill_chunk)
         self.device = model.device
         self.chunk = chunk
-        self.prefill_chunk = prefill_chunk
 
     @torch.inference_mode()
     def token_losses(self, ids: torch.Tensor) -> NDArray[np.float32]:
@@ -52,7 +50,7 @@ class ModelScorer:
         targets = ids[1:].to(self.device)
         hidden = self._hidden(ids[:-1])
         losses = [
-            F.cross_entropy(self.head(states).float(), wanted, reduction="none")
+            F.cross_entropy(self.reader.logits(states), wanted, reduction="none")
             for states, wanted in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
         ]
         return torch.cat(losses).cpu().numpy()
@@ -66,9 +64,9 @@ class ModelScorer:
             answer_ids: LongTensor (m,); the last is never fed, only predicted.
         """
         hidden = self._hidden(torch.cat([prompt_ids, answer_ids[:-1]]))
-        return self.head(hidden[-answer_ids.numel() :]).float().cpu()
+        return self.reader.logits(hidden[-answer_ids.numel() :]).cpu()
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.prefill_chunk is not None and ids.numel() > self.prefill_chunk:
-            return Reader(self.model, self.prefill_chunk).read(ids, ids.numel())
+        if self.reader.chunk is not None and ids.numel() > self.reader.chunk:
+            return self.reader.read(ids, ids.numel())
         return self.decoder(input_ids=ids[None].to(self.device), use_cache=False).last_hidden_state[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,8 @@ from ropewalk.files import replace_atomically
 PAPER_CSV = "paper.csv"
 UNSCALED = TestTimeConfig(name="none")
 HARNESSES = ("quick", "ruler", "lm_eval", "helmet", "suites")
+# Fields that mean something of a suite of suites; lengths and published are read before it is taken apart.
+OF_SEVERAL = ("name", "harness", "suites", "lengths", "samples", "data", "unscaled_too", "published", "helmet")
 
 
 def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
@@ -63,20 +65,29 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
 
 
 def flattened(suite: SuiteConfig, data_dir: str) -> Iterator[SuiteConfig]:
-    """The suites that a suite is made of, itself where it is one; its count of samples goes down to them.
+    """The suites that a suite is made of, itself where it is one.
+
+    Its samples and data, where set, its helmet and unscaled_too go down to them.
 
     Raises:
-        ValueError: for a harness or suite that is not known.
+        ValueError: for a harness or suite that is not known, or a field that a suite of suites does not have.
     """
     if suite.harness not in HARNESSES:
         raise ValueError(f"suite.harness={suite.harness} is not known; use one of: {', '.join(HARNESSES)}")
     if suite.harness != "suites":
         yield suite
         return
+    plain = SuiteConfig()
+    for field in fields(suite):
+        if field.name not in OF_SEVERAL and getattr(suite, field.name) != getattr(plain, field.name):
+            raise ValueError(
+                f"suite.{field.name} is each part's own, and suite={suite.name} is made of {', '.join(suite.suites)}; "
+                f"run the part by itself (suite={suite.suites[0] if suite.suites else 'ruler'}) to set it"
+            )
     for name in suite.suites:
         part = read_suite(name, data_dir)
-        samples = part.samples if suite.samples is None else suite.samples
-        yield replace(part, samples=samples, unscaled_too=suite.unscaled_too, helmet=suite.helmet)
+        given = {field: value for field in ("samples", "data") if (value := getattr(suite, field)) is not None}
+        yield replace(part, **given, unscaled_too=suite.unscaled_too, helmet=suite.helmet)
 
 
 def read_suite(name: str, data_dir: str) -> SuiteConfig:
@@ -151,9 +162,7 @@ def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore, ran
         columns = subject.columns(settings[int(length)])
         cell = Cell("ropewalk", "quick", int(length), columns["test_time_scaling"])
         identity = {**subject.identity(settings[int(length)], int(length)), "version": version("ropewalk")}
-        store.overwrite = True  # what results.parquet holds was checked there
         store.write(cell, identity, [_quick_row(row, columns) for row in rows.to_dict("records")], {})
-    store.overwrite = subject.config.overwrite
 
 
 def _quick_row(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ropewalk.export.findings import REPORT
+from ropewalk.files import write_atomically
+
 SOURCE = "export.json"  # which checkpoint an export came from; written last
 _MARGIN = 64 * 2**20  # bytes, for the tokenizer, the card, and what others write meanwhile
 
@@ -57,8 +60,31 @@ def check_addable(output: Path, identity: Mapping[str, Any], overwrite: bool) ->
     if not (output / SOURCE).is_file():
         raise ValueError(f"{output} is not empty and no earlier export; name another output")
     present = json.loads((output / SOURCE).read_text())
-    if not overwrite and {**present, "dtype": None} != {**identity, "dtype": None}:
+    if not overwrite and not _same_export(present, identity):
         raise ValueError(f"{output} holds another export; name another output or allow it with overwrite=true")
+
+
+def begin_adding(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Make ``output`` ready for files of the export that ``identity`` describes, beside those of it that are there.
+
+    GGUF files of another export, and what was found about it, would stand under the new card, so they go.
+
+    Raises:
+        ValueError: from :func:`check_addable`.
+    """
+    check_addable(output, identity, overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    source = output / SOURCE
+    if source.is_file():
+        if _same_export(json.loads(source.read_text()), identity):
+            return
+        for stale in (*output.glob("*.gguf"), output / REPORT):
+            stale.unlink(missing_ok=True)
+    write_atomically(source, json.dumps({**identity, "dtype": "gguf"}, indent=2) + "\n")
+
+
+def _same_export(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return {**one, "dtype": None} == {**other, "dtype": None}
 
 
 def check_space(output: Path, needed: int) -> None:

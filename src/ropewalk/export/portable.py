@@ -12,25 +12,34 @@ from transformers import AutoConfig, PreTrainedConfig
 from ropewalk.files import write_atomically
 from ropewalk.model import write_config
 from ropewalk.rope.foreign import rotating_layers
-from ropewalk.rope.position import METADATA_KEY, Position
+from ropewalk.rope.position import METADATA_KEY, Position, Steps
 from ropewalk.rope.stock import longrope_entry
 from ropewalk.rotary import place_position
 
 OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
 
 
-def place_portable(config: PreTrainedConfig, position: Position, served: int) -> None:
+def place_portable(
+    config: PreTrainedConfig, position: Position, served: int, extra: Steps = (), length: int | None = None
+) -> None:
     """Put ``position`` into a config, for ``served`` tokens, in a form that every version reads alike.
 
     ``yarn`` is the one stock type that is none: transformers 4.45 takes max_position_embeddings for the length that
     its ramp starts from, 4.57 recomputes the factor from the two lengths, and neither knows ``truncate``. Its spectrum
     is written as longrope factors instead.
+
+    Args:
+        config: of the model.
+        position: how the checkpoint rotates; its metadata is put into the config as well.
+        served: tokens.
+        extra: steps after its chain, of which the metadata says nothing.
+        length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     config.max_position_embeddings = served
-    place_position(config, position)
+    place_position(config, position, extra, length)
     entry = rope_entry(config)
     if entry["rope_type"] == "yarn":
-        spread = longrope_entry(position.spectrum(), served)
+        spread = longrope_entry(position.spectrum(extra, length), served)
         _replace_entry(config, {**{k: v for k, v in entry.items() if k == "partial_rotary_factor"}, **spread})
     setattr(config, METADATA_KEY, position.metadata())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from ropewalk.export.gguf_model import family_of
 from ropewalk.export.gguf_position import gguf_position
 from ropewalk.export.hf import is_current, place_hf
 from ropewalk.export.hub import push
-from ropewalk.export.place import SOURCE, check_addable, only_writer
+from ropewalk.export.place import begin_adding, only_writer
 from ropewalk.export.source import (
     Source,
     committed_checkpoint,
@@ -31,7 +30,6 @@ from ropewalk.export.source import (
 from ropewalk.export.verify import verify_stock
 from ropewalk.export.verify_gguf import engine_name, verify_gguf
 from ropewalk.export.verify_tables import verify_table
-from ropewalk.files import write_atomically
 
 
 def export(config: ExportConfig) -> Path:
@@ -136,9 +134,7 @@ def _directory_for(
     if config.to == "all":
         yield output
         return
-    check_addable(output, source.identity, config.overwrite)
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / SOURCE, json.dumps({**source.identity, "dtype": "gguf"}, indent=2) + "\n")
+    begin_adding(output, source.identity, config.overwrite)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         directory = Path(scratch) / "hf"
         place_hf(source, directory, dtype, overwrite=False)

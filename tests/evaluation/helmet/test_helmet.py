@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoConfig
 
 from ropewalk.config import EvaluateConfig, HelmetConfig, RopeConfig, SuiteConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
@@ -67,9 +66,19 @@ def test_scores_of_a_real_run_end_in_the_table(config, tmp_path) -> None:
         assert outputs["args"]["datasets"] == task
     work = next((tmp_path / "evaluation" / "helmet").iterdir())
     assert yaml.safe_load((work / "Recall.yaml").read_text())["datasets"] == ",".join(RECALL)
-    entry = AutoConfig.from_pretrained(work / "model").rope_parameters
-    assert (entry["rope_type"], entry["factor"], entry["original_max_position_embeddings"]) == ("yarn", 4.0, 256)
+    assert (work / "model" / "scaling.txt").read_text().endswith("at 4096 tokens\n")
     assert (work / "model" / "model.safetensors").samefile(Path(config.checkpoint) / "model.safetensors")
+
+
+def test_a_python_is_found_from_where_the_command_was_given(config, tmp_path, monkeypatch) -> None:
+    """HELMET runs in its checkout, and venv/bin/python there is another. A link is called by its own name."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(tmp_path / "HELMET" / "python")
+    monkeypatch.chdir(tmp_path)
+    config.suite.helmet = HelmetConfig("HELMET", "bin/python")
+    assert len(evaluate_suite(config)) == len(RECALL)
+    log = next((tmp_path / "evaluation" / "helmet").rglob("Recall.log")).read_text()
+    assert log.startswith(f"{tmp_path}/bin/python ")
 
 
 def test_scores_stay_in_percent_and_have_the_samples_error(tmp_path) -> None:

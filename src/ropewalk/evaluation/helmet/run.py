@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -164,12 +166,18 @@ def helmet_command(
     if suite.helmet.endpoint:
         options += ["--use_tgi_or_vllm_serving", "--endpoint_url", suite.helmet.endpoint]
     launch = [
-        suite.helmet.python,
+        _program(suite.helmet.python),
         str(LAUNCHER),
         str(Path(suite.helmet.checkout or "").resolve()),
         suite.helmet.attention,
     ]
     return [*launch, *options, *suite.helmet.arguments]
+
+
+def _program(name: str) -> str:
+    """A python's path from any directory. A link stays one: by it a venv's python knows its venv."""
+    found = shutil.which(name) or name
+    return os.path.abspath(found) if os.sep in found else found
 
 
 def run_process(command: list[str], where: Path, log: Path) -> None:
