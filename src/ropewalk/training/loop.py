@@ -151,11 +151,8 @@ def _run(
                 watchdog.step_ends()
                 saver.after(step + 1)  # first: no signal is answered during an evaluation, which may outlast the job
                 if evaluation is not None and _is_due(config.evaluation.every, step + 1, trainer.max_steps):
-                    if step + 1 < last and stop.is_up():
-                        observer.say(f"step {step + 1:>5} is not evaluated: the run has been told to leave")
-                    else:
-                        with observer.clock_stopped("evaluation"), EngineScorer(engine, ranks) as scorer:
-                            observer.evaluated(step + 1, evaluation(scorer, step + 1))
+                    told_to_leave = step + 1 < last and stop.is_up()
+                    _evaluate(evaluation, engine, ranks, observer, step + 1, told_to_leave)
                 watchdog.step_begins(step + 2)
                 if profile is not None:
                     profile.step()
@@ -193,6 +190,16 @@ def _prepare_load(config: TrainConfig, origin: Origin, before: Start | None) -> 
     if origin.world_size != dist.get_world_size():
         universal = make_universal(checkpoint, stage)
     return lambda engine: load_checkpoint(engine, checkpoint, universal)
+
+
+def _evaluate(
+    evaluation: Evaluation, engine: Any, ranks: Ranks, observer: Observer, step: int, told_to_leave: bool
+) -> None:
+    if told_to_leave:
+        observer.say(f"step {step:>5} is not evaluated: the run has been told to leave")
+        return
+    with observer.clock_stopped("evaluation"), EngineScorer(engine, ranks) as scorer:
+        observer.evaluated(step, evaluation(scorer, step))
 
 
 def _is_due(every: int | None, step: int, last: int) -> bool:
