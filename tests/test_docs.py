@@ -107,9 +107,16 @@ def check_python(arguments: list[str]) -> None:
 
 
 def check_job(arguments: list[str]) -> None:
-    """What a job script passes on to train.py."""
-    if Path(arguments[0]).name.startswith("train_"):
+    """What a job script passes on to train.py or scripts/evaluate.py."""
+    script = Path(arguments[0]).name
+    if script.startswith("train_"):
         composed("train", *(arguments[1:] or ["+experiment=cope20"]))
+    elif script == "sft_64k.sh":
+        run_from, *overrides = arguments[1:]
+        assert run_from.startswith("from="), "sft_64k.sh wants from= first"
+        composed("train", "+experiment=sft_64k", run_from.replace("from=", "start_from.run=", 1), *overrides)
+    elif script == "evaluate.sh":
+        composed("evaluate", *(word for word in arguments[1:] if not word.lstrip("+~").startswith("cluster")))
 
 
 @pytest.mark.parametrize(("commands", "answer"), ANSWERS)

@@ -12,6 +12,7 @@ from ropewalk.report.base import with_bases
 from ropewalk.report.figures import styles_of
 from ropewalk.report.results_table import loss_at, results_table
 from ropewalk.report.runs import Run, load_run
+from ropewalk.report.runs_table import differences
 from ropewalk.report.seeds import UNKNOWN_NOISE, arm_of, arms, noise_words, one_run_each
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
@@ -46,6 +47,16 @@ def test_logging_and_saving_are_no_other_arm_but_a_learning_rate_is(tmp_path: Pa
         config.write_text(config.read_text().replace(old, new))
         found[name] = load_run(tmp_path / name)
     assert [[run.name for run in arm.runs] for arm in arms(list(found.values()))] == [["a", "b"], ["c"]]
+
+
+def test_another_cluster_or_evaluation_is_no_other_arm(tmp_path: Path) -> None:
+    found = made(tmp_path, *(FakeRun(name, seed=i) for i, name in enumerate("ab")))
+    config = tmp_path / "b" / "config.yaml"
+    config.write_text(config.read_text() + "\ncluster: {name: h100_8}\nevaluation: {every: 5}\n")
+    found["b"] = load_run(tmp_path / "b")
+    assert len(arms(list(found.values()))) == 1
+    red = {row.name for row in differences(list(found.values()), found["a"]) if any(cell[1] for cell in row.cells)}
+    assert red == {"trainer.seed"}
 
 
 def test_the_same_seed_twice_says_nothing_of_noise(tmp_path: Path) -> None:

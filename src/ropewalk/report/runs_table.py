@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropewalk.report.runs import Run
+from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT
 from ropewalk.report.text import amount
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
@@ -45,16 +46,19 @@ def facts(runs: list[Run]) -> list[PropertyRow]:
 def differences(runs: list[Run], baseline: Run) -> list[PropertyRow]:
     """The configuration keys whose values are not the same in all runs that have a config.yaml.
 
-    A value is highlighted where it is not the baseline's. run_name and run_dir name the run and are left out.
+    A value is highlighted where it is not the baseline's and may change what is trained. run_name and
+    run_dir name the run and are left out.
     """
     with_config = [run for run in runs if run.config]
     reference = baseline if baseline.config else with_config[0] if with_config else baseline
     rows = []
     for key in sorted({key for run in with_config for key in run.config} - set(ALWAYS_DIFFERENT)):
+        matters = not key.startswith(GROUPS_WITHOUT_EFFECT)
         values = [_value(run, key) for run in with_config]
         if any(value != values[0] for value in values):
             cells = [
-                (_value(run, key), bool(run.config) and _value(run, key) != _value(reference, key)) for run in runs
+                (_value(run, key), matters and bool(run.config) and _value(run, key) != _value(reference, key))
+                for run in runs
             ]
             rows.append(PropertyRow(key, cells))
     return rows
