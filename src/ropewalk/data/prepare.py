@@ -48,7 +48,7 @@ from ropewalk.data.tokenizer import (
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
 from ropewalk.files import fsync_path, write_atomically
 
-PIPELINE = 3  # raise where the same configuration and corpus give other bytes than before
+PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
 PREPARED = "prepared.json"  # names finished work
 PREPARING = "preparing.json"  # names work that is under way, or was when it was killed
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
@@ -100,7 +100,8 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
     elif config.stage != "plan":
         plan = Plan.load(output)
         if config.stage == "all":
-            small = sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
+            streamed = any(source["kind"] == "dataset" and not source["bytes"] for source in plan.sources)
+            small = not streamed and sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
             workers = 1 if small and config.workers is None else config.workers
             _run_all(Tokenize(plan), "tokenize", workers, report)
             _run_all(Pack.of(plan), "pack", workers, report)
@@ -138,11 +139,13 @@ def _shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list
     for place, source in enumerate(sources):
         size = 0
         for unit in list_units(source, shard_bytes):
-            if size == 0 or size + unit.bytes > shard_bytes:
+            # Of a share of a streamed dataset no size is known; it may be a whole file of the hub.
+            weight = unit.bytes or (shard_bytes if unit.dataset else 1)
+            if size == 0 or size + weight > shard_bytes:
                 shards.append((place, []))
                 size = 0
             shards[-1][1].append(unit)
-            size += max(unit.bytes, 1)
+            size += weight
     return shards
 
 
