@@ -117,6 +117,8 @@ def test_other_work_is_not_overwritten(prepared, fixture_corpus, tmp_path):
         prepare(config_of(prepared[0], fixture_corpus, seed=1), lambda line: None)
     with pytest.raises(ValueError, match=r"differs in: corpus\)"):
         prepare(config_of(prepared[0], fixture_corpus, vocab_size=600), lambda line: None)
+    with pytest.raises(ValueError, match=r"differs in: corpus\)"):
+        prepare(config_of(prepared[0], fixture_corpus, engine="gigatoken"), lambda line: None)
     (tmp_path / "thesis.tex").write_text("do not delete")
     with pytest.raises(ValueError, match="has files that are not this command's"):
         prepare(config_of(tmp_path, fixture_corpus), lambda line: None)

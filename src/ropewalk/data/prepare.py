@@ -103,7 +103,11 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
             streamed = any(source["kind"] == "dataset" and not source["bytes"] for source in plan.sources)
             small = not streamed and sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
             workers = 1 if small and config.workers is None else config.workers
-            _run_all(Tokenize(plan), "tokenize", workers, report)
+            tokenize = Tokenize(plan)
+            _run_all(tokenize, "tokenize", workers, report)
+            if not all(map(tokenize.finished, range(len(tokenize)))):
+                report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
+                _run_all(tokenize, "tokenize", workers, report)
             _run_all(Pack.of(plan), "pack", workers, report)
         finish(plan, report)
     if config.stage != "plan":
@@ -379,7 +383,7 @@ def validate_prepare(config: PrepareConfig) -> None:
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What the output depends on; where its files lie, and how fast it is made, is no part of it."""
-    apart = ("name", "paths", "stdlib", "sources", "engine", "chat_template")
+    apart = ("name", "paths", "stdlib", "sources", "chat_template")
     settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
