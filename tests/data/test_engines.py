@@ -166,7 +166,7 @@ class Watched:
 
 
 def test_one_document_in_a_thousand_is_compared(right, fixture_tokenizer):
-    """Whole, whatever the order; a document of two parts counts once."""
+    """Whole, whatever the order, and the first; a document of two parts counts once."""
     documents = [(f"number {i} ", f"and {i}\n") for i in range(10_000)]
     with pytest.raises(FastPathError, match=r"wrong differs from tokenizers at token \d+ of a text of \d+ bytes"):
         encoded(CheckedEngine(Wrong(right, b"number"), right), fixture_tokenizer, documents)
@@ -174,12 +174,13 @@ def test_one_document_in_a_thousand_is_compared(right, fixture_tokenizer):
     found = encoded(CheckedEngine(right, watched), fixture_tokenizer, documents)
     assert found == encoded(right, fixture_tokenizer, documents)
     assert 4 <= len(watched.asked) <= 48  # of 10 documents expected; beyond in fewer than one seed of a thousand
+    assert watched.asked[:2] == [b"number 0 ", b"and 0\n"]
     chosen = {text.split()[1] for text in watched.asked}
     assert sorted(watched.asked) == sorted(
         b"%s %s%s" % (w, i, e) for i in chosen for w, e in ((b"number", b" "), (b"and", b"\n"))
     )
     again = Watched(right)
-    encoded(CheckedEngine(right, again), fixture_tokenizer, documents[::-1])
+    encoded(CheckedEngine(right, again), fixture_tokenizer, [documents[0], *documents[:0:-1]])
     assert sorted(again.asked) == sorted(watched.asked)
 
 
@@ -222,8 +223,45 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     assert made("checked").fingerprint == expected.fingerprint
     said = capsys.readouterr().err
     assert "warning: shard 0: wrong differs from tokenizers at token" in said
-    assert "is done again with tokenizers" in said
+    assert "this shard and all others are done again with tokenizers" in said
     assert any(line.startswith("tokenized with tokenizers (") for line in lines)
+
+
+def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp_path, monkeypatch, right):
+    """Its first document is compared; the shards before it, where nothing was seen, are not left to the engine."""
+    from ropewalk.config import CorpusConfig, PrepareConfig
+    from ropewalk.data import PackedStore, stages
+    from ropewalk.data.prepare import prepare
+
+    monkeypatch.setattr(module, "CHECKED_ONE_IN", 2**65)
+    (tmp_path / "docs").mkdir()
+    for number, words in enumerate(("one", "fault", "two", "fault")):
+        (tmp_path / f"docs/{number}.txt").write_text(f"{words} and more\n" * (30 if number < 2 else 100))
+
+    def made(name, stage="all"):
+        corpus = CorpusConfig(
+            name="c", paths=[str(tmp_path / "docs")], tokenizer=str(fixture_tokenizer), heldout_documents=0,
+            retrieval_tokens=0,
+        )  # fmt: skip
+        config = PrepareConfig(str(tmp_path / name), [64], shard_mb=0.0012, workers=1, stage=stage, corpus=corpus)
+        return prepare(config, lines.append) / "packed-64"
+
+    lines: list[str] = []
+    expected = PackedStore(made("right"))
+    encoder = load_tokenizer(str(fixture_tokenizer))
+    encoder.engine = CheckedEngine(Wrong(right, b"fault"), right)
+    monkeypatch.setattr(stages, "open_encoder", lambda *settings: encoder)
+    lines.clear()
+    assert PackedStore(made("checked")).fingerprint == expected.fingerprint
+    assert "wrong differed on a shard: what it tokenized is done again without it" in lines
+    assert "tokenized with tokenizers (3 shards)" in lines
+    for stage in ("plan", "tokenize"):
+        made("apart", stage)
+    with pytest.raises(ValueError, match="2 shards, the first 0, are not tokenized but by wrong, which differed"):
+        made("apart", "pack")
+    for stage in ("tokenize", "pack", "finish"):
+        made("apart", stage)
+    assert PackedStore(tmp_path / "apart/packed-64").fingerprint == expected.fingerprint
 
 
 def test_a_pattern_that_is_not_alone_is_refused(fixture_tokenizer):

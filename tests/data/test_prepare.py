@@ -117,6 +117,8 @@ def test_other_work_is_not_overwritten(prepared, fixture_corpus, tmp_path):
         prepare(config_of(prepared[0], fixture_corpus, seed=1), lambda line: None)
     with pytest.raises(ValueError, match=r"differs in: corpus\)"):
         prepare(config_of(prepared[0], fixture_corpus, vocab_size=600), lambda line: None)
+    with pytest.raises(ValueError, match=r"differs in: corpus\)"):
+        prepare(config_of(prepared[0], fixture_corpus, engine="gigatoken"), lambda line: None)
     (tmp_path / "thesis.tex").write_text("do not delete")
     with pytest.raises(ValueError, match="has files that are not this command's"):
         prepare(config_of(tmp_path, fixture_corpus), lambda line: None)
@@ -237,6 +239,28 @@ def test_groups_are_packed_apart(in_shards, fixture_corpus, tmp_path, monkeypatc
     for name, info in whole.domains.items():
         assert apart.domains[name].tokens == info.tokens
         assert apart.accounting[name] == whole.accounting[name]
+
+
+def test_each_file_of_a_streamed_dataset_is_a_shard(fixture_tokenizer, tmp_path, monkeypatch):
+    """Its size is not known: it may be large, and is not for one process."""
+    from ropewalk.data import prepare as module
+
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        line = json.dumps({"text": f"Document {number} of a streamed dataset.\n" * 50})
+        (tmp_path / f"set/{number}.jsonl").write_text(line + "\n")
+    asked, real = [], module.in_processes
+
+    def in_processes(function, works, workers):
+        asked.append((len(works), workers))
+        return real(function, works, 1)
+
+    monkeypatch.setattr(module, "in_processes", in_processes)
+    source = SourceConfig("short", str(tmp_path / "set"), "dataset")
+    settings = {"retrieval_tokens": 0, "heldout_documents": 0, "tokenizer": str(fixture_tokenizer)}
+    corpus = CorpusConfig(name="test", sources=[source], **settings)
+    prepare(PrepareConfig(output=str(tmp_path / "o"), sequence_lengths=[128], corpus=corpus), lambda line: None)
+    assert asked == [(3, None), (1, None)]
 
 
 def test_finished_work_that_lost_a_store_is_named(prepared, fixture_corpus, tmp_path):

@@ -33,6 +33,7 @@ from ropewalk.data.writer import Accounting
 from ropewalk.files import write_atomically
 
 PLAN = "plan.json"
+DISPROVED = "disproved"  # the name of an engine that gave other tokens than its reference
 GROUP_TOKENS = 2**26  # packed together: enough for full bins, and 256 MB of tokens
 
 
@@ -131,8 +132,14 @@ class Tokenize:
         return self.plan.shards
 
     def finished(self, task: int) -> bool:
-        """Whether the task is done."""
-        return read_record(self.plan.work, task) is not None
+        """Whether the task is done, and not by an engine that was found to differ since."""
+        record = read_record(self.plan.work, task)
+        return record is not None and (record.masked or record.engine != self.disproved())
+
+    def disproved(self) -> str | None:
+        """The engine that gave other tokens than its reference on some shard, if one did."""
+        path = self.plan.work / DISPROVED
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def run(self, shard: int, n_shards: int) -> None:
         """Do the tasks shard, shard + n_shards, ...; see the module."""
@@ -141,17 +148,20 @@ class Tokenize:
     def task(self, number: int) -> None:
         """Tokenize one shard."""
         encoder, chat = open_encoders(self.plan)
+        engine = encoder.engine
+        if isinstance(engine, CheckedEngine) and engine.name == self.disproved():
+            encoder = encoder.unchecked()
         try:
             self._write(number, encoder, chat)
         except FastPathError as error:
-            engine = encoder.engine
             assert isinstance(engine, CheckedEngine)
             print(
-                f"warning: shard {number}: {error}; this shard is done again with {engine.reference.name}. Report "
-                "the text to gigatoken, and set corpus.engine=auto",
+                f"warning: shard {number}: {error}; this shard and all others are done again with "
+                f"{engine.reference.name}. Report the text to gigatoken, and set corpus.engine=auto",
                 file=sys.stderr,
                 flush=True,
             )
+            write_atomically(self.plan.work / DISPROVED, engine.name)
             self._write(number, encoder.unchecked(), chat)
 
     def _write(self, number: int, encoder: DocumentEncoder, chat: ChatEncoder | None) -> None:
@@ -205,8 +215,8 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
     watched: list[bool] = []  # of each piece that is not encoded yet: whether its tokens are to be compared
 
     def pieces() -> Iterator[str]:
-        for document in documents:
-            watch = checked is not None and checked.watch(document.parts)
+        for place, document in enumerate(documents):
+            watch = checked is not None and checked.watch(document.parts, place == 0)
             for part in document.parts:
                 for piece in encoder.pieces(part):
                     last.append(False)
@@ -269,12 +279,16 @@ class Pack:
         """Group the shards of a plan, in order, by their tokens.
 
         Raises:
-            ValueError: where some are not tokenized yet.
+            ValueError: where some are not tokenized yet, or by an engine that was found to differ on another shard.
         """
         records = [read_record(plan.work, shard) for shard in range(plan.shards)]
-        missing = [shard for shard, record in enumerate(records) if record is None]
+        tokenize = Tokenize(plan)
+        missing = [shard for shard in range(plan.shards) if not tokenize.finished(shard)]
         if missing:
-            raise ValueError(f"{len(missing)} shards, the first {missing[0]}, are not tokenized; run stage=tokenize")
+            again = (name := tokenize.disproved()) and f" but by {name}, which differed on a shard"
+            raise ValueError(
+                f"{len(missing)} shards, the first {missing[0]}, are not tokenized{again or ''}; run stage=tokenize"
+            )
         groups: dict[int, list[int]] = {}
         for shard, before in enumerate(accumulate((record.tokens for record in records if record), initial=0)):
             if shard < plan.shards:
