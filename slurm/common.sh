@@ -8,7 +8,6 @@ srun_options=() # srun_options=(--container-image="$PWD/ropewalk.sqsh" --contain
 
 export PATH="$PWD/.venv/bin:$PATH"
 code=1 warned='' terminated='' job_record=''
-on_warning=USR1 # what the ranks are sent then; TERM where every piece of work is kept as it ends
 
 # once COMMAND...: on this node alone, in the container if there is one
 once() {
@@ -78,8 +77,8 @@ run_ranks() {
   while kill -0 "$srun_pid" 2>/dev/null; do
     # A signal to a task that has not begun would end it: rank.py notes itself once it holds signals back.
     if [ -n "$warned" ] && [ -z "$passed_on" ] && [ "$(noted_ranks)" -ge "$SLURM_NTASKS" ]; then
-      echo "SIG$on_warning to the ranks: they save and leave"
-      kill -"$on_warning" "$srun_pid" # srun gives it to every task
+      echo "SIGUSR1 to the ranks: they save and leave"
+      kill -USR1 "$srun_pid" # srun gives it to every task
       passed_on=1
     fi
     sleep 1 &
