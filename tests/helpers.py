@@ -52,8 +52,8 @@ def documents_of(corpus: CorpusConfig, shard_bytes: int = 10**9) -> tuple[list[D
 
 
 def alone_environment() -> dict[str, str]:
-    """The environment for a process of its own: nothing of this process's group, one thread."""
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """The environment for a process of its own: nothing of this process's group or W&B service, one thread."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
     return {**{k: v for k, v in os.environ.items() if k not in group}, "OMP_NUM_THREADS": "1"}
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from contextlib import closing
+
+from helpers import alone_environment
 
 from ropewalk.evaluation.ranks import Ranks
 
@@ -27,7 +28,7 @@ def test_tasks_of_srun_share_the_work() -> None:
     started = [
         subprocess.Popen(
             [sys.executable, "-c", CODE],
-            env={**os.environ, **given, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            env={**alone_environment(), **given, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import tiny_run
+from helpers import alone_environment, tiny_run
 
 from ropewalk.config import TrackerConfig
 from ropewalk.training import find_checkpoint, train
@@ -109,7 +109,10 @@ raise SystemExit(75)
 @pytest.mark.slow
 def test_a_run_leaves_in_order_after_wandbs_service_is_gone(tmp_path):
     """As SLURM does it: SIGTERM to every process of a task, W&B's service among them."""
-    done = subprocess.run([sys.executable, "-c", LEAVING, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING, str(tmp_path)],
+        capture_output=True, text=True, check=False, env=alone_environment(),
+    )  # fmt: skip
     assert "warning: the tracker failed" in done.stdout, done.stderr[-2000:]
     assert done.stdout.endswith("1 services True\n")
     assert done.returncode == 75
