@@ -173,18 +173,32 @@ def evaluation_words(site: Site, name: str) -> list[str]:
 
 
 def evaluation(site: Site) -> Scenario:
-    """The limit comes near after the first part was measured."""
+    """As a recipe submits it, and its limit comes near after the first part was measured."""
     yield from until(Paced(lambda: "straight" in site.jobs), PATIENCE, "submission of straight")
     yield from done(site, "straight")
     site.records["evaluation"] = site.output / "jobs" / "evaluation"
-    site.sbatch(
-        "evaluation", *ONE_NODE, "--job-name=evaluation", "--signal=B:USR1@180", "--time=20", "slurm/evaluate.sh",
-        *evaluation_words(site, "evaluation"), "cluster=laptop",
-    )  # fmt: skip
-    parts = site.run_dir("evaluation") / "partial"
-    yield from until(lambda: list(parts.glob("*/loss-*.parquet")), PATIENCE, "the first part of the evaluation")
-    yield from warned(site, "evaluation")
-    yield from done(site, "evaluation")
+    command = [
+        "sbatch", "--wait", "--parsable", f"--output={site.output}/evaluation.log", *ONE_NODE, "--job-name=evaluation",
+        "--signal=B:USR1@180", "--time=20", "slurm/evaluate.sh", *evaluation_words(site, "evaluation"),
+        "cluster=laptop",
+    ]  # fmt: skip
+    said = site.output / "evaluation.wait"
+    with said.open("w") as output:
+        waiting = subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=output, stderr=output)
+    try:
+        yield from until(lambda: said.read_text().endswith("\n"), PATIENCE, "submission of the evaluation")
+        site.jobs["evaluation"] = said.read_text().strip()
+        parts = site.run_dir("evaluation") / "partial"
+        yield from until(lambda: list(parts.glob("*/loss-*.parquet")), PATIENCE, "the first part of the evaluation")
+        yield from warned(site, "evaluation")
+        assert waiting.poll() is None, f"sbatch --wait ended with {waiting.returncode} at the requeue"
+        yield from done(site, "evaluation")
+        yield from until(lambda: waiting.poll() is not None, 60, "end of sbatch --wait")
+        assert waiting.returncode == 0, said.read_text()
+    finally:
+        if waiting.poll() is None:
+            waiting.kill()
+        waiting.wait()
 
 
 def preparation(site: Site) -> Scenario:
