@@ -146,10 +146,11 @@ def _training(run: Run, task: str, length: Any) -> float:
 def _cell(one: Found) -> Cell:
     digits = DECIMALS.get(str(one.row["task"]), 1)
     published = float(one.row["value"])
+    difference = round(one.difference, digits) + 0.0  # no -0.000
     error = "" if math.isnan(one.stderr) else f" ± {one.stderr:.1f}"
     return Cell(
         f"{one.measured:,.{digits}f}",
-        f"{error} (published {published:,.{digits}f}, {one.difference:+,.{digits}f})".lstrip(),
+        f"{error} (published {published:,.{digits}f}, {difference:+,.{digits}f})".lstrip(),
         beyond=one.length is not None and one.run.is_beyond(one.length),
         decided=one.is_apart,
         worse=one.is_apart and one.difference < 0,
