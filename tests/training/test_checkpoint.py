@@ -208,10 +208,42 @@ def test_accepted_optimizer_settings_take_effect(store_64, copied):
     ("trainer.seed=7", "seed"), ("trainer.learning_rate=0.5", "schedule"), ("trainer.max_steps=8", "max_steps"),
     ("trainer.weight_decay=0.3", "optimizer"), ("trainer.global_batch_size=8", "global_batch_size"),
     ("trainer.overfit_one_batch=true", "overfit_one_batch"), ("model.theta=5e5", "position"),
+    ("trainer.z_loss=1e-4", "z_loss"), ("guards.spike_window=8", "guards"),
 ])  # fmt: skip
 def test_resume_refuses_another_run(store_64, copied, override, entry):
     with pytest.raises(ValueError, match=rf"not the one that was saved: {entry}[.\w]* was .*accept=\[{entry}\]"):
         train(tiny_run(store_64, copied, override))
+
+
+def test_entries_that_older_checkpoints_lack_count_as_the_default(store_64, copied, capsys):
+    manifest = find_checkpoint(copied) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["contract"].pop("z_loss") == 0.0
+    assert content["contract"].pop("guards") == {"spike_window": None, "spike_deviations": None}
+    manifest.write_text(json.dumps(content))
+    for override, told in (("guards.spike_window=8", "guards.spike_window was None, is 8"),
+                           ("trainer.z_loss=0.1", "z_loss was 0.0, is 0.1")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"not the one that was saved: {told}"):
+            train(tiny_run(store_64, copied, override))
+    train(tiny_run(store_64, copied))
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_what_a_spike_is_may_not_change_unless_accepted(store_64, tmp_path):
+    window = "guards.spike_window=8"
+    train(tiny_run(store_64, tmp_path, window, "trainer.stop_after=2"))
+    lower = [window, "guards.spike_deviations=3"]
+    with pytest.raises(ValueError, match=r"guards.spike_deviations was 6.0, is 3.0\..*accept=\[guards\]"):
+        train(tiny_run(store_64, tmp_path, *lower))
+    train(tiny_run(store_64, tmp_path, *lower, "resume.accept=[guards]"))
+    assert len(read_metrics(tmp_path)) == 4
+
+
+def test_what_only_ends_a_run_may_change(store_64, copied, capsys):
+    """Until a guard ends it, a run has the losses of one that goes on; without a window no loss is a spike."""
+    changes = ["guards.max_refused=9", "guards.spike_action=stop", "guards.spike_deviations=3", "guards.stuck_seconds=9"]
+    train(tiny_run(store_64, copied, *changes))
+    assert "nothing left to do" in capsys.readouterr().out
 
 
 def test_resume_refuses_another_chain(store_64, copied):
