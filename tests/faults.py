@@ -57,3 +57,15 @@ def step_eight_is_never_written() -> None:
         return real(content, path, *arguments, **named)
 
     torch.save = save
+
+
+def every_rank_a_node() -> None:
+    """Errors are told once a node."""
+    os.environ["LOCAL_RANK"] = "0"
+
+
+def rank_zero_prints_to_a_full_disk() -> None:
+    if os.environ["RANK"] == "0":
+        full = os.open("/dev/full", os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(full, stream)

@@ -180,6 +180,33 @@ def test_metrics_that_could_not_be_written_are_written_later(tmp_path, capsys):
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
+def test_a_row_that_is_not_what_was_written_is_named(tmp_path):
+    """A node that dies may leave zeros in a file."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\0\n{"step": 3}\n{"st')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not what was written .*; remove it"):
+        MetricsFile(tmp_path, 3)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"st')
+    MetricsFile(tmp_path, 3).append({"step": 4})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+
+
+def test_what_is_committed_is_not_removed_by_a_save_that_fails(store_64, copied, monkeypatch):
+    """Another process has committed the step meanwhile: an error, and its checkpoint stands."""
+    newest = find_checkpoint(copied)
+    aside = shutil.copytree(newest, copied / "aside")
+    shutil.rmtree(newest)
+    real = saving.start_save
+
+    def late(*arguments):
+        shutil.copytree(aside, newest)
+        return real(*arguments)
+
+    monkeypatch.setattr(saving, "start_save", late)
+    with pytest.raises(SaveFailed, match=r"step-00000004 is committed already .* step-00000004 stands"):
+        train(tiny_run(store_64, copied))
+    assert verify_checkpoint(newest)["step"] == 4
+
+
 def test_another_tokenizer_is_named(store_64):
     saved = {"tokenizer": {"sha256": "aa", "vocab_size": 512}}
     with pytest.raises(ValueError, match=r"tokenizer.sha256 was 'aa', is 'bb'.*accept=\[tokenizer\]"):
@@ -241,7 +268,7 @@ def test_what_a_spike_is_may_not_change_unless_accepted(store_64, tmp_path):
 
 def test_what_only_ends_a_run_may_change(store_64, copied, capsys):
     """Until a guard ends it, a run has the losses of one that goes on; without a window no loss is a spike."""
-    changes = ["guards.max_refused=9", "guards.spike_action=stop", "guards.spike_deviations=3", "guards.stuck_seconds=9"]
+    changes = ["guards.max_refused=9", "guards.spike_action=stop", "guards.spike_deviations=3"]
     train(tiny_run(store_64, copied, *changes))
     assert "nothing left to do" in capsys.readouterr().out
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ropewalk.files import fsync_path, sha256_of, write_atomically
+from ropewalk.training.agreement import together, writing
 from ropewalk.training.checkpoint import MANIFEST, ZERO
+from ropewalk.training.terminal import tell
 
 SOURCE = "source.json"
 
@@ -43,7 +45,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
 
     Raises:
         ValueError: for ZeRO-1 and -2, whose shards say too little for the conversion.
-        RuntimeError: on every rank, where the conversion fails.
+        ValueError: on every rank, where the conversion fails, too.
     """
     if stage != 3:
         raise ValueError(
@@ -51,14 +53,17 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
             f"deepspeed.stage={stage}: resume with as many ranks as saved it"
         )
     target = target or universal_directory(checkpoint)
-    conversion = _Conversion(checkpoint, target) if dist.get_rank() == 0 else None
+    conversion = together(lambda: _Conversion(checkpoint, target) if dist.get_rank() == 0 else None)
     while True:  # a barrier would meet the process group's timeout with a large model
         status = [conversion.status() if conversion else ""]
         dist.broadcast_object_list(status)
         if status[0] == "done":
             return target
         if status[0] != "running":
-            raise RuntimeError(f"converting {checkpoint} for another number of ranks failed: {status[0]}")
+            raise ValueError(
+                f"{checkpoint} could not be converted for another number of ranks ({status[0]}); {target.parent} must "
+                "be writable and have room for as much again, or resume with as many ranks as saved it"
+            )
 
 
 class _Conversion:
@@ -70,9 +75,11 @@ class _Conversion:
         self.process: subprocess.Popen[str] | None = None
         if self._is_there():
             return
+        with writing(target.parent.parent):
+            target.parent.mkdir(exist_ok=True)
         for left_over in (self.target, self.partial):
             shutil.rmtree(left_over, ignore_errors=True)
-        print(f"{checkpoint.name} was saved by another number of ranks: converting it", flush=True)
+        tell(f"{checkpoint.name} was saved by another number of ranks: converting it")
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         folders = ["--input_folder", str(checkpoint / ZERO), "--output_folder", str(self.partial / ZERO)]
         workers = str(max(1, (os.cpu_count() or 2) // 2))
@@ -86,7 +93,10 @@ class _Conversion:
 
     def _is_there(self) -> bool:
         path = self.target / SOURCE
-        return path.is_file() and json.loads(path.read_text())["manifest_sha256"] == self.source
+        try:
+            return path.is_file() and json.loads(path.read_text())["manifest_sha256"] == self.source
+        except (ValueError, KeyError):
+            return False  # damaged: it is made again
 
     def status(self) -> str:
         """ "running", "done", or what went wrong."""
