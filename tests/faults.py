@@ -34,11 +34,19 @@ def nan_always() -> None:
 
 
 def sleep_in_forward_forty() -> None:
+    _sleep_in_forward(40, 4)
+
+
+def sleep_in_forward_one() -> None:
+    _sleep_in_forward(1, 7)
+
+
+def _sleep_in_forward(number: int, seconds: float) -> None:
     def sleep(loss):
-        time.sleep(4)
+        time.sleep(seconds)
         return loss
 
-    _in_forward(lambda n: n == 40, sleep)
+    _in_forward(lambda n: n == number, sleep)
 
 
 def files_of_20_kilobytes_on_rank_one() -> None:

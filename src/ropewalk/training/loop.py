@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,7 +142,8 @@ def _run(
             for step, seen, batches in zip(range(start, last), seen_at, observer.meter.waited(ahead), strict=True):
                 tokens = mixture.trained_tokens(seen)
                 lr = learning_rate(step, trainer)
-                result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check, observer.meter)
+                boundary = partial(_at_boundary, stop, watchdog)
+                result = take_step(engine, batches, tokens, lr, ranks, guard, boundary, observer.meter)
                 guard.count(result)
                 observer.record(step + 1, seen, result, tokens, guard.refused)
                 if result.refused is not None:
@@ -226,9 +228,12 @@ def _stop_flag(config: TrainConfig) -> StopFlag:
 
 
 def _watchdog(config: TrainConfig, ranks: Ranks) -> Watchdog:
-    guards = config.guards
-    run_dir = Path(config.run_dir)
-    return Watchdog(run_dir, ranks.rank, ranks.world_size, guards.stuck_multiple, guards.stuck_seconds)
+    return Watchdog(Path(config.run_dir), ranks.rank, ranks.world_size, config.guards)
+
+
+def _at_boundary(stop: StopFlag, watchdog: Watchdog) -> None:
+    stop.check()
+    watchdog.batch_begins()
 
 
 def no_boundary() -> None:
