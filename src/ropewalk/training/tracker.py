@@ -70,8 +70,12 @@ class WandbTracker:
             self.run.define_metric(group, step_metric="tokens")
 
     def log(self, metrics: dict[str, Any], group: str = "train") -> None:
-        """Log a row; the axis of every metric is the token count."""
-        self.run.log(_named(metrics, group), step=metrics["step"])
+        """Log a row; the axis of every metric is the token count.
+
+        W&B counts rows by itself: under a step of ours it drops the rows of steps that it has seen before, which are
+        those that a run killed after its last checkpoint takes again.
+        """
+        self.run.log(_named(metrics, group))
 
     def finish(self) -> None:
         """Close the run."""
