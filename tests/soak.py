@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import random
 import secrets
+import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,6 +65,7 @@ class Soak:
         self.store, self.work, self.report = store, work, report
         self.random = random.Random(seed)
         self.kills: list[Kill] = []
+        self.wanted = 0
         self.runs = 0
         run_ranks(2, work / "logs", self.arguments(work / "straight"))
         self.expected = losses(work / "straight")
@@ -78,6 +79,7 @@ class Soak:
 
     def run(self, kills: int) -> None:
         """Go on until ``kills`` have happened, at least a third of them inside a save."""
+        self.wanted = kills
         while len(self.kills) < kills or 3 * sum(kill.inside_save for kill in self.kills) < kills:
             self.runs += 1
             run_dir = self.work / f"killed-{self.runs}"
@@ -107,7 +109,9 @@ class Soak:
         found = find_checkpoint(run_dir)
         step = verify_checkpoint(found)["step"] if found else 0
         self.kills.append(Kill(step, victims, bool(torn(run_dir) - torn_before)))
-        self.report(f"kill {len(self.kills)} ({kind}): {self.kills[-1]}")
+        whom = " and ".join(f"rank {rank}" for rank in victims)
+        cut = "a save was cut" if self.kills[-1].inside_save else "no save was cut"
+        self.report(f"kill {len(self.kills)} of {self.wanted} (aimed at a {kind}): {whom}, saved step {step}; {cut}")
         return True
 
     def _sleep(self, at_most: float) -> None:
@@ -123,21 +127,28 @@ class Soak:
 
 
 def main() -> None:
-    """Soak on the fixture corpus."""
+    """Soak on the fixture corpus; what happened is kept where it fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="of the moments; printed")
     arguments = parser.parse_args()
-    fixtures = Path(__file__).parent / "fixtures"
-    with tempfile.TemporaryDirectory() as work:
+    fixtures, work = Path(__file__).parent / "fixtures", Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"soak: {arguments.kills} kills, seed {arguments.seed}, in {work}; first a run that nobody kills", flush=True)
+    try:
         corpus = CorpusConfig(name="fixture", paths=[str(fixtures / "corpus")], tokenizer=str(fixtures / "tokenizer"))
         config = PrepareConfig(output=f"{work}/data", sequence_lengths=[64], corpus=corpus)
         store = PackedStore(prepare(config, report=lambda line: None) / "packed-64")
-        soak = Soak(store, Path(work), arguments.seed, lambda line: print(line, flush=True))
+        soak = Soak(store, work, arguments.seed, lambda line: print(line, flush=True))
         soak.run(arguments.kills)
-        inside = sum(kill.inside_save for kill in soak.kills)
-        print(f"{len(soak.kills)} kills, {inside} inside a save, {soak.runs} runs: every loss equal bit for bit")
+    except BaseException:
+        print(f"soak: FAILED with --seed {arguments.seed}; runs and logs are in {work}", flush=True)
+        raise
+    shutil.rmtree(work)
+    inside = sum(kill.inside_save for kill in soak.kills)
+    print(
+        f"soak: passed: {len(soak.kills)} kills, {inside} inside a save, {soak.runs} runs, every loss equal bit for bit"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

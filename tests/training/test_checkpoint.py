@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import load_states, tiny_run
+from omegaconf import OmegaConf
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
@@ -44,6 +45,13 @@ def test_manifest_lists_every_file(finished):
     assert set(manifest["files"]) == on_disk
     assert any("optim_states" in name for name in on_disk)
     assert manifest["step"] == 4
+
+
+def test_the_manifest_has_the_resolved_config(store_64, finished):
+    """All of it, as config.yaml has it."""
+    recorded = verify_checkpoint(find_checkpoint(finished))["state"]["config"]
+    assert recorded == OmegaConf.to_container(OmegaConf.load(finished / "config.yaml"))
+    assert recorded["data"]["store"] == str(store_64.root)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
