@@ -8,9 +8,11 @@ import torch.distributed as dist
 from helpers import composed
 from ranks import run_ranks, start_ranks, tiny_arguments
 
+from ropewalk.files import blake3_of
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.agreement import by_rank_zero, together
 from ropewalk.training.checkpoint import SaveFailed, checkpoint_directory
+from ropewalk.training.elastic import make_universal
 from ropewalk.training.engine import start_processes
 from ropewalk.training.record import read_metrics
 
@@ -78,6 +80,32 @@ def test_a_conversion_that_cannot_be_kept(store_64, by_one, tmp_path):
     assert "step-00000002 could not be converted for another number of ranks ([Errno 20] Not a directory" in told
     assert told.endswith("resume with as many ranks as saved it")
     assert universal.read_text() == "in the way"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "lost", "record"])
+def test_a_conversion_that_is_damaged_is_made_again(by_one, tmp_path, damage, capsys):
+    start_processes("cpu")
+    checkpoint, target = checkpoint_directory(by_one, 2), tmp_path / "run" / "universal"
+    (tmp_path / "run").mkdir()
+    made = {
+        path: blake3_of(path) for path in sorted(make_universal(checkpoint, 3, target).rglob("*")) if path.is_file()
+    }
+    assert make_universal(checkpoint, 3, target) == target
+    assert capsys.readouterr().out.count("converting it") == 1  # once, and then it was there
+    victim = next(path for path in made if path.name == "exp_avg.pt")
+    if damage == "flipped":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "lost":
+        victim.unlink()
+    else:
+        (target / "source.json").write_text('{"manifest')
+    make_universal(checkpoint, 3, target)
+    told = capsys.readouterr().out
+    assert ("exp_avg.pt" in told) == (damage != "record")
+    assert "converting it" in told
+    assert {path: blake3_of(path) for path in made} == made
 
 
 def test_what_a_refused_step_saw(store_64, tmp_path):

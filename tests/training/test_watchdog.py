@@ -38,7 +38,11 @@ def test_a_late_step_is_reported_with_its_place(tmp_path, capsys):
     assert re.search(rf"watchdog: step 6 has taken \S+ s, the median is 0.0\d s: {place}", told)
     assert [path.name for path in (tmp_path / "stuck").iterdir()] == ["step-00000006"]
     stacks = (tmp_path / "stuck" / "step-00000006" / "rank_00000.txt").read_text()
-    assert "test_a_late_step_is_reported_with_its_place" in stacks
+    watched, all_threads = stacks.split("\n\n", 2)[1:]
+    assert "test_a_late_step_is_reported_with_its_place" in watched
+    assert "test_a_late_step_is_reported_with_its_place" in all_threads
+    assert "_watch" in all_threads
+    assert "_watch" not in watched
     assert not (tmp_path / "heartbeats").exists()
 
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Heartbeat:
 
 
 class Heartbeats:
-    """The files heartbeats/rank_R.txt of a run: a heartbeat in JSON, then the stacks of all the rank's threads."""
+    """The files heartbeats/rank_R.txt: a heartbeat in JSON, the watched thread's stack, and if late all threads'."""
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
         """Args: of the run and of this rank; the thread that calls is the one whose place is told."""
@@ -50,14 +51,17 @@ class Heartbeats:
     def say(self, step: int, late: bool) -> None:
         """Write this rank's. One that cannot is taken for dead by the others, and says so here, once."""
         self._beat += 1
-        path = self._file(self.rank)
-        heartbeat = Heartbeat(self._beat, step, late, self._place(), socket.gethostname(), os.getpid())
+        path, calls = self._file(self.rank), self._calls()
+        heartbeat = Heartbeat(self._beat, step, late, _place(calls), socket.gethostname(), os.getpid())
         try:
             path.parent.mkdir(exist_ok=True)
             with path.with_suffix(".partial").open("w") as file:
-                file.write(json.dumps(asdict(heartbeat)) + "\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+                file.write(json.dumps(asdict(heartbeat)) + "\n\nThe watched thread (most recent call first):\n")
+                file.writelines(f'  File "{code.co_filename}", line {line} in {code.co_name}\n' for code, line in calls)
+                if late:
+                    file.write("\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
             path.with_suffix(".partial").replace(path)
         except OSError as error:
             if not self._warned:
@@ -94,16 +98,25 @@ class Heartbeats:
     def _file(self, rank: int) -> Path:
         return self.directory / f"rank_{rank:05d}.txt"
 
-    def _place(self) -> str:
+    def _calls(self) -> list[tuple[CodeType, int]]:
+        """The watched thread's stack, innermost call first, as code and line: frames would keep its tensors alive."""
         frame: FrameType | None = sys._current_frames().get(self._watched)
-        if frame is None:
-            return "has ended"
-        innermost = frame
+        calls = []
         while frame is not None:
-            if _is_collective(frame.f_code):
-                return f"waits in {frame.f_code.co_name}"
+            calls.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back
-        return f"is in {innermost.f_code.co_name} ({innermost.f_code.co_filename}:{innermost.f_lineno})"
+        return calls
+
+
+def _place(calls: Sequence[tuple[CodeType, int]]) -> str:
+    """See Heartbeat."""
+    if not calls:
+        return "has ended"
+    waits = next((code for code, _ in calls if _is_collective(code)), None)
+    if waits is not None:
+        return f"waits in {waits.co_name}"
+    innermost, line = calls[0]
+    return f"is in {innermost.co_name} ({innermost.co_filename}:{line})"
 
 
 def _is_collective(code: CodeType) -> bool:

@@ -136,13 +136,12 @@ def _run(
         _watchdog(config, ranks) as watchdog,
         loaded as ahead,
     ):
-        step = start
+        step, boundary = start, partial(_at_boundary, stop, watchdog)
         watchdog.step_begins(step + 1)
         try:
             for step, seen, batches in zip(range(start, last), seen_at, observer.meter.waited(ahead), strict=True):
                 tokens = mixture.trained_tokens(seen)
                 lr = learning_rate(step, trainer)
-                boundary = partial(_at_boundary, stop, watchdog)
                 result = take_step(engine, batches, tokens, lr, ranks, guard, boundary, observer.meter)
                 guard.count(result)
                 observer.record(step + 1, seen, result, tokens, guard.refused)

@@ -34,8 +34,8 @@ class Watchdog:
     """Reports a step, once, that takes longer than ``stuck_multiple`` times the median of those before and than
     ``stuck_seconds``, or of which one micro batch takes longer than ``stuck_batch_seconds``.
 
-    Every rank's thread writes a heartbeat with the stacks of all its threads to heartbeats/rank_R.txt. A rank that is
-    late watches the others' for one beat. One whose heartbeat stands still is stopped or dead, holds the interpreter,
+    Every rank's thread writes a heartbeat with the watched thread's stack to heartbeats/rank_R.txt. A rank that is late
+    watches the others' for one beat. One whose heartbeat stands still is stopped or dead, holds the interpreter,
     or cannot write, so the lowest of those that are late and alive reports, and keeps all stacks in stuck/step-N. A
     living rank that is not in a collective is what the others wait for. On a GPU one whose kernels hang shows as
     waiting.
