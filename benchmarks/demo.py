@@ -30,7 +30,6 @@ def packed_batch(tokens: int, vocabulary: int, seed: int) -> Batch:
         position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
         labels=labels,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=int(lengths.max()),
         domain_ids=torch.zeros(len(lengths), dtype=torch.int32),
     )
 

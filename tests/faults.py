@@ -34,11 +34,19 @@ def nan_always() -> None:
 
 
 def sleep_in_forward_forty() -> None:
+    _sleep_in_forward(40, 4)
+
+
+def sleep_in_forward_one() -> None:
+    _sleep_in_forward(1, 7)
+
+
+def _sleep_in_forward(number: int, seconds: float) -> None:
     def sleep(loss):
-        time.sleep(4)
+        time.sleep(seconds)
         return loss
 
-    _in_forward(lambda n: n == 40, sleep)
+    _in_forward(lambda n: n == number, sleep)
 
 
 def files_of_20_kilobytes_on_rank_one() -> None:
@@ -57,3 +65,15 @@ def step_eight_is_never_written() -> None:
         return real(content, path, *arguments, **named)
 
     torch.save = save
+
+
+def every_rank_a_node() -> None:
+    """Errors are told once a node."""
+    os.environ["LOCAL_RANK"] = "0"
+
+
+def rank_zero_prints_to_a_full_disk() -> None:
+    if os.environ["RANK"] == "0":
+        full = os.open("/dev/full", os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(full, stream)

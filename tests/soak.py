@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import random
 import secrets
+import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from ranks import RankProcesses, run_ranks, start_ranks, tiny_arguments
 
@@ -69,8 +70,11 @@ class Soak:
         run_ranks(2, work / "logs", self.arguments(work / "straight"))
         self.expected = losses(work / "straight")
         assert len(self.expected) == STEPS
-        self.step_seconds = sorted(row["seconds"] for row in read_metrics(work / "straight"))[STEPS // 2]
-        report(f"seed {seed}: {STEPS} steps of {self.step_seconds:.3f} s, a checkpoint every second one")
+        rows = read_metrics(work / "straight")
+        self.step_seconds = median(row["seconds"] for row in rows)
+        self.save_seconds = median(row["seconds/checkpoint"] for row in rows if row["seconds/checkpoint"])
+        told = f"{STEPS} steps of {self.step_seconds:.3f} s, every second one saved in {self.save_seconds:.3f} s"
+        report(f"seed {seed}: {told}")
 
     def arguments(self, run_dir: Path) -> list[str]:
         """Of train.py: accumulation 2, a save every second step."""
@@ -78,26 +82,31 @@ class Soak:
 
     def run(self, kills: int) -> None:
         """Go on until ``kills`` have happened, at least a third of them inside a save."""
-        while len(self.kills) < kills or 3 * sum(kill.inside_save for kill in self.kills) < kills:
+        while len(self.kills) < kills or 3 * self.inside < kills:
             self.runs += 1
             run_dir = self.work / f"killed-{self.runs}"
-            while len(self.kills) < kills or 3 * sum(kill.inside_save for kill in self.kills) < kills:
+            while len(self.kills) < kills or 3 * self.inside < kills:
                 if not self._start_and_kill(run_dir):
                     break
             run_ranks(2, self.work / "logs", self.arguments(run_dir))
             assert losses(run_dir) == self.expected, f"{run_dir}: {losses(run_dir)} instead of {self.expected}"
             self.report(f"run {self.runs}: {STEPS} losses equal bit for bit")
 
+    @property
+    def inside(self) -> int:
+        """Kills that have cut a save."""
+        return sum(kill.inside_save for kill in self.kills)
+
     def _start_and_kill(self, run_dir: Path) -> bool:
         """One session, killed; False where it came to its end first."""
         torn_before, rows_before = torn(run_dir), len(losses(run_dir))
         victims = self.random.choice([(0,), (1,), (0, 1)])
-        kind = ["save", "start", "step"][len(self.kills) % 3]
+        kind = "save" if 3 * self.inside <= len(self.kills) else self.random.choice(["start", "step"])
         with start_ranks(2, self.work / "logs", self.arguments(run_dir)) as ranks:
             if kind == "start":
                 self._sleep(START_SECONDS)
             elif kind == "save" and self._wait(ranks, lambda: torn(run_dir) - torn_before):
-                self._sleep(self.step_seconds)
+                self._sleep(self.save_seconds)
             elif kind == "step" and self._wait(ranks, lambda: len(losses(run_dir)) != rows_before):
                 self._sleep(6 * self.step_seconds)
             if not ranks.alive():
@@ -107,7 +116,9 @@ class Soak:
         found = find_checkpoint(run_dir)
         step = verify_checkpoint(found)["step"] if found else 0
         self.kills.append(Kill(step, victims, bool(torn(run_dir) - torn_before)))
-        self.report(f"kill {len(self.kills)} ({kind}): {self.kills[-1]}")
+        whom = " and ".join(f"rank {rank}" for rank in victims)
+        cut = "a save was cut" if self.kills[-1].inside_save else "no save was cut"
+        self.report(f"kill {len(self.kills)}, aimed at a {kind}: {whom}, step {step} stands; {cut}")
         return True
 
     def _sleep(self, at_most: float) -> None:
@@ -123,21 +134,29 @@ class Soak:
 
 
 def main() -> None:
-    """Soak on the fixture corpus."""
+    """Soak on the fixture corpus; what happened is kept where it fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="of the moments; printed")
     arguments = parser.parse_args()
-    fixtures = Path(__file__).parent / "fixtures"
-    with tempfile.TemporaryDirectory() as work:
+    fixtures, work = Path(__file__).parent / "fixtures", Path(tempfile.mkdtemp(prefix="soak-"))
+    print(
+        f"soak: seed {arguments.seed}, in {work}; first a run that nobody kills, then {arguments.kills} kills,", end=" "
+    )
+    print("more where fewer than a third of them cut a save", flush=True)
+    try:
         corpus = CorpusConfig(name="fixture", paths=[str(fixtures / "corpus")], tokenizer=str(fixtures / "tokenizer"))
         config = PrepareConfig(output=f"{work}/data", sequence_lengths=[64], corpus=corpus)
         store = PackedStore(prepare(config, report=lambda line: None) / "packed-64")
-        soak = Soak(store, Path(work), arguments.seed, lambda line: print(line, flush=True))
+        soak = Soak(store, work, arguments.seed, lambda line: print(line, flush=True))
         soak.run(arguments.kills)
-        inside = sum(kill.inside_save for kill in soak.kills)
-        print(f"{len(soak.kills)} kills, {inside} inside a save, {soak.runs} runs: every loss equal bit for bit")
+    except BaseException:
+        print(f"soak: FAILED with --seed {arguments.seed}; runs and logs are in {work}", flush=True)
+        raise
+    shutil.rmtree(work)
+    told = f"{len(soak.kills)} kills, {soak.inside} of them cut a save, {soak.runs} runs"
+    print(f"soak: passed: {told}, every loss and gradient norm equal bit for bit")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

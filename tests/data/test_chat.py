@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from datetime import date, datetime
 
 import numpy as np
 import pytest
+from transformers.utils import chat_template_utils
 
 from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
@@ -76,6 +78,40 @@ def test_templates_that_cannot_be_used_are_named(tokenizer):
         ChatEncoder(tokenizer, forgetful).encode(TALK, Counter())
 
 
+DATED = """{{ bos_token }}{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}Today Date: {{ date_string }}, {{ strftime_now( '%Y-%m-%d' ) }}
+"""
+
+
+class OneDay(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2025, 3, 9, 17, 30)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
+def test_a_template_gets_the_date_that_is_set(tokenizer, template, monkeypatch):
+    """Llama 3's way of asking. Whatever day it is: the tokens of transformers on the day that is set."""
+    ours, _ = ChatEncoder(tokenizer, DATED + template, date(2025, 3, 9)).encode(TALK, Counter())
+    assert "Today Date: 09 Mar 2025, 2025-03-09\n" in tokenizer.decode(ours, clean_up_tokenization_spaces=False)
+    monkeypatch.setattr(chat_template_utils, "datetime", OneDay)
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    theirs = tokenizer.apply_chat_template(TALK, chat_template=DATED + template, return_dict=True)
+    assert ours.tolist() == theirs["input_ids"]
+
+
+def test_a_template_that_asks_for_the_date_and_gets_none_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"asks for today's date \(strftime_now\).*set corpus.chat_date=YYYY-MM-DD"):
+        ChatEncoder(tokenizer, DATED + TEMPLATE)
+    with pytest.raises(ValueError, match=r"would depend on the day; call it with a format in quotes"):
+        ChatEncoder(tokenizer, "{% set f = '%Y' %}{{ strftime_now(f) }}" + TEMPLATE, date(2025, 3, 9))
+
+
 def test_documents_keep_their_tokenizer(tokenizer, fixture_tokenizer):
     """In documents special tokens are text, also after a conversation was encoded with the same tokenizer."""
     encoder = load_tokenizer(str(fixture_tokenizer))
@@ -91,9 +127,10 @@ def test_sources_become_domains(fixture_corpus, fixture_tokenizer, tmp_path):
     (tmp_path / "code/a/x.py").write_text("x = 1\n")
     (tmp_path / "code/a/y.py").write_text("y = 2\n")
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(5)))
-    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    (tmp_path / "template.jinja").write_text(DATED + TEMPLATE)
     corpus = CorpusConfig(
         name="mix",
+        chat_date="2024-07-26",
         tokenizer=str(fixture_tokenizer),
         chat_template=str(tmp_path / "template.jinja"),
         eos=False,
@@ -115,11 +152,12 @@ def test_sources_become_domains(fixture_corpus, fixture_tokenizer, tmp_path):
     assert account["dropped"]["remainder"] == sum(len(tokens) % 128 for tokens in books if len(tokens) >= 128)
     code = store.read("code", 0)
     assert code.tokens[: code.ends[0]].tolist() == [0, *encoder.encode_texts(["# a/x.py\nx = 1\n# a/y.py\ny = 2\n"])[0]]
-    tokens, mask = ChatEncoder(encoder.tokenizer, TEMPLATE).encode(TALK, Counter())
+    tokens, mask = ChatEncoder(encoder.tokenizer, DATED + TEMPLATE, date(2024, 7, 26)).encode(TALK, Counter())
     first = store.read("chat", 0)
     found = first.tokens[: len(tokens)].tolist(), first.loss_mask[: len(tokens)].tolist()
     assert found == (tokens.tolist(), mask.tolist())
     assert store.domains["chat"].trained_tokens == 5 * mask.sum()
     assert [source["name"] for source in store.sources] == [fixture_corpus.name, "code", "chat.jsonl"]
     assert [source["documents"] for source in store.sources] == [len(books), 1, 5]
+    assert [source.get("chat_date") for source in store.sources] == [None, None, "2024-07-26"]
     assert not (tmp_path / "out/work").exists()

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import load_states, tiny_run
+from omegaconf import OmegaConf
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
@@ -44,6 +45,13 @@ def test_manifest_lists_every_file(finished):
     assert set(manifest["files"]) == on_disk
     assert any("optim_states" in name for name in on_disk)
     assert manifest["step"] == 4
+
+
+def test_the_manifest_has_the_resolved_config(store_64, finished):
+    """All of it, as config.yaml has it."""
+    recorded = verify_checkpoint(find_checkpoint(finished))["state"]["config"]
+    assert recorded == OmegaConf.to_container(OmegaConf.load(finished / "config.yaml"))
+    assert recorded["data"]["store"] == str(store_64.root)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -180,6 +188,33 @@ def test_metrics_that_could_not_be_written_are_written_later(tmp_path, capsys):
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
+def test_a_row_that_is_not_what_was_written_is_named(tmp_path):
+    """A node that dies may leave zeros in a file."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\0\n{"step": 3}\n{"st')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not what was written .*; remove it"):
+        MetricsFile(tmp_path, 3)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"st')
+    MetricsFile(tmp_path, 3).append({"step": 4})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+
+
+def test_what_is_committed_is_not_removed_by_a_save_that_fails(store_64, copied, monkeypatch):
+    """Another process has committed the step meanwhile: an error, and its checkpoint stands."""
+    newest = find_checkpoint(copied)
+    aside = shutil.copytree(newest, copied / "aside")
+    shutil.rmtree(newest)
+    real = saving.start_save
+
+    def late(*arguments):
+        shutil.copytree(aside, newest)
+        return real(*arguments)
+
+    monkeypatch.setattr(saving, "start_save", late)
+    with pytest.raises(SaveFailed, match=r"step-00000004 is committed already .* step-00000004 stands"):
+        train(tiny_run(store_64, copied))
+    assert verify_checkpoint(newest)["step"] == 4
+
+
 def test_another_tokenizer_is_named(store_64):
     saved = {"tokenizer": {"sha256": "aa", "vocab_size": 512}}
     with pytest.raises(ValueError, match=r"tokenizer.sha256 was 'aa', is 'bb'.*accept=\[tokenizer\]"):
@@ -208,10 +243,42 @@ def test_accepted_optimizer_settings_take_effect(store_64, copied):
     ("trainer.seed=7", "seed"), ("trainer.learning_rate=0.5", "schedule"), ("trainer.max_steps=8", "max_steps"),
     ("trainer.weight_decay=0.3", "optimizer"), ("trainer.global_batch_size=8", "global_batch_size"),
     ("trainer.overfit_one_batch=true", "overfit_one_batch"), ("model.theta=5e5", "position"),
+    ("trainer.z_loss=1e-4", "z_loss"), ("guards.spike_window=8", "guards"),
 ])  # fmt: skip
 def test_resume_refuses_another_run(store_64, copied, override, entry):
     with pytest.raises(ValueError, match=rf"not the one that was saved: {entry}[.\w]* was .*accept=\[{entry}\]"):
         train(tiny_run(store_64, copied, override))
+
+
+def test_entries_that_older_checkpoints_lack_count_as_the_default(store_64, copied, capsys):
+    manifest = find_checkpoint(copied) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["contract"].pop("z_loss") == 0.0
+    assert content["contract"].pop("guards") == {"spike_window": None, "spike_deviations": None}
+    manifest.write_text(json.dumps(content))
+    for override, told in (("guards.spike_window=8", "guards.spike_window was None, is 8"),
+                           ("trainer.z_loss=0.1", "z_loss was 0.0, is 0.1")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"not the one that was saved: {told}"):
+            train(tiny_run(store_64, copied, override))
+    train(tiny_run(store_64, copied))
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_what_a_spike_is_may_not_change_unless_accepted(store_64, tmp_path):
+    window = "guards.spike_window=8"
+    train(tiny_run(store_64, tmp_path, window, "trainer.stop_after=2"))
+    lower = [window, "guards.spike_deviations=3"]
+    with pytest.raises(ValueError, match=r"guards.spike_deviations was 6.0, is 3.0\..*accept=\[guards\]"):
+        train(tiny_run(store_64, tmp_path, *lower))
+    train(tiny_run(store_64, tmp_path, *lower, "resume.accept=[guards]"))
+    assert len(read_metrics(tmp_path)) == 4
+
+
+def test_what_only_ends_a_run_may_change(store_64, copied, capsys):
+    """Until a guard ends it, a run has the losses of one that goes on; without a window no loss is a spike."""
+    changes = ["guards.max_refused=9", "guards.spike_action=stop", "guards.spike_deviations=3"]
+    train(tiny_run(store_64, copied, *changes))
+    assert "nothing left to do" in capsys.readouterr().out
 
 
 def test_resume_refuses_another_chain(store_64, copied):

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 from helpers import alone_environment, tiny_run
+from wandb_server import wandb_server
 
 from ropewalk.config import TrackerConfig
 from ropewalk.training import find_checkpoint, train
+from ropewalk.training.checkpoint import checkpoint_directory
 from ropewalk.training.record import read_metrics
 from ropewalk.training.tracker import ForgivingTracker, NoTracker, open_tracker
 
@@ -40,10 +42,83 @@ def test_a_requeued_run_is_one_wandb_run(store_64, tmp_path, lost):
     if lost:
         return
     steps = [rows_of(session) for session in records(tmp_path)]
-    assert [[row["_step"] for row in rows] for rows in steps] == [[1, 2], [3, 4]]
+    assert [[row["_step"] for row in rows] for rows in steps] == [[0, 1], [0, 1]]
     rows = [row for session in steps for row in session]
     assert [row["train/loss"] for row in rows] == [row["loss"] for row in read_metrics(tmp_path)]
     assert [row["tokens"] for row in rows] == [256, 512, 768, 1024]
+
+
+def test_no_row_is_lost_where_a_run_goes_on_from_an_earlier_step(store_64, tmp_path):
+    """Killed after step 3, on from the checkpoint of step 2: both offline sessions have their rows, over tokens, and
+    what W&B's own `sync` uploads to a server that resumes the run is all of them, in order.
+    """
+    train(tiny_run(store_64, tmp_path, "tracker=wandb", "trainer.stop_after=3"))
+    (checkpoint_directory(tmp_path, 3) / "manifest.json").unlink()
+    train(tiny_run(store_64, tmp_path, "tracker=wandb"))
+    sessions = records(tmp_path)
+    assert [[row["tokens"] for row in rows_of(session)] for session in sessions] == [[256, 512, 768], [768, 1024]]
+    for session in sessions:
+        globs = [record["metric"] for record in session if "glob_name" in record.get("metric", {})]
+        assert {one["glob_name"]: one["step_metric"] for one in globs} == {"train/*": "tokens", "eval/*": "tokens"}
+    with wandb_server() as server:
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "sync",
+            "--yes",
+            *sorted(map(str, tmp_path.glob("wandb/offline-run-*"))),
+        ]
+        environment = alone_environment() | server.environment()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert [(row["_step"], row["tokens"]) for row in server.history] == [
+        (0, 256), (1, 512), (2, 768), (3, 768), (4, 1024)
+    ]  # fmt: skip
+    rows = {row["tokens"]: row["loss"] for row in read_metrics(tmp_path)}
+    assert [row["train/loss"] for row in server.history] == [rows[row["tokens"]] for row in server.history]
+
+
+ONLINE = """
+import sys
+from pathlib import Path
+from ropewalk.config import TrackerConfig
+from ropewalk.training.tracker import open_tracker
+
+first, last = map(int, sys.argv[2:])
+tracker = open_tracker(TrackerConfig(name="wandb"), "run", Path(sys.argv[1]), {}, None)
+for step in range(first, last + 1):
+    tracker.log({"step": step, "tokens": step * 64, "loss": 1.0 / step})
+tracker.log({"step": last, "tokens": last * 64, "loss/64": 3.0}, group="eval")
+tracker.finish()
+"""
+
+
+@pytest.mark.slow
+def test_no_row_is_lost_online(tmp_path):
+    """Steps 3 and 4 are taken again by a second session, after the evaluation of step 4 was logged."""
+    with wandb_server() as server:
+        for steps in (("1", "4"), ("3", "5")):
+            done = subprocess.run(
+                [sys.executable, "-c", ONLINE, str(tmp_path), *steps],
+                capture_output=True, text=True, check=False, env=alone_environment() | server.environment(),
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert "warning" not in done.stdout.lower() + done.stderr.lower()
+    assert [row["_step"] for row in server.history] == list(range(9))
+    assert [row["tokens"] for row in server.history] == [64, 128, 192, 256, 256, 192, 256, 320, 320]
+    assert [row.get("train/loss") for row in server.history] == [
+        1,
+        1 / 2,
+        1 / 3,
+        1 / 4,
+        None,
+        1 / 3,
+        1 / 4,
+        1 / 5,
+        None,
+    ]
+    assert [row.get("eval/loss/64") for row in server.history if "eval/loss/64" in row] == [3, 3]
 
 
 def rows_of(session):

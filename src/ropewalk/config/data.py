@@ -49,6 +49,7 @@ class CorpusConfig:
     bos: bool = True  # begin each document with BOS, where the tokenizer has one
     eos: bool = True  # end each document with EOS, where the tokenizer has one
     chat_template: str | None = None  # Jinja file; null: the tokenizer's own
+    chat_date: str | None = None  # YYYY-MM-DD that a template gets which asks for the date; must be given then
     vocab_size: int = 4096  # of the BPE that is trained
     retrieval_tokens: int = 0  # tokens of synthetic retrieval documents to add for each sequence length
     heldout_documents: int = 0  # long documents kept out of training, for evaluation

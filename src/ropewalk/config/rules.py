@@ -113,10 +113,10 @@ def _validate_guards(guards: GuardConfig) -> None:
             f"guards.spike_window={guards.spike_window}: a median and a deviation of so few losses mean little; set 8 "
             "or more, or null"
         )
-    if guards.stuck_multiple <= 1 or guards.stuck_seconds <= 0:
+    if guards.stuck_multiple <= 1 or min(guards.stuck_seconds, guards.stuck_batch_seconds) <= 0:
         raise ValueError(
-            f"guards.stuck_multiple={guards.stuck_multiple} must exceed 1 and guards.stuck_seconds="
-            f"{guards.stuck_seconds} must be positive; 10 and 60 are calm"
+            f"guards.stuck_multiple={guards.stuck_multiple} must exceed 1, guards.stuck_seconds={guards.stuck_seconds} "
+            f"and guards.stuck_batch_seconds={guards.stuck_batch_seconds} must be positive; 10, 60 and 480 are calm"
         )
     if guards.spike_deviations <= 0:
         raise ValueError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")

@@ -120,6 +120,9 @@ class GuardConfig:
     spike_action: str = "skip"  # or stop
     stuck_multiple: float = 10.0  # of the median step; a step that takes longer is reported, with every rank's stack
     stuck_seconds: float = 60.0  # and at least so long
+    # A micro batch that takes longer is reported, too, also before there is a median; collectives give up after 600 s.
+    # A 64k sequence is half a minute's work of an H100, and the first one waits for the compiler.
+    stuck_batch_seconds: float = 480.0
 
 
 @dataclass

@@ -40,7 +40,6 @@ class Batch:
         labels: int64 (1, N), already shifted: the next token of the same document, else -100; -100 too where a loss
             mask leaves the next token out.
         cu_seqlens: int32 (n_documents + 1,), document boundaries in the row; padding counts as a document.
-        max_seqlen: tokens of the longest document.
         domain_ids: int32 (n_documents,), place of each document's domain among the
             store's sorted names; -1: padding.
     """
@@ -49,7 +48,6 @@ class Batch:
     position_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
     domain_ids: Tensor
 
     @property
@@ -77,13 +75,11 @@ def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | Non
         bounds.append(starts[number] + ends)
         domain = domain_ids[number] if domain_ids is not None else 0
         domains += [domain] * (len(ends) - padded) + [PADDING] * padded
-    cu_seqlens = np.concatenate(bounds)
     return Batch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],
         labels=torch.from_numpy(labels)[None],
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
+        cu_seqlens=torch.from_numpy(np.concatenate(bounds).astype(np.int32)),
         domain_ids=torch.tensor(domains, dtype=torch.int32),
     )
 

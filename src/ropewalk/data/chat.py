@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Message = dict[str, str]
+NOW = re.compile(r"\bstrftime_now\s*\(")
+NOW_IN = re.compile(r"""\bstrftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")
 
 
 class ChatEncoder:
@@ -21,21 +26,23 @@ class ChatEncoder:
     transformers has it.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, template: str | None = None, today: date | None = None) -> None:
         """Take a transformers fast tokenizer and a Jinja template.
 
         Args:
             tokenizer: copied, since here special tokens are encoded as such.
             template: None: the tokenizer's own.
+            today: what a template gets that asks for the date.
 
         Raises:
-            ValueError: where there is no template.
+            ValueError: where there is no template, or it asks for the date and there is none.
         """
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.backend_tokenizer.encode_special_tokens = False
-        self._template = template or tokenizer.chat_template
-        if not isinstance(self._template, str):
+        template = template or tokenizer.chat_template
+        if not isinstance(template, str):
             raise ValueError(f"{tokenizer.name_or_path} has no chat template; set corpus.chat_template=FILE")
+        self._template = _dated(template, today)
         self._marked = "{% generation" in self._template or "{%- generation" in self._template
         added = self._tokenizer.added_tokens_decoder.values()
         self._special = tuple(token.content for token in added if token.special)
@@ -96,3 +103,19 @@ class ChatEncoder:
         return self._tokenizer.apply_chat_template(
             list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=prompt
         )
+
+
+def _dated(template: str, today: date | None) -> str:
+    """The template with the date in place of each ``strftime_now(FORMAT)``; transformers takes the day it runs on.
+
+    transformers lets no function of the caller's into a template, so the date is written into its text.
+    """
+    if today is not None:
+        template = NOW_IN.sub(lambda call: json.dumps(today.strftime(call[2])), template)
+    if NOW.search(template):
+        why = "set corpus.chat_date=YYYY-MM-DD" if today is None else "call it with a format in quotes"
+        raise ValueError(
+            f"the chat template asks for today's date (strftime_now), so its tokens would depend on the day; {why}, or "
+            "name a template without it: corpus.chat_template=FILE"
+        )
+    return template

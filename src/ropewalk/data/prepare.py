@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,13 +184,14 @@ def _make_plan(
     template = None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8")
     plan = Plan(
         output=str(output),
-        sources=[{**s.described(), "skipped": dict(sorted((+s.skipped).items()))} for s in sources],
+        sources=[{**s.described(), **_date(corpus, s), "skipped": dict(sorted((+s.skipped).items()))} for s in sources],
         shard_sources=[place for place, _ in shards],
         ranks=ranks,
         engine=corpus.engine,
         bos=corpus.bos,
         eos=corpus.eos,
         chat_template=template,
+        chat_date=corpus.chat_date,
         heldout=[document.name for document in kept_out],
         rules={name: asdict(rule) for name, rule in rules.items()},
         sequence_lengths=list(config.sequence_lengths),
@@ -199,6 +201,11 @@ def _make_plan(
     )
     open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
     plan.save()
+
+
+def _date(corpus: CorpusConfig, source: Source) -> dict[str, str]:
+    """What the manifest says of the date in a source's conversations."""
+    return {"chat_date": corpus.chat_date} if corpus.chat_date is not None and source.config.chat else {}
 
 
 def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
@@ -378,13 +385,24 @@ def validate_prepare(config: PrepareConfig) -> None:
         raise ValueError(f"shard_mb={config.shard_mb} and workers={config.workers} must be positive; raise them")
     if config.corpus.chat_template is not None and not Path(config.corpus.chat_template).is_file():
         raise ValueError(f"corpus.chat_template={config.corpus.chat_template} is no file; name a Jinja template")
+    if config.corpus.chat_date is not None:
+        _check_date(config.corpus.chat_date)
     domain_rules(config.corpus)
+
+
+def _check_date(day: str) -> None:
+    try:
+        date.fromisoformat(day)
+    except ValueError as error:
+        raise ValueError(f"corpus.chat_date={day} is no date; write it as 2024-07-26") from error
 
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What the output depends on; where its files lie, and how fast it is made, is no part of it."""
     apart = ("name", "paths", "stdlib", "sources", "chat_template")
     settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
+    if settings["chat_date"] is None:
+        del settings["chat_date"]  # outputs from before there was one are still finished
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
         settings["tokenizer"] = sha256_tokenizer(Path(tokenizer))

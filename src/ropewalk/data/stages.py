@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -50,6 +51,7 @@ class Plan:
         bos: begin documents with BOS.
         eos: end them with EOS.
         chat_template: text of it, or None.
+        chat_date: that it gets, ISO 8601, or None.
         heldout: names of documents that are left out.
         rules: domain -> how it is packed.
         sequence_lengths: one store each.
@@ -72,6 +74,7 @@ class Plan:
     vocab_size: int
     seed: int
     retrieval_tokens: int
+    chat_date: str | None = None
 
     @property
     def work(self) -> Path:
@@ -255,8 +258,9 @@ def _encoder(sha256: str, directory: Path, engine: str, ranks: Path | None, bos:
 
 
 @cache
-def _chat_encoder(directory: Path, template: str | None) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(str(directory), "tokenizers").tokenizer, template)
+def _chat_encoder(directory: Path, template: str | None, today: str | None) -> ChatEncoder:
+    day = None if today is None else date.fromisoformat(today)
+    return ChatEncoder(load_tokenizer(str(directory), "tokenizers").tokenizer, template, day)
 
 
 def open_encoders(plan: Plan) -> tuple[DocumentEncoder, ChatEncoder | None]:
@@ -264,7 +268,7 @@ def open_encoders(plan: Plan) -> tuple[DocumentEncoder, ChatEncoder | None]:
     directory, ranks = Path(plan.output) / TOKENIZER, None if plan.ranks is None else Path(plan.ranks)
     encoder = open_encoder(directory, plan.engine, ranks, plan.bos, plan.eos)
     chat = any(source["chat"] for source in plan.sources)
-    return encoder, _chat_encoder(directory, plan.chat_template) if chat else None
+    return encoder, _chat_encoder(directory, plan.chat_template, plan.chat_date) if chat else None
 
 
 @dataclass(frozen=True)

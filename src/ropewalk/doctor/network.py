@@ -15,6 +15,7 @@ from ropewalk.config import ClusterConfig
 from ropewalk.doctor.disk import SKEW
 from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.files import write_atomically
+from ropewalk.training.agreement import by_rank_zero
 
 PATIENCE = timedelta(minutes=3)  # of a collective; a dead link then ends the doctor, not a run hours later
 SIZE = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}  # bytes that are added up
@@ -93,9 +94,7 @@ def check_shared(directory: Path) -> Iterator[Finding]:
     words = [f"{os.getpid()} {time.time_ns()}"]
     dist.broadcast_object_list(words)
     file = directory / ".doctor-shared"
-    if dist.get_rank() == 0:
-        write_atomically(file, words[0])
-    dist.barrier()
+    by_rank_zero(write_atomically, file, words[0])  # a failure is every rank's finding
     before = time.monotonic()
     while not _holds(file, words[0]) and time.monotonic() < before + VISIBLE_WITHIN:
         time.sleep(0.5)

@@ -24,6 +24,7 @@ from ropewalk.evaluation.scoring import Scorer
 from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import Position
 from ropewalk.training.engine import Ranks
+from ropewalk.training.terminal import tell
 
 
 class TrainingEvaluation:
@@ -104,9 +105,12 @@ class TrainingEvaluation:
         }  # fmt: skip
         results = results_table(common | row for row in measured)
         output = self.run_dir / "evaluations" / f"step-{step:08d}"
-        output.mkdir(parents=True, exist_ok=True)
         record = {"run": self.name, "step": step, **self.record, "needle_chance": chance_levels(self.needle)}
-        write_evaluation(output, results, sums, record)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_evaluation(output, results, sums, record)
+        except OSError as error:  # the main numbers are recorded all the same, and the other ranks are waiting
+            tell(f"warning: {output} could not be written ({error})")
         return _metrics(results)
 
 

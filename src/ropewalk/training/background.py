@@ -48,9 +48,12 @@ class Work(Generic[T]):
         except Exception as error:  # told where the outcome is asked for
             self._error = error
 
-    def done(self) -> bool:
-        """Whether ``result`` would not wait."""
-        return self._thread is None or not self._thread.is_alive()
+    def done(self, within: float = 0.0) -> bool:
+        """Whether ``result`` would not wait; a thread gets ``within`` seconds first."""
+        if self._thread is None:
+            return True
+        self._thread.join(within)
+        return not self._thread.is_alive()
 
     def result(self) -> T:
         """What the function returned, or raise what it raised."""

@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
+from ropewalk.training.agreement import together
 from ropewalk.training.background import Work, snapshot
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-T = TypeVar("T")
 ZERO = "zero"  # DeepSpeed's tag inside the step's directory
 
 
@@ -120,7 +119,7 @@ def start_save(
     """
     directory = checkpoint_directory(run_dir, step)
     with _undone(run_dir, step):
-        _all_or_none(lambda: _begin(engine, directory))
+        together(_begin, engine, directory, failure=SaveFailed)
         with _recorded_writes(engine, in_background) as (failures, later):
             engine.save_checkpoint(str(directory), tag=ZERO, save_latest=False)
     rng = _rng_state()
@@ -166,8 +165,8 @@ class StartedSave:
         """
         directory = checkpoint_directory(self.run_dir, self.step)
         with _undone(self.run_dir, self.step):
-            mine = _all_or_none(self.share.result)
-            _all_or_none(lambda: _commit(directory, self.facts, self.contract, self.state, mine))
+            mine = together(self.share.result, failure=SaveFailed)
+            together(_commit, directory, self.facts, self.contract, self.state, mine, failure=SaveFailed)
         return directory
 
 
@@ -177,8 +176,9 @@ def _undone(run_dir: Path, step: int) -> Iterator[None]:
     try:
         yield
     except SaveFailed as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(checkpoint_directory(run_dir, step), ignore_errors=True)
+        directory = checkpoint_directory(run_dir, step)
+        if dist.get_rank() == 0 and not (directory / MANIFEST).exists():
+            shutil.rmtree(directory, ignore_errors=True)
         dist.barrier()
         raise SaveFailed(
             f"the checkpoint of step {step} could not be written ({error}); {_standing(run_dir)}"
@@ -189,7 +189,7 @@ def _begin(engine: Any, directory: Path) -> None:
     if dist.get_rank() != 0:
         return
     if (directory / MANIFEST).exists():
-        raise RuntimeError(f"{directory} is committed already and is never written twice")
+        raise FileExistsError(f"{directory} is committed already and is never written twice")
     shutil.rmtree(directory, ignore_errors=True)  # torn by an earlier death: no manifest
     directory.mkdir(parents=True)
     (directory / ZERO).mkdir()
@@ -266,26 +266,6 @@ def _commit(
 def _standing(run_dir: Path) -> str:
     newest = find_checkpoint(run_dir)
     return f"{newest.name} stands" if newest else "there is none before it"
-
-
-def _all_or_none(work: Callable[[], T]) -> T:
-    """Do a rank's part of a save; an OSError of any rank is SaveFailed on all. Collective."""
-    problem, result = None, None
-    try:
-        result = work()
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {dist.get_rank()}: {error}"
-    problem = first_problem(problem)
-    if problem is not None:
-        raise SaveFailed(problem)
-    return cast(T, result)
-
-
-def first_problem(problem: str | None) -> str | None:
-    """The first rank's problem, on every rank; None where no rank has one. Collective."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p is not None), None)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None) -> None:

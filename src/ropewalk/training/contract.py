@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ropewalk.config import TrainConfig
+from ropewalk.config import GuardConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.rope.position import Position
 from ropewalk.training.start import Start
@@ -39,11 +39,20 @@ def contract(
         },
         "dtype": trainer.dtype,
         "z_loss": trainer.z_loss,
+        "guards": _refusals(config.guards),
     }
 
 
-# Entries that checkpoints from before them lack, and what they would have said.
-BEFORE = {"z_loss": 0.0}
+def _refusals(guards: GuardConfig) -> dict[str, Any]:
+    """What decides which steps reach the weights. How many refusals end a run, or whether the first spike does, is left
+    out: until it ends, such a run has the losses of one that goes on.
+    """
+    window = guards.spike_window
+    return {"spike_window": window, "spike_deviations": None if window is None else guards.spike_deviations}
+
+
+# Entries that checkpoints from before them lack, and what they count as having said: the default.
+BEFORE = {"z_loss": 0.0, "guards": _refusals(GuardConfig())}
 
 
 def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:

@@ -83,15 +83,15 @@ class Guard:
             self.refused += 1
             self.in_a_row += 1
 
-    def stop_if_due(self, step: int, result: StepResult, provenance: Path) -> None:
-        """End the run where the config says so.
+    def stop_if_due(self, step: int, result: StepResult, saw: str) -> None:
+        """End the run where the config says so; ``saw`` says where to find what the step saw.
 
         Raises:
             TrainingStopped: on all ranks: ``max_refused`` refusals in a row, or a spike under spike_action=stop.
         """
         if result.refused is None:
             return
-        told = f"step {step}: {result.refused}; the weights were left as they were. What it saw: {provenance}"
+        told = f"step {step}: {result.refused}; the weights were left as they were. What it saw: {saw}"
         if result.spike and self.config.spike_action == "stop":
             raise TrainingStopped(f"{told}. guards.spike_action=stop ends the run; =skip goes on without the step")
         if self.in_a_row >= self.config.max_refused:
@@ -148,12 +148,7 @@ def write_provenance(run_dir: Path, step: int, result: StepResult, lr: float, mi
         "read_one_with": "python data_prep/inspect.py store=STORE domain=DOMAIN sequence=SEQUENCE",
         "sequences": sequences,
     }
-    path = provenance_path(run_dir, step)
+    path = run_dir / "refused" / f"step-{step:08d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path
-
-
-def provenance_path(run_dir: Path, step: int) -> Path:
-    """Where write_provenance writes."""
-    return run_dir / "refused" / f"step-{step:08d}.json"

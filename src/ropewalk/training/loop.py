@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from ropewalk.data.batches import Batch
 from ropewalk.data.prefetch import prefetched
 from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
+from ropewalk.training.agreement import by_rank_zero
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.contract import contract
 from ropewalk.training.elastic import make_universal, require_stage
@@ -33,7 +35,6 @@ from ropewalk.training.engine import (
 from ropewalk.training.guards import (
     Guard,
     StepResult,
-    provenance_path,
     refuse_update,
     watch_gradients,
     write_provenance,
@@ -48,6 +49,7 @@ from ropewalk.training.schedule import learning_rate
 from ropewalk.training.scoring import EngineScorer
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
 from ropewalk.training.start import Start, find_start, prepare_start, write_start
+from ropewalk.training.terminal import tell
 from ropewalk.training.watchdog import Watchdog
 
 
@@ -120,7 +122,7 @@ def _run(
     _say(ranks, describe_order(mixture, last))
     load = _prepare_load(config, origin, before)
     observer = Observer(config, ranks, model_config, store, mixture, origin)
-    if before is not None and ranks.is_main:
+    if before is not None:
         write_start(before, run_dir)
     engine = _ready_engine(config, model_config, ranks, load)
     observer.begin()
@@ -134,20 +136,19 @@ def _run(
         _watchdog(config, ranks) as watchdog,
         loaded as ahead,
     ):
-        step = start
+        step, boundary = start, partial(_at_boundary, stop, watchdog)
         watchdog.step_begins(step + 1)
         try:
             for step, seen, batches in zip(range(start, last), seen_at, observer.meter.waited(ahead), strict=True):
                 tokens = mixture.trained_tokens(seen)
                 lr = learning_rate(step, trainer)
-                result = take_step(engine, batches, tokens, lr, ranks, guard, stop.check, observer.meter)
+                result = take_step(engine, batches, tokens, lr, ranks, guard, boundary, observer.meter)
                 guard.count(result)
                 observer.record(step + 1, seen, result, tokens, guard.refused)
                 if result.refused is not None:
-                    if ranks.is_main:
-                        write_provenance(run_dir, step + 1, result, lr, mixture, seen)
+                    saw = _write_down(run_dir, step + 1, result, lr, mixture, seen)
                     saver.settle()  # the guard may end the run
-                    guard.stop_if_due(step + 1, result, provenance_path(run_dir, step + 1))
+                    guard.stop_if_due(step + 1, result, saw)
                 watchdog.step_ends()
                 saver.after(step + 1)  # first: no signal is answered during an evaluation, which may outlast the job
                 if evaluation is not None and _is_due(config.evaluation.every, step + 1, trainer.max_steps):
@@ -192,6 +193,20 @@ def _prepare_load(config: TrainConfig, origin: Origin, before: Start | None) -> 
     return lambda engine: load_checkpoint(engine, checkpoint, universal)
 
 
+def _write_down(run_dir: Path, step: int, result: StepResult, lr: float, mixture: Mixture, seen: int) -> str:
+    """Have rank 0 write what a refused step saw; returns where, for all ranks to say the same. Collective.
+
+    That it could not is told and ends nothing, as with a save: the order knows what the step saw, too.
+    """
+    try:
+        return str(by_rank_zero(write_provenance, run_dir, step, result, lr, mixture, seen))
+    except ValueError as error:
+        told = f"global batch {seen} of the order, which could not be written down ({error})"
+        if dist.get_rank() == 0:
+            tell(f"warning: refused step {step} saw {told}")
+        return told
+
+
 def _evaluate(
     evaluation: Evaluation, engine: Any, ranks: Ranks, observer: Observer, step: int, told_to_leave: bool
 ) -> None:
@@ -212,9 +227,12 @@ def _stop_flag(config: TrainConfig) -> StopFlag:
 
 
 def _watchdog(config: TrainConfig, ranks: Ranks) -> Watchdog:
-    guards = config.guards
-    run_dir = Path(config.run_dir)
-    return Watchdog(run_dir, ranks.rank, ranks.world_size, guards.stuck_multiple, guards.stuck_seconds)
+    return Watchdog(Path(config.run_dir), ranks.rank, ranks.world_size, config.guards)
+
+
+def _at_boundary(stop: StopFlag, watchdog: Watchdog) -> None:
+    stop.check()
+    watchdog.batch_begins()
 
 
 def no_boundary() -> None:
@@ -290,13 +308,19 @@ def _profiler(steps: int, run_dir: Path, ranks: Ranks) -> Any:
         return nullcontext()
     from torch.profiler import profile, schedule, tensorboard_trace_handler
 
+    def write(profiled: Any) -> None:
+        try:
+            tensorboard_trace_handler(str(run_dir / "profile"))(profiled)
+        except (OSError, RuntimeError) as error:  # the other ranks would wait for this one in vain
+            tell(f"warning: the profile could not be written ({error})")
+
     return profile(
         schedule=schedule(wait=1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=tensorboard_trace_handler(str(run_dir / "profile")),
+        on_trace_ready=write,
         profile_memory=True,
     )
 
 
 def _say(ranks: Ranks, line: str) -> None:
     if ranks.is_main:
-        print(line, flush=True)
+        tell(line)

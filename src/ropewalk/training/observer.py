@@ -17,13 +17,15 @@ from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model import count_parameters
 from ropewalk.provenance import recorded_config
-from ropewalk.rope.position import position_of
+from ropewalk.rope.position import Position, position_of
+from ropewalk.training.agreement import by_rank_zero, writing
 from ropewalk.training.engine import Ranks
 from ropewalk.training.guards import StepResult
 from ropewalk.training.metrics import Meter
 from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.resume import Origin
 from ropewalk.training.schedule import learning_rate
+from ropewalk.training.terminal import tell
 from ropewalk.training.tracker import open_tracker
 from ropewalk.training.work import CONVENTIONS, StepWork, WorkCounter, known_peak
 
@@ -40,26 +42,32 @@ class Observer:
         mixture: Mixture,
         origin: Origin,
     ) -> None:
-        position = position_of(model_config)
+        """Open what is written, on rank 0. Collective.
+
+        Raises:
+            ValueError: on every rank, where the run's directory cannot be written.
+        """
         model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
         self.config, self.ranks = config, ranks
         self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
         self.meter = Meter(ranks.device, sorted(mixture.store.domains), config.data.sequence_length)
         self.clock = time.monotonic()
-        start = origin.step
-        self.since = start  # step of the last recorded row
-        if not ranks.is_main:
-            return
-        self.work = WorkCounter(model_config, mixture, ranks.data_size, config.trainer.micro_batch_size)
-        self.peak_flops = config.trainer.peak_flops or known_peak(ranks.device)
-        self.done: list[StepWork] = []  # since the last row
-        run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        details = write_record(config, position, store, model, ranks.world_size)
-        copy_tokenizer(store.tokenizer_path, run_dir)
-        self.metrics = MetricsFile(run_dir, start)
-        if config.evaluation.every is not None:
-            self.evaluations = MetricsFile(run_dir, start, EVALUATIONS)
+        self.since = origin.step  # step of the last recorded row
+        if ranks.is_main:
+            self.work = WorkCounter(model_config, mixture, ranks.data_size, config.trainer.micro_batch_size)
+            self.peak_flops = config.trainer.peak_flops or known_peak(ranks.device)
+            self.done: list[StepWork] = []  # since the last row
+        by_rank_zero(lambda: self._open(position_of(model_config), model, store, origin))
+
+    def _open(self, position: Position, model: dict[str, Any], store: PackedStore, origin: Origin) -> None:
+        config, start, run_dir = self.config, origin.step, Path(self.config.run_dir)
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            details = write_record(config, position, store, model, self.ranks.world_size)
+            copy_tokenizer(store.tokenizer_path, run_dir)
+            self.metrics = MetricsFile(run_dir, start)
+            if config.evaluation.every is not None:
+                self.evaluations = MetricsFile(run_dir, start, EVALUATIONS)
         details = {**recorded_config(config), "run": details}
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, origin.state.get("tracker_id"))
         self.progress = Progress(start, config.trainer.max_steps)
@@ -78,7 +86,7 @@ class Observer:
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
         if self.ranks.is_main:
-            print(line, flush=True)
+            tell(line)
 
     def record(self, step: int, seen: int, result: StepResult, trained_tokens: int, refused_so_far: int) -> None:
         """Record one finished step: every ``log_every`` steps, at the last, and where it was refused.

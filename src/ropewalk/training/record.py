@@ -17,6 +17,7 @@ from ropewalk.data import PackedStore
 from ropewalk.files import fsync_path, write_atomically
 from ropewalk.provenance import git_commit, recorded_config, versions
 from ropewalk.rope.position import Position
+from ropewalk.training.terminal import tell
 
 METRICS = "metrics.jsonl"  # a row for each logged step
 EVALUATIONS = "evaluations.jsonl"  # a row for each evaluation while training
@@ -86,7 +87,7 @@ class MetricsFile:
             with self.path.open("a") as file:
                 file.write(self.unwritten)
         except OSError as error:
-            print(f"warning: {self.path} could not be written ({error}); its rows are kept for later", flush=True)
+            tell(f"warning: {self.path} could not be written ({error}); its rows are kept for later")
             if size is not None:
                 with suppress(OSError):
                     os.truncate(self.path, size)  # half a row would spoil the next
@@ -94,23 +95,32 @@ class MetricsFile:
             self.unwritten = ""
 
     def settle(self) -> None:
-        """Have all rows on the disk.
-
-        Raises:
-            OSError: where they are not.
-        """
+        """Have all rows on the disk, or say that they are not."""
         if self.unwritten:
             self._flush()
-        fsync_path(self.path)
+        try:
+            fsync_path(self.path)
+        except OSError as error:
+            tell(f"warning: {self.path} could not be written ({error})")
 
 
 def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, or evaluations.jsonl; a last line cut off by a crash is left out."""
+    """The rows of a run's metrics.jsonl, or evaluations.jsonl; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: naming a line that is no JSON.
+    """
     path = run_dir / name
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.endswith("\n") else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not what was written ({error}); remove it") from error
+    return rows
 
 
 class Progress:

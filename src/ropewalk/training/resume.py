@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from ropewalk.config import ResumeConfig
 from ropewalk.files import fsync_path
-from ropewalk.training.checkpoint import MANIFEST, first_problem, read_manifest, verify_checkpoint
+from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
+from ropewalk.training.checkpoint import MANIFEST, read_manifest, verify_checkpoint
 from ropewalk.training.contract import check_contract
+from ropewalk.training.terminal import tell
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
         ValueError: on every rank, for a contract that differs in an entry that ``resume.accept`` does not name, a run
             whose only checkpoint is damaged, or one that has checkpoints and was told not to resume.
     """
-    found = [sorted(path.parent for path in run_dir.glob(f"checkpoints/step-*/{MANIFEST}"))]
-    dist.broadcast_object_list(found)
-    checkpoints = found[0]
+    checkpoints = by_rank_zero(lambda: sorted(path.parent for path in run_dir.glob(f"checkpoints/step-*/{MANIFEST}")))
     if checkpoints and not resume.enabled:
         raise ValueError(
             f"resume.enabled=false, but {run_dir} holds {checkpoints[-1].name}, which is never overwritten; choose "
@@ -55,57 +55,58 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
         )
     while checkpoints:
         checkpoint = checkpoints.pop()
-        damage = first_problem(_damage(checkpoint, contract, resume.accept))
+        damage = first_problem(_problem_of(read_manifest, checkpoint))
         if damage is None:
             manifest = read_manifest(checkpoint)
+            together(check_contract, manifest["contract"], contract, resume.accept)
+            damage = first_problem(_problem_of(verify_checkpoint, checkpoint, dist.get_rank(), dist.get_world_size()))
+        if damage is None:
             stage = manifest.get("zero_stage", 3)
             return Origin(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
         if not checkpoints:
             raise ValueError(
                 f"{damage}, and there is no checkpoint before it; mend the file, or to begin anew rename {checkpoint}"
             )
-        _set_aside(checkpoint, damage, checkpoints[-1])
+        told = by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1])
+        if dist.get_rank() == 0:
+            tell(told)
     return Origin()
 
 
-def _damage(checkpoint: Path, contract: Mapping[str, Any], accept: list[str]) -> str | None:
-    """What is wrong with this rank's share of the files; a contract of another run is an error, not damage."""
+def _problem_of(reading: Callable[..., object], *arguments: Any) -> str | None:
     try:
-        manifest = read_manifest(checkpoint)
-    except ValueError as error:
-        return str(error)
-    check_contract(manifest["contract"], contract, accept)
-    try:
-        verify_checkpoint(checkpoint, dist.get_rank(), dist.get_world_size())
+        reading(*arguments)
     except (ValueError, OSError) as error:
         return str(error)
     return None
 
 
-def _set_aside(checkpoint: Path, damage: str, before: Path) -> None:
-    if dist.get_rank() == 0:
-        target = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        number = 1
-        while target.exists():
-            number += 1
-            target = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
+    """Rename a damaged checkpoint, so that its step can be saved again; returns what there is to tell."""
+    target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+    try:
         checkpoint.rename(target)
         fsync_path(checkpoint.parent)
-        print(f"warning: {damage}; it is kept as {target.name}, and the run goes on from {before.name}", flush=True)
-    dist.barrier()
+    except OSError as error:
+        raise ValueError(
+            f"{damage}; it could not be renamed ({error}): rename it to what does not begin with step-, and the run "
+            f"goes on from {before.name}"
+        ) from error
+    return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {before.name}"
 
 
 def require_writable(run_dir: Path) -> None:
     """Raise ValueError on every rank where rank 0 cannot write into the run's directory. Collective."""
-    problem = None
-    if dist.get_rank() == 0:
-        try:
+
+    def probe() -> None:
+        with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            probe = run_dir / f".writable-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            problem = f"run_dir={run_dir} cannot be written ({error}); choose another run_dir or paths.output_dir"
-    problem = first_problem(problem)
-    if problem is not None:
-        raise ValueError(problem)
+            file = run_dir / f".writable-{os.getpid()}"
+            file.write_bytes(b"")
+            file.unlink()
+
+    by_rank_zero(probe)

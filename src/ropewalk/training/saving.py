@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import TrainConfig
+from ropewalk.provenance import recorded_config
 from ropewalk.training.checkpoint import SaveFailed, StartedSave, start_save
 from ropewalk.training.observer import Observer
 from ropewalk.training.retention import prune_checkpoints
@@ -36,6 +37,7 @@ class Saver:
     ) -> None:
         """Args as of save_checkpoint; ``state`` is asked at each save; the session goes from ``start`` to ``last``."""
         self.engine, self.trainer, self.contract, self.state = engine, config.trainer, contract, state
+        self.config = recorded_config(config)
         self.run_dir, self.observer = Path(config.run_dir), observer
         self.saved, self.last = start, last
         self.started: StartedSave | None = None
@@ -83,7 +85,8 @@ class Saver:
 
     def _begin(self, step: int, in_background: bool) -> StartedSave:
         self.observer.settle()
-        return start_save(self.engine, self.run_dir, step, self.contract, self.state(), in_background)
+        state = {**self.state(), "config": self.config}  # resolved, for whoever finds the checkpoint alone
+        return start_save(self.engine, self.run_dir, step, self.contract, state, in_background)
 
     def _commit(self, started: StartedSave) -> None:
         started.commit()

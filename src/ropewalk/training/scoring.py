@@ -76,7 +76,6 @@ class EngineScorer:
             position_ids=torch.arange(len(ids))[None],
             labels=torch.cat([ids[1:], torch.tensor([IGNORE_INDEX])])[None],
             cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-            max_seqlen=len(ids),
             domain_ids=torch.zeros(1, dtype=torch.int32),
         )
         return shard(whole, self.ranks.rank % self.ranks.sequence, self.ranks.sequence)

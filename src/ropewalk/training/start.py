@@ -17,15 +17,16 @@ import torch.distributed as dist
 
 from ropewalk.config import TrainConfig
 from ropewalk.files import sha256_of, write_atomically
+from ropewalk.training.agreement import by_rank_zero, first_problem, writing
 from ropewalk.training.checkpoint import (
     MANIFEST,
     find_checkpoint,
-    first_problem,
     load_state,
     read_manifest,
     verify_checkpoint,
 )
 from ropewalk.training.elastic import make_universal, require_stage
+from ropewalk.training.terminal import tell
 
 RECORD = "start.json"
 
@@ -75,19 +76,8 @@ def find_start(config: TrainConfig) -> Start | None:
     """
     if config.start_from.run is None:
         return None
-    problem: str | None = None
-    found: list[dict[str, Any]] = [{}]
-    if dist.get_rank() == 0:
-        try:
-            start = _choose(config.start_from.run, Path(config.run_dir))
-            found = [asdict(start)]
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = first_problem(problem)
-    if problem is not None:
-        raise ValueError(problem)
-    dist.broadcast_object_list(found)
-    return Start(**found[0])
+    run, run_dir = config.start_from.run, Path(config.run_dir)
+    return Start(**by_rank_zero(lambda: asdict(_choose(run, run_dir))))
 
 
 def _choose(run: str, run_dir: Path) -> Start:
@@ -120,9 +110,18 @@ def _choose(run: str, run_dir: Path) -> Start:
 
 
 def write_start(start: Start, run_dir: Path) -> None:
-    """Write down which checkpoint was chosen; on one rank, once the contract of an earlier session is kept."""
-    directory_of(run_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(directory_of(run_dir) / RECORD, json.dumps(asdict(start), indent=1) + "\n")
+    """Write down which checkpoint was chosen, once the contract of an earlier session is kept. Collective.
+
+    Raises:
+        ValueError: on every rank, where it cannot be written.
+    """
+
+    def write() -> None:
+        with writing(run_dir):
+            directory_of(run_dir).mkdir(parents=True, exist_ok=True)
+            write_atomically(directory_of(run_dir) / RECORD, json.dumps(asdict(start), indent=1) + "\n")
+
+    by_rank_zero(write)
 
 
 def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
@@ -140,9 +139,8 @@ def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
     checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
     if dist.get_rank() == 0:
         told = "without its optimizer's state" if is_dropped else "with its optimizer's state"
-        print(f"starting from {checkpoint} (step {start.step}), {told}", flush=True)
+        tell(f"starting from {checkpoint} (step {start.step}), {told}")
     if start.world_size != dist.get_world_size():
-        directory_of(Path(config.run_dir)).mkdir(exist_ok=True)
         universal = make_universal(checkpoint, config.deepspeed.stage, directory_of(Path(config.run_dir)) / "universal")
 
     def load(engine: Any) -> None:

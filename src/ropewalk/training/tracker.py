@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
+from ropewalk.training.terminal import tell
 
 
 class Tracker(Protocol):
@@ -69,8 +70,12 @@ class WandbTracker:
             self.run.define_metric(group, step_metric="tokens")
 
     def log(self, metrics: dict[str, Any], group: str = "train") -> None:
-        """Log a row; the axis of every metric is the token count."""
-        self.run.log(_named(metrics, group), step=metrics["step"])
+        """Log a row; the axis of every metric is the token count.
+
+        W&B counts rows by itself: under a step of ours it drops the rows of steps that it has seen before, which are
+        those that a run killed after its last checkpoint takes again.
+        """
+        self.run.log(_named(metrics, group))
 
     def finish(self) -> None:
         """Close the run."""
@@ -128,7 +133,7 @@ class ForgivingTracker:
             act()
         except Exception as error:  # whatever a dashboard's client raises, the training is worth more
             self.failed = True
-            print(f"warning: the tracker failed ({error}); metrics.jsonl goes on", flush=True)
+            tell(f"warning: the tracker failed ({error}); metrics.jsonl goes on")
 
 
 def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
@@ -156,5 +161,5 @@ def open_tracker(
         if config.name == "trackio":
             return ForgivingTracker(TrackioTracker(config, run_name, details))
     except Exception as error:  # a node without a network, say: the other ranks are waiting
-        print(f"warning: the tracker could not start ({error}); metrics.jsonl goes on", flush=True)
+        tell(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
     return NoTracker(saved_id)

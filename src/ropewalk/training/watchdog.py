@@ -2,105 +2,164 @@
 
 from __future__ import annotations
 
-import faulthandler
-import sys
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from types import FrameType, TracebackType
+from types import TracebackType
+
+from ropewalk.config import GuardConfig
+from ropewalk.training.heartbeat import Heartbeat, Heartbeats
+from ropewalk.training.terminal import tell
 
 WINDOW = 50  # steps whose median is the measure
-GRACE = 2.0  # seconds in which all ranks must have written
+BEAT = 10.0  # seconds between two heartbeats of a rank that is in time
+MARGIN = 2.0  # seconds that a heartbeat may come late
+
+
+@dataclass(frozen=True)
+class Now:
+    """What the watched thread does: a step, since when, and since when its micro batch; infinite: nothing is timed."""
+
+    step: int
+    since: float = math.inf
+    batch_since: float = math.inf
 
 
 class Watchdog:
-    """Reports once for each step that exceeds ``multiple`` times the median, and at least ``at_least`` seconds.
+    """Reports a step, once, that takes longer than ``stuck_multiple`` times the median of those before and than
+    ``stuck_seconds``, or of which one micro batch takes longer than ``stuck_batch_seconds``.
 
-    Every rank writes its own place and the stacks of all its threads to stuck/step-N/rank_R.txt; rank 0 then reads
-    what is there. A rank that is not in a collective is what the others wait for, and one that has written nothing is
-    stopped, dead, or holds the interpreter. On a GPU a rank whose kernels hang also shows as waiting.
+    Every rank's thread writes a heartbeat with the watched thread's stack to heartbeats/rank_R.txt. A rank that is late
+    watches the others' for one beat. One whose heartbeat stands still is stopped or dead, holds the interpreter,
+    or cannot write, so the lowest of those that are late and alive reports, and keeps all stacks in stuck/step-N. A
+    living rank that is not in a collective is what the others wait for. On a GPU one whose kernels hang shows as
+    waiting.
     """
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int, multiple: float, at_least: float) -> None:
+    def __init__(self, run_dir: Path, rank: int, world_size: int, guards: GuardConfig) -> None:
         """Be idle until the context is entered, in the thread that is to be watched."""
-        self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
-        self.multiple, self.at_least = multiple, at_least
+        self.run_dir, self.rank, self.world_size, self.guards = run_dir, rank, world_size, guards
+        shortest = min(guards.stuck_seconds, guards.stuck_batch_seconds)
+        self._every, self._beat_every = min(1.0, shortest / 4), min(BEAT, shortest / 4)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
-        self._step, self._since = 0, float("inf")
-        self._reported = -1
+        self._now = Now(0)
+        self._next_beat = 0.0
+        self._reported = -1  # step
         self._over = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        self._watched = threading.get_ident()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._heartbeats = Heartbeats(self.run_dir, self.rank, self.world_size)
+        self._say(late=False)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        self._thread.join(MARGIN)  # a file system may hold it
+        self._heartbeats.end()
 
     def step_begins(self, step: int) -> None:
-        """Start the clock of ``step``."""
-        self._step, self._since = step, time.monotonic()
+        """Start the clocks of ``step`` and of its first micro batch."""
+        self._now = Now(step, time.monotonic(), time.monotonic())
+
+    def batch_begins(self) -> None:
+        """Start the clock of the next micro batch."""
+        self._now = replace(self._now, batch_since=time.monotonic())
 
     def step_ends(self) -> None:
-        """Stop it; nothing is watched until the next one, so a save may take its time."""
-        self._seconds.append(time.monotonic() - self._since)
-        self._since = float("inf")
+        """Stop them; nothing is watched until the next step, so a save may take its time."""
+        self._seconds.append(time.monotonic() - self._now.since)
+        self._now = Now(self._now.step)
 
     @property
     def limit(self) -> float | None:
         """Seconds that a step may take; None before there is a median."""
-        return max(self.at_least, self.multiple * median(self._seconds)) if len(self._seconds) >= 3 else None
+        if len(self._seconds) < 3:
+            return None
+        return max(self.guards.stuck_seconds, self.guards.stuck_multiple * median(self._seconds))
+
+    def lateness(self, now: Now, at: float) -> str | None:
+        """What takes too long at the time ``at``, in words; None where nothing does."""
+        if self.limit is not None and at - now.since > self.limit:
+            return f"step {now.step} has taken {at - now.since:.1f} s, the median is {median(self._seconds):.2f} s"
+        if at - now.batch_since > self.guards.stuck_batch_seconds:
+            return (
+                f"step {now.step} has taken {at - now.since:.1f} s, one micro batch {at - now.batch_since:.1f} s of it"
+            )
+        return None
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.at_least / 4)):
-            step, since = self._step, self._since
-            taken = time.monotonic() - since
-            limit = self.limit
-            if limit is not None and taken > limit and step != self._reported:
-                self._reported = step
-                self._report(step, taken)
+        while not self._over.wait(self._every):
+            now = self._now
+            late = self.lateness(now, time.monotonic())
+            if late is not None and now.step != self._reported:
+                self._reported = now.step
+                self._report(now, late)
+            elif time.monotonic() >= self._next_beat:
+                self._say(late is not None)
 
-    def _report(self, step: int, taken: float) -> None:
+    def _report(self, now: Now, late: str) -> None:
+        """Watch the others for one heartbeat, then report where no lower rank will."""
+        self._say(late=True)
+        before, until = self._heartbeats.heard(), time.monotonic() + self._beat_every + MARGIN
+        while time.monotonic() < until:
+            if self._over.wait(self._every):
+                return
+            self._say(late=True)
+        after = self._heartbeats.heard()
+        silent = [rank for rank in range(self.world_size) if before[rank] == after[rank] and rank != self.rank]
+        lower = [heard for rank, heard in enumerate(after[: self.rank]) if rank not in silent]
+        if any(heard is not None and heard.late for heard in lower):
+            return
+        told = self._told(after if self._now == now else before, silent)
+        directory = self.run_dir / "stuck" / f"step-{now.step:08d}"
         try:
-            directory = self.run_dir / "stuck" / f"step-{step:08d}"
-            directory.mkdir(parents=True, exist_ok=True)
-            with (directory / f"rank_{self.rank:05d}.txt").open("w") as file:
-                file.write(self._place() + "\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-            if self.rank == 0:
-                self._over.wait(GRACE)
-                measure = f"step {step} has taken {taken:.1f} s, the median is {median(self._seconds):.2f} s"
-                print(f"watchdog: {measure}: {self._told(directory)}; stacks in {directory}", flush=True)
+            self._heartbeats.keep(directory)
+            told += f"; stacks in {directory}"
         except OSError as error:
-            print(f"watchdog: rank {self.rank} is late in step {step} and could not write: {error}", flush=True)
+            told += f"; stacks could not be kept ({error})"
+        tell(f"watchdog: {self.lateness(self._now, time.monotonic()) or late}: {told}")
 
-    def _place(self) -> str:
-        """Where the watched thread is: "waits in FUNCTION" for a collective, else "is in FUNCTION (FILE:LINE)"."""
-        frame: FrameType | None = sys._current_frames().get(self._watched)
-        if frame is None:
-            return "has ended"
-        innermost = frame
-        while frame is not None:
-            if "torch/distributed/" in frame.f_code.co_filename:
-                return f"waits in {frame.f_code.co_name}"
-            frame = frame.f_back
-        return f"is in {innermost.f_code.co_name} ({innermost.f_code.co_filename}:{innermost.f_lineno})"
+    def _say(self, late: bool) -> None:
+        self._next_beat = time.monotonic() + self._beat_every
+        self._heartbeats.say(self._now.step, late)
 
-    def _told(self, directory: Path) -> str:
-        """Who is stuck, then who waits for them."""
-        stuck: list[tuple[int, str]] = []
-        waiting: list[tuple[int, str]] = []
-        for rank in range(self.world_size):
-            path = directory / f"rank_{rank:05d}.txt"
-            place = path.read_text().partition("\n")[0] if path.is_file() else "says nothing: stopped or dead"
-            (waiting if place.startswith("waits") else stuck).append((rank, place))
-        told = [f"rank {rank} {place}" for rank, place in stuck]
+    def _told(self, heard: Sequence[Heartbeat | None], silent: Sequence[int]) -> str:
+        """Who is stuck, the fewest first, then who waits for them."""
+        found: dict[str, list[int]] = {}
+        waiting = 0
+        for rank, last in enumerate(heard):
+            if rank in silent or last is None:
+                found.setdefault(_silence(last), []).append(rank)
+            elif last.place.startswith("waits"):
+                waiting += 1
+            else:
+                found.setdefault(last.place, []).append(rank)
+        told = [
+            f"rank {_listed(ranks)} {place}"
+            for place, ranks in sorted(found.items(), key=lambda item: (len(item[1]), item[1]))
+        ]
         if waiting:
-            told.append(f"{len(waiting)} of {self.world_size} ranks wait in collectives")
+            told.append(f"{waiting} of {self.world_size} ranks wait in collectives")
         return "; ".join(told)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """The first eight, and how many there are where there are more."""
+    listed = ", ".join(map(str, ranks[:8]))
+    return listed if len(ranks) <= 8 else f"{listed} ... ({len(ranks)} of them)"
+
+
+def _silence(last: Heartbeat | None) -> str:
+    said = "says nothing: stopped or dead"
+    if last is None:
+        return said
+    return f"{said} (process {last.pid} on {last.host}; when last heard it {last.place}, step {last.step})"
