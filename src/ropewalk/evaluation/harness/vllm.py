@@ -56,7 +56,7 @@ def load_vllm(subject: Subject, setting: Setting, length: int, overflow: str) ->
     model = CheckedVLLM(
         pretrained=str(scaled_copy(subject.directory, Path(scratch.name), setting, length)),
         dtype=subject.config.dtype,
-        tensor_parallel_size=torch.cuda.device_count(),
+        tensor_parallel_size=max(1, torch.cuda.device_count()),
         max_model_len=length,
         seed=subject.config.seed,
     )
