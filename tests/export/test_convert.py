@@ -105,6 +105,18 @@ def test_pickled_weights_are_not_opened(model, tmp_path):
         converted_source(str(model), CLIP)
 
 
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"), "1 weights are missing, model.layers.1"),
+    (lambda weights: weights.update({"model.norm.weight": torch.ones(31)}), "1 weights have other shapes, model.norm"),
+])  # fmt: skip
+def test_a_model_that_is_not_whole_is_refused(model, spoil, said):
+    weights = load_file(model / "model.safetensors")
+    spoil(weights)
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(ValueError, match=f"does not fit its own config.json: {said}.*; copy it again, whole"):
+        converted_source(str(model), CLIP)
+
+
 def test_a_tokenizer_of_another_model_is_refused(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
