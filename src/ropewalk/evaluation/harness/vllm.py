@@ -1,4 +1,4 @@
-"""vLLM as the engine of lm-eval's tasks: for generation at speed. Never run here: there was no GPU and no vLLM.
+"""vLLM as the engine of lm-eval's tasks: for generation at speed. Run on a CPU alone (docs/status.md).
 
 vLLM reads its spectrum from config.json, so it gets the checkpoint's weights beside a config compiled for the length.
 """
