@@ -8,11 +8,13 @@ sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.r
 
 from ropewalk.config import PrepareConfig
 from ropewalk.entry import entry
+from ropewalk.launch import release_warnings
 
 
 @entry("prepare")
 def main(config: PrepareConfig) -> None:
     """Prepare one corpus."""
+    release_warnings()  # nothing is to be saved: finished shards are on the disk, so a job's warning may end it
     from ropewalk.data.prepare import prepare
 
     prepare(config)

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # What the recipes' run.sh share; each sources it from the repository's root. CLUSTER (a name in configs/cluster) and NODES
-# say where training runs; DRY_RUN=1 runs nothing: every stage composes and validates its configuration, training is
-# planned, and each input must be promised by a stage before.
+# say where training runs, EVALUATION_GPUS how many GPUs one evaluation sees. DRY_RUN=1 runs nothing: every stage composes and
+# validates its configuration, training is planned, and each input must be promised by a stage before.
 set -euo pipefail
-: "${CLUSTER:=h100_8}" "${NODES:=4}"
+: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}"
 
 if [ -n "${DRY_RUN:-}" ]; then
   chain=$(mktemp)
@@ -55,15 +55,15 @@ train() {
   fi
 }
 
-# evaluate ARGUMENTS...: scripts/evaluate.py on a GPU, through SLURM where there is one
+# evaluate ARGUMENTS...: scripts/evaluate.py, one process, through SLURM where there is one
 evaluate() {
   if [ -n "${DRY_RUN:-}" ]; then
     note scripts/evaluate.py "$@"
   elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
     local options
-    options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 cluster.gpus_per_node=1)
+    options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 "cluster.gpus_per_node=$EVALUATION_GPUS")
     # shellcheck disable=SC2086
-    sbatch --wait $options slurm/evaluate.sh "cluster=$CLUSTER" "$@"
+    sbatch --wait $options --ntasks-per-node=1 slurm/evaluate.sh "cluster=$CLUSTER" "$@"
   else
     python scripts/evaluate.py "$@"
   fi

@@ -31,11 +31,9 @@ def begin_job() -> None:
             "error: begin COMMAND BATCH_SCRIPT [overrides] is for a job's script; submit one of slurm/ with sbatch"
         )
     command, batch_script, *arguments = sys.argv[1:]
-    of_cluster = [word for word in arguments if word.partition("=")[0].lstrip("+~").split(".")[0] == "cluster"]
-    of_command = arguments if command == "train" else [word for word in arguments if word not in of_cluster]
     with user_errors():
-        config = composed(command, of_command)
-        cluster = composed("sbatch", of_cluster).cluster
+        config = composed(command, _of_command(command, arguments))
+        cluster = composed("sbatch", list(filter(_is_of_cluster, arguments))).cluster
         if command == "train":
             validate_train(config, int(os.environ.get("SLURM_NTASKS", "1")))
         lines = exports(cluster.slurm.environment)
@@ -49,8 +47,17 @@ def directory() -> None:
         sys.exit("error: say whose directory: python scripts/job.py directory train +experiment=cope20")
     command, *arguments = sys.argv[1:]
     with user_errors():
-        config = composed(command, arguments)
+        config = composed(command, _of_command(command, arguments))
     print(config.run_dir if command == "train" else config.output)
+
+
+def _is_of_cluster(word: str) -> bool:
+    return word.partition("=")[0].lstrip("+~").split(".")[0] == "cluster"
+
+
+def _of_command(command: str, arguments: list[str]) -> list[str]:
+    """Without the cluster group, which training alone has."""
+    return arguments if command == "train" else [word for word in arguments if not _is_of_cluster(word)]
 
 
 if __name__ == "__main__":

@@ -42,20 +42,13 @@ python scripts/job.py directory compare "runs=[$(IFS=,; echo "${tuned[*]}")]" "$
 lead=$(python scripts/plan.py +experiment="${arms[0]}" "${cluster[@]}" nodes="$nodes" "${train[@]}" print=lead_seconds) || lead=null
 read -ra training <<<"$(options nodes="$nodes" lead_seconds="$lead")"
 read -ra single <<<"$(options nodes=1 cluster.gpus_per_node=1)"
-read -ra cpu <<<"$(options nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_request=false)"
+read -ra cpu <<<"$(options nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_request=false cluster.slurm.cpus_per_gpu=1)"
 
 # prepared TASKS OVERRIDES...: submits a preparation and says so; prints the last of its jobs
 prepared() {
-  local said option
+  local said
   [ $# -gt 0 ] || return 0
-  for option in "${cpu[@]}"; do
-    case $option in
-      --partition=*) export SBATCH_PARTITION=${option#*=} ;;
-      --account=*) export SBATCH_ACCOUNT=${option#*=} ;;
-      --qos=*) export SBATCH_QOS=${option#*=} ;;
-    esac
-  done
-  said=$(slurm/prepare_data.sh "$@")
+  said=$(slurm/prepare_data.sh "$@" "${cluster[@]}")
   echo "prepare: $said" >&3
   echo "${said##* }"
 }
@@ -72,6 +65,5 @@ for i in "${!arms[@]}"; do
   evaluated+=${evaluated:+:}$scored
   echo "${arms[i]}: train $pretrained, sft $finetuned, evaluate $scored"
 done
-printf -v command ' %q' python scripts/compare.py "runs=[$(IFS=,; echo "${tuned[*]}")]" "${compare[@]}"
-echo "compare: $(submit "$evaluated" "${cpu[@]}" --job-name=ropewalk-compare --output="${SBATCH_OUTPUT:-%x-%j.log}" \
-  --wrap "PATH=$(printf %q "$PATH") exec$command")"
+echo "compare: $(submit "$evaluated" "${cpu[@]}" slurm/compare.sh "runs=[$(IFS=,; echo "${tuned[*]}")]" \
+  "${cluster[@]}" "${compare[@]}")"

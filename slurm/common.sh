@@ -54,7 +54,7 @@ ranks() {
     "${container[@]}" python -u -m ropewalk.slurm.rank "$@")
 }
 
-# Look at the machine before hours are spent on it; what is wrong with it ends the job, with 3.
+# check_machine COMMAND OVERRIDES...: look at the machine before hours are spent on it; what is wrong ends the job, with 3
 check_machine() {
   local status=0 line
   ranks "$job_record/doctor" scripts/doctor.py "$@"
@@ -122,9 +122,19 @@ leave_by() {
 train() {
   local until
   begin train "$@"
-  check_machine "$@"
+  check_machine train "$@"
   until=$(leave_by "$@")
   run_ranks train.py ${until:+trainer.stop_before="$until"} "$@"
+  finish
+}
+
+# alone COMMAND SCRIPT OVERRIDES...: the whole of a job that trains nothing. What it has finished is on the disk, so near the
+# time limit it is ended and put back into the queue.
+alone() {
+  begin "$1" "${@:3}"
+  without_cluster "${@:3}"
+  check_machine "$1" "${arguments[@]}"
+  run_ranks "$2" "${arguments[@]}"
   finish
 }
 

@@ -19,7 +19,4 @@ cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file 
 [ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
 . slurm/common.sh
 
-begin evaluate "$@"
-without_cluster "$@"
-run_ranks scripts/evaluate.py "${arguments[@]}"
-finish
+alone evaluate scripts/evaluate.py "$@"

@@ -1,29 +1,36 @@
 #!/usr/bin/env bash
-# A corpus on many nodes:  slurm/prepare_data.sh TASKS corpus=NAME 'sequence_lengths=[65536]' [overrides]
+# A corpus on many nodes:  slurm/prepare_data.sh TASKS corpus=NAME 'sequence_lengths=[65536]' [cluster=NAME] [overrides]
 # Run it on the login node (it is no job itself): it submits the plan, an array of TASKS jobs that tokenize, an array
-# that packs, and the finish, each after the one before. What is finished is skipped when it is submitted again. Give
-# partition, account and time of all four in SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
+# that packs, and the finish, each after the one before. What is finished is skipped when it is submitted again. The
+# cluster group gives partition and account; without it they are the site's, or SBATCH_PARTITION's and SBATCH_ACCOUNT's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
 
-tasks=${1:?usage: slurm/prepare_data.sh TASKS corpus=NAME \'sequence_lengths=[65536]\' [overrides]}
+tasks=${1:?usage: slurm/prepare_data.sh TASKS corpus=NAME \'sequence_lengths=[65536]\' [cluster=NAME] [overrides]}
 shift
 
-# submit NAME DEPENDENCY SBATCH_OPTIONS... -- OVERRIDES...: prints the job's number
+cluster=()
+for word in "$@"; do
+  [[ ! $word =~ ^[+~]*cluster[.=] ]] || cluster+=("$word")
+done
+options=()
+if [ ${#cluster[@]} -gt 0 ]; then
+  said=$(python scripts/job.py options "${cluster[@]}" nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_request=false \
+    cluster.slurm.cpus_per_gpu=1)
+  read -ra options <<<"$said"
+fi
+words=("$@" n_shards="$tasks")
+python scripts/job.py directory prepare "${words[@]}" >/dev/null # a typo ends here
+
+# submit STAGE AFTER [SBATCH_OPTIONS...]: prints the job's number
 submit() {
-  local name=$1 after=$2 options=() command
-  shift 2
-  while [ "$1" != -- ]; do options+=("$1") && shift; done
-  shift
-  printf -v command ' %q' "$@"
-  sbatch --parsable --job-name="ropewalk-$name" --output="${SBATCH_OUTPUT:-%x-%j.log}" --open-mode=append --requeue \
-    ${after:+--dependency=afterok:$after} --kill-on-invalid-dep=yes \
-    "${options[@]}" --wrap "PATH=\"$PWD/.venv/bin:\$PATH\" exec python data_prep/prepare.py stage=$name$command \
-    ${options[1]:+shard=\$SLURM_ARRAY_TASK_ID n_shards=$tasks}"
+  sbatch --parsable --job-name="ropewalk-$1" ${SBATCH_OUTPUT:+--output="$SBATCH_OUTPUT"} --kill-on-invalid-dep=yes \
+    ${2:+--dependency=afterok:$2} "${options[@]}" "${@:3}" slurm/prepare_stage.sh stage="$1" "${words[@]}"
 }
 
-plan=$(submit plan "" --cpus-per-task=1 -- "$@")
-tokenize=$(submit tokenize "$plan" --cpus-per-task=1 --array="0-$((tasks - 1))" -- "$@")
-pack=$(submit pack "$tokenize" --cpus-per-task=1 --array="0-$((tasks - 1))" -- "$@")
-finish=$(submit finish "$pack" --cpus-per-task=1 -- "$@")
+plan=$(submit plan "")
+tokenize=$(submit tokenize "$plan" --array="0-$((tasks - 1))")
+pack=$(submit pack "$tokenize" --array="0-$((tasks - 1))")
+finish=$(submit finish "$pack")
 echo "plan $plan, tokenize $tokenize, pack $pack, finish $finish"

@@ -146,7 +146,10 @@ def test_every_recipe_has_its_parts():
         assert "ot known" in readme, f"{recipe.name}: say what is not known"
         header = (recipe / "expected.csv").read_text().splitlines()[0].split(",")
         assert {"source", "benchmark", "method", "task", "context_length", "value"} <= set(header), recipe.name
-        assert "scripts/compare.py" in (recipe / "run.sh").read_text(), recipe.name
+        commands = (recipe / "run.sh").read_text().replace("\\\n", " ").splitlines()
+        compares = [line for line in commands if line.startswith("stage scripts/compare.py")]
+        assert compares, recipe.name
+        assert all("published=" in line for line in compares), recipe.name
 
 
 @pytest.mark.parametrize("link", sorted({

@@ -39,4 +39,5 @@ for arm in rope hardclip20 cope20; do
   runs+=("$base" "${base}_sft")
 done
 stage scripts/compare.py "runs=[$(IFS=, && echo "${runs[*]}")]" baseline=llama3_8b_64k_rope \
-  output=outputs/cope_llama3_8b_64k.html title='Llama-3-8B to 64k with RoPE and HardClip-20 and CoPE-20'
+  published=recipes/cope_llama3_8b_64k/expected.csv output=outputs/cope_llama3_8b_64k.html \
+  title='Llama-3-8B to 64k with RoPE and HardClip-20 and CoPE-20'

@@ -25,4 +25,4 @@ for run in "${runs[@]}"; do
 done
 
 stage scripts/compare.py "runs=[$(printf 'outputs/demo/%s,' "${runs[@]}" | sed 's/,$//')]" baseline=rope \
-  output=outputs/demo/report.html title='ropewalk demo'
+  published=recipes/demo/expected.csv output=outputs/demo/report.html title='ropewalk demo'

@@ -22,7 +22,7 @@ for run in outputs/prolong_512k outputs/prolong_512k_sft; do
   evaluate checkpoint="$run/export" output="$run/evaluation" documents=data/text/heldout \
     'lengths=[65536,131072,262144,524288]' test_time=none
   evaluate suite=ruler checkpoint="$run/export" output="$run/evaluation" test_time=none \
-    'lengths=[65536,131072,262144,524288]' suite.published=recipes/prolong_llama3_8b_512k/expected.csv
+    'lengths=[65536,131072,262144,524288]'
 done
 stage scripts/compare.py 'runs=[outputs/prolong_512k,outputs/prolong_512k_sft]' output=outputs/prolong_512k.html \
-  title='ProLong at 512k'
+  published=recipes/prolong_llama3_8b_512k/expected.csv title='ProLong at 512k'

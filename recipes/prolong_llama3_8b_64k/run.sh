@@ -18,7 +18,7 @@ for run in outputs/prolong_64k outputs/prolong_64k_sft; do
   evaluate checkpoint="$run/export" output="$run/evaluation" documents=data/text/heldout \
     'lengths=[8192,16384,32768,65536,131072]' test_time=none
   evaluate suite=ruler checkpoint="$run/export" output="$run/evaluation" test_time=none \
-    'lengths=[8192,16384,32768,65536,131072]' suite.published=recipes/prolong_llama3_8b_64k/expected.csv
+    'lengths=[8192,16384,32768,65536,131072]'
 done
 stage scripts/compare.py 'runs=[outputs/prolong_64k,outputs/prolong_64k_sft]' output=outputs/prolong_64k.html \
-  title='ProLong at 64k'
+  published=recipes/prolong_llama3_8b_64k/expected.csv title='ProLong at 64k'

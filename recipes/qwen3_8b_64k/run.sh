@@ -19,8 +19,8 @@ for arm in rope hardclip20 cope20; do
   evaluate checkpoint="$run/export" output="$run/evaluation" documents="$heldout" \
     'lengths=[8192,16384,32768,65536,131072]' test_time=auto
   evaluate suite=ruler checkpoint="$run/export" output="$run/evaluation" test_time=auto \
-    'lengths=[8192,16384,32768,65536,131072]' suite.published=recipes/qwen3_8b_64k/expected.csv
+    'lengths=[8192,16384,32768,65536,131072]'
   runs+=("$run")
 done
 stage scripts/compare.py "runs=[$(IFS=, && echo "${runs[*]}")]" baseline=qwen3_8b_64k_rope \
-  output=outputs/qwen3_8b_64k.html title='Qwen3-8B-Base to 64k'
+  published=recipes/qwen3_8b_64k/expected.csv output=outputs/qwen3_8b_64k.html title='Qwen3-8B-Base to 64k'

@@ -12,11 +12,14 @@ stage data_prep/prepare.py corpus=dolma 'sequence_lengths=[4096,32768,131072]'
 
 # measure RUN LENGTHS PUBLISHED: loss and needle at the paper's lengths, then RULER with the paper's numbers beside yours
 # (printed, and in paper.csv)
+# measure RUN CHECKPOINT LENGTHS SUITE PUBLISHED [overrides]: loss and needle on held-out texts, then the suite
 measure() {
-  evaluate checkpoint="$out/$1/export" output="$out/$1/evaluation" documents=data/dolma/heldout \
-    "lengths=$2" test_time=none
-  evaluate suite=ruler checkpoint="$out/$1/export" output="$out/$1/evaluation" "lengths=$2" test_time=none \
-    suite.published="recipes/rope_id_1b/$3"
+  local run=$1 checkpoint=$2 lengths=$3 suite=$4 published=recipes/rope_id_1b/$5
+  shift 5
+  evaluate checkpoint="$out/$checkpoint/export" output="$out/$run/evaluation" documents=data/dolma/heldout \
+    "lengths=$lengths" "$@"
+  evaluate suite="$suite" checkpoint="$out/$checkpoint/export" output="$out/$run/evaluation" "lengths=$lengths" \
+    suite.published="$published" "$@"
 }
 published=expected.csv
 [ "$MODEL" = rope_id_1b ] || published=expected_3b.csv
@@ -26,13 +29,12 @@ for arm in native high_frequency half_rope rope_id; do
   run=${arm/native/rope}_4k
   train +experiment="$MODEL" rope="$arm"
   stage scripts/export.py checkpoint="$out/$run"
-  measure "$run" '[4096,8192,16384]' "$published"
+  measure "$run" "$run" '[4096,8192,16384]' rope_id_paper "$published" test_time=none
 done
 # The YaRN row: the RoPE arm with YaRN beyond its length.
-evaluate name=yarn checkpoint="$out/rope_4k/export" output="$out/yarn_4k/evaluation" \
-  documents=data/dolma/heldout 'lengths=[4096,8192,16384]' test_time=auto
+measure yarn_4k rope_4k '[4096,8192,16384]' rope_id_paper "$published" test_time=auto name=yarn
 stage scripts/compare.py "runs=[$out/rope_4k,$out/high_frequency_4k,$out/half_rope_4k,$out/yarn_4k,$out/rope_id_4k]" \
-  baseline=rope_4k output="$out/from_scratch.html" title='RoPE-ID from scratch at 4k'
+  baseline=rope_4k published="recipes/rope_id_1b/$published" output="$out/from_scratch.html" title='RoPE-ID from scratch at 4k'
 [ "$MODEL" = rope_id_1b ] || exit 0
 
 # extend FROM TO EXPERIMENT ROPE: one jump of one arm
@@ -48,7 +50,7 @@ extend yarn_32k yarn_128k rope_id_1b_128k yarn4
 extend rope_id_32k rope_id_128k rope_id_1b_128k default
 extend rope_id_yarn_32k rope_id_yarn_128k rope_id_1b_128k rope_id_yarn4
 for run in yarn_128k rope_id_128k rope_id_yarn_128k; do
-  measure "$run" '[4096,8192,16384,32768,65536,131072]' expected_128k.csv
+  measure "$run" "$run" '[4096,8192,16384,32768,65536,131072]' ruler expected_128k.csv test_time=none
 done
 stage scripts/compare.py "runs=[$out/yarn_128k,$out/rope_id_128k,$out/rope_id_yarn_128k]" baseline=yarn_128k \
-  output="$out/extended.html" title='RoPE-ID extended to 128k'
+  published=recipes/rope_id_1b/expected_128k.csv output="$out/extended.html" title='RoPE-ID extended to 128k'

@@ -34,4 +34,4 @@ for arm in rope cope10; do
 done
 
 stage scripts/compare.py "runs=[$out/rope,$out/cope10,$out/hardclip10,$out/yarn2,$out/rope_trained,$out/cope10_trained]" \
-  baseline=rope output="$out/report.html" title='SmolLM2-135M past its trained length'
+  baseline=rope published=recipes/smollm2_135m_cpu/expected.csv output="$out/report.html" title='SmolLM2-135M past its trained length'

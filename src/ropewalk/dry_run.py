@@ -146,10 +146,13 @@ def _export(config: ExportConfig) -> Stage:
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
+    from ropewalk.evaluation.paper import read_published
     from ropewalk.rope import RopeChain
 
     for steps in (config.rope.chain, config.test_time.within, config.test_time.beyond):
         RopeChain(steps)
+    if config.suite.published is not None:
+        read_published(config.suite.published)
     needs = [Need("checkpoint", config.checkpoint, ("run", "model"))]
     if config.documents is not None:
         needs.append(Need("documents", config.documents, ("heldout", "documents")))
@@ -157,6 +160,10 @@ def _evaluate(config: EvaluateConfig) -> Stage:
 
 
 def _compare(config: CompareConfig) -> Stage:
+    from ropewalk.evaluation.paper import read_published
+
+    if config.published is not None:
+        read_published(config.published, "published")
     names = [Path(run).name for run in config.runs]
     if config.baseline is not None and config.baseline not in names:
         raise ValueError(f"baseline={config.baseline} is none of the runs; use one of {', '.join(names)}")

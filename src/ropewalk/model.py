@@ -194,7 +194,7 @@ def load_for_evaluation(
         extra: test-time methods, as in a chain.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
         dtype: of the weights; the spectrum stays float32.
-        device: cpu or cuda.
+        device: cpu, cuda, or auto: its layers one after the other over all GPUs that this process sees.
 
     Raises:
         ValueError: where weights are missing, or have other shapes than the config says.
@@ -205,10 +205,14 @@ def load_for_evaluation(
         place_position(config, position, extra, length)
     config.use_cache = False
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    implementation = "sdpa" if has_sdpa else "eager"
+    spread = {"device_map": "auto"} if device == "auto" else {}
     model = _whole_model(
-        directory, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa" if has_sdpa else "eager"
+        directory, config=config, dtype=getattr(torch, dtype), attn_implementation=implementation, **spread
     )
-    model.to(device).eval()
+    if not spread:
+        model.to(device)
+    model.eval()
     install_spectrum(model)
     assert_spectrum(model, position.spectrum(extra, length))
     return model

@@ -10,18 +10,21 @@ from collections import namedtuple
 
 import pytest
 import torch
-from helpers import alone_environment, tiny_run
+from helpers import alone_environment, composed, save_tiny, tiny_run
 from ranks import tiny_arguments
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from ropewalk.doctor import disk, machine
+from ropewalk.doctor import disk, examine_comparison, examine_evaluation, examine_preparation, inputs, machine
 from ropewalk.doctor.disk import check_file_system, check_space
 from ropewalk.doctor.findings import fail, guarded, ok, screen
+from ropewalk.doctor.inputs import check_evaluated, check_room_for_tokens
 from ropewalk.doctor.machine import check_data, check_device, check_kernels
 from ropewalk.doctor.network import SIZE
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import train
 
 ROOT = CONFIG_DIR.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def levels(findings):
@@ -40,7 +43,7 @@ def test_equal_findings_are_one_line_and_others_name_their_nodes():
         "  ok   device       8 GPUs  [n1]",
         "  FAIL device       7 GPUs  [n2]",
         "  ok   clock        fine",
-        "2 ok, 0 to look at, 1 to mend before training",
+        "2 ok, 0 to look at, 1 to mend",
     ]
 
 
@@ -127,19 +130,16 @@ def test_a_loss_that_is_off_is_told(monkeypatch):
     assert levels(check_kernels(torch.device("cpu"), torch.float32, 64))["loss"] == "FAIL"
 
 
-def test_a_missing_gpu_is_told(store_64, tmp_path, monkeypatch):
+def test_a_missing_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cluster = tiny_run(store_64, tmp_path).cluster
-    assert levels(check_device("cuda", cluster, 0)) == {"device": "FAIL"}
-    assert levels(check_device("cpu", cluster, 0)) == {"device": "ok"}
+    assert levels(check_device("cuda", 1, 0)) == {"device": "FAIL"}
+    assert levels(check_device("cpu", 1, 0)) == {"device": "ok"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_gpus_of_this_machine(store_64, tmp_path):
-    cluster = tiny_run(store_64, tmp_path).cluster
-    cluster.gpus_per_node = torch.cuda.device_count()
-    assert levels(check_device("cuda", cluster, 0))["device"] in ("ok", "warn")
+def test_the_gpus_of_this_machine():
+    assert levels(check_device("cuda", torch.cuda.device_count(), 0))["device"] in ("ok", "warn")
     device = torch.device("cuda", 0)
     assert levels(check_kernels(device, torch.bfloat16, 64)) == {"attention": "ok", "loss": "ok"}
 
@@ -153,7 +153,7 @@ def test_by_hand_on_a_fit_machine(store_64, tmp_path):
     done = doctor(*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[0].endswith("1 ranks on 1 nodes")
-    assert done.stdout.splitlines()[-1].endswith("0 to look at, 0 to mend before training")
+    assert done.stdout.splitlines()[-1].endswith("0 to look at, 0 to mend")
     assert len(done.stdout.splitlines()) <= 24
 
 
@@ -162,8 +162,95 @@ def test_by_hand_on_an_unfit_one(tmp_path):
     assert done.returncode == 1
     assert "FAIL data" in done.stdout
     assert "FAIL model" in done.stdout  # the base is not exported
-    assert "2 to mend before training" in done.stdout
+    assert "2 to mend" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """The words of an evaluation that could be run."""
+    save_tiny(tmp_path / "model")
+    shutil.copytree(FIXTURES / "corpus", tmp_path / "texts")
+    return {
+        "checkpoint": str(tmp_path / "model"), "output": str(tmp_path / "out"), "documents": str(tmp_path / "texts"),
+        "lengths": "[64,128]", "device": "cpu", "dtype": "float32", "paths.output_dir": str(tmp_path),
+    }  # fmt: skip
+
+
+def findings_of(examined, config, capsys):
+    """How many things are to be mended, and the level of each subject on the screen."""
+    failed = examined(config)
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    return failed, {line.split()[1]: line.split()[0] for line in lines}
+
+
+@pytest.mark.parametrize(("change", "subject"), [
+    ({}, None),
+    ({"checkpoint": "nowhere"}, "model"),
+    ({"documents": "nowhere"}, "suite"),
+    ({"lengths": "[64,1000000000000]"}, "memory"),
+    ({"backend": "vllm"}, "vllm"),
+    ({"suite": "short_offline", "suite.data": "nowhere"}, "data"),
+], ids=lambda value: str(value or "fit"))  # fmt: skip
+def test_an_evaluation_is_looked_at(evaluated, change, subject, capsys):
+    words = [f"{key}={value}" for key, value in {**evaluated, **change}.items()]
+    failed, found = findings_of(examine_evaluation, composed("evaluate", *words), capsys)
+    assert failed == (subject is not None)
+    assert [name for name, level in found.items() if level == "FAIL"] == ([subject] if subject else [])
+    assert found["device"] == "ok"
+
+
+def test_the_memory_of_an_evaluation_is_weights_and_cache(evaluated):
+    """A cache of 128 tokens, as transformers keeps it, is the 128 millionth part of one of 2^34."""
+    config = composed(
+        "evaluate", *(f"{key}={value}" for key, value in (evaluated | {"lengths": "[17179869184]"}).items())
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(config.checkpoint)
+    cached = DynamicCache(config=loaded.config)
+    loaded(torch.zeros(1, 128, dtype=torch.long), past_key_values=cached)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cached.layers) * 2**27
+    held += sum(parameter.nbytes for parameter in loaded.parameters())
+    (memory,) = [finding for finding in check_evaluated(config) if finding.subject == "memory"]
+    assert memory.text.startswith(f"{held / 1e9:,.1f} GB for weights and the cache of 17,179,869,184 tokens")
+
+
+@pytest.mark.parametrize(("change", "subject"), [
+    ({}, None),
+    ({"corpus.paths": "[nowhere]"}, "sources"),
+    ({"corpus.tokenizer": "no/such/tokenizer"}, "sources"),
+    ({"stage": "tokenize"}, "sources"),
+], ids=lambda value: str(value or "fit"))  # fmt: skip
+def test_a_preparation_is_looked_at(tmp_path, change, subject, capsys):
+    words = {
+        "corpus": "files", "corpus.paths": f"[{FIXTURES / 'corpus'}]", "corpus.tokenizer": str(FIXTURES / "tokenizer"),
+        "sequence_lengths": "[64]", "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    config = composed("prepare", *(f"{key}={value}" for key, value in {**words, **change}.items()))
+    failed, found = findings_of(examine_preparation, config, capsys)
+    assert failed == (subject is not None)
+    assert [name for name, level in found.items() if level == "FAIL"] == ([subject] if subject else [])
+
+
+def test_room_for_tokens_is_four_bytes_for_four(tmp_path, monkeypatch):
+    """3 MB of text: token files and two stores of as much are 9 MB."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(b"x" * 3_000_000)
+    usage = namedtuple("usage", "total used free")
+    words = ["corpus=files", f"corpus.paths=[{tmp_path / 'texts'}]", "sequence_lengths=[64,128]",
+             f"output={tmp_path / 'out'}"]  # fmt: skip
+    for free, level in ((8_999_999, "warn"), (9_000_000, "ok")):
+        monkeypatch.setattr(inputs, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
+        (finding,) = check_room_for_tokens(composed("prepare", *words))
+        assert finding.level == level
+
+
+def test_a_comparison_is_looked_at(store_64, tmp_path, capsys):
+    config = tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1")
+    train(config)
+    output = f"output={tmp_path / 'report.html'}"
+    assert findings_of(examine_comparison, composed("compare", f"runs=[{tmp_path}/run]", output), capsys)[0] == 0
+    failed, found = findings_of(examine_comparison, composed("compare", f"runs=[{tmp_path}/none]", output), capsys)
+    assert (failed, found["runs"]) == (1, "FAIL")
 
 
 @pytest.mark.slow

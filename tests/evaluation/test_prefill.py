@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ropewalk.evaluation.prefill import MASK_ELEMENTS, Reader, chunk_for
 from ropewalk.evaluation.scoring import ModelScorer
+from ropewalk.model import load_for_evaluation
+from ropewalk.rotary import install_spectrum
 
 
 @pytest.fixture
@@ -63,3 +66,28 @@ def test_losses_of_a_window_read_in_chunks_are_those_of_one_pass(model, ids) -> 
 def test_a_chunks_mask_stays_small(tokens: int) -> None:
     assert chunk_for(tokens) * tokens <= MASK_ELEMENTS
     assert chunk_for(tokens) >= 64
+
+
+def test_a_model_whose_layers_are_spread_reads_as_one_that_is_whole(model, checkpoint, ids, tmp_path) -> None:
+    """Half of the layers wait on the disk, so that every module is reached through the hooks that move its inputs."""
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=places, offload_folder=str(tmp_path)).eval()
+    assert {parameter.device.type for parameter in spread.parameters()} == {"cpu", "meta"}
+    install_spectrum(spread)
+    assert ModelScorer(spread).token_losses(ids).tolist() == ModelScorer(model).token_losses(ids).tolist()
+    assert Reader(spread, 16).generate(ids, 6, lambda _: False) == Reader(model, 16).generate(ids, 6, lambda _: False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_layers_over_two_gpus_read_as_on_the_cpu(model, checkpoint, ids) -> None:
+    spread = load_for_evaluation(checkpoint, device="auto")
+    assert len({parameter.device for parameter in spread.parameters()}) > 1
+    for scorer in (ModelScorer(spread), ModelScorer(spread, prefill_chunk=16)):
+        torch.testing.assert_close(
+            torch.tensor(scorer.token_losses(ids)),
+            torch.tensor(ModelScorer(model).token_losses(ids)),
+            atol=1e-4,
+            rtol=1e-4,
+        )

@@ -87,6 +87,7 @@ def write_config(directory: Path, run: FakeRun) -> None:
 def write_record(directory: Path, run: FakeRun) -> None:
     record = {
         "run_name": run.name,
+        "method": run.name,
         "chain": run.chain,
         "chain_sha256": hashlib.sha256(run.chain.encode()).hexdigest(),
         "theta": run.theta,

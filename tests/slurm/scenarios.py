@@ -37,6 +37,7 @@ class Site:
     store: Path  # packed, sequences of 64 tokens
     output: Path
     jobs: dict[str, str] = field(default_factory=dict)
+    records: dict[str, Path] = field(default_factory=dict)  # of jobs that train nothing
 
     def arguments(self, name: str, *more: str) -> list[str]:
         """The demo's pretraining at the smallest size, as run ``name``."""
@@ -77,12 +78,16 @@ class Site:
     def losses(self, name: str) -> list[tuple[int, float, float]]:
         return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(self.run_dir(name))]
 
+    def session(self, name: str, restart: int) -> Path:
+        """The directory of a session's record."""
+        return self.records.get(name, self.run_dir(name) / "jobs") / f"{self.jobs[name]}-{restart}"
+
     def record(self, name: str, restart: int, file: str = "end.json") -> dict[str, Any]:
-        return json.loads((self.run_dir(name) / "jobs" / f"{self.jobs[name]}-{restart}" / file).read_text())
+        return json.loads((self.session(name, restart) / file).read_text())
 
     def ranks(self, name: str, restart: int = 0) -> list[dict[str, Any]]:
         """The notes of a session's ranks, by rank."""
-        notes = self.run_dir(name).glob(f"jobs/{self.jobs[name]}-{restart}/ranks/rank-*.json")
+        notes = self.session(name, restart).glob("ranks/rank-*.json")
         return [json.loads(note.read_text()) for note in sorted(notes)]
 
     def signal(self, name: str, number: int, *ranks: int, restart: int = 0) -> None:
@@ -136,18 +141,80 @@ def time_limit(site: Site) -> Scenario:
         options=(*TWO_NODES, "--signal=B:USR1@180"), limit="--time=20",
     )  # fmt: skip
     yield from until(lambda: site.steps("limit") >= 3, PATIENCE, "three steps of limit")
-    site.signal("limit", signal.SIGSTOP)
-    try:
-        since = site.state("limit")["RunTime"]
-        minutes = sum(int(part) * factor for part, factor in zip(since.split(":"), (60, 1, 0), strict=True)) + 2
-        site.slurm.run("scontrol", "update", f"JobId={site.jobs['limit']}", f"TimeLimit={minutes}")
-        yield from until(lambda: "SIGUSR1 to the ranks" in site.log("limit"), 90, "SLURM's warning")
-    finally:
-        site.signal("limit", signal.SIGCONT)
-    ask = Paced(lambda: site.state("limit")["JobState"] == "PENDING")
-    yield from until(ask, 90, "requeue of limit")
-    site.slurm.run("scontrol", "update", f"JobId={site.jobs['limit']}", "TimeLimit=20")
+    yield from warned(site, "limit")
     yield from done(site, "limit")
+
+
+def warned(site: Site, name: str) -> Scenario:
+    """Hold a job's ranks until its limit, set to a minute or two from now, has come near and it is queued again."""
+    site.signal(name, signal.SIGSTOP)
+    try:
+        since = site.state(name)["RunTime"]
+        minutes = sum(int(part) * factor for part, factor in zip(since.split(":"), (60, 1, 0), strict=True)) + 2
+        site.slurm.run("scontrol", "update", f"JobId={site.jobs[name]}", f"TimeLimit={minutes}")
+        yield from until(lambda: "SIGUSR1 to the ranks" in site.log(name), 90, f"SLURM's warning to {name}")
+    finally:
+        site.signal(name, signal.SIGCONT)
+    ask = Paced(lambda: site.state(name)["JobState"] == "PENDING")
+    yield from until(ask, 90, f"requeue of {name}")
+    site.slurm.run("scontrol", "update", f"JobId={site.jobs[name]}", "TimeLimit=20")
+
+
+CORPUS = ROOT / "tests" / "fixtures" / "corpus"
+
+
+def evaluation_words(site: Site, name: str) -> list[str]:
+    """An evaluation of ``straight`` in four parts."""
+    return [
+        f"checkpoint={site.run_dir('straight')}", f"output={site.run_dir(name)}", f"documents={CORPUS}",
+        "lengths=[128,192,256]", "test_time=none", "needle.samples=8", "device=cpu", "dtype=float32",
+        f"paths.output_dir={site.output}",
+    ]  # fmt: skip
+
+
+def evaluation(site: Site) -> Scenario:
+    """As a recipe submits it, and its limit comes near after the first part was measured."""
+    yield from until(Paced(lambda: "straight" in site.jobs), PATIENCE, "submission of straight")
+    yield from done(site, "straight")
+    site.records["evaluation"] = site.output / "jobs" / "evaluation"
+    command = [
+        "sbatch", "--wait", "--parsable", f"--output={site.output}/evaluation.log", *ONE_NODE, "--job-name=evaluation",
+        "--signal=B:USR1@180", "--time=20", "slurm/evaluate.sh", *evaluation_words(site, "evaluation"),
+        "cluster=laptop",
+    ]  # fmt: skip
+    said = site.output / "evaluation.wait"
+    with said.open("w") as output:
+        waiting = subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=output, stderr=output)
+    try:
+        yield from until(lambda: said.read_text().endswith("\n"), PATIENCE, "submission of the evaluation")
+        site.jobs["evaluation"] = said.read_text().strip()
+        parts = site.run_dir("evaluation") / "partial"
+        yield from until(lambda: list(parts.glob("*/loss-*.parquet")), PATIENCE, "the first part of the evaluation")
+        yield from warned(site, "evaluation")
+        assert waiting.poll() is None, f"sbatch --wait ended with {waiting.returncode} at the requeue"
+        yield from done(site, "evaluation")
+        yield from until(lambda: waiting.poll() is not None, 60, "end of sbatch --wait")
+        assert waiting.returncode == 0, said.read_text()
+    finally:
+        if waiting.poll() is None:
+            waiting.kill()
+        waiting.wait()
+
+
+def preparation(site: Site) -> Scenario:
+    """Four stages, two of them arrays; a path with a space and a quote reaches the jobs as it is."""
+    odd = site.output / "it's text"
+    odd.symlink_to(CORPUS)
+    environment = {**site.slurm.environment, "SBATCH_OUTPUT": f"{site.output}/preparation-%x-%j.log"}
+    said = site.slurm.run(
+        "slurm/prepare_data.sh", "2", "corpus=files", f'corpus.paths=["{odd}"]',
+        "corpus.tokenizer=tests/fixtures/tokenizer", "shard_mb=0.05", "sequence_lengths=[64]",
+        f"output={site.run_dir('prepared')}", f"paths.output_dir={site.output}", "cluster=laptop",
+        cwd=ROOT, environment=environment,
+    )  # fmt: skip
+    for name, number in re.findall(r"(\w+) (\d+)", said):
+        site.jobs[f"prepare-{name}"] = number
+    yield from done(site, "prepare-plan", "prepare-finish")
 
 
 def killed_ranks(site: Site) -> Scenario:

@@ -33,7 +33,9 @@ def test_shown_commands_compose(line):
     else:
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()
-        composed("train", *words[words.index(script) + 1 :])
+        rest = words[words.index(script) + 1 :]
+        command = rest.pop(0) if rest[0] in ("evaluate", "prepare", "compare") else "train"
+        composed(command, *rest)
 
 
 def test_shown_keys_exist():

@@ -6,11 +6,19 @@ All scenarios are submitted together, so that their waits for the requeue overla
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import scenarios
+from helpers import composed
 from local_slurm import SECRET, LocalSlurm, missing_programs
+from pandas import read_parquet
+from pandas.testing import assert_frame_equal
 from scenarios import ARMS, STEPS, Site
+
+from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.data.prepare import prepare
+from ropewalk.evaluation import evaluate
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 SECONDS = 900  # that they may take on a machine that is busy otherwise; alone they are over in less than half
@@ -24,6 +32,8 @@ ALL = {
     "early": scenarios.early_and_cancelled,
     "own_failures": scenarios.own_failures,
     "sweep": scenarios.sweep,
+    "evaluation": scenarios.evaluation,
+    "preparation": scenarios.preparation,
 }
 
 
@@ -61,7 +71,7 @@ def test_two_nodes_train_to_the_end(site):
     assert ended["CommittedStep"] == STEPS
     assert [(rank["node"], rank["code"]) for rank in ended["Ranks"]] == [("n1", 0), ("n2", 0)]
     assert [step for step, *_ in site.losses("straight")] == list(range(1, STEPS + 1))
-    assert "to mend before training" in site.log("straight")
+    assert "0 to mend" in site.log("straight")
     assert "2 ranks on 2 nodes" in site.log("straight")
 
 
@@ -168,11 +178,50 @@ def test_a_chain_goes_from_documents_to_a_report(site):
     out = site.output / "chain"
     for name in scenarios.CHAIN:
         assert site.state(f"chain-{name}")["JobState"] == "COMPLETED", name
+    records = [json.loads(path.read_text()) for path in out.glob("jobs/*/*/end.json")]
+    assert {"ropewalk-finish", "ropewalk-evaluate", "ropewalk-compare"} <= {end["JobName"] for end in records}
     runs = {name: json.loads((out / name / "run.json").read_text()) for name in ("demo/base", "base_sft")}
     assert runs["base_sft"]["store_fingerprint"] == runs["demo/base"]["store_fingerprint"]
     begun = json.loads((out / "base_sft" / "start" / "start.json").read_text())
     assert begun["checkpoint"] == f"{out}/demo/base/checkpoints/step-00000004"
     assert "base_sft" in (out / "report.html").read_text()
+
+
+@pytest.mark.scenario("evaluation")
+def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
+    """The part from before is read, not measured again, and all numbers are those of one that nobody disturbed."""
+    first, second = site.record("evaluation", 0), site.record("evaluation", 1)
+    assert (first["State"], first["Progress"]) == ("REQUEUED", True)
+    assert first["Reason"].startswith("told to leave")
+    assert second["State"] == "COMPLETED"
+    begun = site.record("evaluation", 1, "begin.json")
+    assert begun["output_files"] == site.record("evaluation", 0, "begin.json")["output_files"] + 1
+    assert site.log("evaluation").count("0 to mend") == 2  # the doctor, each time
+    _, again = site.log("evaluation").split("start 2, on")
+    assert "loss to 256" not in again
+    assert "needle at 128" in again
+    evaluate(composed("evaluate", *scenarios.evaluation_words(site, "undisturbed")))
+    for table in ("results", "documents"):
+        found, expected = (
+            read_parquet(site.run_dir(name) / f"{table}.parquet") for name in ("evaluation", "undisturbed")
+        )
+        assert_frame_equal(found, expected)
+
+
+@pytest.mark.scenario("preparation")
+def test_an_array_prepares_the_bytes_of_one_process(site):
+    corpus = CorpusConfig(name="files", paths=[str(site.output / "it's text")], tokenizer="tests/fixtures/tokenizer")
+    one = site.output / "one"
+    prepare(PrepareConfig(str(one), [64], shard_mb=0.05, workers=1, corpus=corpus), lambda line: None)
+    found, expected = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (site.run_dir("prepared"), one)
+    )
+    assert found == expected
+    ends = [json.loads(path.read_text()) for path in (site.output / "jobs").glob("ropewalk-*/*/end.json")]
+    states = Counter((end["JobName"], end["State"]) for end in ends)
+    assert states["ropewalk-plan", "COMPLETED"] >= 1
+    assert states["ropewalk-tokenize", "COMPLETED"] >= 2
 
 
 @pytest.mark.scenario("multirun")

@@ -23,7 +23,7 @@ def require_device(name: str, device: str) -> None:
     """Raise ValueError where CUDA is asked for and there is none. Imports torch."""
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if device in ("cuda", "auto") and not torch.cuda.is_available():
         raise ValueError(
-            f"{name}=cuda, but torch {torch.__version__} sees no CUDA device; set {name}=cpu or run on a GPU node"
+            f"{name}={device}, but torch {torch.__version__} sees no CUDA device; set {name}=cpu or run on a GPU node"
         )

@@ -68,7 +68,7 @@ class EvaluateConfig:
     lengths: list[int] = MISSING  # tokens
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     seed: int = 0
-    device: str = "cuda"
+    device: str = "cuda"  # cuda, cpu, or auto: the layers over all GPUs of one process, for a model too large for one
     dtype: str = "bfloat16"
     backend: str = "transformers"  # or vllm, for generation
     prefill_chunk: int | None = None  # tokens of one forward pass over a long prompt; null: chosen by its length
@@ -109,6 +109,7 @@ class CompareConfig:
 
     runs: list[str] = MISSING  # run directories, each with its evaluation beside it
     baseline: str | None = None  # run that differences are taken to; null: the first
+    published: str | None = None  # csv of published numbers (a recipe's expected.csv), set beside the runs
     base: str | None = None  # the model before continued pretraining, a directory; null: found from model.path
     output: str = MISSING  # report.html
     title: str = "ropewalk report"

@@ -13,7 +13,7 @@ class Finding:
     """One line of the doctor's screen.
 
     Attributes:
-        level: ok, warn (training would run, slower or at a risk) or FAIL (it would not).
+        level: ok, warn (the job would run, slower or at a risk) or FAIL (it would not).
         subject: what was looked at.
         text: what was found; for warn and FAIL with the mend.
     """
@@ -29,12 +29,12 @@ def ok(subject: str, text: str) -> Finding:
 
 
 def warn(subject: str, text: str) -> Finding:
-    """Training would run, slower or at a risk."""
+    """The job would run, slower or at a risk."""
     return Finding("warn", subject, text)
 
 
 def fail(subject: str, text: str) -> Finding:
-    """Training would not run."""
+    """The job would not run."""
     return Finding("FAIL", subject, text)
 
 
@@ -70,7 +70,7 @@ def screen(title: str, of_ranks: Sequence[tuple[str, Sequence[Finding]]]) -> tup
         where = "" if set(nodes) == everywhere else f"  [{_few(nodes)}]"
         lines.append(f"  {finding.level:<4} {finding.subject:<12} {finding.text}{where}")
     counts = {level: sum(finding.level == level for finding in seen) for level in LEVELS}
-    lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} to mend before training")
+    lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} to mend")
     return "\n".join(lines), counts["FAIL"]
 
 

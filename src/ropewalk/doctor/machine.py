@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ropewalk.attention import Documents, attention_kernel, document_attention
-from ropewalk.config import ClusterConfig, TrainConfig
+from ropewalk.config import TrainConfig
 from ropewalk.data.remote import open_stores
 from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.loss import tiled_linear_cross_entropy
@@ -19,8 +19,14 @@ from ropewalk.loss import tiled_linear_cross_entropy
 BUSY_GIB = 1.0  # of a GPU's memory that another process may hold
 
 
-def check_device(device: str, cluster: ClusterConfig, local_rank: int) -> Iterator[Finding]:
-    """This rank's GPU and its driver, or the CPU."""
+def check_device(device: str, gpus: int, local_rank: int) -> Iterator[Finding]:
+    """This rank's GPU and its driver, or the CPU.
+
+    Args:
+        device: cuda or cpu.
+        gpus: that this process should see.
+        local_rank: which of them is its own.
+    """
     if device == "cpu":
         yield ok("device", f"cpu, torch {torch.__version__} with {torch.get_num_threads()} threads a rank")
         return
@@ -31,8 +37,8 @@ def check_device(device: str, cluster: ClusterConfig, local_rank: int) -> Iterat
     free, total = torch.cuda.mem_get_info(local_rank)
     properties = torch.cuda.get_device_properties(local_rank)
     said = f"{count} x {properties.name}, {total / 2**30:.1f} GiB, driver {_driver()}, CUDA {torch.version.cuda}"
-    if count < cluster.gpus_per_node:
-        yield fail("device", f"{said}; cluster.gpus_per_node={cluster.gpus_per_node}: ask for them (--gpus-per-node)")
+    if count < gpus:
+        yield fail("device", f"{said}; {gpus} are counted on: ask for them (cluster.gpus_per_node, --gpus-per-node)")
     elif (total - free) / 2**30 > BUSY_GIB:
         held = (total - free) / 2**30
         yield warn("device", f"{said}; {held:.1f} GiB of one are held by another process (nvidia-smi names it)")

@@ -1,4 +1,4 @@
-"""All checks for one training configuration, on every rank that it was started with."""
+"""All checks for one command: of training on every rank that it was started with, of the others on the one they use."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ropewalk.config import TrainConfig
+from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig
 from ropewalk.doctor.disk import check_file_system, check_space, writable_parent
 from ropewalk.doctor.findings import Finding, guarded, screen, warn
+from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, check_suite
 from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
 from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join
 from ropewalk.launch import take_place
@@ -23,21 +24,20 @@ from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
 
 
 def examine(config: TrainConfig) -> int:
-    """Make every check and print one screen; returns how many things must be mended before training. Collective."""
+    """Make every check and print one screen; returns how many things must be mended. Collective."""
     take_place()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = config.trainer.device == "cuda" and torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    findings = guarded("device", lambda: check_device(config.trainer.device, config.cluster, local_rank))
+    findings = guarded("device", lambda: check_device(config.trainer.device, config.cluster.gpus_per_node, local_rank))
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if together:
         join(device)
     findings += _of_this_rank(config, device)
     findings += _together(config, device) if together else list(_alone(device))
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    of_ranks: list[tuple[str, list[Finding]]] = [(node, findings)] * (dist.get_world_size() if together else 1)
+    of_ranks: list[tuple[str, list[Finding]]] = [(_node(), findings)] * (dist.get_world_size() if together else 1)
     if together:
-        dist.all_gather_object(of_ranks, (node, findings))
+        dist.all_gather_object(of_ranks, (_node(), findings))
     nodes = len({name for name, _ in of_ranks})
     text, failed = screen(f"doctor: {config.run_name}, {len(of_ranks)} ranks on {nodes} nodes", of_ranks)
     if not together or dist.get_rank() == 0:
@@ -46,6 +46,37 @@ def examine(config: TrainConfig) -> int:
         dist.barrier()
         dist.destroy_process_group()
     return failed
+
+
+def examine_evaluation(config: EvaluateConfig) -> int:
+    """What one evaluation needs, on the process that prints: its device, model, memory, harness, texts and output."""
+    gpus = 1 if config.device == "cuda" else torch.cuda.device_count()
+    findings = guarded("device", lambda: check_device("cpu" if config.device == "cpu" else "cuda", gpus, 0))
+    findings += guarded("model", lambda: check_evaluated(config))
+    findings += guarded("suite", lambda: check_suite(config))
+    return _print(config.name or config.checkpoint, findings, Path(config.output))
+
+
+def examine_preparation(config: PrepareConfig) -> int:
+    """What one stage of a preparation needs: its sources or plan, tokenizer, room and output."""
+    findings = guarded("sources", lambda: check_sources(config))
+    return _print(f"{config.corpus.name}, stage={config.stage}", findings, Path(config.output))
+
+
+def examine_comparison(config: CompareConfig) -> int:
+    """What a comparison needs: its runs and its output."""
+    return _print(config.title, guarded("runs", lambda: check_runs(config)), Path(config.output).parent)
+
+
+def _print(title: str, findings: list[Finding], output: Path) -> int:
+    findings += guarded("file system", lambda: check_file_system(writable_parent(output)))
+    text, failed = screen(f"doctor: {title}, on {_node()}", [(_node(), findings)])
+    print(text, flush=True)
+    return failed
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:

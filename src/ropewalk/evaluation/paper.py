@@ -1,4 +1,4 @@
-"""A run's numbers beside the CoPE paper's (arXiv 2602.05258), each over the same tasks or not at all."""
+"""A run's numbers beside published ones (a recipe's expected.csv), each over the same tasks or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -13,9 +14,17 @@ from ropewalk.evaluation.helmet.datasets import CATEGORIES
 from ropewalk.evaluation.ruler.tasks import TASKS
 
 COLUMNS = ["source", "table", "benchmark", "method", "task", "context_length", "value"]
-PAPER_LENGTH = 65_536  # trained; up to here the paper adds no scaling, past it YaRN with factor 4
+PAPER_LENGTH = (
+    65_536  # that CoPE's paper (arXiv 2602.05258) trains at; up to here it adds no scaling, past it YaRN by 4
+)
 HELMET_NAMES = {"Summ": "Summ", "QA": "LongQA", "ICL": "ICL", "Recall": "Recall", "RAG": "RAG"}
 HELMET_AT_256K = ("Summ", "QA", "Recall")  # the published 256k average is over these three, the others over all five
+
+LONGBENCH = (
+    "narrativeqa", "qasper", "multifieldqa_en", "2wikimqa", "hotpotqa", "musique", "gov_report", "multi_news", "qmsum",
+    "samsum", "trec", "triviaqa", "lcc", "repobench-p",
+)  # fmt: skip
+COMMON_SENSE = {"ARC-C": "arc_challenge", "HellaSwag": "hellaswag", "PIQA": "piqa"}  # RoPE-ID's (arXiv 2603.18017)
 
 
 @dataclass(frozen=True)
@@ -54,27 +63,45 @@ MEASURES = {
     ("short-context", "GPQA"): _one("lm-eval", "gpqa_main_zeroshot", "acc_norm"),
     ("short-context", "BBH"): _one("lm-eval", "bbh", "exact_match,get-answer"),
     ("short-context", "GSM8K"): _one("lm-eval", "gsm8k", "exact_match,strict-match"),
+    **{("short-context", theirs): _one("lm-eval", ours, "acc_norm") for theirs, ours in COMMON_SENSE.items()},
+    ("short-context", "average"): Measure("lm-eval", (dict.fromkeys(COMMON_SENSE.values(), "acc_norm"),)),
+    ("LongBench", "14-task average"): Measure("lm-eval", ({f"longbench_{name}": "score" for name in LONGBENCH},)),
     **{("HELMET", theirs): _helmet(ours) for theirs, ours in HELMET_NAMES.items()},
     ("HELMET", "average"): _helmet(*HELMET_NAMES.values()),
 }
 
 
-def read_published(path: str | Path) -> pd.DataFrame:
+def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFrame:
     """Published numbers: source, table, benchmark, method, task, context_length (null: short context), value.
 
+    A column ``run`` may name the run that a number is to stand beside; without it, it is every run of the method.
+
     Raises:
-        ValueError: where the file is missing or lacks a column.
+        ValueError: where the file is missing, is no table, or lacks a column.
     """
     if not Path(path).is_file():
-        raise ValueError(
-            f"suite.published={path} is not a file; the paper's is recipes/cope_llama3_8b_64k/expected.csv"
-        )
-    published = pd.read_csv(path)
+        raise ValueError(f"{key}={path} is not a file; the paper's is recipes/cope_llama3_8b_64k/expected.csv")
+    try:
+        published = pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{key}={path} is no table: {' '.join(str(error).split())}; mend it") from error
     if missing := [name for name in COLUMNS if name not in published.columns]:
+        raise ValueError(f"{key}={path} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}")
+    if "run" not in published.columns:
+        published["run"] = pd.Series(pd.NA, index=published.index, dtype="string")
+    try:
+        return published.astype({"context_length": "Int64", "value": "float64"})
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"suite.published={path} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}"
-        )
-    return published.astype({"context_length": "Int64"})
+            f"{key}={path}: context_length must be whole numbers or nothing and value numbers ({error}); "
+            "quote a name that has a comma"
+        ) from error
+
+
+def published_of(published: pd.DataFrame, run: str, method: str | None) -> pd.DataFrame:
+    """The rows that stand beside a run: those that name it, and those of its method that name none."""
+    named = published["run"] == run
+    return published[(named | (published["run"].isna() & (published["method"] == method))).fillna(False)]
 
 
 def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -88,25 +115,36 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
 
     Returns:
         benchmark, task, context_length, method, run, test_time_scaling, as_published (whether the scaling is the
-        paper's at that length), published, measured, difference, n (least samples of a task), tasks, missing.
+        CoPE paper's at that length), published, measured, difference, stderr (of the measured one over samples; null
+        where a task has none), n (least samples of a task), tasks, missing.
     """
     rows = []
     for (run, method), of_run in table.groupby(["run", "method"]):
-        for _, cell in published[published["method"] == method].iterrows():
-            measure = _measure(cell)
-            if measure is None:
-                continue
-            at, length = of_run[of_run["harness"] == measure.harness], cell["context_length"]
-            at = at[at["context_length"].isna() if pd.isna(length) else at["context_length"] == length]
-            for scaling, scaled in at.groupby("test_time_scaling"):
-                rows.append(_row(cell, measure, scaled) | {"run": run, "test_time_scaling": scaling})
+        for _, cell in published_of(published, run, method).iterrows():
+            rows += [row | {"run": run} for row in measured_beside(cell, of_run)]
     columns = ["benchmark", "task", "context_length", "method", "run", "test_time_scaling", "as_published"]
-    return pd.DataFrame(rows, columns=[*columns, "published", "measured", "difference", "n", "tasks", "missing"])
+    return pd.DataFrame(
+        rows, columns=[*columns, "published", "measured", "difference", "stderr", "n", "tasks", "missing"]
+    )
+
+
+def measured_beside(cell: pd.Series, of_run: pd.DataFrame) -> list[dict[str, Any]]:
+    """One published number beside one run's, for each scaling that it was measured under; see beside_published."""
+    measure = _measure(cell)
+    if measure is None:
+        return []
+    at, length = of_run[of_run["harness"] == measure.harness], cell["context_length"]
+    at = at[at["context_length"].isna() if pd.isna(length) else at["context_length"] == length]
+    return [
+        _row(cell, measure, scaled) | {"test_time_scaling": scaling}
+        for scaling, scaled in at.groupby("test_time_scaling")
+    ]
 
 
 def not_measured(table: pd.DataFrame, published: pd.DataFrame) -> str:
     """Which methods of the table have no published number, in words; empty where all have some."""
-    unknown = sorted(set(table["method"]) - set(published["method"]))
+    pairs = table[["run", "method"]].drop_duplicates().itertuples(index=False)
+    unknown = sorted({method for run, method in pairs if published_of(published, run, method).empty})
     if not unknown:
         return ""
     known = ", ".join(sorted(set(published["method"])))
@@ -119,19 +157,21 @@ def _measure(cell: pd.Series) -> Measure | None:
     return MEASURES.get((cell["benchmark"], cell["task"]))
 
 
-def _row(cell: pd.Series, measure: Measure, rows: pd.DataFrame) -> dict[str, object]:
-    means, counts, missing = [], [], []
+def _row(cell: pd.Series, measure: Measure, rows: pd.DataFrame) -> dict[str, Any]:
+    means, variances, counts, missing = [], [], [], []
     for group in measure.groups:
-        found = {}
+        found, errors = {}, []
         for task, metric in group.items():
             match = rows[(rows["task"] == task) & (rows["metric"] == metric)].dropna(subset="value")
             if len(match):
                 found[task] = float(match["value"].iloc[0])
+                errors.append(float(match["stderr"].iloc[0]))
                 counts.append(int(match["n"].iloc[0]))
             else:
                 missing.append(task)
         if found:
             means.append(sum(found.values()) / len(found))
+            variances.append(sum(error**2 for error in errors) / len(found) ** 2)
     measured = sum(means) / len(means) if means and not missing else math.nan
     scaled = rows["test_time_scaling"].iloc[0] != "none"
     beyond = not pd.isna(cell["context_length"]) and cell["context_length"] > PAPER_LENGTH
@@ -144,6 +184,7 @@ def _row(cell: pd.Series, measure: Measure, rows: pd.DataFrame) -> dict[str, obj
         "published": cell["value"],
         "measured": measured,
         "difference": measured - cell["value"],
+        "stderr": math.sqrt(sum(variances)) / len(means) if means and not missing else math.nan,
         "n": min(counts, default=0),
         "tasks": ",".join(task for group in measure.groups for task in group),
         "missing": ",".join(missing),

@@ -22,6 +22,7 @@ from ropewalk.model import read_position
 from ropewalk.rope.position import Position
 
 NOT_MEASURED = ("output", "overwrite", "paths", "suite", "backend", "prefill_chunk")  # settings no number depends on
+DEVICES = ("cuda", "cpu", "auto")
 SHORTEST = 64  # tokens; a shorter context has no bucket of its own
 
 
@@ -191,5 +192,5 @@ def check_settings(config: EvaluateConfig) -> None:
             "or more but fewer than there are keys of so many digits; the passkey test has 5 and 0"
         )
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
-    one_of("device", config.device, ("cuda", "cpu"))
+    one_of("device", config.device, DEVICES)
     require_device("device", config.device)

@@ -69,7 +69,7 @@ class Reader:
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 logits of hidden states, (..., width) -> (..., vocabulary)."""
-        logits = self.head(states).float()
+        logits = self.head(states).to(self.device).float()  # where the layers are spread, the head is elsewhere
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.inference_mode()

@@ -36,7 +36,13 @@ class Ranks:
         return cls(is_shared=False)
 
     def device(self, kind: str) -> str:
-        """This process's own device: ``cuda`` becomes ``cuda:<local rank>``."""
+        """This process's own device: ``cuda`` becomes ``cuda:<local rank>``.
+
+        Raises:
+            ValueError: for ``auto`` among several processes, each of which would take all GPUs.
+        """
+        if kind == "auto" and self.is_shared:
+            raise ValueError("device=auto spreads one model over all GPUs; start one process, without torchrun")
         if kind != "cuda" or not self.is_shared:
             return kind
         return f"cuda:{self.rank % torch.cuda.device_count()}"

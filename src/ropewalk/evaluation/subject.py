@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, one_of, require_device
-from ropewalk.evaluation.plan import checked_checkpoint, checkpoint_sha256, load_tokenizer, method_name, run_name
+from ropewalk.evaluation.plan import (
+    DEVICES,
+    checked_checkpoint,
+    checkpoint_sha256,
+    load_tokenizer,
+    method_name,
+    run_name,
+)
 from ropewalk.evaluation.prefill import Reader
 from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.settings import Setting, settings_by_length
@@ -99,7 +106,7 @@ def make_subject(config: EvaluateConfig) -> Subject:
         ValueError: naming the value, the rule and the mend.
     """
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
-    one_of("device", config.device, ("cuda", "cpu"))
+    one_of("device", config.device, DEVICES)
     one_of("backend", config.backend, ("transformers", "vllm"))
     require_device("device", config.device)
     directory = checked_checkpoint(config.checkpoint)

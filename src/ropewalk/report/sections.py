@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ropewalk.config import CompareConfig
+from ropewalk.evaluation.paper import read_published
 from ropewalk.report.benchmarks import SUITES, benchmark_table
 from ropewalk.report.effective import Thresholds, effective_table
 from ropewalk.report.figures import (
@@ -16,6 +17,7 @@ from ropewalk.report.figures import (
     training_figure,
 )
 from ropewalk.report.images import Images, spectrum_images
+from ropewalk.report.published import published_table
 from ropewalk.report.results_table import results_table
 from ropewalk.report.runs import Run
 from ropewalk.report.seeds import arms, one_run_each
@@ -37,6 +39,7 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run, styles: d
         needle_figure(runs),
         *(part for suite in SUITES for part in (benchmark_figure(runs, suite, styles), benchmark_table(runs, suite))),
         short_context_table(runs, baseline),
+        published_table(runs, read_published(config.published, "published")) if config.published else None,
         spectra_figure(spectra, styles),
         spectrum_images(spectra, baseline),
         throughput_figure(runs, styles),

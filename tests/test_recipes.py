@@ -1,0 +1,46 @@
+"""What a recipe submits where there is SLURM: its words as sbatch gets them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import alone_environment
+
+ROOT = Path(__file__).parents[1]
+SBATCH = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >>"$SUBMITTED"\n'
+
+
+def submitted(tmp_path: Path, script: str, **variables: str) -> list[str]:
+    """The arguments of sbatch when a recipe runs ``script``; nothing else runs but the planner."""
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**alone_environment(), "PATH": path, "SUBMITTED": str(tmp_path / "words"), **variables}
+    done = subprocess.run(["bash", "-c", f". recipes/common.sh\n{script}"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return (tmp_path / "words").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_training_is_submitted_for_its_cluster_with_the_planners_lead_time(tmp_path):
+    words = submitted(tmp_path, "train +experiment=cope20 'run_name=a b'", CLUSTER="h100_8", NODES="2")
+    plan = [sys.executable, "scripts/plan.py", "cluster=h100_8", "nodes=2", "+experiment=cope20", "print=lead_seconds"]
+    lead = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    script = words.index("slurm/train_64k.sh")
+    assert words[0] == "--wait"  # the next stage needs what it writes
+    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", f"--signal=B:USR1@{lead}"} <= set(words[1:script])
+    assert words[script + 1 :] == ["cluster=h100_8", "+experiment=cope20", "run_name=a b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", ["1", "8"])
+def test_an_evaluation_is_one_process_on_the_gpus_it_is_given(tmp_path, gpus):
+    words = submitted(tmp_path, "evaluate checkpoint=a output=b 'lengths=[64,128]'", EVALUATION_GPUS=gpus)
+    script = words.index("slurm/evaluate.sh")
+    tasks = [word for word in words[1:script] if word.startswith("--ntasks-per-node=")]
+    assert tasks[-1] == "--ntasks-per-node=1"  # sbatch takes the last
+    assert {f"--gpus-per-node={gpus}", "--nodes=1"} <= set(words[1:script])
+    assert words[script + 1 :] == ["cluster=h100_8", "checkpoint=a", "output=b", "lengths=[64,128]"]
