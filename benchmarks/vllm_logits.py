@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 TOKENS = 9216  # past the tiny model's original 8,192
 AGREES = 1e-3  # of the log-probabilities' standard deviation
+CHUNK = 2048  # tokens whose logits are in memory at once
 
 
 def main(base: str, *exports: str) -> int:
@@ -53,13 +54,13 @@ def by_transformers(directory: str, tokens: np.ndarray) -> np.ndarray:
 
 
 def by_vllm(directory: str, tokens: np.ndarray, overrides: dict | None = None) -> np.ndarray:
-    """The same of vLLM's engine; the prompt is read in one go."""
+    """The same of vLLM's engine, the prompt read in chunks."""
     import vllm
 
     length = len(tokens) + 1
     engine = vllm.LLM(
         model=directory, hf_overrides=overrides, dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
-        max_model_len=length, max_num_batched_tokens=length, max_num_seqs=1, kv_cache_memory_bytes=2**30,
+        max_model_len=length, max_num_batched_tokens=CHUNK, max_num_seqs=1, kv_cache_memory_bytes=2**30,
     )  # fmt: skip
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     (answer,) = engine.generate([{"prompt_token_ids": tokens.tolist()}], sampling)
