@@ -1,12 +1,13 @@
 """Memory of reading one long prompt: ``python benchmarks/prefill.py MODEL_DIR TOKENS [--last]``.
 
 Reads TOKENS random tokens in chunks against a key/value cache, as evaluation does, and prints the peak of resident
-memory. ``--last`` fills the cache with zeros and reads the last chunk alone: the one that takes the most memory, in a
-fraction of the time.
+memory after each chunk. ``--last`` fills the cache with zeros and reads the last chunk alone: the one that takes the
+most memory, in a fraction of the time.
 """
 
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -33,7 +34,11 @@ def main(directory: Path, tokens: int, last_alone: bool) -> None:
         for layer in range(config.num_hidden_layers):
             cache.update(torch.zeros(shape), torch.zeros(shape), layer)
         ids = ids[before:]
-    states = reader.read(ids, 1, cache)
+    reader.chunk, started = chunk, time.perf_counter()
+    for piece in ids.split(chunk):
+        states = reader.read(piece, 1, cache)
+        seconds = time.perf_counter() - started
+        print(f"{cache.get_seq_length():,} tokens in {seconds:.0f} s, peak resident {peak():.2f} GiB", flush=True)
     print(
         f"{tokens} tokens in chunks of {chunk}{', the last alone' if last_alone else ''}: peak resident {peak():.2f} "
         f"GiB, {held:.2f} of it with the model loaded; {cache.get_seq_length()} tokens in the cache, states finite: "

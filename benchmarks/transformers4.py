@@ -82,7 +82,7 @@ def computed(directory: Path) -> dict:
 
 
 def read(directory: Path) -> bool:
-    """Compare one directory, print a line, and a line for the same weights without the older form."""
+    """Compare one directory and print a line, which also says what other configs would give."""
     expected, found = dict(np.load(directory / "expected.npz")), computed(directory)
     apart = np.abs(found["inv_freq"] - expected["inv_freq"])
     relative = float(np.max(apart[expected["inv_freq"] > 0] / expected["inv_freq"][expected["inv_freq"] > 0]))
@@ -90,24 +90,35 @@ def read(directory: Path) -> bool:
     logits = float(np.abs(found["logits"] - expected["logits"]).max() / expected["logits"].std())
     scaling = float(abs(found["attention_scaling"] / expected["attention_scaling"] - 1))
     same = zeros and relative <= 2.4e-7 and scaling <= 1e-7 and logits <= 1e-3
-    without = without_older_form(directory) - expected["logits"]
-    lost = float(np.abs(without).max() / expected["logits"].std())
+    content = json.loads((directory / "config.json").read_text())
+    bare = {k: v for k, v in content.items() if k not in ("rope_theta", "rope_scaling")}
+    controls = {"without the older form": bare}
+    if directory.name == "yarn4":
+        controls |= {f"as stock yarn served at {n:,}": stock_yarn(content, n) for n in (32768, 65536)}
+    said = "; ".join(f"{name} logits {logits_of(directory, other, expected):.1e}" for name, other in controls.items())
     print(
         f"{'same' if same else 'OTHER':5}  {directory.name:11} frequencies {relative:.1e}, scaling {scaling:.1e}, "
-        f"logits {logits:.1e} of their standard deviation; without the older form logits {lost:.1e}"
+        f"logits {logits:.1e} of their standard deviation; {said}",
+        flush=True,
     )
     return same
 
 
-def without_older_form(directory: Path) -> np.ndarray:
-    """Logits of the same directory with the keys of transformers 4 left out: the control."""
-    content = json.loads((directory / "config.json").read_text())
-    bare = {k: v for k, v in content.items() if k not in ("rope_theta", "rope_scaling")}
-    (directory / "config.json").write_text(json.dumps(bare))
+def stock_yarn(content: dict, served: int) -> dict:
+    """The config with YaRN as the stock entry: why exports do not hold it."""
+    entry = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    return {**content, "rope_parameters": entry, "rope_scaling": entry, "max_position_embeddings": served}
+
+
+def logits_of(directory: Path, content: dict, expected: dict) -> float:
+    """Largest difference of the logits under another config.json, in their standard deviation."""
+    path = directory / "config.json"
+    kept = path.read_text()
+    path.write_text(json.dumps(content))
     try:
-        return computed(directory)["logits"]
+        return float(np.abs(computed(directory)["logits"] - expected["logits"]).max() / expected["logits"].std())
     finally:
-        (directory / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        path.write_text(kept)
 
 
 if __name__ == "__main__":

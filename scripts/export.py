@@ -13,8 +13,12 @@ from ropewalk.entry import entry, run_command
 def main(config: ExportConfig) -> None:
     """Export and verify one checkpoint or model."""
     from ropewalk.export import export
+    from ropewalk.export.findings import NotVerified
 
-    export(config)
+    try:
+        export(config)
+    except NotVerified as failed:
+        sys.exit(f"error: {failed}")  # exit code 1
 
 
 @entry("check_export")

@@ -15,6 +15,16 @@ os.environ["WANDB_MODE"] = "offline"  # on a machine with a key, too
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="interpreter of an environment with vllm or sglang, whose rotary tables are compared then",
+    )
+
+
 @pytest.fixture(scope="session")
 def fixture_corpus() -> Path:
     """Directory of 39 public-domain texts."""

@@ -71,7 +71,7 @@ def test_commands_hold(words):
     program, arguments = words[0], [OF_THE_READER.get(word, word) for word in words[1:]]
     if program == "make":
         run("make", "--dry-run", *arguments)
-    elif program == "python":
+    elif program == "python" or program.endswith("/bin/python"):
         check_python(arguments)
     elif program == "torchrun":
         script = next(place for place, word in enumerate(arguments) if word.endswith(".py"))

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, save_tiny
-from transformers import AutoModelForCausalLM
+from helpers import TINY, save_tiny, tiny_run
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config import ModelConfig
 from ropewalk.model import (
@@ -18,6 +19,7 @@ from ropewalk.model import (
 )
 from ropewalk.rope import RopeChain
 from ropewalk.rotary import assert_spectrum, install_spectrum, stock_spectrum
+from ropewalk.training import train
 
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -148,3 +150,34 @@ def test_declared_theta_is_checked_against_the_checkpoint(tmp_path):
     model = ModelConfig(name="t", path=str(tmp_path), theta=1e4, head_dim=16, pretrained_length=64)
     with pytest.raises(ValueError, match=r"model.theta=10000.0, but the checkpoint .* has 500000.0; set model.theta"):
         training_config(model, "rope", [], 256)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"),
+     r"lacks model\.layers\.1\.self_attn\.q_proj\.weight \(1 weights in all\)"),
+    (lambda weights: weights.update({"model.norm.weight": torch.ones(31)}),
+     r"has in other shapes than its config\.json says: model\.norm\.weight"),
+])  # fmt: skip
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, spoil, said):
+    """transformers itself goes on with random weights in their place."""
+    path = save_tiny(tmp_path / "model") / "model.safetensors"
+    weights = load_file(path)
+    spoil(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        load_for_evaluation(path.parent)
+    with pytest.raises(ValueError, match=said):
+        build_for_training(AutoConfig.from_pretrained(path.parent), str(path.parent), torch.float32)
+
+
+def test_a_training_run_refuses_it_under_zero3(tmp_path, store_64):
+    path = save_tiny(tmp_path / "base", tie_word_embeddings=True) / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "model.norm.weight": torch.ones(31)}, path, metadata={"format": "pt"})
+    given = ("model=demo_base", f"model.path={path.parent}", "model.head_dim=16", "model.pretrained_length=64")
+    with pytest.raises(ValueError, match=r"does not fit its own config: size mismatch for model\.norm\.weight"):
+        train(tiny_run(store_64, tmp_path / "run", *given))
+    del weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks model\.norm\.weight \(1 weights in all\)"):
+        train(tiny_run(store_64, tmp_path / "other", *given))

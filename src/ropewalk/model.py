@@ -140,15 +140,36 @@ def build_for_training(
     """The model with document-masked attention; random weights where ``path`` is None.
 
     Under a live HfDeepSpeedConfig of stage 3 the parameters come out partitioned.
+
+    Raises:
+        ValueError: where weights are missing at ``path``, or have other shapes than its config says.
     """
     implementation = attention.register()
     if path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation
-        )
+        model = _whole_model(path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation)
     model.config.architectures = [type(model).__name__]  # what vLLM and SGLang choose the class by
+    return model
+
+
+def _whole_model(path: str | Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint's model; transformers by itself would fill what is not there with random weights."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except RuntimeError as error:  # so it says under ZeRO-3, where it knows no mismatched keys
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[1].strip()}") from error
+    missing, others = sorted(found["missing_keys"]), sorted(key for key, *_ in found["mismatched_keys"])
+    for what, names in (("lacks", missing), ("has in other shapes than its config.json says:", others)):
+        if names:
+            raise ValueError(
+                f"{path} {what} {', '.join(names[:3])} ({len(names)} weights in all); copy it again, whole, with the "
+                "config.json that belongs to it"
+            )
     return model
 
 
@@ -174,6 +195,9 @@ def load_for_evaluation(
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
         dtype: of the weights; the spectrum stays float32.
         device: cpu, cuda, or auto: its layers one after the other over all GPUs that this process sees.
+
+    Raises:
+        ValueError: where weights are missing, or have other shapes than the config says.
     """
     config = AutoConfig.from_pretrained(directory)
     position = position_of(config)
@@ -183,7 +207,7 @@ def load_for_evaluation(
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     implementation = "sdpa" if has_sdpa else "eager"
     spread = {"device_map": "auto"} if device == "auto" else {}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = _whole_model(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation=implementation, **spread
     )
     if not spread:

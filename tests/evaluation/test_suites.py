@@ -88,6 +88,19 @@ def test_results_of_another_version_are_not_mixed_in(config, tmp_path) -> None:
         evaluate_suite(config)
 
 
+def test_nothing_is_measured_beside_another_version(config, tmp_path) -> None:
+    config = replace(config, lengths=[2200])
+    evaluate_suite(config)
+    path = next((tmp_path / "evaluation" / "cells").rglob("*.json"))
+    cell = json.loads(path.read_text())
+    cell["identity"]["harness_version"] = "0.4.12"
+    path.write_text(json.dumps(cell))
+    config.lengths = [2600]
+    with pytest.raises(ValueError, match=r"was measured with ruler 0\.4\.12, and this is 0\.4\.13"):
+        evaluate_suite(config)
+    assert list((tmp_path / "evaluation" / "cells").rglob("*.json")) == [path]
+
+
 def test_with_and_without_scaling_past_the_trained_length(config) -> None:
     config.suite = replace(config.suite, unscaled_too=True)
     config.lengths = [2200]

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import composed, save_tiny
+from helpers import ROOT, alone_environment, composed, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,6 +44,21 @@ def test_conversion_by_command(model, tmp_path, capsys):
     assert "the method was applied as it is" in card
     settings = json.loads((output / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [1, 3], "temperature": 0.6, "do_sample": True, "bos_token_id": 0}
+
+
+@pytest.mark.slow
+def test_a_failed_verification_ends_the_command_with_a_line(model, tmp_path):
+    output = export(composed("export", f"model.path={model}", f"output={tmp_path / 'out'}", "verify=false"))
+    weights = load_file(output / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "scripts/export.py", f"model={model}", f"output={output}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"error: {output}: NOT VERIFIED: stock transformers" in done.stderr
+    assert "- transformers: NOT VERIFIED" in (output / "README.md").read_text()
+    assert (output / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +119,18 @@ def test_bad_input(model, tmp_path, arguments, message):
 def test_pickled_weights_are_not_opened(model, tmp_path):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickled .bin files are not opened"):
+        converted_source(str(model), CLIP)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"), "1 weights are missing, model.layers.1"),
+    (lambda weights: weights.update({"model.norm.weight": torch.ones(31)}), "1 weights have other shapes, model.norm"),
+])  # fmt: skip
+def test_a_model_that_is_not_whole_is_refused(model, spoil, said):
+    weights = load_file(model / "model.safetensors")
+    spoil(weights)
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(ValueError, match=f"does not fit its own config.json: {said}.*; copy it again, whole"):
         converted_source(str(model), CLIP)
 
 

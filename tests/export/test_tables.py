@@ -1,15 +1,20 @@
 """The rotary table that engines are compared with is stock transformers'; another one is found out."""
 
+import json
+import shutil
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
+from export.conftest import ARMS
 from helpers import save_tiny
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.export.findings import Unverifiable, findings_of
 from ropewalk.export.serving import cache_bytes
-from ropewalk.export.verify_tables import compare_tables, rotary_table, verify_table
+from ropewalk.export.verify_tables import TOLERANCE, ask_engine, compare_tables, rotary_table, verify_table
 
 
 @pytest.mark.parametrize("arm", ["rope", "cope", "cope_yarn"])
@@ -25,6 +30,48 @@ def test_the_table_is_transformers_own(exported_arm, tmp_path, arm):
     assert not compare_tables(tmp_path / "other.npz", table).passed
     np.savez(tmp_path / "short.npz", cos=table["cos"][:5], sin=table["sin"][:5], version="1")
     assert not compare_tables(tmp_path / "short.npz", table).passed
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def engine(request):
+    """An engine and the interpreter that has it; None: this one."""
+    pythons = dict(given.split("=", 1) for given in request.config.getoption("--engine"))
+    if request.param not in pythons and find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed; --engine {request.param}=PYTHON names an interpreter with it")
+    return request.param, pythons.get(request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_engine_rotates_as_transformers_does(engine, exported_arm, tmp_path, arm):
+    name, python = engine
+    directory = shutil.copytree(exported_arm(arm), tmp_path / "copy")
+    assert verify_table(name, directory, python).passed
+    assert findings_of(directory)[name]["positions"] == AutoConfig.from_pretrained(directory).max_position_embeddings
+
+
+LOSSES = {
+    "cope": {"rope_type": "default"},
+    "hardclip": {"rope_type": "default"},
+    "cope_yarn": {"attention_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", LOSSES)
+def test_an_engine_that_misses_the_method_is_found_out(engine, exported_arm, tmp_path, arm):
+    directory = shutil.copytree(exported_arm(arm), tmp_path / "copy")
+    expected = rotary_table(AutoConfig.from_pretrained(directory), 64)
+    content = json.loads((directory / "config.json").read_text())
+    entry = {**content["rope_parameters"], **LOSSES[arm]}
+    if entry["rope_type"] == "default":
+        entry = {"rope_type": "default", "rope_theta": entry["rope_theta"]}
+    content |= {"rope_parameters": entry, "rope_scaling": entry}
+    (directory / "config.json").write_text(json.dumps(content))
+    ask_engine(engine[0], directory, 64, tmp_path / "found.npz", engine[1])
+    found = compare_tables(tmp_path / "found.npz", expected)
+    assert not found.passed
+    assert found.max_abs_difference > 100 * TOLERANCE
 
 
 def test_an_engine_that_is_not_there_is_said(exported_arm, tmp_path):

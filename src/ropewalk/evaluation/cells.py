@@ -60,10 +60,12 @@ class CellStore:
         """Whether ``cell`` was measured under this very identity.
 
         Raises:
-            ValueError: where it was measured under another one and may not be replaced.
+            ValueError: where it was measured under another one and may not be replaced, or lies beside cells of
+                another version of its harness.
         """
         path = self.output / cell.file
         if not path.is_file():
+            self._require_version(cell.harness, identity)
             return False
         found = _read(path)["identity"]
         differing = sorted(k for k in {*identity, *found} if identity.get(k) != found.get(k))
@@ -74,6 +76,17 @@ class CellStore:
                 "do not compare; name another output, or replace it with overwrite=true"
             )
         return not differing
+
+    def _require_version(self, harness: str, identity: Mapping[str, Any]) -> None:
+        """Nothing is measured beside cells of another version, which one table could not hold."""
+        wanted = identity.get("harness_version")
+        for path in sorted((self.output / CELLS / harness).rglob("*.json")):
+            found = _read(path)["identity"].get("harness_version")
+            if found != wanted and not self.overwrite:
+                raise ValueError(
+                    f"{path} was measured with {harness} {found}, and this is {wanted}; the two do not compare: name "
+                    "another output, or measure all of it again with overwrite=true"
+                )
 
     def write(
         self,

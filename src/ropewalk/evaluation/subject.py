@@ -110,7 +110,9 @@ def make_subject(config: EvaluateConfig) -> Subject:
     one_of("backend", config.backend, ("transformers", "vllm"))
     require_device("device", config.device)
     directory = checked_checkpoint(config.checkpoint)
-    return Subject(config, directory, read_position(directory))
+    subject = Subject(config, directory, read_position(directory))
+    _ = subject.tokenizer  # read now, before any model: every suite needs it
+    return subject
 
 
 def scaling_name(setting: Setting, rope: RopeConfig) -> str:

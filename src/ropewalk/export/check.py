@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ropewalk.analysis.inspection import inspect_config
 from ropewalk.export.card import CARD
@@ -18,7 +17,7 @@ from ropewalk.export.gguf_check import claimed_position, position_faults
 from ropewalk.export.gguf_file import gguf_fields
 from ropewalk.export.gguf_position import gguf_position
 from ropewalk.export.portable import older_form
-from ropewalk.export.safetensors_files import StoredWeights
+from ropewalk.export.wholeness import weight_faults
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
@@ -79,7 +78,7 @@ def check_directory(directory: Path) -> Check:
         (_card_faults(directory, position), "the card names the same chain"),
         (_reference_faults(content, position), "no key that stock engines ignore claims a method"),
         (_older_faults(content, config), "transformers 4 reads the same entry"),
-        (_weight_faults(directory, config), "every weight is there, in its shape"),
+        (weight_faults(directory, config), "every weight is there, in its shape"),
         (_tokenizer_faults(directory, config), "the tokenizer fits the embedding"),
         (_gguf_faults(directory, config, position), "the GGUF files beside it say the same position"),
     ):
@@ -166,23 +165,6 @@ def _older_faults(content: Mapping[str, Any], config: PreTrainedConfig) -> Itera
                 f"{', '.join(missing)} is not as transformers before 5 needs it: it reads base {read.theta:g} and "
                 f"{RopeChain(read.chain)}"
             )
-
-
-def _weight_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:
-    try:
-        shapes = StoredWeights(directory).shapes()
-    except ValueError as error:
-        yield str(error)
-        return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    missing = sorted(set(wanted) - set(shapes))
-    other = sorted(name for name in set(wanted) & set(shapes) if wanted[name] != shapes[name])
-    if missing:
-        yield f"{len(missing)} weights are missing, {missing[0]} first"
-    if other:
-        yield f"{len(other)} weights have other shapes, {other[0]} first"
 
 
 def _tokenizer_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:

@@ -18,6 +18,10 @@ class Unverifiable(ValueError):
     """A verification that cannot run, and why; no judgement on the export."""
 
 
+class NotVerified(RuntimeError):
+    """An export that an engine does not reproduce; what was written stays."""
+
+
 @dataclass(frozen=True)
 class EngineFailed:
     """An engine that did not get as far as logits."""

@@ -24,9 +24,9 @@ def place_portable(
 ) -> None:
     """Put ``position`` into a config, for ``served`` tokens, in a form that every version reads alike.
 
-    ``yarn`` is the one stock type that is none: transformers 4.45 takes max_position_embeddings for the length that
-    its ramp starts from, 4.57 recomputes the factor from the two lengths, and neither knows ``truncate``. Its spectrum
-    is written as longrope factors instead.
+    ``yarn`` is the one stock type that is none, and its spectrum is written as longrope factors instead: transformers
+    4.45 to 4.52 read other lengths out of it, and vLLM and SGLang end their tables at factor x original length
+    (docs/serving.md; benchmarks/transformers4.py shows the first).
 
     Args:
         config: of the model.

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from ropewalk.config import ExportConfig, one_of
 from ropewalk.export.card import write_card
-from ropewalk.export.findings import STOCK, EngineFailed, Unverifiable, findings_of, write_finding
+from ropewalk.export.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
 from ropewalk.export.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf_model import family_of
 from ropewalk.export.gguf_position import gguf_position
@@ -38,7 +38,7 @@ def export(config: ExportConfig) -> Path:
     Raises:
         ValueError: where there is no committed checkpoint or model, the method does not fit, or the output is not empty
             and may not be replaced.
-        RuntimeError: where an engine does not reproduce the checkpoint's logits. What was written stays, and its card
+        NotVerified: where an engine does not reproduce the checkpoint's logits. What was written stays, and its card
             says so.
     """
     one_of("to", config.to, ("hf", "gguf", "all"))
@@ -56,7 +56,7 @@ def export(config: ExportConfig) -> Path:
             _export_gguf(config, source, output, dtype, failures)
         write_card(source, output, config.license)
     if failures:
-        raise RuntimeError("\n".join(failures))
+        raise NotVerified("\n".join(failures))
     if config.push_to_hub is not None:
         push(output, config.push_to_hub, private=config.private)
     return output

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ropewalk.config import RopeConfig, TestTimeConfig
 from ropewalk.export.portable import place_portable
 from ropewalk.export.safetensors_files import StoredWeights, weight_files
+from ropewalk.export.wholeness import weight_faults
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain
@@ -138,13 +139,15 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
     As in training, a chain that lays the spectrum out anew replaces the model's own; another follows it.
 
     Raises:
-        ValueError: for a model that cannot be read, or a method that does not fit it.
+        ValueError: for a model that cannot be read or is not whole, or a method that does not fit it.
     """
     directory = local_model(model)
     read_config_json(directory)  # its errors are for people
     config = AutoConfig.from_pretrained(directory)
     if "text_config" in config.to_dict():
         raise ValueError(f"model={model} is multimodal ({config.model_type}); export its language model alone")
+    for fault in weight_faults(directory, config):
+        raise ValueError(f"model={model} does not fit its own config.json: {fault}; copy it again, whole")
     origin = position_of(config)
     added = RopeChain(rope.chain)
     position = Position(

@@ -1,58 +1,77 @@
-"""Ask vLLM or SGLang for the rotary table that it serves a model with, unable to import ropewalk.
+"""Ask vLLM or SGLang how it rotates a model's queries, unable to import ropewalk.
 
 python -I table_probe.py ENGINE DIRECTORY POSITIONS FOUND.npz
 """
 
+import os
 import sys
 
 sys.modules["ropewalk"] = None  # type: ignore[assignment]  # from here on `import ropewalk` fails
 
-import inspect
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 
 def main(engine: str, directory: str, positions: str, found: str) -> None:
-    """Write cos and sin, float32 (positions, head_dim / 2) each, attention scaling included, and the version."""
-    config = AutoConfig.from_pretrained(directory)
-    get_rope, context, version = _engine(engine)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    entry = dict(config.rope_parameters)
-    given: dict[str, Any] = {
-        "head_size": head_dim,
-        "rotary_dim": head_dim,
-        "max_position": config.max_position_embeddings,
-        "base": entry["rope_theta"],
-        "is_neox_style": True,
-        "rope_parameters": entry,
-        "rope_scaling": None if entry["rope_type"] == "default" else entry,
-        "dtype": torch.float32,
-    }
-    accepted = inspect.signature(get_rope).parameters
-    with context:
-        rope = get_rope(**{name: value for name, value in given.items() if name in accepted})
-    table = getattr(rope, "cos_sin_cache", None)
-    if table is None:
-        table = rope.long_short_cos_sin_cache  # longrope: the short list's table first, then the long one's
-    cos, sin = table[: int(positions)].float().cpu().chunk(2, dim=-1)
+    """Write cos and sin, float32 (positions, rotated channels / 2) each, attention scaling included, and the version.
+
+    They are read off rotated vectors, whose first half is 1 and whose second half is 0, so that whatever stands between
+    the engine's table and its queries (which list is taken, which row) is in them.
+    """
+    rope, head_dim, rotated, version = {"vllm": _vllm, "sglang": _sglang}[engine](directory)
+    half = torch.zeros(int(positions), head_dim)
+    half[:, : rotated // 2] = 1
+    # the kernels of a GPU are not asked: the engines' own PyTorch path has the same table
+    rotate: Callable[..., Any] = getattr(rope, "forward_native", rope.forward)
+    queries, _ = rotate(torch.arange(int(positions)), half, half.clone())
+    cos, sin = queries[:, :rotated].float().chunk(2, dim=-1)
     np.savez(found, cos=cos.numpy(), sin=sin.numpy(), version=version)
 
 
-def _engine(name: str) -> tuple[Any, Any, str]:
-    if name == "vllm":
-        import vllm
-        from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.model_executor.layers.rotary_embedding import get_rope
+def _vllm(directory: str) -> tuple[Any, int, int, str]:
+    """Its rotary class, the channels of a head, those that are rotated, and its version."""
+    import vllm
+    from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
 
-        return get_rope, set_current_vllm_config(VllmConfig()), vllm.__version__
+    # its own reading of the directory; a longrope class looks up max_model_len in it
+    model = ModelConfig(directory, skip_tokenizer_init=True, dtype="float32", enforce_eager=True)
+    config, head_dim = model.hf_text_config, model.get_head_size()
+    entry = config.rope_parameters
+    with set_current_vllm_config(VllmConfig(model_config=model, device_config=DeviceConfig(device="cpu"))):
+        rope = get_rope(head_dim, config.max_position_embeddings, rope_parameters=entry, dtype=torch.float32)
+    return rope, head_dim, _rotated(head_dim, entry), vllm.__version__
+
+
+def _sglang(directory: str) -> tuple[Any, int, int, str]:
+    """The same of SGLang, called as its models/llama.py calls it."""
+    if not torch.cuda.is_available():
+        # read when it is imported; without it plain RoPE on a machine without a GPU asks for vLLM's kernels
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     import sglang
     from sglang.srt.layers.rotary_embedding import get_rope
+    from transformers import AutoConfig
 
-    return get_rope, nullcontext(), sglang.__version__
+    config = AutoConfig.from_pretrained(directory)
+    entry = dict(config.rope_parameters)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = _rotated(head_dim, entry)
+    rope = get_rope(
+        head_dim,
+        rotary_dim=rotated,
+        max_position=config.max_position_embeddings,
+        base=entry["rope_theta"],
+        rope_scaling=entry,
+        dtype=torch.float32,
+    )
+    return rope, head_dim, rotated, sglang.__version__
+
+
+def _rotated(head_dim: int, entry: dict[str, Any]) -> int:
+    return int(head_dim * entry.get("partial_rotary_factor", 1.0))
 
 
 if __name__ == "__main__":

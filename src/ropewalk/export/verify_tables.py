@@ -66,16 +66,25 @@ def verify_table(engine: str, directory: Path, python: str | None = None) -> Tab
     positions = min(POSITIONS, config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "found.npz"
-        try:
-            run_probe("table_probe.py", engine, str(directory.resolve()), str(positions), str(path), python=python)
-        except (RuntimeError, OSError) as error:
-            said = str(error).splitlines()[-1]
-            raise Unverifiable(f"not verified: {engine} could not build its table here ({said})") from None
+        ask_engine(engine, directory, positions, path, python)
         result = compare_tables(path, rotary_table(config, positions))
     write_finding(directory, engine, result)
     if not result.passed:
         raise RuntimeError(f"{directory}: {engine}: {result}")
     return result
+
+
+def ask_engine(engine: str, directory: Path, positions: int, found: Path, python: str | None = None) -> None:
+    """Have an engine write cos and sin of its first ``positions`` positions, and its version, to ``found``.
+
+    Raises:
+        Unverifiable: where it cannot.
+    """
+    try:
+        run_probe("table_probe.py", engine, str(directory.resolve()), str(positions), str(found), python=python)
+    except (RuntimeError, OSError) as error:
+        said = str(error).splitlines()[-1]
+        raise Unverifiable(f"not verified: {engine} could not build its table here ({said})") from None
 
 
 def compare_tables(found: Path, expected: Mapping[str, NDArray[np.float32]]) -> TableVerification:
@@ -88,14 +97,13 @@ def compare_tables(found: Path, expected: Mapping[str, NDArray[np.float32]]) -> 
 
 
 def rotary_table(config: PreTrainedConfig, positions: int) -> dict[str, NDArray[np.float32]]:
-    """cos and sin as stock transformers computes them, float32 (positions, head_dim / 2), scaling included."""
+    """cos and sin as stock transformers computes them, float32 (positions, rotated channels / 2), scaling included."""
     entry = rope_entry(config)
     if entry["rope_type"] == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        inv_freq, scaling = (
-            1.0 / entry["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim),
-            1.0,
-        )
+        rotated = int(head_dim * entry.get("partial_rotary_factor", 1.0))
+        channels = torch.arange(0, rotated, 2, dtype=torch.int64).float()
+        inv_freq, scaling = 1.0 / entry["rope_theta"] ** (channels / rotated), 1.0
     else:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[entry["rope_type"]](config, device=torch.device("cpu"))
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), inv_freq)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from ropewalk.evaluation.prefill import Reader
+from ropewalk.evaluation.progress import Item, told
 from ropewalk.evaluation.ranks import Ranks
 
 
@@ -80,8 +81,9 @@ class ReaderLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood and greediness of each continuation; neighbours of one context share its pass."""
         results: list[tuple[float, bool]] = []
-        for context, group in groupby(requests, key=lambda request: request[1]):
-            continuations = [continuation for _, _, continuation in group]
+        groups = groupby(requests, key=lambda request: request[1])
+        asked = [(context, [continuation for _, _, continuation in group]) for context, group in groups]
+        for context, continuations in self._told(asked, "contexts"):
             room = self.max_length - max(map(len, continuations))
             fitted = self._fit(context, room, "likelihood")
             results += self.reader.continuations(torch.tensor(fitted), [torch.tensor(c) for c in continuations])
@@ -90,7 +92,7 @@ class ReaderLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Summed log-likelihood of whole texts, each in windows of ``max_length`` that share no context."""
         results = []
-        for request in requests:
+        for request in self._told(requests, "texts"):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             total = 0.0
             for start in range(0, len(ids), self.max_length - 1):
@@ -101,7 +103,11 @@ class ReaderLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers up to each request's stop strings, the end of sequence or its number of tokens."""
-        return [self._generate(request) for request in requests]
+        return [self._generate(request) for request in self._told(requests, "prompts")]
+
+    def _told(self, items: Sequence[Item], what: str) -> Iterable[Item]:
+        """The items; the first process says how far it is."""
+        return told(items, what) if self.rank == 0 else items
 
     def _generate(self, request: Instance) -> str:
         text, options = request.args

@@ -45,6 +45,8 @@ def run_lm_eval(
             continue
         lm = subject.language_model(setting, length, suite.overflow, ranks)
         for task, (cell, identity) in todo.items():
+            if ranks.rank == 0:
+                print(f"begun: {cell}", flush=True)
             lm.cut = Counter()
             results = run_task(lm, specs[task], suite.few_shot.get(task), suite.samples, subject.config.seed, at)
             cut = sum((Counter(part) for part in ranks.gather(dict(lm.cut))), Counter())

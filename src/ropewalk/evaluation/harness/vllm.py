@@ -1,4 +1,4 @@
-"""vLLM as the engine of lm-eval's tasks: for generation at speed. Never run here: there was no GPU and no vLLM.
+"""vLLM as the engine of lm-eval's tasks: for generation at speed. Run on a CPU alone (docs/status.md).
 
 vLLM reads its spectrum from config.json, so it gets the checkpoint's weights beside a config compiled for the length.
 """
@@ -56,7 +56,7 @@ def load_vllm(subject: Subject, setting: Setting, length: int, overflow: str) ->
     model = CheckedVLLM(
         pretrained=str(scaled_copy(subject.directory, Path(scratch.name), setting, length)),
         dtype=subject.config.dtype,
-        tensor_parallel_size=torch.cuda.device_count(),
+        tensor_parallel_size=max(1, torch.cuda.device_count()),
         max_model_len=length,
         seed=subject.config.seed,
     )

@@ -53,6 +53,8 @@ def run_ruler(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, s
         print(f"ruler at {length:,}: {len(cells) - len(todo)} of {len(cells)} tasks kept", flush=True)
         lm = subject.language_model(setting, length, "error", ranks) if todo else None
         for name, cell in todo.items():
+            if ranks.rank == 0:
+                print(f"begun: {cell}", flush=True)
             samples = _samples(subject, suite, TASKS[name], length)
             results = run_task(lm, lm_eval_task(TASKS[name], samples), None, None, config.seed)
             if results is not None:
