@@ -102,11 +102,12 @@ class GigatokenEngine:
             from gigatoken import Tokenizer
         except ImportError as error:
             raise ValueError("corpus.engine=gigatoken is not installed; pip install 'ropewalk[fast]'") from error
-        content = json.loads(backend.to_str())
-        # Without them, what looks like a special token is text.
-        content["added_tokens"], content["post_processor"] = [], None
+        plain = type(backend)(backend.model)  # without added tokens, so that what looks like a special token is text
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            if getattr(backend, part) is not None:
+                setattr(plain, part, getattr(backend, part))
         try:
-            self._tokenizer = Tokenizer.from_json(json.dumps(content))
+            self._tokenizer = Tokenizer.from_json(plain.to_str())
         except Exception as error:  # whatever it raises, it says that it cannot take this tokenizer
             raise ValueError(f"gigatoken cannot take this tokenizer ({error}); set corpus.engine=auto") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def canonical_json(content: object) -> str:
 def sha256_text(text: str) -> str:
     """SHA-256 of ``text`` in UTF-8, as hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_signature(directory: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files in ``directory``: what a process tells them by without reading them again."""
+    found = ((entry.name, entry.stat()) for entry in os.scandir(directory) if entry.is_file())
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
 
 
 def sha256_directory(directory: Path) -> str:

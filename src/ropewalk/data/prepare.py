@@ -243,6 +243,7 @@ def _units_of_text(shards: Iterable[tuple[int, list[Unit]]]) -> Iterable[Unit]:
 def _run_all(stage: Tokenize | Pack, name: str, workers: int | None, report: Report) -> None:
     todo = [task for task in range(len(stage)) if not stage.finished(task)]
     report(f"{name}: {len(todo)} shards to do, {len(stage) - len(todo)} finished before")
+    todo.sort(key=stage.size, reverse=True)  # a large one begun last would keep one process busy and the others waiting
     for count, (place, _) in enumerate(in_processes(stage.run, [(task, len(stage)) for task in todo], workers), 1):
         report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
 

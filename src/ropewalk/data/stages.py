@@ -25,7 +25,7 @@ from ropewalk.data.chat import ChatEncoder
 from ropewalk.data.corpus import Document, Unit, read_documents
 from ropewalk.data.domains import DomainDocuments, pack_domains
 from ropewalk.data.engines import CheckedEngine, FastPathError
-from ropewalk.data.hashing import sha256_directory
+from ropewalk.data.hashing import files_signature
 from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.parts import PartWriter
 from ropewalk.data.token_files import TokenFileWriter, TokenRecord, open_masks, open_tokens, read_record
@@ -139,6 +139,10 @@ class Tokenize:
         record = read_record(self.plan.work, task)
         return record is not None and (record.masked or record.engine != self.disproved())
 
+    def size(self, task: int) -> int:
+        """Bytes of the shard's documents, where they are known."""
+        return sum(unit.bytes for unit in self.plan.units(task))
+
     def disproved(self) -> str | None:
         """The engine that gave other tokens than its reference on some shard, if one did."""
         path = self.plan.work / DISPROVED
@@ -249,11 +253,13 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
 
 def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
     """See tokenizer.open_saved; opened once a process, as that can take seconds."""
-    return _encoder(sha256_directory(directory), directory, engine, ranks, bos, eos)
+    return _encoder(files_signature(directory), directory, engine, ranks, bos, eos)
 
 
 @cache
-def _encoder(sha256: str, directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
+def _encoder(
+    signature: object, directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool
+) -> DocumentEncoder:
     return open_saved(directory, engine, ranks, bos, eos)
 
 
@@ -306,6 +312,11 @@ class Pack:
         """Whether the task is done."""
         length, _ = self.place(task)
         return (store_directory(self.plan, length) / MANIFEST).is_file() or self.accounting(task) is not None
+
+    def size(self, task: int) -> int:
+        """Tokens of the group."""
+        records = (read_record(self.plan.work, shard) for shard in self.groups[self.place(task)[1]])
+        return sum(record.tokens for record in records if record is not None)
 
     def run(self, shard: int, n_shards: int) -> None:
         """Do the tasks shard, shard + n_shards, ...; see the module."""

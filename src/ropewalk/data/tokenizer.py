@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.data.engines import PROBE, RANKS, has_ranks, open_engine, reference_of
-from ropewalk.data.hashing import canonical_json, sha256_directory, sha256_text
+from ropewalk.data.hashing import canonical_json, files_signature, sha256_directory, sha256_text
 from ropewalk.files import sha256_of
 
 BOS = "<|begin_of_text|>"
@@ -225,9 +225,7 @@ def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = Tru
         bos: begin documents with BOS.
         eos: end them with EOS.
     """
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend = _backend(files_signature(directory), directory)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     names = [_token_text(config.get(name)) for name in ("bos_token", "eos_token")]
     bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
@@ -281,24 +279,22 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
             raise ValueError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
-    sha256 = sha256_directory(directory)
-    return {"sha256": sha256, **_described(sha256, directory)}
-
-
-@cache
-def _described(sha256: str, directory: Path) -> dict[str, Any]:
-    """What describe_tokenizer says, kept by the hash of the files, since the file of a large vocabulary is large."""
-    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = _backend(files_signature(directory), directory).get_vocab(with_added_tokens=True)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    vocab = content["model"]["vocab"]
-    if isinstance(vocab, list):  # of Unigram: tokens with their scores, in the order of their ids
-        vocab = {token: number for number, (token, _) in enumerate(vocab)}
-    vocab = {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
     return {
+        "sha256": sha256_directory(directory),
         "vocab_size": max(vocab.values()) + 1,
         "bos_id": vocab.get(_token_text(config.get("bos_token"))),
         "eos_id": vocab.get(_token_text(config.get("eos_token"))),
     }
+
+
+@cache
+def _backend(signature: object, directory: Path) -> Any:
+    """tokenizer.json as ``tokenizers`` opens it, once a process: the file of a large vocabulary is large."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
 def check_same_vocabulary(store: Path, model: Path) -> None:
