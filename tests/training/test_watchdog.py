@@ -41,8 +41,8 @@ def test_a_late_step_is_reported_with_its_place(tmp_path, capsys):
     watched, all_threads = stacks.split("\n\n", 2)[1:]
     assert "test_a_late_step_is_reported_with_its_place" in watched
     assert "test_a_late_step_is_reported_with_its_place" in all_threads
-    assert "_watch" in all_threads
-    assert "_watch" not in watched
+    assert " in _watch\n" in all_threads
+    assert " in _watch\n" not in watched
     assert not (tmp_path / "heartbeats").exists()
 
 
