@@ -175,7 +175,7 @@ def stock_tolerances(spectrum: Spectrum, entry: Mapping[str, Any]) -> FloatArray
 def _yarn_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
     """w_i = (high - i) / (high - low), not yet clamped, and the absolute error of the float32 one.
 
-    The quotient rounds, and low does where it is no whole number.
+    The quotient rounds; where low and high are no whole numbers, so do low, i - low and high - low.
     """
     truncate = entry.get("truncate", True)
     length = entry["original_max_position_embeddings"]
@@ -184,7 +184,7 @@ def _yarn_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[FloatAr
     width = high - low if high != low else 0.001
     pairs = np.arange(spectrum.inv_freq.size, dtype=np.float64)
     weight = (low + width - pairs) / width
-    error = _HALF_ULP * (1 if truncate else 1 + low / width)
+    error = _HALF_ULP * (1 if truncate else 3 + low / width)
     return weight, np.full(pairs.size, error)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rope_samples import POSITIONS, SAMPLES, sample
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -149,6 +149,18 @@ def float32_error(method, head_dim, theta):
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(16, 128), THETAS, st.one_of(YARNS, LLAMA3S))
+@example(
+    16,
+    1e4,
+    {
+        "method": "yarn",
+        "factor": 36.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 44.89132456459628,
+        "beta_slow": 0.5,
+        "truncate": False,
+    },
+)
 def test_ramps_are_as_near_to_float64_as_their_rounding_allows(pairs, theta, method):
     relative, radians, bound = float32_error(method, 2 * pairs, theta)
     assert np.all(relative <= bound)
