@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -66,7 +66,8 @@ class RankProcesses:
         for rank in ranks or range(len(self.processes)):
             pid = self.processes[rank].pid
             if pid is not None and self.processes[rank].is_alive():
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # it has just ended, and its parent is another process
+                    os.kill(pid, number)
 
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)

@@ -2,6 +2,7 @@
 
 import base64
 import random
+import re
 import shutil
 
 import numpy as np
@@ -222,21 +223,24 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     monkeypatch.setattr(stages, "open_encoder", lambda *settings: encoder)
     assert made("checked").fingerprint == expected.fingerprint
     said = capsys.readouterr().err
-    assert "warning: shard 0: wrong differs from tokenizers at token" in said
+    assert re.search(r"warning: shard \d+: wrong differs from tokenizers at token", said)
     assert "this shard and all others are done again with tokenizers" in said
     assert any(line.startswith("tokenized with tokenizers (") for line in lines)
 
 
 def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp_path, monkeypatch, right):
-    """Its first document is compared; the shards before it, where nothing was seen, are not left to the engine."""
+    """Its first document is compared; the shards before it, where nothing was seen, are not left to the engine.
+
+    Here the last one is also the last to be done, as it is the smallest.
+    """
     from ropewalk.config import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore, stages
     from ropewalk.data.prepare import prepare
 
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 2**65)
     (tmp_path / "docs").mkdir()
-    for number, words in enumerate(("one", "fault", "two", "fault")):
-        (tmp_path / f"docs/{number}.txt").write_text(f"{words} and more\n" * (30 if number < 2 else 100))
+    for number, (word, times) in enumerate((("one", 40), ("fault", 40), ("two", 100), ("fault", 70))):
+        (tmp_path / f"docs/{number}.txt").write_text(f"{word} and more\n" * times)
 
     def made(name, stage="all"):
         corpus = CorpusConfig(

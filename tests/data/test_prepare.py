@@ -168,6 +168,30 @@ def test_bytes_do_not_depend_on_the_stages_being_apart(in_shards, fixture_corpus
     assert contents(tmp_path / "o") == contents(in_shards)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".npy", ".json"])
+def test_what_a_dead_machine_has_lost_is_noticed(in_shards, fixture_corpus, tmp_path, suffix):
+    """A file of the right size with other content, and a record that is empty; then the shard is done again."""
+
+    def stage(name):
+        prepare(config_of(tmp_path / "o", fixture_corpus, shard_mb=0.02, stage=name, workers=1), lambda line: None)
+
+    stage("plan")
+    stage("tokenize")
+    file = (tmp_path / "o/work/tokens-00001.bin").with_suffix(suffix)
+    content = file.read_bytes()
+    file.write_bytes(b"" if suffix == ".json" else content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    if suffix == ".json":
+        with pytest.raises(ValueError, match="1 shards, the first 1, are not tokenized"):
+            stage("pack")
+    else:
+        with pytest.raises(ValueError, match=r"tokens-00001\.bin, \.mask or \.npy is not what was written"):
+            stage("pack")
+        file.with_suffix(".json").unlink()
+    for name in ("tokenize", "pack", "finish"):
+        stage(name)
+    assert contents(tmp_path / "o") == contents(in_shards)
+
+
 @pytest.mark.parametrize(("place", "nth"), [
     ("TokenFileWriter.write", 1), ("TokenFileWriter.commit", 4), ("PartWriter.record", 3), ("PartWriter.assemble", 2),
     ("PartWriter.assemble", 5),

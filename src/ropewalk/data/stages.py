@@ -28,7 +28,14 @@ from ropewalk.data.engines import CheckedEngine, FastPathError
 from ropewalk.data.hashing import files_signature
 from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.parts import PartWriter
-from ropewalk.data.token_files import TokenFileWriter, TokenRecord, open_masks, open_tokens, read_record
+from ropewalk.data.token_files import (
+    TokenFileWriter,
+    TokenRecord,
+    check_whole,
+    open_masks,
+    open_tokens,
+    read_record,
+)
 from ropewalk.data.tokenizer import DocumentEncoder, batches, load_tokenizer, open_saved
 from ropewalk.data.writer import Accounting
 from ropewalk.files import write_atomically
@@ -360,6 +367,7 @@ class Pack:
         """What the shards of a group gave, by domain."""
         by_domain: dict[str, list[int]] = {}
         for shard in self.groups[group]:
+            check_whole(self.plan.work, shard)
             by_domain.setdefault(self.plan.sources[self.plan.shard_sources[shard]]["domain"], []).append(shard)
         masked = {source["domain"] for source in self.plan.sources if source["chat"]}
         work = self.plan.work

@@ -1,19 +1,22 @@
-"""Tokenized documents between the two stages: a flat file of tokens, where each document ends, perhaps masks."""
+"""Tokenized documents between the two stages: a flat file of tokens, where each document ends, perhaps masks.
+
+They are not pushed to the disk, as they are needed for hours at most: the record has a digest of them, and what a dead
+machine has lost is noticed when they are opened.
+"""
 
 from __future__ import annotations
 
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
-
-from ropewalk.files import fsync_path, write_atomically
 
 
 @dataclass
@@ -28,6 +31,7 @@ class TokenRecord:
         text_bytes: of these documents, in UTF-8.
         masked: whether there are loss masks.
         engine: what encoded them.
+        digest: xxh3 of tokens, masks and ends, to find what was lost.
         skipped: documents left out, by reason.
     """
 
@@ -38,6 +42,7 @@ class TokenRecord:
     text_bytes: int = 0
     masked: bool = False
     engine: str = ""
+    digest: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
 
 
@@ -52,6 +57,7 @@ class TokenFileWriter:
         self._tokens = self._stem.with_suffix(".bin").open("wb")
         self._masks = self._stem.with_suffix(".mask").open("wb") if record.masked else None
         self._ends = array("q")
+        self._digests = _digests()
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -63,11 +69,16 @@ class TokenFileWriter:
 
     def write(self, tokens: NDArray[np.uint32], mask: NDArray[np.bool_] | None = None) -> None:
         """Add to the document at the end of the file."""
-        self._tokens.write(tokens.astype("<u4", copy=False).tobytes())
+        self._add(self._tokens, ".bin", tokens.astype("<u4", copy=False))
         self._record.tokens += len(tokens)
         if self._masks is not None:
             assert mask is not None
-            self._masks.write(mask.tobytes())
+            self._add(self._masks, ".mask", mask)
+
+    def _add(self, file: BinaryIO, suffix: str, values: NDArray[Any]) -> None:
+        content = values.tobytes()
+        self._digests[suffix].update(content)
+        file.write(content)
 
     def end_document(self) -> None:
         """What is written next is of another document."""
@@ -77,10 +88,13 @@ class TokenFileWriter:
         """Close the files, and say that they are whole."""
         self.__exit__()
         self._record.documents = len(self._ends)
-        np.save(self._stem.with_suffix(".npy"), np.array(self._ends, dtype=np.int64), allow_pickle=False)
-        for suffix in (".bin", ".npy", *([".mask"] if self._record.masked else [])):
-            fsync_path(self._stem.with_suffix(suffix))
-        write_atomically(self._stem.with_suffix(".json"), json.dumps(asdict(self._record)) + "\n")
+        ends = np.array(self._ends, dtype=np.int64)
+        np.save(self._stem.with_suffix(".npy"), ends, allow_pickle=False)
+        self._digests[".npy"].update(ends.tobytes())
+        self._record.digest = _joined(self._digests)
+        partial = self._stem.with_suffix(".json.partial")
+        partial.write_text(json.dumps(asdict(self._record)) + "\n", encoding="utf-8")
+        partial.replace(self._stem.with_suffix(".json"))
         return self._record
 
 
@@ -89,7 +103,10 @@ def read_record(directory: Path, number: int) -> TokenRecord | None:
     stem = directory / f"tokens-{number:05d}"
     if not stem.with_suffix(".json").is_file():
         return None
-    record = TokenRecord(**json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")))
+    try:
+        record = TokenRecord(**json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")))
+    except json.JSONDecodeError:  # the machine died before it was on the disk
+        return None
     path = stem.with_suffix(".bin")
     return record if path.is_file() and path.stat().st_size == 4 * record.tokens else None
 
@@ -125,6 +142,35 @@ class FlatDocuments:
         """Tokens of each document, int64 (documents,)."""
         none = np.zeros(0, dtype=np.int64)
         return np.concatenate([none, *(np.diff(ends, prepend=0) for ends in self._ends)])
+
+
+def check_whole(directory: Path, number: int) -> None:
+    """Compare the files of a finished shard with their record.
+
+    Raises:
+        ValueError: where they are not what was written.
+    """
+    stem = directory / f"tokens-{number:05d}"
+    record, digests = read_record(directory, number), _digests()
+    assert record is not None
+    for suffix in (".bin", *([".mask"] if record.masked else [])):
+        with stem.with_suffix(suffix).open("rb") as file:
+            while block := file.read(2**22):
+                digests[suffix].update(block)
+    digests[".npy"].update(np.load(stem.with_suffix(".npy"), allow_pickle=False).tobytes())
+    if _joined(digests) != record.digest:
+        raise ValueError(
+            f"{stem}.bin, .mask or .npy is not what was written: the disk, or the machine, has failed; remove "
+            f"{stem}.json and start again, and this shard is tokenized again"
+        )
+
+
+def _digests() -> dict[str, Any]:
+    return {suffix: xxhash.xxh3_64() for suffix in (".bin", ".mask", ".npy")}
+
+
+def _joined(digests: Mapping[str, Any]) -> str:
+    return "-".join(digest.hexdigest() for digest in digests.values())
 
 
 def open_tokens(directory: Path, numbers: Sequence[int]) -> FlatDocuments:
