@@ -3,6 +3,7 @@
 # say where training runs, EVALUATION_GPUS how many GPUs one evaluation sees. DRY_RUN=1 runs nothing: every stage composes and
 # validates its configuration, training is planned, and each input must be promised by a stage before.
 set -euo pipefail
+shopt -s inherit_errexit # what fails in $(...) ends the recipe, too
 : "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}"
 
 if [ -n "${DRY_RUN:-}" ]; then
@@ -45,10 +46,10 @@ train() {
     python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@"
     if command -v sbatch >/dev/null; then
       local lead options
-      lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds) || lead=null
+      lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds)
       options=$(python scripts/job.py options "cluster=$CLUSTER" "nodes=$NODES" "lead_seconds=$lead")
-      # shellcheck disable=SC2086
-      sbatch --wait $options slurm/train_64k.sh "cluster=$CLUSTER" "$@"
+      mapfile -t options <<<"$options"
+      sbatch --wait "${options[@]}" slurm/train_64k.sh "cluster=$CLUSTER" "$@"
     else
       torchrun --standalone --nproc-per-node=gpu train.py "$@"
     fi
@@ -62,8 +63,8 @@ evaluate() {
   elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
     local options
     options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 "cluster.gpus_per_node=$EVALUATION_GPUS")
-    # shellcheck disable=SC2086
-    sbatch --wait $options --ntasks-per-node=1 slurm/evaluate.sh "cluster=$CLUSTER" "$@"
+    mapfile -t options <<<"$options"
+    sbatch --wait "${options[@]}" --ntasks-per-node=1 slurm/evaluate.sh "cluster=$CLUSTER" "$@"
   else
     python scripts/evaluate.py "$@"
   fi

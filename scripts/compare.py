@@ -2,11 +2,13 @@
 
 from ropewalk.config import CompareConfig
 from ropewalk.entry import entry
+from ropewalk.launch import release_warnings
 
 
 @entry("compare")
 def main(config: CompareConfig) -> None:
     """Write the report and print its results table; with track=true log evaluations into the runs' trackers."""
+    release_warnings()  # nothing is to be saved, so a job's warning may end it
     from ropewalk.report import compare
 
     compare(config)

@@ -1,6 +1,6 @@
 """What the job scripts in slurm/ ask: the record of a job before its ranks start, and the options to submit it with.
 
-``python scripts/job.py begin COMMAND BATCH_SCRIPT [overrides]``, inside a job
+``python scripts/job.py begin COMMAND [overrides] <BATCH_SCRIPT``, inside a job
 ``python scripts/job.py options [cluster=NAME] [nodes=N] [lead_seconds=N]``, before sbatch
 ``python scripts/job.py directory COMMAND [overrides]``: where a command would write, for the next one to read
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from ropewalk.config import SbatchConfig, validate_train
@@ -21,23 +22,26 @@ from ropewalk.slurm.options import exports, sbatch_options
 @entry("sbatch")
 def options(config: SbatchConfig) -> None:
     """Print sbatch options for a cluster: sbatch $(python scripts/job.py options cluster=h100_8 nodes=4) ..."""
-    print(*map(shlex.quote, sbatch_options(config.cluster, config.nodes, config.lead_seconds)))
+    print(*sbatch_options(config.cluster, config.nodes, config.lead_seconds), sep="\n")  # as they are, one a line
 
 
 def begin_job() -> None:
     """Write the record of a job into its run directory and print what its script goes on with."""
-    if len(sys.argv) < 3 or "SLURM_JOB_ID" not in os.environ:
+    if len(sys.argv) < 2 or "SLURM_JOB_ID" not in os.environ:
         sys.exit(
-            "error: begin COMMAND BATCH_SCRIPT [overrides] is for a job's script; submit one of slurm/ with sbatch"
+            "error: begin COMMAND [overrides] <BATCH_SCRIPT is for a job's script; submit one of slurm/ with sbatch"
         )
-    command, batch_script, *arguments = sys.argv[1:]
+    command, *arguments = sys.argv[1:]
     with user_errors():
         config = composed(command, _of_command(command, arguments))
         cluster = composed("sbatch", list(filter(_is_of_cluster, arguments))).cluster
         if command == "train":
             validate_train(config, int(os.environ.get("SLURM_NTASKS", "1")))
         lines = exports(cluster.slurm.environment)
-    record = begin(command, config, arguments, Path(batch_script), os.environ)
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+        script.write(sys.stdin.read())
+        script.flush()
+        record = begin(command, config, arguments, Path(script.name), os.environ)
     print(f"job_record={shlex.quote(str(record))}", f"scratch={shlex.quote(cluster.slurm.scratch)}", *lines, sep="\n")
 
 

@@ -7,6 +7,7 @@
 # data is taken to be there. A stage that fails takes those that wait for it out of the queue; submit again, and what is finished
 # is kept.
 set -euo pipefail
+shopt -s inherit_errexit # what fails in $(...) ends this script, too
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
@@ -23,8 +24,12 @@ set -f
 prepare=($prepare) prepare_sft=($prepare_sft) train=($train) sft=($sft) evaluate=($evaluate) compare=($compare) cluster=(${cluster:+cluster=$cluster})
 IFS=, read -ra arms <<<"$arms"
 
-# options OVERRIDES...: what the cluster group says, for sbatch
-options() { python scripts/job.py options "${cluster[@]}" "$@"; }
+# options NAME OVERRIDES...: sets the array NAME to what the cluster group says, for sbatch
+options() {
+  local said
+  said=$(python scripts/job.py options "${cluster[@]}" "${@:2}")
+  mapfile -t "$1" <<<"$said"
+}
 
 # submit AFTER SBATCH_WORDS...: prints the job's number; AFTER is the job, or jobs with : between, that must succeed first
 submit() { sbatch --parsable --kill-on-invalid-dep=yes ${1:+--dependency="afterok:$1"} "${@:2}"; }
@@ -39,10 +44,13 @@ for arm in "${arms[@]}"; do
 done
 python scripts/job.py directory evaluate checkpoint=x output=x "${evaluate[@]}" >/dev/null
 python scripts/job.py directory compare "runs=[$(IFS=,; echo "${tuned[*]}")]" "${compare[@]}" >/dev/null
-lead=$(python scripts/plan.py +experiment="${arms[0]}" "${cluster[@]}" nodes="$nodes" "${train[@]}" print=lead_seconds) || lead=null
-read -ra training <<<"$(options nodes="$nodes" lead_seconds="$lead")"
-read -ra single <<<"$(options nodes=1 cluster.gpus_per_node=1)"
-read -ra cpu <<<"$(options nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_request=false cluster.slurm.cpus_per_gpu=1)"
+lead=$(python scripts/plan.py +experiment="${arms[0]}" "${cluster[@]}" nodes="$nodes" "${train[@]}" print=lead_seconds)
+[ ${#prepare[@]} -eq 0 ] || python scripts/job.py directory prepare "${prepare[@]:1}" >/dev/null
+[ ${#prepare_sft[@]} -eq 0 ] || python scripts/job.py directory prepare "${prepare_sft[@]:1}" >/dev/null
+training=() single=() cpu=()
+options training nodes="$nodes" lead_seconds="$lead"
+options single nodes=1 cluster.gpus_per_node=1
+options cpu nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_request=false cluster.slurm.cpus_per_gpu=1
 
 # prepared TASKS OVERRIDES...: submits a preparation and says so; prints the last of its jobs
 prepared() {

@@ -6,7 +6,10 @@
 container=()    # container=(apptainer exec --nv --bind "$PWD" ropewalk.sif)
 srun_options=() # srun_options=(--container-image="$PWD/ropewalk.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
 
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" # the latter for an image's Python
+# What SLURM calls this job. The last task of an array has the array's own number, which alone means all of its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+job=${job:-${SLURM_JOB_ID:-}}
 code=1 warned='' terminated='' job_record=''
 
 # once COMMAND...: on this node alone, in the container if there is one
@@ -15,11 +18,21 @@ once() {
   else srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" "$@"; fi
 }
 
+# patiently COMMAND...: again where slurmctld is too busy to answer
+patiently() {
+  local wait
+  for wait in 2 10 30; do
+    "$@" && return
+    sleep "$wait"
+  done
+  "$@"
+}
+
 # Ranks meet at the first node, by the address that SLURM itself reaches it at. The port is the job's own.
 rendezvous() {
   local first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  MASTER_ADDR=$(patiently scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
   export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
 }
 
@@ -32,7 +45,7 @@ begin() {
   # Threads of a rank's CPU work: more than its cores only take turns, and torch would take all cores of the node.
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
   rendezvous
-  settings=$(once python scripts/job.py begin "$1" "$0" "${@:2}") || exit
+  settings=$(once python scripts/job.py begin "$1" "${@:2}" <"$0") || exit # $0 lies in a spool that no container has
   eval "$settings" # job_record, scratch, and the cluster's variables, quoted by Python
   # On each node's own disk, one directory a job: compilers' caches that ranks of two jobs share corrupt each other, and
   # one on a network disk is slow; a build that was killed leaves a lock that a later job would wait for.
@@ -94,14 +107,15 @@ noted_ranks() { find "$job_record/ranks" -name 'rank-*.json' 2>/dev/null | wc -l
 finish() {
   local answer state
   # scancel and pre-emption tell the ranks alone. A job that was cancelled would come back if it were requeued now.
-  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+  state=$(patiently scontrol --oneliner show job "$job" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p') || state=''
+  state=${state:-RUNNING}
   [ -z "$terminated" ] || [ "$state" != RUNNING ] || state=TERMINATED
   answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" ${warned:+--warned} --state="$state") ||
     answer=$([ "$code" -eq 75 ] && [ "$state" = RUNNING ] && echo requeue || echo stop)
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then
-    scontrol requeue "$SLURM_JOB_ID" || echo "error: SLURM does not requeue; the same sbatch again goes on" >&2
+    patiently scontrol requeue "$job" || echo "error: SLURM does not requeue; the same sbatch again goes on" >&2
   fi
   exit "$code"
 }
@@ -114,7 +128,7 @@ lead_seconds() { once python scripts/plan.py "$@" nodes="$SLURM_NNODES" print=le
 leave_by() {
   local lead end
   lead=$(lead_seconds "$@") && [[ $lead =~ ^[0-9]+$ ]] || lead=300
-  end=$(date -d "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) || return 0
+  end=$(date -d "$(squeue --noheader --job="$job" --format=%e)" +%s 2>/dev/null) || return 0
   [ $((end - 2 * lead)) -le "$(date +%s)" ] || echo $((end - lead))
 }
 
@@ -161,5 +175,5 @@ without_cluster() {
 enter_sweep() {
   rendezvous
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-  trap '[ "$?" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"' EXIT
+  trap '[ "$?" -ne 75 ] || patiently scontrol requeue "$job"' EXIT
 }

@@ -4,6 +4,7 @@
 # that packs, and the finish, each after the one before. What is finished is skipped when it is submitted again. The
 # cluster group gives partition and account; without it they are the site's, or SBATCH_PARTITION's and SBATCH_ACCOUNT's.
 set -euo pipefail
+shopt -s inherit_errexit # what fails in $(...) ends this script, too
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
@@ -18,7 +19,7 @@ options=()
 if [ ${#cluster[@]} -gt 0 ]; then
   said=$(python scripts/job.py options "${cluster[@]}" nodes=1 cluster.gpus_per_node=1 cluster.slurm.gpu_request=false \
     cluster.slurm.cpus_per_gpu=1)
-  read -ra options <<<"$said"
+  mapfile -t options <<<"$said"
 fi
 words=("$@" n_shards="$tasks")
 python scripts/job.py directory prepare "${words[@]}" >/dev/null # a typo ends here

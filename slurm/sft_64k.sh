@@ -17,7 +17,7 @@ cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file 
 [ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
 . slurm/common.sh
 
-[ "${1%%=*}" = from ] || { echo "error: say which run to go on from: sft_64k.sh from=outputs/NAME" >&2; exit 2; }
+[[ ${1-} == from=* ]] || { echo "error: say which run to go on from: sft_64k.sh from=outputs/NAME" >&2; exit 2; }
 from=${1#from=}
 shift
 with_default +experiment=sft_64k start_from.run="$from" run_name="$(basename "$from")_sft" "$@"

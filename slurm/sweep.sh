@@ -22,6 +22,9 @@ cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file 
 arms=()
 while [ $# -gt 0 ] && [[ $1 != *=* ]]; do arms+=("$1") && shift; done
 [ ${#arms[@]} -gt 0 ] || arms=(rope hardclip20 cope20)
+if [ "${SLURM_ARRAY_TASK_COUNT:-1}" -ne ${#arms[@]} ]; then
+  echo "warning: ${#arms[@]} arms (${arms[*]}) and ${SLURM_ARRAY_TASK_COUNT:-1} tasks; all are trained with --array=0-$((${#arms[@]} - 1))" >&2
+fi
 arm=${arms[SLURM_ARRAY_TASK_ID]:-}
 [ -n "$arm" ] || { echo "error: --array has a task $SLURM_ARRAY_TASK_ID, and there are ${#arms[@]} arms" >&2; exit 2; }
 train +experiment="$arm" "$@"

@@ -264,7 +264,7 @@ ARMS = ("rope", "hardclip11", "cope11")
 
 
 def sweep(site: Site) -> Scenario:
-    """Three arms as one array; the arms of the demo, from random weights."""
+    """Three arms as one array; the arms of the demo, from random weights. The last task is told to leave."""
     words = site.arguments(
         "sweep", "model=demo", "model.architecture.head_dim=64", "model.head_dim=64", "trainer.max_steps=4"
     )
@@ -273,6 +273,8 @@ def sweep(site: Site) -> Scenario:
     site.sbatch("sweep", *ONE_NODE, "--time=20", "slurm/sweep.sh", *arms, *own, f"paths.output_dir={site.output}")
     for task in range(len(ARMS)):
         site.jobs[f"sweep-{task}"] = f"{site.jobs['sweep']}_{task}"
+    yield from until(lambda: site.log("sweep").count("start 1, on") == len(ARMS), PATIENCE, "start of the sweep")
+    site.slurm.run("scancel", "--batch", "--signal=USR1", site.jobs["sweep-2"])  # its number is the array's
     yield from done(site, *(f"sweep-{task}" for task in range(len(ARMS))))
 
 
