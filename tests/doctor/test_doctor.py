@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -266,3 +267,24 @@ def test_two_ranks_measure_what_is_between_them(store_64, tmp_path):
     assert "what one rank writes, all see" in done.stdout
     assert not (tmp_path / "run" / ".doctor-shared").exists()
     assert os.listdir(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_has_found_a_fault_keeps_no_other_waiting(store_64, tmp_path):
+    """On one node the run directory cannot be made; the screen comes, and says where."""
+    (tmp_path / "file").touch()
+    script = tmp_path / "doctor.py"
+    script.write_text(
+        "import os, sys, runpy\n"
+        "rank = os.environ['RANK']\n"
+        "os.environ.update(LOCAL_RANK='0', SLURMD_NODENAME=f'n{rank}')\n"
+        f"sys.argv = ['scripts/doctor.py', *sys.argv[1:], *(['run_dir={tmp_path}/file/run'] if rank == '1' else [])]\n"
+        "runpy.run_path('scripts/doctor.py', run_name='__main__')\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    arguments = [*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop"]
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=alone_environment(), timeout=120)  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(r"FAIL file system .*  \[n1\]", done.stdout), done.stdout + done.stderr
+    assert "to mend" in done.stdout

@@ -29,15 +29,16 @@ def examine(config: TrainConfig) -> int:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = config.trainer.device == "cuda" and torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    findings = guarded("device", lambda: check_device(config.trainer.device, config.cluster.gpus_per_node, local_rank))
+    gpus = int(os.environ.get("SLURM_NTASKS_PER_NODE") or config.cluster.gpus_per_node)  # one task a GPU
+    findings = guarded("device", lambda: check_device(config.trainer.device, gpus, local_rank))
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if together:
         join(device)
     findings += _of_this_rank(config, device)
-    findings += _together(config, device) if together else list(_alone(device))
-    of_ranks: list[tuple[str, list[Finding]]] = [(_node(), findings)] * (dist.get_world_size() if together else 1)
-    if together:
-        dist.all_gather_object(of_ranks, (_node(), findings))
+    of_ranks = _gathered(findings) if together else [(_node(), [*findings, *_alone(device)])]
+    # A rank that stands aside in a collective holds up the others, and nobody would read what it has found.
+    if together and not any(finding.level == "FAIL" for _, of_rank in of_ranks for finding in of_rank):
+        of_ranks = _gathered(findings + _together(config, device))
     nodes = len({name for name, _ in of_ranks})
     text, failed = screen(f"doctor: {config.run_name}, {len(of_ranks)} ranks on {nodes} nodes", of_ranks)
     if not together or dist.get_rank() == 0:
@@ -46,6 +47,13 @@ def examine(config: TrainConfig) -> int:
         dist.barrier()
         dist.destroy_process_group()
     return failed
+
+
+def _gathered(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
+    """Each rank's node and findings. Collective."""
+    of_ranks: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (_node(), findings))
+    return of_ranks
 
 
 def examine_evaluation(config: EvaluateConfig) -> int:
