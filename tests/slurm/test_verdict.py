@@ -37,6 +37,16 @@ CASES = {
     "the guard": (1, [GUARD, rank(1, 1, GUARD["error"])], {}, "FAILED"),
     "the guard, the other killed by srun": (143, [GUARD, KILLED], {}, "FAILED"),
     "a fault of the program on every rank": (1, [rank(0, 1, "TypeError: x"), rank(1, 1, "TypeError: x")], {}, "FAILED"),
+    "a GPU has failed, its peers lost it": (1, [
+        rank(0, 1, "DistBackendError: NCCL error", 2.0), rank(1, 1, "AcceleratorError: CUDA error: ECC", 1.0)
+    ], {}, "REQUEUED"),
+    "a link fails again and again": (
+        1, [rank(n, 1, "DistBackendError: NCCL error") for n in (0, 1)], {"fruitless": FRUITLESS_SESSIONS}, "FAILED"
+    ),
+    "a fault of the program on one, whose peer lost it": (1, [
+        rank(0, 1, "DistBackendError: NCCL error", 2.0), rank(1, 1, "TypeError: x", 1.0)
+    ], {}, "FAILED"),
+    "too little memory": (1, [rank(n, 1, "OutOfMemoryError: CUDA out of memory") for n in (0, 1)], {}, "FAILED"),
     "unfit": (3, [], {}, "FAILED"),
     "cancelled, saved": (75, [SAVED, rank(1, 75)], {"terminated": True, "cancelled": True}, "ENDED"),
     "cancelled after the warning": (75, [SAVED], {"warned": True, "terminated": True, "cancelled": True}, "ENDED"),

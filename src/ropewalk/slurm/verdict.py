@@ -10,6 +10,8 @@ EXIT_REQUEUE = 75  # as in training.signals: saved, not finished
 EXIT_OWN_ERROR = 2  # a configuration error, in one line
 EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit; slurm/common.sh says so with this code
 OWN_ERRORS = ("TrainingStopped",)  # exceptions by which a run ends itself: the guards have had enough
+# Exceptions of a GPU or a link that has failed, not of the program; too little memory has an exception of its own.
+OF_THE_MACHINE = ("AcceleratorError", "DistBackendError", "DistNetworkError", "DistStoreError")
 FRUITLESS_SESSIONS = 2  # sessions in a row that got nothing on; after one more a person must look
 
 
@@ -64,6 +66,8 @@ def judge(
         return Verdict(False, "ENDED", "SLURM ended the job; what it pre-empts it puts back into the queue itself")
     saved = EXIT_REQUEUE in (code, *codes)
     why = "told to leave" if saved or warned else f"{tasks - len(codes)} of {tasks} ranks were killed"
+    if len(codes) == tasks and not (saved or warned):
+        why = f"a GPU or a link has failed ({_first(ranks)})"
     if not progress and fruitless >= FRUITLESS_SESSIONS:
         return Verdict(False, "FAILED", f"{why}; it and {fruitless} sessions before it have got nothing on")
     return Verdict(True, "REQUEUED", "saved, to go on" if saved else f"{why}; goes on from what was saved last")
@@ -79,6 +83,13 @@ def _own_reason(code: int, codes: Sequence[int], ranks: Sequence[Mapping[str, An
     if code == EXIT_UNFIT and not ranks:
         return "the doctor found the machine unfit; see its lines in the log"
     if len(codes) == tasks and EXIT_REQUEUE not in codes:
-        first = min((rank for rank in ranks if rank.get("error")), key=lambda rank: rank["ended"], default=None)
-        return "every rank ended by itself" + (f"; first rank {first['rank']}: {first['error']}" if first else "")
+        first = _first(ranks)
+        if first.partition(": ")[2].partition(":")[0] not in OF_THE_MACHINE:
+            return "every rank ended by itself" + (f"; first {first}" if first else "")
     return None
+
+
+def _first(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """The first error of all, with its rank; "" where no rank has told one."""
+    first = min((rank for rank in ranks if rank.get("error")), key=lambda rank: rank["ended"], default=None)
+    return f"rank {first['rank']}: {first['error']}" if first else ""
