@@ -28,6 +28,10 @@ RECORDED = re.compile(
 )
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE", re.IGNORECASE)
 MASKED = "***"
+# In text that somebody wrote: NAME=value or NAME: value, the name as environments write it.
+ASSIGNED = re.compile(
+    r"\b([A-Z][A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|JWT|COOKIE|AUTH)\b[\"'\]]*\s*[:=]\s*)(?=\S).*"
+)
 ENVIRONMENT_WORD = re.compile(r"[+~]*cluster\b.*\benvironment\b")  # an override of cluster.slurm.environment
 TREE = Path(__file__).parent
 
@@ -39,9 +43,14 @@ def git_commit() -> str | None:
 
 
 def git_changes() -> str:
-    """What differs from the commit, as a patch, and the names of files unknown to git; "" outside a checkout."""
+    """What differs from the commit, as a masked patch, and the names of files unknown to git; "" outside a checkout."""
     patch, unknown = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
-    return (patch or "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
+    return masked(patch or "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
+
+
+def masked(text: str) -> str:
+    """A script or patch without the values of what is named like a key or a token in an environment."""
+    return ASSIGNED.sub(rf"\1{MASKED}", text)
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import pytest
 from helpers import composed
 
+from ropewalk import provenance
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.provenance import masked
 from ropewalk.slurm.job import begin, committed_step, end
 from ropewalk.training import find_checkpoint
 
@@ -60,6 +62,25 @@ def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
     assert (record / "script.sh").read_text() == "#!/bin/bash\n"
     assert "max_steps: 384" in (record / "config.yaml").read_text()
     assert KEY not in "".join(path.read_text() for path in record.iterdir())
+
+
+@pytest.mark.parametrize("line", [
+    "+      WANDB_API_KEY: {key}", "export HF_TOKEN={key}", 'environment["AWS_SECRET_ACCESS_KEY"] = "{key}"',
+    "WANDB_API_KEY={key} sbatch x",
+])  # fmt: skip
+def test_a_key_written_into_a_script_or_a_patch_is_masked(jobs, line):
+    text = f"PREFERRED_TOKENS = 65_536\n{line.format(key=KEY)}\ntoken: str\n"
+    jobs.script.write_text(text)
+    record = begin("train", jobs.config, [], jobs.script, JOB)
+    script = (record / "script.sh").read_text()
+    assert KEY not in script
+    assert script.splitlines()[0::2] == text.splitlines()[0::2]
+    assert masked(text) == script
+
+
+def test_a_key_in_a_changed_file_is_masked(monkeypatch):
+    monkeypatch.setattr(provenance, "_git", lambda *words: f"+  HF_TOKEN: {KEY}\n" if words[0] == "diff" else "")
+    assert provenance.git_changes() == "+  HF_TOKEN: ***\n"
 
 
 @pytest.mark.parametrize("given", [

@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import shlex
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ropewalk.files import write_atomically
 from ropewalk.provenance import (
     git_changes,
     git_commit,
+    masked,
     recorded_arguments,
     recorded_config,
     recorded_environment,
@@ -50,7 +50,7 @@ def begin(
     record = jobs / f"{job}-{restart}"
     record.mkdir(parents=True, exist_ok=True)
     _close_abandoned(jobs, job, restart)
-    shutil.copyfile(batch_script, record / "script.sh")
+    write_atomically(record / "script.sh", masked(batch_script.read_text(errors="replace")))
     write_atomically(record / "changes.diff", git_changes())
     write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     content = {
