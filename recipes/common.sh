@@ -4,6 +4,7 @@
 # validates its configuration, training is planned, and each input must be promised by a stage before.
 set -euo pipefail
 shopt -s inherit_errexit # what fails in $(...) ends the recipe, too
+export PATH="$PWD/.venv/bin:$PATH"
 : "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}"
 
 if [ -n "${DRY_RUN:-}" ]; then

@@ -128,6 +128,13 @@ def test_shown_answers_are_the_answers(commands, answer, capsys):
     assert capsys.readouterr().out.strip() == answer.strip()
 
 
+def test_a_fence_stands_alone_on_its_line():
+    """Else it opens nothing, and the one that should close it turns the rest of the page into code."""
+    for page in PAGES:
+        inside = re.findall(r"^.*[^\s`].*```(?!.*`).*$", page.read_text(), re.MULTILINE)
+        assert not inside, f"{page}: {inside}"
+
+
 def test_no_placeholder_is_left():
     for page in PAGES:
         assert not re.search(r"@@|^@\w+$", page.read_text(), re.MULTILINE), page

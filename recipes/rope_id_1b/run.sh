@@ -10,9 +10,8 @@ out=outputs/$MODEL
 given documents data/text/dolma "Dolma as .jsonl.gz"
 stage data_prep/prepare.py corpus=dolma 'sequence_lengths=[4096,32768,131072]'
 
-# measure RUN LENGTHS PUBLISHED: loss and needle at the paper's lengths, then RULER with the paper's numbers beside yours
-# (printed, and in paper.csv)
 # measure RUN CHECKPOINT LENGTHS SUITE PUBLISHED [overrides]: loss and needle on held-out texts, then the suite
+# with the paper's numbers beside yours (printed, and in paper.csv)
 measure() {
   local run=$1 checkpoint=$2 lengths=$3 suite=$4 published=recipes/rope_id_1b/$5
   shift 5
