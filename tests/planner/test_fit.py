@@ -11,7 +11,9 @@ from helpers import alone_environment, composed
 from ropewalk.config import PlanConfig, TrainConfig
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.planner import make_plan, memory, print_plan
-from ropewalk.planner.fit import sequence_degrees
+from ropewalk.planner.fit import Room, sequence_degrees
+from ropewalk.planner.memory import GIB, Allowances
+from ropewalk.planner.plan import setting_of
 
 ROOT = CONFIG_DIR.parent
 
@@ -132,3 +134,19 @@ def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
 @pytest.mark.parametrize("cluster", sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml")))
 def test_every_cluster_composes(cluster):
     assert composed("plan", f"cluster={cluster}").cluster.name == cluster
+
+
+def test_on_a_cpu_nothing_is_put_into_the_same_memory_again():
+    config = composed("plan", "+experiment=smollm2/cope10", "cluster=laptop", "data.sequence_length=131072")
+    plan = make_plan(config)
+    assert not plan.fits
+    assert "offload" not in str(plan.changes)
+    moved = replace(setting_of(config), offload_optimizer=True, offload_activations=True)
+    room = Room(config.cluster, Allowances())
+    needed = memory(plan.shape, moved, room.allowances)
+    assert needed.host_total > 0
+    config.cluster.gpu_memory_gib = (needed.device_total + needed.host_total) / GIB
+    config.cluster.host_memory_gib = config.cluster.gpu_memory_gib
+    assert room.holds(plan.shape, moved)
+    config.cluster.gpu_memory_gib *= 0.999
+    assert not room.holds(plan.shape, moved)

@@ -27,8 +27,11 @@ class Room:
     def has_room(self, needed: Memory, setting: Setting) -> bool:
         """The same of a memory already computed."""
         per_node = min(setting.ranks, self.cluster.gpus_per_node)
-        in_host = needed.host_total * per_node <= GIB * self.cluster.host_memory_gib
-        return in_host and needed.device_total <= GIB * self.cluster.gpu_memory_gib
+        device, host = needed.device_total, needed.host_total
+        if not setting.cuda:  # the memory of both is the same
+            device = host = device + host
+        in_host = host * per_node <= GIB * self.cluster.host_memory_gib
+        return in_host and device <= GIB * self.cluster.gpu_memory_gib
 
 
 @dataclass(frozen=True)
@@ -99,25 +102,25 @@ def cheapest_changes(
 
 
 def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int) -> Iterator[Change]:
-    """What can be changed, with what it costs. The slowdowns are rough; docs/planner.md says where they come from."""
+    """What can be changed, with what it costs. The slowdowns are assumed; docs/planner.md lists them."""
     if setting.micro_batch > 1:
         yield Change("trainer.micro_batch_size=1", 1.0, {"micro_batch": 1})
     if setting.loss_chunk is None or setting.loss_chunk > 1024:
         yield Change("trainer.loss_chunk_size=1024", 1.0, {"loss_chunk": 1024})
     if not setting.checkpointing:
         yield Change("trainer.activation_checkpointing=true", 4 / 3, {"checkpointing": True})
-    elif not setting.offload_activations:
+    elif setting.cuda and not setting.offload_activations:
         yield Change("trainer.offload_activations=true", 1.05, {"offload_activations": True})
     if setting.mlp_tile is None:
         yield Change("trainer.mlp_chunk_size=4096", 1.08, {"mlp_tile": 4096})
     for degree in degrees:
         if degree > setting.sequence:
-            yield Change(f"parallel.sequence={degree}", 1 + 0.02 * degree.bit_length(), {"sequence": degree})
+            yield Change(f"parallel.sequence={degree}", 1 + 0.02 * (degree.bit_length() - 1), {"sequence": degree})
     factor = 2
     while setting.cuda and setting.ranks * factor <= global_batch * max(degrees):
         yield Change(f"nodes={nodes * factor}", 1.01**factor, {"ranks": setting.ranks * factor})
         factor *= 2
-    if not setting.offload_optimizer:
+    if setting.cuda and not setting.offload_optimizer:
         yield Change("deepspeed.offload_optimizer=true", 1.25, {"offload_optimizer": True})
 
 
