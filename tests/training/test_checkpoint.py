@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
-from ropewalk.training.checkpoint import SaveFailed, checkpoint_directory
+from ropewalk.training.checkpoint import SaveFailed, _files_of, checkpoint_directory
 from ropewalk.training.contract import check_contract
 from ropewalk.training.record import MetricsFile, read_metrics
 
@@ -305,3 +305,11 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(store_64, finished, tmp_pa
 def test_a_finished_run_is_left_alone(store_64, finished, capsys):
     train(tiny_run(store_64, finished))
     assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_what_another_rank_is_just_writing_is_not_taken_for_ones_own(tmp_path):
+    """safetensors writes to a hidden file in the same directory, and renames it."""
+    for name in ("config.json", "rng_rank_0.safetensors", "rng_rank_1.safetensors", ".tmpXzrxUb"):
+        (tmp_path / name).touch()
+    assert [path.name for path in _files_of(0, tmp_path)] == ["config.json", "rng_rank_0.safetensors"]
+    assert [path.name for path in _files_of(1, tmp_path)] == ["rng_rank_1.safetensors"]

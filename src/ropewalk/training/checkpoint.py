@@ -310,7 +310,9 @@ def _owner(path: Path) -> int:
 
 
 def _files_of(rank: int, directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and _owner(path) == rank)
+    # A hidden one is what another rank's safetensors is just writing, and is gone a moment later.
+    found = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in found if _owner(path) == rank)
 
 
 def _settle(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from ropewalk.config import EvaluateConfig, RopeConfig, SuiteConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.evaluation.harness import tasks
 from ropewalk.evaluation.harness.tasks import check_tasks, nearest, rows_of, run_task, task_manager
 from ropewalk.evaluation.suites import evaluate_suite
 
@@ -91,11 +92,17 @@ def test_a_task_with_a_typo_is_answered_with_the_nearest() -> None:
 
 
 @pytest.mark.slow  # lm-eval's index takes ten seconds to read, once
-def test_every_task_of_the_shipped_suites_is_lm_evals() -> None:
+def test_every_task_of_the_shipped_suites_is_lm_evals(monkeypatch) -> None:
     from ropewalk.evaluation.suites import read_suite
 
-    for name in ("short", "short_offline", "long", "infinitebench"):
+    monkeypatch.setattr(tasks, "OF_LONGBENCH", ())
+    for name in ("short", "short_offline", "long", "infinitebench", "longbench", "common_sense"):
         check_tasks(read_suite(name, "data"))
+    monkeypatch.setattr(tasks, "OF_LONGBENCH", ("no_such_package",))
+    for name in ("long", "longbench"):
+        with pytest.raises(ValueError, match=r"need no_such_package, .* pip install 'ropewalk\[eval\]'"):
+            check_tasks(read_suite(name, "data"))
+    check_tasks(read_suite("common_sense", "data"))
     assert task_manager() is task_manager()
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from ropewalk.config import SuiteConfig
 
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "score")  # 0 to 1 in lm-eval; so is every metric named *_score
+OF_LONGBENCH = ("jieba", "fuzzywuzzy", "rouge")  # packages that its tasks import
 BABILONG_UNIT = 1024  # tokens of the k in its lengths
 
 
@@ -41,7 +43,7 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def check_tasks(suite: SuiteConfig) -> None:
-    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it."""
+    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it, or cannot score here."""
     known = task_manager().all_tasks
     for key in ("tasks", "few_shot", "datasets", "metrics"):
         for task in getattr(suite, key):
@@ -50,6 +52,12 @@ def check_tasks(suite: SuiteConfig) -> None:
                     f"suite.{key}: lm-eval {harness_version()} has no task {task!r}; {nearest(task, known)} "
                     "(`lm_eval ls tasks` lists them)"
                 )
+    scorers = [name for name in OF_LONGBENCH if find_spec(name) is None]
+    if scorers and any(task.startswith("longbench") for task in suite.tasks):
+        raise ValueError(
+            f"suite={suite.name}: LongBench's scores need {', '.join(scorers)}, of lm-eval's extra longbench; "
+            "pip install 'ropewalk[eval]'"
+        )
 
 
 def task_spec(name: str, suite: SuiteConfig) -> str | dict[str, Any]:
