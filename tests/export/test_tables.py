@@ -30,6 +30,8 @@ def test_the_table_is_transformers_own(exported_arm, tmp_path, arm):
     assert not compare_tables(tmp_path / "other.npz", table).passed
     np.savez(tmp_path / "short.npz", cos=table["cos"][:5], sin=table["sin"][:5], version="1")
     assert not compare_tables(tmp_path / "short.npz", table).passed
+    np.savez(tmp_path / "nan.npz", version="1", cos=table["cos"], sin=np.full_like(table["sin"], np.nan))
+    assert not compare_tables(tmp_path / "nan.npz", table).passed
 
 
 @pytest.fixture(params=["vllm", "sglang"])

@@ -131,7 +131,7 @@ def check_room_for_tokens(config: PrepareConfig) -> Iterator[Finding]:
 def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
-    return sum(os.stat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names)
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names)
 
 
 def check_runs(config: CompareConfig) -> Iterator[Finding]:
