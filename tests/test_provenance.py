@@ -1,8 +1,13 @@
 """What is written down about a run's origin, and what never is."""
 
+import secrets
 import subprocess
 
+import pytest
+
 from ropewalk import provenance
+
+DRAWN = f"a1{secrets.token_hex(16)}"
 
 
 def test_only_named_variables_are_recorded_and_no_secrets():
@@ -37,3 +42,39 @@ def test_changes_apply_to_the_commit(tmp_path, monkeypatch):
     git("apply", at=clone, given=changes)
     assert (clone / "a.py").read_text() == "one\n2 \n"
     assert provenance.git_commit().endswith("+changes")
+
+
+@pytest.mark.parametrize("line", [
+    "+      WANDB_API_KEY: {}", "export HF_TOKEN={}", 'environment["AWS_SECRET_ACCESS_KEY"] = "{}"',
+    "HF_TOKEN_2={} srun x", "AWS_ACCESS_KEY_ID: {}", "TOKEN: {}", "SECRET: {}",
+    '"KEY": "{}"', "API_KEYS: {}", "COOKIES: {}", "MYSQL_PASSW: {}",
+    "AUTHORIZATION: {}", "wandb_api_key: {}", "hf_token={}", "api-key: {}", 'wandb.login(key="{}")', "GITHUB_PAT={}",
+    'environment.setdefault("HF_TOKEN", "{}")', "Authorization: Bearer {}", "git clone https://hf_{}@host/x",
+    "x = 'sk-{}'",
+])  # fmt: skip
+def test_what_is_written_like_a_key_is_masked(line):
+    text = f"first\n{line.format(DRAWN)}\nlast\n"
+    masked = provenance.masked(text)
+    assert DRAWN not in masked
+    assert "***" in masked
+    assert masked.splitlines()[0::2] == ["first", "last"]
+
+
+def test_a_short_value_of_an_environments_name_is_masked():
+    assert provenance.masked("export MY_PASSWORD=abc\n") == "export MY_PASSWORD=***\n"
+
+
+@pytest.mark.parametrize("text", [
+    "PREFERRED_TOKENS = 65_536\n", "tokens: int = 4096\n", "token: str\n", "key = sha256_text(content_2)\n",
+    "export HF_TOKEN=\nsrun python train.py\n", "      HF_TOKEN:\n    scratch: /tmp/a1\n",
+    '[ -n "${WANDB_API_KEY:?}" ] || exit 2\n', "export HF_TOKEN=$MY_TOKEN\n", "max_new_tokens=12\n",
+    "for key, value in x:\n",
+    "KEY = re.compile('a1')\n", "import METADATA_KEY, Position1\n", "tokenizer: meta-llama/Llama-3-8B\n", "author = someone1234\n",
+])  # fmt: skip
+def test_what_is_no_key_stays(text):
+    assert provenance.masked(text) == text
+
+
+def test_known_secrets_are_the_environments_long_ones():
+    environment = {"HF_TOKEN": "abcdefgh", "API_KEY": "short", "HOME": "/root/of/all"}
+    assert provenance.secrets_in(environment) == {"abcdefgh"}

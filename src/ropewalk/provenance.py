@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,10 +28,21 @@ RECORDED = re.compile(
 )
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE", re.IGNORECASE)
 MASKED = "***"
-# In text that somebody wrote: NAME=value or NAME: value, the name as environments write it.
+# In text that somebody wrote: a name with such a part, then what separates it from a literal value on the same line. A
+# name in capitals is an environment's, and any value of it is masked; of others, those of letters and digits, so that
+# `token: str` and `key = digest(text)` stay as they are.
+_PART = r"(?:keys?|apikey|tokens?|secrets?|passw\w*|credentials?|jwt|auth|authorization|cookies?|pat)"
+_NAME = rf"(?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_-])*{_PART}(?:[_-][A-Za-z0-9]+)*(?![A-Za-z0-9_-])"
+_BETWEEN = r"(?:[\"'\])]*[ \t]*[:=]|[\"'][ \t]*,)[ \t]*[\"']?(?:bearer[ \t]+)?"
+_LITERAL = r"[^\s\"',;()\[\]{}$]"
 ASSIGNED = re.compile(
-    r"\b([A-Z][A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|JWT|COOKIE|AUTH)\b[\"'\]]*\s*[:=]\s*)(?=\S).*"
+    rf"((?i:{_NAME}{_BETWEEN}))(?=\S*\d)(?=\S*[A-Za-z])({_LITERAL}{{8,}}+)(?!\()"
+    rf"|((?<![a-z])(?=[A-Z0-9_-]+\b)(?i:{_NAME}{_BETWEEN}))(?=\S*[A-Za-z])({_LITERAL}++)(?!\()"
 )
+ISSUED = re.compile(
+    r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}"
+)  # what some services' keys begin with
+SHORTEST_SECRET = 8  # characters; a shorter value of the environment may stand in a text by chance
 ENVIRONMENT_WORD = re.compile(r"[+~]*cluster\b.*\benvironment\b")  # an override of cluster.slurm.environment
 TREE = Path(__file__).parent
 
@@ -42,15 +53,26 @@ def git_commit() -> str | None:
     return f"{commit}+changes" if commit and _git("status", "--porcelain") else commit
 
 
-def git_changes() -> str:
+def git_changes(secrets: Collection[str] = ()) -> str:
     """What differs from the commit, as a masked patch, and the names of files unknown to git; "" outside a checkout."""
     patch, unknown = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
-    return masked(patch or "") + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
+    return masked(patch or "", secrets) + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
 
 
-def masked(text: str) -> str:
-    """A script or patch without the values of what is named like a key or a token in an environment."""
-    return ASSIGNED.sub(rf"\1{MASKED}", text)
+def masked(text: str, secrets: Collection[str] = ()) -> str:
+    """A script or patch without keys and tokens: those that are known, and what is written like one.
+
+    A value that no rule takes for a secret, of an unusual name, stays: secrets belong into the environment.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, MASKED)
+    text = ASSIGNED.sub(lambda found: f"{found[1] or found[3]}{MASKED}", text)
+    return ISSUED.sub(MASKED, text)
+
+
+def secrets_in(environment: Mapping[str, str]) -> set[str]:
+    """The values of variables that are named like a key or a token, for :func:`masked`."""
+    return {v for k, v in environment.items() if SECRET.search(k) and len(v) >= SHORTEST_SECRET}
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from ropewalk.provenance import (
     recorded_arguments,
     recorded_config,
     recorded_environment,
+    secrets_in,
     versions,
 )
 from ropewalk.slurm.verdict import Verdict, judge
@@ -50,8 +51,10 @@ def begin(
     record = jobs / f"{job}-{restart}"
     record.mkdir(parents=True, exist_ok=True)
     _close_abandoned(jobs, job, restart)
-    write_atomically(record / "script.sh", masked(batch_script.read_text(errors="replace")))
-    write_atomically(record / "changes.diff", git_changes())
+    cluster = config.cluster.slurm.environment if command == "train" else {}
+    secrets = secrets_in(environment) | secrets_in(cluster)
+    write_atomically(record / "script.sh", masked(batch_script.read_text(errors="replace"), secrets))
+    write_atomically(record / "changes.diff", git_changes(secrets))
     write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     content = {
         "command": shlex.join([command, *recorded_arguments(arguments)]),
