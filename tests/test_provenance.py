@@ -69,7 +69,8 @@ def test_a_short_value_of_an_environments_name_is_masked():
     "export HF_TOKEN=\nsrun python train.py\n", "      HF_TOKEN:\n    scratch: /tmp/a1\n",
     '[ -n "${WANDB_API_KEY:?}" ] || exit 2\n', "export HF_TOKEN=$MY_TOKEN\n", "max_new_tokens=12\n",
     "for key, value in x:\n",
-    "KEY = re.compile('a1')\n", "import METADATA_KEY, Position1\n", "tokenizer: meta-llama/Llama-3-8B\n", "author = someone1234\n",
+    "KEY = re.compile('a1')\n", "import METADATA_KEY, Position1\n", "tokenizer: meta-llama/Llama-3-8B\n",
+    "author = someone1234\n",
 ])  # fmt: skip
 def test_what_is_no_key_stays(text):
     assert provenance.masked(text) == text

@@ -15,7 +15,16 @@ from helpers import alone_environment, composed, save_tiny, tiny_run
 from ranks import tiny_arguments
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ropewalk.doctor import disk, examine_comparison, examine_evaluation, examine_preparation, inputs, machine
+from ropewalk.doctor import (
+    disk,
+    examine,
+    examine_comparison,
+    examine_evaluation,
+    examine_preparation,
+    inputs,
+    machine,
+    run,
+)
 from ropewalk.doctor.disk import check_file_system, check_space
 from ropewalk.doctor.findings import fail, guarded, ok, screen
 from ropewalk.doctor.inputs import check_evaluated, check_room_for_tokens
@@ -269,22 +278,54 @@ def test_two_ranks_measure_what_is_between_them(store_64, tmp_path):
     assert os.listdir(tmp_path / "run") == []
 
 
-@pytest.mark.slow
-def test_a_rank_that_has_found_a_fault_keeps_no_other_waiting(store_64, tmp_path):
-    """On one node the run directory cannot be made; the screen comes, and says where."""
-    (tmp_path / "file").touch()
+def two_ranks(tmp_path, on_rank_1, *arguments):
+    """The doctor on two ranks, each on a node of its own by name; ``on_rank_1`` is what the second does before."""
     script = tmp_path / "doctor.py"
     script.write_text(
         "import os, sys, runpy\n"
-        "rank = os.environ['RANK']\n"
-        "os.environ.update(LOCAL_RANK='0', SLURMD_NODENAME=f'n{rank}')\n"
-        f"sys.argv = ['scripts/doctor.py', *sys.argv[1:], *(['run_dir={tmp_path}/file/run'] if rank == '1' else [])]\n"
+        "os.environ.update(LOCAL_RANK='0', SLURMD_NODENAME='n' + os.environ['RANK'])\n"
+        "from datetime import timedelta\n"
+        "from ropewalk.doctor import network, run\n"
+        "network.PATIENCE = timedelta(seconds=5)\n"
+        f"if os.environ['RANK'] == '1':\n    {on_rank_1}\n"
+        "sys.argv[0] = 'scripts/doctor.py'\n"
         "runpy.run_path('scripts/doctor.py', run_name='__main__')\n"
     )
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    arguments = [*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop"]
-    done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=alone_environment(), timeout=120)  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([*command, *arguments, "cluster=laptop"], cwd=ROOT, capture_output=True, text=True,
+                          check=False, env=alone_environment(), timeout=150)  # fmt: skip
     assert done.returncode != 0
-    assert re.search(r"FAIL file system .*  \[n1\]", done.stdout), done.stdout + done.stderr
-    assert "to mend" in done.stdout
+    assert "to mend" in done.stdout, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_rank_that_has_found_a_fault_keeps_no_other_waiting(store_64, tmp_path):
+    """On one node the run directory cannot be made; the screen comes, and says where and what was left out."""
+    (tmp_path / "file").touch()
+    said = two_ranks(
+        tmp_path, f"sys.argv.append('run_dir={tmp_path}/file/run')", *tiny_arguments(store_64, tmp_path / "run")
+    )
+    assert re.search(r"FAIL file system .*  \[n1\]", said)
+    assert re.search(r"warn all-reduce +not looked at", said)
+    assert "the nodes agree" not in said
+
+
+@pytest.mark.slow
+def test_a_link_that_fails_is_on_the_screen(store_64, tmp_path):
+    """One rank's all-reduce raises, the other's runs out of patience; neither goes on to the next check."""
+    broken = "run.check_all_reduce = lambda *words: (_ for _ in ()).throw(RuntimeError('no link'))"
+    said = two_ranks(tmp_path, broken, *tiny_arguments(store_64, tmp_path / "run"))
+    assert re.search(r"FAIL all-reduce +RuntimeError: no link  \[n1\]", said)
+    assert re.search(r"FAIL all-reduce .*  \[n0\]", said)
+    assert re.search(r"warn clock +not looked at", said)
+
+
+def test_gpus_are_counted_by_the_tasks_of_a_node(store_64, tmp_path, monkeypatch):
+    """As --ntasks-per-node says, whatever the cluster's file does."""
+    asked = []
+    monkeypatch.setattr(run, "check_device", lambda device, gpus, rank: asked.append(gpus) or [ok("device", "x")])
+    for tasks, gpus in (("4", 4), (None, 1)):
+        monkeypatch.setenv("SLURM_NTASKS_PER_NODE", tasks) if tasks else monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+        examine(tiny_run(store_64, tmp_path / "run", "cluster=laptop"))
+        assert asked.pop() == gpus

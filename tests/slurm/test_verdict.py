@@ -46,6 +46,20 @@ CASES = {
     "a fault of the program on one, whose peer lost it": (1, [
         rank(0, 1, "DistBackendError: NCCL error", 2.0), rank(1, 1, "TypeError: x", 1.0)
     ], {}, "FAILED"),
+    "a fault of the program on one, told after its peer lost it": (1, [
+        rank(0, 1, "DistBackendError: NCCL error", 1.0), rank(1, 1, "TypeError: x", 2.0)
+    ], {}, "FAILED"),
+    "a fault of the program on one, the other killed": (143, [rank(0, 1, "TypeError: x"), KILLED], {}, "FAILED"),
+    "too little memory on one, the other killed by srun": (
+        143, [rank(0, 1, "OutOfMemoryError: CUDA out of memory"), KILLED], {}, "FAILED"
+    ),
+    "NCCL without an exception of its own": (
+        1, [rank(n, 1, "RuntimeError: NCCL error in: x.cpp") for n in (0, 1)], {}, "REQUEUED"
+    ),
+    "an assertion on the device": (
+        1, [rank(n, 1, "AcceleratorError: CUDA error: device-side assert triggered") for n in (0, 1)], {}, "FAILED"
+    ),
+    "a disk that fails on one, the other killed": (137, [rank(0, 1, "OSError: stale file"), KILLED], {}, "REQUEUED"),
     "too little memory": (1, [rank(n, 1, "OutOfMemoryError: CUDA out of memory") for n in (0, 1)], {}, "FAILED"),
     "unfit": (3, [], {}, "FAILED"),
     "cancelled, saved": (75, [SAVED, rank(1, 75)], {"terminated": True, "cancelled": True}, "ENDED"),

@@ -1,6 +1,7 @@
 """A requeued run is one run in W&B; a dashboard's failures and a job's signals cost a run nothing."""
 
 import json
+import secrets
 import subprocess
 import sys
 
@@ -202,3 +203,14 @@ def test_a_tracker_that_cannot_start_costs_nothing_and_keeps_its_run(tmp_path, m
     assert isinstance(tracker, NoTracker)
     assert tracker.run_id == "abc"
     assert "the tracker could not start (no network on this node)" in capsys.readouterr().out
+
+
+def test_a_key_on_the_command_line_reaches_no_tracker(store_64, tmp_path, monkeypatch):
+    """W&B keeps the command line; a run of it is uploaded."""
+    key = f"a1{secrets.token_hex(16)}"
+    monkeypatch.setattr(sys, "argv", ["train.py", f"+cluster.slurm.environment.WANDB_API_KEY={key}", "plain_word=kept"])
+    train(tiny_run(store_64, tmp_path, "tracker=wandb", "trainer.max_steps=1"))
+    assert sys.argv[1].endswith(key)  # the run itself needs it
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"plain_word=kept" in written
+    assert key.encode() not in written

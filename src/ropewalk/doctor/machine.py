@@ -34,6 +34,9 @@ def check_device(device: str, gpus: int, local_rank: int) -> Iterator[Finding]:
         yield fail("device", f"torch {torch.__version__} sees no CUDA device; trainer.device=cpu, or run on a GPU node")
         return
     count = torch.cuda.device_count()
+    if local_rank >= count:
+        yield fail("device", f"{count} GPUs are seen, and this is rank {local_rank} of its node: one task a GPU")
+        return
     free, total = torch.cuda.mem_get_info(local_rank)
     properties = torch.cuda.get_device_properties(local_rank)
     said = f"{count} x {properties.name}, {total / 2**30:.1f} GiB, driver {_driver()}, CUDA {torch.version.cuda}"

@@ -25,35 +25,42 @@ VISIBLE_WITHIN = 60.0  # seconds; NFS may remember for so long that a file is no
 GB = 1e9
 
 
-def join(device: torch.device) -> None:
-    """Join the other ranks, as the run will: NCCL on GPUs, gloo on CPUs."""
+def join() -> None:
+    """Join the other ranks over gloo, which findings go through: it needs no GPU, and waits for slow disks."""
+    dist.init_process_group("gloo")
+
+
+def links(device: torch.device) -> dist.ProcessGroup:
+    """The ranks as the run joins them: NCCL on GPUs, gloo on CPUs; a collective in it gives up soon. Collective."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
-def check_all_reduce(device: torch.device, cluster: ClusterConfig) -> Iterator[Finding]:
+def check_all_reduce(
+    device: torch.device, cluster: ClusterConfig, group: dist.ProcessGroup | None = None
+) -> Iterator[Finding]:
     """Bandwidth of the links, and whether what arrives is the sum. Collective.
 
     The bus bandwidth is nccl-tests' figure, bytes x 2 (n - 1) / n / seconds, the same for any number of ranks.
     """
-    ranks, backend = dist.get_world_size(), dist.get_backend()
+    ranks, backend = dist.get_world_size(), dist.get_backend(group)
     elements = SIZE[device.type] // 4
     values = torch.ones(elements, device=device)
-    dist.all_reduce(values)
+    dist.all_reduce(values, group=group)
     if not bool((values == ranks).all()):
         yield fail(
             "all-reduce", f"{backend}: ones of {ranks} ranks did not add up to {ranks}; a link or a GPU is broken"
         )
         return
     values.fill_(1)
-    _settle(device)
+    _settle(device, group)
     before = time.monotonic()
     for _ in range(ROUNDS):
-        dist.all_reduce(values)
-    _settle(device)
+        dist.all_reduce(values, group=group)
+    _settle(device, group)
     seconds = torch.tensor([(time.monotonic() - before) / ROUNDS], device=device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # one number on all ranks
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)  # one number on all ranks
     speed = SIZE[device.type] * 2 * (ranks - 1) / ranks / float(seconds) / GB
     said = f"{backend}, {ranks} ranks: {speed:.3g} GB/s bus bandwidth for {SIZE[device.type] >> 20} MiB"
     expected = _expected(ranks, cluster)
@@ -71,10 +78,10 @@ def _expected(ranks: int, cluster: ClusterConfig) -> float:
     return cluster.nvlink_gb_s if ranks <= cluster.gpus_per_node else min(cluster.nvlink_gb_s, between)
 
 
-def _settle(device: torch.device) -> None:
+def _settle(device: torch.device, group: dist.ProcessGroup | None) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    dist.barrier()
+    dist.barrier(group)
 
 
 def check_clocks() -> Iterator[Finding]:

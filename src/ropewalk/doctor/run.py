@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ropewalk.doctor.disk import check_file_system, check_space, writable_parent
 from ropewalk.doctor.findings import Finding, guarded, screen, warn
 from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, check_suite
 from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
-from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join
+from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
 from ropewalk.launch import take_place
 from ropewalk.model import count_parameters, training_config
 from ropewalk.planner.cost import checkpoints_kept
@@ -33,12 +33,9 @@ def examine(config: TrainConfig) -> int:
     findings = guarded("device", lambda: check_device(config.trainer.device, gpus, local_rank))
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if together:
-        join(device)
+        join()
     findings += _of_this_rank(config, device)
-    of_ranks = _gathered(findings) if together else [(_node(), [*findings, *_alone(device)])]
-    # A rank that stands aside in a collective holds up the others, and nobody would read what it has found.
-    if together and not any(finding.level == "FAIL" for _, of_rank in of_ranks for finding in of_rank):
-        of_ranks = _gathered(findings + _together(config, device))
+    of_ranks = _together(config, device, findings) if together else [(_node(), [*findings, *_alone(device)])]
     nodes = len({name for name, _ in of_ranks})
     text, failed = screen(f"doctor: {config.run_name}, {len(of_ranks)} ranks on {nodes} nodes", of_ranks)
     if not together or dist.get_rank() == 0:
@@ -116,10 +113,25 @@ def _checkpoint_of(run: str) -> Path:
     return checkpoint
 
 
-def _together(config: TrainConfig, device: torch.device) -> list[Finding]:
-    findings = guarded("all-reduce", lambda: check_all_reduce(device, config.cluster))
-    findings += guarded("clock", check_clocks)
-    return findings + guarded("shared", lambda: check_shared(writable_parent(Path(config.run_dir))))
+def _together(config: TrainConfig, device: torch.device, findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
+    """The findings of all ranks, with those of the checks that they make together. Collective.
+
+    Each check is made only where no rank has failed before it: one that stands aside in a collective holds up the
+    others, and nobody would read what it has found.
+    """
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "all-reduce": lambda: check_all_reduce(device, config.cluster, links(device)),
+        "clock": check_clocks,
+        "shared": lambda: check_shared(writable_parent(Path(config.run_dir))),
+    }
+    of_ranks = _gathered(findings)
+    for subject, check in checks.items():
+        if any(finding.level == "FAIL" for _, of_rank in of_ranks for finding in of_rank):
+            findings = [*findings, warn(subject, "not looked at, since something was found before")]
+        else:
+            findings = findings + guarded(subject, check)
+        of_ranks = _gathered(findings)
+    return of_ranks
 
 
 def _alone(device: torch.device) -> Iterator[Finding]:

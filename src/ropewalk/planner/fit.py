@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -115,7 +116,8 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
         yield Change("trainer.mlp_chunk_size=4096", 1.08, {"mlp_tile": 4096})
     for degree in degrees:
         if degree > setting.sequence:
-            yield Change(f"parallel.sequence={degree}", 1 + 0.02 * (degree.bit_length() - 1), {"sequence": degree})
+            doublings = math.log2(degree / setting.sequence)
+            yield Change(f"parallel.sequence={degree}", 1 + 0.02 * doublings, {"sequence": degree})
     factor = 2
     while setting.cuda and setting.ranks * factor <= global_batch * max(degrees):
         yield Change(f"nodes={nodes * factor}", 1.01**factor, {"ranks": setting.ranks * factor})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,14 @@ EXIT_REQUEUE = 75  # as in training.signals: saved, not finished
 EXIT_OWN_ERROR = 2  # a configuration error, in one line
 EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit; slurm/common.sh says so with this code
 OWN_ERRORS = ("TrainingStopped",)  # exceptions by which a run ends itself: the guards have had enough
-# Exceptions of a GPU or a link that has failed, not of the program; too little memory has an exception of its own.
-OF_THE_MACHINE = ("AcceleratorError", "DistBackendError", "DistNetworkError", "DistStoreError")
+# Exceptions of a GPU or a link that has failed, and what torch says where it has no exception of its own for it. Too
+# little memory has one, and an assertion on the device is the program's.
+OF_THE_MACHINE = re.compile(
+    r"(AcceleratorError|DistBackendError|DistNetworkError|DistStoreError)\b(?!.*device-side assert)"
+    r"|RuntimeError: .*(NCCL|CUDA error|CUBLAS|CUDNN)(?!.*device-side assert)"
+)
+# What may come of a disk or of a peer that is gone; every other exception is the program's own.
+PERHAPS = re.compile(r"(RuntimeError|OSError|\w*ConnectionError|\w*TimeoutError|BrokenPipeError|KeyboardInterrupt)\b")
 FRUITLESS_SESSIONS = 2  # sessions in a row that got nothing on; after one more a person must look
 
 
@@ -82,10 +89,14 @@ def _own_reason(code: int, codes: Sequence[int], ranks: Sequence[Mapping[str, An
         return "an error of configuration or data, named in the log; mend it and submit again"
     if code == EXIT_UNFIT and not ranks:
         return "the doctor found the machine unfit; see its lines in the log"
-    if len(codes) == tasks and EXIT_REQUEUE not in codes:
+    for rank in ranks:
+        error = str(rank.get("error") or "")
+        if error and not OF_THE_MACHINE.match(error) and not PERHAPS.match(error):
+            return f"an error of the program's own: rank {rank['rank']}: {error}"
+    broken = any(OF_THE_MACHINE.match(str(rank.get("error"))) for rank in ranks)
+    if len(codes) == tasks and EXIT_REQUEUE not in codes and not broken:
         first = _first(ranks)
-        if first.partition(": ")[2].partition(":")[0] not in OF_THE_MACHINE:
-            return "every rank ended by itself" + (f"; first {first}" if first else "")
+        return "every rank ended by itself" + (f"; first {first}" if first else "")
     return None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
+from ropewalk.provenance import recorded_arguments
 from ropewalk.training.terminal import tell
 
 
@@ -155,6 +157,8 @@ def open_tracker(
     config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any], saved_id: str | None
 ) -> Tracker:
     """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
+    given = list(sys.argv)
+    sys.argv[1:] = recorded_arguments(given[1:])  # W&B keeps the command line, in which a key may stand
     try:
         if config.name == "wandb":
             return ForgivingTracker(WandbTracker(config, run_name, run_dir, details, saved_id))
@@ -162,4 +166,6 @@ def open_tracker(
             return ForgivingTracker(TrackioTracker(config, run_name, details))
     except Exception as error:  # a node without a network, say: the other ranks are waiting
         tell(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
+    finally:
+        sys.argv[:] = given
     return NoTracker(saved_id)
