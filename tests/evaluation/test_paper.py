@@ -52,6 +52,12 @@ def test_a_mean_that_lacks_a_task_is_none(published) -> None:
     assert cell(beside_published(table, published), "RULER", "13-task average", 65536)["missing"].count(",") == 11
 
 
+def test_beside_another_paper_nothing_is_said_of_its_scaling(published) -> None:
+    table = tidy_table([row(f"niah_single_{i}", 90.0, 65536) for i in (1, 2, 3)])
+    other = published.assign(source="RoPE-ID, arXiv 2603.18017")
+    assert cell(beside_published(table, other), "RULER", "NIAH", 65536)["as_published"] is None
+
+
 def test_past_the_trained_length_the_paper_scales(published) -> None:
     tasks = [f"niah_multikey_{i}" for i in (1, 2, 3)]
     rows = [row(task, 50.0, 131072) for task in tasks]
