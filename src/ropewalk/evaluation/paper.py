@@ -113,9 +113,9 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
         published: as :func:`read_published` gives it.
 
     Returns:
-        benchmark, task, context_length, method, run, test_time_scaling, as_published (whether the scaling is the
-        CoPE paper's at that length; null beside other papers), published, measured, difference, stderr (of the measured one over samples; null
-        where a task has none), n (least samples of a task), tasks, missing.
+        benchmark, task, context_length, method, run, test_time_scaling, as_published (whether the scaling is the CoPE
+        paper's at that length; null beside other papers), published, measured, difference, stderr (of the measured one
+        over samples; null where a task has none), n (least samples of a task), tasks, missing.
     """
     rows = []
     for (run, method), of_run in table.groupby(["run", "method"]):
