@@ -162,7 +162,8 @@ def _whole_model(path: str | Path, **options: Any) -> PreTrainedModel:
     except RuntimeError as error:  # so it says under ZeRO-3, where it knows no mismatched keys
         if "size mismatch" not in str(error):
             raise
-        raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[1].strip()}") from error
+        said = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise ValueError(f"{path} does not fit its own config: {said}") from error
     missing, others = sorted(found["missing_keys"]), sorted(key for key, *_ in found["mismatched_keys"])
     for what, names in (("lacks", missing), ("has in other shapes than its config.json says:", others)):
         if names:
