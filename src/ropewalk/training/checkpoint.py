@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -237,7 +238,13 @@ def _settle_share(directory: Path, failures: list[str], rng: dict[str, torch.Ten
         raise OSError(failures[0])
     rank = dist.get_rank()
     save_file(rng, directory / f"rng_rank_{rank}.safetensors")
-    return {str(path.relative_to(directory)): _settle(path) for path in _files_of(rank, directory)}
+    with ThreadPoolExecutor(1) as disk:  # which flushes while this thread hashes
+        paths = _files_of(rank, directory)
+        flushed = [disk.submit(fsync_path, path) for path in paths]
+        described = {str(path.relative_to(directory)): _describe(path) for path in paths}
+        for flush in flushed:
+            flush.result()
+    return described
 
 
 def _commit(
@@ -315,9 +322,7 @@ def _files_of(rank: int, directory: Path) -> list[Path]:
     return sorted(path for path in found if _owner(path) == rank)
 
 
-def _settle(path: Path) -> dict[str, Any]:
-    """Flush a file to its disk and describe it."""
-    fsync_path(path)
+def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "blake3": blake3_of(path)}
 
 
