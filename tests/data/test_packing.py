@@ -2,9 +2,11 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ropewalk.data import packing
+from ropewalk.data.best_fit import best_fit
 from ropewalk.data.packing import cut, pack, packed_sequences, whole_sequences
 
 lengths_and_capacity = st.integers(1, 40).flatmap(
@@ -24,15 +26,29 @@ def brute_force_rooms(lengths: list[int], capacity: int) -> list[int]:
     return sorted(rooms)
 
 
-@settings(max_examples=150, deadline=None)
-@given(lengths_and_capacity)
-def test_pack_is_best_fit_decreasing(case):
+@pytest.mark.parametrize("few", [0, packing.FEW_PIECES], ids=["numba", "python"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=lengths_and_capacity)
+def test_pack_is_best_fit_decreasing(monkeypatch, few, case):
+    monkeypatch.setattr(packing, "FEW_PIECES", few)
     lengths, capacity = case
     bins = pack(np.array(lengths), capacity, "test")
     contents = [bins.order[a:b] for a, b in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)]
     rooms = [capacity - sum(lengths[i] for i in content) for content in contents]
     assert sorted(rooms) == brute_force_rooms(lengths, capacity)
     assert sorted(bins.order.tolist()) == list(range(len(lengths)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths_and_capacity)
+def test_few_pieces_are_packed_as_many_are(case):
+    """numba's form and Python's put every piece into the same bin."""
+    lengths, capacity = np.sort(np.array(case[0]))[::-1].copy(), case[1]
+    assert len(lengths) < packing.FEW_PIECES
+    compiled, number = best_fit(lengths, capacity)
+    plain, same = packing._best_fit(lengths, capacity)
+    assert number == same
+    assert compiled.tolist() == plain.tolist()
 
 
 def test_pack_of_a_case_by_hand():

@@ -1,4 +1,7 @@
+import os
+import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -25,3 +28,34 @@ def test_what_has_not_begun_is_left(tmp_path, cut):
         next(results)
         results.close()
     assert len(list(tmp_path.iterdir())) < 20
+
+
+def report(directory, number):
+    """Say which process did it, once each has had time to begin."""
+    (directory / str(number)).touch()
+    time.sleep(0.2)
+    return number, os.getpid()
+
+
+def test_every_work_is_done_once_by_this_process_and_the_others(tmp_path):
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    done = list(in_processes(report, [(tmp_path, number) for number in range(30)], 3))
+    assert sorted(place for place, _ in done) == list(range(30))
+    assert all(place == number for place, (number, _) in done)
+    processes = {process for _, (_, process) in done}
+    assert os.getpid() in processes
+    assert 1 < len(processes) <= 3
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+def killed_elsewhere(parent):
+    """End any process but the one that asks for it, as a machine without memory would."""
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+
+
+def test_a_lost_process_is_told_of(tmp_path):
+    """Not waited for: the work that it held is not done."""
+    with pytest.raises(BrokenProcessPool):
+        list(in_processes(killed_elsewhere, [(os.getpid(),)] * 100, 2))

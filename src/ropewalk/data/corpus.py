@@ -48,7 +48,7 @@ class Document:
     @property
     def bytes(self) -> int:
         """Size of the text in UTF-8."""
-        return sum(len(part.encode()) for part in self.parts)
+        return sum(len(part) if part.isascii() else len(part.encode()) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,17 @@ def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
 
 
 def _read_text(path: str, skipped: Counter[str]) -> str | None:
-    if os.stat(path).st_size > MAX_DOCUMENT_BYTES:
-        skipped["too large"] += 1
-        return None
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > MAX_DOCUMENT_BYTES:
+            skipped["too large"] += 1
+            return None
+        content = file.readall()
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        text = content.decode()
     except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return None
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _jsonl(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ropewalk.data.hashing import permutation
 from ropewalk.data.store import PackedSequence
+
+FEW_PIECES = 200_000  # packed in less time than numba takes to be imported
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,30 @@ def pack(lengths: NDArray[np.int64], sequence_length: int, *key: str | int) -> B
     return Bins(order, offsets.astype(np.int64))
 
 
+def _best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], int]:
+    """Bin of each length (int64, in decreasing order) by best fit, and the number of bins.
+
+    Of bins with the same room, the one that came to it last is taken.
+    """
+    if len(lengths) >= FEW_PIECES:
+        from ropewalk.data.best_fit import best_fit
+
+        return best_fit(lengths, capacity)
+    rooms: list[tuple[int, int, int]] = []  # of each bin: what it has left, minus when it came to that, its number
+    bin_of, n_bins = np.empty(len(lengths), dtype=np.int64), 0
+    for i, length in enumerate(lengths.tolist()):
+        tightest = bisect_left(rooms, (length,))
+        if tightest < len(rooms):
+            room, _, chosen = rooms.pop(tightest)
+        else:
+            room, chosen = capacity, n_bins
+            n_bins += 1
+        bin_of[i] = chosen
+        if room > length:
+            insort(rooms, (room - length, -i, chosen))
+    return bin_of, n_bins
+
+
 def chunk(lengths: NDArray[np.int64], sequence_length: int) -> tuple[Pieces, Bins]:
     """Documents as they come, cut wherever a sequence is full (ProLong's way): the pieces, and those of each sequence.
 
@@ -145,72 +171,3 @@ def packed_sequences(
         ends = np.cumsum(pieces.length[inside]).astype(np.int32)
         mask = None if masks is None else gathered(masks, inside, np.bool_)
         yield PackedSequence(gathered(documents, inside, np.uint32), ends, mask)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled by numba, and kept on disk for the next process where there is a place that can be written."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:
-        return njit(function)
-
-
-@_compiled
-def _best_fit(lengths, capacity):  # type: ignore[no-untyped-def]
-    """Bin of each length (int64, in decreasing order) by best fit, and the number of bins.
-
-    Open bins hang in stacks by the room they have left; a segment tree over the capacity + 1 possible rooms
-    knows which stacks are not empty, so the tightest bin is found in O(log capacity).
-    """
-    leaves = 1
-    while leaves <= capacity:
-        leaves *= 2
-    occupied = np.zeros(2 * leaves, dtype=np.bool_)
-    top = np.full(capacity + 1, -1, dtype=np.int64)
-    below = np.full(len(lengths), -1, dtype=np.int64)
-    bin_of = np.empty(len(lengths), dtype=np.int64)
-    n_bins = 0
-    for i in range(len(lengths)):
-        room = _tightest(occupied, leaves, lengths[i])
-        if room < 0:
-            room, chosen = capacity, n_bins
-            n_bins += 1
-        else:
-            chosen = top[room]
-            top[room] = below[chosen]
-            if top[room] < 0:
-                _mark(occupied, leaves, room, False)
-        bin_of[i] = chosen
-        left = room - lengths[i]
-        if left > 0:
-            below[chosen] = top[left]
-            top[left] = chosen
-            _mark(occupied, leaves, left, True)
-    return bin_of, n_bins
-
-
-@_compiled
-def _tightest(occupied, leaves, need):  # type: ignore[no-untyped-def]
-    """The smallest room of at least ``need`` that a bin has, or -1."""
-    node = leaves + need
-    if occupied[node]:
-        return need
-    while node > 1:
-        if node % 2 == 0 and occupied[node + 1]:
-            node += 1
-            while node < leaves:
-                node = 2 * node if occupied[2 * node] else 2 * node + 1
-            return node - leaves
-        node //= 2
-    return -1
-
-
-@_compiled
-def _mark(occupied, leaves, room, value):  # type: ignore[no-untyped-def]
-    """Record whether a bin with this room exists, from the leaf up to the root."""
-    node = leaves + room
-    occupied[node] = value
-    node //= 2
-    while node >= 1:
-        occupied[node] = occupied[2 * node] or occupied[2 * node + 1]
-        node //= 2

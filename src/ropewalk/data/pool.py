@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -19,7 +22,7 @@ def in_processes(
     Args:
         function: of a module, so that a process finds it.
         works: arguments, begun in this order.
-        workers: processes; 1: none but this one; None: one for each core that this process may use.
+        workers: processes, this one among them, which works too; None: one for each core that this process may use.
 
     Raises:
         ValueError: the first one that a work raised.
@@ -30,17 +33,63 @@ def in_processes(
     if workers <= 1:
         yield from ((place, function(*work)) for place, work in enumerate(works))
         return
+    waiting = deque(enumerate(works))
+    finished: SimpleQueue[tuple[int, Future[Result]]] = SimpleQueue()
     started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks that other threads hold
-    with ProcessPoolExecutor(workers, started_anew, initializer=_alone) as pool:
-        running = {pool.submit(function, *work): place for place, work in enumerate(works)}
+
+    def feed() -> None:
+        """Keep one process at work."""
+        while (mine := _taken(waiting)) is not None:
+            place, work = mine
+            try:
+                outcome = pool.submit(function, *work)
+            except RuntimeError as error:  # a pool that lost a process takes no more
+                outcome = Future()
+                outcome.set_exception(error)
+            wait([outcome])
+            finished.put((place, outcome))
+
+    others = workers - 1
+    with (
+        ProcessPoolExecutor(others, started_anew, initializer=_alone) as pool,
+        ThreadPoolExecutor(others) as feeders,
+        _restored("TOKENIZERS_PARALLELISM"),
+    ):
+        _alone()
+        for _ in range(others):
+            feeders.submit(feed)
         try:
-            for future in as_completed(running):
-                yield running[future], future.result()
+            for _ in works:
+                if finished.empty() and (mine := _taken(waiting)) is not None:
+                    yield mine[0], function(*mine[1])
+                else:
+                    place, outcome = finished.get()
+                    yield place, outcome.result()
         except BaseException as error:  # also an interrupt, and GeneratorExit where the caller stops
-            pool.shutdown(cancel_futures=True)
+            waiting.clear()
             if isinstance(error, ValueError):
                 raise ValueError(str(error)) from error
             raise
+
+
+def _taken(waiting: deque[tuple[int, Any]]) -> tuple[int, Any] | None:
+    """The next work, for the one that asks first; None where all are taken."""
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
+
+
+@contextmanager
+def _restored(name: str) -> Iterator[None]:
+    """Give a variable of the environment back the value that it has now."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _alone() -> None:
