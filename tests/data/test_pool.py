@@ -5,7 +5,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from ropewalk.data.pool import in_processes
+from ropewalk.data.pool import Processes
 
 
 def work(directory, number):
@@ -13,21 +13,22 @@ def work(directory, number):
     if number == 0:
         raise OSError("no space left on device")
     (directory / str(number)).touch()
-    time.sleep(0.2)  # so that the fault is met before one process has done them all
+    time.sleep(0.1)  # so that the fault is met before one process has done them all
 
 
 @pytest.mark.parametrize("cut", ["fault", "caller"])
 def test_what_has_not_begun_is_left(tmp_path, cut):
-    """Where a work fails with anything, and where the caller stops: three works are begun ahead at most."""
+    """Where a work fails with anything, and where the caller stops: few works are begun ahead."""
     first = 0 if cut == "fault" else 1
-    results = in_processes(work, [(tmp_path, number) for number in range(first, first + 30)], 2)
-    if cut == "fault":
-        with pytest.raises(OSError, match="no space left on device"):
-            list(results)
-    else:
-        next(results)
-        results.close()
-    assert len(list(tmp_path.iterdir())) < 20
+    with Processes(2) as processes:
+        results = processes.each(work, [(tmp_path, number) for number in range(first, first + 300)])
+        if cut == "fault":
+            with pytest.raises(OSError, match="no space left on device"):
+                list(results)
+        else:
+            next(results)
+            results.close()
+    assert len(list(tmp_path.iterdir())) < 250
 
 
 def report(directory, number):
@@ -39,7 +40,9 @@ def report(directory, number):
 
 def test_every_work_is_done_once_by_this_process_and_the_others(tmp_path):
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    done = list(in_processes(report, [(tmp_path, number) for number in range(30)], 3))
+    with Processes(3) as processes:
+        processes.start(report, tmp_path, "begun")
+        done = list(processes.each(report, [(tmp_path, number) for number in range(30)]))
     assert sorted(place for place, _ in done) == list(range(30))
     assert all(place == number for place, (number, _) in done)
     processes = {process for _, (_, process) in done}
@@ -57,5 +60,5 @@ def killed_elsewhere(parent):
 
 def test_a_lost_process_is_told_of(tmp_path):
     """Not waited for: the work that it held is not done."""
-    with pytest.raises(BrokenProcessPool):
-        list(in_processes(killed_elsewhere, [(os.getpid(),)] * 100, 2))
+    with Processes(2) as processes, pytest.raises(BrokenProcessPool):
+        list(processes.each(killed_elsewhere, [(os.getpid(),)] * 100))

@@ -10,6 +10,7 @@ from helpers import documents_of
 from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.parts import PartWriter
+from ropewalk.data.pool import Processes
 from ropewalk.data.prepare import prepare
 from ropewalk.data.token_files import TokenFileWriter
 from ropewalk.data.tokenizer import load_tokenizer
@@ -273,18 +274,26 @@ def test_each_file_of_a_streamed_dataset_is_a_shard(fixture_tokenizer, tmp_path,
     for number in range(3):
         line = json.dumps({"text": f"Document {number} of a streamed dataset.\n" * 50})
         (tmp_path / f"set/{number}.jsonl").write_text(line + "\n")
-    asked, real = [], module.in_processes
+    asked, given = [], []
 
-    def in_processes(function, works, workers):
-        asked.append((len(works), workers))
-        return real(function, works, 1)
+    class Watched(Processes):
+        """All work in this process, whatever is asked for."""
 
-    monkeypatch.setattr(module, "in_processes", in_processes)
+        def __init__(self, workers):
+            asked.append(workers)
+            super().__init__(1)
+
+        def each(self, function, works):
+            given.append(len(works))
+            return super().each(function, works)
+
+    monkeypatch.setattr(module, "Processes", Watched)
     source = SourceConfig("short", str(tmp_path / "set"), "dataset")
     settings = {"retrieval_tokens": 0, "heldout_documents": 0, "tokenizer": str(fixture_tokenizer)}
     corpus = CorpusConfig(name="test", sources=[source], **settings)
     prepare(PrepareConfig(output=str(tmp_path / "o"), sequence_lengths=[128], corpus=corpus), lambda line: None)
-    assert asked == [(3, None), (1, None)]
+    assert asked == [None]  # as many processes as there are cores
+    assert given == [3, 1]
 
 
 def test_finished_work_that_lost_a_store_is_named(prepared, fixture_corpus, tmp_path):

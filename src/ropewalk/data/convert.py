@@ -16,7 +16,7 @@ from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.mds import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds_writer import write_mds
 from ropewalk.data.parts import Part, PartWriter, clear_records
-from ropewalk.data.pool import in_processes
+from ropewalk.data.pool import Processes
 from ropewalk.data.store import PackedSequence, PackedStore
 from ropewalk.data.tokenizer import load_tokenizer
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
@@ -65,10 +65,11 @@ def to_packed(config: ConvertConfig) -> Path:
             else:
                 parts[name, number] = done
     print(f"{root}: {len(todo)} shards to convert, {len(parts)} finished before", flush=True)
-    for count, (place, part) in enumerate(in_processes(_convert_shard, todo, config.workers), start=1):
-        writer, _, number = todo[place]
-        parts[writer.domain, number] = part
-        print(f"{writer.domain}, shard {number}: {count} of {len(todo)}", flush=True)
+    with Processes(config.workers) as processes:
+        for count, (place, part) in enumerate(processes.each(_convert_shard, todo), start=1):
+            writer, _, number = todo[place]
+            parts[writer.domain, number] = part
+            print(f"{writer.domain}, shard {number}: {count} of {len(todo)}", flush=True)
     domains = {
         name: writer.assemble([parts[name, number] for number in range(len(sources[name].shards))])
         for name, writer in writers.items()

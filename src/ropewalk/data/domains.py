@@ -8,13 +8,16 @@ from itertools import chain
 
 import numpy as np
 
-from ropewalk.config import DomainConfig, one_of
+from ropewalk.config import CorpusConfig, DomainConfig, one_of
+from ropewalk.data.manifest import check_domain_name
 from ropewalk.data.packing import Documents, Pieces, chunk, cut, pack, packed_sequences, whole_sequences
+from ropewalk.data.sources import SPLIT_DOMAIN
 from ropewalk.data.store import PackedSequence
 from ropewalk.data.token_files import FlatDocuments
 from ropewalk.data.writer import Accounting
 
 DROP = "drop"
+RETRIEVAL = "retrieval"  # the domain of corpus.retrieval_tokens
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,34 @@ def _best_fit(
 
 def _fields(pieces: Pieces) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pieces.document, pieces.start, pieces.length
+
+
+def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
+    """How each domain is packed: what ``corpus.domains`` says, else short; stdlib and paths are long and short.
+
+    Raises:
+        ValueError: for rules that do not fit, or of a domain that no document comes into.
+    """
+    rules: dict[str, DomainConfig] = {}
+    if corpus.stdlib or corpus.paths:
+        rules = {SPLIT_DOMAIN: DomainConfig("long", "short"), "short": DomainConfig()}
+    chat: dict[str, set[bool]] = {}
+    for source in corpus.sources:
+        rules.setdefault(source.domain, DomainConfig())
+        chat.setdefault(check_domain_name(source.domain), set()).add(source.chat)
+    targets = {rule.remainder for rule in corpus.domains.values()} - {DROP}
+    unknown = set(corpus.domains) - set(rules) - targets
+    if unknown:
+        raise ValueError(f"corpus.domains names {', '.join(sorted(unknown))}, which no source has; correct it")
+    rules.update(corpus.domains)
+    rules.update({name: DomainConfig() for name in sorted(targets - set(rules))})
+    if corpus.retrieval_tokens and RETRIEVAL in rules:
+        raise ValueError(f"the domain {RETRIEVAL} is taken by corpus.retrieval_tokens; call the source's another name")
+    mixed = [name for name, kinds in chat.items() if len(kinds) > 1 or (True in kinds and name == SPLIT_DOMAIN)]
+    if mixed:
+        raise ValueError(f"the domain {mixed[0]} has sources with chat and without; give them different domains")
+    validate_domains(rules, {name: True in kinds for name, kinds in chat.items()})
+    return rules
 
 
 def validate_domains(rules: Mapping[str, DomainConfig], masked: Mapping[str, bool]) -> None:

@@ -14,62 +14,76 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def in_processes(
-    function: Callable[..., Result], works: Sequence[tuple[Any, ...]], workers: int | None
-) -> Iterator[tuple[int, Result]]:
-    """``function(*work)`` of each work, with its place in ``works``, in the order in which they finish.
+class Processes:
+    """This process and others of this machine, which are started when they are first needed and end with the context.
 
     Args:
-        function: of a module, so that a process finds it.
-        works: arguments, begun in this order.
-        workers: processes, this one among them, which works too; None: one for each core that this process may use.
-
-    Raises:
-        ValueError: the first one that a work raised.
-
-    Whatever is raised, in a work or while the caller holds a result, what has not begun is left.
+        workers: all of them together, this one among them; None: one for each core that this process may use.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(works))
-    if workers <= 1:
-        yield from ((place, function(*work)) for place, work in enumerate(works))
-        return
-    waiting = deque(enumerate(works))
-    finished: SimpleQueue[tuple[int, Future[Result]]] = SimpleQueue()
-    started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks that other threads hold
 
-    def feed() -> None:
-        """Keep one process at work."""
-        while (mine := _taken(waiting)) is not None:
-            place, work = mine
+    def __init__(self, workers: int | None) -> None:
+        self._others = (workers or len(os.sched_getaffinity(0))) - 1
+        started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks that other threads hold
+        self._pool = ProcessPoolExecutor(max(1, self._others), started_anew, initializer=_alone)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def start(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Start the others with a call that prepares them; a fault of it is theirs to meet again when they work."""
+        for _ in range(self._others):
+            self._pool.submit(function, *arguments)
+
+    def each(self, function: Callable[..., Result], works: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
+        """``function(*work)`` of each work, with its place in ``works``, in the order in which they finish.
+
+        Args:
+            function: of a module, so that a process finds it.
+            works: arguments, begun in this order.
+
+        Raises:
+            ValueError: the first one that a work raised.
+
+        Whatever is raised, in a work or while the caller holds a result, what has not begun is left.
+        """
+        others = min(self._others, len(works) - 1)
+        if others <= 0:
+            yield from ((place, function(*work)) for place, work in enumerate(works))
+            return
+        waiting = deque(enumerate(works))
+        finished: SimpleQueue[tuple[int, Future[Result]]] = SimpleQueue()
+
+        def feed() -> None:
+            """Keep one process at work."""
+            while (mine := _taken(waiting)) is not None:
+                place, work = mine
+                try:
+                    outcome = self._pool.submit(function, *work)
+                except RuntimeError as error:  # a pool that lost a process takes no more
+                    outcome = Future()
+                    outcome.set_exception(error)
+                wait([outcome])
+                finished.put((place, outcome))
+
+        with ThreadPoolExecutor(others) as feeders, _restored("TOKENIZERS_PARALLELISM"):
+            _alone()
+            for _ in range(others):
+                feeders.submit(feed)
             try:
-                outcome = pool.submit(function, *work)
-            except RuntimeError as error:  # a pool that lost a process takes no more
-                outcome = Future()
-                outcome.set_exception(error)
-            wait([outcome])
-            finished.put((place, outcome))
-
-    others = workers - 1
-    with (
-        ProcessPoolExecutor(others, started_anew, initializer=_alone) as pool,
-        ThreadPoolExecutor(others) as feeders,
-        _restored("TOKENIZERS_PARALLELISM"),
-    ):
-        _alone()
-        for _ in range(others):
-            feeders.submit(feed)
-        try:
-            for _ in works:
-                if finished.empty() and (mine := _taken(waiting)) is not None:
-                    yield mine[0], function(*mine[1])
-                else:
-                    place, outcome = finished.get()
-                    yield place, outcome.result()
-        except BaseException as error:  # also an interrupt, and GeneratorExit where the caller stops
-            waiting.clear()
-            if isinstance(error, ValueError):
-                raise ValueError(str(error)) from error
-            raise
+                for _ in works:
+                    if finished.empty() and (mine := _taken(waiting)) is not None:
+                        yield mine[0], function(*mine[1])
+                    else:
+                        place, outcome = finished.get()
+                        yield place, outcome.result()
+            except BaseException as error:  # also an interrupt, and GeneratorExit where the caller stops
+                waiting.clear()
+                if isinstance(error, ValueError):
+                    raise ValueError(str(error)) from error
+                raise
 
 
 def _taken(waiting: deque[tuple[int, Any]]) -> tuple[int, Any] | None:

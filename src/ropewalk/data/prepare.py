@@ -14,16 +14,16 @@ from typing import Any
 
 from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, one_of
 from ropewalk.data.corpus import Document, Unit
-from ropewalk.data.domains import DROP, DomainDocuments, pack_domains, validate_domains
+from ropewalk.data.domains import RETRIEVAL, DomainDocuments, domain_rules, pack_domains
 from ropewalk.data.engines import ENGINES
 from ropewalk.data.hashing import canonical_json, sha256_text, stable_key
 from ropewalk.data.heldout import choose_heldout, write_heldout
-from ropewalk.data.manifest import MANIFEST, TOKENIZER, check_domain_name
+from ropewalk.data.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.parts import clear_records
-from ropewalk.data.pool import in_processes
+from ropewalk.data.pool import Processes
 from ropewalk.data.retrieval import retrieval_documents
 from ropewalk.data.sampling import sample_documents
-from ropewalk.data.sources import SPLIT_DOMAIN, Source, corpus_sources, list_units
+from ropewalk.data.sources import Source, corpus_sources, list_units
 from ropewalk.data.stages import (
     PLAN,
     Pack,
@@ -55,7 +55,6 @@ PREPARING = "preparing.json"  # names work that is under way, or was when it was
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
 STAGES = ("all", "plan", "tokenize", "pack", "finish")
-RETRIEVAL = "retrieval"
 
 Report = Callable[[str], None]
 say: Report = partial(print, flush=True)
@@ -89,36 +88,49 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
         stage = Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)
         stage.run(config.shard, config.n_shards)
         return output
-    if config.stage != "finish" and not _planned(config, output, report):
-        report(f"{output} holds this work already; remove it to make it again")
-    elif config.stage == "all" and config.executor.kind != "pool":
+    if config.stage == "all" and config.executor.kind == "pool":
+        _in_pool(config, output, report)
+    elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report):
+        pass  # it is said
+    elif config.stage == "all":
         from ropewalk.data.scale import run_stages
 
         run_stages(output, config.executor)
         if config.executor.kind == "slurm":
             report(f"submitted; {output} is whole when the last job is done")
             return output
-    elif config.stage != "plan":
-        plan = Plan.load(output)
-        if config.stage == "all":
-            streamed = any(source["kind"] == "dataset" and not source["bytes"] for source in plan.sources)
-            small = not streamed and sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
-            workers = 1 if small and config.workers is None else config.workers
-            tokenize = Tokenize(plan)
-            _run_all(tokenize, "tokenize", workers, report)
-            if not all(map(tokenize.finished, range(len(tokenize)))):
-                report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
-                _run_all(tokenize, "tokenize", workers, report)
-            _run_all(Pack.of(plan), "pack", workers, report)
-        finish(plan, report)
+    elif config.stage == "finish":
+        finish(Plan.load(output), report)
     if config.stage != "plan":
         for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
             report(line)
     return output
 
 
-def _planned(config: PrepareConfig, output: Path, report: Report) -> bool:
-    """Settle the plan, or find that it is settled; False where all work is finished."""
+def _in_pool(config: PrepareConfig, output: Path, report: Report) -> None:
+    """All stages, one after the other, in processes of this machine."""
+    sources, shards = _listed(config, report)
+    streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
+    small = not streamed and sum(source.bytes for source in sources) < SMALL_BYTES
+    with Processes(1 if small and config.workers is None else config.workers) as processes:
+        if not _planned(config, output, sources, shards, report, processes):
+            return
+        plan = Plan.load(output)
+        tokenize = Tokenize(plan)
+        _run_all(tokenize, "tokenize", processes, report)
+        if not all(map(tokenize.finished, range(len(tokenize)))):
+            report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
+            _run_all(tokenize, "tokenize", processes, report)
+        _run_all(Pack.of(plan), "pack", processes, report)
+    finish(plan, report)
+
+
+def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[tuple[int, list[Unit]]]]:
+    """The sources, and the units of each shard with the place of its source.
+
+    Raises:
+        ValueError: for a corpus without documents, or one that cannot be read.
+    """
     sources = corpus_sources(config.corpus)
     shards = _shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
@@ -129,12 +141,25 @@ def _planned(config: PrepareConfig, output: Path, report: Report) -> bool:
             f"the corpus has no documents (skipped: {dict(+skipped)}); set corpus.stdlib=true, corpus.paths=[...] or "
             "corpus.sources=[...]"
         )
+    return sources, shards
+
+
+def _planned(
+    config: PrepareConfig,
+    output: Path,
+    sources: list[Source],
+    shards: list[tuple[int, list[Unit]]],
+    report: Report,
+    processes: Processes | None = None,
+) -> bool:
+    """Settle the plan, or find that it is settled; False, and it is said, where all work is finished."""
     work = _work(config, sources)
     if _finished(output, work, config.sequence_lengths):
+        report(f"{output} holds this work already; remove it to make it again")
         return False
     _begin(output, work)
     if not (work_directory(output) / PLAN).is_file():
-        _make_plan(config, output, sources, shards, report)
+        _make_plan(config, output, sources, shards, report, processes)
     return True
 
 
@@ -155,7 +180,12 @@ def _shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list
 
 
 def _make_plan(
-    config: PrepareConfig, output: Path, sources: list[Source], shards: list[tuple[int, list[Unit]]], report: Report
+    config: PrepareConfig,
+    output: Path,
+    sources: list[Source],
+    shards: list[tuple[int, list[Unit]]],
+    report: Report,
+    processes: Processes | None,
 ) -> None:
     """Tokenizer, held-out documents, and what each shard reads."""
     corpus = config.corpus
@@ -166,7 +196,10 @@ def _make_plan(
     make_encoder = partial(_make_encoder, corpus, config.seed, documents)
     if ranks is not None and is_plain(Path(ranks)):
         copy_plain(Path(ranks), output / TOKENIZER)
-        make_encoder = partial(_copied_encoder, corpus, output / TOKENIZER)
+        opened = output / TOKENIZER, corpus.engine, Path(ranks), corpus.bos, corpus.eos
+        if processes is not None:  # they open it while this one does
+            processes.start(open_encoder, *opened)
+        make_encoder = partial(_copied_encoder, *opened)
     encoder, heldout = choose_heldout(documents, corpus.heldout_documents, corpus.heldout_length, make_encoder)
     if not (output / TOKENIZER).exists():
         encoder.save(output / TOKENIZER)
@@ -208,43 +241,15 @@ def _date(corpus: CorpusConfig, source: Source) -> dict[str, str]:
     return {"chat_date": corpus.chat_date} if corpus.chat_date is not None and source.config.chat else {}
 
 
-def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
-    """How each domain is packed: what ``corpus.domains`` says, else short; stdlib and paths are long and short.
-
-    Raises:
-        ValueError: for rules that do not fit, or of a domain that no document comes into.
-    """
-    rules: dict[str, DomainConfig] = {}
-    if corpus.stdlib or corpus.paths:
-        rules = {SPLIT_DOMAIN: DomainConfig("long", "short"), "short": DomainConfig()}
-    chat: dict[str, set[bool]] = {}
-    for source in corpus.sources:
-        rules.setdefault(source.domain, DomainConfig())
-        chat.setdefault(check_domain_name(source.domain), set()).add(source.chat)
-    targets = {rule.remainder for rule in corpus.domains.values()} - {DROP}
-    unknown = set(corpus.domains) - set(rules) - targets
-    if unknown:
-        raise ValueError(f"corpus.domains names {', '.join(sorted(unknown))}, which no source has; correct it")
-    rules.update(corpus.domains)
-    rules.update({name: DomainConfig() for name in sorted(targets - set(rules))})
-    if corpus.retrieval_tokens and RETRIEVAL in rules:
-        raise ValueError(f"the domain {RETRIEVAL} is taken by corpus.retrieval_tokens; call the source's another name")
-    mixed = [name for name, kinds in chat.items() if len(kinds) > 1 or (True in kinds and name == SPLIT_DOMAIN)]
-    if mixed:
-        raise ValueError(f"the domain {mixed[0]} has sources with chat and without; give them different domains")
-    validate_domains(rules, {name: True in kinds for name, kinds in chat.items()})
-    return rules
-
-
 def _units_of_text(shards: Iterable[tuple[int, list[Unit]]]) -> Iterable[Unit]:
     return (unit for _, units in shards for unit in units if not unit.chat)
 
 
-def _run_all(stage: Tokenize | Pack, name: str, workers: int | None, report: Report) -> None:
+def _run_all(stage: Tokenize | Pack, name: str, processes: Processes, report: Report) -> None:
     todo = [task for task in range(len(stage)) if not stage.finished(task)]
     report(f"{name}: {len(todo)} shards to do, {len(stage) - len(todo)} finished before")
     todo.sort(key=stage.size, reverse=True)  # a large one begun last would keep one process busy and the others waiting
-    for count, (place, _) in enumerate(in_processes(stage.run, [(task, len(stage)) for task in todo], workers), 1):
+    for count, (place, _) in enumerate(processes.each(stage.run, [(task, len(stage)) for task in todo]), 1):
         report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
 
 
@@ -336,10 +341,11 @@ def _clear(plan: Plan, length: int) -> None:
             shutil.rmtree(store.root / name)
 
 
-def _copied_encoder(corpus: CorpusConfig, directory: Path, excluded: Collection[int]) -> DocumentEncoder:
+def _copied_encoder(
+    directory: Path, engine: str, ranks: Path, bos: bool, eos: bool, excluded: Collection[int]
+) -> DocumentEncoder:
     """The plain tokenizer that was copied to ``directory``."""
-    assert corpus.tokenizer is not None
-    return open_encoder(directory, corpus.engine, Path(corpus.tokenizer), corpus.bos, corpus.eos).unchecked()
+    return open_encoder(directory, engine, ranks, bos, eos).unchecked()
 
 
 def _make_encoder(
