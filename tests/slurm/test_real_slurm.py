@@ -134,7 +134,7 @@ def test_pre_emption_saves_and_requeues(site):
     taken = site.record("early", 1)
     assert taken["State"] in ("REQUEUED", "ENDED")  # by the script in the grace time, or by SLURM after it
     assert [rank["code"] for rank in taken["Ranks"]] == [75]
-    assert site.record("early", 2, "begin.json")["committed_step"] == taken["CommittedStep"] >= 3
+    assert site.record("early", 2, "begin.json")["progress"] == taken["CommittedStep"] >= 3
 
 
 @pytest.mark.scenario("early")
@@ -198,7 +198,7 @@ def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
     assert first["Reason"].startswith("told to leave")
     assert second["State"] == "COMPLETED"
     begun = site.record("evaluation", 1, "begin.json")
-    assert begun["output_files"] == site.record("evaluation", 0, "begin.json")["output_files"] + 1
+    assert begun["progress"] == site.record("evaluation", 0, "begin.json")["progress"] + 1
     assert site.log("evaluation").count("0 to mend") == 2  # the doctor, each time
     _, again = site.log("evaluation").split("start 2, on")
     assert "loss to 256" not in again
