@@ -21,7 +21,7 @@ from ropewalk.data.prepare import prepare
 from ropewalk.evaluation import evaluate
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-SECONDS = 900  # that they may take on a machine that is busy otherwise; alone they are over in less than half
+SECONDS = 360  # that they may take once the cluster is up
 ALL = {
     "chain": scenarios.chain,
     "time_limit": scenarios.time_limit,
@@ -231,8 +231,43 @@ def test_an_array_prepares_the_bytes_of_one_process(site):
 def test_a_multirun_goes_on_after_a_requeue(site):
     for seed in (0, 1):
         assert [step for step, *_ in site.losses(f"multirun/seed{seed}")] == list(range(1, STEPS + 1))
+        assert site.state(f"multirun-{seed}")["Restarts"] == "1"
     straight, same, other = ([loss for _, loss, _ in site.losses(name)] for name in
                              ("straight", "multirun/seed0", "multirun/seed1"))  # fmt: skip
     assert same == pytest.approx(straight, rel=1e-4)  # on one rank instead of two
     assert other != pytest.approx(straight, rel=1e-2)
-    assert site.state("multirun-0")["Restarts"] == "1"
+
+
+@pytest.mark.parametrize(("seed", "reason"), [(0, "saved, to go on"), (1, "1 of 1 ranks were killed")])
+@pytest.mark.scenario("multirun")
+def test_a_job_of_a_multirun_is_recorded_examined_and_judged(site, seed, reason):
+    """As a job of slurm/train_64k.sh is, each session in its own record."""
+    jobs = site.run_dir(f"multirun/seed{seed}") / "jobs"
+    begun, ended = ([json.loads(path.read_text()) for path in sorted(jobs.glob(f"*/{file}"))]
+                    for file in ("begin.json", "end.json"))  # fmt: skip
+    assert [one["State"] for one in ended] == ["REQUEUED", "COMPLETED"]
+    assert reason in ended[0]["Reason"]
+    assert ended[1]["CommittedStepBefore"] == ended[0]["CommittedStep"] >= 3
+    assert [one["array"] for one in begun] == [site.jobs[f"multirun-{seed}"].split("_")] * 2
+    assert f"trainer.seed={seed}" in begun[0]["command"]
+    first = next(jobs.glob("*-0"))
+    assert f"seed: {seed}" in (first / "config.yaml").read_text()
+    assert "sweep_task" in (first / "script.sh").read_text()
+    assert len(begun[0]["git_commit"].removesuffix("+changes")) == 40
+    folder = site.output / "multirun" / "jobs" / "submitit" / site.jobs[f"multirun-{seed}"]
+    (log,) = folder.glob("*_log.out")
+    assert log.read_text().count("0 to mend") == 2  # the doctor, each time
+    settings = json.loads((site.run_dir(f"multirun/seed{seed}") / "run.json").read_text())
+    assert "stop_before" in json.dumps(settings)
+
+
+@pytest.mark.scenario("multirun")
+def test_the_launcher_is_told_of_a_job_that_fails(site):
+    """One line, and the directory of the run was never made."""
+    said = site.log("wrong")
+    assert "error: job " in said
+    assert "ended with 2: it ended before its ranks began; its log: " in said
+    assert "Traceback" not in said
+    (log,) = (site.output / "wrong" / "jobs" / "submitit").glob("*/*_log.out")
+    assert "error: trainer.gradient_clipping=0" in log.read_text()
+    assert not site.run_dir("multirun/wrong").exists()
