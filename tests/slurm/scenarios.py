@@ -291,7 +291,7 @@ def chain(site: Site) -> Scenario:
     environment = {**site.slurm.environment, "SBATCH_OUTPUT": f"{site.output}/chain-%x-%A.log"}
     done_by = site.slurm.run(
         "slurm/chain.sh", "arms=demo/pretrain", "cluster=laptop", "nodes=1",
-        "prepare=2 corpus=demo corpus.stdlib=false corpus.paths=[tests/fixtures/corpus] "
+        "prepare=1 corpus=demo corpus.stdlib=false corpus.paths=[tests/fixtures/corpus] "
         "corpus.tokenizer=tests/fixtures/tokenizer corpus.retrieval_tokens=0 corpus.heldout_documents=4 "
         f"corpus.heldout_length=1024 sequence_lengths=[64] {paths}",
         f"train={train} {store} {paths}", f"sft={tuned} {paths}",

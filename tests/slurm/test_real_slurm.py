@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import datetime
 
 import pytest
 import scenarios
 from helpers import composed
 from local_slurm import SECRET, LocalSlurm, missing_programs
+from omegaconf import OmegaConf
 from pandas import read_parquet
 from pandas.testing import assert_frame_equal
 from scenarios import ARMS, STEPS, Site
@@ -19,6 +21,7 @@ from scenarios import ARMS, STEPS, Site
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare import prepare
 from ropewalk.evaluation import evaluate
+from ropewalk.planner import make_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 SECONDS = 360  # that they may take once the cluster is up
@@ -257,8 +260,19 @@ def test_a_job_of_a_multirun_is_recorded_examined_and_judged(site, seed, reason)
     folder = site.output / "multirun" / "jobs" / "submitit" / site.jobs[f"multirun-{seed}"]
     (log,) = folder.glob("*_log.out")
     assert log.read_text().count("0 to mend") == 2  # the doctor, each time
-    settings = json.loads((site.run_dir(f"multirun/seed{seed}") / "run.json").read_text())
-    assert "stop_before" in json.dumps(settings)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.scenario("multirun")
+def test_a_job_of_a_multirun_leaves_by_itself_before_its_limit(site, seed):
+    """20 minutes after SLURM started its last session, less the planner's lead time."""
+    words = [word for word in site.arguments("x") if not word.startswith(("run_name=", "run_dir="))]
+    lead = make_plan(composed("plan", "+experiment=demo/pretrain", *words, "nodes=1")).lead_seconds
+    started = datetime.fromisoformat(site.state(f"multirun-{seed}")["StartTime"]).timestamp()
+    config = OmegaConf.load(site.run_dir(f"multirun/seed{seed}") / "config.yaml")
+    assert float(config.trainer.stop_before) == started + 20 * 60 - lead
+    (script,) = (site.output / "multirun" / "jobs").rglob("*_submission.sh")
+    assert f"#SBATCH --signal=B:USR1@{lead}\n" in script.read_text()
 
 
 @pytest.mark.scenario("multirun")

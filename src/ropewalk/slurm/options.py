@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -88,9 +89,14 @@ def lead_seconds(root: DictConfig) -> int:
         assert isinstance(plan, PlanConfig)
         return make_plan(plan).lead_seconds
     except (ValueError, OmegaConfBaseException) as error:
-        said = " ".join(str(error).split())
-        print(f"warning: the lead time is not planned but {USUAL_LEAD} s ({said})", file=sys.stderr, flush=True)
+        _tell_once(f"warning: the lead time is not planned but {USUAL_LEAD} s ({' '.join(str(error).split())})")
         return USUAL_LEAD
+
+
+@cache
+def _tell_once(text: str) -> None:
+    """The launcher's settings are resolved several times."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # What configs/hydra/launcher/slurm.yaml computes.
