@@ -51,7 +51,9 @@ def test_the_launcher_waits_until_each_job_has_ended_for_good(launched, monkeypa
     process, place = launched
     folder = f"{place}/a sweep/submitit/%j"
     script = (place / "submitted.sh").read_text()
-    assert subprocess.run(["bash", "-n", place / "submitted.sh"], check=False).returncode == 0
+    elsewhere = subprocess.run(["bash", place / "submitted.sh"], cwd=place, capture_output=True, text=True, check=False)
+    assert elsewhere.returncode == 2
+    assert elsewhere.stderr == f"error: start it in the root of the repository, not in {place}\n"
     assert [line for line in script.splitlines() if "--signal" in line] == ["#SBATCH --signal=B:USR1@40"]
     assert f"\nsweep_task '{folder}'\n" in script
     for task, seed in enumerate((3, 5)):

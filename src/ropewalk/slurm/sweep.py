@@ -16,8 +16,11 @@ import shlex
 import time
 
 from hydra.core.utils import JobReturn, JobStatus
-from submitit.core.utils import DelayedSubmission, JobPaths, cloudpickle_dump, temporary_save_path
+from submitit.core.utils import DelayedSubmission, JobPaths, cloudpickle_dump
 from submitit.slurm.slurm import SlurmJobEnvironment
+
+from ropewalk.entry import user_errors
+from ropewalk.files import replace_atomically
 
 SECONDS_TO_SUBMIT = 60  # in which the launcher has put its file where the job looks for it
 COMES_BACK = ("PREEMPTED", "TERMINATED", "NODE_FAIL", "REQUEUED", "PENDING")  # SLURM ends it, and may start it again
@@ -65,8 +68,8 @@ def end(folder: str, code: int, state: str, answer: str) -> None:
             f"error: job {job} ended with {code}: {reason}; its log: {JobPaths(folder, job_id=job).stdout}"
         )
     for task in range(int(os.environ.get("SLURM_NTASKS", "1"))):  # the launcher waits for every one
-        with temporary_save_path(JobPaths(folder, job_id=job, task_id=task).result_pickle) as partial:
-            cloudpickle_dump(("success", result), partial)
+        path = JobPaths(folder, job_id=job, task_id=task).result_pickle
+        replace_atomically(path, lambda partial: cloudpickle_dump(("success", result), partial))
 
 
 def main() -> None:
@@ -80,10 +83,11 @@ def main() -> None:
     ending.add_argument("state")
     ending.add_argument("answer")
     given = parser.parse_args()
-    if given.command == "overrides":
-        print(shlex.join(overrides(given.folder)))
-    else:
-        end(given.folder, given.code, given.state, given.answer)
+    with user_errors():
+        if given.command == "overrides":
+            print(shlex.join(overrides(given.folder)))
+        else:
+            end(given.folder, given.code, given.state, given.answer)
 
 
 if __name__ == "__main__":
