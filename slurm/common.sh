@@ -10,7 +10,10 @@ export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPAT
 # What SLURM calls this job. The last task of an array has the array's own number, which alone means all of its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 job=${job:-${SLURM_JOB_ID:-}}
-code=1 warned='' terminated='' job_record=''
+code=1 warned='' terminated='' job_record='' state='' answer=''
+# SLURM warns this script alone (--signal=B:USR1), and run_ranks passes it on. SIGTERM the ranks get from SLURM itself.
+trap 'warned=1' USR1
+trap 'terminated=1' TERM
 
 # once COMMAND...: on this node alone, in the container if there is one
 once() {
@@ -39,9 +42,6 @@ rendezvous() {
 # begin COMMAND OVERRIDES...: everything that must stand before the ranks start. A wrong configuration ends here, with 2.
 begin() {
   local settings
-  # SLURM warns this script alone (--signal=B:USR1), and run_ranks passes it on. SIGTERM the ranks get from SLURM itself.
-  trap 'warned=1' USR1
-  trap 'terminated=1' TERM
   # Threads of a rank's CPU work: more than its cores only take turns, and torch would take all cores of the node.
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
   rendezvous
@@ -105,7 +105,6 @@ noted_ranks() { find "$job_record/ranks" -name 'rank-*.json' 2>/dev/null | wc -l
 
 # Write the end of the record, and go back into the queue if there is something to go on with.
 finish() {
-  local answer state
   # scancel and pre-emption tell the ranks alone. A job that was cancelled would come back if it were requeued now.
   state=$(patiently scontrol --oneliner show job "$job" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p') || state=''
   state=${state:-RUNNING}
@@ -115,7 +114,10 @@ finish() {
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then
-    patiently scontrol requeue "$job" || echo "error: SLURM does not requeue; the same sbatch again goes on" >&2
+    patiently scontrol requeue "$job" || {
+      answer="stop SLURM does not requeue; the same command again goes on"
+      echo "error: ${answer#stop }" >&2
+    }
   fi
   exit "$code"
 }
@@ -171,9 +173,20 @@ without_cluster() {
   done
 }
 
-# enter_sweep: what the batch script of hydra/launcher=slurm does before its srun, which is its last line
-enter_sweep() {
-  rendezvous
-  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-  trap '[ "$?" -ne 75 ] || patiently scontrol requeue "$job"' EXIT
+# sweep_task FOLDER: one combination of hydra/launcher=slurm, and the whole of its batch script: it exits, so that the srun
+# line which submitit has put after it is not reached
+sweep_task() {
+  set -euo pipefail
+  local said
+  sweep_folder=$1
+  trap 'end_sweep_task "$?"' EXIT
+  said=$(once python -m ropewalk.slurm.sweep overrides "$sweep_folder") || exit
+  eval "arguments=($said)" # quoted by Python
+  train "${arguments[@]}"
+}
+
+# end_sweep_task CODE: the launcher waits to hear of every job that does not come back
+end_sweep_task() {
+  [ "${answer%% *}" = requeue ] ||
+    once python -m ropewalk.slurm.sweep end "$sweep_folder" "$1" "$state" "$answer" || true
 }

@@ -291,7 +291,7 @@ def chain(site: Site) -> Scenario:
     environment = {**site.slurm.environment, "SBATCH_OUTPUT": f"{site.output}/chain-%x-%A.log"}
     done_by = site.slurm.run(
         "slurm/chain.sh", "arms=demo/pretrain", "cluster=laptop", "nodes=1",
-        "prepare=2 corpus=demo corpus.stdlib=false corpus.paths=[tests/fixtures/corpus] "
+        "prepare=1 corpus=demo corpus.stdlib=false corpus.paths=[tests/fixtures/corpus] "
         "corpus.tokenizer=tests/fixtures/tokenizer corpus.retrieval_tokens=0 corpus.heldout_documents=4 "
         f"corpus.heldout_length=1024 sequence_lengths=[64] {paths}",
         f"train={train} {store} {paths}", f"sft={tuned} {paths}",
@@ -311,27 +311,41 @@ def _names_it(word: str) -> bool:
 
 
 def multirun(site: Site) -> Scenario:
-    """Two seeds through hydra-submitit-launcher; the first is told to leave, and comes back."""
-    words = [word for word in site.arguments("x") if not word.startswith(("run_name=", "run_dir="))]
-    command = [
-        sys.executable, "train.py", "-m", "hydra/launcher=slurm", "+experiment=demo/pretrain", *words,
-        "trainer.seed=0,1", "run_name=multirun/seed${trainer.seed}", f"paths.output_dir={site.output}",
-        "cluster.slurm.time=20", "hydra.launcher.name=multirun",
-        f"hydra.sweep.dir={site.output}/multirun/jobs",
-    ]  # fmt: skip
-    with (site.output / "multirun.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=log, stderr=log)
+    """Two seeds through hydra-submitit-launcher; one is warned, one loses its rank, and both come back. Beside them a
+    single job with a wrong configuration, of which the launcher is told."""
+    processes = [
+        _launched(site, "multirun", "trainer.seed=0,1", "run_name=multirun/seed${trainer.seed}"),
+        _launched(site, "wrong", "trainer.gradient_clipping=0", "run_name=multirun/wrong"),
+    ]
     try:
         yield from until(lambda: site.steps("multirun/seed0") >= 3, PATIENCE, "three steps of the multirun")
         jobs = site.slurm.run("squeue", "--noheader", "--array", "--name=multirun", "--format=%i").split()
         site.jobs |= {f"multirun-{job.split('_')[1]}": job for job in jobs}
-        site.slurm.run("scancel", "--signal=USR2", site.jobs["multirun-0"])
-        yield from until(lambda: process.poll() is not None, PATIENCE, "end of the multirun")
-        assert process.returncode == 0, site.log("multirun")
+        site.slurm.run("scancel", "--batch", "--signal=USR1", site.jobs["multirun-0"])
+        yield from until(lambda: site.committed("multirun/seed1"), PATIENCE, "a checkpoint of the multirun")
+        (note,) = site.run_dir("multirun/seed1").glob("jobs/*-0/ranks/rank-*.json")
+        os.kill(json.loads(note.read_text())["pid"], signal.SIGKILL)
+        for process in processes:
+            yield from until(lambda process=process: process.poll() is not None, PATIENCE, "end of the multirun")
+        assert processes[0].returncode == 0, site.log("multirun")
+        assert processes[1].returncode == 1, site.log("wrong")
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _launched(site: Site, name: str, *more: str) -> subprocess.Popen[bytes]:
+    """A launcher on the login node; what it prints goes to ``<output>/<name>.log``."""
+    words = [word for word in site.arguments("x") if not word.startswith(("run_name=", "run_dir="))]
+    command = [
+        sys.executable, "train.py", "-m", "hydra/launcher=slurm", "+experiment=demo/pretrain", *words, *more,
+        f"paths.output_dir={site.output}", "cluster.slurm.time=20", f"hydra.launcher.name={name}",
+        f"hydra.sweep.dir={site.output}/{name}/jobs",
+    ]  # fmt: skip
+    with (site.output / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=log, stderr=log)
 
 
 def drive(scenarios: dict[str, Iterator[None]], seconds: float) -> dict[str, BaseException]:

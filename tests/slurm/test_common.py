@@ -47,3 +47,24 @@ ranks RECORD train.py "$@"; printf '%s\\n' "${line[@]}" """
 
 def test_what_runs_once_is_in_the_container_too():
     assert shell("container=(echo in); once python x 'a b'") == ["in python x a b"]
+
+
+@pytest.mark.parametrize(("answer", "told"), [
+    ("stop done", ["python|-m|ropewalk.slurm.sweep|end|FOLDER|0|RUNNING|stop done|"]),
+    ("requeue saved, to go on", []),
+])  # fmt: skip
+def test_a_job_of_a_sweep_trains_its_combination_and_tells_its_end(answer, told):
+    """The launcher hears nothing of a job that comes back; the line below sweep_task is not reached."""
+    script = """
+once() { if [ "$4" = overrides ]; then echo "a=1 'b=c d'"; else (IFS='|'; echo "$*|"); fi; }
+train() { (IFS='|'; echo "$*"); state=RUNNING answer=$ANSWER; exit 0; }
+sweep_task FOLDER
+echo never"""
+    assert shell(script, ANSWER=answer) == ["a=1|b=c d", *told]
+
+
+def test_a_job_of_a_sweep_that_cannot_begin_tells_it():
+    script = """
+once() { if [ "$4" = overrides ]; then return 1; else (IFS='|'; echo "$*|"); fi; }
+(sweep_task FOLDER) || echo "$?" """
+    assert shell(script) == ["python|-m|ropewalk.slurm.sweep|end|FOLDER|1|||", "1"]

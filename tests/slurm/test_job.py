@@ -13,8 +13,7 @@ from helpers import composed
 
 from ropewalk import provenance
 from ropewalk.entry import CONFIG_DIR
-from ropewalk.slurm.job import begin, committed_step, end
-from ropewalk.training import find_checkpoint
+from ropewalk.slurm.job import begin, end
 
 ROOT = CONFIG_DIR.parent
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
@@ -158,13 +157,3 @@ def test_a_session_without_an_end_is_closed_by_the_next(jobs):
 
 def test_a_cancelled_job_is_not_brought_back(jobs):
     assert not jobs.session(0, [75, 75], 75, state="CANCELLED")[1].requeue
-
-
-def test_the_committed_step_is_the_one_that_resume_finds(tmp_path):
-    assert committed_step(tmp_path) is find_checkpoint(tmp_path) is None
-    for step, committed in ((9, True), (10, True), (11, False)):
-        directory = tmp_path / "checkpoints" / f"step-{step:08d}"
-        directory.mkdir(parents=True)
-        if committed:
-            (directory / "manifest.json").write_text("{}")
-    assert find_checkpoint(tmp_path).name == f"step-{committed_step(tmp_path):08d}" == "step-00000010"

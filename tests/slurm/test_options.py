@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ropewalk.entry import CONFIG_DIR, register_schemas
+from ropewalk.planner import make_plan
 from ropewalk.slurm.options import exports, minutes, sbatch_options
 
 CLUSTERS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
@@ -59,15 +60,31 @@ def test_what_is_no_time_limit_is_refused(time):
         minutes(time)
 
 
-def test_the_launcher_asks_for_what_the_cluster_group_says():
+def launcher(*overrides):
+    """The launcher's settings as ``train.py -m hydra/launcher=slurm`` resolves them."""
     register_schemas()
-    overrides = ["hydra/launcher=slurm", "cluster=h100_8", "cluster.slurm.partition=gpu", "cluster.slurm.nodes=2",
-                 "run_name=x"]  # fmt: skip
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("train", overrides, return_hydra_config=True)
-    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True, throw_on_missing=False)
-    asked = {key: launcher[key] for key in ("partition", "nodes", "tasks_per_node", "gpus_per_node", "timeout_min")}
-    assert asked == {"partition": "gpu", "nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "timeout_min": 2880}
-    assert launcher["setup"][0] == ". slurm/common.sh"
-    assert "export NCCL_DEBUG=WARN" in launcher["setup"][1]
-    assert launcher["setup"][2] == "enter_sweep"
+        config = compose("train", ["hydra/launcher=slurm", "run_name=x", *overrides], return_hydra_config=True)
+    return OmegaConf.to_container(config.hydra.launcher, resolve=True, throw_on_missing=False)
+
+
+def test_the_launcher_asks_for_what_the_cluster_group_says():
+    asked = launcher("cluster=h100_8", "cluster.slurm.partition=gpu", "cluster.slurm.nodes=2")
+    expected = {"partition": "gpu", "nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "timeout_min": 2880}
+    assert {key: asked[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_the_launchers_lead_time_is_the_planners(nodes):
+    """A fourth of the share to write on four nodes: another lead time."""
+    given = ["+experiment=cope20", "cluster=h100_8"]
+    planned = make_plan(composed("plan", *given, f"nodes={nodes}")).lead_seconds
+    asked = launcher(*given, f"cluster.slurm.nodes={nodes}")
+    assert asked["additional_parameters"]["signal"] == f"B:USR1@{planned}"
+    assert (planned == 200) == (nodes == 1)
+
+
+def test_a_lead_time_that_cannot_be_planned_is_told(capsys):
+    asked = launcher("parallel.sequence=3")
+    assert asked["signal_delay_s"] == 300
+    assert "warning: the lead time is not planned but 300 s (parallel.sequence=3" in capsys.readouterr().err

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import datetime
 
 import pytest
 import scenarios
 from helpers import composed
 from local_slurm import SECRET, LocalSlurm, missing_programs
+from omegaconf import OmegaConf
 from pandas import read_parquet
 from pandas.testing import assert_frame_equal
 from scenarios import ARMS, STEPS, Site
@@ -19,9 +21,10 @@ from scenarios import ARMS, STEPS, Site
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare import prepare
 from ropewalk.evaluation import evaluate
+from ropewalk.planner import make_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-SECONDS = 900  # that they may take on a machine that is busy otherwise; alone they are over in less than half
+SECONDS = 360  # that they may take once the cluster is up
 ALL = {
     "chain": scenarios.chain,
     "time_limit": scenarios.time_limit,
@@ -134,7 +137,7 @@ def test_pre_emption_saves_and_requeues(site):
     taken = site.record("early", 1)
     assert taken["State"] in ("REQUEUED", "ENDED")  # by the script in the grace time, or by SLURM after it
     assert [rank["code"] for rank in taken["Ranks"]] == [75]
-    assert site.record("early", 2, "begin.json")["committed_step"] == taken["CommittedStep"] >= 3
+    assert site.record("early", 2, "begin.json")["progress"] == taken["CommittedStep"] >= 3
 
 
 @pytest.mark.scenario("early")
@@ -198,7 +201,7 @@ def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
     assert first["Reason"].startswith("told to leave")
     assert second["State"] == "COMPLETED"
     begun = site.record("evaluation", 1, "begin.json")
-    assert begun["output_files"] == site.record("evaluation", 0, "begin.json")["output_files"] + 1
+    assert begun["progress"] == site.record("evaluation", 0, "begin.json")["progress"] + 1
     assert site.log("evaluation").count("0 to mend") == 2  # the doctor, each time
     _, again = site.log("evaluation").split("start 2, on")
     assert "loss to 256" not in again
@@ -231,8 +234,54 @@ def test_an_array_prepares_the_bytes_of_one_process(site):
 def test_a_multirun_goes_on_after_a_requeue(site):
     for seed in (0, 1):
         assert [step for step, *_ in site.losses(f"multirun/seed{seed}")] == list(range(1, STEPS + 1))
+        assert site.state(f"multirun-{seed}")["Restarts"] == "1"
     straight, same, other = ([loss for _, loss, _ in site.losses(name)] for name in
                              ("straight", "multirun/seed0", "multirun/seed1"))  # fmt: skip
     assert same == pytest.approx(straight, rel=1e-4)  # on one rank instead of two
     assert other != pytest.approx(straight, rel=1e-2)
-    assert site.state("multirun-0")["Restarts"] == "1"
+
+
+@pytest.mark.parametrize(("seed", "reason"), [(0, "saved, to go on"), (1, "1 of 1 ranks were killed")])
+@pytest.mark.scenario("multirun")
+def test_a_job_of_a_multirun_is_recorded_examined_and_judged(site, seed, reason):
+    """As a job of slurm/train_64k.sh is, each session in its own record."""
+    jobs = site.run_dir(f"multirun/seed{seed}") / "jobs"
+    begun, ended = ([json.loads(path.read_text()) for path in sorted(jobs.glob(f"*/{file}"))]
+                    for file in ("begin.json", "end.json"))  # fmt: skip
+    assert [one["State"] for one in ended] == ["REQUEUED", "COMPLETED"]
+    assert reason in ended[0]["Reason"]
+    assert ended[1]["CommittedStepBefore"] == ended[0]["CommittedStep"] >= 3
+    assert [one["array"] for one in begun] == [site.jobs[f"multirun-{seed}"].split("_")] * 2
+    assert f"trainer.seed={seed}" in begun[0]["command"]
+    first = next(jobs.glob("*-0"))
+    assert f"seed: {seed}" in (first / "config.yaml").read_text()
+    assert "sweep_task" in (first / "script.sh").read_text()
+    assert len(begun[0]["git_commit"].removesuffix("+changes")) == 40
+    folder = site.output / "multirun" / "jobs" / "submitit" / site.jobs[f"multirun-{seed}"]
+    (log,) = folder.glob("*_log.out")
+    assert log.read_text().count("0 to mend") == 2  # the doctor, each time
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.scenario("multirun")
+def test_a_job_of_a_multirun_leaves_by_itself_before_its_limit(site, seed):
+    """20 minutes after SLURM started its last session, less the planner's lead time."""
+    words = [word for word in site.arguments("x") if not word.startswith(("run_name=", "run_dir="))]
+    lead = make_plan(composed("plan", "+experiment=demo/pretrain", *words, "nodes=1")).lead_seconds
+    started = datetime.fromisoformat(site.state(f"multirun-{seed}")["StartTime"]).timestamp()
+    config = OmegaConf.load(site.run_dir(f"multirun/seed{seed}") / "config.yaml")
+    assert float(config.trainer.stop_before) == started + 20 * 60 - lead
+    (script,) = (site.output / "multirun" / "jobs").rglob("*_submission.sh")
+    assert f"#SBATCH --signal=B:USR1@{lead}\n" in script.read_text()
+
+
+@pytest.mark.scenario("multirun")
+def test_the_launcher_is_told_of_a_job_that_fails(site):
+    """One line, and the directory of the run was never made."""
+    said = site.log("wrong")
+    assert "error: job " in said
+    assert "ended with 2: it ended before its ranks began; its log: " in said
+    assert "Traceback" not in said
+    (log,) = (site.output / "wrong" / "jobs" / "submitit").glob("*/*_log.out")
+    assert "error: trainer.gradient_clipping=0" in log.read_text()
+    assert not site.run_dir("multirun/wrong").exists()

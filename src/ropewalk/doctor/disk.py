@@ -91,11 +91,11 @@ def check_space(directory: Path, parameters: int, checkpoints: int) -> Iterator[
         yield ok("space", said)
 
 
-def writable_parent(directory: Path) -> Path:
+def make_directory(directory: Path) -> Path:
     """``directory``, made if it is missing.
 
     Raises:
-        OSError: where it cannot be made or written.
+        OSError: where it cannot be made, or is a file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     return directory

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig
-from ropewalk.doctor.disk import writable_parent
+from ropewalk.doctor.disk import make_directory
 from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.model import count_parameters
 
@@ -125,7 +125,7 @@ def check_room_for_tokens(config: PrepareConfig) -> Iterator[Finding]:
     paths = [*config.corpus.paths, *(source.path for source in config.corpus.sources)]
     text = sum(_size(Path(path)) for path in paths)
     need = text * (1 + len(config.sequence_lengths))
-    free = disk_usage(writable_parent(Path(config.output))).free
+    free = disk_usage(make_directory(Path(config.output))).free
     said = f"{text / GB:,.1f} GB of files, about {need / GB:,.1f} GB to write, {free / GB:,.1f} GB free"
     yield (warn if need > free else ok)("space", said + ("; free some, or set output" if need > free else ""))
 

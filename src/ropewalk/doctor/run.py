@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig
-from ropewalk.doctor.disk import check_file_system, check_space, writable_parent
+from ropewalk.doctor.disk import check_file_system, check_space, make_directory
 from ropewalk.doctor.findings import Finding, guarded, screen, warn
 from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, check_suite
 from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
@@ -74,7 +74,7 @@ def examine_comparison(config: CompareConfig) -> int:
 
 
 def _print(title: str, findings: list[Finding], output: Path) -> int:
-    findings += guarded("file system", lambda: check_file_system(writable_parent(output)))
+    findings += guarded("file system", lambda: check_file_system(make_directory(output)))
     text, failed = screen(f"doctor: {title}, on {_node()}", [(_node(), findings)])
     print(text, flush=True)
     return failed
@@ -92,7 +92,7 @@ def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return findings  # the rest is the node's, and once is enough
     findings += guarded("data", lambda: check_data(config))
-    findings += guarded("file system", lambda: check_file_system(writable_parent(run_dir)))
+    findings += guarded("file system", lambda: check_file_system(make_directory(run_dir)))
     return findings + guarded("model", lambda: _model_and_space(config, run_dir))
 
 
@@ -122,7 +122,7 @@ def _together(config: TrainConfig, device: torch.device, findings: list[Finding]
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "all-reduce": lambda: check_all_reduce(device, config.cluster, links(device)),
         "clock": check_clocks,
-        "shared": lambda: check_shared(writable_parent(Path(config.run_dir))),
+        "shared": lambda: check_shared(make_directory(Path(config.run_dir))),
     }
     of_ranks = _gathered(findings)
     for subject, check in checks.items():

@@ -24,6 +24,7 @@ from ropewalk.provenance import (
     secrets_in,
     versions,
 )
+from ropewalk.slurm.progress import got_on, progress_of, work_of
 from ropewalk.slurm.verdict import Verdict, judge
 
 BEGIN, END = "begin.json", "end.json"
@@ -53,6 +54,7 @@ def begin(
     _close_abandoned(jobs, job, restart)
     cluster = config.cluster.slurm.environment if command == "train" else {}
     secrets = secrets_in(environment) | secrets_in(cluster)
+    work = work_of(command, config)
     write_atomically(record / "script.sh", masked(batch_script.read_text(errors="replace"), secrets))
     write_atomically(record / "changes.diff", git_changes(secrets))
     write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
@@ -69,10 +71,8 @@ def begin(
         "nodes": environment.get("SLURM_JOB_NODELIST"),
         "tasks": int(environment.get("SLURM_NTASKS", "1")),
         "started": time.time(),
-        "run_dir": str(config.run_dir) if command == "train" else None,
-        "committed_step": committed_step(config.run_dir) if command == "train" else None,
-        "output": None if command == "train" else str(config.output),
-        "output_files": None if command == "train" else output_files(config.output),
+        "work": work,
+        "progress": progress_of(**work),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "versions": versions(),
@@ -93,31 +93,17 @@ def end(record: Path, code: int, *, warned: bool, state: str) -> Verdict:
     """
     begun = json.loads((record / BEGIN).read_text())
     ranks = [json.loads(path.read_text()) for path in sorted(record.glob("ranks/rank-*.json"))]
-    step = committed_step(begun["run_dir"]) if begun["run_dir"] else None
+    now = progress_of(**begun["work"])
     verdict = judge(
         code, ranks, begun["tasks"], warned=warned, terminated=state != "RUNNING", cancelled=state == "CANCELLED",
-        progress=_has_progress(begun, step), fruitless=_fruitless_before(record),
+        progress=_has_progress(begun, now), fruitless=_fruitless_before(record),
     )  # fmt: skip
-    _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, step, ranks)
+    _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, now, ranks)
     return verdict
 
 
-def committed_step(run_dir: str | Path) -> int | None:
-    """Step of the newest committed checkpoint, as ``training.find_checkpoint`` finds it, without importing torch."""
-    manifests = sorted(Path(run_dir).glob("checkpoints/step-*/manifest.json"))
-    return int(manifests[-1].parent.name.removeprefix("step-")) if manifests else None
-
-
-def output_files(output: str | Path) -> int:
-    """How many results an evaluation has written: it grows with each part, and falls where parts become one table."""
-    return sum(path.suffix in (".json", ".parquet") for path in Path(output).rglob("*"))
-
-
-def _has_progress(begun: Mapping[str, Any], step: int | None) -> bool:
-    """Whether a session has committed a checkpoint, or finished a part of an evaluation."""
-    if begun.get("output") is not None:
-        return output_files(begun["output"]) != int(begun["output_files"])
-    return step is not None and step > (begun["committed_step"] or 0)
+def _has_progress(begun: Mapping[str, Any], now: int | None) -> bool:
+    return got_on(begun["work"]["kind"], begun["progress"], now)
 
 
 def _write_end(
@@ -126,10 +112,11 @@ def _write_end(
     state: str,
     exit_code: str | None,
     reason: str,
-    step: int | None,
+    progress: int | None,
     ranks: Sequence[Mapping[str, Any]],
 ) -> None:
     now = time.time()
+    steps = (begun["progress"], progress) if begun["work"]["kind"] == "steps" else (None, None)
     content = {
         "JobID": begun["job_id"],
         "JobName": begun["job_name"],
@@ -144,9 +131,9 @@ def _write_end(
         "State": state,
         "ExitCode": exit_code,
         "Reason": reason,
-        "CommittedStepBefore": begun["committed_step"],
-        "CommittedStep": step,
-        "Progress": _has_progress(begun, step),
+        "CommittedStepBefore": steps[0],
+        "CommittedStep": steps[1],
+        "Progress": _has_progress(begun, progress),
         "Ranks": [{key: rank.get(key) for key in ("rank", "node", "code", "error")} for rank in ranks],
     }
     write_atomically(record / END, json.dumps(content, indent=2) + "\n")
@@ -158,10 +145,8 @@ def _close_abandoned(jobs: Path, job: str, restart: int) -> None:
         record = jobs / f"{job}-{number}"
         if (record / BEGIN).is_file() and not (record / END).exists():
             begun = json.loads((record / BEGIN).read_text())
-            step = committed_step(begun["run_dir"]) if begun["run_dir"] else None
-            _write_end(
-                record, begun, "NODE_FAIL", None, "no end was written: the node died or SLURM ended it", step, []
-            )
+            reason = "no end was written: the node died or SLURM ended it"
+            _write_end(record, begun, "NODE_FAIL", None, reason, progress_of(**begun["work"]), [])
 
 
 def _fruitless_before(record: Path) -> int:

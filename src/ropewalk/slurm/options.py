@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
-from ropewalk.config import ClusterConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ropewalk.config import ClusterConfig, PlanConfig
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*")
 PER_DAY, PER_HOUR = 24 * 60, 60
+USUAL_LEAD = 300  # seconds; of the scripts' #SBATCH lines
 
 
 def sbatch_options(cluster: ClusterConfig, nodes: int | None, lead_seconds: int | None) -> list[str]:
@@ -68,9 +74,35 @@ def minutes(time: str) -> int:
     return total
 
 
-# What configs/hydra/launcher/slurm.yaml computes from the cluster group.
+def lead_seconds(root: DictConfig) -> int:
+    """The planner's lead time of the warning for a composed training, in seconds.
+
+    A sweep is composed once without what is swept. Where the planner can make nothing of that, it is the scripts'
+    300 s, with a warning. Each job sets ``trainer.stop_before`` from its own plan in any case.
+    """
+    from ropewalk.planner import make_plan
+
+    train = OmegaConf.masked_copy(root, [str(key) for key in root if key != "hydra"])
+    try:
+        nodes = {"nodes": root.cluster.slurm.nodes}
+        plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), train, nodes))
+        assert isinstance(plan, PlanConfig)
+        return make_plan(plan).lead_seconds
+    except (ValueError, OmegaConfBaseException) as error:
+        _tell_once(f"warning: the lead time is not planned but {USUAL_LEAD} s ({' '.join(str(error).split())})")
+        return USUAL_LEAD
+
+
+@cache
+def _tell_once(text: str) -> None:
+    """The launcher's settings are resolved several times."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# What configs/hydra/launcher/slurm.yaml computes.
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "slurm_minutes": minutes,
     "slurm_gpus": lambda cluster: cluster.gpus_per_node if cluster.slurm.gpu_request else None,
-    "slurm_exports": lambda environment: "; ".join(exports(environment)) or ":",
+    "slurm_lead": lambda *, _root_: lead_seconds(_root_),
+    "slurm_quoted": shlex.quote,
 }

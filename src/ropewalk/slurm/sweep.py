@@ -1,0 +1,94 @@
+"""One job of ``train.py -m hydra/launcher=slurm``, run by slurm/common.sh as every other training job.
+
+Submitit leaves a file for each job with what is to be called there, and waits for a file with the result. Its own
+process on the nodes would know no doctor, no record and no verdict, so the batch script asks here for the job's
+overrides, trains with them as slurm/train_64k.sh does, and has the result written once the job has ended for good.
+
+``python -m ropewalk.slurm.sweep overrides FOLDER``: prints them, quoted for the shell
+``python -m ropewalk.slurm.sweep end FOLDER CODE STATE ANSWER``: see :func:`end`
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import time
+
+from hydra.core.utils import JobReturn, JobStatus
+from submitit.core.utils import DelayedSubmission, JobPaths, cloudpickle_dump
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from ropewalk.entry import user_errors
+from ropewalk.files import replace_atomically
+
+SECONDS_TO_SUBMIT = 60  # in which the launcher has put its file where the job looks for it
+COMES_BACK = ("PREEMPTED", "TERMINATED", "NODE_FAIL", "REQUEUED", "PENDING")  # SLURM ends it, and may start it again
+
+
+def overrides(folder: str, seconds: float = SECONDS_TO_SUBMIT) -> list[str]:
+    """The overrides of this job, one combination of the sweep, as train.py takes them.
+
+    Args:
+        folder: the launcher's ``submitit_folder``.
+        seconds: how long to wait for the launcher's file.
+
+    Raises:
+        ValueError: where it has not come.
+    """
+    path = JobPaths(folder, job_id=SlurmJobEnvironment().job_id).submitted_pickle
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            raise ValueError(
+                f"{path} has not come in {seconds:.0f} s; put hydra.sweep.dir on a disk that all nodes see"
+            )
+        time.sleep(min(1.0, seconds))
+    return list(DelayedSubmission.load(path).args[0])
+
+
+def end(folder: str, code: int, state: str, answer: str) -> None:
+    """Tell the launcher how this job has ended, unless it goes on later.
+
+    Args:
+        folder: the launcher's ``submitit_folder``.
+        code: exit code of the batch script.
+        state: what SLURM calls the job; "" where it ended before its ranks.
+        answer: of ``ropewalk.slurm.job end``: requeue or stop, and why; "" where it ended before its ranks.
+    """
+    if code != 0 and (answer.startswith("requeue") or state in COMES_BACK):
+        return
+    job = SlurmJobEnvironment().job_id
+    result = JobReturn(overrides=overrides(folder, seconds=0), status=JobStatus.COMPLETED)
+    if code != 0:
+        reason = answer.removeprefix("stop ") or "it ended before its ranks began"
+        result.status = JobStatus.FAILED
+        # An exception that Hydra does not print itself; without a traceback, since none would tell anything.
+        result.return_value = SystemExit(
+            f"error: job {job} ended with {code}: {reason}; its log: {JobPaths(folder, job_id=job).stdout}"
+        )
+    for task in range(int(os.environ.get("SLURM_NTASKS", "1"))):  # the launcher waits for every one
+        path = JobPaths(folder, job_id=job, task_id=task).result_pickle
+        replace_atomically(path, lambda partial: cloudpickle_dump(("success", result), partial))
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("overrides").add_argument("folder")
+    ending = commands.add_parser("end")
+    ending.add_argument("folder")
+    ending.add_argument("code", type=int)
+    ending.add_argument("state")
+    ending.add_argument("answer")
+    given = parser.parse_args()
+    with user_errors():
+        if given.command == "overrides":
+            print(shlex.join(overrides(given.folder)))
+        else:
+            end(given.folder, given.code, given.state, given.answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Each job's own measure of how far it is: what its neighbours do leaves it as it is."""
+
+import os
+from pathlib import Path
+
+from helpers import composed
+
+from ropewalk.data.prepare import prepare
+from ropewalk.slurm.progress import committed_step, got_on, progress_of, work_of
+from ropewalk.training import find_checkpoint
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+def test_each_task_of_an_array_counts_what_it_has_finished_itself(tmp_path):
+    """Three tasks share one output; each stage's tasks are numbered, and task n of three does n, n + 3, ..."""
+    words = [
+        "corpus=files", f"corpus.paths=[{FIXTURES / 'corpus'}]", f"corpus.tokenizer={FIXTURES / 'tokenizer'}",
+        "shard_mb=0.02", "sequence_lengths=[64,128]", f"output={tmp_path}", "workers=1",
+    ]  # fmt: skip
+
+    def of(stage, shard):
+        return composed("prepare", *words, f"stage={stage}", f"shard={shard}", "n_shards=3")
+
+    def progress(stage):
+        return [progress_of(**work_of("prepare", of(stage, shard))) for shard in range(3)]
+
+    assert progress("tokenize") == [0, 0, 0]  # nothing planned, and nothing breaks
+    prepare(composed("prepare", *words, "stage=plan"), lambda line: None)
+    shards = len(list((tmp_path / "work").glob("units-*.json")))
+    shares = [len(range(shard, shards, 3)) for shard in range(3)]
+    assert min(shares) >= 1
+    assert progress("tokenize") == progress("pack") == [0, 0, 0]
+    for shard in (1, 0, 2):
+        before = progress("tokenize")
+        prepare(of("tokenize", shard), lambda line: None)
+        assert progress("tokenize") == [shares[n] if n == shard else before[n] for n in range(3)]
+    prepare(of("pack", 1), lambda line: None)  # one group of two lengths: two tasks, and none for the third
+    assert progress("pack") == [0, 1, 0]
+
+
+def test_a_comparison_gets_on_when_its_report_is_written(tmp_path):
+    work = work_of("compare", composed("compare", "runs=[x]", f"output={tmp_path / 'report.html'}"))
+    (tmp_path / "other.html").write_text("of another job")
+    assert progress_of(**work) is None
+    (tmp_path / "report.html").write_text("one")
+    os.utime(tmp_path / "report.html", (5, 5))
+    assert progress_of(**work) == 5 * 10**9
+    assert got_on(work["kind"], None, 5 * 10**9)
+    assert got_on(work["kind"], 5 * 10**9, 6 * 10**9)  # written again
+    assert not got_on(work["kind"], 5 * 10**9, 5 * 10**9)
+
+
+def test_a_newest_checkpoint_that_is_put_aside_is_no_progress():
+    assert got_on("steps", None, 10)
+    assert got_on("steps", 10, 20)
+    assert not got_on("steps", 20, 10)
+    assert not got_on("steps", 10, None)
+
+
+def test_the_committed_step_is_the_one_that_resume_finds(tmp_path):
+    assert committed_step(tmp_path) is find_checkpoint(tmp_path) is None
+    for step, committed in ((9, True), (10, True), (11, False)):
+        directory = tmp_path / "checkpoints" / f"step-{step:08d}"
+        directory.mkdir(parents=True)
+        if committed:
+            (directory / "manifest.json").write_text("{}")
+    assert find_checkpoint(tmp_path).name == f"step-{committed_step(tmp_path):08d}" == "step-00000010"
