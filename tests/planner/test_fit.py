@@ -131,6 +131,30 @@ def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
         print_plan(composed("plan", "+experiment=cope20", "print=days"))
 
 
+WAYS = {
+    "all activations kept": "trainer.activation_checkpointing=false",
+    "layer inputs kept": "trainer.activation_checkpointing=true",
+    "layer inputs on the host": "trainer.offload_activations=true",
+    "all logits at once": "trainer.loss_chunk_size=null",
+    "optimizer on the host": "deepspeed.offload_optimizer=true",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_is_what_a_plan_of_it_says(way, capsys):
+    """Beside the run as it is configured stands what its plan would be with one thing held otherwise."""
+    beside = planned("+experiment=cope20").ways[way]
+    itself = planned("+experiment=cope20", WAYS[way])
+    assert beside.device_total == itself.memory.device_total
+    assert beside.host_total == itself.memory.host_total
+    assert beside.fits == itself.fits
+    assert print_plan(composed("plan", "+experiment=cope20", "advisory=true"))
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(way))
+    assert f"{beside.device_total / GIB:,.1f} GiB" in said
+    assert ("does not fit" in said) != beside.fits
+    assert ("(configured)" in said) == (way == "layer inputs kept")
+
+
 @pytest.mark.parametrize("cluster", sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml")))
 def test_every_cluster_composes(cluster):
     assert composed("plan", f"cluster={cluster}").cluster.name == cluster
@@ -141,6 +165,7 @@ def test_on_a_cpu_nothing_is_put_into_the_same_memory_again():
     plan = make_plan(config)
     assert not plan.fits
     assert "offload" not in str(plan.changes)
+    assert not [name for name in plan.ways if "host" in name]
     moved = replace(setting_of(config), offload_optimizer=True, offload_activations=True)
     room = Room(config.cluster, Allowances())
     needed = memory(plan.shape, moved, room.allowances)

@@ -12,6 +12,7 @@ from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.planner.shape import ModelShape
 
 SHOWN = 3  # changes that are offered
+TILE = 1024  # tokens whose logits exist at once, where that is offered
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,22 @@ def smallest_fit(
     return None
 
 
+def other_ways(setting: Setting) -> dict[str, Setting]:
+    """The setting with activations, loss and optimizer held in each of the known ways, one at a time, by name."""
+    ways = {
+        "all activations kept": {"checkpointing": False, "offload_activations": False},
+        "layer inputs kept": {"checkpointing": True, "offload_activations": False},
+        "layer inputs on the host": {"checkpointing": True, "offload_activations": True},
+        "all logits at once": {"loss_chunk": None},
+        "logits in chunks": {"loss_chunk": setting.loss_chunk or TILE},
+        "optimizer on the GPU": {"offload_optimizer": False},
+        "optimizer on the host": {"offload_optimizer": True},
+    }
+    if not setting.cuda:  # its host is the device
+        ways = {name: changed for name, changed in ways.items() if "optimizer" not in name and "host" not in name}
+    return {name: replace(setting, **changed) for name, changed in ways.items()}  # type: ignore[arg-type]
+
+
 def cheapest_changes(
     shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int], nodes: int
 ) -> list[tuple[Change, ...]]:
@@ -106,8 +123,8 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
     """What can be changed, with what it costs. The slowdowns are assumed; docs/planner.md lists them."""
     if setting.micro_batch > 1:
         yield Change("trainer.micro_batch_size=1", 1.0, {"micro_batch": 1})
-    if setting.loss_chunk is None or setting.loss_chunk > 1024:
-        yield Change("trainer.loss_chunk_size=1024", 1.0, {"loss_chunk": 1024})
+    if setting.loss_chunk is None or setting.loss_chunk > TILE:
+        yield Change(f"trainer.loss_chunk_size={TILE}", 1.0, {"loss_chunk": TILE})
     if not setting.checkpointing:
         yield Change("trainer.activation_checkpointing=true", 4 / 3, {"checkpointing": True})
     elif setting.cuda and not setting.offload_activations:

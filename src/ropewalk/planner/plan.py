@@ -8,11 +8,28 @@ from typing import Any
 
 from ropewalk.config import PlanConfig, validate_train
 from ropewalk.planner import cost
-from ropewalk.planner.fit import Room, cheapest_changes, sequence_degrees, smallest_fit
+from ropewalk.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.planner.shape import ModelShape, shape_of
 
 DAY, HOUR = 86_400, 3_600
+
+
+@dataclass(frozen=True)
+class Way:
+    """The run with something held in another way, or as it is configured.
+
+    Attributes:
+        device_total: bytes on a GPU.
+        host_total: bytes in host memory, for one rank.
+        fits: whether GPU and host have room.
+        configured: whether it is the run's own.
+    """
+
+    device_total: float
+    host_total: float
+    fits: bool
+    configured: bool
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,7 @@ class Plan:
 
     Attributes:
         fits: whether every GPU and host has room for what is configured.
+        ways: the same run with activations, loss or optimizer held in each way, by name.
         smallest: (sequence-parallel degree, micro batch) that fits at least, or None.
         changes: sets of overrides that would make it fit, cheapest first; empty where it fits.
         lead_seconds: how long before the time limit the save signal should come.
@@ -31,6 +49,7 @@ class Plan:
     memory: Memory
     setting: Setting
     shape: ModelShape
+    ways: Mapping[str, Way]
     smallest: tuple[int, int] | None
     changes: list[list[str]]
     lead_seconds: int
@@ -41,6 +60,7 @@ class Plan:
         return {
             "fits": self.fits,
             "memory": {**asdict(self.memory), "device_total": self.memory.device_total},
+            "ways": {name: asdict(way) for name, way in self.ways.items()},
             "smallest_sequence": self.smallest[0] if self.smallest else None,
             "smallest_micro_batch": self.smallest[1] if self.smallest else None,
             "changes": self.changes,
@@ -98,11 +118,20 @@ def make_plan(config: PlanConfig) -> Plan:
         memory=needed,
         setting=setting,
         shape=shape,
+        ways=_ways(shape, setting, room),
         smallest=smallest_fit(shape, setting, room, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
         lead_seconds=cost.lead_seconds(time.micro_step, save),
         entries=_entries(config, shape, setting, time, save),
     )
+
+
+def _ways(shape: ModelShape, setting: Setting, room: Room) -> dict[str, Way]:
+    found = {}
+    for name, way in other_ways(setting).items():
+        needed = memory(shape, way, room.allowances)
+        found[name] = Way(needed.device_total, needed.host_total, room.has_room(needed, way), way == setting)
+    return found
 
 
 def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost.Time, save: float) -> dict[str, Any]:

@@ -70,9 +70,14 @@ def _memory_lines(plan: Plan, config: PlanConfig) -> list[str]:
         f"the peak is {at[plan.memory.phase]}",
         *(f"  {name:<22} {gib(size):>12}" for name, size in plan.memory.parts.items() if size >= 2**20),
     ]
+    ranks = min(plan.setting.ranks, config.cluster.gpus_per_node)
     if plan.memory.host:
-        per_node = plan.memory.host_total * min(plan.setting.ranks, config.cluster.gpus_per_node)
+        per_node = plan.memory.host_total * ranks
         found.append(f"memory of a host: {gib(per_node)} of {config.cluster.host_memory_gib:,} GiB")
+    found.append("the same run with                  GPU         host")
+    for name, way in plan.ways.items():
+        note = ("" if way.fits else "  does not fit") + ("  (configured)" if way.configured else "")
+        found.append(f"  {name:<24} {gib(way.device_total):>12} {gib(way.host_total * ranks):>12}{note}")
     if plan.smallest is None:
         found.append("no sequence-parallel degree fits with a micro batch of 1")
     else:

@@ -55,26 +55,12 @@ class ReaderLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    @property
-    def tokenizer_name(self) -> str:
-        """For lm-eval's records."""
-        return str(self.tokenizer.name_or_path)
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of ``string``; no second beginning-of-sequence token where the text starts with one."""
         bos = self.tokenizer.bos_token
         starts = bos is not None and string.startswith(bos)
         special = not starts if add_special_tokens is None else add_special_tokens
         return self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The tokenizer's own template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
