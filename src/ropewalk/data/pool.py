@@ -35,7 +35,7 @@ class Processes:
     def start(self, function: Callable[..., object], *arguments: Any) -> None:
         """Start the others with a call that prepares them; a fault of it is theirs to meet again when they work."""
         for _ in range(self._others):
-            self._pool.submit(function, *arguments)
+            self._pool.submit(_call, function, *arguments)
 
     def each(self, function: Callable[..., Result], works: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
         """``function(*work)`` of each work, with its place in ``works``, in the order in which they finish.
@@ -84,6 +84,11 @@ class Processes:
                 if isinstance(error, ValueError):
                     raise ValueError(str(error)) from error
                 raise
+
+
+def _call(function: Callable[..., object], *arguments: Any) -> None:
+    """Without the result, which would be sent back."""
+    function(*arguments)
 
 
 def _taken(waiting: deque[tuple[int, Any]]) -> tuple[int, Any] | None:

@@ -223,7 +223,6 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
     Raises:
         FastPathError: where the engine is a checked one, and it differs from its reference.
     """
-    nothing = encoder.head[:0]
     checked = encoder.engine if isinstance(encoder.engine, CheckedEngine) else None
     last: list[bool] = []  # of each piece under way: whether its document ends with it
     watched: list[bool] = []  # of each piece that is not encoded yet: whether its tokens are to be compared
@@ -251,11 +250,18 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
         held += encoded
         ready = len(held) - 1
         for tokens, ends in zip(held[:ready], last[:ready], strict=True):
-            yield np.concatenate([encoder.head if begins else nothing, tokens, encoder.tail if ends else nothing]), ends
+            yield _framed(encoder, tokens, begins, ends), ends
             begins = ends
         del held[:ready], last[:ready]
     for tokens in held:
-        yield np.concatenate([encoder.head if begins else nothing, tokens, encoder.tail]), True
+        yield _framed(encoder, tokens, begins, True), True
+
+
+def _framed(encoder: DocumentEncoder, tokens: Any, begins: bool, ends: bool) -> Any:
+    """A stretch of a document with what begins and ends one; most are neither, and are not copied."""
+    if not begins and not ends:
+        return tokens
+    return np.concatenate([encoder.head if begins else tokens[:0], tokens, encoder.tail if ends else tokens[:0]])
 
 
 def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
