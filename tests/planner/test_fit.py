@@ -135,7 +135,6 @@ WAYS = {
     "all activations kept": "trainer.activation_checkpointing=false",
     "layer inputs kept": "trainer.activation_checkpointing=true",
     "layer inputs on the host": "trainer.offload_activations=true",
-    "all logits at once": "trainer.loss_chunk_size=null",
     "optimizer on the host": "deepspeed.offload_optimizer=true",
 }
 

@@ -76,7 +76,7 @@ class TokenFileWriter:
             self._add(self._masks, ".mask", mask)
 
     def _add(self, file: BinaryIO, suffix: str, values: NDArray[Any]) -> None:
-        content = memoryview(np.ascontiguousarray(values)).cast("B")
+        content = np.ascontiguousarray(values).view(np.uint8).data
         self._digests[suffix].update(content)
         file.write(content)
 
