@@ -41,7 +41,7 @@ def report(directory, number):
 def test_every_work_is_done_once_by_this_process_and_the_others(tmp_path):
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     with Processes(3) as processes:
-        processes.start(report, tmp_path, "begun")
+        processes.start(30, report, tmp_path, "begun")
         done = list(processes.each(report, [(tmp_path, number) for number in range(30)]))
     assert sorted(place for place, _ in done) == list(range(30))
     assert all(place == number for place, (number, _) in done)
@@ -62,3 +62,11 @@ def test_a_lost_process_is_told_of(tmp_path):
     """Not waited for: the work that it held is not done."""
     with Processes(2) as processes, pytest.raises(BrokenProcessPool):
         list(processes.each(killed_elsewhere, [(os.getpid(),)] * 100))
+
+
+def test_no_more_processes_are_started_than_there_is_work_for(tmp_path):
+    with Processes(40) as processes:
+        processes.start(3, report, tmp_path, "begun")
+        assert len(processes._pool._processes) == 2
+        list(processes.each(report, [(tmp_path, number) for number in range(3)]))
+        assert len(processes._pool._processes) == 2

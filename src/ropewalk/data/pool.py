@@ -32,9 +32,12 @@ class Processes:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def start(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Start the others with a call that prepares them; a fault of it is theirs to meet again when they work."""
-        for _ in range(self._others):
+    def start(self, works: int, function: Callable[..., object], *arguments: Any) -> None:
+        """Start the others, as many as ``works`` pieces of work will need, with a call that prepares them.
+
+        A fault of that call is theirs to meet again when they work.
+        """
+        for _ in range(min(self._others, works - 1)):
             self._pool.submit(_call, function, *arguments)
 
     def each(self, function: Callable[..., Result], works: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:

@@ -198,7 +198,7 @@ def _make_plan(
         copy_plain(Path(ranks), output / TOKENIZER)
         opened = output / TOKENIZER, corpus.engine, Path(ranks), corpus.bos, corpus.eos
         if processes is not None:  # they open it while this one does
-            processes.start(open_encoder, *opened)
+            processes.start(len(shards), open_encoder, *opened)
         make_encoder = partial(_copied_encoder, *opened)
     encoder, heldout = choose_heldout(documents, corpus.heldout_documents, corpus.heldout_length, make_encoder)
     if not (output / TOKENIZER).exists():
