@@ -23,22 +23,31 @@ class Processes:
 
     def __init__(self, workers: int | None) -> None:
         self._others = (workers or len(os.sched_getaffinity(0))) - 1
-        started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks that other threads hold
-        self._pool = ProcessPoolExecutor(max(1, self._others), started_anew, initializer=_alone)
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _opened(self, works: int) -> ProcessPoolExecutor | None:
+        """The other processes, as many as the first ``works`` that they were needed for gave work to; None: none."""
+        if self._pool is None and (others := min(self._others, works - 1)) > 0:
+            self._others = others
+            started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks of other threads
+            self._pool = ProcessPoolExecutor(others, started_anew, initializer=_alone)
+        return self._pool
 
     def start(self, works: int, function: Callable[..., object], *arguments: Any) -> None:
         """Start the others, as many as ``works`` pieces of work will need, with a call that prepares them.
 
         A fault of that call is theirs to meet again when they work.
         """
-        for _ in range(min(self._others, works - 1)):
-            self._pool.submit(_call, function, *arguments)
+        if (pool := self._opened(works)) is not None:
+            for _ in range(self._others):
+                pool.submit(_call, function, *arguments)
 
     def each(self, function: Callable[..., Result], works: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
         """``function(*work)`` of each work, with its place in ``works``, in the order in which they finish.
@@ -52,10 +61,11 @@ class Processes:
 
         Whatever is raised, in a work or while the caller holds a result, what has not begun is left.
         """
-        others = min(self._others, len(works) - 1)
-        if others <= 0:
+        pool = self._opened(len(works))
+        if pool is None or len(works) <= 1:
             yield from ((place, function(*work)) for place, work in enumerate(works))
             return
+        others = min(self._others, len(works) - 1)
         waiting = deque(enumerate(works))
         finished: SimpleQueue[tuple[int, Future[Result]]] = SimpleQueue()
 
@@ -64,7 +74,7 @@ class Processes:
             while (mine := _taken(waiting)) is not None:
                 place, work = mine
                 try:
-                    outcome = self._pool.submit(function, *work)
+                    outcome = pool.submit(function, *work)
                 except RuntimeError as error:  # a pool that lost a process takes no more
                     outcome = Future()
                     outcome.set_exception(error)
