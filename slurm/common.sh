@@ -110,7 +110,7 @@ finish() {
   state=${state:-RUNNING}
   [ -z "$terminated" ] || [ "$state" != RUNNING ] || state=TERMINATED
   answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" ${warned:+--warned} --state="$state") ||
-    answer=$([ "$code" -eq 75 ] && [ "$state" = RUNNING ] && echo requeue || echo stop)
+    answer=$([ "$code" -eq 75 ] && [ "$state" = RUNNING ] && echo requeue || echo "stop its end could not be judged; see the log")
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then
@@ -187,6 +187,7 @@ sweep_task() {
 
 # end_sweep_task CODE: the launcher waits to hear of every job that does not come back
 end_sweep_task() {
+  [ -n "$state" ] || [ -z "$terminated" ] || state=TERMINATED # before its ranks began
   [ "${answer%% *}" = requeue ] ||
     once python -m ropewalk.slurm.sweep end "$sweep_folder" "$1" "$state" "$answer" || true
 }

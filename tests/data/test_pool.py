@@ -1,7 +1,7 @@
 import os
 import signal
 import time
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 import pytest
 
@@ -64,9 +64,25 @@ def test_a_lost_process_is_told_of(tmp_path):
         list(processes.each(killed_elsewhere, [(os.getpid(),)] * 100))
 
 
+def test_a_process_that_cannot_be_started_is_told_of(tmp_path, monkeypatch):
+    """As where a machine lets a user have no more of them; nobody waits for what it has taken."""
+
+    def refused(self):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", refused)
+    with Processes(2) as processes, pytest.raises(BlockingIOError, match="temporarily unavailable"):
+        list(processes.each(report, [(tmp_path, number) for number in range(10)]))
+
+
+def test_few_works_do_not_limit_the_next(tmp_path):
+    with Processes(4) as processes:
+        list(processes.each(report, [(tmp_path, number) for number in range(2)]))
+        done = list(processes.each(report, [(tmp_path, number) for number in range(60)]))
+    assert len({process for _, (_, process) in done}) > 2
+
+
 def test_no_more_processes_are_started_than_there_is_work_for(tmp_path):
     with Processes(40) as processes:
         processes.start(3, report, tmp_path, "begun")
-        assert len(processes._pool._processes) == 2
-        list(processes.each(report, [(tmp_path, number) for number in range(3)]))
         assert len(processes._pool._processes) == 2

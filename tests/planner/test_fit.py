@@ -135,8 +135,11 @@ WAYS = {
     "all activations kept": "trainer.activation_checkpointing=false",
     "layer inputs kept": "trainer.activation_checkpointing=true",
     "layer inputs on the host": "trainer.offload_activations=true",
+    "logits in chunks": "trainer.loss_chunk_size=2048",
+    "optimizer on the GPU": "deepspeed.offload_optimizer=false",
     "optimizer on the host": "deepspeed.offload_optimizer=true",
 }
+CONFIGURED = {"layer inputs kept", "logits in chunks", "optimizer on the GPU"}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -151,7 +154,15 @@ def test_each_way_is_what_a_plan_of_it_says(way, capsys):
     said = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(way))
     assert f"{beside.device_total / GIB:,.1f} GiB" in said
     assert ("does not fit" in said) != beside.fits
-    assert ("(configured)" in said) == (way == "layer inputs kept")
+    assert ("(configured)" in said) == (way in CONFIGURED)
+
+
+def test_all_logits_at_once_is_stock_cross_entropy():
+    """No key of the trainer asks for it, but others train so."""
+    plan = planned("+experiment=cope20")
+    assert set(plan.ways) == {*WAYS, "all logits at once"}
+    whole = memory(plan.shape, replace(plan.setting, loss_chunk=None), Allowances())
+    assert plan.ways["all logits at once"].device_total == whole.device_total
 
 
 @pytest.mark.parametrize("cluster", sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml")))

@@ -66,3 +66,10 @@ def test_the_committed_step_is_the_one_that_resume_finds(tmp_path):
         if committed:
             (directory / "manifest.json").write_text("{}")
     assert find_checkpoint(tmp_path).name == f"step-{committed_step(tmp_path):08d}" == "step-00000010"
+
+
+def test_a_neighbour_that_disproves_an_engine_gets_no_task_on():
+    """Its shards are no longer finished; a share that falls has done nothing, one that grows has."""
+    assert not got_on("share", 3, 0)
+    assert not got_on("share", 3, 3)
+    assert got_on("share", 0, 1)

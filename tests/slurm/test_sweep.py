@@ -13,7 +13,7 @@ from ropewalk.slurm import sweep
 
 ROOT = CONFIG_DIR.parent
 SBATCH = """#!/bin/sh
-cp "$1" "$(dirname "$0")/submitted.sh"
+cp "$1" "$0.partial" && mv "$0.partial" "$(dirname "$0")/submitted.sh"
 echo Submitted batch job 77
 """
 
@@ -32,8 +32,10 @@ def launched(tmp_path):
         [sys.executable, "train.py", "-m", *words], cwd=ROOT, text=True, stderr=subprocess.PIPE,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
-    while process.poll() is None and not (tmp_path / "submitted.sh").exists():
+    until = time.monotonic() + 300
+    while process.poll() is None and not (tmp_path / "submitted.sh").exists() and time.monotonic() < until:
         time.sleep(0.05)
+    assert (tmp_path / "submitted.sh").exists(), process.poll() is None or process.communicate()[1]
     yield process, tmp_path
     if process.poll() is None:
         process.kill()
@@ -62,7 +64,8 @@ def test_the_launcher_waits_until_each_job_has_ended_for_good(launched, monkeypa
         assert (config.trainer.seed, config.run_name) == (seed, f"it is/seed{seed}")
     in_job(monkeypatch, 0)
     sweep.end(folder, 75, "RUNNING", "requeue saved, to go on")
-    sweep.end(folder, 143, "PREEMPTED", "stop SLURM ended the job")
+    for state in ("COMPLETING", "TERMINATED"):
+        sweep.end(folder, 143, state, "stop SLURM ended the job")
     assert not list(place.glob("a sweep/submitit/*/*result*"))
     sweep.end(folder, 0, "RUNNING", "stop done")
     assert process.poll() is None

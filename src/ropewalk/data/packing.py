@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ropewalk.data.hashing import permutation
 from ropewalk.data.store import PackedSequence
 
-FEW_PIECES = 200_000  # packed in less time than numba takes to be imported
+FEW_PIECES = 20_000  # packed in a tenth of a second at most, where importing numba takes four
 
 
 @dataclass(frozen=True)

@@ -30,24 +30,25 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
 
-    def _opened(self, works: int) -> ProcessPoolExecutor | None:
-        """The other processes, as many as the first ``works`` that they were needed for gave work to; None: none."""
-        if self._pool is None and (others := min(self._others, works - 1)) > 0:
-            self._others = others
+    def _opened(self, works: int) -> tuple[ProcessPoolExecutor | None, int]:
+        """The other processes, which start as they get work, and how many of them ``works`` keep busy beside this."""
+        others = min(self._others, works - 1)
+        if self._pool is None and others > 0:
             started_anew = multiprocessing.get_context("spawn")  # a fork would inherit the locks of other threads
-            self._pool = ProcessPoolExecutor(others, started_anew, initializer=_alone)
-        return self._pool
+            self._pool = ProcessPoolExecutor(self._others, started_anew, initializer=_alone)
+        return self._pool, others
 
     def start(self, works: int, function: Callable[..., object], *arguments: Any) -> None:
         """Start the others, as many as ``works`` pieces of work will need, with a call that prepares them.
 
         A fault of that call is theirs to meet again when they work.
         """
-        if (pool := self._opened(works)) is not None:
-            for _ in range(self._others):
-                pool.submit(_call, function, *arguments)
+        pool, others = self._opened(works)
+        for _ in range(others):
+            assert pool is not None
+            pool.submit(_call, function, *arguments)
 
     def each(self, function: Callable[..., Result], works: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
         """``function(*work)`` of each work, with its place in ``works``, in the order in which they finish.
@@ -61,11 +62,10 @@ class Processes:
 
         Whatever is raised, in a work or while the caller holds a result, what has not begun is left.
         """
-        pool = self._opened(len(works))
-        if pool is None or len(works) <= 1:
+        pool, others = self._opened(len(works))
+        if pool is None or others <= 0:
             yield from ((place, function(*work)) for place, work in enumerate(works))
             return
-        others = min(self._others, len(works) - 1)
         waiting = deque(enumerate(works))
         finished: SimpleQueue[tuple[int, Future[Result]]] = SimpleQueue()
 
@@ -75,7 +75,7 @@ class Processes:
                 place, work = mine
                 try:
                     outcome = pool.submit(function, *work)
-                except RuntimeError as error:  # a pool that lost a process takes no more
+                except BaseException as error:  # one cannot be started, or the pool has lost one and takes no more
                     outcome = Future()
                     outcome.set_exception(error)
                 wait([outcome])

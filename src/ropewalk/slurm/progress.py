@@ -46,9 +46,12 @@ def progress_of(kind: str, path: str | Path, **share: Any) -> int | None:
 def got_on(kind: str, before: int | None, now: int | None) -> bool:
     """Whether two answers of :func:`progress_of` say that something was done between them.
 
-    A newest checkpoint that is damaged and put aside leaves an earlier one, which is no progress.
+    A newest checkpoint that is damaged and put aside leaves an earlier one, and an engine that a neighbour has found to
+    differ leaves fewer finished tasks: neither is progress.
     """
-    return now is not None and now > (before or 0) if kind == "steps" else now != before
+    if kind in ("steps", "share"):
+        return now is not None and now > (before or 0)
+    return now != before
 
 
 def committed_step(run_dir: str | Path) -> int | None:

@@ -23,7 +23,8 @@ from ropewalk.entry import user_errors
 from ropewalk.files import replace_atomically
 
 SECONDS_TO_SUBMIT = 60  # in which the launcher has put its file where the job looks for it
-COMES_BACK = ("PREEMPTED", "TERMINATED", "NODE_FAIL", "REQUEUED", "PENDING")  # SLURM ends it, and may start it again
+# SLURM ends it, and may start it again. What it is about to be called is not seen while its script still runs.
+COMES_BACK = ("COMPLETING", "PREEMPTED", "TERMINATED", "NODE_FAIL", "REQUEUED", "PENDING")
 
 
 def overrides(folder: str, seconds: float = SECONDS_TO_SUBMIT) -> list[str]:
@@ -59,7 +60,11 @@ def end(folder: str, code: int, state: str, answer: str) -> None:
     if code != 0 and (answer.startswith("requeue") or state in COMES_BACK):
         return
     job = SlurmJobEnvironment().job_id
-    result = JobReturn(overrides=overrides(folder, seconds=0), status=JobStatus.COMPLETED)
+    try:
+        asked = overrides(folder, seconds=0)
+    except ValueError:  # what it has ended for
+        asked = []
+    result = JobReturn(overrides=asked, status=JobStatus.COMPLETED)
     if code != 0:
         reason = answer.removeprefix("stop ") or "it ended before its ranks began"
         result.status = JobStatus.FAILED

@@ -60,7 +60,7 @@ def judge(
         warned: SLURM has announced the end (SIGUSR1).
         terminated: SLURM is ending the job itself.
         cancelled: somebody has told it to; that job must stay ended.
-        progress: whether this session committed a checkpoint, or finished a part of an evaluation.
+        progress: whether this session got something on; see progress.got_on.
         fruitless: sessions before this one that ended early without progress, in a row.
     """
     codes = [int(rank["code"]) for rank in ranks if "code" in rank]
