@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ropewalk.data.hashing import permutation
 from ropewalk.data.store import PackedSequence
 
-FEW_PIECES = 20_000  # packed in a tenth of a second at most, where importing numba takes four
+FEW_PIECES = 20_000  # packed in under 0.05 s here, where importing numba takes 0.4 s
 
 
 @dataclass(frozen=True)
