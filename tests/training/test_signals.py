@@ -11,7 +11,7 @@ from ranks import run_ranks, start_ranks, tiny_arguments
 from ropewalk.launch import hold_warnings
 from ropewalk.training import find_checkpoint, train, verify_checkpoint
 from ropewalk.training.record import read_metrics
-from ropewalk.training.signals import EXIT_REQUEUE, StopFlag
+from ropewalk.training.signals import BURST, EXIT_REQUEUE, StopFlag
 
 STEPS = 12  # of four micro batches a rank
 SIZE = [
@@ -50,18 +50,36 @@ def test_a_signal_saves_and_asks_for_a_requeue(store_64, tmp_path, straight, num
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_the_process_at_once(store_64, tmp_path):
+def test_the_end_that_was_announced_leaves_time_to_save(store_64, tmp_path):
+    """A warning, and later two SIGTERMs at once, as SLURM ends a job whose ranks are slow to save."""
+    arguments = tiny_arguments(store_64, tmp_path, *SIZE, "trainer.max_steps=100000")
+    with start_ranks(2, tmp_path / "logs", arguments) as ranks:
+        ranks.wait_for(lambda: len(read_metrics(tmp_path)) >= 2)
+        ranks.send(signal.SIGSTOP, 1)  # and the agreement waits
+        ranks.send(signal.SIGUSR1, 0)
+        time.sleep(2 * BURST)
+        for _ in range(2):
+            ranks.send(signal.SIGTERM, 0, 1)
+            time.sleep(0.02)
+        ranks.send(signal.SIGCONT, 1)
+        assert ranks.wait() == [EXIT_REQUEUE] * 2, ranks.output()
+    assert verify_checkpoint(find_checkpoint(tmp_path))["step"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_second_signal_ends_the_process_at_once(store_64, tmp_path, number):
     """The other rank is stopped, so the first signal's agreement never comes about; the second needs none."""
     arguments = tiny_arguments(store_64, tmp_path, *SIZE, "trainer.max_steps=100000")
     with start_ranks(2, tmp_path / "logs", arguments) as ranks:
         ranks.wait_for(lambda: len(read_metrics(tmp_path)) >= 2)
         ranks.send(signal.SIGSTOP, 1)
-        ranks.send(signal.SIGUSR1, 0)
-        time.sleep(0.5)
+        ranks.send(number, 0)
+        time.sleep(2 * BURST)
         assert ranks.processes[0].is_alive()
-        ranks.send(signal.SIGTERM, 0)
+        ranks.send(number, 0)
         ranks.processes[0].join(20)
-        assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
+        assert ranks.processes[0].exitcode == 128 + number
 
 
 def test_the_time_limit_leaves_before_the_next_step_would_pass_it(store_64, tmp_path, monkeypatch):

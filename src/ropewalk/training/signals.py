@@ -16,6 +16,7 @@ from ropewalk.launch import release_warnings
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved, not finished; the same command goes on
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 1 << 10  # beyond every signal number
+BURST = 1.0  # seconds; SLURM ends a job with two SIGTERMs (13 ms apart in 22.05), which are one wish
 
 
 class StopRequested(Exception):
@@ -25,9 +26,11 @@ class StopRequested(Exception):
 class StopFlag:
     """SIGTERM, SIGUSR1, SIGUSR2 and ``trainer.stop_before``, as one flag that all ranks share.
 
-    A second signal ends the process at once with 128 + its number. Python runs a handler only between two bytecodes of
-    the main thread, which may sit in a collective that never ends, so a thread of its own reads the signals from the
-    wakeup descriptor. Use as a context manager, in the main thread: the handlers from before come back on leaving.
+    The same signal a second time ends the process at once with 128 + its number; SIGTERM after a warning (SIGUSR1) is
+    the end that was announced, and what is being saved may still be in time. Python runs a handler only between two
+    bytecodes of the main thread, which may sit in a collective that never ends, so a thread of its own reads the
+    signals from the wakeup descriptor. Use as a context manager, in the main thread: the handlers from before come
+    back on leaving.
     """
 
     def __init__(self, stop_before: float | None, group: dist.ProcessGroup | None = None) -> None:
@@ -61,11 +64,14 @@ class StopFlag:
         os.close(self._writer)  # ends the thread
 
     def _watch(self, reader: int) -> None:
+        first: dict[int, float] = {}
         while numbers := os.read(reader, 1):
-            if numbers[0] in HANDLED and self.received:
-                os._exit(128 + numbers[0])
-            if numbers[0] in HANDLED:
-                self.received = numbers[0]
+            number, now = numbers[0], time.monotonic()
+            if number not in HANDLED:
+                continue
+            if now - first.setdefault(number, now) > BURST:
+                os._exit(128 + number)
+            self.received = self.received or number
         os.close(reader)
 
     def check(self) -> None:
