@@ -1,6 +1,7 @@
 """A job of hydra/launcher=slurm, between the launcher's file and the launcher's wait; the launcher is the real one."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -53,9 +54,7 @@ def test_the_launcher_waits_until_each_job_has_ended_for_good(launched, monkeypa
     process, place = launched
     folder = f"{place}/a sweep/submitit/%j"
     script = (place / "submitted.sh").read_text()
-    elsewhere = subprocess.run(["bash", place / "submitted.sh"], cwd=place, capture_output=True, text=True, check=False)
-    assert elsewhere.returncode == 2
-    assert elsewhere.stderr == f"error: start it in the root of the repository, not in {place}\n"
+    assert f"\ncd {shlex.quote(str(ROOT))}\n" in script
     assert [line for line in script.splitlines() if "--signal" in line] == ["#SBATCH --signal=B:USR1@40"]
     assert f"\nsweep_task '{folder}'\n" in script
     for task, seed in enumerate((3, 5)):
@@ -63,19 +62,32 @@ def test_the_launcher_waits_until_each_job_has_ended_for_good(launched, monkeypa
         config = composed("train", *sweep.overrides(folder))
         assert (config.trainer.seed, config.run_name) == (seed, f"it is/seed{seed}")
     in_job(monkeypatch, 0)
-    sweep.end(folder, 75, "RUNNING", "requeue saved, to go on")
-    for state in ("COMPLETING", "TERMINATED"):
-        sweep.end(folder, 143, state, "stop SLURM ended the job")
+    for answer in ("requeue saved, to go on", "requeued SLURM has put the job back into the queue itself"):
+        sweep.end(folder, 75, answer)
     assert not list(place.glob("a sweep/submitit/*/*result*"))
-    sweep.end(folder, 0, "RUNNING", "stop done")
+    sweep.end(folder, 0, "stop done")
     assert process.poll() is None
     in_job(monkeypatch, 1)
-    sweep.end(folder, 3, "RUNNING", "stop the doctor found the machine unfit")
+    sweep.end(folder, 3, "stop the doctor found the machine unfit")
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert "trainer.seed=5" in said
     log = f"{place}/a sweep/submitit/77_1/77_1_0_log.out"
     assert said.endswith(f"error: job 77_1 ended with 3: the doctor found the machine unfit; its log: {log}\n")
+
+
+def test_a_launcher_away_from_the_repository_submits_nothing(tmp_path):
+    """Its jobs would find neither their scripts nor their paths."""
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "-m", "hydra/launcher=slurm", "cluster=laptop", "run_name=x"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"was started in {tmp_path}; start it in the root of the repository" in done.stderr
+    assert not (tmp_path / "submitted.sh").exists()
 
 
 def test_a_file_that_no_node_sees_is_told(tmp_path, monkeypatch):

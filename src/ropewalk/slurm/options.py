@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -93,6 +94,18 @@ def lead_seconds(root: DictConfig) -> int:
         return USUAL_LEAD
 
 
+def root() -> str:
+    """The directory in which a job of a sweep has to run, as the launcher does.
+
+    Raises:
+        ValueError: where it is not the repository's root, before anything is submitted.
+    """
+    here = Path.cwd()
+    if not (here / "slurm" / "common.sh").is_file():
+        raise ValueError(f"hydra/launcher=slurm was started in {here}; start it in the root of the repository")
+    return str(here)
+
+
 @cache
 def _tell_once(text: str) -> None:
     """The launcher's settings are resolved several times."""
@@ -105,4 +118,5 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "slurm_gpus": lambda cluster: cluster.gpus_per_node if cluster.slurm.gpu_request else None,
     "slurm_lead": lambda *, _root_: lead_seconds(_root_),
     "slurm_quoted": shlex.quote,
+    "slurm_root": lambda: shlex.quote(root()),
 }
