@@ -10,8 +10,8 @@ export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPAT
 # What SLURM calls this job. The last task of an array has the array's own number, which alone means all of its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 job=${job:-${SLURM_JOB_ID:-}}
-code=1 warned='' terminated='' job_record='' state='' answer=''
-# SLURM warns this script alone (--signal=B:USR1), and run_ranks passes it on. SIGTERM the ranks get from SLURM itself.
+code=1 warned='' terminated='' job_record='' answer=''
+# SLURM warns this script alone (--signal=B:USR1), and run_ranks passes it on. SIGTERM SLURM sends to the ranks, too.
 trap 'warned=1' USR1
 trap 'terminated=1' TERM
 
@@ -105,12 +105,11 @@ noted_ranks() { find "$job_record/ranks" -name 'rank-*.json' 2>/dev/null | wc -l
 
 # Write the end of the record, and go back into the queue if there is something to go on with.
 finish() {
-  # scancel and pre-emption tell the ranks alone. A job that was cancelled would come back if it were requeued now.
-  state=$(patiently scontrol --oneliner show job "$job" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p') || state=''
-  state=${state:-RUNNING}
-  [ -z "$terminated" ] || [ "$state" != RUNNING ] || state=TERMINATED
-  answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" ${warned:+--warned} --state="$state") ||
-    answer=$([ "$code" -eq 75 ] && [ "$state" = RUNNING ] && echo requeue || echo "stop its end could not be judged; see the log")
+  local shown
+  shown=$(patiently scontrol --oneliner show job "$job") || shown=''
+  answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" \
+    ${warned:+--warned} ${terminated:+--terminated} --shown="$shown") ||
+    answer=$([ "$code" -eq 75 ] && [ -z "$terminated" ] && echo requeue || echo "stop its end could not be judged; see the log")
   srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then
@@ -187,7 +186,6 @@ sweep_task() {
 
 # end_sweep_task CODE: the launcher waits to hear of every job that does not come back
 end_sweep_task() {
-  [ -n "$state" ] || [ -z "$terminated" ] || state=TERMINATED # before its ranks began
-  [ "${answer%% *}" = requeue ] ||
-    once python -m ropewalk.slurm.sweep end "$sweep_folder" "$1" "$state" "$answer" || true
+  [ -n "$answer" ] || [ -z "$terminated" ] || answer='requeued, perhaps: SLURM ended it before its ranks began'
+  once python -m ropewalk.slurm.sweep end "$sweep_folder" "$1" "$answer" || true
 }

@@ -145,13 +145,30 @@ def time_limit(site: Site) -> Scenario:
     yield from done(site, "limit")
 
 
+def late(site: Site) -> Scenario:
+    """The limit itself comes before the ranks have saved."""
+    site.train("late", "trainer.checkpoint_every=1000", options=(*ONE_NODE, "--signal=B:USR1@1"))
+    yield from until(lambda: site.steps("late") >= 3, PATIENCE, "three steps of late")
+    site.signal("late", signal.SIGSTOP)
+    _set_limit(site, "late", 1)
+    ask = Paced(lambda: site.state("late")["JobState"] == "PENDING")
+    yield from until(ask, PATIENCE, "requeue of late")
+    site.slurm.run("scontrol", "update", f"JobId={site.jobs['late']}", "TimeLimit=20")
+    yield from done(site, "late")
+
+
+def _set_limit(site: Site, name: str, more: int) -> None:
+    """Have a job's limit come ``more`` whole minutes from now, or up to a minute before."""
+    since = site.state(name)["RunTime"]
+    minutes = sum(int(part) * factor for part, factor in zip(since.split(":"), (60, 1, 0), strict=True)) + more
+    site.slurm.run("scontrol", "update", f"JobId={site.jobs[name]}", f"TimeLimit={minutes}")
+
+
 def warned(site: Site, name: str) -> Scenario:
     """Hold a job's ranks until its limit, set to a minute or two from now, has come near and it is queued again."""
     site.signal(name, signal.SIGSTOP)
     try:
-        since = site.state(name)["RunTime"]
-        minutes = sum(int(part) * factor for part, factor in zip(since.split(":"), (60, 1, 0), strict=True)) + 2
-        site.slurm.run("scontrol", "update", f"JobId={site.jobs[name]}", f"TimeLimit={minutes}")
+        _set_limit(site, name, 2)
         yield from until(lambda: "SIGUSR1 to the ranks" in site.log(name), 90, f"SLURM's warning to {name}")
     finally:
         site.signal(name, signal.SIGCONT)
@@ -236,7 +253,8 @@ def dead_node(site: Site) -> Scenario:
 
 
 def early_and_cancelled(site: Site) -> Scenario:
-    """A warning before the ranks have begun puts the job back; so does pre-emption; a cancelled job stays cancelled."""
+    """A warning before the ranks have begun puts the job back; so does pre-emption; cancelled after a warning, it stays
+    cancelled."""
     site.train("early", "trainer.checkpoint_every=1000", options=(*ONE_NODE, "--partition=low"))
     yield from until(lambda: "start 1, on" in site.log("early"), PATIENCE, "start of early")
     site.slurm.run("scancel", "--batch", "--signal=USR1", site.jobs["early"])
@@ -247,6 +265,9 @@ def early_and_cancelled(site: Site) -> Scenario:
     yield from until(
         lambda: len(site.ranks("early", 2)) and site.steps("early") > last, PATIENCE, "a step more of early"
     )
+    site.signal("early", signal.SIGSTOP, restart=2)  # until scancel, whose SIGCONT goes before its SIGTERM
+    site.slurm.run("scancel", "--batch", "--signal=USR1", site.jobs["early"])
+    yield from until(lambda: "SIGUSR1 to the ranks" in site.log("early"), 90, "warning to early")
     site.slurm.run("scancel", site.jobs["early"])
     yield from done(site, "early")
 

@@ -49,22 +49,26 @@ def test_what_runs_once_is_in_the_container_too():
     assert shell("container=(echo in); once python x 'a b'") == ["in python x a b"]
 
 
-@pytest.mark.parametrize(("answer", "told"), [
-    ("stop done", ["python|-m|ropewalk.slurm.sweep|end|FOLDER|0|RUNNING|stop done|"]),
-    ("requeue saved, to go on", []),
-])  # fmt: skip
-def test_a_job_of_a_sweep_trains_its_combination_and_tells_its_end(answer, told):
-    """The launcher hears nothing of a job that comes back; the line below sweep_task is not reached."""
+@pytest.mark.parametrize("answer", ["stop done", "requeue saved, to go on"])
+def test_a_job_of_a_sweep_trains_its_combination_and_tells_its_end(answer):
+    """The line below sweep_task is not reached."""
     script = """
 once() { if [ "$4" = overrides ]; then echo "a=1 'b=c d'"; else (IFS='|'; echo "$*|"); fi; }
-train() { (IFS='|'; echo "$*"); state=RUNNING answer=$ANSWER; exit 0; }
+train() { (IFS='|'; echo "$*"); answer=$ANSWER; exit 0; }
 sweep_task FOLDER
 echo never"""
-    assert shell(script, ANSWER=answer) == ["a=1|b=c d", *told]
+    end = f"python|-m|ropewalk.slurm.sweep|end|FOLDER|0|{answer}|"
+    assert shell(script, ANSWER=answer) == ["a=1|b=c d", end]
 
 
-def test_a_job_of_a_sweep_that_cannot_begin_tells_it():
+@pytest.mark.parametrize(("terminated", "answer"), [
+    ("", ""), ("1", "requeued, perhaps: SLURM ended it before its ranks began"),
+])  # fmt: skip
+def test_a_job_of_a_sweep_that_cannot_begin_tells_it(terminated, answer):
+    """Where SLURM ended it, it may come back."""
     script = """
 once() { if [ "$4" = overrides ]; then return 1; else (IFS='|'; echo "$*|"); fi; }
+terminated=$TERMINATED
 (sweep_task FOLDER) || echo "$?" """
-    assert shell(script) == ["python|-m|ropewalk.slurm.sweep|end|FOLDER|1|||", "1"]
+    end = f"python|-m|ropewalk.slurm.sweep|end|FOLDER|1|{answer}|"
+    assert shell(script, TERMINATED=terminated) == [end, "1"]

@@ -38,7 +38,7 @@ class Jobs:
             checkpoint = record.parents[1] / "checkpoints" / f"step-{steps:08d}"
             checkpoint.mkdir(parents=True)
             (checkpoint / "manifest.json").write_text("{}")
-        return record, end(record, code, **{"warned": False, "state": "RUNNING", **how})
+        return record, end(record, code, **how)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_an_evaluation_gets_on_by_what_it_has_measured(jobs, tmp_path):
         if measured:
             (out / "cells").mkdir(parents=True, exist_ok=True)
             (out / "cells" / measured).write_text("{}")
-        return end(record, 75, warned=True, state="RUNNING").requeue
+        return end(record, 75, warned=True).requeue
 
     assert [session(0), session(1), session(2, "a.json"), session(3), session(4), session(5)] == [True] * 5 + [False]
 
@@ -146,7 +146,7 @@ def test_a_warning_ends_an_evaluation_which_goes_on_later(tmp_path):
     rank.send_signal(signal.SIGUSR1)
     said = rank.communicate()[1]
     assert rank.returncode == -signal.SIGUSR1, said
-    assert end(record, 128 + signal.SIGUSR1, warned=True, state="RUNNING").requeue
+    assert end(record, 128 + signal.SIGUSR1, warned=True).requeue
 
 
 def test_a_session_without_an_end_is_closed_by_the_next(jobs):
@@ -156,4 +156,28 @@ def test_a_session_without_an_end_is_closed_by_the_next(jobs):
 
 
 def test_a_cancelled_job_is_not_brought_back(jobs):
-    assert not jobs.session(0, [75, 75], 75, state="CANCELLED")[1].requeue
+    """Nor is a warning before it forgotten, nor taken for the limit."""
+    shown = "JobState=COMPLETING Reason=None Restarts=0"
+    record, verdict = jobs.session(0, [75, 75], 75, steps=5, warned=True, terminated=True, shown=shown)
+    assert not verdict.requeue
+    assert json.loads((record / "end.json").read_text())["State"] == "CANCELLED"
+
+
+def test_sessions_that_slurm_puts_back_count_as_others_do(jobs):
+    def taken(restart):
+        shown = f"JobState=COMPLETING Reason=None Restarts={restart + 1}"
+        return jobs.session(restart, [None, None], 137, terminated=True, shown=shown)[1]
+
+    assert [(one.requeue, one.state) for one in map(taken, range(2))] == [(False, "REQUEUED")] * 2
+    assert not jobs.session(2, [], 75, warned=True)[1].requeue
+
+
+@pytest.mark.parametrize(("restarts", "said"), [
+    (0, "requeue saved, to go on"), (1, "requeued SLURM has put the job back into the queue itself"),
+])  # fmt: skip
+def test_the_batch_script_is_told_in_a_line(jobs, restarts, said):
+    record = begin("train", jobs.config, [], jobs.script, JOB)
+    command = [sys.executable, "-m", "ropewalk.slurm.job", "end", str(record), "75"]
+    words = ["--terminated", f"--shown=JobState=COMPLETING Reason=TimeLimit Restarts={restarts}"]
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [said]

@@ -28,6 +28,7 @@ SECONDS = 900  # after which something hangs; they take five minutes on two core
 ALL = {
     "chain": scenarios.chain,
     "time_limit": scenarios.time_limit,
+    "late": scenarios.late,
     "dead_node": scenarios.dead_node,
     "killed_ranks": scenarios.killed_ranks,
     "multirun": scenarios.multirun,
@@ -106,6 +107,17 @@ def test_the_time_limit_saves_requeues_and_goes_on(site):
     assert all(path.name.endswith(f"-{run_id}") for path in offline)
 
 
+@pytest.mark.scenario("late")
+def test_the_limit_itself_saves_requeues_and_goes_on(site):
+    """SLURM shows such a job as one that was cancelled, but for the reason."""
+    first, second = site.record("late", 0), site.record("late", 1)
+    assert (first["State"], first["Reason"]) == ("REQUEUED", "saved, to go on")
+    assert "DUE TO TIME LIMIT" in site.log("late")
+    assert 3 <= first["CommittedStep"] == second["CommittedStepBefore"] < STEPS
+    assert second["State"] == "COMPLETED"
+    assert [step for step, *_ in site.losses("late")] == list(range(1, STEPS + 1))
+
+
 @pytest.mark.scenario("killed_ranks")
 def test_killed_ranks_go_on_from_the_newest_checkpoint(site):
     first = site.record("killed", 0)
@@ -121,7 +133,7 @@ def test_a_dead_node_is_survived(site):
     assert int(site.state("node")["Restarts"]) >= 1
     ended = [json.loads(path.read_text()) for path in site.run_dir("node").glob("jobs/*/end.json")]
     assert sorted(one["State"] for one in ended)[0] == "COMPLETED"
-    assert {one["State"] for one in ended} - {"COMPLETED"} <= {"NODE_FAIL", "ENDED", "REQUEUED"}
+    assert {one["State"] for one in ended} - {"COMPLETED"} <= {"NODE_FAIL", "REQUEUED"}
     assert max(one["CommittedStepBefore"] or 0 for one in ended) >= 10
     assert site.losses("node") == site.losses("straight")
 
@@ -135,13 +147,17 @@ def test_a_warning_before_the_ranks_begin_is_not_lost(site):
 @pytest.mark.scenario("early")
 def test_pre_emption_saves_and_requeues(site):
     taken = site.record("early", 1)
-    assert taken["State"] in ("REQUEUED", "ENDED")  # by the script in the grace time, or by SLURM after it
+    assert taken["State"] == "REQUEUED"  # by the script in the grace time, or by SLURM after it
     assert [rank["code"] for rank in taken["Ranks"]] == [75]
     assert site.record("early", 2, "begin.json")["progress"] == taken["CommittedStep"] >= 3
 
 
 @pytest.mark.scenario("early")
 def test_a_cancelled_job_stays_cancelled(site):
+    """After a warning, too. Its ranks have saved."""
+    ended = site.record("early", 2)
+    assert (ended["State"], [rank["code"] for rank in ended["Ranks"]]) == ("CANCELLED", [75])
+    assert ended["CommittedStep"] > ended["CommittedStepBefore"] >= 3
     assert site.state("early")["JobState"] == "CANCELLED"
     assert site.state("early")["Restarts"] == "2"
 

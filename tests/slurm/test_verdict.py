@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropewalk.slurm.verdict import EXIT_REQUEUE, FRUITLESS_SESSIONS, judge
+from ropewalk.slurm.verdict import EXIT_REQUEUE, FRUITLESS_SESSIONS, Ending, ending_of, judge
 from ropewalk.training import signals
 from ropewalk.training.guards import TrainingStopped
 
@@ -62,21 +62,56 @@ CASES = {
     "a disk that fails on one, the other killed": (137, [rank(0, 1, "OSError: stale file"), KILLED], {}, "REQUEUED"),
     "too little memory": (1, [rank(n, 1, "OutOfMemoryError: CUDA out of memory") for n in (0, 1)], {}, "FAILED"),
     "unfit": (3, [], {}, "FAILED"),
-    "cancelled, saved": (75, [SAVED, rank(1, 75)], {"terminated": True, "cancelled": True}, "ENDED"),
-    "cancelled after the warning": (75, [SAVED], {"warned": True, "terminated": True, "cancelled": True}, "ENDED"),
-    "pre-empted without warning": (75, [SAVED, rank(1, 75)], {"terminated": True}, "ENDED"),
-    "the limit came while it saved": (75, [SAVED, rank(1, 75)], {"warned": True, "terminated": True}, "REQUEUED"),
+    "cancelled, saved": (75, [SAVED, rank(1, 75)], {"ending": Ending.CANCEL}, "CANCELLED"),
+    "cancelled after the warning": (75, [SAVED], {"warned": True, "ending": Ending.CANCEL}, "CANCELLED"),
+    "cancelled, too late to save": (137, [rank(0), KILLED], {"ending": Ending.CANCEL}, "CANCELLED"),
+    "the limit came while it saved": (75, [SAVED], {"warned": True, "ending": Ending.LIMIT}, "REQUEUED"),
+    "the limit came without a warning": (137, [rank(0), KILLED], {"ending": Ending.LIMIT}, "REQUEUED"),
+    "pre-empted, in its grace time": (143, [rank(0), KILLED], {"ending": Ending.PREEMPTION}, "REQUEUED"),
+    "pre-empted again and again": (
+        143, [rank(0), KILLED], {"ending": Ending.PREEMPTION, "fruitless": FRUITLESS_SESSIONS}, "FAILED"
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_verdict(name):
     code, ranks, given, state = CASES[name]
-    usual = {"warned": False, "terminated": False, "cancelled": False, "progress": False, "fruitless": 0}
+    usual = {"warned": False, "ending": Ending.NONE, "progress": False, "fruitless": 0}
     verdict = judge(code, ranks, 2, **{**usual, **given})
     assert verdict.state == state
     assert verdict.requeue == (state == "REQUEUED")
     assert verdict.reason
+
+
+@pytest.mark.parametrize(("code", "notes"), [(75, [SAVED, rank(1, 75)]), (137, [rank(0), KILLED])])
+def test_what_slurm_puts_back_itself_is_left_to_it(code, notes):
+    verdict = judge(code, notes, 2, warned=True, ending=Ending.REQUEUE, progress=True, fruitless=0)
+    assert (verdict.requeue, verdict.state) == (False, "REQUEUED")
+
+
+# As SLURM 22.05 shows a job whose script still runs, without the words that do not matter; JobName may be anything.
+RUNS = (
+    "JobId=7 JobName=a Restarts=9 JobState=RUNNING Reason=None Restarts=1 EndTime=2026-11-25T13:00:00 PreemptTime=None"
+)
+ENDS = RUNS.replace("RUNNING", "COMPLETING")
+
+
+@pytest.mark.parametrize(("shown", "terminated", "ending"), [
+    (RUNS, False, Ending.NONE),
+    ("", False, Ending.NONE),  # slurmctld does not answer
+    ("", True, Ending.CANCEL),
+    (RUNS, True, Ending.CANCEL),  # scancel --batch --signal=TERM
+    (ENDS, True, Ending.CANCEL),
+    (ENDS, False, Ending.CANCEL),
+    (ENDS.replace("Reason=None", "Reason=TimeLimit"), True, Ending.LIMIT),
+    (ENDS.replace("PreemptTime=None", "PreemptTime=2026-11-25T12:42:00"), True, Ending.PREEMPTION),
+    (RUNS.replace("PreemptTime=None", "PreemptTime=2026-11-25T12:42:00"), False, Ending.PREEMPTION),  # grace time
+    (ENDS.replace("Restarts=1", "Restarts=2"), True, Ending.REQUEUE),
+    (ENDS.replace("Restarts=1", "Restarts=2").replace("PreemptTime=None", ""), True, Ending.REQUEUE),
+])  # fmt: skip
+def test_what_slurm_does_to_a_job_is_read_from_its_words(shown, terminated, ending):
+    assert ending_of(shown, 1, terminated=terminated) is ending
 
 
 def test_the_exit_code_is_trainings():
@@ -85,5 +120,5 @@ def test_the_exit_code_is_trainings():
 
 def test_the_first_error_is_told():
     ranks = [rank(0, 1, "RuntimeError: peer is gone", ended=9.0), rank(1, 1, "OSError: disk is full", ended=8.0)]
-    verdict = judge(1, ranks, 2, warned=False, terminated=False, cancelled=False, progress=False, fruitless=0)
+    verdict = judge(1, ranks, 2, warned=False, ending=Ending.NONE, progress=False, fruitless=0)
     assert verdict.reason.endswith("first rank 1: OSError: disk is full")

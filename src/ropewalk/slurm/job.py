@@ -25,7 +25,7 @@ from ropewalk.provenance import (
     versions,
 )
 from ropewalk.slurm.progress import got_on, progress_of, work_of
-from ropewalk.slurm.verdict import Verdict, judge
+from ropewalk.slurm.verdict import Verdict, ending_of, judge
 
 BEGIN, END = "begin.json", "end.json"
 
@@ -82,21 +82,23 @@ def begin(
     return record
 
 
-def end(record: Path, code: int, *, warned: bool, state: str) -> Verdict:
+def end(record: Path, code: int, *, warned: bool = False, terminated: bool = False, shown: str = "") -> Verdict:
     """Judge how the ranks ended and write it down, in the words of sacct.
 
     Args:
         record: what :func:`begin` returned.
         code: srun's exit code.
-        warned: the job got SIGUSR1.
-        state: what SLURM calls the job now: RUNNING, or CANCELLED, PREEMPTED, ... where it is ending it.
+        warned: the batch script got SIGUSR1.
+        terminated: the batch script got SIGTERM.
+        shown: what ``scontrol --oneliner show job`` says of the job now.
     """
     begun = json.loads((record / BEGIN).read_text())
     ranks = [json.loads(path.read_text()) for path in sorted(record.glob("ranks/rank-*.json"))]
     now = progress_of(**begun["work"])
     verdict = judge(
-        code, ranks, begun["tasks"], warned=warned, terminated=state != "RUNNING", cancelled=state == "CANCELLED",
-        progress=_has_progress(begun, now), fruitless=_fruitless_before(record),
+        code, ranks, begun["tasks"], warned=warned,
+        ending=ending_of(shown, begun["restart"], terminated=terminated), progress=_has_progress(begun, now),
+        fruitless=_fruitless_before(record),
     )  # fmt: skip
     _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, now, ranks)
     return verdict
@@ -174,16 +176,21 @@ def _elapsed(seconds: float) -> str:
 
 
 def main() -> None:
-    """``python -m ropewalk.slurm.job end RECORD CODE [--warned] [--state STATE]``: prints requeue or stop, and why."""
+    """``python -m ropewalk.slurm.job end RECORD CODE ...``: whether the job comes back, and why, in a line.
+
+    Its first word: "requeue" where it has to put itself back, "requeued" where SLURM does, "stop" where it stays ended.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("action", choices=["end"])
     parser.add_argument("record", type=Path)
     parser.add_argument("code", type=int)
     parser.add_argument("--warned", action="store_true")
-    parser.add_argument("--state", default="RUNNING")
+    parser.add_argument("--terminated", action="store_true")
+    parser.add_argument("--shown", default="")
     given = parser.parse_args()
-    verdict = end(given.record, given.code, warned=given.warned, state=given.state)
-    print(f"{'requeue' if verdict.requeue else 'stop'} {verdict.reason}")
+    verdict = end(given.record, given.code, warned=given.warned, terminated=given.terminated, shown=given.shown)
+    back = "requeue" if verdict.requeue else "requeued" if verdict.state == "REQUEUED" else "stop"
+    print(f"{back} {verdict.reason}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ process on the nodes would know no doctor, no record and no verdict, so the batc
 overrides, trains with them as slurm/train_64k.sh does, and has the result written once the job has ended for good.
 
 ``python -m ropewalk.slurm.sweep overrides FOLDER``: prints them, quoted for the shell
-``python -m ropewalk.slurm.sweep end FOLDER CODE STATE ANSWER``: see :func:`end`
+``python -m ropewalk.slurm.sweep end FOLDER CODE ANSWER``: see :func:`end`
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from ropewalk.entry import user_errors
 from ropewalk.files import replace_atomically
 
 SECONDS_TO_SUBMIT = 60  # in which the launcher has put its file where the job looks for it
-# SLURM ends it, and may start it again. What it is about to be called is not seen while its script still runs.
-COMES_BACK = ("COMPLETING", "PREEMPTED", "TERMINATED", "NODE_FAIL", "REQUEUED", "PENDING")
 
 
 def overrides(folder: str, seconds: float = SECONDS_TO_SUBMIT) -> list[str]:
@@ -48,16 +46,15 @@ def overrides(folder: str, seconds: float = SECONDS_TO_SUBMIT) -> list[str]:
     return list(DelayedSubmission.load(path).args[0])
 
 
-def end(folder: str, code: int, state: str, answer: str) -> None:
+def end(folder: str, code: int, answer: str) -> None:
     """Tell the launcher how this job has ended, unless it goes on later.
 
     Args:
         folder: the launcher's ``submitit_folder``.
         code: exit code of the batch script.
-        state: what SLURM calls the job; "" where it ended before its ranks.
-        answer: of ``ropewalk.slurm.job end``: requeue or stop, and why; "" where it ended before its ranks.
+        answer: of ``ropewalk.slurm.job end``; "" where it ended before its ranks.
     """
-    if code != 0 and (answer.startswith("requeue") or state in COMES_BACK):
+    if answer.startswith("requeue"):  # and "requeued"
         return
     job = SlurmJobEnvironment().job_id
     try:
@@ -85,14 +82,13 @@ def main() -> None:
     ending = commands.add_parser("end")
     ending.add_argument("folder")
     ending.add_argument("code", type=int)
-    ending.add_argument("state")
     ending.add_argument("answer")
     given = parser.parse_args()
     with user_errors():
         if given.command == "overrides":
             print(shlex.join(overrides(given.folder)))
         else:
-            end(given.folder, given.code, given.state, given.answer)
+            end(given.folder, given.code, given.answer)
 
 
 if __name__ == "__main__":

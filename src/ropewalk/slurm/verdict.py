@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 EXIT_REQUEUE = 75  # as in training.signals: saved, not finished
@@ -22,13 +23,23 @@ PERHAPS = re.compile(r"(RuntimeError|OSError|\w*ConnectionError|\w*TimeoutError|
 FRUITLESS_SESSIONS = 2  # sessions in a row that got nothing on; after one more a person must look
 
 
+class Ending(Enum):
+    """What SLURM is doing to a job whose batch script still runs."""
+
+    NONE = "nothing"
+    LIMIT = "ending it at its time limit, for good"
+    PREEMPTION = "taking its nodes, for good"
+    REQUEUE = "ending it, to start it again itself"
+    CANCEL = "ending it for somebody who wants it ended"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What becomes of the job.
 
     Attributes:
-        requeue: whether it goes back into the queue.
-        state: COMPLETED, REQUEUED, FAILED or ENDED (by SLURM: cancelled, pre-empted), for the end record.
+        requeue: whether it has to put itself back into the queue.
+        state: COMPLETED, REQUEUED (by itself or by SLURM), CANCELLED or FAILED, for the end record.
         reason: one line.
     """
 
@@ -37,14 +48,36 @@ class Verdict:
     reason: str
 
 
+def ending_of(shown: str, restart: int, *, terminated: bool) -> Ending:
+    """Read what SLURM is doing to a job.
+
+    While SLURM ends a job whose script still runs, it shows COMPLETING whatever the cause; the others of its words tell
+    (seen in SLURM 22.05).
+
+    Args:
+        shown: what ``scontrol --oneliner show job`` says of it now; "" where slurmctld does not answer.
+        restart: SLURM_RESTART_COUNT of this session.
+        terminated: the script itself got SIGTERM.
+    """
+    words = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    if int(words.get("Restarts", "0")) > restart:
+        return Ending.REQUEUE
+    if "TIMEOUT" in words.get("JobState", "") or words.get("Reason") == "TimeLimit":
+        return Ending.LIMIT
+    if words.get("PreemptTime", "None") != "None":
+        return Ending.PREEMPTION
+    if terminated or words.get("JobState") in ("COMPLETING", "CANCELLED", "DEADLINE"):
+        return Ending.CANCEL
+    return Ending.NONE
+
+
 def judge(
     code: int,
     ranks: Sequence[Mapping[str, Any]],
     tasks: int,
     *,
     warned: bool,
-    terminated: bool,
-    cancelled: bool,
+    ending: Ending,
     progress: bool,
     fruitless: int,
 ) -> Verdict:
@@ -58,8 +91,7 @@ def judge(
         ranks: the notes that ranks left; a rank without "code" was killed.
         tasks: how many ranks there should have been.
         warned: SLURM has announced the end (SIGUSR1).
-        terminated: SLURM is ending the job itself.
-        cancelled: somebody has told it to; that job must stay ended.
+        ending: what SLURM is doing to the job.
         progress: whether this session got something on; see progress.got_on.
         fruitless: sessions before this one that ended early without progress, in a row.
     """
@@ -69,11 +101,14 @@ def judge(
     own = _own_reason(code, codes, ranks, tasks)
     if own is not None:
         return Verdict(False, "FAILED", own)
-    if cancelled or (terminated and not warned):
-        return Verdict(False, "ENDED", "SLURM ended the job; what it pre-empts it puts back into the queue itself")
+    if ending is Ending.CANCEL:
+        return Verdict(False, "CANCELLED", "cancelled; the same command again goes on from what was saved last")
+    if ending is Ending.REQUEUE:
+        return Verdict(False, "REQUEUED", "SLURM has put the job back into the queue itself")
     saved = EXIT_REQUEUE in (code, *codes)
-    why = "told to leave" if saved or warned else f"{tasks - len(codes)} of {tasks} ranks were killed"
-    if len(codes) == tasks and not (saved or warned):
+    told = saved or warned or ending is not Ending.NONE
+    why = "told to leave" if told else f"{tasks - len(codes)} of {tasks} ranks were killed"
+    if len(codes) == tasks and not told:
         why = f"a GPU or a link has failed ({_first(ranks)})"
     if not progress and fruitless >= FRUITLESS_SESSIONS:
         return Verdict(False, "FAILED", f"{why}; it and {fruitless} sessions before it have got nothing on")
