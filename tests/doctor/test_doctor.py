@@ -100,14 +100,34 @@ def test_a_clock_beside_the_files_is_told(tmp_path, monkeypatch):
     assert levels(check_file_system(tmp_path))["clock"] == "warn"
 
 
-@pytest.mark.parametrize(("free", "level"), [(100e9, "FAIL"), (250e9, "warn"), (400e9, "ok")])
-def test_space_is_counted_in_checkpoints(tmp_path, monkeypatch, free, level):
-    """8 billion parameters are 96 GB a checkpoint; two kept and one under way need 288."""
+@pytest.mark.parametrize(("free", "there", "level"), [
+    (100e9, 0, "FAIL"), (250e9, 0, "warn"), (400e9, 0, "ok"),
+    (100e9, 1, "warn"), (200e9, 1, "ok"), (100e9, 2, "ok"), (95e9, 2, "FAIL"), (95e9, 3, "FAIL"),
+])  # fmt: skip
+def test_space_is_counted_in_checkpoints(tmp_path, monkeypatch, free, there, level):
+    """8 billion parameters are 96 GB a checkpoint. Two kept and one under way need 288, less what is there."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e12, 0, free))
-    (finding,) = check_space(tmp_path, 8_000_000_000, 2)
+    commit(tmp_path, *range(10, 10 * (there + 1), 10))
+    (finding,) = check_space(tmp_path, 8_000_000_000, 2, steps=100)
     assert finding.level == level
-    assert "96.0 GB a checkpoint, 2 kept: 288.0 GB" in finding.text
+    need = {0: 288, 1: 192, 2: 96, 3: 96}[there]
+    assert f"96.0 GB a checkpoint, 2 kept, {there} there: {need}.0 GB" in finding.text
+
+
+def test_a_finished_run_needs_no_space(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e12, 0, 1e9))
+    commit(tmp_path, 90, 100)
+    assert levels(check_space(tmp_path, 8_000_000_000, 2, steps=100)) == {"space": "ok"}
+    assert levels(check_space(tmp_path, 8_000_000_000, 2, steps=110)) == {"space": "FAIL"}
+
+
+def commit(run_dir, *steps):
+    for step in steps:
+        manifest = run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text("{}")
 
 
 def test_a_checkpoint_is_as_large_as_said(store_64, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.files import fsync_path, write_atomically
+from ropewalk.slurm.progress import committed_step
+from ropewalk.training.checkpoint import MANIFEST
 
 FP32_STATES = 12  # bytes a parameter of a checkpoint: master weights and Adam's two moments
 SKEW = 5.0  # seconds between a clock and another that nothing minds
@@ -71,19 +73,24 @@ def _check_lock(file: Path) -> Iterator[Finding]:
             yield warn("flock", f"does not exclude in {file.parent.parent}; data.cache_dir must be on another disk")
 
 
-def check_space(directory: Path, parameters: int, checkpoints: int) -> Iterator[Finding]:
-    """Room for the checkpoints that a run keeps and the one that is being written.
+def check_space(directory: Path, parameters: int, checkpoints: int, steps: int) -> Iterator[Finding]:
+    """Room for what a run has still to save: the checkpoints that it keeps and the one that is being written.
 
     Args:
-        directory: of the run.
+        directory: of the run; what it holds already needs no more room.
         parameters: of the model.
         checkpoints: that stay.
+        steps: of the whole run.
     """
     free = shutil.disk_usage(directory).free
     one = FP32_STATES * parameters
-    need = (checkpoints + 1) * one
-    said = f"{free / GB:,.0f} GB free, {one / GB:,.1f} GB a checkpoint, {checkpoints} kept: {need / GB:,.1f} GB"
-    if free < 2 * one:
+    there = len(list(directory.glob(f"checkpoints/step-*/{MANIFEST}")))
+    need = max(1, checkpoints + 1 - there) * one
+    said = f"{free / GB:,.0f} GB free, {one / GB:,.1f} GB a checkpoint, {checkpoints} kept"
+    said += f", {there} there: {need / GB:,.1f} GB"
+    if committed_step(directory) == steps:
+        yield ok("space", f"{free / GB:,.0f} GB free; all steps are saved")
+    elif free < (one if there else 2 * one):
         yield fail("space", f"{said}; free some, or set run_dir to another disk")
     elif free < need:
         yield warn("space", f"{said}; set trainer.keep_last=2, or free some before it is full")

@@ -102,7 +102,7 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
     model_config = training_config(config.model, rope.name, rope.chain, config.data.sequence_length, start=start)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, run or config.model.path)
-    yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer))
+    yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer), config.trainer.max_steps)
 
 
 def _checkpoint_of(run: str) -> Path:
