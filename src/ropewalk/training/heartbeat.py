@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +18,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 from ropewalk.training.terminal import tell
+
+BEAT = 10.0  # seconds between two heartbeats of a rank that is in time
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,7 @@ class Heartbeats:
 
     def heard(self) -> list[Heartbeat | None]:
         """The last heartbeat of every rank; None where there is none."""
-        heard: list[Heartbeat | None] = []
-        for rank in range(self.world_size):
-            try:
-                heard.append(Heartbeat(**json.loads(self._file(rank).read_text().partition("\n")[0])))
-            except (OSError, ValueError, TypeError):
-                heard.append(None)
-        return heard
+        return [_read(self._file(rank)) for rank in range(self.world_size)]
 
     def keep(self, directory: Path) -> None:
         """Copy all of them.
@@ -106,6 +104,62 @@ class Heartbeats:
             calls.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back
         return calls
+
+
+def refuse_second_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
+    """Refuse a run directory that another process trains in now: both would write the same steps.
+
+    A heartbeat that was left behind by a process of this node that has ended costs nothing; another recent one is
+    watched, and one that stands still counts for nothing. No lock: one could outlive a node that died.
+
+    Args:
+        run_dir: of the run.
+        seconds: to watch it for.
+
+    Raises:
+        ValueError: where a heartbeat goes on.
+    """
+    path = run_dir / "heartbeats" / "rank_00000.txt"
+    first = _read(path)
+    if first is None or _has_ended(first) or _age(path) > 3 * seconds:
+        return
+    until = time.monotonic() + seconds
+    while (now := _read(path)) == first:
+        if time.monotonic() > until:
+            return
+        time.sleep(0.2)
+    if now is not None:
+        raise ValueError(
+            f"run_dir={run_dir} is written by process {now.pid} on {now.host}, at step {now.step}; wait for it or end "
+            "it, or choose another run_name"
+        )
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # taken away just now
+        return math.inf
+
+
+def _has_ended(heartbeat: Heartbeat) -> bool:
+    """Whether its process is one of this node's and no more there."""
+    if heartbeat.host != socket.gethostname():
+        return False
+    try:
+        os.kill(heartbeat.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _read(path: Path) -> Heartbeat | None:
+    try:
+        return Heartbeat(**json.loads(path.read_text().partition("\n")[0]))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _place(calls: Sequence[tuple[CodeType, int]]) -> str:

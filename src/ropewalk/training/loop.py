@@ -39,6 +39,7 @@ from ropewalk.training.guards import (
     watch_gradients,
     write_provenance,
 )
+from ropewalk.training.heartbeat import refuse_second_writer
 from ropewalk.training.inputs import describe_order, fit_tokenizer, micro_batches, on_device, open_data
 from ropewalk.training.metrics import Meter
 from ropewalk.training.observer import Observer
@@ -113,6 +114,7 @@ def _run(
     trainer, run_dir, position = config.trainer, Path(config.run_dir), position_of(model_config)
     agreed = contract(config, position, store, mixture, before)
     require_writable(run_dir)
+    by_rank_zero(refuse_second_writer, run_dir)
     origin = find_origin(run_dir, agreed, config.resume)
     start = origin.step
     last = min(trainer.max_steps, start + (trainer.stop_after or trainer.max_steps))
@@ -125,6 +127,7 @@ def _run(
     if before is not None:
         write_start(before, run_dir)
     engine = _ready_engine(config, model_config, ranks, load)
+    by_rank_zero(refuse_second_writer, run_dir)  # one that has been built beside this one
     observer.begin()
     guard = Guard(config.guards, origin.state.get("guard"))
     saver = Saver(engine, config, agreed, lambda: {"guard": guard.state(), **observer.state()}, observer, start, last)

@@ -13,11 +13,10 @@ from statistics import median
 from types import TracebackType
 
 from ropewalk.config import GuardConfig
-from ropewalk.training.heartbeat import Heartbeat, Heartbeats
+from ropewalk.training.heartbeat import BEAT, Heartbeat, Heartbeats
 from ropewalk.training.terminal import tell
 
 WINDOW = 50  # steps whose median is the measure
-BEAT = 10.0  # seconds between two heartbeats of a rank that is in time
 MARGIN = 2.0  # seconds that a heartbeat may come late
 
 
