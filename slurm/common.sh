@@ -18,7 +18,9 @@ trap 'terminated=1' TERM
 # once COMMAND...: on this node alone, in the container if there is one
 once() {
   if [ ${#srun_options[@]} -eq 0 ]; then "${container[@]}" "$@"
-  else srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" "$@"; fi
+  else # the command is told of the whole job's tasks, not of this step's one
+    srun --nodes=1 --ntasks=1 --overlap "${srun_options[@]}" env SLURM_NTASKS="$SLURM_NTASKS" "$@"
+  fi
 }
 
 # patiently COMMAND...: again where slurmctld is too busy to answer
@@ -103,14 +105,22 @@ run_ranks() {
 
 noted_ranks() { find "$job_record/ranks" -name 'rank-*.json' 2>/dev/null | wc -l; }
 
+# judged_here: the answer where Python cannot be asked, as in an image that srun starts and a job that SLURM is ending
+judged_here() {
+  if [ "$code" -eq 75 ] && { [ -z "$terminated" ] || [[ $shown == *" Reason=TimeLimit "* ]]; }; then
+    echo "requeue saved, to go on; its end could not be recorded"
+  else echo "stop its end could not be judged; see the log"; fi
+}
+
 # Write the end of the record, and go back into the queue if there is something to go on with.
 finish() {
   local shown
   shown=$(patiently scontrol --oneliner show job "$job") || shown=''
   answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" \
     ${warned:+--warned} ${terminated:+--terminated} --shown="$shown") ||
-    answer=$([ "$code" -eq 75 ] && [ -z "$terminated" ] && echo requeue || echo "stop its end could not be judged; see the log")
-  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" || rm -rf "$scratch"
+    answer=$(judged_here)
+  # SLURM starts no step in a job that it is ending
+  srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap rm -rf "$scratch" 2>/dev/null || rm -rf "$scratch"
   echo "exit code $code: $answer"
   if [ "${answer%% *}" = requeue ]; then
     patiently scontrol requeue "$job" || {

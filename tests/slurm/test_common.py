@@ -49,6 +49,24 @@ def test_what_runs_once_is_in_the_container_too():
     assert shell("container=(echo in); once python x 'a b'") == ["in python x a b"]
 
 
+def test_what_srun_runs_once_knows_the_tasks_of_the_whole_job():
+    script = """
+srun() { while [[ $1 == --* ]]; do shift; done; SLURM_NTASKS=1 "$@"; }
+srun_options=(--container-image=x)
+once bash -c 'echo "$SLURM_NTASKS $1"' bash 'a b'"""
+    assert shell(script, SLURM_NTASKS="64") == ["64 a b"]
+
+
+@pytest.mark.parametrize(("code", "terminated", "reason", "answer"), [
+    (75, "", "None", "requeue"), (75, "1", "TimeLimit", "requeue"),
+    (75, "1", "None", "stop"), (137, "", "None", "stop"),
+])  # fmt: skip
+def test_an_end_that_python_cannot_judge(code, terminated, reason, answer):
+    script = 'code=$CODE terminated=$TERMINATED shown="JobState=X Reason=$REASON Dependency="; judged_here'
+    (said,) = shell(script, CODE=str(code), TERMINATED=terminated, REASON=reason)
+    assert said.split()[0] == answer
+
+
 @pytest.mark.parametrize("answer", ["stop done", "requeue saved, to go on"])
 def test_a_job_of_a_sweep_trains_its_combination_and_tells_its_end(answer):
     """The line below sweep_task is not reached."""
