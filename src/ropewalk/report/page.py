@@ -48,11 +48,13 @@ def compare(config: CompareConfig) -> Path:
     page = render(config.title, runs, baseline, styles, sections)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
-    results = next(section for section in sections if isinstance(section, Table))
     if config.figures is not None:
         files = write_figures(sections, styles, Path(config.figures), config.figure_formats)
         print(f"figures: {len(files)} files in {Path(config.figures).resolve()}", flush=True)
-    print(f"{as_text(results)}\n\nreport: {output.resolve()}", flush=True)
+    for table in sections:
+        if isinstance(table, Table) and table.on_terminal:
+            print(f"{as_text(table)}\n", flush=True)
+    print(f"report: {output.resolve()}", flush=True)
     return output
 
 

@@ -17,6 +17,9 @@ from ropewalk.report.table import Cell, Table, block_of
 from ropewalk.report.text import counted, listed, tokens
 
 DECIMALS = {"nll": 3, "tokens/s a GPU": 0, "GPU-hours": 0, "GiB a GPU": 1}  # of scores: 1
+LOWER_IS_BETTER = ("nll", "GPU-hours", "GiB a GPU")
+# What counts as apart where no error is known: nats per token, points of a score, and of training a share.
+NATS, POINTS, SHARE = 0.05, 2.0, 0.1
 STRETCH = re.compile(r"loss over positions (\d+)-(\d+)")
 SECOND_HALF = "loss over the second half"
 
@@ -45,9 +48,23 @@ class Found:
         return self.measured - float(self.row["value"])
 
     @property
+    def has_error(self) -> bool:
+        """Whether the standard error of what was measured is known."""
+        return not math.isnan(self.stderr)
+
+    @property
     def is_apart(self) -> bool:
-        """Whether the difference exceeds two standard errors; false where the error is unknown."""
-        return abs(self.difference) > 2 * self.stderr
+        """Whether the difference exceeds two standard errors, or where none is known a share or number that is told."""
+        if self.has_error:
+            return abs(self.difference) > 2 * self.stderr
+        if self.row["benchmark"] == "training":
+            return abs(self.difference) > SHARE * abs(float(self.row["value"]))
+        return abs(self.difference) > (NATS if self.row["task"] == "nll" else POINTS)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether it is apart, and on the side that nobody wants."""
+        return self.is_apart and (self.difference > 0) == (self.row["task"] in LOWER_IS_BETTER)
 
     @property
     def title(self) -> str:
@@ -87,7 +104,12 @@ def published_table(runs: list[Run], published: pd.DataFrame) -> Table:
         blocks += block_of(title, [(name, [cells.get((name, n), Cell()) for n in lengths]) for name in names])
     columns = ["no length" if n is None else tokens(n) for n in lengths]
     return Table(
-        "Beside published numbers", _reading(published, known), columns, blocks, missing=_missing(found, published)
+        "Beside published numbers",
+        _reading(published, known),
+        columns,
+        blocks,
+        missing=_missing(found, published),
+        on_terminal=True,
     )
 
 
@@ -153,7 +175,7 @@ def _cell(one: Found) -> Cell:
         f"{error} (published {published:,.{digits}f}, {difference:+,.{digits}f})".lstrip(),
         beyond=one.length is not None and one.run.is_beyond(one.length),
         decided=one.is_apart,
-        worse=one.is_apart and one.difference < 0,
+        worse=one.is_worse,
         hint=f"published for {one.row['method']}",
     )
 
@@ -161,12 +183,21 @@ def _cell(one: Found) -> Cell:
 def _reading(published: pd.DataFrame, known: list[Found]) -> str:
     numbers = len({one.row.name for one in known})
     words = f"Of {counted(len(published), 'published number')}, {numbers} were measured in these runs."
-    apart = [f"{one.name}{'' if one.length is None else f' at {tokens(one.length)}'}" for one in known if one.is_apart]
-    judged = sum(not math.isnan(one.stderr) for one in known)
-    if judged:
-        shown = [*apart[:4], *([f"{len(apart) - 4} more"] if len(apart) > 4 else [])]
-        words += f" Of {judged} with a standard error over samples, {len(apart)} are more than two of them apart"
-        words += f": {listed(shown)}." if apart else "."
+    told = f"{NATS} nats, {POINTS:.0f} points or of training {SHARE:.0%}"
+    for which, past, has_error in (
+        ("with a standard error over samples", "two of them", True),
+        ("whose error is not known", told, False),
+    ):
+        ones = [one for one in known if one.has_error == has_error]
+        apart = [
+            f"{one.name}{'' if one.length is None else f' at {tokens(one.length)}'}" for one in ones if one.is_apart
+        ]
+        if ones:
+            shown = [*apart[:4], *([f"{len(apart) - 4} more"] if len(apart) > 4 else [])]
+            words += (
+                f" Of {len(ones)} {which}, {len(apart)} {'is' if len(apart) == 1 else 'are'} more than {past} apart"
+            )
+            words += f": {listed(shown)}." if apart else "."
     return words + " In brackets, the published number and how far the run's is above it."
 
 

@@ -42,7 +42,7 @@ def results_table(runs: list[Run], baseline: Run) -> Table:
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
     reading = f"Rows {order}. {LEGEND}" if blocks else ""
-    return Table("Results", reading, [tokens(length) for length in lengths], blocks, missing=missing)
+    return Table("Results", reading, [tokens(length) for length in lengths], blocks, missing=missing, on_terminal=True)
 
 
 def loss_at(length: int) -> Quantity:

@@ -58,6 +58,7 @@ class Table:
         corner: what the columns are.
         missing: what is not in it, in words.
         folded: blocks that a page may hide until asked for.
+        on_terminal: whether a comparison prints it, too.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Table:
     corner: str = "context length"
     missing: list[str] = field(default_factory=list)
     folded: list[Block] = field(default_factory=list)
+    on_terminal: bool = False
 
 
 def block_of(title: str, rows: Sequence[tuple[str, list[Cell]]]) -> list[Block]:
@@ -82,7 +84,7 @@ def as_text(table: Table) -> str:
         rows = [["", *table.columns], *(_row_text(name, cells) for name, cells in block.rows)]
         width = max(map(len, rows))
         lines += [block.title, *aligned([[*row, *[""] * (width - len(row))] for row in rows]), ""]
-    return "\n".join([*lines, table.reading])
+    return "\n".join([*lines, table.reading, *table.missing])
 
 
 def _row_text(name: str, cells: list[Cell]) -> list[str]:
