@@ -37,6 +37,7 @@ ALL = {
     "own_failures": scenarios.own_failures,
     "sweep": scenarios.sweep,
     "evaluation": scenarios.evaluation,
+    "shared_evaluation": scenarios.shared_evaluation,
     "preparation": scenarios.preparation,
 }
 
@@ -210,7 +211,7 @@ def test_a_chain_goes_from_documents_to_a_report(site):
 
 
 @pytest.mark.scenario("evaluation")
-def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
+def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site, undisturbed):
     """The part from before is read, not measured again, and all numbers are those of one that nobody disturbed."""
     first, second = site.record("evaluation", 0), site.record("evaluation", 1)
     assert (first["State"], first["Progress"]) == ("REQUEUED", True)
@@ -222,12 +223,27 @@ def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
     _, again = site.log("evaluation").split("start 2, on")
     assert "loss to 256" not in again
     assert "needle at 128" in again
+    same_tables(site.run_dir("evaluation"), undisturbed)
+
+
+@pytest.mark.scenario("shared_evaluation")
+def test_two_tasks_share_an_evaluation(site, undisturbed):
+    ended = site.record("shared", 0)
+    assert (ended["State"], [rank["code"] for rank in ended["Ranks"]]) == ("COMPLETED", [0, 0])
+    same_tables(site.run_dir("shared"), undisturbed)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(played):
+    """The same evaluation by one process that nobody disturbed."""
+    site, _ = played
     evaluate(composed("evaluate", *scenarios.evaluation_words(site, "undisturbed")))
+    return site.run_dir("undisturbed")
+
+
+def same_tables(found, expected):
     for table in ("results", "documents"):
-        found, expected = (
-            read_parquet(site.run_dir(name) / f"{table}.parquet") for name in ("evaluation", "undisturbed")
-        )
-        assert_frame_equal(found, expected)
+        assert_frame_equal(*(read_parquet(directory / f"{table}.parquet") for directory in (found, expected)))
 
 
 @pytest.mark.scenario("preparation")
