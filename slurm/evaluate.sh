@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run's evaluation on one GPU:
+# One run's evaluation on one GPU; with --ntasks=8 --gpus-per-node=8 eight processes share its samples:
 #   sbatch slurm/evaluate.sh checkpoint=outputs/NAME output=outputs/NAME/evaluation documents=DIR [overrides]
 # A run that is not exported yet is exported first; a finished evaluation is kept. Near the time limit it is ended and put
 # back into the queue, where it goes on from the parts that are measured.

@@ -222,7 +222,7 @@ def shared_evaluation(site: Site) -> Scenario:
     """Two tasks share the samples of one evaluation, on the export that another one has made."""
     yield from until((site.run_dir("evaluation") / "partial").exists, PATIENCE, "begin of the evaluation")
     site.records["shared"] = site.output / "jobs" / "shared"
-    options = [*ONE_NODE, "--ntasks-per-node=2", "--job-name=shared", "--time=20"]
+    options = [*ONE_NODE, "--ntasks=2", "--ntasks-per-node=2", "--job-name=shared", "--time=20"]
     site.sbatch("shared", *options, "slurm/evaluate.sh", *evaluation_words(site, "shared"), "cluster=laptop")
     yield from done(site, "shared")
 
