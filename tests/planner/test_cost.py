@@ -6,7 +6,7 @@ import pytest
 from helpers import composed, tiny_run
 
 from ropewalk.config import AssumptionConfig
-from ropewalk.planner import Setting, lead_seconds, shape_of
+from ropewalk.planner import Setting, lead_seconds, make_plan, shape_of
 from ropewalk.planner.cost import (
     accumulation_steps,
     checkpoint_bytes,
@@ -91,6 +91,13 @@ def test_communication_by_hand(config, shape):
 def test_lead_covers_a_micro_batch_and_a_save_twice():
     assert lead_seconds(0, 0) == 30
     assert lead_seconds(22.8, 15.1) == 110  # 2 x 37.9 + 30, in tens
+
+
+def test_the_planned_lead_covers_the_optimizers_step_too():
+    """Twice the seconds that a step has beside its micro batches, which are whole tens here."""
+    given = ["+experiment=cope20", "cluster=h100_8", "nodes=4"]
+    without = make_plan(composed("plan", *given)).lead_seconds
+    assert make_plan(composed("plan", *given, "assume.step_overhead=60")).lead_seconds == without + 120
 
 
 def test_checkpoint_bytes_are_those_of_a_real_checkpoint(tmp_path, store_64):

@@ -121,7 +121,7 @@ def make_plan(config: PlanConfig) -> Plan:
         ways=_ways(shape, setting, room),
         smallest=smallest_fit(shape, setting, room, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
-        lead_seconds=cost.lead_seconds(time.micro_step, save),
+        lead_seconds=cost.lead_seconds(time.micro_step + config.assume.step_overhead, save),
         entries=_entries(config, shape, setting, time, save),
     )
 
