@@ -131,6 +131,15 @@ def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
         print_plan(composed("plan", "+experiment=cope20", "print=days"))
 
 
+def test_a_value_that_was_asked_for_is_no_verdict(capsys):
+    """A script takes the lead time of a run that does not fit as well; the page of that run ends with 1."""
+    too_long = ["+experiment=cope20", "data.sequence_length=262144"]
+    assert not print_plan(composed("plan", *too_long))
+    capsys.readouterr()
+    assert print_plan(composed("plan", *too_long, "print=fits"))
+    assert json.loads(capsys.readouterr().out) is False
+
+
 WAYS = {
     "all activations kept": "trainer.activation_checkpointing=false",
     "layer inputs kept": "trainer.activation_checkpointing=true",
