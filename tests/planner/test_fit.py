@@ -1,6 +1,7 @@
 """What fits, the smallest way to make it fit, and the changes that are offered where it does not."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +95,40 @@ def test_degrees_share_heads_tokens_and_work():
 def test_a_run_that_could_not_start_is_an_error(overrides, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         planned("+experiment=cope20", *overrides)
+
+
+POSITIVE = ["nodes", "data.sequence_length", "assume.hash_gb_s", *(f"cluster.{name}" for name in (
+    "gpus_per_node", "gpu_memory_gib", "peak_tflops", "nvlink_gb_s", "network_gb_s", "host_memory_gib",
+    "disk_write_gb_s"))]  # fmt: skip
+NOT_NEGATIVE = ["cluster.price_per_gpu_hour", "assume.step_overhead", "assume.context_gib", "assume.nccl_gib",
+                "assume.fragmentation"]  # fmt: skip
+WHOLE = {"nodes", "data.sequence_length", "cluster.gpus_per_node"}
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    *((key, value) for key in POSITIVE for value in ("0", "-3", "nan") if value != "nan" or key not in WHOLE),
+    *((key, value) for key in NOT_NEGATIVE for value in ("-3", "nan", "inf")),
+])  # fmt: skip
+def test_numbers_that_no_machine_has_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}={value}(\.0)? must be"):
+        planned("+experiment=cope20", f"{key}={value}")
+
+
+def test_a_length_of_the_cache_is_positive():
+    with pytest.raises(ValueError, match="kv_lengths: a length=0 must be positive"):
+        planned("+experiment=cope20", "kv_lengths=[8192,0]")
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_nothing_may_be_assumed(key):
+    assert planned("+experiment=cope20", f"{key}=0").fits
+
+
+def test_a_number_that_no_machine_has_ends_the_command_with_one_line():
+    words = [sys.executable, "scripts/plan.py", "+experiment=cope20", "cluster.disk_write_gb_s=0"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: cluster.disk_write_gb_s=0.0 must be positive and finite\n"
 
 
 def test_planning_takes_what_training_takes():

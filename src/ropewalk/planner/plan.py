@@ -8,6 +8,7 @@ from typing import Any
 
 from ropewalk.config import PlanConfig, validate_train
 from ropewalk.planner import cost
+from ropewalk.planner.checks import check_inputs
 from ropewalk.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.planner.shape import ModelShape, shape_of
@@ -93,10 +94,10 @@ def make_plan(config: PlanConfig) -> Plan:
     """Plan a run from its configuration alone.
 
     Raises:
-        ValueError: for a run that could not be started on these machines whatever its memory, or a model of unknown
-            size.
+        ValueError: for a run that could not be started on these machines whatever its memory, a model of unknown size,
+            or numbers of machines that no machine has.
     """
-    _check_cluster(config)
+    check_inputs(config)
     setting, trainer, cluster = setting_of(config), config.trainer, config.cluster
     validate_train(config, setting.ranks, stores=False)
     shape = shape_of(config.model)
@@ -167,19 +168,6 @@ def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost
         "weights_bytes": 2 * shape.parameters,
         "kv_bytes": {length: cost.kv_bytes(shape, length) for length in config.kv_lengths},
     }
-
-
-def _check_cluster(config: PlanConfig) -> None:
-    if config.nodes < 1:
-        raise ValueError(f"nodes={config.nodes} must be positive")
-    if not 0 < config.assume.utilisation <= 1:
-        raise ValueError(f"assume.utilisation={config.assume.utilisation} is a share of the peak; 0.28 is usual at 64k")
-    device = config.cluster.device
-    if config.trainer.device != device:
-        raise ValueError(
-            f"trainer.device={config.trainer.device} on cluster={config.cluster.name}, whose device is {device}; set "
-            f"trainer.device={device} or choose another cluster"
-        )
 
 
 def gib(size: float) -> str:
