@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ropewalk.config import PlanConfig, validate_train
@@ -103,9 +103,11 @@ def make_plan(config: PlanConfig) -> Plan:
     shape = shape_of(config.model)
     degrees = sequence_degrees(shape, setting, cluster.gpus_per_node, trainer.global_batch_size)
     if setting.sequence not in degrees:
+        fitting = [str(degree) for degree in degrees if replace(setting, sequence=degree).even]
         raise ValueError(
             f"parallel.sequence={setting.sequence} does not share {shape.heads} query and {shape.kv_heads} key/value "
-            f"heads evenly inside a node of {cluster.gpus_per_node}; use one of {', '.join(map(str, degrees))}"
+            f"heads evenly inside a node of {cluster.gpus_per_node}; "
+            + (f"use one of {', '.join(fitting)}" if fitting else "use fewer nodes, or a larger global batch")
         )
     room = Room(cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation))
     needed = memory(shape, setting, room.allowances)
