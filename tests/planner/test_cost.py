@@ -1,11 +1,13 @@
 """Work, time, disk and KV cache against published figures and sums by hand."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from helpers import composed, tiny_run
 
 from ropewalk.config import AssumptionConfig
+from ropewalk.entry import CONFIG_DIR
 from ropewalk.planner import Setting, lead_seconds, make_plan, shape_of
 from ropewalk.planner.cost import (
     accumulation_steps,
@@ -39,6 +41,18 @@ def test_the_papers_hours_come_out(config, shape):
     """CoPE reports 1,996 H100-hours for 20.97B tokens, ProLong about 2,200: at 28% of the peak, within 10%."""
     time = run_time(shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=0.28))
     assert 32 * time.training / 3600 == pytest.approx(1996, rel=0.1)
+
+
+def test_prolongs_second_stage_takes_the_papers_hours():
+    """12,200 H100-hours for 20.97B tokens at 512k, at the share of the peak that the pages say this is."""
+    readme = (CONFIG_DIR.parent / "recipes" / "prolong_llama3_8b_512k" / "README.md").read_text()
+    page = (CONFIG_DIR.parent / "docs" / "planner.md").read_text()
+    share = re.search(r"assume\.utilisation=(\S+)", readme).group(1)
+    assert f"\n{float(share):.0%} of the peak is what the paper's 12,200 H100-hours" in readme
+    assert f"second stage at 512k (12,200) to {float(share):.0%}" in page
+    plan = make_plan(composed("plan", "+experiment=prolong_512k", "nodes=8", f"assume.utilisation={share}"))
+    assert plan.entries["tokens"] == 2500 * 16 * 524288
+    assert plan.entries["gpu_hours"] == pytest.approx(12_200, rel=0.01)
 
 
 def test_time_by_hand(config, shape):
