@@ -80,6 +80,15 @@ def test_kv_cache_is_the_published_size(shape):
     assert kv_bytes(shape, 131072) == 16 * 2**30
 
 
+def test_the_cache_is_shown_at_the_runs_own_length_too():
+    """64 GiB at 524,288 tokens of 128 KiB; a length that is listed already stands once."""
+    plan = make_plan(composed("plan", "+experiment=prolong_512k", "nodes=8"))
+    assert list(plan.entries["kv_bytes"]) == [8192, 65536, 131072, 262144, 524288]
+    assert plan.entries["kv_bytes"][524288] == 64 * 2**30
+    listed = make_plan(composed("plan", "+experiment=cope20", "kv_lengths=[65536,8192]"))
+    assert list(listed.entries["kv_bytes"]) == [8192, 65536]
+
+
 @pytest.mark.parametrize(("every", "last", "keep_every", "kept"), [
     (None, None, None, 0), (250, None, None, 4), (300, None, None, 4), (250, 2, None, 2), (250, 2, 500, 3),
     (250, 1, 500, 2), (100, 2, 500, 3),

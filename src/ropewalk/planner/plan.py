@@ -168,7 +168,7 @@ def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost
         "checkpoints_kept": kept,
         "storage_bytes": size * (kept + (1 if kept else 0)) + setting.element * shape.parameters,
         "weights_bytes": 2 * shape.parameters,
-        "kv_bytes": {length: cost.kv_bytes(shape, length) for length in config.kv_lengths},
+        "kv_bytes": {length: cost.kv_bytes(shape, length) for length in sorted({*config.kv_lengths, setting.length})},
     }
 
 
