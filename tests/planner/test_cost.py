@@ -1,12 +1,14 @@
 """Work, time, disk and KV cache against published figures and sums by hand."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from helpers import composed, tiny_run
 
 from ropewalk.config import AssumptionConfig
-from ropewalk.planner import Setting, lead_seconds, shape_of
+from ropewalk.entry import CONFIG_DIR
+from ropewalk.planner import Setting, lead_seconds, make_plan, shape_of
 from ropewalk.planner.cost import (
     accumulation_steps,
     checkpoint_bytes,
@@ -41,6 +43,18 @@ def test_the_papers_hours_come_out(config, shape):
     assert 32 * time.training / 3600 == pytest.approx(1996, rel=0.1)
 
 
+def test_prolongs_second_stage_takes_the_papers_hours():
+    """12,200 H100-hours for 20.97B tokens at 512k, at the share of the peak that the pages say this is."""
+    readme = (CONFIG_DIR.parent / "recipes" / "prolong_llama3_8b_512k" / "README.md").read_text()
+    page = (CONFIG_DIR.parent / "docs" / "planner.md").read_text()
+    share = re.search(r"assume\.utilisation=(\S+)", readme).group(1)
+    assert f"\n{float(share):.0%} of the peak is what the paper's 12,200 H100-hours" in readme
+    assert f"second stage at 512k (12,200) to {float(share):.0%}" in page
+    plan = make_plan(composed("plan", "+experiment=prolong_512k", "nodes=8", f"assume.utilisation={share}"))
+    assert plan.entries["tokens"] == 2500 * 16 * 524288
+    assert plan.entries["gpu_hours"] == pytest.approx(12_200, rel=0.01)
+
+
 def test_time_by_hand(config, shape):
     """2,000 tokens/s a GPU: two micro batches of 65,536 tokens a step, and 20 checkpoints of 12 bytes a parameter."""
     per_token = sum(flops_per_token(shape, 65536).__dict__[name] for name in ("linear", "causal"))
@@ -64,6 +78,15 @@ def test_kv_cache_is_the_published_size(shape):
     """Llama-3-8B holds 128 KiB a token in bf16 (2 x 32 layers x 8 heads x 128 channels x 2 bytes)."""
     assert kv_bytes(shape, 1) == 128 * 1024
     assert kv_bytes(shape, 131072) == 16 * 2**30
+
+
+def test_the_cache_is_shown_at_the_runs_own_length_too():
+    """64 GiB at 524,288 tokens of 128 KiB; a length that is listed already stands once."""
+    plan = make_plan(composed("plan", "+experiment=prolong_512k", "nodes=8"))
+    assert list(plan.entries["kv_bytes"]) == [8192, 65536, 131072, 262144, 524288]
+    assert plan.entries["kv_bytes"][524288] == 64 * 2**30
+    listed = make_plan(composed("plan", "+experiment=cope20", "kv_lengths=[65536,8192]"))
+    assert list(listed.entries["kv_bytes"]) == [8192, 65536]
 
 
 @pytest.mark.parametrize(("every", "last", "keep_every", "kept"), [
@@ -91,6 +114,13 @@ def test_communication_by_hand(config, shape):
 def test_lead_covers_a_micro_batch_and_a_save_twice():
     assert lead_seconds(0, 0) == 30
     assert lead_seconds(22.8, 15.1) == 110  # 2 x 37.9 + 30, in tens
+
+
+def test_the_planned_lead_covers_the_optimizers_step_too():
+    """Twice the seconds that a step has beside its micro batches, which are whole tens here."""
+    given = ["+experiment=cope20", "cluster=h100_8", "nodes=4"]
+    without = make_plan(composed("plan", *given)).lead_seconds
+    assert make_plan(composed("plan", *given, "assume.step_overhead=60")).lead_seconds == without + 120
 
 
 def test_checkpoint_bytes_are_those_of_a_real_checkpoint(tmp_path, store_64):

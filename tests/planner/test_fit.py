@@ -1,6 +1,7 @@
 """What fits, the smallest way to make it fit, and the changes that are offered where it does not."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 from helpers import alone_environment, composed
 
-from ropewalk.config import PlanConfig, TrainConfig
+from ropewalk.config import PlanConfig, TrainConfig, validate_train
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.planner import make_plan, memory, print_plan
 from ropewalk.planner.fit import Room, sequence_degrees
@@ -47,6 +48,7 @@ def test_the_smallest_degree_is_the_first_that_fits():
     ["+experiment=cope20", "trainer.activation_checkpointing=false"],
     ["+experiment=llama3_70b_64k", "nodes=8", "parallel.sequence=1"],
     ["+experiment=cope20", "trainer.micro_batch_size=8"],
+    ["+experiment=cope20", "trainer.micro_batch_size=2", "data.sequence_length=524292"],  # four divide it, not eight
 ])  # fmt: skip
 def test_every_change_that_is_offered_fits(overrides):
     """Each set, put on the command line, makes the plan fit; none of it is needless."""
@@ -76,12 +78,28 @@ def test_what_cannot_be_mended_says_so(capsys):
     assert "no change known here would make it fit" in said
 
 
-def test_degrees_share_heads_tokens_and_work():
+def test_degrees_share_heads_and_work():
     plan = planned("+experiment=cope20", "nodes=4")
     assert sequence_degrees(plan.shape, plan.setting, 8, 64) == [1, 2, 4, 8]
-    assert sequence_degrees(plan.shape, replace(plan.setting, length=65538), 8, 64) == [1, 2]
     assert sequence_degrees(plan.shape, plan.setting, 4, 64) == [1, 2, 4]
     assert sequence_degrees(plan.shape, plan.setting, 8, 16) == [2, 4, 8]  # 32 ranks and 16 rows: two or more a row
+
+
+@pytest.mark.parametrize("length", [65538, 65540, 65541])
+@pytest.mark.parametrize(("micro", "sequence"), [(1, 1), (1, 4), (2, 2), (2, 8)])
+def test_a_length_is_planned_where_it_is_trained(length, micro, sequence):
+    """A micro batch is one row to the ranks that share it (tests/training/test_parallel.py), so its sum must divide."""
+    given = ["+experiment=cope20", f"data.sequence_length={length}", f"trainer.micro_batch_size={micro}",
+             f"parallel.sequence={sequence}"]  # fmt: skip
+    config = composed("plan", *given)
+    if micro * length % sequence == 0:
+        validate_train(config, 8, stores=False)
+        degree, size = make_plan(config).smallest or (1, 1)
+        assert size * length % degree == 0
+    else:
+        for refuse in (lambda: validate_train(config, 8, stores=False), lambda: make_plan(config)):
+            with pytest.raises(ValueError, match=f"data.sequence_length = {micro * length} tokens do not divide over"):
+                refuse()
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
@@ -90,10 +108,47 @@ def test_degrees_share_heads_tokens_and_work():
     (["cluster=laptop"], "trainer.device=cuda on cluster=laptop, whose device is cpu; set trainer.device=cpu"),
     (["nodes=16"], "is not a multiple of trainer.micro_batch_size=1 x world size 128"),
     (["parallel.sequence=16", "nodes=4"], "parallel.sequence=16 does not share 32 query and 8 key/value heads"),
+    (["parallel.sequence=16", "nodes=4", "data.sequence_length=65540", "trainer.micro_batch_size=4"],
+     "inside a node of 8; use one of 1, 2, 4, 8"),
+    (["parallel.sequence=16", "nodes=16", "trainer.global_batch_size=8"], "use fewer nodes, or a larger global batch"),
 ])  # fmt: skip
 def test_a_run_that_could_not_start_is_an_error(overrides, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         planned("+experiment=cope20", *overrides)
+
+
+POSITIVE = ["nodes", "data.sequence_length", "assume.hash_gb_s", *(f"cluster.{name}" for name in (
+    "gpus_per_node", "gpu_memory_gib", "peak_tflops", "nvlink_gb_s", "network_gb_s", "host_memory_gib",
+    "disk_write_gb_s"))]  # fmt: skip
+NOT_NEGATIVE = ["cluster.price_per_gpu_hour", "assume.step_overhead", "assume.context_gib", "assume.nccl_gib",
+                "assume.fragmentation"]  # fmt: skip
+WHOLE = {"nodes", "data.sequence_length", "cluster.gpus_per_node"}
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    *((key, value) for key in POSITIVE for value in ("0", "-3", "nan") if value != "nan" or key not in WHOLE),
+    *((key, value) for key in NOT_NEGATIVE for value in ("-3", "nan", "inf")),
+])  # fmt: skip
+def test_numbers_that_no_machine_has_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}={value}(\.0)? must be"):
+        planned("+experiment=cope20", f"{key}={value}")
+
+
+def test_a_length_of_the_cache_is_positive():
+    with pytest.raises(ValueError, match="kv_lengths: a length=0 must be positive"):
+        planned("+experiment=cope20", "kv_lengths=[8192,0]")
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_nothing_may_be_assumed(key):
+    assert planned("+experiment=cope20", f"{key}=0").fits
+
+
+def test_a_number_that_no_machine_has_ends_the_command_with_one_line():
+    words = [sys.executable, "scripts/plan.py", "+experiment=cope20", "cluster.disk_write_gb_s=0"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: cluster.disk_write_gb_s=0.0 must be positive and finite\n"
 
 
 def test_planning_takes_what_training_takes():
@@ -129,6 +184,15 @@ def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
     assert plan["gpu_hours"] == pytest.approx(plan["seconds"] / 3600 * 32)
     with pytest.raises(ValueError, match=r"print=days is no entry of a plan; use one of: fits, memory"):
         print_plan(composed("plan", "+experiment=cope20", "print=days"))
+
+
+def test_a_value_that_was_asked_for_is_no_verdict(capsys):
+    """A script takes the lead time of a run that does not fit as well; the page of that run ends with 1."""
+    too_long = ["+experiment=cope20", "data.sequence_length=262144"]
+    assert not print_plan(composed("plan", *too_long))
+    capsys.readouterr()
+    assert print_plan(composed("plan", *too_long, "print=fits"))
+    assert json.loads(capsys.readouterr().out) is False
 
 
 WAYS = {

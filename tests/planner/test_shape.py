@@ -60,6 +60,20 @@ def test_a_model_of_unknown_size_is_an_error():
         ModelShape.from_config({"model_type": "gpt2"}, "x")
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("num_attention_heads", 0), ("num_hidden_layers", -1), ("hidden_size", "48"), ("vocab_size", 96.5),
+    ("num_key_value_heads", 0), ("head_dim", -16), ("intermediate_size", True),
+])  # fmt: skip
+def test_a_size_that_no_model_has_is_an_error(key, value):
+    with pytest.raises(ValueError, match=f"^model=x has {key}={value}; it must be a positive integer$"):
+        ModelShape.from_config({"model_type": "llama", **ODD, key: value}, "model=x")
+
+
+def test_heads_that_do_not_share_keys_evenly_are_an_error():
+    with pytest.raises(ValueError, match="num_key_value_heads=4, which must divide num_attention_heads=6"):
+        ModelShape.from_config({"model_type": "llama", **ODD, "num_key_value_heads": 4}, "x")
+
+
 def test_a_declared_size_that_the_checkpoint_contradicts_is_refused_at_load(tmp_path):
     """What the planner counted with must be what is trained."""
     save_tiny(tmp_path)

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: munged, slurmctld and two slurmd, started and ended by pid, on ports of its own."""
+"""A real SLURM on this machine: munged, slurmctld and five slurmd, started and ended by pid, on ports of its own."""
 
 from __future__ import annotations
 

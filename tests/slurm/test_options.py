@@ -7,6 +7,7 @@ from helpers import composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from ropewalk.config.slurm import SlurmConfig
 from ropewalk.entry import CONFIG_DIR, register_schemas
 from ropewalk.planner import make_plan
 from ropewalk.slurm.options import exports, minutes, sbatch_options
@@ -47,7 +48,7 @@ def test_variables_reach_the_shell_as_they_are():
 
 
 @pytest.mark.parametrize(("time", "expected"), [
-    ("48:00:00", 2880), ("2-00:00:00", 2880), ("1-12", 2160), ("90", 90), ("90:30", 91), ("00:00:10", 1),
+    ("48:00:00", 2880), ("2-00:00:00", 2880), ("1-12", 2160), ("59", 59), ("90:30", 91), ("00:00:10", 1),
     ("1-0:30", 1470),
 ])  # fmt: skip
 def test_time_limits_are_read_as_sbatch_reads_them(time, expected):
@@ -58,6 +59,20 @@ def test_time_limits_are_read_as_sbatch_reads_them(time, expected):
 def test_what_is_no_time_limit_is_refused(time):
     with pytest.raises(ValueError, match=r"cluster\.slurm\.time="):
         minutes(time)
+
+
+@pytest.mark.parametrize(("written", "number"), [("24:00:00", 86400), ("1:00", 60), ("8:30", 510), ("90", 90)])
+def test_a_time_that_yaml_made_a_number_of_is_refused(written, number):
+    """YAML 1.1 reads it to the base of 60; as minutes a day would be sixty."""
+    read = OmegaConf.merge(OmegaConf.structured(SlurmConfig), OmegaConf.create(f"time: {written}")).time
+    with pytest.raises(ValueError, match=rf"time={number} is a bare number of 60 or more.*quote it in YAML: '24"):
+        minutes(read)
+
+
+@pytest.mark.parametrize(("written", "expected"), [("'24:00:00'", 1440), ("2-00:00:00", 2880), ("59", 59)])
+def test_a_time_that_yaml_leaves_alone_is_taken(written, expected):
+    read = OmegaConf.merge(OmegaConf.structured(SlurmConfig), OmegaConf.create(f"time: {written}")).time
+    assert minutes(read) == expected
 
 
 def launcher(*overrides):

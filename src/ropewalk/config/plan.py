@@ -25,8 +25,8 @@ class PlanConfig(TrainConfig):
 
     nodes: int = 1
     assume: AssumptionConfig = field(default_factory=AssumptionConfig)
-    kv_lengths: list[int] = field(default_factory=lambda: [8192, 65536, 131072, 262144])  # tokens
+    kv_lengths: list[int] = field(default_factory=lambda: [8192, 65536, 131072, 262144])  # tokens; and the run's
     output: str | None = None  # JSON file of the whole plan
-    print: str | None = None  # this entry of the plan and nothing else, e.g. lead_seconds
+    print: str | None = None  # this entry of the plan and nothing else, e.g. lead_seconds; exits with 0
     brief: bool = False  # one line instead of a page
     advisory: bool = False  # exit with 0 also where the run does not fit

@@ -112,8 +112,9 @@ def run_time(
 def lead_seconds(micro_step: float, save: float) -> int:
     """How long before the time limit SLURM should send its signal (``--signal=B:USR1@N``).
 
-    Ranks look for it before each micro batch, so one may just have begun; then they save. Twice that, since a busy
-    file system is slow, and a margin; in tens of seconds. Also for times that were measured.
+    Ranks look for it before each micro batch, so the last one of a step may just have begun; then come the optimizer's
+    step and the save. Twice that, since a busy file system is slow, and a margin; in tens of seconds. Also for times
+    that were measured.
 
     Args:
         micro_step: seconds of one micro batch's forward and backward, and of the optimizer's step.

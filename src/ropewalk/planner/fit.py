@@ -56,11 +56,14 @@ class Change:
 
 
 def sequence_degrees(shape: ModelShape, setting: Setting, gpus_per_node: int, global_batch: int) -> list[int]:
-    """Ranks that may share a row: equal shares of the heads and tokens, inside a node, with work for all ranks."""
+    """Ranks that may share a row: equal shares of the heads, inside a node, with work for all ranks.
+
+    Whether they get equal shares of the tokens depends on the micro batch: Setting.even.
+    """
     allowed = []
     for degree in range(1, shape.kv_heads + 1):
         divides = shape.kv_heads % degree == 0 == shape.heads % degree and setting.ranks % degree == 0
-        if divides and degree <= gpus_per_node and setting.length % degree == 0:
+        if divides and degree <= gpus_per_node:
             groups = setting.ranks // degree
             if global_batch % groups == 0:
                 allowed.append(degree)
@@ -73,8 +76,8 @@ def smallest_fit(
     """The smallest sequence-parallel degree that fits, and the largest micro batch that fits beside it; or None."""
     for degree in degrees:
         share = global_batch // (setting.ranks // degree)
-        sizes = [n for n in range(1, share + 1) if share % n == 0]
-        fitting = [n for n in sizes if room.holds(shape, replace(setting, sequence=degree, micro_batch=n))]
+        sizes = [replace(setting, sequence=degree, micro_batch=n) for n in range(1, share + 1) if share % n == 0]
+        fitting = [size.micro_batch for size in sizes if size.even and room.holds(shape, size)]
         if fitting:
             return degree, max(fitting)
     return None
@@ -111,8 +114,8 @@ def cheapest_changes(
         changed = setting
         for change in chosen:
             changed = change.applied(changed)
-        even = global_batch % (changed.micro_batch * changed.ranks // changed.sequence) == 0
-        if even and room.holds(shape, changed):
+        whole = global_batch % (changed.micro_batch * changed.ranks // changed.sequence) == 0
+        if whole and changed.even and room.holds(shape, changed):
             fitting.append(chosen)
             if all(_keys(cheaper) != _keys(chosen) for cheaper in shown):
                 shown.append(chosen)

@@ -60,6 +60,11 @@ class Setting:
         """Tokens that a rank holds at once."""
         return self.micro_batch * self.length // self.sequence
 
+    @property
+    def even(self) -> bool:
+        """Whether the ranks that share a micro batch, laid in one row, get as many tokens each."""
+        return self.micro_batch * self.length % self.sequence == 0
+
 
 @dataclass(frozen=True)
 class Allowances:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ropewalk.config import PlanConfig, validate_train
 from ropewalk.planner import cost
+from ropewalk.planner.checks import check_inputs
 from ropewalk.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.planner.shape import ModelShape, shape_of
@@ -93,18 +94,20 @@ def make_plan(config: PlanConfig) -> Plan:
     """Plan a run from its configuration alone.
 
     Raises:
-        ValueError: for a run that could not be started on these machines whatever its memory, or a model of unknown
-            size.
+        ValueError: for a run that could not be started on these machines whatever its memory, a model of unknown size,
+            or numbers of machines that no machine has.
     """
-    _check_cluster(config)
+    check_inputs(config)
     setting, trainer, cluster = setting_of(config), config.trainer, config.cluster
     validate_train(config, setting.ranks, stores=False)
     shape = shape_of(config.model)
     degrees = sequence_degrees(shape, setting, cluster.gpus_per_node, trainer.global_batch_size)
     if setting.sequence not in degrees:
+        fitting = [str(degree) for degree in degrees if replace(setting, sequence=degree).even]
         raise ValueError(
             f"parallel.sequence={setting.sequence} does not share {shape.heads} query and {shape.kv_heads} key/value "
-            f"heads evenly inside a node of {cluster.gpus_per_node}; use one of {', '.join(map(str, degrees))}"
+            f"heads evenly inside a node of {cluster.gpus_per_node}; "
+            + (f"use one of {', '.join(fitting)}" if fitting else "use fewer nodes, or a larger global batch")
         )
     room = Room(cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation))
     needed = memory(shape, setting, room.allowances)
@@ -121,7 +124,7 @@ def make_plan(config: PlanConfig) -> Plan:
         ways=_ways(shape, setting, room),
         smallest=smallest_fit(shape, setting, room, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
-        lead_seconds=cost.lead_seconds(time.micro_step, save),
+        lead_seconds=cost.lead_seconds(time.micro_step + config.assume.step_overhead, save),
         entries=_entries(config, shape, setting, time, save),
     )
 
@@ -165,21 +168,8 @@ def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost
         "checkpoints_kept": kept,
         "storage_bytes": size * (kept + (1 if kept else 0)) + setting.element * shape.parameters,
         "weights_bytes": 2 * shape.parameters,
-        "kv_bytes": {length: cost.kv_bytes(shape, length) for length in config.kv_lengths},
+        "kv_bytes": {length: cost.kv_bytes(shape, length) for length in sorted({*config.kv_lengths, setting.length})},
     }
-
-
-def _check_cluster(config: PlanConfig) -> None:
-    if config.nodes < 1:
-        raise ValueError(f"nodes={config.nodes} must be positive")
-    if not 0 < config.assume.utilisation <= 1:
-        raise ValueError(f"assume.utilisation={config.assume.utilisation} is a share of the peak; 0.28 is usual at 64k")
-    device = config.cluster.device
-    if config.trainer.device != device:
-        raise ValueError(
-            f"trainer.device={config.trainer.device} on cluster={config.cluster.name}, whose device is {device}; set "
-            f"trainer.device={device} or choose another cluster"
-        )
 
 
 def gib(size: float) -> str:

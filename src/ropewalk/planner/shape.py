@@ -11,6 +11,7 @@ from typing import Any
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class ModelShape:
         """From the fields of a transformers config.json.
 
         Raises:
-            ValueError: where ``name``'s config lacks a field, or is of another architecture.
+            ValueError: where ``name``'s config lacks a field, has a size that is no positive integer or query heads
+                that its key/value heads do not divide, or is of another architecture.
         """
         kind = config.get("model_type")
         if kind not in SUPPORTED_MODEL_TYPES:
@@ -54,7 +56,15 @@ class ModelShape:
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise ValueError(f"{name} does not say {', '.join(missing)}; give it in model.architecture")
+        for key in COUNTS:
+            if (value := config.get(key)) is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} has {key}={value}; it must be a positive integer")
         heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"{name} has num_key_value_heads={kv_heads}, which must divide num_attention_heads={heads}; change one"
+            )
         return cls(
             model_type=kind,
             vocabulary=config["vocab_size"],
@@ -62,7 +72,7 @@ class ModelShape:
             intermediate=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             tied=bool(config.get("tie_word_embeddings", False)),
             biased=_biased(kind, config),

@@ -14,7 +14,7 @@ GB = 1e9
 
 
 def print_plan(config: PlanConfig) -> bool:
-    """Print the plan, or the one entry ``config.print``; returns whether it fits, or need not.
+    """Print the plan, or the one entry ``config.print``; returns whether it fits, or need not, or was not asked.
 
     Raises:
         ValueError: as of make_plan, and for a ``print`` that names no entry.

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ropewalk.config import ClusterConfig, PlanConfig
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*")
-PER_DAY, PER_HOUR = 24 * 60, 60
+PER_DAY, PER_HOUR = 24 * 60, 60  # minutes
 USUAL_LEAD = 300  # seconds; of the scripts' #SBATCH lines
 
 
@@ -58,12 +58,19 @@ def exports(environment: Mapping[str, str]) -> list[str]:
 def minutes(time: str) -> int:
     """A time limit as sbatch reads it ([days-]hours:minutes:seconds, minutes:seconds, minutes), in whole minutes.
 
+    A bare number below 60 is of minutes. YAML 1.1 makes larger ones of what is not quoted: 86400 of 24:00:00.
+
     Raises:
-        ValueError: for what is no such time.
+        ValueError: for what is no such time, and for a bare number of 60 or more.
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not found:
         raise ValueError(f"cluster.slurm.time={time} is no time limit; write it as 48:00:00 or 2-00:00:00")
+    if time.isdigit() and int(time) >= PER_HOUR:
+        raise ValueError(
+            f"cluster.slurm.time={time} is a bare number of {PER_HOUR} or more, as YAML makes of an unquoted 24:00:00; "
+            "write hours:minutes:seconds and quote it in YAML: '24:00:00', or '2-00:00:00' for days"
+        )
     days, *parts = found.groups()
     a, b, c = (int(part or 0) for part in parts)
     if days is not None or parts[2] is not None:  # days-hours[:minutes[:seconds]], hours:minutes:seconds
