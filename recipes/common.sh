@@ -7,6 +7,12 @@ shopt -s inherit_errexit # what fails in $(...) ends the recipe, too
 export PATH="$PWD/.venv/bin:$PATH"
 : "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}"
 
+# Looked for, not imported: torch alone takes seconds.
+if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("ropewalk") is None)' 2>/dev/null; then
+  echo "error: ropewalk is not installed; run: make install" >&2
+  exit 2
+fi
+
 if [ -n "${DRY_RUN:-}" ]; then
   chain=$(mktemp)
   check_chain() {
@@ -26,12 +32,15 @@ stage() {
   if [ -n "${DRY_RUN:-}" ]; then note "$@"; else python "$@"; fi
 }
 
-# given KIND PATH WHAT: what you bring yourself (KIND: mds, documents, model, heldout)
+# given KIND PATH WHAT: what you bring yourself (KIND: mds, documents, model, heldout, run)
 given() {
   if [ -n "${DRY_RUN:-}" ]; then
     note given "$2" "$1"
   elif [ ! -e "$2" ]; then
     echo "error: $2 is not there; it should be $3 (see the recipe's README)" >&2
+    exit 2
+  elif [ -d "$2" ] && [ -z "$(ls -A "$2")" ]; then
+    echo "error: $2 is empty; it should be $3 (see the recipe's README)" >&2
     exit 2
   fi
 }

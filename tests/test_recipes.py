@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ from helpers import alone_environment
 
 ROOT = Path(__file__).parents[1]
 SBATCH = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >>"$SUBMITTED"\n'
+
+
+def ended(script: str, path: str, directory: Path = ROOT) -> tuple[int, str]:
+    """Exit code and errors of a recipe that runs ``script``."""
+    environment = {"PATH": path, "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run(["bash", "-c", f". {ROOT}/recipes/common.sh\n{script}"], cwd=directory, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    return done.returncode, done.stderr
 
 
 def submitted(tmp_path: Path, script: str, **variables: str) -> list[str]:
@@ -22,6 +31,29 @@ def submitted(tmp_path: Path, script: str, **variables: str) -> list[str]:
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return (tmp_path / "words").read_text().splitlines()
+
+
+def test_without_the_package_a_recipe_says_how_to_install_it(tmp_path):
+    """No python at all, and one that lacks the package: as a clone is before make install."""
+    said = "error: ropewalk is not installed; run: make install\n"
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "bash").symlink_to("/bin/bash")
+    assert ended("echo reached >&2", str(tools), tmp_path) == (2, said)
+    bare = tmp_path / "bare"
+    venv.create(bare, symlinks=True)
+    assert ended("echo reached >&2", f"{bare}/bin:/usr/bin:/bin", tmp_path) == (2, said)
+
+
+def test_what_you_bring_must_be_there_and_hold_something(tmp_path):
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    brought = f"given documents {tmp_path}/texts 'texts of yours'\necho reached >&2"
+    wanted = "it should be texts of yours (see the recipe's README)\n"
+    assert ended(brought, path) == (2, f"error: {tmp_path}/texts is not there; {wanted}")
+    (tmp_path / "texts").mkdir()
+    assert ended(brought, path) == (2, f"error: {tmp_path}/texts is empty; {wanted}")
+    (tmp_path / "texts" / "one.jsonl").touch()
+    assert ended(brought, path) == (0, "reached\n")
 
 
 @pytest.mark.slow
