@@ -52,17 +52,16 @@ train() {
     note train.py "$@"
   elif [ "$CLUSTER" = laptop ]; then
     python train.py "$@"
-  else
+  elif command -v sbatch >/dev/null; then
+    local lead options
     python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@"
-    if command -v sbatch >/dev/null; then
-      local lead options
-      lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds)
-      options=$(python scripts/job.py options "cluster=$CLUSTER" "nodes=$NODES" "lead_seconds=$lead")
-      mapfile -t options <<<"$options"
-      sbatch --wait "${options[@]}" slurm/train_64k.sh "cluster=$CLUSTER" "$@"
-    else
-      torchrun --standalone --nproc-per-node=gpu train.py "$@"
-    fi
+    lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds)
+    options=$(python scripts/job.py options "cluster=$CLUSTER" "nodes=$NODES" "lead_seconds=$lead")
+    mapfile -t options <<<"$options"
+    sbatch --wait "${options[@]}" slurm/train_64k.sh "cluster=$CLUSTER" "$@"
+  else
+    python scripts/plan.py "cluster=$CLUSTER" nodes=1 "$@"
+    torchrun --standalone --nproc-per-node=gpu train.py "$@"
   fi
 }
 

@@ -1,4 +1,4 @@
-"""What a recipe submits where there is SLURM: its words as sbatch gets them."""
+"""What recipes/common.sh refuses, what it submits where there is SLURM, and what it runs where there is none."""
 
 import os
 import subprocess
@@ -10,25 +10,33 @@ import pytest
 from helpers import alone_environment
 
 ROOT = Path(__file__).parents[1]
-SBATCH = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >>"$SUBMITTED"\n'
+SBATCH = 'printf "%s\\n" "$@" >>"$SUBMITTED"'
+
+
+def recipe(script: str, path: str, directory: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A recipe that runs ``script`` in ``directory``."""
+    environment = {**alone_environment(), "PATH": path, **variables}
+    return subprocess.run(["bash", "-c", f". {ROOT}/recipes/common.sh\n{script}"], cwd=directory, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
 
 
 def ended(script: str, path: str, directory: Path = ROOT) -> tuple[int, str]:
-    """Exit code and errors of a recipe that runs ``script``."""
-    environment = {"PATH": path, "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(["bash", "-c", f". {ROOT}/recipes/common.sh\n{script}"], cwd=directory, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    """Its exit code and errors."""
+    done = recipe(script, path, directory, PYTHONPATH="")
     return done.returncode, done.stderr
+
+
+def command(path: Path, line: str) -> None:
+    """A program of that path which runs ``line``."""
+    path.write_text(f"#!/bin/bash\n{line}\n")
+    path.chmod(0o755)
 
 
 def submitted(tmp_path: Path, script: str, **variables: str) -> list[str]:
     """The arguments of sbatch when a recipe runs ``script``; nothing else runs but the planner."""
-    (tmp_path / "sbatch").write_text(SBATCH)
-    (tmp_path / "sbatch").chmod(0o755)
+    command(tmp_path / "sbatch", SBATCH)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**alone_environment(), "PATH": path, "SUBMITTED": str(tmp_path / "words"), **variables}
-    done = subprocess.run(["bash", "-c", f". recipes/common.sh\n{script}"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = recipe(script, path, SUBMITTED=str(tmp_path / "words"), **variables)
     assert done.returncode == 0, done.stderr[-2000:]
     return (tmp_path / "words").read_text().splitlines()
 
@@ -65,6 +73,33 @@ def test_training_is_submitted_for_its_cluster_with_the_planners_lead_time(tmp_p
     assert words[0] == "--wait"  # the next stage needs what it writes
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", f"--signal=B:USR1@{lead}"} <= set(words[1:script])
     assert words[script + 1 :] == ["cluster=h100_8", "+experiment=cope20", "run_name=a b"]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """``alone(script, **variables)``: what a recipe prints where there is no .venv and no sbatch; torchrun is told."""
+    tools, clone = tmp_path / "tools", tmp_path / "clone"
+    for directory in (tools, clone):
+        directory.mkdir()
+    for name in ("configs", "recipes", "scripts", "slurm", "src", "train.py"):
+        (clone / name).symlink_to(ROOT / name)
+    command(tools / "torchrun", 'echo torchrun "$@"')
+    command(tools / "python", f'exec {sys.executable} "$@"')
+    (tools / "bash").symlink_to("/bin/bash")
+
+    def run(script, **variables):
+        done = recipe(script, str(tools), clone, **variables)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_without_slurm_training_is_planned_for_the_node_it_runs_on(alone):
+    said = alone("train +experiment=cope20", CLUSTER="h100_8", NODES="4")
+    assert "65,536 tokens a sequence, 8 x h100_8" in said
+    assert said.splitlines()[-1] == "torchrun --standalone --nproc-per-node=gpu train.py +experiment=cope20"
 
 
 @pytest.mark.slow
