@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # What the recipes' run.sh share; each sources it from the repository's root. CLUSTER (a name in configs/cluster) and NODES
-# say where training runs, EVALUATION_GPUS how many GPUs one evaluation sees. DRY_RUN=1 runs nothing: every stage composes and
-# validates its configuration, training is planned, and each input must be promised by a stage before.
+# say where training runs, EVALUATION_GPUS how many GPUs one evaluation has, and EVALUATION_SAMPLES how many samples of a
+# suite's tasks are run, in place of all. DRY_RUN=1 runs nothing: every stage composes and validates its configuration,
+# training is planned, and each input must be promised by a stage before.
 set -euo pipefail
 shopt -s inherit_errexit # what fails in $(...) ends the recipe, too
 export PATH="$PWD/.venv/bin:$PATH"
-: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}"
+: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}" "${EVALUATION_SAMPLES:=}"
 
 # Looked for, not imported: torch alone takes seconds.
 if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("ropewalk") is None)' 2>/dev/null; then
@@ -65,15 +66,21 @@ train() {
   fi
 }
 
-# evaluate ARGUMENTS...: scripts/evaluate.py, one process, through SLURM where there is one
+# evaluate ARGUMENTS...: scripts/evaluate.py, through SLURM where there is one. A model that device=auto spreads over
+# EVALUATION_GPUS is one process; else there is one process a GPU, and they share the samples.
 evaluate() {
+  local options tasks=$EVALUATION_GPUS
+  [[ " $* " != *" device=auto "* ]] || tasks=1
+  [[ -z "$EVALUATION_SAMPLES" || " $*" != *" suite="* ]] || set -- "$@" "suite.samples=$EVALUATION_SAMPLES"
   if [ -n "${DRY_RUN:-}" ]; then
     note scripts/evaluate.py "$@"
   elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
-    local options
     options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 "cluster.gpus_per_node=$EVALUATION_GPUS")
     mapfile -t options <<<"$options"
-    sbatch --wait "${options[@]}" --ntasks-per-node=1 slurm/evaluate.sh "cluster=$CLUSTER" "$@"
+    # --ntasks, too: slurm/evaluate.sh has a line of it, which --ntasks-per-node alone does not outdo
+    sbatch --wait "${options[@]}" --ntasks="$tasks" --ntasks-per-node="$tasks" slurm/evaluate.sh "cluster=$CLUSTER" "$@"
+  elif [ "$tasks" -gt 1 ]; then
+    torchrun --standalone --nproc-per-node="$tasks" scripts/evaluate.py "$@"
   else
     python scripts/evaluate.py "$@"
   fi

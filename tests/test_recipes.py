@@ -103,11 +103,19 @@ def test_without_slurm_training_is_planned_for_the_node_it_runs_on(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", ["1", "8"])
-def test_an_evaluation_is_one_process_on_the_gpus_it_is_given(tmp_path, gpus):
-    words = submitted(tmp_path, "evaluate checkpoint=a output=b 'lengths=[64,128]'", EVALUATION_GPUS=gpus)
+@pytest.mark.parametrize(("gpus", "device", "tasks"), [("1", "cuda", "1"), ("8", "cuda", "8"), ("8", "auto", "1")])
+def test_an_evaluation_is_one_task_a_gpu_unless_one_process_takes_them_all(tmp_path, gpus, device, tasks):
+    words = submitted(tmp_path, f"evaluate checkpoint=a 'lengths=[64,128]' device={device}", EVALUATION_GPUS=gpus)
     script = words.index("slurm/evaluate.sh")
-    tasks = [word for word in words[1:script] if word.startswith("--ntasks-per-node=")]
-    assert tasks[-1] == "--ntasks-per-node=1"  # sbatch takes the last
-    assert {f"--gpus-per-node={gpus}", "--nodes=1"} <= set(words[1:script])
-    assert words[script + 1 :] == ["cluster=h100_8", "checkpoint=a", "output=b", "lengths=[64,128]"]
+    given = dict(word.removeprefix("--").split("=", 1) for word in words[1:script])  # sbatch takes the last
+    # --ntasks stands above --ntasks-per-node, and the script's own line says 1.
+    assert (given["nodes"], given["gpus-per-node"]) == ("1", gpus)
+    assert (given["ntasks"], given["ntasks-per-node"]) == (tasks, tasks)
+    assert words[script + 1 :] == ["cluster=h100_8", "checkpoint=a", "lengths=[64,128]", f"device={device}"]
+
+
+def test_samples_are_of_suites_alone_and_ranks_share_them_without_slurm(alone):
+    evaluations = "evaluate suite=ruler checkpoint=a\nevaluate checkpoint=a"
+    said = alone(evaluations, EVALUATION_GPUS="2", EVALUATION_SAMPLES="50")
+    start = "torchrun --standalone --nproc-per-node=2 scripts/evaluate.py"
+    assert said.splitlines() == [f"{start} suite=ruler checkpoint=a suite.samples=50", f"{start} checkpoint=a"]
