@@ -1,12 +1,13 @@
 # shellcheck shell=bash
 # What the recipes' run.sh share; each sources it from the repository's root. CLUSTER (a name in configs/cluster) and NODES
-# say where training runs, EVALUATION_GPUS how many GPUs one evaluation has, and EVALUATION_SAMPLES how many samples of a
-# suite's tasks are run, in place of all. DRY_RUN=1 runs nothing: every stage composes and validates its configuration,
-# training is planned, and each input must be promised by a stage before.
+# say where training runs, EVALUATION_GPUS how many GPUs one evaluation has, EVALUATION_SAMPLES how many samples of a suite's
+# tasks are run, in place of all, and EVALUATION_DATA where RULER's offline data lies, in place of the hub. DRY_RUN=1 runs
+# nothing: every stage composes and validates its configuration, training is planned, and each input must be promised by a
+# stage before.
 set -euo pipefail
 shopt -s inherit_errexit # what fails in $(...) ends the recipe, too
 export PATH="$PWD/.venv/bin:$PATH"
-: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}" "${EVALUATION_SAMPLES:=}"
+: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}" "${EVALUATION_SAMPLES:=}" "${EVALUATION_DATA:=}"
 
 # Looked for, not imported: torch alone takes seconds.
 if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("ropewalk") is None)' 2>/dev/null; then
@@ -71,7 +72,9 @@ train() {
 evaluate() {
   local options tasks=$EVALUATION_GPUS
   [[ " $* " != *" device=auto "* ]] || tasks=1
-  [[ -z "$EVALUATION_SAMPLES" || " $*" != *" suite="* ]] || set -- "$@" "suite.samples=$EVALUATION_SAMPLES"
+  if [[ " $*" == *" suite="* ]]; then
+    set -- "$@" ${EVALUATION_SAMPLES:+"suite.samples=$EVALUATION_SAMPLES"} ${EVALUATION_DATA:+"suite.data=$EVALUATION_DATA"}
+  fi
   if [ -n "${DRY_RUN:-}" ]; then
     note scripts/evaluate.py "$@"
   elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then

@@ -114,8 +114,11 @@ def test_an_evaluation_is_one_task_a_gpu_unless_one_process_takes_them_all(tmp_p
     assert words[script + 1 :] == ["cluster=h100_8", "checkpoint=a", "lengths=[64,128]", f"device={device}"]
 
 
-def test_samples_are_of_suites_alone_and_ranks_share_them_without_slurm(alone):
+def test_samples_and_data_are_of_suites_alone_and_ranks_share_them_without_slurm(alone):
     evaluations = "evaluate suite=ruler checkpoint=a\nevaluate checkpoint=a"
-    said = alone(evaluations, EVALUATION_GPUS="2", EVALUATION_SAMPLES="50")
+    said = alone(evaluations, EVALUATION_GPUS="2", EVALUATION_SAMPLES="50", EVALUATION_DATA="b c")
     start = "torchrun --standalone --nproc-per-node=2 scripts/evaluate.py"
-    assert said.splitlines() == [f"{start} suite=ruler checkpoint=a suite.samples=50", f"{start} checkpoint=a"]
+    assert said.splitlines() == [
+        f"{start} suite=ruler checkpoint=a suite.samples=50 suite.data=b c",
+        f"{start} checkpoint=a",
+    ]

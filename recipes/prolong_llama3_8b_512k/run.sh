@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ProLong's second stage: the 64k run, its optimizer state with it, to 512k, then the SFT at 64k.
 cd "$(dirname "$0")/../.."
-: "${NODES:=8}" "${EVALUATION_GPUS:=8}" "${PROLONG:=data/prolong_mds}" "${PROLONG_512K:=data/prolong_512k_mds}"
+: "${NODES:=8}" "${PROLONG:=data/prolong_mds}" "${PROLONG_512K:=data/prolong_512k_mds}"
+: "${EVALUATION_GPUS:=8}" "${EVALUATION_SAMPLES:=50}" # one GPU does not hold 524,288 tokens; 500 samples take a month
 . recipes/common.sh
 
 given run outputs/prolong_64k "the run of recipes/prolong_llama3_8b_64k"
