@@ -1,11 +1,19 @@
 # shellcheck shell=bash
 # What the recipes' run.sh share; each sources it from the repository's root. CLUSTER (a name in configs/cluster) and NODES
-# say where training runs, EVALUATION_GPUS how many GPUs one evaluation sees. DRY_RUN=1 runs nothing: every stage composes and
-# validates its configuration, training is planned, and each input must be promised by a stage before.
+# say where training runs, EVALUATION_GPUS how many GPUs one evaluation has, EVALUATION_SAMPLES how many samples of a suite's
+# tasks are run, in place of all, and EVALUATION_DATA where RULER's offline data lies, in place of the hub. DRY_RUN=1 runs
+# nothing: every stage composes and validates its configuration, training is planned, and each input must be promised by a
+# stage before.
 set -euo pipefail
 shopt -s inherit_errexit # what fails in $(...) ends the recipe, too
 export PATH="$PWD/.venv/bin:$PATH"
-: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}"
+: "${CLUSTER:=h100_8}" "${NODES:=4}" "${EVALUATION_GPUS:=1}" "${EVALUATION_SAMPLES:=}" "${EVALUATION_DATA:=}"
+
+# Looked for, not imported: torch alone takes seconds.
+if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("ropewalk") is None)' 2>/dev/null; then
+  echo "error: ropewalk is not installed; run: make install" >&2
+  exit 2
+fi
 
 if [ -n "${DRY_RUN:-}" ]; then
   chain=$(mktemp)
@@ -26,12 +34,15 @@ stage() {
   if [ -n "${DRY_RUN:-}" ]; then note "$@"; else python "$@"; fi
 }
 
-# given KIND PATH WHAT: what you bring yourself (KIND: mds, documents, model, heldout)
+# given KIND PATH WHAT: what you bring yourself (KIND: mds, documents, model, heldout, run)
 given() {
   if [ -n "${DRY_RUN:-}" ]; then
     note given "$2" "$1"
   elif [ ! -e "$2" ]; then
     echo "error: $2 is not there; it should be $3 (see the recipe's README)" >&2
+    exit 2
+  elif [ -d "$2" ] && [ -z "$(ls -A "$2")" ]; then
+    echo "error: $2 is empty; it should be $3 (see the recipe's README)" >&2
     exit 2
   fi
 }
@@ -43,29 +54,36 @@ train() {
     note train.py "$@"
   elif [ "$CLUSTER" = laptop ]; then
     python train.py "$@"
-  else
+  elif command -v sbatch >/dev/null; then
+    local lead options
     python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@"
-    if command -v sbatch >/dev/null; then
-      local lead options
-      lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds)
-      options=$(python scripts/job.py options "cluster=$CLUSTER" "nodes=$NODES" "lead_seconds=$lead")
-      mapfile -t options <<<"$options"
-      sbatch --wait "${options[@]}" slurm/train_64k.sh "cluster=$CLUSTER" "$@"
-    else
-      torchrun --standalone --nproc-per-node=gpu train.py "$@"
-    fi
+    lead=$(python scripts/plan.py "cluster=$CLUSTER" "nodes=$NODES" "$@" print=lead_seconds)
+    options=$(python scripts/job.py options "cluster=$CLUSTER" "nodes=$NODES" "lead_seconds=$lead")
+    mapfile -t options <<<"$options"
+    sbatch --wait "${options[@]}" slurm/train_64k.sh "cluster=$CLUSTER" "$@"
+  else
+    python scripts/plan.py "cluster=$CLUSTER" nodes=1 "$@"
+    torchrun --standalone --nproc-per-node=gpu train.py "$@"
   fi
 }
 
-# evaluate ARGUMENTS...: scripts/evaluate.py, one process, through SLURM where there is one
+# evaluate ARGUMENTS...: scripts/evaluate.py, through SLURM where there is one. A model that device=auto spreads over
+# EVALUATION_GPUS is one process; else there is one process a GPU, and they share the samples.
 evaluate() {
+  local options tasks=$EVALUATION_GPUS
+  [[ " $* " != *" device=auto "* ]] || tasks=1
+  if [[ " $*" == *" suite="* ]]; then
+    set -- "$@" ${EVALUATION_SAMPLES:+"suite.samples=$EVALUATION_SAMPLES"} ${EVALUATION_DATA:+"suite.data=$EVALUATION_DATA"}
+  fi
   if [ -n "${DRY_RUN:-}" ]; then
     note scripts/evaluate.py "$@"
   elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
-    local options
     options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 "cluster.gpus_per_node=$EVALUATION_GPUS")
     mapfile -t options <<<"$options"
-    sbatch --wait "${options[@]}" --ntasks-per-node=1 slurm/evaluate.sh "cluster=$CLUSTER" "$@"
+    # --ntasks, too: slurm/evaluate.sh has a line of it, which --ntasks-per-node alone does not outdo
+    sbatch --wait "${options[@]}" --ntasks="$tasks" --ntasks-per-node="$tasks" slurm/evaluate.sh "cluster=$CLUSTER" "$@"
+  elif [ "$tasks" -gt 1 ]; then
+    torchrun --standalone --nproc-per-node="$tasks" scripts/evaluate.py "$@"
   else
     python scripts/evaluate.py "$@"
   fi

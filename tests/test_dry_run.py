@@ -103,14 +103,22 @@ def test_a_plan_that_does_not_fit_stops_the_chain(check):
     assert "stopped at scripts/plan.py" in errors
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_holds(clone, recipe):
+@pytest.mark.parametrize(("recipe", "variables"), [
+    *((recipe, {}) for recipe in RECIPES),
+    ("rope_id_1b", {"MODEL": "rope_id_3b"}),
+    ("cope_llama3_8b_64k", {"HELMET": "{helmet}", "HELMET_PYTHON": sys.executable}),
+])  # fmt: skip
+def test_every_recipe_holds(clone, tmp_path_factory, recipe, variables):
     """DRY_RUN=1 recipes/NAME/run.sh, in a clone with no data; nothing is written."""
+    helmet = tmp_path_factory.mktemp("helmet")
+    (helmet / "eval.py").touch()
     environment = {**alone_environment(), "DRY_RUN": "1"}
+    environment |= {name: value.format(helmet=helmet) for name, value in variables.items()}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = ["bash", f"{clone}/recipes/{recipe}/run.sh"]
     done = subprocess.run(run, cwd=clone, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "dry run: train" in done.stdout
     assert "dry run: compare" in done.stdout
+    assert ("rope_id_3b" in done.stdout) == (variables.get("MODEL") == "rope_id_3b")
     assert not [path for path in clone.iterdir() if not path.is_symlink()]

@@ -1,27 +1,67 @@
-"""What a recipe submits where there is SLURM: its words as sbatch gets them."""
+"""What recipes/common.sh refuses, what it submits where there is SLURM, and what it runs where there is none."""
 
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
 from helpers import alone_environment
 
 ROOT = Path(__file__).parents[1]
-SBATCH = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >>"$SUBMITTED"\n'
+SBATCH = 'printf "%s\\n" "$@" >>"$SUBMITTED"'
+
+
+def recipe(script: str, path: str, directory: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A recipe that runs ``script`` in ``directory``."""
+    environment = {**alone_environment(), "PATH": path, **variables}
+    return subprocess.run(["bash", "-c", f". {ROOT}/recipes/common.sh\n{script}"], cwd=directory, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def ended(script: str, path: str, directory: Path = ROOT) -> tuple[int, str]:
+    """Its exit code and errors."""
+    done = recipe(script, path, directory, PYTHONPATH="")
+    return done.returncode, done.stderr
+
+
+def command(path: Path, line: str) -> None:
+    """A program of that path which runs ``line``."""
+    path.write_text(f"#!/bin/bash\n{line}\n")
+    path.chmod(0o755)
 
 
 def submitted(tmp_path: Path, script: str, **variables: str) -> list[str]:
     """The arguments of sbatch when a recipe runs ``script``; nothing else runs but the planner."""
-    (tmp_path / "sbatch").write_text(SBATCH)
-    (tmp_path / "sbatch").chmod(0o755)
+    command(tmp_path / "sbatch", SBATCH)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**alone_environment(), "PATH": path, "SUBMITTED": str(tmp_path / "words"), **variables}
-    done = subprocess.run(["bash", "-c", f". recipes/common.sh\n{script}"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = recipe(script, path, SUBMITTED=str(tmp_path / "words"), **variables)
     assert done.returncode == 0, done.stderr[-2000:]
     return (tmp_path / "words").read_text().splitlines()
+
+
+def test_without_the_package_a_recipe_says_how_to_install_it(tmp_path):
+    """No python at all, and one that lacks the package: as a clone is before make install."""
+    said = "error: ropewalk is not installed; run: make install\n"
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "bash").symlink_to("/bin/bash")
+    assert ended("echo reached >&2", str(tools), tmp_path) == (2, said)
+    bare = tmp_path / "bare"
+    venv.create(bare, symlinks=True)
+    assert ended("echo reached >&2", f"{bare}/bin:/usr/bin:/bin", tmp_path) == (2, said)
+
+
+def test_what_you_bring_must_be_there_and_hold_something(tmp_path):
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    brought = f"given documents {tmp_path}/texts 'texts of yours'\necho reached >&2"
+    wanted = "it should be texts of yours (see the recipe's README)\n"
+    assert ended(brought, path) == (2, f"error: {tmp_path}/texts is not there; {wanted}")
+    (tmp_path / "texts").mkdir()
+    assert ended(brought, path) == (2, f"error: {tmp_path}/texts is empty; {wanted}")
+    (tmp_path / "texts" / "one.jsonl").touch()
+    assert ended(brought, path) == (0, "reached\n")
 
 
 @pytest.mark.slow
@@ -35,12 +75,50 @@ def test_training_is_submitted_for_its_cluster_with_the_planners_lead_time(tmp_p
     assert words[script + 1 :] == ["cluster=h100_8", "+experiment=cope20", "run_name=a b"]
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """``alone(script, **variables)``: what a recipe prints where there is no .venv and no sbatch; torchrun is told."""
+    tools, clone = tmp_path / "tools", tmp_path / "clone"
+    for directory in (tools, clone):
+        directory.mkdir()
+    for name in ("configs", "recipes", "scripts", "slurm", "src", "train.py"):
+        (clone / name).symlink_to(ROOT / name)
+    command(tools / "torchrun", 'echo torchrun "$@"')
+    command(tools / "python", f'exec {sys.executable} "$@"')
+    (tools / "bash").symlink_to("/bin/bash")
+
+    def run(script, **variables):
+        done = recipe(script, str(tools), clone, **variables)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", ["1", "8"])
-def test_an_evaluation_is_one_process_on_the_gpus_it_is_given(tmp_path, gpus):
-    words = submitted(tmp_path, "evaluate checkpoint=a output=b 'lengths=[64,128]'", EVALUATION_GPUS=gpus)
+def test_without_slurm_training_is_planned_for_the_node_it_runs_on(alone):
+    said = alone("train +experiment=cope20", CLUSTER="h100_8", NODES="4")
+    assert "65,536 tokens a sequence, 8 x h100_8" in said
+    assert said.splitlines()[-1] == "torchrun --standalone --nproc-per-node=gpu train.py +experiment=cope20"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpus", "device", "tasks"), [("1", "cuda", "1"), ("8", "cuda", "8"), ("8", "auto", "1")])
+def test_an_evaluation_is_one_task_a_gpu_unless_one_process_takes_them_all(tmp_path, gpus, device, tasks):
+    words = submitted(tmp_path, f"evaluate checkpoint=a 'lengths=[64,128]' device={device}", EVALUATION_GPUS=gpus)
     script = words.index("slurm/evaluate.sh")
-    tasks = [word for word in words[1:script] if word.startswith("--ntasks-per-node=")]
-    assert tasks[-1] == "--ntasks-per-node=1"  # sbatch takes the last
-    assert {f"--gpus-per-node={gpus}", "--nodes=1"} <= set(words[1:script])
-    assert words[script + 1 :] == ["cluster=h100_8", "checkpoint=a", "output=b", "lengths=[64,128]"]
+    given = dict(word.removeprefix("--").split("=", 1) for word in words[1:script])  # sbatch takes the last
+    # --ntasks stands above --ntasks-per-node, and the script's own line says 1.
+    assert (given["nodes"], given["gpus-per-node"]) == ("1", gpus)
+    assert (given["ntasks"], given["ntasks-per-node"]) == (tasks, tasks)
+    assert words[script + 1 :] == ["cluster=h100_8", "checkpoint=a", "lengths=[64,128]", f"device={device}"]
+
+
+def test_samples_and_data_are_of_suites_alone_and_ranks_share_them_without_slurm(alone):
+    evaluations = "evaluate suite=ruler checkpoint=a\nevaluate checkpoint=a"
+    said = alone(evaluations, EVALUATION_GPUS="2", EVALUATION_SAMPLES="50", EVALUATION_DATA="b c")
+    start = "torchrun --standalone --nproc-per-node=2 scripts/evaluate.py"
+    assert said.splitlines() == [
+        f"{start} suite=ruler checkpoint=a suite.samples=50 suite.data=b c",
+        f"{start} checkpoint=a",
+    ]
