@@ -200,7 +200,7 @@ def findings_of(examined, config, capsys):
     ({"documents": "nowhere"}, "suite"),
     ({"lengths": "[64,1000000000000]"}, "memory"),
     ({"backend": "vllm"}, "vllm"),
-    ({"suite": "short_offline", "suite.data": "nowhere"}, "data"),
+    ({"suite": "short_offline", "suite.data": "nowhere"}, "suite"),
 ], ids=lambda value: str(value or "fit"))  # fmt: skip
 def test_an_evaluation_is_looked_at(evaluated, change, subject, capsys):
     words = [f"{key}={value}" for key, value in {**evaluated, **change}.items()]
