@@ -123,6 +123,12 @@ def test_held_out_documents_are_as_long_as_they_are_asked_for(check):
     assert code == 0, errors
 
 
+def test_a_preparation_of_nothing_is_refused(check):
+    code, _, errors = check(["data_prep/prepare.py corpus=sources 'sequence_lengths=[512]'"])
+    assert code == 2
+    assert "corpus=sources names no documents; set corpus.paths=[DIR] or" in errors
+
+
 def test_what_is_given_counts(check):
     store = "train.py +experiment=cope20"
     assert check([store])[0] == 2

@@ -236,6 +236,7 @@ def test_windows_keep_less_than_is_counted(evaluated, tmp_path):
 @pytest.mark.parametrize(("change", "subject"), [
     ({}, None),
     ({"corpus.paths": "[nowhere]"}, "sources"),
+    ({"corpus.paths": "[]"}, "sources"),
     ({"corpus.tokenizer": "no/such/tokenizer"}, "sources"),
     ({"stage": "tokenize"}, "sources"),
 ], ids=lambda value: str(value or "fit"))  # fmt: skip
