@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,30 @@ def test_the_example_of_the_header_holds(clone):
     assert len(submitted) == 2 * 4 + 3 * 3 + 1
     assert "evaluate reads outputs/llama3_8b_64k_cope20_sft, data/llama3_8b_64k/heldout;" in done.stderr
     assert "compare reads outputs/llama3_8b_64k_rope_sft/evaluation, " in done.stderr
+
+
+SUBMITTERS = {"chain.sh": (), "prepare_data.sh": ("2", "corpus=stdlib", "sequence_lengths=[512]")}
+
+
+@pytest.mark.parametrize("name", SUBMITTERS)
+def test_a_script_that_submits_is_no_job(clone, name):
+    """SLURM runs a copy from a directory where nothing else is."""
+    spool = clone / "spool" / "job00001"
+    spool.mkdir(parents=True)
+    shutil.copy(ROOT / "slurm" / name, spool / "slurm_script")
+    done, submitted = submit(clone, str(spool / "slurm_script"), *SUBMITTERS[name])
+    assert (done.returncode, submitted) == (2, [])
+    assert done.stderr == "error: run it on the login node; it submits jobs itself\n"
+
+
+@pytest.mark.parametrize("name", SUBMITTERS)
+def test_a_python_without_the_package_is_named(clone, name):
+    (clone / "bin").mkdir()
+    (clone / "bin" / "python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -I -S "$@"\n')
+    (clone / "bin" / "python").chmod(0o755)
+    done, submitted = submit(clone, f"slurm/{name}", *SUBMITTERS[name], python=clone / "bin")
+    assert (done.returncode, submitted) == (2, [])
+    assert done.stderr == "error: ropewalk is not installed; run: make install\n"
 
 
 def test_options_are_words_as_they_are():
