@@ -61,8 +61,8 @@ trains() {
 
 # Everything is checked before anything is submitted: a typo ends here, and so does a run that does not fit.
 runs=() tuned=()
-[ ${#prepare[@]} -eq 0 ] || note data_prep/prepare.py "${prepare[@]:1}"
-[ ${#prepare_sft[@]} -eq 0 ] || note data_prep/prepare.py "${prepare_sft[@]:1}"
+[ ${#prepare[@]} -eq 0 ] || note data_prep/prepare.py n_shards="${prepare[0]}" "${prepare[@]:1}"
+[ ${#prepare_sft[@]} -eq 0 ] || note data_prep/prepare.py n_shards="${prepare_sft[0]}" "${prepare_sft[@]:1}"
 for i in "${!arms[@]}"; do
   trains runs +experiment="${arms[i]}" "${cluster[@]}" "${train[@]}"
   trains tuned +experiment=sft_64k start_from.run="${runs[i]}" run_name="$(basename "${runs[i]}")_sft" "${cluster[@]}" "${sft[@]}"

@@ -55,6 +55,7 @@ def chain(clone: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], l
 @pytest.mark.parametrize(("words", "said"), [
     (["prepare=4 corpus=typo sequence_lengths=[65536]"], "typo"),
     (["prepare=4 corpus=sources sequence_lengths=[65536]"], "corpus=sources names no documents"),
+    (["prepare_sft=corpus=ultrachat sequence_lengths=[65536]"], "n_shards"),  # without its number of tasks
     (["nodes=four"], "four"),
     (["nodes=6"], "48"),  # ranks among which a batch of 64 cannot be shared
     (["train=trainer.max_stepz=1"], "max_stepz"),
