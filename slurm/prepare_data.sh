@@ -6,7 +6,9 @@
 set -euo pipefail
 shopt -s inherit_errexit # what fails in $(...) ends this script, too
 cd "$(dirname "$0")/.."
+[ -f slurm/common.sh ] || { echo "error: run it on the login node; it submits jobs itself" >&2; exit 2; } # sbatch's copy
 export PATH="$PWD/.venv/bin:$PATH"
+python -c 'import ropewalk' 2>/dev/null || { echo "error: ropewalk is not installed; run: make install" >&2; exit 2; }
 
 tasks=${1:?usage: slurm/prepare_data.sh TASKS corpus=NAME \'sequence_lengths=[65536]\' [cluster=NAME] [overrides]}
 shift

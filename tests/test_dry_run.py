@@ -10,6 +10,7 @@ from helpers import alone_environment
 
 from ropewalk.dry_run import STAGES, dry_run_chain
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.evaluation.harness import tasks
 
 ROOT = CONFIG_DIR.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.sh"))
@@ -78,6 +79,54 @@ def test_a_chain_that_does_not_hold_stops_at_its_stage(check, number, changed, m
     assert code == 2
     assert message in errors
     assert errors.splitlines()[-1].startswith("dry run: stopped at ")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("", "documents is not set, and suite=quick reads held-out documents"),
+    ("documents=GIVEN 'lengths=[-1]'", "lengths=[-1] must name contexts of 64 tokens or more"),
+    ("documents=GIVEN 'lengths=[512]' device=gpu", "device=gpu is not known; use one of: cuda, cpu, auto"),
+    ("documents=GIVEN 'lengths=[512]' backend=vlm", "backend=vlm is not known; use one of: transformers, vllm"),
+    ("suite=ruler 'suite.tasks=[nonsense]'", "suite.tasks: RULER has no task 'nonsense'"),
+    ("suite=ruler suite.data=NOWHERE", "suite.data=NOWHERE is no directory; scripts/fetch_eval_data.sh brings it"),
+    ("suite=paper 'suite.suites=[shrt]'", "there is no suite 'shrt'; did you mean short?"),
+    ("suite=helmet suite.helmet.checkout=NOWHERE", "suite.helmet.checkout=NOWHERE holds no eval.py"),
+    ("suite=helmet suite.helmet.checkout=. suite.helmet.python=NOWHERE/python",
+     "suite.helmet.python=NOWHERE/python cannot be started"),
+    ("documents=GIVEN checkpoint=demo/export", "checkpoint=demo/export is not on this disk"),
+])  # fmt: skip
+def test_an_evaluation_is_checked_as_the_entry_checks_it(check, clone, words, message):
+    (clone / "eval.py").touch()
+    evaluate = f"scripts/evaluate.py checkpoint=outputs/a output=outputs/a/evaluation {words}"
+    code, _, errors = check(["given outputs/a run", "given GIVEN documents", evaluate])
+    assert code == 2
+    assert message in errors
+
+
+def test_scorers_that_are_not_here_are_a_warning(check, monkeypatch):
+    """The machine that evaluates may have them."""
+    monkeypatch.setattr(tasks, "OF_LONGBENCH", ("no_such_package",))
+    evaluate = "scripts/evaluate.py checkpoint=outputs/a output=outputs/a/evaluation suite=longbench 'lengths=[4096]'"
+    code, _, errors = check(["given outputs/a run", evaluate])
+    assert code == 0, errors
+    assert "dry run: warning: suite=longbench: LongBench's scores need no_such_package" in errors
+
+
+def test_held_out_documents_are_as_long_as_they_are_asked_for(check):
+    prepare, evaluate = DEMO[0], "scripts/evaluate.py checkpoint=outputs/a output=outputs/a/evaluation"
+    read = f"{evaluate} documents=data/demo/heldout"
+    asked = ["given outputs/a run", prepare, f"{read} 'lengths=[512,8192]'", f"{read} 'lengths=[512,8193]'"]
+    code, said, errors = check(asked)
+    assert code == 2
+    assert said.count("dry run: evaluate reads outputs/a, data/demo/heldout; writes outputs/a/evaluation") == 1
+    assert "documents=data/demo/heldout will hold documents of 8,192 tokens or more and lengths goes to 8,193" in errors
+    code, _, errors = check([*asked[:2], f"{read} suite=ruler 'lengths=[16384]'"])  # which reads none
+    assert code == 0, errors
+
+
+def test_a_preparation_of_nothing_is_refused(check):
+    code, _, errors = check(["data_prep/prepare.py corpus=sources 'sequence_lengths=[512]'"])
+    assert code == 2
+    assert "corpus=sources names no documents; set corpus.paths=[DIR] or" in errors
 
 
 def test_what_is_given_counts(check):

@@ -40,18 +40,22 @@ class Need:
         key: of the configuration.
         path: as it stands there.
         kinds: of what may lie there: store, heldout, model, run, evaluation, documents, mds.
-        length: tokens of its sequences, where it must have some.
+        length: tokens of its sequences, where they must be as many.
+        longest: tokens that the longest of its documents must have, where that is asked.
+        hub: whether it may be named as ORGANISATION/NAME on the hub.
     """
 
     key: str
     path: str
     kinds: tuple[str, ...]
     length: int | None = None
+    longest: int | None = None
+    hub: bool = False
 
 
 @dataclass(frozen=True)
 class Promise:
-    """A path that a stage writes, and what will lie there."""
+    """A path that a stage writes, and what will lie there; ``length`` in tokens, of a heldout's documents the least."""
 
     path: str
     kind: str
@@ -105,7 +109,7 @@ def _train(config: TrainConfig) -> Stage:
     if config.start_from.run is not None:
         needs.append(Need("start_from.run", config.start_from.run, ("run",)))
     elif config.model.path is not None:
-        needs.append(Need("model.path", config.model.path, ("model",)))
+        needs.append(Need("model.path", config.model.path, ("model",), hub=True))
     return Stage(needs, [Promise(config.run_dir, "run", data.sequence_length)])
 
 
@@ -119,13 +123,14 @@ def _prepare(config: PrepareConfig) -> Stage:
     validate_prepare(config)
     corpus, output = config.corpus, config.output
     needs = [Need("corpus.paths", path, ("documents",)) for path in corpus.paths]
-    needs += [Need("corpus.sources", source.path, ("documents",)) for source in corpus.sources]
+    for source in corpus.sources:
+        needs.append(Need("corpus.sources", source.path, ("documents",), hub=source.kind == "dataset"))
     if corpus.tokenizer is not None:
-        needs.append(Need("corpus.tokenizer", corpus.tokenizer, ("model", "tokenizer")))
+        needs.append(Need("corpus.tokenizer", corpus.tokenizer, ("model", "tokenizer"), hub=True))
     promises = [Promise(f"{output}/packed-{length}", "store", length) for length in config.sequence_lengths]
     promises.append(Promise(f"{output}/tokenizer", "tokenizer"))
     if corpus.heldout_documents:
-        promises.append(Promise(f"{output}/heldout", "heldout"))
+        promises.append(Promise(f"{output}/heldout", "heldout", corpus.heldout_length))
     return Stage(needs, promises)
 
 
@@ -142,20 +147,25 @@ def _export(config: ExportConfig) -> Stage:
         need = Need("checkpoint", config.checkpoint, ("run",))
         return Stage([need], [Promise(config.output or f"{config.checkpoint}/export", "model")])
     output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
-    return Stage([Need("model", config.model.path, ("model",))], [Promise(output, "model")])
+    return Stage([Need("model", config.model.path, ("model",), hub=True)], [Promise(output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
-    from ropewalk.evaluation.paper import read_published
+    from ropewalk.evaluation.harness.tasks import check_scorers
+    from ropewalk.evaluation.suites import checked_suites
     from ropewalk.rope import RopeChain
 
+    suites = checked_suites(config)
+    for suite in suites:
+        try:
+            check_scorers(suite)
+        except ValueError as error:  # the machine that evaluates may have them
+            print(f"dry run: warning: {error}", file=sys.stderr, flush=True)
     for steps in (config.rope.chain, config.test_time.within, config.test_time.beyond):
         RopeChain(steps)
-    if config.suite.published is not None:
-        read_published(config.suite.published)
     needs = [Need("checkpoint", config.checkpoint, ("run", "model"))]
-    if config.documents is not None:
-        needs.append(Need("documents", config.documents, ("heldout", "documents")))
+    if config.documents is not None and any(suite.harness == "quick" for suite in suites):
+        needs.append(Need("documents", config.documents, ("heldout", "documents"), longest=max(config.lengths)))
     return Stage(needs, [Promise(config.output, "evaluation")])
 
 
@@ -193,10 +203,16 @@ def _check(need: Need, promised: Mapping[str, Mapping[str, Any]], roots: tuple[s
         )
     if found["kind"] not in need.kinds:
         raise ValueError(f"{need.key}={need.path} will hold a {found['kind']}, not a {' or '.join(need.kinds)}")
-    if None not in (need.length, found["length"]) and need.length != found["length"]:
+    length = found["length"]
+    if None not in (need.length, length) and need.length != length:
         raise ValueError(
-            f"{need.key}={need.path} will hold sequences of {found['length']:,} tokens and "
+            f"{need.key}={need.path} will hold sequences of {length:,} tokens and "
             f"data.sequence_length={need.length}; make them equal"
+        )
+    if need.longest is not None and length is not None and need.longest > length:
+        raise ValueError(
+            f"{need.key}={need.path} will hold documents of {length:,} tokens or more and lengths goes to "
+            f"{need.longest:,}; set corpus.heldout_length={need.longest} there, or lengths to no more than {length}"
         )
 
 
@@ -214,10 +230,10 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _is_hub_id(need: Need, roots: tuple[str, ...]) -> bool:
-    """Whether a model or tokenizer is named as ORGANISATION/NAME; what lies below our own roots is a path."""
+    """Whether it is named as ORGANISATION/NAME; what lies below our own roots is a path."""
     parts = need.path.split("/")
     own = any(_plain(need.path).startswith(_plain(root) + os.sep) for root in roots)
-    return not own and len(parts) == 2 and all(parts) and parts[0] not in (".", "..") and "model" in need.kinds
+    return need.hub and not own and len(parts) == 2 and all(parts) and parts[0] not in (".", "..")
 
 
 def _plain(path: str) -> str:

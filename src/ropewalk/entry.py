@@ -210,14 +210,16 @@ def _report(error: Exception) -> int:
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
     if not isinstance(error, ValueError):  # Hydra's own: without its search path, and with a way on
-        message = f"{message.split('Config search path')[0].strip()}; {_mend(message)}"
+        message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_mend(message)}"
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _mend(message: str) -> str:
-    """What to do about an unknown key or option: the nearest key, if there is one."""
+    """What to do about a value that must be a list, or an unknown key or option: the nearest key, if there is one."""
+    if alone := re.search(r"override (\S+?)=(.+?) Invalid value assigned: \w+ is not a ListConfig", message):
+        return f"write it as {alone[1]}=[{alone[2]}]"
     unknown = re.search(r"Key '(\w+)' not in '(\w+)'", message)
     schema = getattr(config, unknown.group(2), None) if unknown else None
     near = difflib.get_close_matches(unknown.group(1), [f.name for f in fields(schema)]) if unknown and schema else []

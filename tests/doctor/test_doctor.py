@@ -220,7 +220,7 @@ def findings_of(examined, config, capsys):
     ({"documents": "nowhere"}, "suite"),
     ({"lengths": "[64,1000000000000]"}, "memory"),
     ({"backend": "vllm"}, "vllm"),
-    ({"suite": "short_offline", "suite.data": "nowhere"}, "data"),
+    ({"suite": "short_offline", "suite.data": "nowhere"}, "suite"),
 ], ids=lambda value: str(value or "fit"))  # fmt: skip
 def test_an_evaluation_is_looked_at(evaluated, change, subject, capsys):
     words = [f"{key}={value}" for key, value in {**evaluated, **change}.items()]
@@ -256,6 +256,7 @@ def test_windows_keep_less_than_is_counted(evaluated, tmp_path):
 @pytest.mark.parametrize(("change", "subject"), [
     ({}, None),
     ({"corpus.paths": "[nowhere]"}, "sources"),
+    ({"corpus.paths": "[]"}, "sources"),
     ({"corpus.tokenizer": "no/such/tokenizer"}, "sources"),
     ({"stage": "tokenize"}, "sources"),
 ], ids=lambda value: str(value or "fit"))  # fmt: skip

@@ -97,6 +97,18 @@ def test_an_unknown_command_is_one_line(script):
     assert done.stderr == f"error: {script.split('/')[1]} has no command '{known[:-1]}'; did you mean {known}?\n"
 
 
+@pytest.mark.parametrize(("words", "mend"), [
+    (["scripts/compare.py", "runs=outputs/a"], "write it as runs=[outputs/a]"),
+    (["scripts/evaluate.py", "checkpoint=x", "output=y", "lengths=8192"], "write it as lengths=[8192]"),
+    (["data_prep/prepare.py", "sequence_lengths=512"], "write it as sequence_lengths=[512]"),
+])  # fmt: skip
+def test_a_value_that_must_be_a_list_is_shown_as_one(words, mend):
+    done = run(sys.executable, *words)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"is not a ListConfig, list or tuple; {mend}\n")
+
+
 def test_the_commands_are_listed():
     done = run(sys.executable, "scripts/analyze.py", "--help")
     assert done.returncode == 0

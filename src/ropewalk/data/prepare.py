@@ -383,6 +383,11 @@ def validate_prepare(config: PrepareConfig) -> None:
             raise ValueError(f"corpus.{name}={getattr(config.corpus, name)} must not be negative; 0 means none")
     if config.corpus.heldout_length < 2:
         raise ValueError(f"corpus.heldout_length={config.corpus.heldout_length} must be at least 2 tokens; raise it")
+    if not (config.corpus.stdlib or config.corpus.paths or config.corpus.sources):
+        raise ValueError(
+            f"corpus={config.corpus.name} names no documents; set corpus.paths=[DIR] or "
+            "'corpus.sources=[{domain: NAME, path: DIR}]'"
+        )
     one_of("stage", config.stage, STAGES)
     one_of("corpus.engine", config.corpus.engine, ENGINES)
     one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))

@@ -74,18 +74,13 @@ def _installed(package: str, why: str) -> Finding:
 def check_suite(config: EvaluateConfig) -> Iterator[Finding]:
     """Every part of the suite finds its harness and its data."""
     from ropewalk.evaluation.documents import find_documents
-    from ropewalk.evaluation.paper import read_published
-    from ropewalk.evaluation.suites import check_suites, flattened
+    from ropewalk.evaluation.harness.tasks import check_scorers
+    from ropewalk.evaluation.suites import checked_suites
 
-    suites = list(flattened(config.suite, config.paths.data_dir))
-    check_suites(suites, config)
-    if config.suite.published is not None:
-        read_published(config.suite.published)
-    for suite in suites:
-        if suite.data is not None and not Path(suite.data).is_dir():
-            yield fail("data", f"suite.data={suite.data} is no directory; scripts/fetch_eval_data.sh brings it")
-        elif suite.harness == "quick":
-            count = sum(1 for _ in find_documents(Path(config.documents or "")))
+    for suite in checked_suites(config):
+        check_scorers(suite)
+        if suite.harness == "quick":
+            count = sum(1 for _ in find_documents(Path(str(config.documents))))
             yield ok("documents", f"{count:,} in {config.documents}")
         else:
             yield ok("data", f"{suite.name}: {suite.data or 'from the hub'}")

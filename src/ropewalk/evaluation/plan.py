@@ -101,12 +101,8 @@ def make_plan(config: EvaluateConfig) -> Plan:
         ValueError: naming the value, the rule and the mend.
     """
     check_settings(config)
-    if config.documents is None:
-        raise ValueError(
-            "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
-            " wrote, or one of text files"
-        )
-    documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
+    require_device("device", config.device)
+    documents = existing_directory("documents", str(config.documents), "write one with data_prep/prepare.py")
     directory = checked_checkpoint(config.checkpoint)
     position = read_position(directory)
     settings = settings_by_length(position, config.rope, config.test_time, config.lengths)
@@ -165,12 +161,17 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def check_settings(config: EvaluateConfig) -> None:
-    """Check the settings by themselves.
+    """Check the settings of suite=quick by themselves, without the machine, the checkpoint and the documents.
 
     Raises:
         ValueError: naming the value, the rule and the mend.
     """
     lengths, needle = config.lengths, config.needle
+    if config.documents is None:
+        raise ValueError(
+            "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
+            " wrote, or one of text files"
+        )
     if not lengths or min(lengths) < SHORTEST:
         raise ValueError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
     if lengths != sorted(set(lengths)):
@@ -191,6 +192,11 @@ def check_settings(config: EvaluateConfig) -> None:
             f"needle.digits={needle.digits} must be 1 or more, and needle.distractors={needle.distractors} 0 "
             "or more but fewer than there are keys of so many digits; the passkey test has 5 and 0"
         )
+    check_engine(config)
+
+
+def check_engine(config: EvaluateConfig) -> None:
+    """Raise ValueError for a number format, device or backend that is not known."""
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
     one_of("device", config.device, DEVICES)
-    require_device("device", config.device)
+    one_of("backend", config.backend, ("transformers", "vllm"))

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, one_of, require_device
+from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, require_device
 from ropewalk.evaluation.plan import (
-    DEVICES,
+    check_engine,
     checked_checkpoint,
     checkpoint_sha256,
     load_tokenizer,
@@ -105,9 +105,7 @@ def make_subject(config: EvaluateConfig) -> Subject:
     Raises:
         ValueError: naming the value, the rule and the mend.
     """
-    one_of("dtype", config.dtype, ("bfloat16", "float32"))
-    one_of("device", config.device, DEVICES)
-    one_of("backend", config.backend, ("transformers", "vllm"))
+    check_engine(config)
     require_device("device", config.device)
     directory = checked_checkpoint(config.checkpoint)
     subject = Subject(config, directory, read_position(directory))

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from ropewalk.config import EvaluateConfig, SuiteConfig, TestTimeConfig
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.evaluation.cells import Cell, CellStore
-from ropewalk.evaluation.harness.tasks import check_tasks
+from ropewalk.evaluation.harness.tasks import check_scorers, check_tasks
 from ropewalk.evaluation.helmet.run import check_checkout, run_helmet
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
+from ropewalk.evaluation.plan import check_engine, check_settings
 from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import RESULTS, writable_directory
 from ropewalk.evaluation.ruler.run import check_ruler, run_ruler
@@ -44,8 +45,9 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
     Raises:
         ValueError: for a wrong configuration, checkpoint, task or file, before a model is loaded where possible.
     """
-    suites = list(flattened(config.suite, config.paths.data_dir))
-    check_suites(suites, config)
+    suites = checked_suites(config)
+    for suite in suites:
+        check_scorers(suite)
     published = None if config.suite.published is None else read_published(config.suite.published)
     subject = make_subject(config)
     output = writable_directory("output", config.output)
@@ -119,22 +121,33 @@ def compare_published(output: Path, published: pd.DataFrame) -> str:
     return "\n".join(filter(None, [shown if len(beside) else "", not_measured(table, published)]))
 
 
-def check_suites(suites: list[SuiteConfig], config: EvaluateConfig) -> None:
-    """Check every suite before the first is run.
+def checked_suites(config: EvaluateConfig) -> list[SuiteConfig]:
+    """The suites of an evaluation, after all was checked that needs no checkpoint, documents, device or scorers.
 
     Raises:
-        ValueError: for a task, length or HELMET checkout that is not there, or lm-eval that is not installed.
+        ValueError: for a suite, task, length, HELMET checkout or file that is not there, a setting that does not hold,
+            or lm-eval that is not installed.
     """
+    suites = list(flattened(config.suite, config.paths.data_dir))
+    check_engine(config)
+    if config.suite.published is not None:
+        read_published(config.suite.published)
+    for suite in suites:
+        if suite.data is not None and not Path(suite.data).is_dir():
+            raise ValueError(f"suite.data={suite.data} is no directory; scripts/fetch_eval_data.sh brings it")
     needs = [suite.name for suite in suites if suite.harness in ("ruler", "lm_eval")]
     if needs and find_spec("lm_eval") is None:
         raise ValueError(f"suite={needs[0]} runs through lm-eval, which is not installed; pip install 'ropewalk[eval]'")
     for suite in sorted(suites, key=lambda suite: suite.harness == "lm_eval"):  # whose check takes seconds, last
-        if suite.harness == "ruler":
+        if suite.harness == "quick":
+            check_settings(config)
+        elif suite.harness == "ruler":
             check_ruler(suite, config.lengths)
         elif suite.harness == "lm_eval":
             check_tasks(suite)
         elif suite.harness == "helmet":
             check_checkout(suite)
+    return suites
 
 
 def _run(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:

@@ -43,7 +43,7 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def check_tasks(suite: SuiteConfig) -> None:
-    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it, or cannot score here."""
+    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it."""
     known = task_manager().all_tasks
     for key in ("tasks", "few_shot", "datasets", "metrics"):
         for task in getattr(suite, key):
@@ -52,6 +52,10 @@ def check_tasks(suite: SuiteConfig) -> None:
                     f"suite.{key}: lm-eval {harness_version()} has no task {task!r}; {nearest(task, known)} "
                     "(`lm_eval ls tasks` lists them)"
                 )
+
+
+def check_scorers(suite: SuiteConfig) -> None:
+    """Raise ValueError for tasks whose scores need packages that are not installed here."""
     scorers = [name for name in OF_LONGBENCH if find_spec(name) is None]
     if scorers and any(task.startswith("longbench") for task in suite.tasks):
         raise ValueError(

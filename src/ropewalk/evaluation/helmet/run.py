@@ -69,6 +69,11 @@ def check_checkout(suite: SuiteConfig) -> Path:
             f"suite.helmet.checkout={suite.helmet.checkout} holds no eval.py; clone github.com/princeton-nlp/HELMET, "
             "install its requirements in an environment of its own (suite.helmet.python=...), and name the clone"
         )
+    if shutil.which(suite.helmet.python) is None:
+        raise ValueError(
+            f"suite.helmet.python={suite.helmet.python} cannot be started (there is no such program); name the "
+            "python of HELMET's environment"
+        )
     return checkout.resolve()
 
 
