@@ -86,6 +86,7 @@ def test_a_chain_that_does_not_hold_stops_at_its_stage(check, number, changed, m
     ("documents=GIVEN 'lengths=[-1]'", "lengths=[-1] must name contexts of 64 tokens or more"),
     ("documents=GIVEN 'lengths=[512]' device=gpu", "device=gpu is not known; use one of: cuda, cpu, auto"),
     ("documents=GIVEN 'lengths=[512]' backend=vlm", "backend=vlm is not known; use one of: transformers, vllm"),
+    ("documents=GIVEN 'lengths=[512]' '+test_time.at={512: [{method: yarm}]}'", "yarm"),
     ("suite=ruler 'suite.tasks=[nonsense]'", "suite.tasks: RULER has no task 'nonsense'"),
     ("suite=ruler suite.data=NOWHERE", "suite.data=NOWHERE is no directory; scripts/fetch_eval_data.sh brings it"),
     ("suite=paper 'suite.suites=[shrt]'", "there is no suite 'shrt'; did you mean short?"),

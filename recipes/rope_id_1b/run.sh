@@ -31,9 +31,7 @@ for arm in native high_frequency half_rope rope_id; do
   measure "$run" "$run" '[4096,8192,16384]' rope_id_paper "$published" test_time=none
 done
 # The YaRN row: the RoPE arm with YaRN beyond its length, by 2 at 8,192 and by 4 at 16,384 as in the paper.
-yarn() { echo "$1: [{method: yarn, factor: $2, original_max_position_embeddings: trained_length}]"; }
-measure yarn_4k rope_4k '[4096,8192,16384]' rope_id_paper "$published" name=yarn \
-  test_time=none "+test_time.at={$(yarn 8192 2.0), $(yarn 16384 4.0)}"
+measure yarn_4k rope_4k '[4096,8192,16384]' rope_id_paper "$published" test_time=yarn_follow name=yarn
 stage scripts/compare.py "runs=[$out/rope_4k,$out/high_frequency_4k,$out/half_rope_4k,$out/yarn_4k,$out/rope_id_4k]" \
   baseline=rope_4k published="recipes/rope_id_1b/$published" output="$out/from_scratch.html" title='RoPE-ID from scratch at 4k'
 [ "$MODEL" = rope_id_1b ] || exit 0

@@ -152,8 +152,8 @@ def _export(config: ExportConfig) -> Stage:
 
 def _evaluate(config: EvaluateConfig) -> Stage:
     from ropewalk.evaluation.harness.tasks import check_scorers
+    from ropewalk.evaluation.settings import check_chains
     from ropewalk.evaluation.suites import checked_suites
-    from ropewalk.rope import RopeChain
 
     suites = checked_suites(config)
     for suite in suites:
@@ -161,8 +161,7 @@ def _evaluate(config: EvaluateConfig) -> Stage:
             check_scorers(suite)
         except ValueError as error:  # the machine that evaluates may have them
             print(f"dry run: warning: {error}", file=sys.stderr, flush=True)
-    for steps in (config.rope.chain, config.test_time.within, config.test_time.beyond):
-        RopeChain(steps)
+    check_chains(config.rope, config.test_time)
     needs = [Need("checkpoint", config.checkpoint, ("run", "model"))]
     if config.documents is not None and any(suite.harness == "quick" for suite in suites):
         needs.append(Need("documents", config.documents, ("heldout", "documents"), longest=max(config.lengths)))

@@ -66,6 +66,16 @@ def settings_by_length(
     return settings
 
 
+def check_chains(rope: RopeConfig, test_time: TestTimeConfig) -> None:
+    """Check every chain that an evaluation may append, without the checkpoint that it would follow.
+
+    Raises:
+        ValueError: from the chain, for a method or an argument that is not known.
+    """
+    for steps in (rope.chain, test_time.within, test_time.beyond, *test_time.at.values()):
+        RopeChain(_follow(steps, 2.0))  # whatever the ratio
+
+
 def _follow(steps: Steps, ratio: float) -> list[dict[str, Any]]:
     """``steps`` with the ratio of the length to the trained one in place of the word for it."""
     return [{name: ratio if value == LENGTH_RATIO else value for name, value in step.items()} for step in steps]
