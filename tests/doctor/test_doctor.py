@@ -284,6 +284,18 @@ def test_room_for_tokens_is_four_bytes_for_four(tmp_path, monkeypatch):
         assert finding.level == level
 
 
+@pytest.mark.parametrize(("checkpoint", "subjects"), [(None, []), ("nowhere", ["model"])])
+def test_another_process_of_an_evaluation_shows_its_screen_where_it_finds_a_fault(
+    evaluated, checkpoint, subjects, capsys, monkeypatch
+):
+    monkeypatch.setenv("RANK", "1")
+    words = [
+        f"{key}={value}" for key, value in {**evaluated, "checkpoint": checkpoint or evaluated["checkpoint"]}.items()
+    ]
+    failed, found = findings_of(examine_evaluation, composed("evaluate", *words), capsys)
+    assert (failed, [name for name, level in found.items() if level == "FAIL"]) == (len(subjects), subjects)
+
+
 def test_a_comparison_is_looked_at(store_64, tmp_path, capsys):
     config = tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1")
     train(config)

@@ -190,14 +190,14 @@ def evaluation_words(site: Site, name: str) -> list[str]:
 
 
 def evaluation(site: Site) -> Scenario:
-    """As a recipe submits it, and its limit comes near after the first part was measured."""
+    """As a recipe submits it, with two tasks; its limit comes near after the first part was measured."""
     yield from until(Paced(lambda: "straight" in site.jobs), PATIENCE, "submission of straight")
     yield from done(site, "straight")
     site.records["evaluation"] = site.output / "jobs" / "evaluation"
     command = [
-        "sbatch", "--wait", "--parsable", f"--output={site.output}/evaluation.log", *ONE_NODE, "--job-name=evaluation",
-        "--signal=B:USR1@180", "--time=20", "slurm/evaluate.sh", *evaluation_words(site, "evaluation"),
-        "cluster=laptop",
+        "sbatch", "--wait", "--parsable", f"--output={site.output}/evaluation.log", *ONE_NODE, "--ntasks=2",
+        "--ntasks-per-node=2", "--job-name=evaluation", "--signal=B:USR1@180", "--time=20", "slurm/evaluate.sh",
+        *evaluation_words(site, "evaluation"), "cluster=laptop",
     ]  # fmt: skip
     said = site.output / "evaluation.wait"
     with said.open("w") as output:
@@ -216,15 +216,6 @@ def evaluation(site: Site) -> Scenario:
         if waiting.poll() is None:
             waiting.kill()
         waiting.wait()
-
-
-def shared_evaluation(site: Site) -> Scenario:
-    """Two tasks share the samples of one evaluation, on the export that another one has made."""
-    yield from until((site.run_dir("evaluation") / "partial").exists, PATIENCE, "begin of the evaluation")
-    site.records["shared"] = site.output / "jobs" / "shared"
-    options = [*ONE_NODE, "--ntasks=2", "--ntasks-per-node=2", "--job-name=shared", "--time=20"]
-    site.sbatch("shared", *options, "slurm/evaluate.sh", *evaluation_words(site, "shared"), "cluster=laptop")
-    yield from done(site, "shared")
 
 
 def preparation(site: Site) -> Scenario:

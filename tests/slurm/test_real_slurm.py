@@ -37,7 +37,6 @@ ALL = {
     "own_failures": scenarios.own_failures,
     "sweep": scenarios.sweep,
     "evaluation": scenarios.evaluation,
-    "shared_evaluation": scenarios.shared_evaluation,
     "preparation": scenarios.preparation,
 }
 
@@ -211,39 +210,24 @@ def test_a_chain_goes_from_documents_to_a_report(site):
 
 
 @pytest.mark.scenario("evaluation")
-def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site, undisturbed):
-    """The part from before is read, not measured again, and all numbers are those of one that nobody disturbed."""
+def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
+    """The part from before is read, not measured again, and all numbers are those of one undisturbed process."""
     first, second = site.record("evaluation", 0), site.record("evaluation", 1)
     assert (first["State"], first["Progress"]) == ("REQUEUED", True)
     assert first["Reason"].startswith("told to leave")
-    assert second["State"] == "COMPLETED"
+    assert (second["State"], [rank["code"] for rank in second["Ranks"]]) == ("COMPLETED", [0, 0])
     begun = site.record("evaluation", 1, "begin.json")
     assert begun["progress"] == site.record("evaluation", 0, "begin.json")["progress"] + 1
-    assert site.log("evaluation").count("0 to mend") == 2  # the doctor, each time
+    assert site.log("evaluation").count("0 to mend") == 2  # the doctor, each time, on one of two tasks
     _, again = site.log("evaluation").split("start 2, on")
     assert "loss to 256" not in again
     assert "needle at 128" in again
-    same_tables(site.run_dir("evaluation"), undisturbed)
-
-
-@pytest.mark.scenario("shared_evaluation")
-def test_two_tasks_share_an_evaluation(site, undisturbed):
-    ended = site.record("shared", 0)
-    assert (ended["State"], [rank["code"] for rank in ended["Ranks"]]) == ("COMPLETED", [0, 0])
-    same_tables(site.run_dir("shared"), undisturbed)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(played):
-    """The same evaluation by one process that nobody disturbed."""
-    site, _ = played
     evaluate(composed("evaluate", *scenarios.evaluation_words(site, "undisturbed")))
-    return site.run_dir("undisturbed")
-
-
-def same_tables(found, expected):
     for table in ("results", "documents"):
-        assert_frame_equal(*(read_parquet(directory / f"{table}.parquet") for directory in (found, expected)))
+        found, expected = (
+            read_parquet(site.run_dir(name) / f"{table}.parquet") for name in ("evaluation", "undisturbed")
+        )
+        assert_frame_equal(found, expected)
 
 
 @pytest.mark.scenario("preparation")

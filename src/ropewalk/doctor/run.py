@@ -54,9 +54,11 @@ def _gathered(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
 
 
 def examine_evaluation(config: EvaluateConfig) -> int:
-    """What one evaluation needs, on the process that prints: its device, model, memory, harness, texts and output."""
+    """What one evaluation needs: its device (each process its own), model, memory, harness, texts and output."""
     gpus = 1 if config.device == "cuda" else torch.cuda.device_count()
-    findings = guarded("device", lambda: check_device("cpu" if config.device == "cpu" else "cuda", gpus, 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = "cpu" if config.device == "cpu" else "cuda"
+    findings = guarded("device", lambda: check_device(device, gpus, local_rank))
     findings += guarded("model", lambda: check_evaluated(config))
     findings += guarded("suite", lambda: check_suite(config))
     return _print(config.name or config.checkpoint, findings, Path(config.output))
@@ -76,7 +78,8 @@ def examine_comparison(config: CompareConfig) -> int:
 def _print(title: str, findings: list[Finding], output: Path) -> int:
     findings += guarded("file system", lambda: check_file_system(make_directory(output)))
     text, failed = screen(f"doctor: {title}, on {_node()}", [(_node(), findings)])
-    print(text, flush=True)
+    if failed or os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
     return failed
 
 
