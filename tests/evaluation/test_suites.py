@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import tiny_run
 from hydra import compose, initialize_config_dir
 
 from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig, SuiteConfig
@@ -19,6 +20,7 @@ from ropewalk.evaluation import read_document_losses, read_results
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.suites import evaluate_suite, flattened
 from ropewalk.evaluation.table import read_table
+from ropewalk.training import train
 
 pytest.importorskip("lm_eval")
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
@@ -250,3 +252,19 @@ def test_two_processes_share_documents_and_needles(config, documents, tmp_path) 
     two_processes(config, shared, f"documents={documents}", "test_time=auto", *needle)
     pd.testing.assert_frame_equal(read_results(shared), read_results(config.output))
     pd.testing.assert_frame_equal(read_document_losses(shared), read_document_losses(config.output))
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_that_is_not_exported_export_it_once(config, documents, store_64, tmp_path) -> None:
+    train(tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1"))
+    config.checkpoint, config.lengths = str(tmp_path / "run"), [128]
+    two_processes(config, tmp_path / "shared", f"documents={documents}", "test_time=none", "needle.samples=0")
+    assert len(list((tmp_path / "run").glob("exports/*/config.json"))) == 1
+    assert len(read_document_losses(tmp_path / "shared")) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_checkpoint_that_is_not_there_both_end(config, documents, tmp_path) -> None:
+    config.checkpoint, config.lengths = str(tmp_path / "none"), [128]
+    with pytest.raises(subprocess.CalledProcessError):
+        two_processes(config, tmp_path / "shared", f"documents={documents}", "test_time=none")

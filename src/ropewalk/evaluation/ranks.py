@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -54,6 +57,26 @@ class Ranks:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, item)
         return gathered
+
+    def first_alone(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, on rank 0 before the others: it may write what they then read. Collective.
+
+        Raises:
+            ValueError: on the other ranks, where it raised on rank 0; there, what it raised.
+        """
+        if not self.is_shared:
+            return work()
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as raised:  # the others must hear of it, whatever it is
+                error = raised
+        problem = self.gather(error and f"rank 0: {error}")[0]
+        if problem is not None:
+            self.close()
+            raise error or ValueError(problem)
+        return cast(T, result) if self.rank == 0 else work()
 
     def close(self) -> None:
         """Leave the group."""

@@ -49,9 +49,9 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
     for suite in suites:
         check_scorers(suite)
     published = None if config.suite.published is None else read_published(config.suite.published)
-    subject = make_subject(config)
-    output = writable_directory("output", config.output)
     ranks = Ranks.launched()
+    subject = ranks.first_alone(lambda: make_subject(config))  # it may export the run
+    output = writable_directory("output", config.output)
     store = CellStore(output, config.overwrite)
     for suite in suites:
         for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
