@@ -25,14 +25,14 @@ from ropewalk.planner import make_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 SECONDS = 900  # after which something hangs; they take five minutes on two cores with no other work
-ALL = {  # in the order of their submission; what takes longest first
-    "straight": scenarios.straight,  # the evaluation waits for it
+ALL = {
     "chain": scenarios.chain,
     "time_limit": scenarios.time_limit,
     "late": scenarios.late,
     "dead_node": scenarios.dead_node,
     "killed_ranks": scenarios.killed_ranks,
     "multirun": scenarios.multirun,
+    "straight": scenarios.straight,
     "early": scenarios.early_and_cancelled,
     "own_failures": scenarios.own_failures,
     "sweep": scenarios.sweep,
