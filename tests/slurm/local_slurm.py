@@ -27,7 +27,7 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket,cred_expire={requeue_wait}
 CredType=cred/munge
 SlurmctldPort={port}
-FirstJobId={port}
+FirstJobId={first_job}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool.%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -88,7 +88,9 @@ class LocalSlurm:
         host = socket.gethostname().split(".")[0]
         line = "NodeName={} NodeHostname={} NodeAddr=127.0.0.1 Port={} CPUs={} RealMemory=16000 State=UNKNOWN"
         nodes = "\n".join(line.format(node, host, own, self.cpus) for node, own in zip(NODES, ports, strict=True))
-        text = CONFIG.format(root=self.root, port=port, host=host, nodes=nodes, requeue_wait=REQUEUE_WAIT)
+        # Ranks meet at a port by their job's number, which must be none of the daemons'.
+        numbers = {"port": port, "first_job": port + 1000, "requeue_wait": REQUEUE_WAIT}
+        text = CONFIG.format(root=self.root, host=host, nodes=nodes, **numbers)
         (self.root / "slurm.conf").write_text(text)
         (self.root / "state").mkdir(exist_ok=True)
         try:
