@@ -24,7 +24,7 @@ from ropewalk.evaluation import evaluate
 from ropewalk.planner import make_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-SECONDS = 900  # after which something hangs; they take five minutes on two cores with no other work
+SECONDS = 900  # after which something hangs; they take six minutes on two cores with no other work
 ALL = {
     "chain": scenarios.chain,
     "time_limit": scenarios.time_limit,
