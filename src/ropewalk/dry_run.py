@@ -29,6 +29,7 @@ from ropewalk.config import (
     is_remote,
     validate_train,
 )
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 
@@ -79,11 +80,11 @@ def dry_run(command: str, config: Any, ledger: Path) -> None:
         ledger: JSON file; made where there is none.
 
     Raises:
-        ValueError: for a configuration that does not hold, or a path that neither exists nor is promised.
+        UserError: for a configuration that does not hold, or a path that neither exists nor is promised.
     """
     describe = STAGES.get(command)
     if describe is None:
-        raise ValueError(f"no dry run is described for {command}; there is one for: {', '.join(STAGES)}")
+        raise UserError(f"no dry run is described for {command}; there is one for: {', '.join(STAGES)}")
     stage, promised = describe(config), _read(ledger)
     roots = (config.paths.data_dir, config.paths.output_dir)
     for need in stage.needs:
@@ -175,7 +176,7 @@ def _compare(config: CompareConfig) -> Stage:
         read_published(config.published, "published")
     names = [Path(run).name for run in config.runs]
     if config.baseline is not None and config.baseline not in names:
-        raise ValueError(f"baseline={config.baseline} is none of the runs; use one of {', '.join(names)}")
+        raise UserError(f"baseline={config.baseline} is none of the runs; use one of {', '.join(names)}")
     needs = [Need("runs", f"{run}/evaluation", ("evaluation",)) for run in config.runs]
     return Stage(needs, [Promise(config.output, "report")])
 
@@ -197,19 +198,19 @@ def _check(need: Need, promised: Mapping[str, Mapping[str, Any]], roots: tuple[s
     found = promised.get(_plain(need.path)) or _above(need, promised)
     if found is None:
         known = [path for path, entry in promised.items() if entry["kind"] in need.kinds] or ["nothing of that kind"]
-        raise ValueError(
+        raise UserError(
             f"{need.key}={need.path} is not on this disk and no stage before promises it; promised: {', '.join(known)}"
         )
     if found["kind"] not in need.kinds:
-        raise ValueError(f"{need.key}={need.path} will hold a {found['kind']}, not a {' or '.join(need.kinds)}")
+        raise UserError(f"{need.key}={need.path} will hold a {found['kind']}, not a {' or '.join(need.kinds)}")
     length = found["length"]
     if None not in (need.length, length) and need.length != length:
-        raise ValueError(
+        raise UserError(
             f"{need.key}={need.path} will hold sequences of {length:,} tokens and "
             f"data.sequence_length={need.length}; make them equal"
         )
     if need.longest is not None and length is not None and need.longest > length:
-        raise ValueError(
+        raise UserError(
             f"{need.key}={need.path} will hold documents of {length:,} tokens or more and lengths goes to "
             f"{need.longest:,}; set corpus.heldout_length={need.longest} there, or lengths to no more than {length}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import linecache
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ropewalk import config
 from ropewalk.config import SCHEMAS
+from ropewalk.errors import UserError
 from ropewalk.slurm.options import RESOLVERS
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -52,9 +52,9 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
     ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
-    called; ropewalk.dry_run checks the configuration and its paths instead. A ValueError that this package raised, or
-    anything wrong with the configuration itself, ends the process with one line on stderr and exit code 2; every other
-    exception keeps its traceback.
+    called; ropewalk.dry_run checks the configuration and its paths instead. A UserError, or anything wrong with the
+    configuration itself, ends the process with one line on stderr and exit code 2; every other exception keeps its
+    traceback.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
@@ -73,9 +73,7 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
                     dry_run(config_name, config_object, Path(ledgers[-1]))
                 else:
                     main(config_object)
-            except ValueError as error:  # here, so that Hydra adds no line of its own
-                if not _is_ours(error):
-                    raise
+            except UserError as error:  # here, so that Hydra adds no line of its own
                 sys.exit(_report(error))
 
         run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(with_object)
@@ -101,7 +99,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
     """The dataclass that ``configs/<config_name>.yaml`` gives with these overrides.
 
     Raises:
-        ValueError: for a mandatory value that nothing has set; Hydra's own errors for what it does not know.
+        UserError: for a mandatory value that nothing has set; Hydra's own errors for what it does not know.
     """
     register_schemas()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -113,9 +111,7 @@ def user_errors() -> Iterator[None]:
     """End the process as :func:`entry` does where the user's input is wrong."""
     try:
         yield
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
+    except UserError as error:
         sys.exit(_report(error))
     except (CompactHydraException, OmegaConfBaseException) as error:
         sys.exit(_report(error))
@@ -147,13 +143,13 @@ def to_object(composed: DictConfig) -> Any:
     """The composed configuration as its dataclass, every interpolation resolved.
 
     Raises:
-        ValueError: for a mandatory value that nothing has set.
+        UserError: for a mandatory value that nothing has set.
     """
     try:
         return OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         key = error.full_key
-        raise ValueError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
+        raise UserError(f"{key} is not set; give it on the command line ({key}=...) or in an experiment") from error
 
 
 def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
@@ -193,23 +189,11 @@ def plain_argument(argument: str) -> str:
     return f"model.path{equals}{value}" if key == "model" else argument
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether a raise statement of this package made it; what comes out of a library is a fault with a traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return False
-    file = trace.tb_frame.f_code.co_filename
-    is_raise = linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
-    return is_raise and Path(file).is_relative_to(Path(__file__).parent)
-
-
 def _report(error: Exception) -> int:
     message = str(error)
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
-    if not isinstance(error, ValueError):  # Hydra's own: without its search path, and with a way on
+    if not isinstance(error, UserError):  # Hydra's own: without its search path, and with a way on
         message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_mend(message)}"
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from ropewalk.errors import UserError
+
 
 def fsync_path(path: Path) -> None:
     """Push a file, or the entries of a directory, to the disk."""
@@ -49,10 +51,10 @@ def blake3_of(path: Path) -> str:
 
 
 def inside(root: Path, name: str) -> Path:
-    """``root / name``, or ValueError where a name read from data leads out of ``root``."""
+    """``root / name``, or UserError where a name read from data leads out of ``root``."""
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
+        raise UserError(
             f"{name!r} leads out of {root}; the directory was tampered with or copied wrongly: do not use it"
         )
     return path

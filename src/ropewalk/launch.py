@@ -9,6 +9,8 @@ import os
 import signal
 from collections.abc import MutableMapping
 
+from ropewalk.errors import UserError
+
 HELD = (signal.SIGUSR1, signal.SIGUSR2)  # warnings; SIGTERM ends a rank that has not begun
 RANK_OF = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
@@ -27,14 +29,14 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, LOCAL_RANK and WORLD_SIZE in a task that srun started; MASTER_ADDR is the job script's to set.
 
     Raises:
-        ValueError: where several tasks were started without MASTER_ADDR: each would be a run of its own in the same
+        UserError: where several tasks were started without MASTER_ADDR: each would be a run of its own in the same
             directory.
     """
     tasks = int(environment.get("SLURM_NTASKS", "1"))
     if "RANK" in environment or "SLURM_PROCID" not in environment or tasks == 1:
         return
     if "MASTER_ADDR" not in environment:
-        raise ValueError(
+        raise UserError(
             f"SLURM_NTASKS={tasks} but MASTER_ADDR is not set, so every task would be rank 0; start through "
             "slurm/train_64k.sh or hydra/launcher=slurm, which set it"
         )

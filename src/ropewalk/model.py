@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ropewalk import attention
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.errors import UserError
 from ropewalk.rope import RopeChain
 from ropewalk.rope.position import METADATA_KEY, Position, Steps, position_of, unreachable
 from ropewalk.rotary import assert_spectrum, install_spectrum, place_position
@@ -59,7 +60,7 @@ def training_config(
             and its trained length that of ``model.pretrained_length``.
 
     Raises:
-        ValueError: for an unsupported architecture, or a declared theta, head_dim or pretrained length that the
+        UserError: for an unsupported architecture, or a declared theta, head_dim or pretrained length that the
             checkpoint contradicts.
     """
     if start is not None:
@@ -101,12 +102,12 @@ def _read_config(path: str, revision: str | None) -> PreTrainedConfig:
 
 def _check_architecture(config: PreTrainedConfig) -> None:
     if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
+        raise UserError(
             f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True):
-        raise ValueError(
+        raise UserError(
             f"sliding_window={window}: training attends to whole documents; set sliding_window: null in the model's "
             "config.json (or model.architecture), and know that the model was not trained that way"
         )
@@ -117,7 +118,7 @@ def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
     for name, declared in model.architecture.items():
         actual = getattr(config, name, None)
         if declared != actual:
-            raise ValueError(
+            raise UserError(
                 f"model.architecture.{name}={declared}, but the checkpoint {model.path} has {actual}; set "
                 f"model.architecture.{name}={actual}"
             )
@@ -128,7 +129,7 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
     for name, value in actual.items():
         declared = getattr(model, name)
         if declared != value:
-            raise ValueError(
+            raise UserError(
                 f"model.{name}={declared}, but the checkpoint {model.path or 'architecture'} has {value}; "
                 f"set model.{name}={value}"
             )
@@ -142,7 +143,7 @@ def build_for_training(
     Under a live HfDeepSpeedConfig of stage 3 the parameters come out partitioned.
 
     Raises:
-        ValueError: where weights are missing at ``path``, or have other shapes than its config says.
+        UserError: where weights are missing at ``path``, or have other shapes than its config says.
     """
     implementation = attention.register()
     if path is None:
@@ -163,11 +164,11 @@ def _whole_model(path: str | Path, **options: Any) -> PreTrainedModel:
         if "size mismatch" not in str(error):
             raise
         said = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise ValueError(f"{path} does not fit its own config: {said}") from error
+        raise UserError(f"{path} does not fit its own config: {said}") from error
     missing, others = sorted(found["missing_keys"]), sorted(key for key, *_ in found["mismatched_keys"])
     for what, names in (("lacks", missing), ("has in other shapes than its config.json says:", others)):
         if names:
-            raise ValueError(
+            raise UserError(
                 f"{path} {what} {', '.join(names[:3])} ({len(names)} weights in all); copy it again, whole, with the "
                 "config.json that belongs to it"
             )
@@ -198,7 +199,7 @@ def load_for_evaluation(
         device: cpu, cuda, or auto: its layers one after the other over all GPUs that this process sees.
 
     Raises:
-        ValueError: where weights are missing, or have other shapes than the config says.
+        UserError: where weights are missing, or have other shapes than the config says.
     """
     config = AutoConfig.from_pretrained(directory)
     position = position_of(config)

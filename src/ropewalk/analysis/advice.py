@@ -16,7 +16,7 @@ def print_advice(config: AdviseConfig) -> Advice:
     """Print what the advisor says of ``config.model.path``, and return it.
 
     Raises:
-        ValueError: for a model that cannot be read, or a length or chain that does not fit it.
+        UserError: for a model that cannot be read, or a length or chain that does not fit it.
     """
     chain = None if config.chain is None else next(iter(read_chains([config.chain]).values()))
     advice = advise(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ropewalk.analysis.subjects import declared_path, is_declared, locate
 from ropewalk.config import InspectConfig
+from ropewalk.errors import UserError
 from ropewalk.rope.cautions import in_words
 from ropewalk.rope.foreign import REFERENCE_KEYS
 from ropewalk.rope.notation import print_value
@@ -73,10 +74,10 @@ def print_inspection(config: InspectConfig) -> list[Rotation]:
     """Print what ``config.model.path`` rotates with, its chain, and where the two disagree.
 
     Raises:
-        ValueError: for a model that cannot be read.
+        UserError: for a model that cannot be read.
     """
     if is_declared(config.model.path) and not Path(config.model.path).exists():
-        raise ValueError(_declared(config.model.path))
+        raise UserError(_declared(config.model.path))
     directory = locate(config.model.path)
     read_config_json(directory)  # its errors are for people
     stock = AutoConfig.from_pretrained(directory)

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from ropewalk.config import FiguresConfig
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.errors import UserError
 from ropewalk.rope import Position, RopeChain, Spectrum
 
 
@@ -52,13 +53,13 @@ def read_chains(methods: Sequence[str]) -> dict[str, RopeChain]:
     """Chains by label: ``cope20`` (a name in configs/rope), ``abf(theta=1e7) > cope(clip=20)``, ``LABEL: chain``.
 
     Raises:
-        ValueError: for a chain that cannot be read, or a label that is there twice.
+        UserError: for a chain that cannot be read, or a label that is there twice.
     """
     chains: dict[str, RopeChain] = {}
     for method in methods:
         label, colon, text = (part.strip() for part in method.partition(":"))
         if label in chains:
-            raise ValueError(
+            raise UserError(
                 f"methods={list(methods)} has the label {label!r} twice, and one would hide the other; drop one, or "
                 f"give it a label of its own: 'LABEL: {text or label}'"
             )

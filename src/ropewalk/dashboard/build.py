@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import DashboardConfig
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 METHOD = "rope.name"  # of a run's configuration
@@ -29,7 +30,7 @@ def dashboard(config: DashboardConfig) -> list[Path]:
         The two files.
 
     Raises:
-        ValueError: where wandb-workspaces is not installed, or W&B cannot be reached with an account.
+        UserError: where wandb-workspaces is not installed, or W&B cannot be reached with an account.
     """
     workspace, report = built(config)
     output = Path(config.output)
@@ -58,7 +59,7 @@ def built(config: DashboardConfig) -> tuple[Any, Any]:
         import wandb_workspaces.workspaces as ws
         from wandb_workspaces import expr
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{error.name} is not installed, which builds W&B dashboards; pip install 'ropewalk[dashboard]'"
         ) from error
     from ropewalk.dashboard.panels import fixed_id, sections
@@ -104,7 +105,7 @@ def push(workspace: Any, report: Any, output: Path) -> None:
     """Save both to W&B: what an earlier push from ``output`` made is updated, else it is new.
 
     Raises:
-        ValueError: without an account, or where the server refuses.
+        UserError: without an account, or where the server refuses.
     """
     import wandb
 
@@ -124,7 +125,7 @@ def push(workspace: Any, report: Any, output: Path) -> None:
         report.save()
         write_atomically(pushed, json.dumps({**saved, "report": report.id}) + "\n")
     except (wandb.Error, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"push=true: W&B did not take the dashboard ({error}); log in (wandb login), and name a project "
             "that you may write to (project=..., entity=...)"
         ) from error

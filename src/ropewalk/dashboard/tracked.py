@@ -39,7 +39,7 @@ def track(config: CompareConfig) -> list[str]:
         Names of the runs that were logged now.
 
     Raises:
-        ValueError: for runs that :func:`ropewalk.report.compare` refuses.
+        UserError: for runs that :func:`ropewalk.report.compare` refuses.
     """
     runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)

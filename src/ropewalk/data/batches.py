@@ -131,7 +131,7 @@ def rank_micro_batches(
         micro_batch_size: sequences of a micro batch.
 
     Raises:
-        ValueError: where the global batch is not a multiple of ``world_size * micro_batch_size``.
+        UserError: where the global batch is not a multiple of ``world_size * micro_batch_size``.
     """
     return [slot[rank] for slot in micro_batch_slots(mixture, step, world_size, micro_batch_size)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ropewalk.data.hashing import sha256_text
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
 
 CHUNK = 2**23  # bytes copied at once
@@ -49,13 +50,13 @@ class DownloadCache:
             Whether it was downloaded.
 
         Raises:
-            ValueError: for a file larger than the cache, or one that is not as the manifest says; nothing is kept.
+            UserError: for a file larger than the cache, or one that is not as the manifest says; nothing is kept.
         """
         if self._use(name, size):
             return False
         bounded = name.endswith(BOUNDED)
         if bounded and size > self.max_bytes:
-            raise ValueError(
+            raise UserError(
                 f"{source} has {size} bytes and the cache {self.directory} may hold {self.max_bytes}; raise "
                 f"data.cache_gib to {size / 2**30:.3g} or more"
             )
@@ -149,7 +150,7 @@ def _download(partial: Path, size: int, sha256: str, source: str, open_source: C
             local.write(chunk)
     if copied != size or digest.hexdigest() != sha256:
         found = f"SHA-256 {digest.hexdigest()}" if copied == size else f"{'more' if copied > size else copied} bytes"
-        raise ValueError(
+        raise UserError(
             f"{source} has {found}, its manifest says {sha256 if copied == size else f'{size} bytes'}; copy the store "
             "there again"
         )

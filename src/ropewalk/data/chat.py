@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.errors import UserError
+
 Message = dict[str, str]
 NOW = re.compile(r"\bstrftime_now\s*\(")
 NOW_IN = re.compile(r"""\bstrftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")
@@ -35,13 +37,13 @@ class ChatEncoder:
             today: what a template gets that asks for the date.
 
         Raises:
-            ValueError: where there is no template, or it asks for the date and there is none.
+            UserError: where there is no template, or it asks for the date and there is none.
         """
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.backend_tokenizer.encode_special_tokens = False
         template = template or tokenizer.chat_template
         if not isinstance(template, str):
-            raise ValueError(f"{tokenizer.name_or_path} has no chat template; set corpus.chat_template=FILE")
+            raise UserError(f"{tokenizer.name_or_path} has no chat template; set corpus.chat_template=FILE")
         self._template = _dated(template, today)
         self._marked = "{% generation" in self._template or "{%- generation" in self._template
         added = self._tokenizer.added_tokens_decoder.values()
@@ -56,7 +58,7 @@ class ChatEncoder:
         could end its own turn.
 
         Raises:
-            ValueError: for a template that takes back what it wrote when a message follows.
+            UserError: for a template that takes back what it wrote when a message follows.
         """
         if any(special in message["content"] for message in messages for special in self._special):
             skipped["special token in a message"] += 1
@@ -92,7 +94,7 @@ class ChatEncoder:
             before = self._render(messages[:place], prompt=True) if place else ""
             after = self._render(messages[: place + 1])
             if not after.startswith(before) or not whole.startswith(after):
-                raise ValueError(
+                raise UserError(
                     "the chat template changes earlier messages when one follows, so what the assistant said cannot be "
                     "told apart; mark it with {% generation %} in a template of your own: corpus.chat_template=FILE"
                 )
@@ -114,7 +116,7 @@ def _dated(template: str, today: date | None) -> str:
         template = NOW_IN.sub(lambda call: json.dumps(today.strftime(call[2])), template)
     if NOW.search(template):
         why = "set corpus.chat_date=YYYY-MM-DD" if today is None else "call it with a format in quotes"
-        raise ValueError(
+        raise UserError(
             f"the chat template asks for today's date (strftime_now), so its tokens would depend on the day; {why}, or "
             "name a template without it: corpus.chat_template=FILE"
         )

@@ -20,6 +20,7 @@ from ropewalk.data.pool import Processes
 from ropewalk.data.store import PackedSequence, PackedStore
 from ropewalk.data.tokenizer import load_tokenizer
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 CONVERTING = "converting.json"  # what a store in the making is made of
@@ -29,7 +30,7 @@ def convert(config: ConvertConfig) -> Path:
     """Convert in the direction that ``config.format`` names; see the two functions for what each does.
 
     Raises:
-        ValueError: for a wrong configuration or source, before anything is written.
+        UserError: for a wrong configuration or source, before anything is written.
     """
     one_of("format", config.format, ("packed", "mds"))
     return to_packed(config) if config.format == "packed" else to_mds(config)
@@ -42,13 +43,13 @@ def to_packed(config: ConvertConfig) -> Path:
     with the shards that are missing; the bytes do not depend on the number of processes or calls.
 
     Raises:
-        ValueError: for a source that is no MDS directory or has no ProLong columns, an output that holds something
+        UserError: for a source that is no MDS directory or has no ProLong columns, an output that holds something
             else, or a sequence that does not fit, naming it.
     """
     root = Path(config.output)
     sources = _open_sources(config)
     if not config.tokenizer:
-        raise ValueError("tokenizer is not set; name the tokenizer directory or hub id that the tokens are of")
+        raise UserError("tokenizer is not set; name the tokenizer directory or hub id that the tokens are of")
     if not _begin(root, config, sources):
         _clear(root, sources)
         print(f"{root} holds this store already", flush=True)
@@ -98,16 +99,16 @@ def packed_sequence(sample: Mapping[str, Any], sequence_length: int) -> PackedSe
         sequence_length: tokens; a shorter sample is padded.
 
     Raises:
-        ValueError: for a sample that is longer, has negative tokens, pieces that do not follow each other from its
+        UserError: for a sample that is longer, has negative tokens, pieces that do not follow each other from its
             first token to its last, or a mask of another length.
     """
     ids = np.asarray(sample["input_ids"])
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 1 <= len(ids) <= sequence_length:
-        raise ValueError(f"input_ids of shape {ids.shape} must be one row of 1 to {sequence_length} integers")
+        raise UserError(f"input_ids of shape {ids.shape} must be one row of 1 to {sequence_length} integers")
     if sample.get("length", len(ids)) != len(ids):
-        raise ValueError(f"length={sample['length']}, but there are {len(ids)} input_ids")
+        raise UserError(f"length={sample['length']}, but there are {len(ids)} input_ids")
     if ids.dtype.kind == "i" and int(ids.min()) < 0:
-        raise ValueError(f"token {int(ids.min())} is negative")
+        raise UserError(f"token {int(ids.min())} is negative")
     ends = _ends(sample, len(ids))
     tokens = np.zeros(sequence_length, dtype=np.uint32)
     tokens[: len(ids)] = ids
@@ -115,7 +116,7 @@ def packed_sequence(sample: Mapping[str, Any], sequence_length: int) -> PackedSe
         return PackedSequence(tokens, ends)
     mask = np.asarray(sample["mask"])
     if mask.shape != ids.shape:
-        raise ValueError(f"mask of shape {mask.shape} must have an entry for each of the {len(ids)} input_ids")
+        raise UserError(f"mask of shape {mask.shape} must have an entry for each of the {len(ids)} input_ids")
     loss_mask = np.zeros(sequence_length, dtype=np.bool_)
     loss_mask[: len(ids)] = mask != 0
     return PackedSequence(tokens, ends, loss_mask)
@@ -127,7 +128,7 @@ def _ends(sample: Mapping[str, Any], tokens: int) -> NDArray[np.int32]:
     indices = np.asarray(sample["indices"], dtype=np.int64).reshape(-1, 2)
     follow = np.array_equal(indices[:, 0], np.concatenate([[0], indices[:-1, 1]]))
     if not len(indices) or not follow or indices[-1, 1] != tokens or np.any(indices[:, 1] <= indices[:, 0]):
-        raise ValueError(
+        raise UserError(
             f"indices {indices.tolist()[:4]}... do not follow each other from token 0 to {tokens}; each must start "
             "where the one before ends"
         )
@@ -138,10 +139,10 @@ def to_mds(config: ConvertConfig) -> Path:
     """A packed store as MDS directories, one a domain, with ProLong's columns.
 
     Raises:
-        ValueError: for a store that is none, or an output that has files.
+        UserError: for a store that is none, or an output that has files.
     """
     if not config.store:
-        raise ValueError("store is not set; name the packed store to convert: store=DIR")
+        raise UserError("store is not set; name the packed store to convert: store=DIR")
     store, root = PackedStore(config.store), Path(config.output)
     for name, info in store.domains.items():
         if (root / name / INDEX).is_file():
@@ -166,14 +167,14 @@ def _samples(store: PackedStore, domain: str, sequences: int) -> Iterator[dict[s
 
 def _open_sources(config: ConvertConfig) -> dict[str, MdsDataset]:
     if not config.sources:
-        raise ValueError(
+        raise UserError(
             "sources is empty; name a directory for each domain, '++sources={books: DIR}', or +mds=prolong_64k"
         )
     opened = {}
     for name, directory in config.sources.items():
         dataset = opened[name] = open_mds(Path(config.root) / directory, verify=config.verify)
         if "input_ids" not in dataset.columns:
-            raise ValueError(f"{dataset.root} has no column input_ids; it has: {', '.join(dataset.columns)}")
+            raise UserError(f"{dataset.root} has no column input_ids; it has: {', '.join(dataset.columns)}")
     return opened
 
 
@@ -181,7 +182,7 @@ def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset])
     """Claim the output; False where the store is whole already.
 
     Raises:
-        ValueError: where the output holds another conversion, or files that are not this command's.
+        UserError: where the output holds another conversion, or files that are not this command's.
     """
     work = {
         "sequence_length": config.sequence_length,
@@ -194,12 +195,12 @@ def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset])
         counts = {name: info.sequences for name, info in store.domains.items()}
         if counts == {name: len(dataset) for name, dataset in sources.items()}:
             return False
-        raise ValueError(f"output={root} is a packed store of other sources; remove it or name another directory")
+        raise UserError(f"output={root} is a packed store of other sources; remove it or name another directory")
     claim = root / CONVERTING
     if claim.is_file() and json.loads(claim.read_text()) != work:
-        raise ValueError(f"output={root} holds the beginning of another conversion; remove it or name another one")
+        raise UserError(f"output={root} holds the beginning of another conversion; remove it or name another one")
     if not claim.is_file() and root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"output={root} has files that are not this command's; name another directory")
+        raise UserError(f"output={root} has files that are not this command's; name another directory")
     root.mkdir(parents=True, exist_ok=True)
     write_atomically(claim, text + "\n")
     return True
@@ -225,11 +226,11 @@ def _convert_shard(writer: PartWriter, shard: MdsShard, number: int) -> Part:
             try:
                 yield packed_sequence(shard.sample(data, place), writer.sequence_length)
             except ValueError as error:
-                raise ValueError(f"sample {place} of {shard.directory / shard.raw_data.basename}: {error}") from error
+                raise UserError(f"sample {place} of {shard.directory / shard.raw_data.basename}: {error}") from error
 
     try:
         part = writer.write(number, sequences())
     except ValueError as error:
-        raise ValueError(f"sources.{writer.domain}: {error}") from error
+        raise UserError(f"sources.{writer.domain}: {error}") from error
     writer.record(number, part)
     return part

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ropewalk.errors import UserError
+
 PROSE = {".txt", ".md", ".rst"}
 _CODE = ".c .cc .cpp .cu .go .h .hpp .java .jl .js .kt .lua .php .pl .pm .py .r .rb .rs .scala .sh .sql .swift .tex .ts"
 CODE = set(_CODE.split())
@@ -88,7 +90,7 @@ def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
     in a row. Of files of text and code, line ends are read as ``\\n``, whatever they are.
 
     Raises:
-        ValueError: for a damaged file, or rows without the column or with something else in it.
+        UserError: for a damaged file, or rows without the column or with something else in it.
     """
     if unit.kind == "repository":
         yield from _repository(unit, skipped)
@@ -189,7 +191,7 @@ def _jsonl(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
                 if text is not None:
                     yield f"{name}:{number}", _value_of(text, unit, path, number)
         except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged after line {number} ({error}); fetch it again") from error
+            raise UserError(f"{path} is damaged after line {number} ({error}); fetch it again") from error
 
 
 def _decoded(line: bytes, first: bool, skipped: Counter[str]) -> str | None:
@@ -210,7 +212,7 @@ def _value_of(line: str, unit: Unit, path: Path, number: int) -> Any:
     try:
         value = json.loads(line)[unit.column]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}, is not a JSON object with a {unit.column!r}: {error!r}") from error
+        raise UserError(f"{where}, is not a JSON object with a {unit.column!r}: {error!r}") from error
     return value if unit.chat else _checked_text(value, path, number, unit.column)
 
 
@@ -227,7 +229,7 @@ def _open_lines(path: Path) -> IO[bytes] | gzip.GzipFile | io.BufferedReader:
 def _parquet(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
     with open_parquet(unit.root) as file:
         if unit.column not in file.schema_arrow.names:
-            raise ValueError(
+            raise UserError(
                 f"{unit.root} has the columns {file.schema_arrow.names}; name the one with the documents: "
                 f"{unit.column!r} is none"
             )
@@ -252,14 +254,14 @@ def open_parquet(path: str) -> Any:
     """A parquet file.
 
     Raises:
-        ValueError: where it is none.
+        UserError: where it is none.
     """
     import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole parquet file ({error}); fetch it again") from error
+        raise UserError(f"{path} is no whole parquet file ({error}); fetch it again") from error
 
 
 def next_rows(batches: Iterator[Any], path: str, number: int) -> Any:
@@ -269,7 +271,7 @@ def next_rows(batches: Iterator[Any], path: str, number: int) -> Any:
     try:
         return next(batches, None)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged after row {number} ({error}); fetch it again") from error
+        raise UserError(f"{path} is damaged after row {number} ({error}); fetch it again") from error
 
 
 def _dataset(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
@@ -288,20 +290,18 @@ def _dataset(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
     name = unit.name if unit.dataset is None else f"{unit.name}@{unit.start}"
     for number, row in enumerate(rows, start=first + 1):
         if unit.column not in row:
-            raise ValueError(f"{unit.root} has the columns {sorted(row)}; {unit.column!r} is none of them")
+            raise UserError(f"{unit.root} has the columns {sorted(row)}; {unit.column!r} is none of them")
         value = row[unit.column]
         yield f"{name}:{number}", value if unit.chat else _checked_text(value, unit.root, number, unit.column)
 
 
 def _checked_text(text: object, path: str | Path, number: int, column: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{path}, row {number}: {column!r} is {type(text).__name__}, not a string; correct the file")
+        raise UserError(f"{path}, row {number}: {column!r} is {type(text).__name__}, not a string; correct the file")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{path}, row {number}: {column!r} is not valid Unicode ({error}); correct the file"
-        ) from error
+        raise UserError(f"{path}, row {number}: {column!r} is not valid Unicode ({error}); correct the file") from error
     return text
 
 
@@ -311,7 +311,7 @@ def _messages(value: Any, path: str, number: int, column: str) -> tuple[dict[str
         for message in value
     )
     if not whole or not value:
-        raise ValueError(
+        raise UserError(
             f"{path}, row {number}: {column!r} is {'an empty list' if whole else 'no list'} of objects with a 'role' "
             "and a 'content'; correct the file"
         )

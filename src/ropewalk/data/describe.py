@@ -9,6 +9,7 @@ import numpy as np
 from ropewalk.config import InspectStoreConfig
 from ropewalk.data.manifest import DomainInfo
 from ropewalk.data.store import PackedStore
+from ropewalk.errors import UserError
 
 BAR = 40  # characters of the fullest bar
 EXCERPT = 60  # characters of text shown at either end of a piece
@@ -18,7 +19,7 @@ def print_store(config: InspectStoreConfig) -> None:
     """Print counts, lengths of document pieces, where tokens went, and one sequence decoded with its boundaries.
 
     Raises:
-        ValueError: for a directory that is no store, a domain or sequence that it does not have, or, with ``verify``,
+        UserError: for a directory that is no store, a domain or sequence that it does not have, or, with ``verify``,
             a file that is not as it was written.
     """
     store = PackedStore(config.store)
@@ -77,9 +78,9 @@ def _decoded(store: PackedStore, domain: str, index: int) -> Iterator[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
     if domain not in store.domains:
-        raise ValueError(f"domain={domain} is not in the store; it has: {', '.join(store.domains)}")
+        raise UserError(f"domain={domain} is not in the store; it has: {', '.join(store.domains)}")
     if not 0 <= index < store.domains[domain].sequences:
-        raise ValueError(f"sequence={index} is outside 0 .. {store.domains[domain].sequences - 1} of {domain}")
+        raise UserError(f"sequence={index} is outside 0 .. {store.domains[domain].sequences - 1} of {domain}")
     sequence = store.read(domain, index)
     yield f"sequence {index} of {domain}, {len(sequence.ends)} pieces:"
     for start, end in zip([0, *sequence.ends[:-1].tolist()], sequence.ends.tolist(), strict=True):

@@ -15,6 +15,7 @@ from ropewalk.data.sources import SPLIT_DOMAIN
 from ropewalk.data.store import PackedSequence
 from ropewalk.data.token_files import FlatDocuments
 from ropewalk.data.writer import Accounting
+from ropewalk.errors import UserError
 
 DROP = "drop"
 RETRIEVAL = "retrieval"  # the domain of corpus.retrieval_tokens
@@ -113,7 +114,7 @@ def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
     """How each domain is packed: what ``corpus.domains`` says, else short; stdlib and paths are long and short.
 
     Raises:
-        ValueError: for rules that do not fit, or of a domain that no document comes into.
+        UserError: for rules that do not fit, or of a domain that no document comes into.
     """
     rules: dict[str, DomainConfig] = {}
     if corpus.stdlib or corpus.paths:
@@ -125,14 +126,14 @@ def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
     targets = {rule.remainder for rule in corpus.domains.values()} - {DROP}
     unknown = set(corpus.domains) - set(rules) - targets
     if unknown:
-        raise ValueError(f"corpus.domains names {', '.join(sorted(unknown))}, which no source has; correct it")
+        raise UserError(f"corpus.domains names {', '.join(sorted(unknown))}, which no source has; correct it")
     rules.update(corpus.domains)
     rules.update({name: DomainConfig() for name in sorted(targets - set(rules))})
     if corpus.retrieval_tokens and RETRIEVAL in rules:
-        raise ValueError(f"the domain {RETRIEVAL} is taken by corpus.retrieval_tokens; call the source's another name")
+        raise UserError(f"the domain {RETRIEVAL} is taken by corpus.retrieval_tokens; call the source's another name")
     mixed = [name for name, kinds in chat.items() if len(kinds) > 1 or (True in kinds and name == SPLIT_DOMAIN)]
     if mixed:
-        raise ValueError(f"the domain {mixed[0]} has sources with chat and without; give them different domains")
+        raise UserError(f"the domain {mixed[0]} has sources with chat and without; give them different domains")
     validate_domains(rules, {name: True in kinds for name, kinds in chat.items()})
     return rules
 
@@ -145,7 +146,7 @@ def validate_domains(rules: Mapping[str, DomainConfig], masked: Mapping[str, boo
         masked: domain -> whether its documents have loss masks.
 
     Raises:
-        ValueError: for an unknown packing, remainders that go to no domain of packing=short, or to or from one with
+        UserError: for an unknown packing, remainders that go to no domain of packing=short, or to or from one with
             loss masks.
     """
     for name, rule in rules.items():
@@ -153,10 +154,10 @@ def validate_domains(rules: Mapping[str, DomainConfig], masked: Mapping[str, boo
     for name, rule in rules.items():
         if rule.packing != "long" or rule.remainder == DROP:
             if rule.remainder != DROP:
-                raise ValueError(f"corpus.domains.{name}.remainder is for packing=long; leave it out")
+                raise UserError(f"corpus.domains.{name}.remainder is for packing=long; leave it out")
             continue
         where = f"corpus.domains.{name}.remainder={rule.remainder}"
         if rule.remainder not in rules or rules[rule.remainder].packing != "short":
-            raise ValueError(f"{where} is no domain of packing=short; name one, or drop")
+            raise UserError(f"{where} is no domain of packing=short; name one, or drop")
         if masked.get(name) or masked.get(rule.remainder):
-            raise ValueError(f"{where}: one of the two has loss masks; set it to drop")
+            raise UserError(f"{where}: one of the two has loss masks; set it to drop")

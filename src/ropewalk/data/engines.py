@@ -13,6 +13,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ropewalk.errors import UserError
+
 ENGINES = ("auto", "tokenizers", "tiktoken", "gigatoken")
 RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on each line
 CHECKED_ONE_IN = 1000  # documents that gigatoken's tokens are compared of
@@ -67,14 +69,14 @@ class TiktokenEngine:
             backend: the ``tokenizers.Tokenizer``.
 
         Raises:
-            ValueError: where tiktoken is not installed, or there is no such file or pattern.
+            UserError: where tiktoken is not installed, or there is no such file or pattern.
         """
         try:
             import tiktoken
         except ImportError as error:
-            raise ValueError("corpus.engine=tiktoken is not installed; pip install tiktoken") from error
+            raise UserError("corpus.engine=tiktoken is not installed; pip install tiktoken") from error
         if not has_ranks(directory):
-            raise ValueError(
+            raise UserError(
                 f"{directory} has no {RANKS} of tiktoken's form; scripts/fetch_llama3_tokenizer.sh fetches one, or set "
                 "corpus.engine=tokenizers"
             )
@@ -96,12 +98,12 @@ class GigatokenEngine:
         """Take a ``tokenizers.Tokenizer``.
 
         Raises:
-            ValueError: where gigatoken is not installed, or does not know this kind of tokenizer.
+            UserError: where gigatoken is not installed, or does not know this kind of tokenizer.
         """
         try:
             from gigatoken import Tokenizer
         except ImportError as error:
-            raise ValueError("corpus.engine=gigatoken is not installed; pip install 'ropewalk[fast]'") from error
+            raise UserError("corpus.engine=gigatoken is not installed; pip install 'ropewalk[fast]'") from error
         plain = type(backend)(backend.model)  # without added tokens, so that what looks like a special token is text
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             if getattr(backend, part) is not None:
@@ -109,7 +111,7 @@ class GigatokenEngine:
         try:
             self._tokenizer = Tokenizer.from_json(plain.to_str())
         except Exception as error:  # whatever it raises, it says that it cannot take this tokenizer
-            raise ValueError(f"gigatoken cannot take this tokenizer ({error}); set corpus.engine=auto") from error
+            raise UserError(f"gigatoken cannot take this tokenizer ({error}); set corpus.engine=auto") from error
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
         """See Engine."""
@@ -188,7 +190,7 @@ def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
         directory: of the tokenizer, where it is one.
 
     Raises:
-        ValueError: for an engine that is not installed, cannot take this tokenizer, or does not give the tokens of
+        UserError: for an engine that is not installed, cannot take this tokenizer, or does not give the tokens of
             tokenizer.json on a short text.
     """
     reference: Engine = TokenizersEngine(backend)
@@ -197,7 +199,7 @@ def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
     if directory is not None and has_ranks(directory):
         reference = _agreeing(TiktokenEngine(directory, backend), reference)
     elif name == "tiktoken":
-        raise ValueError(f"corpus.engine=tiktoken needs a directory with {RANKS}; set corpus.engine=auto")
+        raise UserError(f"corpus.engine=tiktoken needs a directory with {RANKS}; set corpus.engine=auto")
     if name == "gigatoken":
         return CheckedEngine(_agreeing(GigatokenEngine(backend), reference), reference)
     return reference
@@ -227,7 +229,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def _agreeing(engine: Engine, reference: Engine) -> Engine:
     probe = [PROBE.encode()]
     if not np.array_equal(engine.encode_batch(probe)[0], reference.encode_batch(probe)[0]):
-        raise ValueError(
+        raise UserError(
             f"{engine.name} does not give the tokens of {reference.name} for this tokenizer; set "
             f"corpus.engine={reference.name}"
         )
@@ -240,7 +242,7 @@ def _pattern(backend: Any) -> str:
     steps = state.get("pretokenizers", [])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
     if len(patterns) != 1 or patterns[0] is None or backend.normalizer is not None:
-        raise ValueError("tokenizer.json does not split text by one regular expression; set corpus.engine=tokenizers")
+        raise UserError("tokenizer.json does not split text by one regular expression; set corpus.engine=tokenizers")
     return patterns[0]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ropewalk.data.corpus import Document
 from ropewalk.data.hashing import stable_key
 from ropewalk.data.tokenizer import DocumentEncoder
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
 PREFERRED_TOKENS = 65_536  # longer documents are taken last: training needs them most
@@ -39,7 +40,7 @@ def choose_heldout(
         The tokenizer, and index -> tokens of the documents held out.
 
     Raises:
-        ValueError: where the corpus has too few such documents.
+        UserError: where the corpus has too few such documents.
     """
     if count == 0:
         return make_encoder(()), {}
@@ -56,7 +57,7 @@ def choose_heldout(
         if len(enough) >= count:
             return encoder, dict(list(enough.items())[:count])
         if aside == limit:
-            raise ValueError(
+            raise UserError(
                 f"corpus.heldout_documents={count}, but of the {limit} documents that could be set aside "
                 f"only {len(enough)} have corpus.heldout_length={length} tokens; lower one or add documents"
             )

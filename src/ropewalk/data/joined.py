@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ropewalk.data.hashing import canonical_json, sha256_text
 from ropewalk.data.manifest import DomainInfo
 from ropewalk.data.store import PackedSequence, PackedStore
+from ropewalk.errors import UserError
 
 
 class JoinedStore:
@@ -27,22 +28,22 @@ class JoinedStore:
             sequence_length: tokens of a training sequence; None: the longest of the stores'.
 
         Raises:
-            ValueError: for no store, a length that does not divide ``sequence_length``, or stores of two tokenizers.
+            UserError: for no store, a length that does not divide ``sequence_length``, or stores of two tokenizers.
         """
         self.stores = dict(stores) if isinstance(stores, Mapping) else {"": stores}
         if not self.stores:
-            raise ValueError("stores={} holds nothing to draw from; name at least one packed store")
+            raise UserError("stores={} holds nothing to draw from; name at least one packed store")
         self.sequence_length = sequence_length or max(store.sequence_length for store in self.stores.values())
         first = next(iter(self.stores.values()))
         for store in self.stores.values():
             if self.sequence_length % store.sequence_length:
-                raise ValueError(
+                raise UserError(
                     f"data.sequence_length={self.sequence_length}, but {store.root} holds sequences of "
                     f"{store.sequence_length} tokens, which do not divide it; set data.sequence_length to a multiple "
                     f"of {store.sequence_length} or name another store"
                 )
             if store.tokenizer["sha256"] != first.tokenizer["sha256"]:
-                raise ValueError(
+                raise UserError(
                     f"{store.root} holds tokens of another tokenizer than {first.root} (sha256 "
                     f"{store.tokenizer['sha256']}, not {first.tokenizer['sha256']}); prepare both with one"
                 )
@@ -93,5 +94,5 @@ class JoinedStore:
 
     def _place(self, domain: str) -> tuple[PackedStore, str]:
         if domain not in self._places:
-            raise ValueError(f"the store has no domain {domain!r}; it has: {', '.join(sorted(self._places))}")
+            raise UserError(f"the store has no domain {domain!r}; it has: {', '.join(sorted(self._places))}")
         return self._places[domain]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ropewalk.data.engines import RANKS, has_ranks, read_ranks
 from ropewalk.data.tokenizer import BOS, EOS
+from ropewalk.errors import UserError
 
 # Llama 3.0's list; later releases gave some of the reserved ones names, at the same ids.
 SPECIAL = (
@@ -25,14 +26,14 @@ def convert(directory: Path, special: tuple[str, ...] = SPECIAL) -> None:
     """Write tokenizer.json and tokenizer_config.json beside tokenizer.model; BOS is put before each text, as Meta does.
 
     Raises:
-        ValueError: where there is no tokenizer.model of tiktoken's form.
+        UserError: where there is no tokenizer.model of tiktoken's form.
     """
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     if not has_ranks(directory):
-        raise ValueError(f"{directory} has no {RANKS} of tiktoken's form; fetch it with fetch_llama3_tokenizer.sh")
+        raise UserError(f"{directory} has no {RANKS} of tiktoken's form; fetch it with fetch_llama3_tokenizer.sh")
 
     class Converter(TikTokenConverter):
         """transformers' own, without its need of tiktoken to read the file."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ropewalk.data.hashing import canonical_json, sha256_text
+from ropewalk.errors import UserError
 from ropewalk.files import inside
 
 FORMAT = "ropewalk-packed"
@@ -127,29 +128,29 @@ def read_manifest(root: Path) -> Manifest:
     """Read ``root``'s manifest and check that it is one, of this version, and as it was written.
 
     Raises:
-        ValueError: for a missing, torn, foreign, newer or altered manifest.
+        UserError: for a missing, torn, foreign, newer or altered manifest.
     """
     path = root / MANIFEST
     mend = "make one with data_prep/prepare.py"
     if not path.is_file():
         what = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
-        raise ValueError(f"{root} is not a packed store: {what}; {mend}")
+        raise UserError(f"{root} is not a packed store: {what}; {mend}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is torn: {error}; {mend}") from error
+        raise UserError(f"{path} is torn: {error}; {mend}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the manifest of a packed store (format is not {FORMAT!r}); {mend}")
+        raise UserError(f"{path} is not the manifest of a packed store (format is not {FORMAT!r}); {mend}")
     if content.get("version") not in READABLE:
-        raise ValueError(
+        raise UserError(
             f"{path} has version {content.get('version')}, this code reads {' and '.join(map(str, READABLE))}; {mend}"
         )
     try:
         manifest = _parse(content)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} lacks or mistypes {error}; {mend}") from error
+        raise UserError(f"{path} lacks or mistypes {error}; {mend}") from error
     if manifest.fingerprint != content.get("fingerprint"):
-        raise ValueError(f"{path} was altered: its fingerprint is not that of its content; {mend}")
+        raise UserError(f"{path} was altered: its fingerprint is not that of its content; {mend}")
     return manifest
 
 
@@ -184,9 +185,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def check_domain_name(name: str) -> str:
-    """``name``, or ValueError where it cannot be a directory of a store."""
+    """``name``, or UserError where it cannot be a directory of a store."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in (TOKENIZER, MANIFEST):
-        raise ValueError(
+        raise UserError(
             f"domain name {name!r} cannot be used; begin with a letter or digit, go on with letters, digits, "
             f"'_', '-' or '.', and avoid {TOKENIZER!r} and {MANIFEST!r}"
         )
@@ -194,8 +195,8 @@ def check_domain_name(name: str) -> str:
 
 
 def stored_path(root: Path, file: str) -> Path:
-    """The path of a stored file, or ValueError where it is absolute, has ``..`` or leads out of ``root``."""
+    """The path of a stored file, or UserError where it is absolute, has ``..`` or leads out of ``root``."""
     relative = PurePosixPath(file)
     if relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(f"{root / MANIFEST} names {file!r}, which is no path in the store; do not use it")
+        raise UserError(f"{root / MANIFEST} names {file!r}, which is no path in the store; do not use it")
     return inside(root, file)

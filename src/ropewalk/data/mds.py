@@ -20,6 +20,7 @@ import pyarrow
 import xxhash
 
 from ropewalk.data.mds_columns import column_decoder
+from ropewalk.errors import UserError
 from ropewalk.files import inside
 
 INDEX = "index.json"
@@ -123,7 +124,7 @@ class MdsShard:
         """The shard's raw bytes, checked: mapped where the raw file is there, else decompressed.
 
         Raises:
-            ValueError: for a file that is missing, of another size, or of another digest.
+            UserError: for a file that is missing, of another size, or of another digest.
         """
         if self.is_compressed and self.zip_data is not None:
             packed = self._checked(self.zip_data)
@@ -133,7 +134,7 @@ class MdsShard:
             data = self._checked(self.raw_data)
         offsets = self._offsets(data)
         if int(offsets[-1]) != len(data) or np.any(np.diff(offsets.astype(np.int64)) < 0):
-            raise ValueError(f"{self._path(self.raw_data)} is torn: its sample offsets do not end at its size")
+            raise UserError(f"{self._path(self.raw_data)} is torn: its sample offsets do not end at its size")
         return data
 
     def sample(self, data: memoryview, place: int) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class MdsShard:
                 sizes[column] = int.from_bytes(data[begin : begin + 4], "little")
                 begin += 4
         if begin + sum(size or 0 for size in sizes) != end:
-            raise ValueError(f"sample {place} of {self._path(self.raw_data)} does not hold its columns; it is corrupt")
+            raise UserError(f"sample {place} of {self._path(self.raw_data)} does not hold its columns; it is corrupt")
         values = {}
         for name, decode, size in zip(self.column_names, self._decoders, sizes, strict=True):
             values[name] = decode(data[begin : begin + (size or 0)])
@@ -155,7 +156,7 @@ class MdsShard:
     def _offsets(self, data: memoryview) -> np.ndarray:
         count = int.from_bytes(data[:4], "little")
         if count != self.samples or len(data) < 4 * (count + 2):
-            raise ValueError(
+            raise UserError(
                 f"{self._path(self.raw_data)} holds {count} samples, its {INDEX} says {self.samples}; fetch it again"
             )
         return np.frombuffer(data, "<u4", count + 1, 4)
@@ -166,19 +167,19 @@ class MdsShard:
     def _checked(self, info: FileInfo) -> memoryview:
         path = self._path(info)
         if not path.is_file():
-            raise ValueError(f"{path} is missing; fetch the shard, or all of {self.directory}, again")
+            raise UserError(f"{path} is missing; fetch the shard, or all of {self.directory}, again")
         if path.stat().st_size != info.bytes:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, its {INDEX} says {info.bytes}; fetch it again")
+            raise UserError(f"{path} has {path.stat().st_size} bytes, its {INDEX} says {info.bytes}; fetch it again")
         data = np.memmap(path, np.uint8, "r").data.toreadonly()
         self._check(data, info)
         return data
 
     def _check(self, data: memoryview, info: FileInfo) -> None:
         if len(data) != info.bytes:
-            raise ValueError(f"{info.basename} has {len(data)} bytes, its {INDEX} says {info.bytes}; fetch it again")
+            raise UserError(f"{info.basename} has {len(data)} bytes, its {INDEX} says {info.bytes}; fetch it again")
         for algorithm, expected in info.hashes.items() if self.verify else ():
             if _digest(algorithm, data) != expected:
-                raise ValueError(
+                raise UserError(
                     f"{self.directory / info.basename} is corrupt: its {algorithm} is not the one in {INDEX}; fetch it "
                     "again"
                 )
@@ -193,7 +194,7 @@ def open_mds(path: str | Path, *, verify: bool = True, decompressed_shards: int 
         decompressed_shards: decompressed shards kept in memory at once.
 
     Raises:
-        ValueError: for a directory without a readable index.json, another format or version, columns that differ
+        UserError: for a directory without a readable index.json, another format or version, columns that differ
             between shards, or an encoding that is not read here. A shard's own faults are named when it is read.
     """
     root = Path(path)
@@ -201,17 +202,17 @@ def open_mds(path: str | Path, *, verify: bool = True, decompressed_shards: int 
     if not file.is_file():
         below = sorted(str(found.parent.relative_to(root)) for found in root.glob(f"*/{INDEX}"))
         mend = f"open one of: {', '.join(below)}" if below else "name the directory that holds it"
-        raise ValueError(f"{root} has no {INDEX}, so it is no MDS directory; {mend}")
+        raise UserError(f"{root} has no {INDEX}, so it is no MDS directory; {mend}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         shards = [_shard(root, entry, verify) for entry in content["shards"]]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is torn or no MDS index ({error!r}); fetch it again") from error
+        raise UserError(f"{file} is torn or no MDS index ({error!r}); fetch it again") from error
     if not shards:
-        raise ValueError(f"{file} names no shard; there is nothing to read")
+        raise UserError(f"{file} names no shard; there is nothing to read")
     for shard in shards:
         if (shard.column_names, shard.column_encodings) != (shards[0].column_names, shards[0].column_encodings):
-            raise ValueError(f"{file}: {shard.raw_data.basename} has other columns than the first shard")
+            raise UserError(f"{file}: {shard.raw_data.basename} has other columns than the first shard")
         for encoding in shard.column_encodings:
             column_decoder(encoding)
     return MdsDataset(root, shards, decompressed_shards)
@@ -219,7 +220,7 @@ def open_mds(path: str | Path, *, verify: bool = True, decompressed_shards: int 
 
 def _shard(root: Path, entry: Mapping[str, Any], verify: bool) -> MdsShard:
     if (entry["version"], entry["format"]) != (2, "mds"):
-        raise ValueError(
+        raise UserError(
             f"{root / INDEX} has a shard of format {entry['format']!r}, version {entry['version']}; mds version 2 is "
             "read"
         )
@@ -250,8 +251,8 @@ def _decompress(data: memoryview, compression: str, size: int, name: str) -> byt
         if kind == "bz2":
             return bz2.decompress(data)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{name} is corrupt: it is no {kind} of {size} bytes ({error}); fetch it again") from error
-    raise ValueError(f"compression {compression!r} of {name} is not known; use one of: br, bz2, gz, snappy, zstd")
+        raise UserError(f"{name} is corrupt: it is no {kind} of {size} bytes ({error}); fetch it again") from error
+    raise UserError(f"compression {compression!r} of {name} is not known; use one of: br, bz2, gz, snappy, zstd")
 
 
 def _digest(algorithm: str, data: memoryview) -> str:
@@ -259,4 +260,4 @@ def _digest(algorithm: str, data: memoryview) -> str:
         return hashlib.new(algorithm, data).hexdigest()
     if algorithm in xxhash.algorithms_available:
         return str(getattr(xxhash, algorithm)(data).hexdigest())
-    raise ValueError(f"hash algorithm {algorithm!r} is not known; open with verify=False to read without checking")
+    raise UserError(f"hash algorithm {algorithm!r} is not known; open with verify=False to read without checking")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.errors import UserError
+
 Decode = Callable[[memoryview], Any]
 
 # An array whose dtype is not in the header starts with one byte for it: bits a value, +1 signed, +2 floating.
@@ -30,7 +32,7 @@ def column_decoder(encoding: str) -> Decode:
     Decoders take the value's bytes. Arrays come out as views of them, read-only where the bytes are.
 
     Raises:
-        ValueError: for an encoding that is not read here (images).
+        UserError: for an encoding that is not read here (images).
     """
     if encoding in _DECODERS:
         return _DECODERS[encoding]
@@ -39,7 +41,7 @@ def column_decoder(encoding: str) -> Decode:
         return lambda data: np.frombuffer(data, dtype)[0]
     if encoding.split(":", maxsplit=1)[0] == "ndarray":
         return _array_decoder(encoding)
-    raise ValueError(
+    raise UserError(
         f"MDS encoding {encoding!r} is not read here; known: {', '.join([*_DECODERS, *_SCALARS])}, "
         "ndarray[:dtype[:shape]]"
     )
@@ -49,7 +51,7 @@ def _array_decoder(encoding: str) -> Decode:
     """``ndarray``, ``ndarray:dtype`` or ``ndarray:dtype:shape``; what the name leaves out stands before the values."""
     _, *named = encoding.split(":")
     if len(named) > 2 or (named and named[0] not in _SCALARS):
-        raise ValueError(f"MDS encoding {encoding!r} is not ndarray[:dtype[:shape]] with one of: {', '.join(_SCALARS)}")
+        raise UserError(f"MDS encoding {encoding!r} is not ndarray[:dtype[:shape]] with one of: {', '.join(_SCALARS)}")
     static_dtype = _SCALARS[named[0]] if named else None
     static_shape = tuple(map(int, named[1].split(","))) if len(named) == 2 else None
 
@@ -63,7 +65,7 @@ def _array_decoder(encoding: str) -> Decode:
             shape = tuple(np.frombuffer(data, _SHAPE_DTYPES[width.bit_length() - 1], rank, start).tolist())
             start += rank * width
         if len(data) - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
+            raise UserError(
                 f"{len(data) - start} bytes of values are not the {shape} of {dtype.name} that {encoding} announces"
             )
         return np.frombuffer(data, dtype, offset=start).reshape(shape)
@@ -100,7 +102,7 @@ class _IntegerUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         admitted = _ADMITTED.get((module.replace("numpy._core", "numpy.core"), name))
         if admitted is None:
-            raise ValueError(
+            raise UserError(
                 f"a pkl column names {module}.{name}; only lists, tuples, ints and numpy integer arrays are read, "
                 "since unpickling anything else can run code"
             )
@@ -109,7 +111,7 @@ class _IntegerUnpickler(pickle.Unpickler):
 
 def _integer_dtype(code: Any, *rest: Any) -> np.dtype[Any]:
     if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b"):
-        raise ValueError(f"a pkl column holds an array of dtype {code!r}; only integer arrays are read")
+        raise UserError(f"a pkl column holds an array of dtype {code!r}; only integer arrays are read")
     return np.dtype(code, *rest)
 
 
@@ -129,7 +131,7 @@ def _integer_scalar(dtype: Any, data: bytes) -> int:
 def _bytes(text: str, encoding: str) -> bytes:
     """How the older protocols write bytes."""
     if encoding != "latin1":
-        raise ValueError(f"a pkl column encodes bytes as {encoding!r}; pickle writes latin1")
+        raise UserError(f"a pkl column encodes bytes as {encoding!r}; pickle writes latin1")
     return text.encode("latin1")
 
 
@@ -150,9 +152,9 @@ def _checked(value: Any) -> Any:
             _checked(item)
     elif isinstance(value, np.ndarray):
         if value.dtype.kind not in "iu":
-            raise ValueError(f"a pkl column holds an array of dtype {value.dtype}; only integer arrays are read")
+            raise UserError(f"a pkl column holds an array of dtype {value.dtype}; only integer arrays are read")
     elif not isinstance(value, int):
-        raise ValueError(
+        raise UserError(
             f"a pkl column holds a {type(value).__name__}; only lists, tuples, ints and numpy integer arrays are read"
         )
     return value

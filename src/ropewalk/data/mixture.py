@@ -16,6 +16,7 @@ from ropewalk.data.joined import JoinedStore
 from ropewalk.data.shuffle import permuted
 from ropewalk.data.slots import Slots
 from ropewalk.data.store import PackedStore
+from ropewalk.errors import UserError
 
 ORDER = 2  # version of the function below; a checkpoint of another one sees other data from here on
 
@@ -68,11 +69,11 @@ class Mixture:
             curriculum: step (from 1) -> the weights from that step on, counting steps from 0.
 
         Raises:
-            ValueError: for an unknown or empty domain, a weight that is negative or not finite, weights that are all
+            UserError: for an unknown or empty domain, a weight that is negative or not finite, weights that are all
                 zero, a global batch of no sequences, a change of weights before step 1, or stores that do not fit.
         """
         if global_batch_size < 1:
-            raise ValueError(f"global_batch_size={global_batch_size} must be positive; set it to 1 or more")
+            raise UserError(f"global_batch_size={global_batch_size} must be positive; set it to 1 or more")
         self.store = stores if isinstance(stores, JoinedStore) else JoinedStore(stores, sequence_length)
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -145,7 +146,7 @@ class Mixture:
     def _find(self, step: int) -> tuple[_Segment, int]:
         """The segment that ``step`` lies in, and the slot that it begins with there."""
         if step < 0:
-            raise ValueError(f"step={step} must not be negative; steps count from 0")
+            raise UserError(f"step={step} must not be negative; steps count from 0")
         number = bisect_right(self._segments, step, key=lambda segment: segment.first_step) - 1
         segment = self._segments[number]
         return segment, (step - segment.first_step) * self.global_batch_size
@@ -173,9 +174,9 @@ def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 def _changes(curriculum: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
     for step, weights in curriculum.items():
         if step < 1:
-            raise ValueError(f"curriculum changes weights at step {step}; step 0 has the mixture's, so name 1 or later")
+            raise UserError(f"curriculum changes weights at step {step}; step 0 has the mixture's, so name 1 or later")
         if not weights:
-            raise ValueError(f"curriculum has no weights at step {step}; name the domain shares from there on")
+            raise UserError(f"curriculum has no weights at step {step}; name the domain shares from there on")
     return dict(curriculum)
 
 
@@ -185,15 +186,15 @@ def _normalised(store: JoinedStore, weights: Mapping[str, float]) -> dict[str, F
     known = ", ".join(sorted(domains))
     for name, weight in weights.items():
         if name not in domains:
-            raise ValueError(f"mixture names the domain {name!r}, which the store does not have; use some of: {known}")
+            raise UserError(f"mixture names the domain {name!r}, which the store does not have; use some of: {known}")
         if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"mixture gives {name} the weight {weight}; weights are finite and at least 0 (0: unused)")
+            raise UserError(f"mixture gives {name} the weight {weight}; weights are finite and at least 0 (0: unused)")
         if weight > 0 and domains[name].sequences == 0:
-            raise ValueError(f"mixture gives {name} the weight {weight}, but it has no sequences; set it to 0")
+            raise UserError(f"mixture gives {name} the weight {weight}, but it has no sequences; set it to 0")
     given = {name: Fraction(repr(float(weight))) for name, weight in weights.items()}
     if not given:
         given = {name: Fraction(info.sequences, store.rows(name)) for name, info in domains.items()}
     total = sum(given.values())
     if total <= 0:
-        raise ValueError(f"mixture {dict(weights)} has no positive weight; give one to at least one of: {known}")
+        raise UserError(f"mixture {dict(weights)} has no positive weight; give one to at least one of: {known}")
     return {name: given[name] / total for name in sorted(given) if given[name] > 0}

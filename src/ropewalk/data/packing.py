@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.hashing import permutation
 from ropewalk.data.store import PackedSequence
+from ropewalk.errors import UserError
 
 FEW_PIECES = 20_000  # packed in under 0.05 s here, where importing numba takes 0.4 s
 
@@ -80,11 +81,11 @@ def pack(lengths: NDArray[np.int64], sequence_length: int, *key: str | int) -> B
         key: what the shuffle depends on.
 
     Raises:
-        ValueError: for a piece that is empty or longer than a sequence.
+        UserError: for a piece that is empty or longer than a sequence.
     """
     outside = lengths[(lengths < 1) | (lengths > sequence_length)]
     if len(outside):
-        raise ValueError(
+        raise UserError(
             f"a piece of {outside[0]} tokens cannot be packed into sequences of {sequence_length}; "
             f"pieces have 1 to {sequence_length} tokens: cut documents first with cut()"
         )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ropewalk.data.hashing import sequence_check
 from ropewalk.data.manifest import DomainInfo, Shard, StoredFile, check_domain_name, parse_shard, token_dtype
 from ropewalk.data.store import PackedSequence
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
 COUNTS = {"pieces": np.int32, "ends": np.int32, "trained": np.int32, "checks": np.uint64}
@@ -94,7 +95,7 @@ class PartWriter:
         """Write part ``number``; a file of that name is replaced.
 
         Raises:
-            ValueError: for a sequence of another length, boundaries that do not increase, a token outside the
+            UserError: for a sequence of another length, boundaries that do not increase, a token outside the
                 vocabulary, or a loss mask where the first sequence has none (or the other way round).
         """
         name = f"{self.domain}/tokens-{number:05d}.bin"
@@ -109,7 +110,7 @@ class PartWriter:
                 if place == 0 and sequence.loss_mask is not None:
                     masks = stack.enter_context(HashedFile(self.root, name.replace("/tokens-", "/mask-")))
                 if (sequence.loss_mask is not None) != (masks is not None):
-                    raise ValueError(f"{where} and the first one do not both have a loss mask; give it to all or none")
+                    raise UserError(f"{where} and the first one do not both have a loss mask; give it to all or none")
                 if masks is not None and sequence.loss_mask is not None:
                     mask = self._packed_mask(sequence.loss_mask, where)
                     masks.write(mask.tobytes())
@@ -146,14 +147,14 @@ class PartWriter:
         clear_records.
 
         Raises:
-            ValueError: where some parts have loss masks and some have none.
+            UserError: where some parts have loss masks and some have none.
         """
         directory = self.root / self.domain
         directory.mkdir(parents=True, exist_ok=True)
         parts = [part for part in parts if part.shard.sequences]
         masked = {part.shard.mask is not None for part in parts}
         if len(masked) > 1:
-            raise ValueError(f"some sequences of {self.domain} have loss masks, some have none; make two domains of it")
+            raise UserError(f"some sequences of {self.domain} have loss masks, some have none; make two domains of it")
         pieces, ends, trained, checks = (
             np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in parts)])
             for name, dtype in COUNTS.items()
@@ -180,7 +181,7 @@ class PartWriter:
 
     def _packed_mask(self, mask: NDArray[np.bool_], where: str) -> NDArray[np.uint8]:
         if mask.shape != (self.sequence_length,) or mask.dtype != np.bool_:
-            raise ValueError(
+            raise UserError(
                 f"{where} has a loss mask of {mask.dtype} {mask.shape}; give it bool ({self.sequence_length},)"
             )
         return np.packbits(mask)
@@ -189,13 +190,11 @@ class PartWriter:
         """The tokens as they are written."""
         tokens, ends = sequence.tokens, sequence.ends
         if tokens.shape != (self.sequence_length,):
-            raise ValueError(f"{where} has the shape {tokens.shape}; give it ({self.sequence_length},)")
+            raise UserError(f"{where} has the shape {tokens.shape}; give it ({self.sequence_length},)")
         if len(ends) == 0 or ends[-1] > self.sequence_length or np.any(np.diff(ends, prepend=0) < 1):
-            raise ValueError(
-                f"{where} has the ends {ends}; they must increase from 1 to at most {self.sequence_length}"
-            )
+            raise UserError(f"{where} has the ends {ends}; they must increase from 1 to at most {self.sequence_length}")
         if (largest := int(tokens.max())) >= self.vocab_size:
-            raise ValueError(f"{where} has token {largest}, the tokenizer has {self.vocab_size}; use its own tokenizer")
+            raise UserError(f"{where} has token {largest}, the tokenizer has {self.vocab_size}; use its own tokenizer")
         return tokens.astype(token_dtype(self.vocab_size), copy=False)
 
     def _save(self, name: str, array: NDArray[np.generic]) -> StoredFile:

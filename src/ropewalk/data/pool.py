@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from ropewalk.errors import UserError
+
 Result = TypeVar("Result")
 
 
@@ -58,7 +60,7 @@ class Processes:
             works: arguments, begun in this order.
 
         Raises:
-            ValueError: the first one that a work raised.
+            UserError: the first one that a work raised.
 
         Whatever is raised, in a work or while the caller holds a result, what has not begun is left.
         """
@@ -94,8 +96,8 @@ class Processes:
                         yield place, outcome.result()
             except BaseException as error:  # also an interrupt, and GeneratorExit where the caller stops
                 waiting.clear()
-                if isinstance(error, ValueError):
-                    raise ValueError(str(error)) from error
+                if isinstance(error, UserError):
+                    raise UserError(str(error)) from error
                 raise
 
 

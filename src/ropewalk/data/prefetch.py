@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from ropewalk.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -25,10 +27,10 @@ def prefetched(load: Callable[[Item], Result], items: Iterable[Item], depth: int
         depth: results ahead, 1 or more.
 
     Raises:
-        ValueError: for a depth below 1.
+        UserError: for a depth below 1.
     """
     if depth < 1:
-        raise ValueError(f"depth={depth} must be 1 or more; 2 keeps one result ready while another is loaded")
+        raise UserError(f"depth={depth} must be 1 or more; 2 keeps one result ready while another is loaded")
     return _prefetched(load, iter(items), depth)
 
 

@@ -47,6 +47,7 @@ from ropewalk.data.tokenizer import (
     train_tokenizer,
 )
 from ropewalk.data.writer import Accounting, commit_store, copy_tokenizer
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
@@ -76,7 +77,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
         The output directory.
 
     Raises:
-        ValueError: for a configuration or corpus that cannot be prepared, or an output that holds other work.
+        UserError: for a configuration or corpus that cannot be prepared, or an output that holds other work.
     """
     validate_prepare(config)
     output = Path(config.output)
@@ -129,7 +130,7 @@ def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[t
     """The sources, and the units of each shard with the place of its source.
 
     Raises:
-        ValueError: for a corpus without documents, or one that cannot be read.
+        UserError: for a corpus without documents, or one that cannot be read.
     """
     sources = corpus_sources(config.corpus)
     shards = _shards(sources, int(config.shard_mb * 1e6))
@@ -137,7 +138,7 @@ def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[t
     skipped = sum((source.skipped for source in sources), Counter[str]())
     report(f"corpus: {sum(s.units for s in sources):,} units, {total / 1e6:.1f} MB; skipped: {_counts(+skipped)}")
     if not shards:
-        raise ValueError(
+        raise UserError(
             f"the corpus has no documents (skipped: {dict(+skipped)}); set corpus.stdlib=true, corpus.paths=[...] or "
             "corpus.sources=[...]"
         )
@@ -303,7 +304,7 @@ def _assemble(
     for task in tasks:
         done = pack.accounting(task)
         if done is None:
-            raise ValueError(f"group {pack.place(task)[1]} of packed-{length} is not packed; run stage=pack")
+            raise UserError(f"group {pack.place(task)[1]} of packed-{length} is not packed; run stage=pack")
         accounts = {name: account + done[name] for name, account in accounts.items()}
     domains = {}
     for name in plan.rules:
@@ -373,18 +374,18 @@ def validate_prepare(config: PrepareConfig) -> None:
     """Check what can be known of a preparation before the corpus is looked at.
 
     Raises:
-        ValueError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the mend.
     """
     lengths = config.sequence_lengths
     if not lengths or min(lengths) < 2 or len(set(lengths)) < len(lengths):
-        raise ValueError(f"sequence_lengths={lengths} must be different numbers of tokens, each at least 2; correct it")
+        raise UserError(f"sequence_lengths={lengths} must be different numbers of tokens, each at least 2; correct it")
     for name in ("retrieval_tokens", "heldout_documents"):
         if getattr(config.corpus, name) < 0:
-            raise ValueError(f"corpus.{name}={getattr(config.corpus, name)} must not be negative; 0 means none")
+            raise UserError(f"corpus.{name}={getattr(config.corpus, name)} must not be negative; 0 means none")
     if config.corpus.heldout_length < 2:
-        raise ValueError(f"corpus.heldout_length={config.corpus.heldout_length} must be at least 2 tokens; raise it")
+        raise UserError(f"corpus.heldout_length={config.corpus.heldout_length} must be at least 2 tokens; raise it")
     if not (config.corpus.stdlib or config.corpus.paths or config.corpus.sources):
-        raise ValueError(
+        raise UserError(
             f"corpus={config.corpus.name} names no documents; set corpus.paths=[DIR] or "
             "'corpus.sources=[{domain: NAME, path: DIR}]'"
         )
@@ -392,11 +393,11 @@ def validate_prepare(config: PrepareConfig) -> None:
     one_of("corpus.engine", config.corpus.engine, ENGINES)
     one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))
     if not 0 <= config.shard < config.n_shards:
-        raise ValueError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
+        raise UserError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
     if config.shard_mb <= 0 or (config.workers is not None and config.workers < 1):
-        raise ValueError(f"shard_mb={config.shard_mb} and workers={config.workers} must be positive; raise them")
+        raise UserError(f"shard_mb={config.shard_mb} and workers={config.workers} must be positive; raise them")
     if config.corpus.chat_template is not None and not Path(config.corpus.chat_template).is_file():
-        raise ValueError(f"corpus.chat_template={config.corpus.chat_template} is no file; name a Jinja template")
+        raise UserError(f"corpus.chat_template={config.corpus.chat_template} is no file; name a Jinja template")
     if config.corpus.chat_date is not None:
         _check_date(config.corpus.chat_date)
     domain_rules(config.corpus)
@@ -406,7 +407,7 @@ def _check_date(day: str) -> None:
     try:
         date.fromisoformat(day)
     except ValueError as error:
-        raise ValueError(f"corpus.chat_date={day} is no date; write it as 2024-07-26") from error
+        raise UserError(f"corpus.chat_date={day} is no date; write it as 2024-07-26") from error
 
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
@@ -437,13 +438,13 @@ def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int
     done = json.loads(path.read_text(encoding="utf-8"))
     if done["sha256"] != work["sha256"]:
         changed = [key for key in work if key != "sha256" and done.get(key) != work[key]]
-        raise ValueError(
+        raise UserError(
             f"{output} holds work of another configuration or corpus (differs in: {', '.join(changed)}); "
             "remove it or set output=DIRECTORY"
         )
     for root in (output / f"packed-{length}" for length in sequence_lengths):
         if not (root / MANIFEST).exists():
-            raise ValueError(f"{root} is gone, though {path} names it; remove {output} and prepare it again")
+            raise UserError(f"{root} is gone, though {path} names it; remove {output} and prepare it again")
     return True
 
 
@@ -458,7 +459,7 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
             if (output / name).exists():
                 shutil.rmtree(output / name)
     elif output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
+        raise UserError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
     work_directory(output).mkdir(parents=True, exist_ok=True)
     write_atomically(output / PREPARING, json.dumps(work, indent=2) + "\n")
 

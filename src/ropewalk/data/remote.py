@@ -11,6 +11,7 @@ from ropewalk.data.cache import BOUNDED, DownloadCache
 from ropewalk.data.hashing import sha256_directory, sha256_text
 from ropewalk.data.manifest import MANIFEST, TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
 from ropewalk.data.store import PackedSequence, PackedStore, _Domain
+from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically, sha256_of
 
 
@@ -18,13 +19,13 @@ def open_stores(config: DataConfig) -> dict[str, PackedStore]:
     """The stores of a configuration by name: ``data.store`` under "", those of ``data.stores`` under theirs.
 
     Raises:
-        ValueError: for a store that is none or, with ``data.verify``, is not as it was written; a ``data.store`` of
+        UserError: for a store that is none or, with ``data.verify``, is not as it was written; a ``data.store`` of
             another sequence length.
     """
     stores = {"": open_store("data.store", config.store, config)}
     stores |= {name: open_store(f"data.stores.{name}", where, config) for name, where in config.stores.items()}
     if stores[""].sequence_length != config.sequence_length:
-        raise ValueError(
+        raise UserError(
             f"data.sequence_length={config.sequence_length}, but {config.store} holds sequences of "
             f"{stores[''].sequence_length} tokens; set data.sequence_length={stores[''].sequence_length} or name "
             "another store"
@@ -56,7 +57,7 @@ class RemoteStore(PackedStore):
         """Open the store at ``url``.
 
         Raises:
-            ValueError: for a URL of an unknown or uninstalled protocol, one that holds no store, or a file that is not
+            UserError: for a URL of an unknown or uninstalled protocol, one that holds no store, or a file that is not
                 as the manifest says.
         """
         self.url = url.rstrip("/")
@@ -88,14 +89,14 @@ class RemoteStore(PackedStore):
         """Copy every file that is not in the cache, and hash all of them.
 
         Raises:
-            ValueError: naming the first file that differs; it is deleted from the cache.
+            UserError: naming the first file that differs; it is deleted from the cache.
         """
         for name, info in self.domains.items():
             for stored in info.files:
                 path = self.root / stored.file
                 if not self._fetch(stored) and sha256_of(path) != stored.sha256:
                     path.unlink()
-                    raise ValueError(f"{path} was corrupt: its SHA-256 differed; it is deleted, so start again")
+                    raise UserError(f"{path} was corrupt: its SHA-256 differed; it is deleted, so start again")
             self._domain(name).check_boundaries()
 
     def _domain(self, name: str) -> _Domain:
@@ -116,7 +117,7 @@ class RemoteStore(PackedStore):
         try:
             text = self._files.cat_file(f"{self._base}/{MANIFEST}").decode("utf-8")
         except FileNotFoundError:
-            raise ValueError(
+            raise UserError(
                 f"{self.url} is not a packed store: it has no {MANIFEST}; copy a finished store there, that file last"
             ) from None
         key = sha256_text(text)[:32]
@@ -137,7 +138,7 @@ class RemoteStore(PackedStore):
                 name = found.rstrip("/").rsplit("/", 1)[-1]
                 (self.tokenizer_path / name).write_bytes(self._files.cat_file(found))
             if sha256_directory(self.tokenizer_path) != expected:
-                raise ValueError(
+                raise UserError(
                     f"{self.url}/{TOKENIZER} is not the tokenizer that its manifest names; copy the store there again"
                 )
 
@@ -157,7 +158,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         files, base = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url} needs a package that is not installed: {error} (pip install '.[remote]')") from error
+        raise UserError(f"{url} needs a package that is not installed: {error} (pip install '.[remote]')") from error
     except ValueError as error:
-        raise ValueError(f"{url} cannot be read: {error}; use s3://, gs://, hf://, file:// or a directory") from error
+        raise UserError(f"{url} cannot be read: {error}; use s3://, gs://, hf://, file:// or a directory") from error
     return files, base

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.hashing import stable_key
 from ropewalk.data.tokenizer import DocumentEncoder
+from ropewalk.errors import UserError
 
 KEY_DIGITS = 5
 TOKENS_PER_FACT = 96  # of the document; about half of it is then filler
@@ -100,7 +101,7 @@ def retrieval_documents(
         seed: of names, keys, depths and filler.
 
     Raises:
-        ValueError: for a sequence length in which one fact and its question do not fit.
+        UserError: for a sequence length in which one fact and its question do not fit.
     """
     sizes = np.cumsum([len(text) for text in filler])
     made = number = 0
@@ -162,7 +163,7 @@ def _fitted(draft: _Draft, encoder: DocumentEncoder, sequence_length: int) -> ND
     """The document with as many lines of its filler as fit."""
     frame = len(encoder.encode_document(_Draft(draft.facts, draft.depths, draft.closing, []).text()))
     if frame > sequence_length:
-        raise ValueError(
+        raise UserError(
             f"a retrieval document has at least {frame} tokens here, more than "
             f"sequence_length={sequence_length}; set corpus.retrieval_tokens=0 or use longer sequences"
         )

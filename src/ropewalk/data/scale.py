@@ -15,6 +15,7 @@ from typing import Any
 
 from ropewalk.config import ExecutorConfig, GatherConfig, one_of
 from ropewalk.data.stages import Pack, Plan, Tokenize
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 EXECUTORS = ("local", "slurm")
@@ -27,12 +28,12 @@ def require_datatrove() -> None:
     """Say what is missing.
 
     Raises:
-        ValueError: where datatrove is not installed.
+        UserError: where datatrove is not installed.
     """
     try:
         import datatrove  # noqa: F401
     except ImportError as error:
-        raise ValueError("datatrove is not installed; pip install 'ropewalk[scale]'") from error
+        raise UserError("datatrove is not installed; pip install 'ropewalk[scale]'") from error
 
 
 def executor(config: ExecutorConfig, steps: list[Any], tasks: int, logs: Path, depends: Any = None) -> Any:
@@ -46,7 +47,7 @@ def executor(config: ExecutorConfig, steps: list[Any], tasks: int, logs: Path, d
         depends: the executor that must have run before.
 
     Raises:
-        ValueError: for an executor that is not known, or one of SLURM without a partition and a time.
+        UserError: for an executor that is not known, or one of SLURM without a partition and a time.
     """
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
@@ -55,7 +56,7 @@ def executor(config: ExecutorConfig, steps: list[Any], tasks: int, logs: Path, d
         workers = min(config.workers or len(os.sched_getaffinity(0)), tasks)
         return LocalPipelineExecutor(steps, tasks, workers, logging_dir=str(logs), depends=depends)
     if config.partition is None or config.time is None:
-        raise ValueError("executor.kind=slurm needs executor.partition and executor.time; set both")
+        raise UserError("executor.kind=slurm needs executor.partition and executor.time; set both")
     return SlurmPipelineExecutor(
         steps, tasks, time=config.time, partition=config.partition, workers=config.workers or -1,
         job_name=f"ropewalk-{logs.name}", logging_dir=str(logs), depends=depends, env_command=config.env_command,
@@ -67,7 +68,7 @@ def run_stages(output: Path, config: ExecutorConfig) -> None:
     """Tokenize, pack and finish what is planned in ``output``; on SLURM, submit that.
 
     Raises:
-        ValueError: for an output without a plan, or an executor that cannot be used.
+        UserError: for an output without a plan, or an executor that cannot be used.
     """
     require_datatrove()
     Plan.load(output)
@@ -103,7 +104,7 @@ def gather(config: GatherConfig) -> Path:
         The directory of the documents: the path of a source of kind files.
 
     Raises:
-        ValueError: for a reader that is not known, or an executor that cannot be used.
+        UserError: for a reader that is not known, or an executor that cannot be used.
     """
     require_datatrove()
     from datatrove.pipeline.writers import JsonlWriter
@@ -139,7 +140,7 @@ def _read(config: GatherConfig) -> list[Any]:
     one_of("reader", config.reader, READERS)
     if config.reader == "hub":
         if config.revision is None and not Path(config.path).exists():
-            raise ValueError(
+            raise UserError(
                 f"path={config.path} is a hub dataset without a revision; give its commit, so that the same "
                 "configuration is the same data"
             )
@@ -147,7 +148,7 @@ def _read(config: GatherConfig) -> list[Any]:
         chosen = {key: value for key, value in options.items() if value is not None}
         return [readers.HuggingFaceDatasetReader(config.path, chosen, streaming=True, text_key=config.column)]
     if not Path(config.path).exists() and "://" not in config.path:
-        raise ValueError(f"path={config.path} does not exist; correct it")
+        raise UserError(f"path={config.path} does not exist; correct it")
     if config.reader == "warc":
         return [readers.WarcReader(config.path, glob_pattern=config.glob), Trafilatura(timeout=config.extract_seconds)]
     reader = {"jsonl": readers.JsonlReader, "parquet": readers.ParquetReader}[config.reader]

@@ -16,6 +16,7 @@ import xxhash
 from ropewalk.config import CorpusConfig, SourceConfig, one_of
 from ropewalk.data.corpus import CODE, JSONL, PROSE, Unit, open_parquet
 from ropewalk.data.hashing import canonical_json
+from ropewalk.errors import UserError
 
 SPLIT_DOMAIN = "long"  # where corpus.stdlib and corpus.paths begin; what is shorter goes on to "short"
 _INSTALLED = {"__pycache__", "site-packages", "dist-packages"}
@@ -52,25 +53,25 @@ def corpus_sources(corpus: CorpusConfig) -> list[Source]:
     """The sources of a configuration, in order, each with a name of its own.
 
     Raises:
-        ValueError: for a path that does not exist, an unknown kind, or a hub dataset without a revision.
+        UserError: for a path that does not exist, an unknown kind, or a hub dataset without a revision.
     """
     named = [Source(SourceConfig(SPLIT_DOMAIN, "", "repositories"), "stdlib", True)] if corpus.stdlib else []
     for path in corpus.paths:
         if not Path(path).exists():
-            raise ValueError(f"corpus.paths names {path}, which does not exist; correct it")
+            raise UserError(f"corpus.paths names {path}, which does not exist; correct it")
         named.append(Source(SourceConfig(SPLIT_DOMAIN, path), Path(path).resolve().name))
     for source in corpus.sources:
         one_of("kind of a source", source.kind, ("files", "repositories", "dataset"))
         exists = Path(source.path).exists()
         if not exists and source.kind != "dataset":
-            raise ValueError(f"corpus.sources names {source.path}, which does not exist; correct it")
+            raise UserError(f"corpus.sources names {source.path}, which does not exist; correct it")
         if not exists and source.revision is None:
-            raise ValueError(
+            raise UserError(
                 f"corpus.sources names the hub dataset {source.path} without a revision; give its commit, so that the "
                 "same configuration is the same data"
             )
         if source.chat and source.kind == "repositories":
-            raise ValueError(f"corpus.sources: {source.path} cannot be repositories and chat at once")
+            raise UserError(f"corpus.sources: {source.path} cannot be repositories and chat at once")
         named.append(Source(source, Path(source.path).resolve().name if exists else source.path))
     seen: Counter[str] = Counter()
     for source_ in named:
@@ -215,6 +216,6 @@ def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str
 
 def _unreadable(error: OSError) -> None:
     """What os.walk would pass over in silence."""
-    raise ValueError(
+    raise UserError(
         f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it out of the source"
     ) from error

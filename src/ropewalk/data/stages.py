@@ -38,6 +38,7 @@ from ropewalk.data.token_files import (
 )
 from ropewalk.data.tokenizer import DocumentEncoder, batches, load_tokenizer, open_saved
 from ropewalk.data.writer import Accounting
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 PLAN = "plan.json"
@@ -106,11 +107,11 @@ class Plan:
         """The plan of an output.
 
         Raises:
-            ValueError: where there is none.
+            UserError: where there is none.
         """
         path = work_directory(output) / PLAN
         if not path.is_file():
-            raise ValueError(f"{output} has no plan; run stage=plan first")
+            raise UserError(f"{output} has no plan; run stage=plan first")
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -302,14 +303,14 @@ class Pack:
         """Group the shards of a plan, in order, by their tokens.
 
         Raises:
-            ValueError: where some are not tokenized yet, or by an engine that was found to differ on another shard.
+            UserError: where some are not tokenized yet, or by an engine that was found to differ on another shard.
         """
         records = [read_record(plan.work, shard) for shard in range(plan.shards)]
         tokenize = Tokenize(plan)
         missing = [shard for shard in range(plan.shards) if not tokenize.finished(shard)]
         if missing:
             again = (name := tokenize.disproved()) and f" but by {name}, which differed on a shard"
-            raise ValueError(
+            raise UserError(
                 f"{len(missing)} shards, the first {missing[0]}, are not tokenized{again or ''}; run stage=tokenize"
             )
         groups: dict[int, list[int]] = {}

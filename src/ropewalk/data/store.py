@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.hashing import sequence_check, sha256_directory
 from ropewalk.data.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
+from ropewalk.errors import UserError
 from ropewalk.files import sha256_of
 
 
@@ -50,7 +51,7 @@ class PackedStore:
         """Open the store at ``path``.
 
         Raises:
-            ValueError: for a directory that is no store, an altered manifest, or a file of another size.
+            UserError: for a directory that is no store, an altered manifest, or a file of another size.
         """
         self.root = Path(path)
         self._manifest = read_manifest(self.root)
@@ -93,7 +94,7 @@ class PackedStore:
         """Sequence ``index`` of ``domain``; its arrays are copies.
 
         Raises:
-            ValueError: for a domain that the store does not have, or a sequence that is not as it was written (stores
+            UserError: for a domain that the store does not have, or a sequence that is not as it was written (stores
                 of before that was recorded are not checked).
             IndexError: for an index outside 0 .. sequences - 1.
         """
@@ -124,22 +125,20 @@ class PackedStore:
         """Hash every file and check every boundary against the manifest.
 
         Raises:
-            ValueError: naming the first file that differs.
+            UserError: naming the first file that differs.
         """
         for name, info in self.domains.items():
             for stored in info.files:
                 if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
-                    raise ValueError(
-                        f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again"
-                    )
+                    raise UserError(f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again")
             self._domain(name).check_boundaries()
         if sha256_directory(self.tokenizer_path) != self.tokenizer["sha256"]:
-            raise ValueError(f"{self.tokenizer_path} is not the tokenizer of this store; write the store again")
+            raise UserError(f"{self.tokenizer_path} is not the tokenizer of this store; write the store again")
 
     def _domain(self, name: str) -> _Domain:
         if name not in self._domains:
             if name not in self.domains:
-                raise ValueError(f"{self.root} has no domain {name!r}; it has: {', '.join(sorted(self.domains))}")
+                raise UserError(f"{self.root} has no domain {name!r}; it has: {', '.join(sorted(self.domains))}")
             dtype = np.dtype(self._manifest.token_dtype)
             self._domains[name] = _Domain(self.root, self.domains[name], self.sequence_length, dtype)
         return self._domains[name]
@@ -149,7 +148,7 @@ class PackedStore:
         size = path.stat().st_size if path.is_file() else None
         if size != stored.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {found}, its manifest says {stored.bytes}; copy or write the store again")
+            raise UserError(f"{path} {found}, its manifest says {stored.bytes}; copy or write the store again")
 
 
 def mask_bytes(sequence_length: int) -> int:
@@ -211,7 +210,7 @@ class _Domain:
         tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
         packed = self._masks[number][row] if number in self._masks else None
         if self._checks is not None and sequence_check(tokens, packed, ends) != int(self._checks[index]):
-            raise ValueError(
+            raise UserError(
                 f"{self._root / shard.file} or the index beside it is corrupt: sequence {index} is not as it was "
                 "written; copy or write the store again"
             )
@@ -242,7 +241,7 @@ class _Domain:
         )
         if not whole:
             file = self._root / self._info.ends.file
-            raise ValueError(f"{file} does not hold the boundaries of its sequences; write the store again")
+            raise UserError(f"{file} does not hold the boundaries of its sequences; write the store again")
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self._info.sequences:

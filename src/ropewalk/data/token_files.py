@@ -18,6 +18,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ropewalk.errors import UserError
+
 
 @dataclass
 class TokenRecord:
@@ -148,7 +150,7 @@ def check_whole(directory: Path, number: int) -> None:
     """Compare the files of a finished shard with their record.
 
     Raises:
-        ValueError: where they are not what was written.
+        UserError: where they are not what was written.
     """
     stem = directory / f"tokens-{number:05d}"
     record, digests = read_record(directory, number), _digests()
@@ -159,7 +161,7 @@ def check_whole(directory: Path, number: int) -> None:
                 digests[suffix].update(block)
     digests[".npy"].update(np.load(stem.with_suffix(".npy"), allow_pickle=False).tobytes())
     if _joined(digests) != record.digest:
-        raise ValueError(
+        raise UserError(
             f"{stem}.bin, .mask or .npy is not what was written: the disk, or the machine, has failed; remove "
             f"{stem}.json and start again, and this shard is tokenized again"
         )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.engines import PROBE, RANKS, has_ranks, open_engine, reference_of
 from ropewalk.data.hashing import canonical_json, files_signature, sha256_directory, sha256_text
+from ropewalk.errors import UserError
 from ropewalk.files import sha256_of
 
 BOS = "<|begin_of_text|>"
@@ -52,12 +53,12 @@ class DocumentEncoder:
             eos: end them with EOS, where the tokenizer has one.
 
         Raises:
-            ValueError: for a slow tokenizer, one with neither a BOS nor an EOS token, or an engine that cannot be used.
+            UserError: for a slow tokenizer, one with neither a BOS nor an EOS token, or an engine that cannot be used.
         """
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
+            raise UserError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise UserError(
                 f"{tokenizer.name_or_path} has neither a BOS nor an EOS token to separate documents; set one"
             )
         self.tokenizer = tokenizer
@@ -155,7 +156,7 @@ def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool 
         eos: end them with EOS.
 
     Raises:
-        ValueError: where there is none, or documents cannot be separated with it.
+        UserError: where there is none, or documents cannot be separated with it.
     """
     from transformers import AutoTokenizer
 
@@ -163,7 +164,7 @@ def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool 
         tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"corpus.tokenizer={name} cannot be opened: {reason}; name a tokenizer directory or a hub id"
         ) from error
     return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
@@ -242,7 +243,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:
         vocab_size: entries, the 256 bytes and the two special tokens included.
 
     Raises:
-        ValueError: for a vocabulary that has no room for the bytes and special tokens, or texts that are too
+        UserError: for a vocabulary that has no room for the bytes and special tokens, or texts that are too
             few to fill it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -250,7 +251,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 2:
-        raise ValueError(f"corpus.vocab_size={vocab_size} must be at least {len(alphabet) + 2}; raise it")
+        raise UserError(f"corpus.vocab_size={vocab_size} must be at least {len(alphabet) + 2}; raise it")
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -260,7 +261,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the corpus gives a tokenizer of {tokenizer.get_vocab_size()} entries, fewer than "
             f"corpus.vocab_size={vocab_size}; lower it or add text"
         )
@@ -274,11 +275,11 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
     """``sha256`` of the directory, ``vocab_size`` (largest id + 1), ``bos_id`` and ``eos_id`` (or None).
 
     Raises:
-        ValueError: for a directory without tokenizer.json and tokenizer_config.json.
+        UserError: for a directory without tokenizer.json and tokenizer_config.json.
     """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
-            raise ValueError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
+            raise UserError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
     vocab = _backend(files_signature(directory), directory).get_vocab(with_added_tokens=True)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     return {
@@ -303,7 +304,7 @@ def check_same_vocabulary(store: Path, model: Path) -> None:
     Special tokens are left out: Llama 3.1 gave names to some that Llama 3 held in reserve.
 
     Raises:
-        ValueError: where they differ.
+        UserError: where they differ.
     """
     from tokenizers import Tokenizer
 
@@ -313,7 +314,7 @@ def check_same_vocabulary(store: Path, model: Path) -> None:
     different = sorted(of_store.items() ^ of_model.items(), key=lambda entry: entry[1])
     if different:
         token, number = different[0]
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of the data ({store}) is not the model's ({model}): they differ first at id {number}, "
             f"token {token!r}; prepare the data with corpus.tokenizer={model}"
         )

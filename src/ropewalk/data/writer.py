@@ -14,6 +14,7 @@ from ropewalk.data.manifest import MANIFEST, TOKENIZER, DomainInfo, Manifest, to
 from ropewalk.data.parts import Part, PartWriter
 from ropewalk.data.store import PackedSequence, PackedStore
 from ropewalk.data.tokenizer import describe_tokenizer
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically
 
 SHARD_BYTES = 2**30
@@ -60,15 +61,15 @@ def write_store(
         shard_bytes: size that a token file has at most (but at least one sequence).
 
     Raises:
-        ValueError: for a root that is a store already, no sequences at all, a sequence of another length or
+        UserError: for a root that is a store already, no sequences at all, a sequence of another length or
             with boundaries that do not increase, a token outside the vocabulary, or accounting that does not
             add up.
     """
     root = Path(root)
     if (root / MANIFEST).exists():
-        raise ValueError(f"{root} is a packed store already; remove it or write to another directory")
+        raise UserError(f"{root} is a packed store already; remove it or write to another directory")
     if set(accounting) != set(domains):
-        raise ValueError(f"accounting is of {sorted(accounting)}, the domains are {sorted(domains)}; give one for each")
+        raise UserError(f"accounting is of {sorted(accounting)}, the domains are {sorted(domains)}; give one for each")
     root.mkdir(parents=True, exist_ok=True)
     tokenizer = copy_tokenizer(Path(tokenizer_dir), root / TOKENIZER)
     written = {}
@@ -99,12 +100,12 @@ def commit_store(
         sources: what the documents were read from.
 
     Raises:
-        ValueError: for no sequences at all, or accounting that does not add up.
+        UserError: for no sequences at all, or accounting that does not add up.
     """
     for name, account in accounting.items():
         _check_accounting(name, account, domains[name].tokens if name in domains else 0)
     if not any(info.sequences for info in domains.values()):
-        raise ValueError(f"{root} would hold no sequence of {sequence_length} tokens; give it documents")
+        raise UserError(f"{root} would hold no sequence of {sequence_length} tokens; give it documents")
     manifest = Manifest(
         sequence_length,
         tokenizer,
@@ -143,7 +144,7 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
 def _check_accounting(name: str, accounting: Accounting, packed: int) -> None:
     moved, dropped = sum(accounting.moved.values()), sum(accounting.dropped.values())
     if accounting.tokens_in != packed + moved + dropped:
-        raise ValueError(
+        raise UserError(
             f"{accounting.tokens_in} tokens came into {name}, but {packed} were packed, {moved} moved and "
             f"{dropped} dropped; account for every token"
         )

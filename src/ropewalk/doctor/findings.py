@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ropewalk.errors import UserError
+
 LEVELS = ("ok", "warn", "FAIL")
 
 
@@ -44,7 +46,7 @@ def guarded(subject: str, check: Callable[[], Iterable[Finding]]) -> list[Findin
         return list(check())
     except Exception as error:  # whatever it is, the user has to see it beside the rest
         words = " ".join(str(error).split()) or "no message"
-        return [fail(subject, (words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}")[:400])]
+        return [fail(subject, (words if isinstance(error, UserError) else f"{type(error).__name__}: {words}")[:400])]
 
 
 def screen(title: str, of_ranks: Sequence[tuple[str, Sequence[Finding]]]) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from ropewalk.doctor.findings import Finding, guarded, screen, warn
 from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, check_suite
 from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
 from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
+from ropewalk.errors import UserError
 from ropewalk.launch import take_place
 from ropewalk.model import count_parameters, training_config
 from ropewalk.planner.cost import checkpoints_kept
@@ -112,7 +113,7 @@ def _checkpoint_of(run: str) -> Path:
     """The checkpoint that ``start_from.run`` names, by itself or as the newest of its run."""
     checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
     if checkpoint is None:
-        raise ValueError(f"start_from.run={run} holds no committed checkpoint; name a run directory that does")
+        raise UserError(f"start_from.run={run} holds no committed checkpoint; name a run directory that does")
     return checkpoint
 
 

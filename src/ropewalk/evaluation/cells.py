@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.table import tidy_table, write_table
 from ropewalk.files import write_atomically
 
@@ -60,7 +61,7 @@ class CellStore:
         """Whether ``cell`` was measured under this very identity.
 
         Raises:
-            ValueError: where it was measured under another one and may not be replaced, or lies beside cells of
+            UserError: where it was measured under another one and may not be replaced, or lies beside cells of
                 another version of its harness.
         """
         path = self.output / cell.file
@@ -70,7 +71,7 @@ class CellStore:
         found = _read(path)["identity"]
         differing = sorted(k for k in {*identity, *found} if identity.get(k) != found.get(k))
         if differing and not self.overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{path} was measured with another {', '.join(differing)} "
                 f"({'; '.join(f'{k}: {found.get(k)} there, {identity.get(k)} now' for k in differing)}), and the two "
                 "do not compare; name another output, or replace it with overwrite=true"
@@ -85,7 +86,7 @@ class CellStore:
         for path in sorted((self.output / CELLS / harness).rglob("*.json")):
             found = _read(path)["identity"].get("harness_version")
             if found != wanted:
-                raise ValueError(
+                raise UserError(
                     f"{path} was measured with {harness} {found}, and this is {wanted}; the two do not compare: name "
                     "another output, or measure all of it again with overwrite=true"
                 )
@@ -108,7 +109,7 @@ class CellStore:
             samples: one JSON object for each prompt.
 
         Raises:
-            ValueError: where the disk takes no more; what was finished before stays.
+            UserError: where the disk takes no more; what was finished before stays.
         """
         path = self.output / cell.file
         rows = [{"source_file": cell.file.as_posix(), **row} for row in rows]
@@ -121,7 +122,7 @@ class CellStore:
             write_atomically(path, json.dumps(record, indent=2) + "\n")
             self.write_table()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be written ({error.strerror}); every cell finished before is kept: make room and "
                 "repeat the command"
             ) from error
@@ -135,7 +136,7 @@ class CellStore:
         """Make table.parquet and table.csv anew from all cells.
 
         Raises:
-            ValueError: where cells of two versions of a harness lie together.
+            UserError: where cells of two versions of a harness lie together.
         """
         table = tidy_table(self.rows())
         write_table(self.output, table)
@@ -147,4 +148,4 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {"identity": content["identity"], "rows": content["rows"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and it is measured again") from error
+        raise UserError(f"{path} is damaged ({error}); delete it, and it is measured again") from error

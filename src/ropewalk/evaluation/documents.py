@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ropewalk.errors import UserError
+
 TEXT_SUFFIXES = (".txt", ".md")
 
 
@@ -53,19 +55,19 @@ def find_documents(directory: Path) -> Iterator[Document]:
     Text files are read in sorted order, subdirectories included, and named by their path below ``directory``.
 
     Raises:
-        ValueError: where there are none, a line of the jsonl is not a document, or two share a name.
+        UserError: where there are none, a line of the jsonl is not a document, or two share a name.
     """
     seen: set[str] = set()
     for document in _read(directory):
         if document.name in seen:
-            raise ValueError(
+            raise UserError(
                 f"documents={directory} has two documents named {document.name!r}; runs are compared "
                 "document by document, so give each its own name"
             )
         seen.add(document.name)
         yield document
     if not seen:
-        raise ValueError(
+        raise UserError(
             f"documents={directory} holds no document: neither heldout/documents.jsonl, nor documents.jsonl, "
             f"nor {' or '.join(TEXT_SUFFIXES)} files; write held-out documents with data_prep/prepare.py "
             "(corpus.heldout_documents=16) or name a directory of text files"
@@ -76,7 +78,7 @@ def make_windows(directory: Path, tokenizer: Any, length: int, max_documents: in
     """One window for each document: its first ``length`` tokens.
 
     Raises:
-        ValueError: where no document is long enough.
+        UserError: where no document is long enough.
     """
     tokens: dict[str, torch.Tensor] = {}
     too_short: dict[str, int] = {}
@@ -92,7 +94,7 @@ def make_windows(directory: Path, tokenizer: Any, length: int, max_documents: in
             tokens[name] = torch.tensor(ids[:length])
     if not tokens:
         longest = max(too_short, key=lambda name: too_short[name])
-        raise ValueError(
+        raise UserError(
             f"lengths={length} is longer than every document of documents={directory}: the longest, "
             f"{longest!r}, has {too_short[longest]} tokens; evaluate at that or less, or name longer ones"
         )
@@ -126,6 +128,6 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 entry = json.loads(line)
                 yield Document(str(entry["name"]), str(entry["text"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f'{path}, line {number} is not a document; each line holds one {{"name": ..., "text": ...}} object'
                 ) from error

@@ -44,7 +44,7 @@ class TrainingEvaluation:
             ranks: this process among the others.
 
         Raises:
-            ValueError: for settings or documents that do not fit, as scripts/evaluate.py says it.
+            UserError: for settings or documents that do not fit, as scripts/evaluate.py says it.
         """
         settings, trainer = config.evaluation, config.trainer
         self.lengths = sorted(set(settings.lengths)) or [config.data.sequence_length]

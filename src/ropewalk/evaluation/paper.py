@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.helmet.datasets import CATEGORIES
 from ropewalk.evaluation.ruler.tasks import TASKS
 
@@ -76,22 +77,22 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
     A column ``run`` may name the run that a number is to stand beside; without it, it is every run of the method.
 
     Raises:
-        ValueError: where the file is missing, is no table, or lacks a column.
+        UserError: where the file is missing, is no table, or lacks a column.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{key}={path} is not a file; the paper's is recipes/cope_llama3_8b_64k/expected.csv")
+        raise UserError(f"{key}={path} is not a file; the paper's is recipes/cope_llama3_8b_64k/expected.csv")
     try:
         published = pd.read_csv(path)
     except ValueError as error:
-        raise ValueError(f"{key}={path} is no table: {' '.join(str(error).split())}; mend it") from error
+        raise UserError(f"{key}={path} is no table: {' '.join(str(error).split())}; mend it") from error
     if missing := [name for name in COLUMNS if name not in published.columns]:
-        raise ValueError(f"{key}={path} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}")
+        raise UserError(f"{key}={path} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}")
     if "run" not in published.columns:
         published["run"] = pd.Series(pd.NA, index=published.index, dtype="string")
     try:
         return published.astype({"context_length": "Int64", "value": "float64"})
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{key}={path}: context_length must be whole numbers or nothing and value numbers ({error}); "
             "quote a name that has a comma"
         ) from error

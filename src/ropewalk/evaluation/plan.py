@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ropewalk.config import EvaluateConfig, RopeConfig, existing_directory, one_of, require_device
 from ropewalk.data.retrieval import number_of_keys
+from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, make_windows
 from ropewalk.evaluation.prompts import Prompt, build_grid
 from ropewalk.evaluation.results import writable_directory
@@ -98,7 +99,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     """Check the configuration, read position, tokenizer and documents, and write every prompt.
 
     Raises:
-        ValueError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the mend.
     """
     check_settings(config)
     require_device("device", config.device)
@@ -117,7 +118,7 @@ def checked_checkpoint(path: str) -> Path:
     """The Hugging Face directory of a checkpoint, every weight file whole.
 
     Raises:
-        ValueError: where ``path`` is no checkpoint, or a shard of it is missing or cut short.
+        UserError: where ``path`` is no checkpoint, or a shard of it is missing or cut short.
     """
     directory = resolve_checkpoint(path)
     index = directory / "model.safetensors.index.json"
@@ -125,7 +126,7 @@ def checked_checkpoint(path: str) -> Path:
     if index.is_file():
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(wanted - shards):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint={directory} lacks {', '.join(missing[:3])} ({len(missing)} of {len(wanted)} weight files)"
                 "; copy it again, whole"
             )
@@ -134,7 +135,7 @@ def checked_checkpoint(path: str) -> Path:
             with safe_open(directory / name, "pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"checkpoint={directory}: {name} is damaged ({error}); copy it again, whole") from error
+            raise UserError(f"checkpoint={directory}: {name} is damaged ({error}); copy it again, whole") from error
     return directory
 
 
@@ -142,18 +143,18 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer beside a checkpoint.
 
     Raises:
-        ValueError: where there is none, or it has tokens that the model has no embedding for.
+        UserError: where there is none, or it has tokens that the model has no embedding for.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint={directory} has no tokenizer that transformers reads; copy the files of the one it "
             "was trained with (tokenizer.json, tokenizer_config.json) into it"
         ) from error
     vocab_size = AutoConfig.from_pretrained(directory).vocab_size
     if len(tokenizer) > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of checkpoint={directory} has {len(tokenizer)} tokens, but the model embeds "
             f"{vocab_size}; put the tokenizer that the model was trained with beside it"
         )
@@ -164,31 +165,31 @@ def check_settings(config: EvaluateConfig) -> None:
     """Check the settings of suite=quick by themselves, without the machine, the checkpoint and the documents.
 
     Raises:
-        ValueError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the mend.
     """
     lengths, needle = config.lengths, config.needle
     if config.documents is None:
-        raise ValueError(
+        raise UserError(
             "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
             " wrote, or one of text files"
         )
     if not lengths or min(lengths) < SHORTEST:
-        raise ValueError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
+        raise UserError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
     if lengths != sorted(set(lengths)):
-        raise ValueError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
     if config.max_documents is not None and config.max_documents < 1:
-        raise ValueError(f"max_documents={config.max_documents} must be 1 or more, or null for all")
+        raise UserError(f"max_documents={config.max_documents} must be 1 or more, or null for all")
     if not needle.depths or not all(0 <= depth <= 1 for depth in needle.depths):
-        raise ValueError(f"needle.depths={needle.depths} must be shares between 0 and 1; try [0.0,0.5,1.0]")
+        raise UserError(f"needle.depths={needle.depths} must be shares between 0 and 1; try [0.0,0.5,1.0]")
     if len(set(needle.depths)) != len(needle.depths):
-        raise ValueError(f"needle.depths={needle.depths} must differ; name each depth once")
+        raise UserError(f"needle.depths={needle.depths} must differ; name each depth once")
     if needle.samples < 0 or len(needle.depths) * needle.samples == 1:
-        raise ValueError(
+        raise UserError(
             f"needle.samples={needle.samples} over {len(needle.depths)} depths: the shuffled-answer control "
             "needs at least two prompts of a length; set needle.samples=2 or more, or 0 for no needle grid"
         )
     if needle.digits < 1 or not 0 <= needle.distractors < number_of_keys(needle.digits):
-        raise ValueError(
+        raise UserError(
             f"needle.digits={needle.digits} must be 1 or more, and needle.distractors={needle.distractors} 0 "
             "or more but fewer than there are keys of so many digits; the passkey test has 5 and 0"
         )
@@ -196,7 +197,7 @@ def check_settings(config: EvaluateConfig) -> None:
 
 
 def check_engine(config: EvaluateConfig) -> None:
-    """Raise ValueError for a number format, device or backend that is not known."""
+    """Raise UserError for a number format, device or backend that is not known."""
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
     one_of("device", config.device, DEVICES)
     one_of("backend", config.backend, ("transformers", "vllm"))

@@ -11,6 +11,7 @@ import torch
 
 from ropewalk.config import NeedleConfig
 from ropewalk.data import retrieval
+from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, beginning, encode
 
 
@@ -47,7 +48,7 @@ def build_grid(tokenizer: Any, windows: Windows, length: int, config: NeedleConf
         seed: of keys, names and haystacks.
 
     Raises:
-        ValueError: where facts and question leave no room for a haystack.
+        UserError: where facts and question leave no room for a haystack.
     """
     prompts = [
         _prompt(tokenizer, windows, config, (length, depth), random.Random(f"{seed}/{length}/{depth}/{sample}"))
@@ -73,7 +74,7 @@ def _prompt(
     begin = beginning(tokenizer)
     room = length - sum(map(len, [begin, fact, question, answer, *others]))
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"lengths={length} leaves no room for a haystack: facts, question and answer take "
             f"{length - room} tokens; evaluate at {2 * (length - room)} or more, or set fewer distractors"
         )

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from ropewalk.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -42,10 +44,10 @@ class Ranks:
         """This process's own device: ``cuda`` becomes ``cuda:<local rank>``.
 
         Raises:
-            ValueError: for ``auto`` among several processes, each of which would take all GPUs.
+            UserError: for ``auto`` among several processes, each of which would take all GPUs.
         """
         if kind == "auto" and self.is_shared:
-            raise ValueError("device=auto spreads one model over all GPUs; start one process, without torchrun")
+            raise UserError("device=auto spreads one model over all GPUs; start one process, without torchrun")
         if kind != "cuda" or not self.is_shared:
             return kind
         return f"cuda:{self.rank % torch.cuda.device_count()}"
@@ -62,7 +64,7 @@ class Ranks:
         """What ``work`` gives, on rank 0 before the others: it may write what they then read. Collective.
 
         Raises:
-            ValueError: on the other ranks, where it raised on rank 0; there, what it raised.
+            UserError: on the other ranks, where it raised on rank 0; there, what it raised.
         """
         if not self.is_shared:
             return work()
@@ -75,7 +77,7 @@ class Ranks:
         problem = self.gather(error and f"rank 0: {error}")[0]
         if problem is not None:
             self.close()
-            raise error or ValueError(problem)
+            raise error or UserError(problem)
         return cast(T, result) if self.rank == 0 else work()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference
 from ropewalk.files import replace_atomically, write_atomically
 
@@ -55,7 +56,7 @@ def results_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as the results table: its columns in their order and dtypes, absent ones null.
 
     Raises:
-        ValueError: for a column that the table does not have.
+        UserError: for a column that the table does not have.
     """
     return _table(rows, COLUMNS)
 
@@ -64,7 +65,7 @@ def document_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as the table of per-document sums.
 
     Raises:
-        ValueError: for a column that the table does not have.
+        UserError: for a column that the table does not have.
     """
     return _table(rows, DOCUMENT_COLUMNS)
 
@@ -87,7 +88,7 @@ def read_results(directory: str | Path) -> pd.DataFrame:
     """The results table of a finished evaluation, columns and dtypes as in ``COLUMNS``.
 
     Raises:
-        ValueError: where ``directory`` holds no finished evaluation.
+        UserError: where ``directory`` holds no finished evaluation.
     """
     return pd.read_parquet(_finished(directory) / RESULTS).astype(COLUMNS)[list(COLUMNS)]
 
@@ -96,7 +97,7 @@ def read_document_losses(directory: str | Path) -> pd.DataFrame:
     """The per-document sums of a finished evaluation, columns and dtypes as in ``DOCUMENT_COLUMNS``.
 
     Raises:
-        ValueError: where ``directory`` holds no finished evaluation.
+        UserError: where ``directory`` holds no finished evaluation.
     """
     return pd.read_parquet(_finished(directory) / DOCUMENTS).astype(DOCUMENT_COLUMNS)[list(DOCUMENT_COLUMNS)]
 
@@ -105,7 +106,7 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     """evaluation.json of a finished evaluation.
 
     Raises:
-        ValueError: where ``directory`` holds no finished evaluation.
+        UserError: where ``directory`` holds no finished evaluation.
     """
     return json.loads((_finished(directory) / RECORD).read_text(encoding="utf-8"))
 
@@ -130,11 +131,11 @@ def paired_difference(
         Negative where a predicts better; the interval is NaN with one document; no rows where none is shared.
 
     Raises:
-        ValueError: where a document has two rows for one bucket, so that settings or runs are mixed.
+        UserError: where a document has two rows for one bucket, so that settings or runs are mixed.
     """
     both = documents_a.merge(documents_b, on=["document", *BUCKET], suffixes=("_a", "_b")).sort_values("document")
     if both.duplicated(["document", *BUCKET]).any():
-        raise ValueError(
+        raise UserError(
             "a document has several rows for one bucket; select one run, setting and context_length of "
             f"{DOCUMENTS} before comparing"
         )
@@ -150,7 +151,7 @@ def writable_directory(name: str, path: str) -> Path:
     """The directory at ``path``, made if absent, after a file has been written in it and removed.
 
     Raises:
-        ValueError: where that fails.
+        UserError: where that fails.
     """
     directory = Path(path)
     try:
@@ -158,7 +159,7 @@ def writable_directory(name: str, path: str) -> Path:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ValueError(f"{name}={path} cannot be written ({error.strerror}); name a writable directory") from error
+        raise UserError(f"{name}={path} cannot be written ({error.strerror}); name a writable directory") from error
     return directory
 
 
@@ -166,14 +167,14 @@ def _table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.
     table = pd.DataFrame(list(rows))
     unknown = [name for name in table.columns if name not in columns]
     if unknown:
-        raise ValueError(f"columns {', '.join(unknown)} are not of the table; it has: {', '.join(columns)}")
+        raise UserError(f"columns {', '.join(unknown)} are not of the table; it has: {', '.join(columns)}")
     return table.reindex(columns=list(columns)).astype(dict(columns))
 
 
 def _finished(directory: str | Path) -> Path:
     path = Path(directory)
     if not (path / RECORD).is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} holds no finished evaluation (no {RECORD}); run scripts/evaluate.py with output={path}"
         )
     return path

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.config import EvaluateConfig
+from ropewalk.errors import UserError
 from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.partial import Partial
@@ -45,7 +46,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
         The results table, as :func:`ropewalk.evaluation.read_results` reads it back.
 
     Raises:
-        ValueError: for a wrong configuration, checkpoint or document, before a model is loaded.
+        UserError: for a wrong configuration, checkpoint or document, before a model is loaded.
     """
     plan = make_plan(config)
     print(_announce(plan), flush=True)
@@ -75,14 +76,14 @@ def is_finished(plan: Plan) -> bool:
     """Whether ``plan.output`` holds this very evaluation.
 
     Raises:
-        ValueError: where it holds another one that may not be replaced.
+        UserError: where it holds another one that may not be replaced.
     """
     if plan.config.overwrite or not (plan.output / RECORD).is_file():
         return False
     found = read_record(plan.output).get("identity", {})
     differing = [name.removesuffix("_sha256") for name, value in plan.identity.items() if found.get(name) != value]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"output={plan.output} holds an evaluation that differs in: {', '.join(differing)}; name another output, "
             "or replace it with overwrite=true"
         )

@@ -52,7 +52,7 @@ def settings_by_length(
     share a setting where spectrum and attention scaling are equal; a length-dependent chain gets one for each length.
 
     Raises:
-        ValueError: from the chain, for a method that does not fit.
+        UserError: from the chain, for a method that does not fit.
     """
     settings: list[Setting] = []
     for length in lengths:
@@ -70,7 +70,7 @@ def check_chains(rope: RopeConfig, test_time: TestTimeConfig) -> None:
     """Check every chain that an evaluation may append, without the checkpoint that it would follow.
 
     Raises:
-        ValueError: from the chain, for a method or an argument that is not known.
+        UserError: from the chain, for a method or an argument that is not known.
     """
     for steps in (rope.chain, test_time.within, test_time.beyond, *test_time.at.values()):
         RopeChain(_follow(steps, 2.0))  # whatever the ratio

@@ -53,7 +53,7 @@ class Subject:
         """The spectrum of each length on its own, by length.
 
         Raises:
-            ValueError: from a method that does not fit, or a length beyond what its spectrum is defined for.
+            UserError: from a method that does not fit, or a length beyond what its spectrum is defined for.
         """
         chosen = test_time or self.config.test_time
         return {n: settings_by_length(self.position, self.config.rope, chosen, [n])[0] for n in lengths}
@@ -103,7 +103,7 @@ def make_subject(config: EvaluateConfig) -> Subject:
     """Resolve and check the checkpoint and the ways to run it.
 
     Raises:
-        ValueError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the mend.
     """
     check_engine(config)
     require_device("device", config.device)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from ropewalk.config import EvaluateConfig, SuiteConfig, TestTimeConfig
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import check_scorers, check_tasks
 from ropewalk.evaluation.helmet.run import check_checkout, run_helmet
@@ -43,7 +44,7 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
         the table of everything measured into ``config.output`` so far.
 
     Raises:
-        ValueError: for a wrong configuration, checkpoint, task or file, before a model is loaded where possible.
+        UserError: for a wrong configuration, checkpoint, task or file, before a model is loaded where possible.
     """
     suites = checked_suites(config)
     for suite in suites:
@@ -72,17 +73,17 @@ def flattened(suite: SuiteConfig, data_dir: str) -> Iterator[SuiteConfig]:
     Its samples and data, where set, its helmet and unscaled_too go down to them.
 
     Raises:
-        ValueError: for a harness or suite that is not known, or a field that a suite of suites does not have.
+        UserError: for a harness or suite that is not known, or a field that a suite of suites does not have.
     """
     if suite.harness not in HARNESSES:
-        raise ValueError(f"suite.harness={suite.harness} is not known; use one of: {', '.join(HARNESSES)}")
+        raise UserError(f"suite.harness={suite.harness} is not known; use one of: {', '.join(HARNESSES)}")
     if suite.harness != "suites":
         yield suite
         return
     plain = SuiteConfig()
     for field in fields(suite):
         if field.name not in OF_SEVERAL and getattr(suite, field.name) != getattr(plain, field.name):
-            raise ValueError(
+            raise UserError(
                 f"suite.{field.name} is each part's own, and suite={suite.name} is made of {', '.join(suite.suites)}; "
                 f"run the part by itself (suite={suite.suites[0] if suite.suites else 'ruler'}) to set it"
             )
@@ -96,13 +97,13 @@ def read_suite(name: str, data_dir: str) -> SuiteConfig:
     """The suite of a file of configs/suite.
 
     Raises:
-        ValueError: where there is no such file.
+        UserError: where there is no such file.
     """
     path = CONFIG_DIR / "suite" / f"{name}.yaml"
     if not path.is_file():
         names = [file.stem for file in path.parent.glob("*.yaml")]
         near = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(
+        raise UserError(
             f"suite.suites: there is no suite {name!r}; did you mean {near[0] if near else ', '.join(names)}?"
         )
     whole = OmegaConf.create({"suite": OmegaConf.load(path), "paths": {"data_dir": data_dir}})
@@ -125,7 +126,7 @@ def checked_suites(config: EvaluateConfig) -> list[SuiteConfig]:
     """The suites of an evaluation, after all was checked that needs no checkpoint, documents, device or scorers.
 
     Raises:
-        ValueError: for a suite, task, length, HELMET checkout or file that is not there, a setting that does not hold,
+        UserError: for a suite, task, length, HELMET checkout or file that is not there, a setting that does not hold,
             or lm-eval that is not installed.
     """
     suites = list(flattened(config.suite, config.paths.data_dir))
@@ -134,10 +135,10 @@ def checked_suites(config: EvaluateConfig) -> list[SuiteConfig]:
         read_published(config.suite.published)
     for suite in suites:
         if suite.data is not None and not Path(suite.data).is_dir():
-            raise ValueError(f"suite.data={suite.data} is no directory; scripts/fetch_eval_data.sh brings it")
+            raise UserError(f"suite.data={suite.data} is no directory; scripts/fetch_eval_data.sh brings it")
     needs = [suite.name for suite in suites if suite.harness in ("ruler", "lm_eval")]
     if needs and find_spec("lm_eval") is None:
-        raise ValueError(f"suite={needs[0]} runs through lm-eval, which is not installed; pip install 'ropewalk[eval]'")
+        raise UserError(f"suite={needs[0]} runs through lm-eval, which is not installed; pip install 'ropewalk[eval]'")
     for suite in sorted(suites, key=lambda suite: suite.harness == "lm_eval"):  # whose check takes seconds, last
         if suite.harness == "quick":
             check_settings(config)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 
 TABLE_COLUMNS = {
@@ -46,31 +47,31 @@ def tidy_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as the table: its columns in their order and dtypes, absent ones null.
 
     Raises:
-        ValueError: for a column that the table does not have, a number twice, or a run measured by two versions of
+        UserError: for a column that the table does not have, a number twice, or a run measured by two versions of
             one harness.
     """
     table = pd.DataFrame(list(rows))
     unknown = [name for name in table.columns if name not in TABLE_COLUMNS]
     if unknown:
-        raise ValueError(f"columns {', '.join(unknown)} are not of the table; it has: {', '.join(TABLE_COLUMNS)}")
+        raise UserError(f"columns {', '.join(unknown)} are not of the table; it has: {', '.join(TABLE_COLUMNS)}")
     table = table.reindex(columns=list(TABLE_COLUMNS)).fillna({"n": 0}).astype(TABLE_COLUMNS)
     require_unmixed(table)
     return table
 
 
 def require_unmixed(table: pd.DataFrame) -> None:
-    """Raise ValueError where one run has numbers of two versions of a harness, or one number twice."""
+    """Raise UserError where one run has numbers of two versions of a harness, or one number twice."""
     for (run, harness), rows in table.groupby(["run", "harness"]):
         versions = sorted(set(rows["harness_version"]))
         if len(versions) > 1:
-            raise ValueError(
+            raise UserError(
                 f"run {run} has numbers of {harness} {' and '.join(versions)}, which do not compare; measure them "
                 "again with one version (overwrite=true), or name another output"
             )
     twice = table[table.duplicated(KEY)]
     if len(twice):
         row = twice.iloc[0]
-        raise ValueError(
+        raise UserError(
             f"run {row['run']} has {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} "
             "twice; keep the results of one setting, or give the other run another name"
         )
@@ -86,11 +87,11 @@ def read_table(directory: str | Path) -> pd.DataFrame:
     """The table of an evaluation's directory, columns and dtypes as in ``TABLE_COLUMNS``.
 
     Raises:
-        ValueError: where ``directory`` holds none.
+        UserError: where ``directory`` holds none.
     """
     path = Path(directory) / TABLE
     if not path.is_file():
-        raise ValueError(f"{directory} holds no {TABLE}; run scripts/evaluate.py with output={directory}")
+        raise UserError(f"{directory} holds no {TABLE}; run scripts/evaluate.py with output={directory}")
     return pd.read_parquet(path).astype(TABLE_COLUMNS)[list(TABLE_COLUMNS)]
 
 
@@ -105,14 +106,14 @@ def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROU
         comma-separated, in the order of ``tasks``).
 
     Raises:
-        ValueError: where a group has several rows of one task.
+        UserError: where a group has several rows of one task.
     """
     chosen = table[table["task"].isin(tasks) & table["depth"].isna()]
     rows = []
     for key, group in chosen.groupby(list(by), dropna=False):
         if group["task"].duplicated().any():
             name = group["task"][group["task"].duplicated()].iloc[0]
-            raise ValueError(f"{name} has several rows in one average; choose one metric a task first")
+            raise UserError(f"{name} has several rows in one average; choose one metric a task first")
         known = group.dropna(subset="value").set_index("task")
         present = [task for task in tasks if task in known.index]
         errors = known["stderr"].to_numpy()

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, ValidateConfig, existing_directory
+from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import beginning, encode, find_documents
 from ropewalk.evaluation.plan import load_tokenizer, make_plan
 from ropewalk.evaluation.results import read_document_losses, read_record, read_results
@@ -92,7 +93,7 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
         The tidy table, columns as in :data:`ropewalk.evaluation.validate_report.COLUMNS`.
 
     Raises:
-        ValueError: for a wrong configuration, model, chain or document, or an output that holds another validation,
+        UserError: for a wrong configuration, model, chain or document, or an output that holds another validation,
             before a model is loaded.
     """
     _check_values(config)
@@ -132,7 +133,7 @@ def sweep_clips(spectrum: Spectrum, clips: Sequence[int] | None) -> list[int]:
     exceeds the trained length; without repeats, and without 1 and 0, which change nothing.
 
     Raises:
-        ValueError: for a clip that the model has not the pairs for.
+        UserError: for a clip that the model has not the pairs for.
     """
     pairs = spectrum.inv_freq.size
     if clips is None:
@@ -142,31 +143,29 @@ def sweep_clips(spectrum: Spectrum, clips: Sequence[int] | None) -> list[int]:
         return [clip for clip in dict.fromkeys(wanted) if clip > 1]
     for clip in clips:
         if not 1 <= clip <= pairs:
-            raise ValueError(
-                f"clips={list(clips)}: {clip} is not within the {pairs} pairs of the model; use 1..{pairs}"
-            )
+            raise UserError(f"clips={list(clips)}: {clip} is not within the {pairs} pairs of the model; use 1..{pairs}")
     return list(clips)
 
 
 def _check_values(config: ValidateConfig) -> None:
     multiples, clips, needle = config.multiples, config.clips, config.needle
     if not multiples or multiples[0] != 1 or multiples != sorted(set(multiples)):
-        raise ValueError(
+        raise UserError(
             f"multiples={multiples} must ascend from 1 without repeats: the verdict on short context is measured at 1x "
             "the trained length; try [1,2,4]"
         )
     if clips is not None and len(set(clips)) != len(clips):
-        raise ValueError(f"clips={clips} must differ; name each clip once")
+        raise UserError(f"clips={clips} must differ; name each clip once")
     if clips == [] and not config.rope.chain:
-        raise ValueError(
+        raise UserError(
             f"rope={config.rope.name} changes nothing and clips=[] sweeps nothing; name a change (rope=cope10), or "
             "leave clips=null for the sweep"
         )
     if not config.tolerance >= 0:
-        raise ValueError(f"tolerance={config.tolerance} must be 0 or more nats per token; the default is 0.01")
+        raise UserError(f"tolerance={config.tolerance} must be 0 or more nats per token; the default is 0.01")
     samples = config.sweep_samples
     if samples < 0 or min(samples, needle.samples) * len(needle.depths) == 1:
-        raise ValueError(
+        raise UserError(
             f"sweep_samples={samples} over {len(needle.depths)} depths: the shuffled-answer control needs at least "
             "two prompts of a length; set sweep_samples=2 or more, or 0 for a sweep without the needle"
         )
@@ -179,12 +178,12 @@ def _clips_to_sweep(config: ValidateConfig, position: Position) -> list[int]:
     if own is None:
         return sweep_clips(position.spectrum(), config.clips)
     if config.clips:
-        raise ValueError(
+        raise UserError(
             f"clips={config.clips} would clip model={config.model.path} a second time, after its own {own}; set "
             "clips=[], or validate the checkpoint that was trained without a clip"
         )
     if not rope.chain:
-        raise ValueError(
+        raise UserError(
             f"model={config.model.path} is clipped already ({own}), so no clip is swept over, and rope={rope.name} "
             "changes nothing; name a change without a clip, such as rope=yarn8"
         )
@@ -198,7 +197,7 @@ def _fitting_lengths(config: ValidateConfig, directory: Path, trained_length: in
     tokens = {name: begin + len(encode(tokenizer, text)) for name, text in find_documents(documents)}
     name = max(tokens, key=lambda document: tokens[document])
     if tokens[name] < trained_length:
-        raise ValueError(
+        raise UserError(
             f"documents={documents} has no document of the {trained_length:,} tokens that model={config.model.path} "
             f"was trained at; the longest, {name!r}, has {tokens[name]:,}; name a directory with longer ones"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ropewalk.analysis.inspection import inspect_config
+from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
 from ropewalk.export.gguf_check import claimed_position, position_faults
 from ropewalk.export.gguf_file import gguf_fields
@@ -43,7 +44,7 @@ def print_check(model: str) -> bool:
     """Check a Hugging Face directory or GGUF file and print what was found; whether it carries what it claims.
 
     Raises:
-        ValueError: where ``model`` is neither.
+        UserError: where ``model`` is neither.
     """
     path = Path(model)
     found = check_gguf(path) if path.suffix == ".gguf" and path.is_file() else check_directory(path)
@@ -61,7 +62,7 @@ def print_check(model: str) -> bool:
 def check_directory(directory: Path) -> Check:
     """A Hugging Face directory: config, card, weights, tokenizer, and the GGUF files in it."""
     if not directory.is_dir():
-        raise ValueError(f"model={directory} is neither a Hugging Face directory nor a .gguf file; name one")
+        raise UserError(f"model={directory} is neither a Hugging Face directory nor a .gguf file; name one")
     if not (directory / "config.json").is_file() and (files := sorted(directory.glob("*.gguf"))):
         checks = [check_gguf(path) for path in files]
         return Check(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.errors import UserError
 from ropewalk.export.source import read_json
 from ropewalk.files import write_atomically
 
@@ -14,7 +15,7 @@ REPORT = "verification.json"
 STOCK = "transformers"  # its finding's numbers stand at the top level too, where the report reads them
 
 
-class Unverifiable(ValueError):
+class Unverifiable(UserError):
     """A verification that cannot run, and why; no judgement on the export."""
 
 

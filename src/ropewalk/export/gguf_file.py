@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from ropewalk.errors import UserError
 from ropewalk.export.gguf_model import Layout, add_architecture, add_position, family_of, is_matrix
 from ropewalk.export.gguf_position import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.gguf_tokenizer import add_tokenizer
@@ -42,12 +43,12 @@ def gguf_type(wanted: str | None, config: PreTrainedConfig) -> str:
     """The type that the matrices of a file get; null follows the dtype of the directory.
 
     Raises:
-        ValueError: for one that is not written.
+        UserError: for one that is not written.
     """
     if wanted is None:
         return _OF_DTYPE[str(config.dtype).removeprefix("torch.")]
     if wanted not in TYPES:
-        raise ValueError(f"gguf={wanted} is not written; use one of: {', '.join(TYPES)}")
+        raise UserError(f"gguf={wanted} is not written; use one of: {', '.join(TYPES)}")
     return wanted
 
 
@@ -61,7 +62,7 @@ def write_gguf(directory: Path, path: Path, wanted: str | None, *, instead: Gguf
         instead: write this position in place of the model's own: what a verification compares with.
 
     Raises:
-        ValueError: for a model, method or tokenizer that llama.cpp would not follow, or a disk too small.
+        UserError: for a model, method or tokenizer that llama.cpp would not follow, or a disk too small.
     """
     config = AutoConfig.from_pretrained(directory)
     own = gguf_position(position_of(config), config.max_position_embeddings)
@@ -97,7 +98,7 @@ def write_gguf(directory: Path, path: Path, wanted: str | None, *, instead: Gguf
         fsync_path(partial)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ValueError(f"{path} could not be written ({error}); make room, or name another output") from error
+        raise UserError(f"{path} could not be written ({error}); make room, or name another output") from error
     partial.replace(path)
 
 
@@ -150,10 +151,10 @@ def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """A GGUF file's metadata by key, long lists left out, and its rope tensors.
 
     Raises:
-        ValueError: where it is no GGUF file, or is cut short.
+        UserError: where it is no GGUF file, or is cut short.
     """
     if os.path.getsize(path) < 24:
-        raise ValueError(f"{path} is no GGUF file: it is {os.path.getsize(path)} bytes long")
+        raise UserError(f"{path} is no GGUF file: it is {os.path.getsize(path)} bytes long")
     try:
         reader = gguf.GGUFReader(path)
         fields = {
@@ -161,12 +162,12 @@ def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         }
         tensors = {t.name: np.array(t.data) for t in reader.tensors if t.name.startswith("rope_")}
     except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is no whole GGUF file ({error}); make it anew") from error
+        raise UserError(f"{path} is no whole GGUF file ({error}); make it anew") from error
     return fields, tensors
 
 
 def check_same(path: Path, directory: Path) -> None:
-    """Raise ValueError where a GGUF file was not made from this very export."""
+    """Raise UserError where a GGUF file was not made from this very export."""
     present = json.loads(gguf_fields(path)[0].get(ORIGIN, "null"))
     if present != read_json(directory / SOURCE):
-        raise ValueError(f"{path} is of another export; name another output or allow it with overwrite=true")
+        raise UserError(f"{path} is of another export; name another output or allow it with overwrite=true")

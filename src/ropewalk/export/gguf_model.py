@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ropewalk.errors import UserError
 from ropewalk.export.gguf_position import FACTORS, GgufPosition
 
 
@@ -51,17 +52,17 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
     A Qwen2 is a Llama with biases on q, k and v, which llama.cpp's llama reads: under factors it is written as one.
 
     Raises:
-        ValueError: for a model type that is not written, or one whose graph cannot take the method.
+        UserError: for a model type that is not written, or one whose graph cannot take the method.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ValueError(
+        raise UserError(
             f"model_type={config.model_type} is not written as GGUF; known are {', '.join(FAMILIES)}: export to=hf"
         )
     if config.model_type == "qwen2" and position.factors is not None:
         family = _LLAMA
     if position.factors is not None and not family.reads_factors:
-        raise ValueError(
+        raise UserError(
             f"llama.cpp's {family.arch} reads no {FACTORS}, so a GGUF of {config.model_type} cannot carry this "
             "method; export to=hf, for transformers, vLLM or SGLang"
         )
@@ -69,7 +70,7 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
         _check_gemma(config, family.arch)
     window = getattr(config, "sliding_window", None)
     if family.arch in ("llama", "qwen2", "qwen3", "olmo2") and window and getattr(config, "use_sliding_window", True):
-        raise ValueError(
+        raise UserError(
             f"sliding_window={window}: llama.cpp's {family.arch} attends to everything, so its answers past "
             f"{window} tokens would be another model's; export to=hf"
         )
@@ -84,11 +85,11 @@ def _check_gemma(config: PreTrainedConfig, arch: str) -> None:
     every = _ALTERNATING[arch]
     layers = [("full" if (i + 1) % every == 0 else "sliding") + "_attention" for i in range(config.num_hidden_layers)]
     if list(config.layer_types) != layers:
-        raise ValueError(
+        raise UserError(
             f"layer_types: llama.cpp's {arch} has full attention in every layer {every} alone; export to=hf"
         )
     if config.query_pre_attn_scalar != config.head_dim:
-        raise ValueError(
+        raise UserError(
             f"query_pre_attn_scalar={config.query_pre_attn_scalar}: llama.cpp's {arch} scales queries by head_dim="
             f"{config.head_dim}; export to=hf"
         )
@@ -152,11 +153,11 @@ class Layout:
         """llama.cpp's name of a weight.
 
         Raises:
-            ValueError: for a weight that its architecture does not have.
+            UserError: for a weight that its architecture does not have.
         """
         found = self.names.get_name(weight, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"weight {weight} has no place in llama.cpp's {self.family.arch}; the model is not the "
                 f"{self.config.model_type} that its config names: export to=hf"
             )

@@ -10,6 +10,8 @@ from typing import Any
 import gguf
 from transformers import AutoTokenizer
 
+from ropewalk.errors import UserError
+
 # Pre-tokenizers by the pattern they split with, in llama.cpp's names. One name stands for pattern and merging: Llama 3
 # looks a whole word up before it merges (``ignore_merges``), dbrx has its pattern without that.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -37,15 +39,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
         vocab_size: rows of the embedding; entries without a token are written as unused.
 
     Raises:
-        ValueError: for a tokenizer that llama.cpp would not follow.
+        UserError: for a tokenizer that llama.cpp would not follow.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer as a fast one, or export to=hf")
+        raise UserError(f"{directory} has no tokenizer.json; save the tokenizer as a fast one, or export to=hf")
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE":
-        raise ValueError(f"{file} is {model.get('type')}; only BPE is written as GGUF: export to=hf")
+        raise UserError(f"{file} is {model.get('type')}; only BPE is written as GGUF: export to=hf")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokens, types = _entries(content, vocab_size)
     if model.get("byte_fallback"):
@@ -66,12 +68,12 @@ def pre_tokenizer(content: Mapping[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 
     Raises:
-        ValueError: for one that it has no name for here; another's would split words elsewhere, silently.
+        UserError: for one that it has no name for here; another's would split words elsewhere, silently.
     """
     patterns = tuple(_patterns(content.get("pre_tokenizer")))
     name = _NAMES.get((patterns, bool(content["model"].get("ignore_merges"))))
     if name is None or content.get("normalizer") not in (None, {"type": "NFC"}):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer splits text by {list(patterns)}, for which llama.cpp's name is not known here; "
             f"known are {', '.join(sorted(set(_NAMES.values())))}: export to=hf"
         )

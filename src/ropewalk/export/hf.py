@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ropewalk.errors import UserError
 from ropewalk.export.place import SOURCE, check_replaceable, check_space, only_writer, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.safetensors_files import total_bytes, write_weights
@@ -30,7 +31,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     once, to ``<run>/exports/<step>``.
 
     Raises:
-        ValueError: where ``path`` is none of the three.
+        UserError: where ``path`` is none of the three.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / MANIFEST).exists() and list(path.glob("*.safetensors")):
@@ -63,7 +64,7 @@ def write_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
         overwrite: whether an earlier export there may be replaced.
 
     Raises:
-        ValueError: where ``output`` holds files and may not be replaced, another export writes there, the disk is too
+        UserError: where ``output`` holds files and may not be replaced, another export writes there, the disk is too
             small, or the tokenizer has more entries than the model has embeddings.
     """
     with only_writer(output):
@@ -111,14 +112,14 @@ def source_tokenizer(source: Source, planned: Mapping[str, tuple[torch.Size, tor
     """The source's tokenizer, or None.
 
     Raises:
-        ValueError: where it makes tokens that the embedding has no row for.
+        UserError: where it makes tokens that the embedding has no row for.
     """
     if source.tokenizer is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
     rows = next(shape[0] for name, (shape, _) in planned.items() if name.endswith("embed_tokens.weight"))
     if len(tokenizer) > rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {source.tokenizer} has {len(tokenizer)} entries and the model {rows} embeddings; they "
             "are not of one model: put the right tokenizer there, or resize the embeddings"
         )

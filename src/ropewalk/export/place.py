@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ropewalk.errors import UserError
 from ropewalk.export.findings import REPORT
 from ropewalk.files import write_atomically
 
@@ -23,7 +24,7 @@ def only_writer(output: Path) -> Iterator[None]:
     """Hold ``output`` against other exports; the lock ends with the process, however that ends.
 
     Raises:
-        ValueError: where another export is writing there.
+        UserError: where another export is writing there.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
@@ -34,7 +35,7 @@ def only_writer(output: Path) -> Iterator[None]:
         except BlockingIOError:
             is_there = False
         if not is_there:  # or it was deleted between our opening and our locking it, by one who has just finished
-            raise ValueError(f"another export is writing to {output}; wait for it, or name another with output=DIR")
+            raise UserError(f"another export is writing to {output}; wait for it, or name another with output=DIR")
         try:
             yield
         finally:
@@ -42,26 +43,26 @@ def only_writer(output: Path) -> Iterator[None]:
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raise ValueError where ``output`` holds files that may not be replaced."""
+    """Raise UserError where ``output`` holds files that may not be replaced."""
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; name a directory")
+        raise UserError(f"{output} is a file; name a directory")
     if not output.exists() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{output} is not empty; name another output or allow it with overwrite=true")
+        raise UserError(f"{output} is not empty; name another output or allow it with overwrite=true")
     if not (output / SOURCE).exists():
-        raise ValueError(f"{output} is not an earlier export, so it is not replaced; name another output")
+        raise UserError(f"{output} is not an earlier export, so it is not replaced; name another output")
 
 
 def check_addable(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
-    """Raise ValueError where ``output`` holds something else than files of the export that ``identity`` describes."""
+    """Raise UserError where ``output`` holds something else than files of the export that ``identity`` describes."""
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / SOURCE).is_file():
-        raise ValueError(f"{output} is not empty and no earlier export; name another output")
+        raise UserError(f"{output} is not empty and no earlier export; name another output")
     present = json.loads((output / SOURCE).read_text())
     if not overwrite and not _same_export(present, identity):
-        raise ValueError(f"{output} holds another export; name another output or allow it with overwrite=true")
+        raise UserError(f"{output} holds another export; name another output or allow it with overwrite=true")
 
 
 def begin_adding(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
@@ -70,7 +71,7 @@ def begin_adding(output: Path, identity: Mapping[str, Any], overwrite: bool) -> 
     GGUF files of another export, and what was found about it, would stand under the new card, so they go.
 
     Raises:
-        ValueError: from :func:`check_addable`.
+        UserError: from :func:`check_addable`.
     """
     check_addable(output, identity, overwrite)
     output.mkdir(parents=True, exist_ok=True)
@@ -88,11 +89,11 @@ def _same_export(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Raise ValueError where the disk that will hold ``output`` has less than ``needed`` bytes free."""
+    """Raise UserError where the disk that will hold ``output`` has less than ``needed`` bytes free."""
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + _MARGIN:
-        raise ValueError(
+        raise UserError(
             f"{output} needs {needed / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free; make room, name "
             "another output, or export in a smaller dtype"
         )
@@ -111,7 +112,7 @@ def written_beside(output: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ValueError(f"{output} could not be written ({error}); {_standing(output)}") from error
+        raise UserError(f"{output} could not be written ({error}); {_standing(output)}") from error
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)

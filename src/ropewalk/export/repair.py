@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ropewalk.config import RepairConfig
+from ropewalk.errors import UserError
 from ropewalk.export.check import print_check
 from ropewalk.export.place import only_writer, written_beside
 from ropewalk.export.portable import place_portable, write_portable_config
@@ -31,7 +32,7 @@ def repair(config: RepairConfig) -> Path:
         the repaired directory.
 
     Raises:
-        ValueError: where the config says a method already, or contradicts the given one, or something would be
+        UserError: where the config says a method already, or contradicts the given one, or something would be
             overwritten.
         RuntimeError: where the result does not carry the method.
     """
@@ -63,22 +64,22 @@ def repair(config: RepairConfig) -> Path:
 
 def _position(config: RepairConfig, content: dict[str, object]) -> Position:
     if content.get(METADATA_KEY):
-        raise ValueError(
+        raise UserError(
             f"model={config.model.path} says its method already; check it: python scripts/export.py check "
             f"{config.model.path}"
         )
     chain = RopeChain(config.rope.chain)
     if not chain.steps:
-        raise ValueError("rope is not set; name the method that the model was trained with (rope=cope20)")
+        raise UserError("rope is not set; name the method that the model was trained with (rope=cope20)")
     present = position_of(content)
     if present.chain.steps:
-        raise ValueError(
+        raise UserError(
             f"model={config.model.path} says {present.chain} already, so nothing is lost; to apply a method to it: "
             f"python scripts/export.py model={config.model.path} rope={config.rope.name}"
         )
     base = chain.steps[0].arguments.get("theta") if chain.steps[0].method == "abf" else None
     if base is not None and base != present.theta:
-        raise ValueError(
+        raise UserError(
             f"rope={config.rope.name} has base {base:g}, but config.json says rope_theta={present.theta:g}, the base "
             "it was trained at; name the method at that base ('rope.chain=[{method: cope, clip: 20}]'), or mend it"
         )
@@ -95,22 +96,20 @@ def _position(config: RepairConfig, content: dict[str, object]) -> Position:
 
 def _in_place(config: RepairConfig, directory: Path) -> Path:
     if config.output is not None:
-        raise ValueError(f"in_place=true and output={config.output} are both set; give one of them")
+        raise UserError(f"in_place=true and output={config.output} are both set; give one of them")
     if not Path(config.model.path).is_dir():
-        raise ValueError(
-            f"in_place=true needs a directory, and model={config.model.path} is the hub's; give output=DIR"
-        )
+        raise UserError(f"in_place=true needs a directory, and model={config.model.path} is the hub's; give output=DIR")
     if (directory / BACKUP).exists():
-        raise ValueError(f"{directory / BACKUP} is there from an earlier repair and is not overwritten; move it away")
+        raise UserError(f"{directory / BACKUP} is there from an earlier repair and is not overwritten; move it away")
     return directory
 
 
 def _new(config: RepairConfig) -> Path:
     if config.output is None:
-        raise ValueError("output is not set; name a new directory, or change the config where it lies (in_place=true)")
+        raise UserError("output is not set; name a new directory, or change the config where it lies (in_place=true)")
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={output} is not empty; name a new directory")
+        raise UserError(f"output={output} is not empty; name a new directory")
     return output
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ropewalk.config import ExportConfig, one_of
+from ropewalk.errors import UserError
 from ropewalk.export.card import write_card
 from ropewalk.export.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
 from ropewalk.export.gguf_file import check_same, gguf_type, write_gguf
@@ -36,7 +37,7 @@ def export(config: ExportConfig) -> Path:
     """Export as ``config`` says, verify, and print what was found; returns the directory.
 
     Raises:
-        ValueError: where there is no committed checkpoint or model, the method does not fit, or the output is not empty
+        UserError: where there is no committed checkpoint or model, the method does not fit, or the output is not empty
             and may not be replaced.
         NotVerified: where an engine does not reproduce the checkpoint's logits. What was written stays, and its card
             says so.
@@ -65,16 +66,16 @@ def export(config: ExportConfig) -> Path:
 def _source(config: ExportConfig) -> Source:
     extra = static_steps(config.test_time)
     if config.checkpoint is not None and config.model.path:
-        raise ValueError(f"checkpoint={config.checkpoint} and model={config.model.path} are both set; give one of them")
+        raise UserError(f"checkpoint={config.checkpoint} and model={config.model.path} are both set; give one of them")
     if config.checkpoint is not None:
         if config.rope.chain:
-            raise ValueError(
+            raise UserError(
                 f"rope={config.rope.name} is for model=; a training checkpoint has the chain it was trained with "
                 "(test_time= appends to that)"
             )
         return trained_source(committed_checkpoint(config.checkpoint), extra)
     if not config.model.path:
-        raise ValueError(
+        raise UserError(
             "checkpoint is not set; give it on the command line (checkpoint=RUN_OR_CHECKPOINT), or a model to convert "
             "(model=DIR_OR_HUB_ID rope=cope20)"
         )

@@ -13,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ropewalk.errors import UserError
 from ropewalk.files import inside, write_atomically
 
 INDEX = "model.safetensors.index.json"
@@ -27,7 +28,7 @@ class StoredWeights(Mapping[str, Tensor]):
         """Open the safetensors files of ``directory``; nothing is read yet.
 
         Raises:
-            ValueError: where there are none, or a file is missing or damaged.
+            UserError: where there are none, or a file is missing or damaged.
         """
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, torch.Size] = {}
@@ -40,7 +41,7 @@ class StoredWeights(Mapping[str, Tensor]):
                         self._files[name], self._shapes[name] = file, torch.Size(part.get_shape())
                         self._dtypes[name] = _dtype_of(part.get_dtype())
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read ({error}); copy it anew") from error
+                raise UserError(f"{file} cannot be read ({error}); copy it anew") from error
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as opened:
@@ -70,13 +71,13 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that make up the model in ``directory``, in order.
 
     Raises:
-        ValueError: where there are none, or one that the index names is missing.
+        UserError: where there are none, or one that the index names is missing.
     """
     index = directory / INDEX
     if not index.is_file():
         single = directory / "model.safetensors"
         if not single.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{directory} holds no model.safetensors and no {INDEX}; weights are read from safetensors alone "
                 "(pickled .bin files are not opened): convert them with transformers' save_pretrained"
             )
@@ -84,7 +85,7 @@ def weight_files(directory: Path) -> list[Path]:
     files = sorted({inside(directory, name) for name in json.loads(index.read_text())["weight_map"].values()})
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{directory}: {INDEX} names {', '.join(missing)}, not there; copy them, or download again")
+        raise UserError(f"{directory}: {INDEX} names {', '.join(missing)}, not there; copy them, or download again")
     return files
 
 
@@ -149,7 +150,7 @@ def _dtype_of(name: str) -> torch.dtype:
     for dtype, known in _NAMES.items():
         if known == name:
             return dtype
-    raise ValueError(f"weights of dtype {name} cannot be exported; use one of: {', '.join(_NAMES.values())}")
+    raise UserError(f"weights of dtype {name} cannot be exported; use one of: {', '.join(_NAMES.values())}")
 
 
 def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.config import RopeConfig, TestTimeConfig
+from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
 from ropewalk.export.safetensors_files import StoredWeights, weight_files
 from ropewalk.export.wholeness import weight_faults
@@ -81,7 +82,7 @@ def committed_checkpoint(path: str | Path) -> Path:
         return path
     found = find_checkpoint(path)
     if found is None:
-        raise ValueError(f"{path} is neither {_KINDS}{_what_else(path)}")
+        raise UserError(f"{path} is neither {_KINDS}{_what_else(path)}")
     return found
 
 
@@ -109,7 +110,7 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
     """A committed checkpoint, with test-time steps appended to its chain.
 
     Raises:
-        ValueError: for a checkpoint that is not whole, or steps that do not fit its chain.
+        UserError: for a checkpoint that is not whole, or steps that do not fit its chain.
     """
     manifest = read_manifest(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
@@ -139,15 +140,15 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
     As in training, a chain that lays the spectrum out anew replaces the model's own; another follows it.
 
     Raises:
-        ValueError: for a model that cannot be read or is not whole, or a method that does not fit it.
+        UserError: for a model that cannot be read or is not whole, or a method that does not fit it.
     """
     directory = local_model(model)
     read_config_json(directory)  # its errors are for people
     config = AutoConfig.from_pretrained(directory)
     if "text_config" in config.to_dict():
-        raise ValueError(f"model={model} is multimodal ({config.model_type}); export its language model alone")
+        raise UserError(f"model={model} is multimodal ({config.model_type}); export its language model alone")
     for fault in weight_faults(directory, config):
-        raise ValueError(f"model={model} does not fit its own config.json: {fault}; copy it again, whole")
+        raise UserError(f"model={model} does not fit its own config.json: {fault}; copy it again, whole")
     origin = position_of(config)
     added = RopeChain(rope.chain)
     position = Position(
@@ -184,7 +185,7 @@ def local_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise ValueError(f"model={model} is no directory; name a Hugging Face directory or a hub id")
+        raise UserError(f"model={model} is no directory; name a Hugging Face directory or a hub id")
     try:
         return Path(snapshot_download(model, allow_patterns=_MODEL_FILES))
     except OSError as error:
@@ -195,10 +196,10 @@ def static_steps(test_time: TestTimeConfig) -> list[dict[str, Any]]:
     """The test-time steps that one checkpoint can hold: those that are the same at every length.
 
     Raises:
-        ValueError: where they differ with the input's length.
+        UserError: where they differ with the input's length.
     """
     if test_time.within != test_time.beyond:
-        raise ValueError(
+        raise UserError(
             f"test_time={test_time.name} scales inputs past the trained length alone, and a checkpoint holds one "
             "spectrum for all lengths; use test_time=none, or yarn4, which scales at every length"
         )
@@ -215,10 +216,10 @@ def dtype_name(value: str | None) -> str | None:
     """The full name of a dtype; None stays.
 
     Raises:
-        ValueError: for one that is not written.
+        UserError: for one that is not written.
     """
     if value is not None and value not in DTYPES:
-        raise ValueError(f"dtype={value} is not known; use one of: {', '.join(DTYPES)}")
+        raise UserError(f"dtype={value} is not known; use one of: {', '.join(DTYPES)}")
     return None if value is None else DTYPES[value]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ropewalk.errors import UserError
 from ropewalk.training.checkpoint import ZERO, verify_checkpoint
 from ropewalk.training.engine import import_deepspeed
 
@@ -39,7 +40,7 @@ class ZeroWeights(Mapping[str, Tensor]):
             tied: the head shares the embedding's weight and is left out.
 
         Raises:
-            ValueError: for a checkpoint that is not committed, not intact, or not whole.
+            UserError: for a checkpoint that is not committed, not intact, or not whole.
         """
         verify_checkpoint(checkpoint)
         import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")  # its classes are in the pickles
@@ -87,18 +88,18 @@ def _open(directory: Path) -> dict[str, _Piece]:
     # ZeRO-1 in bf16 is another optimizer of DeepSpeed's, which does not write its stage down.
     key = next((key for key in (_PARTITIONED_EACH, _PARTITIONED_WHOLE) if ranks and key in ranks[0]), None)
     if key is None:
-        raise ValueError(f"{directory} holds no ZeRO optimizer states; the fp32 weights are in them: save with ZeRO")
+        raise UserError(f"{directory} holds no ZeRO optimizer states; the fp32 weights are in them: save with ZeRO")
     expected = ranks[0]["partition_count"]
     expected = max(expected) if isinstance(expected, list) else int(expected)
     if expected != len(ranks):
-        raise ValueError(
+        raise UserError(
             f"{directory} was saved by {expected} ranks but holds the shards of {len(ranks)}; copy the others there"
         )
     flat_groups = [_vectors(rank[key]) for rank in ranks]
     state = _load(_ranked(directory, "*_model_states.pt")[0])
     frozen = state.get("frozen_param_shapes")
     if frozen:
-        raise ValueError(f"{directory}: {len(frozen)} parameters were frozen, which this trainer never does: not ours")
+        raise UserError(f"{directory}: {len(frozen)} parameters were frozen, which this trainer never does: not ours")
     groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in state["param_shapes"]]
     if key == _PARTITIONED_EACH:
         return _partitioned_each({k: v for group in groups for k, v in group.items()}, flat_groups, directory)
@@ -152,7 +153,7 @@ def _partitioned_each(shapes: dict[str, torch.Size], ranks: list[list[Tensor]], 
         pieces[name] = shape, [view for rank in joined for view in rank[offset : offset + part]]
         offset += part
     if any(rank.size != offset for rank in joined):
-        raise ValueError(f"{directory}: the ranks hold {[r.size for r in joined]} weights each, the model {offset}")
+        raise UserError(f"{directory}: the ranks hold {[r.size for r in joined]} weights each, the model {offset}")
     return pieces
 
 
@@ -173,4 +174,4 @@ def _partitioned_whole(
 
 def _check_fits(needed: int, held: int, directory: Path) -> None:
     if needed > held:
-        raise ValueError(f"{directory}: the model needs {needed} weights of a vector that holds {held}: not whole")
+        raise UserError(f"{directory}: the model needs {needed} weights of a vector that holds {held}: not whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ropewalk.config import AssumptionConfig, ClusterConfig, PlanConfig
+from ropewalk.errors import UserError
 
 POSITIVE_OF_CLUSTER = (
     "gpus_per_node",
@@ -22,7 +23,7 @@ def check_inputs(config: PlanConfig) -> None:
     """Check what the planner alone reads; of the training itself validate_train does.
 
     Raises:
-        ValueError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the mend.
     """
     _positive("nodes", config.nodes)
     _positive("data.sequence_length", config.data.sequence_length)
@@ -32,7 +33,7 @@ def check_inputs(config: PlanConfig) -> None:
     _check_assumptions(config.assume)
     device = config.cluster.device
     if config.trainer.device != device:
-        raise ValueError(
+        raise UserError(
             f"trainer.device={config.trainer.device} on cluster={config.cluster.name}, whose device is {device}; set "
             f"trainer.device={device} or choose another cluster"
         )
@@ -46,7 +47,7 @@ def _check_cluster(cluster: ClusterConfig) -> None:
 
 def _check_assumptions(assume: AssumptionConfig) -> None:
     if not 0 < assume.utilisation <= 1:
-        raise ValueError(f"assume.utilisation={assume.utilisation} is a share of the peak; 0.28 is usual at 64k")
+        raise UserError(f"assume.utilisation={assume.utilisation} is a share of the peak; 0.28 is usual at 64k")
     _positive("assume.hash_gb_s", assume.hash_gb_s)
     for name in NOT_NEGATIVE_OF_ASSUME:
         _not_negative(f"assume.{name}", getattr(assume, name))
@@ -54,9 +55,9 @@ def _check_assumptions(assume: AssumptionConfig) -> None:
 
 def _positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:  # nor nan
-        raise ValueError(f"{name}={value} must be positive and finite")
+        raise UserError(f"{name}={value} must be positive and finite")
 
 
 def _not_negative(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value} must be 0 or more, and finite")
+        raise UserError(f"{name}={value} must be 0 or more, and finite")

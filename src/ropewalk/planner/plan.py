@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ropewalk.config import PlanConfig, validate_train
+from ropewalk.errors import UserError
 from ropewalk.planner import cost
 from ropewalk.planner.checks import check_inputs
 from ropewalk.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
@@ -94,7 +95,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """Plan a run from its configuration alone.
 
     Raises:
-        ValueError: for a run that could not be started on these machines whatever its memory, a model of unknown size,
+        UserError: for a run that could not be started on these machines whatever its memory, a model of unknown size,
             or numbers of machines that no machine has.
     """
     check_inputs(config)
@@ -104,7 +105,7 @@ def make_plan(config: PlanConfig) -> Plan:
     degrees = sequence_degrees(shape, setting, cluster.gpus_per_node, trainer.global_batch_size)
     if setting.sequence not in degrees:
         fitting = [str(degree) for degree in degrees if replace(setting, sequence=degree).even]
-        raise ValueError(
+        raise UserError(
             f"parallel.sequence={setting.sequence} does not share {shape.heads} query and {shape.kv_heads} key/value "
             f"heads evenly inside a node of {cluster.gpus_per_node}; "
             + (f"use one of {', '.join(fitting)}" if fitting else "use fewer nodes, or a larger global batch")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.errors import UserError
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim")
@@ -47,22 +48,22 @@ class ModelShape:
         """From the fields of a transformers config.json.
 
         Raises:
-            ValueError: where ``name``'s config lacks a field, has a size that is no positive integer or query heads
+            UserError: where ``name``'s config lacks a field, has a size that is no positive integer or query heads
                 that its key/value heads do not divide, or is of another architecture.
         """
         kind = config.get("model_type")
         if kind not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"{name}: model_type={kind!r} cannot be planned; use {', '.join(SUPPORTED_MODEL_TYPES)}")
+            raise UserError(f"{name}: model_type={kind!r} cannot be planned; use {', '.join(SUPPORTED_MODEL_TYPES)}")
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
-            raise ValueError(f"{name} does not say {', '.join(missing)}; give it in model.architecture")
+            raise UserError(f"{name} does not say {', '.join(missing)}; give it in model.architecture")
         for key in COUNTS:
             if (value := config.get(key)) is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} has {key}={value}; it must be a positive integer")
+                raise UserError(f"{name} has {key}={value}; it must be a positive integer")
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"{name} has num_key_value_heads={kv_heads}, which must divide num_attention_heads={heads}; change one"
             )
         return cls(
@@ -132,13 +133,13 @@ def shape_of(model: ModelConfig) -> ModelShape:
     """The shape of the model that a run starts from: its config.json where it is at hand, else model.architecture.
 
     Raises:
-        ValueError: where neither says it.
+        UserError: where neither says it.
     """
     directory = Path(model.path) if model.path else None
     if directory is not None and (directory / "config.json").is_file():
         return ModelShape.from_config(json.loads((directory / "config.json").read_text()), str(directory))
     if not model.architecture:
-        raise ValueError(
+        raise UserError(
             f"model.path={model.path} holds no config.json here and model.architecture is empty, so its size is "
             "not known; name a directory that is on this disk, or give its fields (++model.architecture={model_type: "
             "llama, hidden_size: ..., ...})"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import PlanConfig
+from ropewalk.errors import UserError
 from ropewalk.planner.memory import GIB
 from ropewalk.planner.plan import DAY, HOUR, Plan, gib, make_plan
 
@@ -17,7 +18,7 @@ def print_plan(config: PlanConfig) -> bool:
     """Print the plan, or the one entry ``config.print``; returns whether it fits, or need not, or was not asked.
 
     Raises:
-        ValueError: as of make_plan, and for a ``print`` that names no entry.
+        UserError: as of make_plan, and for a ``print`` that names no entry.
     """
     plan = make_plan(config)
     content = plan.to_json()
@@ -29,7 +30,7 @@ def print_plan(config: PlanConfig) -> bool:
         print(summary(plan, config) if config.brief else "\n".join(lines(plan, config)))
         return plan.fits or config.advisory
     if config.print not in content:
-        raise ValueError(f"print={config.print} is no entry of a plan; use one of: {', '.join(content)}")
+        raise UserError(f"print={config.print} is no entry of a plan; use one of: {', '.join(content)}")
     print(json.dumps(content[config.print]))
     return True
 

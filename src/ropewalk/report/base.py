@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ropewalk.errors import UserError
 from ropewalk.report.runs import (
     DOCUMENT_COLUMNS,
     METRIC_COLUMNS,
@@ -32,10 +33,10 @@ def with_bases(runs: list[Run], given: str | None) -> list[Run]:
         given: directory of the base or of its evaluation; None: from model.path of the runs.
 
     Raises:
-        ValueError: where ``given`` is no run directory.
+        UserError: where ``given`` is no run directory.
     """
     if given is not None and not Path(given).is_dir():
-        raise ValueError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
+        raise UserError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
     rows = list(runs)
     for path in [given] if given is not None else _started_from(runs):
         at = next((i for i, run in enumerate(rows) if _is_at(run, path)), None)

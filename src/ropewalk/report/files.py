@@ -22,6 +22,7 @@ from ropewalk.analysis.figures.style import (
     take_words,
 )
 from ropewalk.config import one_of
+from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.report.axes import draw_plot
 from ropewalk.report.figures import Figure, Row, RunStyle
@@ -36,15 +37,15 @@ ALONE = (7.2, 3.6)  # inches, a panel without others
 
 
 def check_files(directory: str | None, formats: Sequence[str]) -> None:
-    """Raise ValueError where figures could not be written into ``directory``; before anything is drawn."""
+    """Raise UserError where figures could not be written into ``directory``; before anything is drawn."""
     if directory is None:
         return
     if not formats:
-        raise ValueError(f"figure_formats=[] names no format; use some of: {', '.join(NO_DATE)}")
+        raise UserError(f"figure_formats=[] names no format; use some of: {', '.join(NO_DATE)}")
     for kind in formats:
         one_of("figure_formats", kind, tuple(NO_DATE))
     if Path(directory).exists() and not Path(directory).is_dir():
-        raise ValueError(f"figures={directory} is a file; name a directory")
+        raise UserError(f"figures={directory} is a file; name a directory")
 
 
 def write_figures(

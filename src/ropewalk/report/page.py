@@ -11,6 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ropewalk.config import CompareConfig
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 from ropewalk.report import runs_table, summary
 from ropewalk.report.base import with_bases
@@ -31,16 +32,16 @@ def compare(config: CompareConfig) -> Path:
         Path of the report.
 
     Raises:
-        ValueError: for a run directory that holds nothing, a baseline that is none of the runs, an output that is a
+        UserError: for a run directory that holds nothing, a baseline that is none of the runs, an output that is a
             directory, a format that figures do not have, or a threshold that is no percentage.
     """
     output = Path(config.output)
     if output.is_dir():
-        raise ValueError(f"output={output} is a directory; name a file in it: output={output / 'report.html'}")
+        raise UserError(f"output={output} is a directory; name a file in it: output={output / 'report.html'}")
     check_files(config.figures, config.figure_formats)
     for name in ("effective_needle", "effective_ruler"):
         if not 0 < getattr(config, name) <= 100:
-            raise ValueError(f"{name}={getattr(config, name)} is no percentage; give one above 0 and up to 100")
+            raise UserError(f"{name}={getattr(config, name)} is no percentage; give one above 0 and up to 100")
     runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)
     styles = styles_of(arms(runs))
@@ -62,14 +63,14 @@ def find_baseline(runs: list[Run], name: str | None) -> Run:
     """The run called ``name``; the first where it is None.
 
     Raises:
-        ValueError: where no run, or more than one, is called so.
+        UserError: where no run, or more than one, is called so.
     """
     if name is None:
         return runs[0]
     found = [run for run in runs if run.is_called(name)]
     if len(found) != 1:
         names = ", ".join(run.name for run in runs)
-        raise ValueError(f"baseline={name} names {len(found)} of the runs, and must name one; use one of: {names}")
+        raise UserError(f"baseline={name} names {len(found)} of the runs, and must name one; use one of: {names}")
     return found[0]
 
 

@@ -15,6 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
+from ropewalk.errors import UserError
+
 METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
 PLACE_COLUMNS = ("task", "context_length", "position_start", "position_end", "depth")
 RESULT_COLUMNS = ("run", "chain", *PLACE_COLUMNS, "metric", "value", "ci_low", "ci_high", "stderr", "n")
@@ -141,16 +143,16 @@ def load_runs(directories: Sequence[str]) -> list[Run]:
     """The runs at ``directories``, in that order.
 
     Raises:
-        ValueError: for no directory, one that does not exist or holds nothing of a run, a damaged file, or
+        UserError: for no directory, one that does not exist or holds nothing of a run, a damaged file, or
             two runs of one name.
     """
     if not directories:
-        raise ValueError("runs=[] names no run; give at least one run directory: runs=[outputs/a,outputs/b]")
+        raise UserError("runs=[] names no run; give at least one run directory: runs=[outputs/a,outputs/b]")
     runs = [load_run(Path(directory)) for directory in directories]
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
             where = ", ".join(str(run.directory) for run in runs if run.name == name)
-            raise ValueError(
+            raise UserError(
                 f"{count} runs are called {name} ({where}), and a run's name must be its own here; leave one "
                 "out, or evaluate one again under another name (scripts/evaluate.py name=...)"
             )
@@ -161,10 +163,10 @@ def load_run(directory: Path) -> Run:
     """The run at ``directory``.
 
     Raises:
-        ValueError: where there is no such directory, nothing of a run in it, or a damaged file.
+        UserError: where there is no such directory, nothing of a run in it, or a damaged file.
     """
     if not directory.is_dir():
-        raise ValueError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
+        raise UserError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
     # What evaluate.py wrote may also be named itself: a model that was evaluated without any training here.
     evaluation = directory if (directory / "results.parquet").is_file() else directory / "evaluation"
     if not (evaluation / "evaluation.json").is_file():  # written last: without it the tables may be of two evaluations
@@ -177,7 +179,7 @@ def load_run(directory: Path) -> Run:
     table = _tables(directory)
     parts = (config, record, len(metrics), len(results), len(documents), len(table))
     if not any(parts):
-        raise ValueError(
+        raise UserError(
             f"runs: {directory} holds none of config.yaml, run.json, metrics.jsonl, evaluation/results.parquet, "
             "evaluation/documents.parquet and evaluation/table.parquet; give a directory that train.py or "
             "scripts/evaluate.py wrote"
@@ -199,7 +201,7 @@ def load_run(directory: Path) -> Run:
 def _name(directory: Path, run_column: pd.Series, record: dict[str, Any], config: dict[str, Any]) -> str:
     names = sorted(set(run_column.astype(str)))
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"{directory}: its evaluation holds {len(names)} runs ({', '.join(names)}), and a run "
             "directory is one run; evaluate each into a directory of its own (scripts/evaluate.py output=...)"
         )
@@ -212,9 +214,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
+        raise UserError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; write it again, or move it away to do without")
+        raise UserError(f"{path} must hold a JSON object; write it again, or move it away to do without")
     return content
 
 
@@ -245,7 +247,7 @@ def _metrics(path: Path) -> pd.DataFrame:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); delete that line") from error
+            raise UserError(f"{path}, line {number} is not JSON ({error}); delete that line") from error
     frame = pd.DataFrame(rows, columns=None if rows else list(METRIC_COLUMNS))
     _require(path, frame, METRIC_COLUMNS)
     # A run that was killed logs the steps since its last checkpoint again: the later record is what it kept.
@@ -270,7 +272,7 @@ def _tables(directory: Path) -> pd.DataFrame:
     twice = table[table.duplicated(NUMBER)]
     if len(twice):
         row = twice.iloc[0]
-        raise ValueError(
+        raise UserError(
             f"{directory} holds {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} tokens "
             "twice; move one of its evaluations away"
         )
@@ -280,4 +282,4 @@ def _tables(directory: Path) -> pd.DataFrame:
 def _require(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in frame.columns]
     if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ropewalk.errors import UserError
 from ropewalk.rope.cautions import cautions, clip_of
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.methods.clipping import recommended_clip
@@ -134,10 +135,10 @@ def advise(
         config: config.json's content, for warnings that only it can tell.
 
     Raises:
-        ValueError: for a length or base out of range, or a chain that does not fit.
+        UserError: for a length or base out of range, or a chain that does not fit.
     """
     if theta is not None and not theta > 1:
-        raise ValueError(
+        raise UserError(
             f"theta={theta:g} must be above 1; leave it out to keep the model's own base, "
             f"{print_value(position.spectrum().theta)}, or name the one to change to, such as 1e7"
         )
@@ -181,12 +182,12 @@ def advise(
 def _check_lengths(train_length: int, target_length: int) -> None:
     for name, length in (("train_length", train_length), ("target_length", target_length)):
         if length < SHORTEST:
-            raise ValueError(
+            raise UserError(
                 f"{name}={length} must be {SHORTEST} tokens or more, within which the fastest pair finishes its first "
                 "turn; name a length such as 65536, or leave it out for the model's own"
             )
     if target_length < train_length:
-        raise ValueError(
+        raise UserError(
             f"target_length={target_length} is below train_length={train_length}; name the length to serve, at least "
             "that"
         )

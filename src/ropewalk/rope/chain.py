@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ropewalk.errors import UserError
 from ropewalk.rope.notation import parse_steps, print_value
 from ropewalk.rope.order import check_order, reached_length
 from ropewalk.rope.registry import LENGTHS, get_method
@@ -42,13 +43,13 @@ class RopeChain:
         methods: mappings with ``method`` and that method's arguments, as they stand in YAML and config.json.
 
     Raises:
-        ValueError: for an unknown method or argument, a value of the wrong type, or a method that would undo those
+        UserError: for an unknown method or argument, a value of the wrong type, or a method that would undo those
             before it. Ranges and contradicting scalings are checked where the chain meets a model.
     """
 
     def __init__(self, methods: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(methods, (str, Mapping)) or not isinstance(methods, Iterable):
-            raise ValueError(f"{methods!r} is no list of steps; write [{{method: NAME, ...}}], or use RopeChain.parse")
+            raise UserError(f"{methods!r} is no list of steps; write [{{method: NAME, ...}}], or use RopeChain.parse")
         self.steps = tuple(_step(entry) for entry in methods)
         check_order(self.steps)
 
@@ -83,7 +84,7 @@ class RopeChain:
             length: tokens of the present input, for length-dependent methods; None: ``trained_length``.
 
         Raises:
-            ValueError: for inputs or arguments that do not fit, naming the value, the rule and the mend.
+            UserError: for inputs or arguments that do not fit, naming the value, the rule and the mend.
         """
         _check_lengths(length=length)
         start = _start(head_dim, theta, pretrained_length, trained_length)
@@ -132,13 +133,13 @@ class RopeChain:
             length: tokens of the present input; None: ``trained_length``.
 
         Raises:
-            ValueError: where the vector is too short for that, or does not fall from its first entry, or where the
+            UserError: where the vector is too short for that, or does not fall from its first entry, or where the
                 chain refers to a length that is not given.
         """
         is_torch = hasattr(inv_freq, "detach")
         values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
         if values.ndim != 1 or values.size < 2 or not values[0] > values[1] > 0:
-            raise ValueError(
+            raise UserError(
                 f"inv_freq of shape {values.shape} must be one row of two or more frequencies that starts falling; "
                 "give RoPE's own, before any other transform"
             )
@@ -220,15 +221,15 @@ class _Unstated(Spectrum):
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if value is None and name in LENGTHS:
-            raise ValueError(f"the chain refers to {name}, which is not given; pass {name}=TOKENS to apply()")
+            raise UserError(f"the chain refers to {name}, which is not given; pass {name}=TOKENS to apply()")
         return value
 
 
 def _start(head_dim: int, theta: float, pretrained_length: int, trained_length: int) -> Spectrum:
     if not isinstance(head_dim, Integral) or head_dim <= 0 or head_dim % 2:
-        raise ValueError(f"head_dim={head_dim!r} must be positive and even: channels rotate in pairs")
+        raise UserError(f"head_dim={head_dim!r} must be positive and even: channels rotate in pairs")
     if not isinstance(theta, Real) or not 1 < theta < math.inf:
-        raise ValueError(f"theta={theta!r} must be a number above 1; it is the model's rope_theta, 10000 in RoFormer")
+        raise UserError(f"theta={theta!r} must be a number above 1; it is the model's rope_theta, 10000 in RoFormer")
     _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length)
     return Spectrum(geometric(theta, head_dim), float(theta), pretrained_length, trained_length)
 
@@ -236,16 +237,16 @@ def _start(head_dim: int, theta: float, pretrained_length: int, trained_length: 
 def _check_lengths(**lengths: int | None) -> None:
     for name, value in lengths.items():
         if value is not None and (not isinstance(value, Integral) or value < 1):
-            raise ValueError(f"{name}={value!r} must be a whole number of tokens, 1 or more")
+            raise UserError(f"{name}={value!r} must be a whole number of tokens, 1 or more")
 
 
 def _step(entry: Mapping[str, Any]) -> Step:
     if not isinstance(entry, Mapping):
-        raise ValueError(
+        raise UserError(
             f"{entry!r} is no step of a chain; write {{method: NAME, ...}}, or give text to RopeChain.parse"
         )
     arguments = dict(entry)
     name = arguments.pop("method", None)
     if not isinstance(name, str):
-        raise ValueError(f"{dict(entry)} names no method; write {{method: NAME, ...}}")
+        raise UserError(f"{dict(entry)} names no method; write {{method: NAME, ...}}")
     return Step(name, get_method(name).arguments(arguments))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ropewalk.errors import UserError
 from ropewalk.rope.foreign_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
@@ -57,7 +58,7 @@ def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
     its rotary module is not: DeepSeek's factor on the softmax under YaRN is not in the chain.
 
     Raises:
-        ValueError: for a model without RoPE, a scaling that no chain expresses, or a value of the wrong kind.
+        UserError: for a model without RoPE, a scaling that no chain expresses, or a value of the wrong kind.
     """
     config = mapping(config, "text_config") or config
     _refuse_other_encodings(config)
@@ -68,7 +69,7 @@ def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
     kind = _kind(config, entry)
     trained_length = whole(config, "max_position_embeddings")
     if trained_length is None:
-        raise ValueError("config.json has no max_position_embeddings; write the length the model was trained at there")
+        raise UserError("config.json has no max_position_embeddings; write the length the model was trained at there")
     original = trained_length
     if kind in STRETCHED:
         # transformers gives the top-level key (Phi-3's place for it) the last word, where all layers share one entry
@@ -120,7 +121,7 @@ def _theta(config: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
             return theta
     model_type = config.get("model_type")
     if model_type is not None and model_type not in ROTARY_BY_DEFAULT:
-        raise ValueError(
+        raise UserError(
             f"config.json names no rope_theta, and model_type={model_type!r} is not known to rotate at base 10000 "
             "without; where it has RoPE, write rope_theta there"
         )
@@ -147,14 +148,14 @@ def _rotating_channels(config: Mapping[str, Any], share: float) -> int:
     if head_dim is None:
         heads, width = whole(config, "num_attention_heads", "heads"), whole(config, "hidden_size", "channels")
         if heads is None or width is None:
-            raise ValueError(
+            raise UserError(
                 "config.json names neither head_dim nor num_attention_heads and hidden_size; it is no rotary "
                 "transformer's, or lacks one of them: write head_dim there"
             )
         head_dim = width // heads
     rotating = int(head_dim * share)
     if rotating % 2 or not 2 <= rotating <= _WIDEST:
-        raise ValueError(
+        raise UserError(
             f"config.json: {rotating} channels of a head rotate (head_dim={head_dim}, share {share:g}); channels "
             f"rotate in pairs, so it must be an even number from 2 to {_WIDEST}: mend head_dim or partial_rotary_factor"
         )
@@ -171,14 +172,14 @@ def rotating_layers(entry: Mapping[str, Any], layer_types: Sequence[str] | None)
         layer_types: of each layer, as in the config; None: every type in the entry is taken to be there.
 
     Raises:
-        ValueError: where several types rotate, each in its way, and none is full_attention.
+        UserError: where several types rotate, each in its way, and none is full_attention.
     """
     parts = {kind: part for kind, part in entry.items() if isinstance(part, Mapping)}
     kinds = sorted(kind for kind in parts if not layer_types or kind in layer_types)
     if "full_attention" in kinds:
         return ["full_attention", *(kind for kind in kinds if kind != "full_attention")]
     if any(parts[kind] != parts[kinds[0]] for kind in kinds):
-        raise ValueError(
+        raise UserError(
             f"rope_parameters has entries for {', '.join(kinds)} that differ, and none for full_attention, whose the "
             "chain would be; name the layers to read full_attention"
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ropewalk.errors import UserError
 from ropewalk.rope.values import flag, number, numbers
 
 ORIGINAL = "original_max_position_embeddings"
@@ -40,10 +41,10 @@ def scaling_steps(scaling: Scaling) -> list[Step]:
     """The steps that transformers' function of that type takes.
 
     Raises:
-        ValueError: for a type that no chain expresses, or a value that is missing or wrong.
+        UserError: for a type that no chain expresses, or a value that is missing or wrong.
     """
     if scaling.kind not in _STEPS:
-        raise ValueError(f"rope_type={scaling.kind!r} is not read as a chain; known: {', '.join(KINDS)}")
+        raise UserError(f"rope_type={scaling.kind!r} is not read as a chain; known: {', '.join(KINDS)}")
     return _STEPS[scaling.kind](scaling)
 
 
@@ -122,5 +123,5 @@ def _required(scaling: Scaling, key: str) -> float:
     value = _positive(scaling.entry, key)
     if value is None:
         mend = "NEW_LENGTH / ORIGINAL_LENGTH" if key == "factor" else "the published number"
-        raise ValueError(f"rope_type={scaling.kind!r} has no {key}; write {key}: {mend} beside it")
+        raise UserError(f"rope_type={scaling.kind!r} has no {key}; write {key}: {mend} beside it")
     return value

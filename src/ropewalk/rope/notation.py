@@ -6,6 +6,8 @@ import ast
 import re
 from typing import Any
 
+from ropewalk.errors import UserError
+
 _SHOWN = 8  # numbers of a list that are printed; a longer one is for people to see, not to read back
 _SHORTENED = re.compile(r"\[\d+ numbers\]")
 
@@ -29,10 +31,10 @@ def parse_steps(text: str) -> list[dict[str, Any]]:
     """The steps of a printed chain; ``rope``, or nothing, is the chain without any.
 
     Raises:
-        ValueError: for text of another form, or a list of which only the length was printed.
+        UserError: for text of another form, or a list of which only the length was printed.
     """
     if shortened := _SHORTENED.search(text):
-        raise ValueError(
+        raise UserError(
             f"{shortened[0]} in the chain {text!r} is a list that was shortened when printed; write its numbers out, "
             "or take the chain from where it is whole: RopeChain.to_list(), YAML, or RopeChain.from_pretrained(DIR)"
         )
@@ -46,13 +48,13 @@ def _parse_step(part: str, text: str) -> dict[str, Any]:
     try:
         call = ast.parse(part if "(" in part else f"{part}()", mode="eval").body
     except SyntaxError:
-        raise ValueError(f"{part!r} in the chain {text!r} is not a method; {rule}") from None
+        raise UserError(f"{part!r} in the chain {text!r} is not a method; {rule}") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise ValueError(f"{part!r} in the chain {text!r} is not a method; {rule}")
+        raise UserError(f"{part!r} in the chain {text!r} is not a method; {rule}")
     names = [str(keyword.arg) for keyword in call.keywords]
     for name in names:
         if names.count(name) > 1 or name == "method":
-            raise ValueError(f"{part!r} in the chain {text!r} gives {name} twice; keep one")
+            raise UserError(f"{part!r} in the chain {text!r} gives {name} twice; keep one")
     return {"method": call.func.id, **{str(k.arg): _literal(k.value, part) for k in call.keywords}}
 
 
@@ -63,6 +65,4 @@ def _literal(node: ast.expr, part: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(
-            f"{part!r}: {ast.unparse(node)} is not a value; give a number, true, false or a word"
-        ) from None
+        raise UserError(f"{part!r}: {ast.unparse(node)} is not a value; give a number, true, false or a word") from None

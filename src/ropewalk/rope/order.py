@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.errors import UserError
 from ropewalk.rope.registry import get_method
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ def check_order(steps: Sequence[Step]) -> None:
     pairs that training turned.
 
     Raises:
-        ValueError: naming the method and what it would undo.
+        UserError: naming the method and what it would undo.
     """
     clips = [step for step in steps if get_method(step.method).clips]
     if len(clips) > 1:
-        raise ValueError(
+        raise UserError(
             f"{clips[1]} follows {clips[0]}, and a chain clips once; leave one of them out: rope=default goes on with "
             "a checkpoint's own clip, and a chain that begins with abf replaces it"
         )
@@ -33,7 +34,7 @@ def check_order(steps: Sequence[Step]) -> None:
         follows_abf = place == 1 and steps[0].method == "abf" and method.uses_base
         if place > 0 and method.rebuilds and not follows_abf:
             where = "first, or right after abf" if method.uses_base else "first"
-            raise ValueError(
+            raise UserError(
                 f"{step.method} stands at place {place + 1} of the chain, after {steps[place - 1]}; it rebuilds "
                 f"the spectrum and would undo what stands before it: put it {where}"
             )
@@ -57,7 +58,7 @@ def reached_length(steps: Sequence[Step], spectrum: Spectrum) -> int | None:
         spectrum: with the lengths that a scaling may follow.
 
     Raises:
-        ValueError: naming both, and how to put it right.
+        UserError: naming both, and how to put it right.
     """
     before: Step | None = None
     reached = 0.0
@@ -67,7 +68,7 @@ def reached_length(steps: Sequence[Step], spectrum: Spectrum) -> int | None:
             continue
         start = step.arguments["original_max_position_embeddings"]
         if before is not None and start is not None and start < reached:
-            raise ValueError(
+            raise UserError(
                 f"{before} already stretches the model to {reached:,.0f} tokens, and {step} starts from {start:,} "
                 "again; drop one of the two, or set "
                 f"original_max_position_embeddings={math.ceil(reached)} in the second"

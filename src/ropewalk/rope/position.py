@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ropewalk.errors import UserError
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.foreign import read_foreign
 from ropewalk.rope.spectrum import Spectrum
@@ -56,7 +57,7 @@ class Position:
         Only a hub id needs transformers.
 
         Raises:
-            ValueError: where there is no config.json, or one whose scaling no chain expresses.
+            UserError: where there is no config.json, or one whose scaling no chain expresses.
         """
         return position_of(read_config_json(model))
 
@@ -119,22 +120,20 @@ def read_config_json(model: str | Path) -> dict[str, Any]:
     """The config.json of a Hugging Face directory or hub id, or the file itself.
 
     Raises:
-        ValueError: where there is none, or it is not JSON.
+        UserError: where there is none, or it is not JSON.
     """
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         if not _HUB_ID.fullmatch(str(model)):
-            raise ValueError(
-                f"model={model} holds no config.json; name a Hugging Face directory, its file, or a hub id"
-            )
+            raise UserError(f"model={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
         return _read_hub(str(model))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"model={file} is not JSON ({error}); it must be a model's config.json") from None
+        raise UserError(f"model={file} is not JSON ({error}); it must be a model's config.json") from None
     if not isinstance(content, dict):
-        raise ValueError(f"model={file} is not a JSON object; it must be a model's config.json")
+        raise UserError(f"model={file} is not a JSON object; it must be a model's config.json")
     return content
 
 
@@ -147,9 +146,9 @@ def _read_hub(name: str) -> dict[str, Any]:
         raise unreachable("model", name, error) from error
 
 
-def unreachable(key: str, name: str, error: OSError) -> ValueError:
+def unreachable(key: str, name: str, error: OSError) -> UserError:
     """The error for a model that transformers finds neither here nor on the hub, named under the config's ``key``."""
-    return ValueError(
+    return UserError(
         f"{key}={name} is neither a Hugging Face directory nor a hub model that can be reached; check the name, or "
         f"log in for a gated one ({str(error).splitlines()[0]})"
     )
@@ -162,7 +161,7 @@ def position_of(config: Any) -> Position:
         config: config.json's content, or a transformers PreTrainedConfig.
 
     Raises:
-        ValueError: for metadata that was edited, a foreign scaling that no chain expresses, or a malformed value.
+        UserError: for metadata that was edited, a foreign scaling that no chain expresses, or a malformed value.
     """
     content = config if isinstance(config, Mapping) else config.to_dict()
     ours = mapping(content, METADATA_KEY)
@@ -191,7 +190,7 @@ def _recorded(ours: Mapping[str, Any]) -> Position:
     for key, content in covered.items():
         recorded, found = ours.get(key), _sha256(content)
         if recorded is not None and recorded != found:
-            raise ValueError(
+            raise UserError(
                 f"config.json: {METADATA_KEY}.{key}={recorded} is not the hash of what stands beside it, {found}: the "
                 f"chain or its inputs were edited by hand; {_MEND}"
             )
@@ -203,7 +202,7 @@ def _recorded(ours: Mapping[str, Any]) -> Position:
     }
     for key, value in inputs.items():
         if value is None:
-            raise ValueError(f"config.json: {METADATA_KEY} has no {key}; {_MEND}")
+            raise UserError(f"config.json: {METADATA_KEY} has no {key}; {_MEND}")
     name, base_model = str(ours.get("name") or "unnamed"), ours.get("base_model")
     return Position(name=name, chain=RopeChain(steps), base_model=base_model, **inputs)  # type: ignore[arg-type]
 

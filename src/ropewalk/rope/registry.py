@@ -12,6 +12,7 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ropewalk.errors import UserError
 from ropewalk.rope.spectrum import Spectrum
 
 Function = Callable[..., Spectrum]
@@ -49,15 +50,15 @@ class Method:
         """The canonical arguments: defaults filled in, numbers in their annotated type, words as they stand.
 
         Raises:
-            ValueError: for an unknown or missing argument, or a value that is not of the annotated type.
+            UserError: for an unknown or missing argument, or a value that is not of the annotated type.
         """
         for unknown in given.keys() - self.hints.keys():
             takes = ", ".join(self.hints) or "nothing"
-            raise ValueError(f"{self.name}: {unknown}={_shown(given[unknown])} is not an argument; it takes: {takes}")
+            raise UserError(f"{self.name}: {unknown}={_shown(given[unknown])} is not an argument; it takes: {takes}")
         resolved = {}
         for name in self.hints:
             if name not in given and name not in self.defaults:
-                raise ValueError(f"{self.name}: {name} is not given and has no default; write it beside the method")
+                raise UserError(f"{self.name}: {name} is not given and has no default; write it beside the method")
             resolved[name] = self._converted(name, given[name]) if name in given else self.defaults[name]
         return resolved
 
@@ -86,7 +87,7 @@ class Method:
             if fits:
                 return converted
         mend = "; it is text, write 1.0e7 where YAML would read 1e7 so" if _is_numeral(value) else ""
-        raise ValueError(f"{self.name}: {name}={_shown(value)} must be {_described(options, words)}{mend}")
+        raise UserError(f"{self.name}: {name}={_shown(value)} must be {_described(options, words)}{mend}")
 
 
 _METHODS: dict[str, Method] = {}
@@ -176,11 +177,11 @@ def available_methods() -> tuple[str, ...]:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name, or ValueError with the nearest name and the list of those there are."""
+    """The method of that name, or UserError with the nearest name and the list of those there are."""
     if name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, n=1)
         mend = f"did you mean {near[0]}? There are" if near else "use one of"
-        raise ValueError(f"method={name!r} is not known; {mend}: {', '.join(available_methods())}")
+        raise UserError(f"method={name!r} is not known; {mend}: {', '.join(available_methods())}")
     return _METHODS[name]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.errors import UserError
+
 FloatArray = NDArray[np.float64]
 
 
@@ -46,7 +48,7 @@ class Spectrum:
     def __post_init__(self) -> None:
         inv_freq = np.array(self.inv_freq, dtype=np.float64)
         if inv_freq.ndim != 1 or not np.all(np.isfinite(inv_freq)) or np.any(inv_freq < 0):
-            raise ValueError(f"inv_freq must be one row of finite, non-negative frequencies; got {inv_freq}")
+            raise UserError(f"inv_freq must be one row of finite, non-negative frequencies; got {inv_freq}")
         inv_freq.flags.writeable = False
         object.__setattr__(self, "inv_freq", inv_freq)
         if self.rotary_dim is None:
@@ -113,7 +115,7 @@ class Spectrum:
         """The ``len(weights)`` lowest frequencies that rotate, times their weights, the last weight on the slowest."""
         last = self.rotating_pairs
         if weights.size > last:
-            raise ValueError(
+            raise UserError(
                 f"{weights.size} pairs are more than the {last} of head_dim={self.head_dim} that rotate; use fewer"
             )
         inv_freq = self.inv_freq.copy()

@@ -1,4 +1,4 @@
-"""Values of a config.json, typed: a wrong one is a ValueError that names its key, the rule and the mend."""
+"""Values of a config.json, typed: a wrong one is a UserError that names its key, the rule and the mend."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ropewalk.errors import UserError
+
 _LEAST, _MOST = 1e-30, 1e30  # magnitudes whose logarithms, powers and quotients stay finite in float64
 _LONGEST = 2**40  # tokens, channels
 
 
-def wrong(key: str, value: Any, rule: str) -> ValueError:
+def wrong(key: str, value: Any, rule: str) -> UserError:
     """The error for a key whose value breaks ``rule``, which says what it must be and how to mend it."""
-    return ValueError(f"config.json: {key}={reprlib.repr(value)} must be {rule}")
+    return UserError(f"config.json: {key}={reprlib.repr(value)} must be {rule}")
 
 
 def number(

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ropewalk.config import ClusterConfig, PlanConfig
+from ropewalk.errors import UserError
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*")
 PER_DAY, PER_HOUR = 24 * 60, 60  # minutes
@@ -47,11 +48,11 @@ def exports(environment: Mapping[str, str]) -> list[str]:
     """Shell lines that export the cluster's variables.
 
     Raises:
-        ValueError: for a name that is no variable's.
+        UserError: for a name that is no variable's.
     """
     for name in environment:
         if not VARIABLE.fullmatch(name):
-            raise ValueError(f"cluster.slurm.environment has the name {name!r}; use letters, digits and _")
+            raise UserError(f"cluster.slurm.environment has the name {name!r}; use letters, digits and _")
     return [f"export {name}={shlex.quote(str(value))}" for name, value in environment.items()]
 
 
@@ -61,13 +62,13 @@ def minutes(time: str) -> int:
     A bare number below 60 is of minutes. YAML 1.1 makes larger ones of what is not quoted: 86400 of 24:00:00.
 
     Raises:
-        ValueError: for what is no such time, and for a bare number of 60 or more.
+        UserError: for what is no such time, and for a bare number of 60 or more.
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not found:
-        raise ValueError(f"cluster.slurm.time={time} is no time limit; write it as 48:00:00 or 2-00:00:00")
+        raise UserError(f"cluster.slurm.time={time} is no time limit; write it as 48:00:00 or 2-00:00:00")
     if time.isdigit() and int(time) >= PER_HOUR:
-        raise ValueError(
+        raise UserError(
             f"cluster.slurm.time={time} is a bare number of {PER_HOUR} or more, as YAML makes of an unquoted 24:00:00; "
             "write hours:minutes:seconds and quote it in YAML: '24:00:00', or '2-00:00:00' for days"
         )
@@ -78,7 +79,7 @@ def minutes(time: str) -> int:
     else:  # minutes[:seconds]
         total = a + (b > 0)
     if total == 0:
-        raise ValueError(f"cluster.slurm.time={time} leaves no time at all; write it as 48:00:00 or 2-00:00:00")
+        raise UserError(f"cluster.slurm.time={time} leaves no time at all; write it as 48:00:00 or 2-00:00:00")
     return total
 
 
@@ -105,11 +106,11 @@ def root() -> str:
     """The directory in which a job of a sweep has to run, as the launcher does.
 
     Raises:
-        ValueError: where it is not the repository's root, before anything is submitted.
+        UserError: where it is not the repository's root, before anything is submitted.
     """
     here = Path.cwd()
     if not (here / "slurm" / "common.sh").is_file():
-        raise ValueError(f"hydra/launcher=slurm was started in {here}; start it in the root of the repository")
+        raise UserError(f"hydra/launcher=slurm was started in {here}; start it in the root of the repository")
     return str(here)
 
 

@@ -20,6 +20,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths, cloudpickle_dump
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from ropewalk.entry import user_errors
+from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 
 SECONDS_TO_SUBMIT = 60  # in which the launcher has put its file where the job looks for it
@@ -33,15 +34,13 @@ def overrides(folder: str, seconds: float = SECONDS_TO_SUBMIT) -> list[str]:
         seconds: how long to wait for the launcher's file.
 
     Raises:
-        ValueError: where it has not come.
+        UserError: where it has not come.
     """
     path = JobPaths(folder, job_id=SlurmJobEnvironment().job_id).submitted_pickle
     until = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > until:
-            raise ValueError(
-                f"{path} has not come in {seconds:.0f} s; put hydra.sweep.dir on a disk that all nodes see"
-            )
+            raise UserError(f"{path} has not come in {seconds:.0f} s; put hydra.sweep.dir on a disk that all nodes see")
         time.sleep(min(1.0, seconds))
     return list(DelayedSubmission.load(path).args[0])
 

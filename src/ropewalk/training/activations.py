@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ropewalk.config import TrainerConfig
+from ropewalk.errors import UserError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Gate = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +28,7 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
     tiny layers took a minute to compile and four times as long to run.
 
     Raises:
-        ValueError: where the MLP is to be tiled or compiled and is not the gated one.
+        UserError: where the MLP is to be tiled or compiled and is not the gated one.
     """
     if trainer.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -70,7 +71,7 @@ def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
 def _check_gated(mlp: nn.Module) -> None:
     children = [name for name, _ in mlp.named_children()]
     if set(children) != {*PROJECTIONS, "act_fn"}:
-        raise ValueError(
+        raise UserError(
             f"trainer.mlp_chunk_size and trainer.compile know MLPs of {', '.join(PROJECTIONS)} and act_fn; "
             f"{type(mlp).__name__} has {', '.join(children)}: leave both out"
         )

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
 from ropewalk.training.agreement import together
@@ -41,17 +42,17 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a committed checkpoint.
 
     Raises:
-        ValueError: where there is none, it is no JSON, or it is of another format.
+        UserError: where there is none, it is no JSON, or it is of another format.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{checkpoint} holds no {MANIFEST}, so it was never committed; name one that was, or the run")
+        raise UserError(f"{checkpoint} holds no {MANIFEST}, so it was never committed; name one that was, or the run")
     try:
         manifest = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not the manifest that was written: {error}") from error
+        raise UserError(f"{path} is not the manifest that was written: {error}") from error
     if manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
+        raise UserError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
     return manifest
 
 
@@ -64,7 +65,7 @@ def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1
         world_size: ranks that share the reading.
 
     Raises:
-        ValueError: naming the first file that is missing or differs. Nothing is deleted.
+        UserError: naming the first file that is missing or differs. Nothing is deleted.
     """
     checkpoint = Path(checkpoint)
     manifest = read_manifest(checkpoint)
@@ -73,9 +74,9 @@ def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1
         if _owner(path) % world_size != rank:
             continue
         if not path.is_file():
-            raise ValueError(f"{path} is missing, but the manifest lists it")
+            raise UserError(f"{path} is missing, but the manifest lists it")
         if path.stat().st_size != expected["bytes"] or not _hashes_to(path, expected):
-            raise ValueError(f"{path} is not the file that was saved (its size or checksum differs)")
+            raise UserError(f"{path} is not the file that was saved (its size or checksum differs)")
     return manifest
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ropewalk.config import GuardConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
+from ropewalk.errors import UserError
 from ropewalk.rope.position import Position
 from ropewalk.training.start import Start
 
@@ -56,15 +57,15 @@ BEFORE = {"z_loss": 0.0, "guards": _refusals(GuardConfig())}
 
 
 def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
-    """Raise ValueError naming each entry that differs, with both values, and is not accepted by name."""
+    """Raise UserError naming each entry that differs, with both values, and is not accepted by name."""
     unknown = set(accept) - set(present)
     if unknown:
-        raise ValueError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
+        raise UserError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
     saved = {**BEFORE, **saved}
     differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
     if differing:
         told = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
-        raise ValueError(
+        raise UserError(
             f"this run is not the one that was saved: {told}. Restore the settings, choose another run_name, or accept "
             f"the change by name: resume.accept=[{','.join(differing)}]"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
 from ropewalk.training.background import Work
@@ -28,9 +29,9 @@ def universal_directory(checkpoint: Path) -> Path:
 
 
 def require_stage(saved: int, present: int, checkpoint: Path) -> None:
-    """Raise ValueError where a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
+    """Raise UserError where a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
     if saved != present:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was saved with deepspeed.stage={saved}, this run has deepspeed.stage={present}; set it to "
             f"{saved}"
         )
@@ -47,10 +48,10 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
         target: directory of it; None: beside the checkpoint.
 
     Raises:
-        ValueError: on every rank, where the conversion fails, and for ZeRO-1 and -2, whose shards say too little.
+        UserError: on every rank, where the conversion fails, and for ZeRO-1 and -2, whose shards say too little.
     """
     if stage != 3:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was saved by another number of ranks; that needs deepspeed.stage=3, this run has "
             f"deepspeed.stage={stage}: resume with as many ranks as saved it"
         )
@@ -70,7 +71,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
         if status[0] == "done":
             return target
         if status[0] != "running":
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} could not be converted for another number of ranks ({status[0]}); {target.parent} must "
                 "be writable and have room for as much again, or resume with as many ranks as saved it"
             )

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.errors import UserError
 from ropewalk.launch import take_place
 from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import build_for_training
@@ -69,12 +70,12 @@ def world_size() -> int:
     """Ranks that the launcher, srun or torchrun, has announced, before any of them is joined.
 
     Raises:
-        ValueError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
+        UserError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
             node: each would be a run of its own in the same directory.
     """
     take_place()
     if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        raise ValueError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
+        raise UserError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 
+from ropewalk.errors import UserError
 from ropewalk.training.terminal import tell
 
 BEAT = 10.0  # seconds between two heartbeats of a rank that is in time
@@ -117,7 +118,7 @@ def refuse_second_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
         seconds: to watch it for.
 
     Raises:
-        ValueError: where a heartbeat goes on.
+        UserError: where a heartbeat goes on.
     """
     path = run_dir / "heartbeats" / "rank_00000.txt"
     first = _read(path)
@@ -129,7 +130,7 @@ def refuse_second_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
             return
         time.sleep(0.2)
     if now is not None:
-        raise ValueError(
+        raise UserError(
             f"run_dir={run_dir} is written by process {now.pid} on {now.host}, at step {now.step}; wait for it or end "
             "it, or choose another run_name"
         )

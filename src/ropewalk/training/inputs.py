@@ -15,6 +15,7 @@ from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.remote import open_stores
 from ropewalk.data.tokenizer import check_same_vocabulary
+from ropewalk.errors import UserError
 from ropewalk.training.engine import Ranks
 from ropewalk.training.parallel import shard
 
@@ -23,7 +24,7 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
     """The store that the tokenizer is taken from, and the order in which it and any others are read.
 
     Raises:
-        ValueError: for a store of another sequence length or tokenizer, or a mixture that does not fit.
+        UserError: for a store of another sequence length or tokenizer, or a mixture that does not fit.
     """
     data, trainer = config.data, config.trainer
     stores = open_stores(data)
@@ -44,11 +45,11 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
             from scratch.
 
     Raises:
-        ValueError: where the store's vocabulary is another than the model's, or larger than what it embeds.
+        UserError: where the store's vocabulary is another than the model's, or larger than what it embeds.
     """
     tokenizer = store.tokenizer
     if tokenizer["vocab_size"] > model_config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the store's tokenizer has {tokenizer['vocab_size']} tokens and the model embeds {model_config.vocab_size}"
             "; prepare the data with the model's tokenizer (corpus.tokenizer=...)"
         )

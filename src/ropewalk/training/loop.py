@@ -72,7 +72,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         evaluator: makes the evaluation where ``evaluation.every`` is set.
 
     Raises:
-        ValueError: for a configuration, store or checkpoint that does not fit, before a model is built.
+        UserError: for a configuration, store or checkpoint that does not fit, before a model is built.
         TrainingStopped: where a guard ends the run; the refused step changed no weight.
         SystemExit: with EXIT_REQUEUE, saved, after SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
     """

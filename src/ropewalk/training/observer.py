@@ -45,7 +45,7 @@ class Observer:
         """Open what is written, on rank 0. Collective.
 
         Raises:
-            ValueError: on every rank, where the run's directory cannot be written.
+            UserError: on every rank, where the run's directory cannot be written.
         """
         model = {"parameters": count_parameters(model_config), "attention": attention_kernel(config.trainer.device)}
         self.config, self.ranks = config, ranks

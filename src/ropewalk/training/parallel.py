@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from ropewalk.data.batches import Batch
+from ropewalk.errors import UserError
 
 
 def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
@@ -29,7 +30,7 @@ def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
     if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
         parallel_state_sp.initialize_sequence_parallel(size)
     elif parallel_state_sp.get_sequence_parallel_world_size() != size:
-        raise ValueError(
+        raise UserError(
             f"parallel.sequence={size}, but this process is in a group of "
             f"{parallel_state_sp.get_sequence_parallel_world_size()}; start a new process"
         )
@@ -42,13 +43,13 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
     """Refuse a group whose ranks would not get equal shares of the heads.
 
     Raises:
-        ValueError: where ``size`` does not divide the key/value heads (and so the query heads); they would have to be
+        UserError: where ``size`` does not divide the key/value heads (and so the query heads); they would have to be
             copied.
     """
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     allowed = [n for n in range(1, shared + 1) if shared % n == 0 and heads % n == 0]
     if size not in allowed:
-        raise ValueError(
+        raise UserError(
             f"parallel.sequence={size} does not divide the model's {heads} query and {shared} key/value heads; set it "
             f"to one of {', '.join(map(str, allowed))}"
         )
@@ -61,11 +62,11 @@ def shard(batch: Batch, rank: int, size: int) -> Batch:
     those of the whole row.
 
     Raises:
-        ValueError: where the row does not divide.
+        UserError: where the row does not divide.
     """
     tokens = batch.input_ids.shape[1]
     if tokens % size:
-        raise ValueError(f"a row of {tokens} tokens cannot be cut in {size} equal parts; change parallel.sequence")
+        raise UserError(f"a row of {tokens} tokens cannot be cut in {size} equal parts; change parallel.sequence")
     mine = slice(rank * tokens // size, (rank + 1) * tokens // size)
     return replace(
         batch,

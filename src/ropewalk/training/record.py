@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ropewalk.config import TrainConfig
 from ropewalk.data import PackedStore
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically
 from ropewalk.provenance import git_commit, recorded_config, versions
 from ropewalk.rope.position import Position
@@ -108,7 +109,7 @@ def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, or evaluations.jsonl; a last line cut off by a crash is left out.
 
     Raises:
-        ValueError: naming a line that is no JSON.
+        UserError: naming a line that is no JSON.
     """
     path = run_dir / name
     if not path.exists():
@@ -119,7 +120,7 @@ def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
         try:
             rows += [json.loads(line)] if line.endswith("\n") else []
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not what was written ({error}); remove it") from error
+            raise UserError(f"{path}, line {number} is not what was written ({error}); remove it") from error
     return rows
 
 

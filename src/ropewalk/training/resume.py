@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ropewalk.config import ResumeConfig
+from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
 from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
 from ropewalk.training.checkpoint import MANIFEST, read_manifest, verify_checkpoint
@@ -44,12 +45,12 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
     damaged-step-N, so that its step can be saved again, and the one before it is used.
 
     Raises:
-        ValueError: on every rank, for a contract that differs in an entry that ``resume.accept`` does not name, a run
+        UserError: on every rank, for a contract that differs in an entry that ``resume.accept`` does not name, a run
             whose only checkpoint is damaged, or one that has checkpoints and was told not to resume.
     """
     checkpoints = by_rank_zero(lambda: sorted(path.parent for path in run_dir.glob(f"checkpoints/step-*/{MANIFEST}")))
     if checkpoints and not resume.enabled:
-        raise ValueError(
+        raise UserError(
             f"resume.enabled=false, but {run_dir} holds {checkpoints[-1].name}, which is never overwritten; choose "
             "another run_name or remove that directory"
         )
@@ -64,7 +65,7 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
             stage = manifest.get("zero_stage", 3)
             return Origin(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
         if not checkpoints:
-            raise ValueError(
+            raise UserError(
                 f"{damage}, and there is no checkpoint before it; mend the file, or to begin anew rename {checkpoint}"
             )
         told = by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1])
@@ -92,7 +93,7 @@ def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
         checkpoint.rename(target)
         fsync_path(checkpoint.parent)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{damage}; it could not be renamed ({error}): rename it to what does not begin with step-, and the run "
             f"goes on from {before.name}"
         ) from error
@@ -100,7 +101,7 @@ def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
 
 
 def require_writable(run_dir: Path) -> None:
-    """Raise ValueError on every rank where rank 0 cannot write into the run's directory. Collective."""
+    """Raise UserError on every rank where rank 0 cannot write into the run's directory. Collective."""
 
     def probe() -> None:
         with writing(run_dir):

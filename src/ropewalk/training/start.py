@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ropewalk.config import TrainConfig
+from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
 from ropewalk.training.agreement import by_rank_zero, first_problem, writing
 from ropewalk.training.checkpoint import (
@@ -72,7 +73,7 @@ def find_start(config: TrainConfig) -> Start | None:
     """The checkpoint of ``start_from.run``, chosen by rank 0; None where none is named. Collective.
 
     Raises:
-        ValueError: on every rank, where nothing is committed there.
+        UserError: on every rank, where nothing is committed there.
     """
     if config.start_from.run is None:
         return None
@@ -88,12 +89,12 @@ def _choose(run: str, run_dir: Path) -> Start:
             return start
     checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
     if checkpoint is None:
-        raise ValueError(
+        raise UserError(
             f"start_from.run={run} holds no committed checkpoint; name a run directory that does, or one of its "
             "checkpoints (weights in a Hugging Face directory are model.path's)"
         )
     if checkpoint.resolve().is_relative_to(run_dir.resolve()):
-        raise ValueError(
+        raise UserError(
             f"start_from.run={run} is this run itself, which goes on by itself; to begin a new stage choose another "
             "run_name"
         )
@@ -113,7 +114,7 @@ def write_start(start: Start, run_dir: Path) -> None:
     """Write down which checkpoint was chosen, once the contract of an earlier session is kept. Collective.
 
     Raises:
-        ValueError: on every rank, where it cannot be written.
+        UserError: on every rank, where it cannot be written.
     """
 
     def write() -> None:
@@ -131,11 +132,11 @@ def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
     universal form is made in this run's directory; the other run's files are only read.
 
     Raises:
-        ValueError: on every rank, where a file is not what the manifest says, or another ZeRO stage saved it.
+        UserError: on every rank, where a file is not what the manifest says, or another ZeRO stage saved it.
     """
     problem = first_problem(_problem(start, config.deepspeed.stage))
     if problem is not None:
-        raise ValueError(f"start_from.run={start.run} cannot be started from: {problem}")
+        raise UserError(f"start_from.run={start.run} cannot be started from: {problem}")
     checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
     if dist.get_rank() == 0:
         told = "without its optimizer's state" if is_dropped else "with its optimizer's state"

@@ -19,6 +19,7 @@ from ropewalk.analysis.figures.style import NO_DATE, render
 from ropewalk.analysis.figures.textbook import textbook_figure
 from ropewalk.analysis.subjects import spectra_of
 from ropewalk.config import FiguresConfig, one_of
+from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 
 FIGURES: dict[str, Callable[..., Figure]] = {
@@ -50,7 +51,7 @@ def draw(name: str, config: FiguresConfig) -> list[Path]:
         The files, in the order they were written.
 
     Raises:
-        ValueError: for a name, a format, a length or a method that is not known or possible, before anything is drawn.
+        UserError: for a name, a format, a length or a method that is not known or possible, before anything is drawn.
     """
     one_of("figure", name, (*FIGURES, ALL))
     _validate(config)
@@ -73,18 +74,18 @@ def draw(name: str, config: FiguresConfig) -> list[Path]:
 
 def _validate(config: FiguresConfig) -> None:
     if not config.formats:
-        raise ValueError(f"formats=[] names no format; use some of: {', '.join(NO_DATE)}")
+        raise UserError(f"formats=[] names no format; use some of: {', '.join(NO_DATE)}")
     for kind in config.formats:
         one_of("formats", kind, tuple(NO_DATE))
     count = len(config.methods)
     if not 1 <= count <= MOST_METHODS:
-        raise ValueError(f"methods has {count} entries; give 1 to {MOST_METHODS}, or draw twice")
+        raise UserError(f"methods has {count} entries; give 1 to {MOST_METHODS}, or draw twice")
     for name in ("train_length", "target_length"):
         length = getattr(config, name)
         if not SHORTEST <= length <= LONGEST:
-            raise ValueError(f"{name}={length} must be {SHORTEST} to {LONGEST:,} tokens; choose one between")
+            raise UserError(f"{name}={length} must be {SHORTEST} to {LONGEST:,} tokens; choose one between")
     if config.target_length <= config.train_length:
-        raise ValueError(
+        raise UserError(
             f"target_length={config.target_length} must exceed train_length={config.train_length}: the figures are "
             "about what lies beyond training; raise one or lower the other"
         )
@@ -95,5 +96,5 @@ def _directory(output: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output={output} cannot be made ({error.strerror}); name a writable directory") from error
+        raise UserError(f"output={output} cannot be made ({error.strerror}); name a writable directory") from error
     return path

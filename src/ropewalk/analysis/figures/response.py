@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ropewalk.analysis.figures.style import DASHES, label, method_styles, tokens
+from ropewalk.errors import UserError
 from ropewalk.rope import RopeChain
 
 METRICS = {
@@ -38,7 +39,7 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
         runs were left out.
 
     Raises:
-        ValueError: where a directory holds no finished evaluation, or no run has a clip.
+        UserError: where a directory holds no finished evaluation, or no run has a clip.
     """
     from ropewalk.evaluation import read_results  # torch, for which the other figures need not wait
 
@@ -55,7 +56,7 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
         rows.append(results[wanted].assign(family=family[0], clip=family[1])[COLUMNS])
     found = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=COLUMNS)
     if not (found["clip"] > 0).any():
-        raise ValueError(
+        raise UserError(
             f"results={list(directories)} holds no evaluated run with a cope or hardclip chain; name such runs, or "
             "leave results empty"
         )

@@ -21,6 +21,7 @@ from ropewalk.config import (
     one_of,
     require_device,
 )
+from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.plan import SHORTEST, load_tokenizer
 from ropewalk.evaluation.results import writable_directory
@@ -85,7 +86,7 @@ def make_plan(config: GeometryConfig) -> Plan:
     """Check the configuration, read the models' configs and tokenize the documents.
 
     Raises:
-        ValueError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the mend.
     """
     _validate(config)
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
@@ -110,14 +111,14 @@ def make_plan(config: GeometryConfig) -> Plan:
 def _validate(config: GeometryConfig) -> None:
     lengths = config.lengths
     if not config.models:
-        raise ValueError("models=[] names no checkpoint; name one or more directories")
+        raise UserError("models=[] names no checkpoint; name one or more directories")
     if not lengths or min(lengths) < SHORTEST:
-        raise ValueError(f"lengths={lengths} must name {SHORTEST} tokens or more; try [1024,4096,8192]")
+        raise UserError(f"lengths={lengths} must name {SHORTEST} tokens or more; try [1024,4096,8192]")
     if lengths != sorted(set(lengths)):
-        raise ValueError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
     for name, least in (("max_documents", 1), ("pca_heads", 0), ("cluster_samples", 2), ("seed", 0)):
         if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be {least} or more")
+            raise UserError(f"{name}={getattr(config, name)} must be {least} or more")
     for name in config.formats:
         one_of("formats", name, FORMATS)
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
@@ -127,7 +128,7 @@ def _validate(config: GeometryConfig) -> None:
 
 def _refuse_existing(config: GeometryConfig) -> None:
     if (Path(config.output) / RECORD).exists() and not config.overwrite:
-        raise ValueError(
+        raise UserError(
             f"output={config.output} holds a geometry already; name another, or replace it with overwrite=true"
         )
 
@@ -135,7 +136,7 @@ def _refuse_existing(config: GeometryConfig) -> None:
 def _distinct(models: list[str]) -> list[str]:
     labels = [_label(model) for model in models]
     if len(set(labels)) < len(labels):
-        raise ValueError(
+        raise UserError(
             f"models={models} are named {labels} in the figures, some alike; reach one through a symbolic link of "
             "another name"
         )
@@ -159,7 +160,7 @@ def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
     first = next(iter(shapes.values()))
     for name, shape in shapes.items():
         if shape != first:
-            raise ValueError(
+            raise UserError(
                 f"models: {name} has {shape} and {next(iter(shapes))} has {first}; checkpoints are compared head by "
                 "head, so measure differently shaped ones in runs of their own"
             )
@@ -171,7 +172,7 @@ def _shape(directory: Path, longest: int) -> Shape:
     one_of(f"model_type of {directory}", config.model_type, SUPPORTED_MODEL_TYPES)
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
-        raise ValueError(
+        raise UserError(
             f"lengths={longest} is past the sliding_window={window} of {directory}, where the sink token is out of "
             f"sight; measure up to {window} tokens, or set sliding_window: null in its config.json"
         )
@@ -183,7 +184,7 @@ def _layers(config: GeometryConfig, shape: Shape) -> list[int]:
     if config.layers is None:
         return list(range(shape.layers))
     if not config.layers or not all(0 <= layer < shape.layers for layer in config.layers):
-        raise ValueError(
+        raise UserError(
             f"layers={config.layers} must be within 0..{shape.layers - 1} of the model; name some, or null for all"
         )
     return sorted(set(config.layers))
@@ -192,10 +193,10 @@ def _layers(config: GeometryConfig, shape: Shape) -> list[int]:
 def _map_head(text: str, layers: list[int], shape: Shape) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)\.(\d+)", text)
     if match is None:
-        raise ValueError(f"attention_heads={text} is not LAYER.HEAD; write one like '3.10', in quotes")
+        raise UserError(f"attention_heads={text} is not LAYER.HEAD; write one like '3.10', in quotes")
     layer, head = int(match[1]), int(match[2])
     if layer not in layers or head >= shape.heads:
-        raise ValueError(
+        raise UserError(
             f"attention_heads={text}: the layer must be one of the measured {layers}, and the head within "
             f"0..{shape.heads - 1}"
         )
@@ -214,7 +215,7 @@ def _shared_tokens(
     for name, other in found.items():
         same = windows.tokens.keys() == other.tokens.keys()
         if not same or not all(torch.equal(ids, other.tokens[of]) for of, ids in windows.tokens.items()):
-            raise ValueError(
+            raise UserError(
                 f"models: {name} and {first} read the documents as different tokens; checkpoints side by side need "
                 "one tokenizer"
             )

@@ -41,7 +41,7 @@ def geometry(config: GeometryConfig) -> pd.DataFrame:
         The table, as geometry.parquet holds it: ``table.COLUMNS``, with the statistics of ``table.STATISTICS``.
 
     Raises:
-        ValueError: for a wrong configuration, checkpoint or document, before a model is loaded.
+        UserError: for a wrong configuration, checkpoint or document, before a model is loaded.
         RuntimeError: where a model's queries and keys are not captured right.
     """
     plan = make_plan(config)

@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.prefill import Reader
 from ropewalk.evaluation.progress import Item, told
 from ropewalk.evaluation.ranks import Ranks
@@ -98,7 +99,7 @@ class ReaderLM(TemplateLM):
     def _generate(self, request: Instance) -> str:
         text, options = request.args
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise ValueError(f"{request.task_name} asks for sampling; answers here are greedy: choose another task")
+            raise UserError(f"{request.task_name} asks for sampling; answers here are greedy: choose another task")
         stops = [options["until"]] if isinstance(options.get("until"), str) else options.get("until") or []
         stops = [stop for stop in stops if stop]
         most = int(options.get("max_gen_toks", 256))
@@ -118,7 +119,7 @@ class ReaderLM(TemplateLM):
         if len(ids) <= room:
             return ids
         if self.overflow == "error" or room < 2:
-            raise ValueError(
+            raise UserError(
                 f"{task}: a prompt of {len(ids)} tokens does not fit the {room} that length {self.max_length} leaves "
                 "beside its answer; evaluate at a greater length, or cut it with suite.overflow=middle"
             )

@@ -26,7 +26,7 @@ def run_lm_eval(
     """Run what is not finished of ``suite``, one model in memory at a time.
 
     Raises:
-        ValueError: for an unknown task or unreadable data, before and between models; finished cells are kept.
+        UserError: for an unknown task or unreadable data, before and between models; finished cells are kept.
     """
     specs = {task: task_spec(task, suite) for task in suite.tasks}
     lengths = subject.config.lengths if suite.needs_length else [subject.trained_length]

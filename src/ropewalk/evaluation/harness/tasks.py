@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ropewalk.config import SuiteConfig
+from ropewalk.errors import UserError
 
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "score")  # 0 to 1 in lm-eval; so is every metric named *_score
 OF_LONGBENCH = ("jieba", "fuzzywuzzy", "rouge")  # packages that its tasks import
@@ -43,22 +44,22 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def check_tasks(suite: SuiteConfig) -> None:
-    """Raise ValueError for a task that lm-eval does not have, whatever the suite says of it."""
+    """Raise UserError for a task that lm-eval does not have, whatever the suite says of it."""
     known = task_manager().all_tasks
     for key in ("tasks", "few_shot", "datasets", "metrics"):
         for task in getattr(suite, key):
             if task not in known:
-                raise ValueError(
+                raise UserError(
                     f"suite.{key}: lm-eval {harness_version()} has no task {task!r}; {nearest(task, known)} "
                     "(`lm_eval ls tasks` lists them)"
                 )
 
 
 def check_scorers(suite: SuiteConfig) -> None:
-    """Raise ValueError for tasks whose scores need packages that are not installed here."""
+    """Raise UserError for tasks whose scores need packages that are not installed here."""
     scorers = [name for name in OF_LONGBENCH if find_spec(name) is None]
     if scorers and any(task.startswith("longbench") for task in suite.tasks):
-        raise ValueError(
+        raise UserError(
             f"suite={suite.name}: LongBench's scores need {', '.join(scorers)}, of lm-eval's extra longbench; "
             "pip install 'ropewalk[eval]'"
         )
@@ -68,7 +69,7 @@ def task_spec(name: str, suite: SuiteConfig) -> str | dict[str, Any]:
     """What lm-eval is given for a task: its name, or its configuration with the suite's data in place of the hub's.
 
     Raises:
-        ValueError: where a data file is missing.
+        UserError: where a data file is missing.
     """
     fields = suite.datasets.get(name)
     if not fields:
@@ -81,7 +82,7 @@ def task_spec(name: str, suite: SuiteConfig) -> str | dict[str, Any]:
     for split, file in files.items():
         whole = Path(suite.data or ".") / file
         if not whole.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{name}: {whole} is missing; scripts/fetch_eval_data.sh short writes it, or name "
                 "its directory with suite.data"
             )
@@ -107,7 +108,7 @@ def run_task(
         length: tokens, for the tasks that are told.
 
     Raises:
-        ValueError: where the data cannot be had.
+        UserError: where the data cannot be had.
     """
     import httpx
     from lm_eval.api.task import Task
@@ -130,7 +131,7 @@ def run_task(
         return evaluate(lm, loaded, limit=samples, bootstrap_iters=1000)
     except (OSError, httpx.HTTPError) as error:
         name = spec if isinstance(spec, str) else getattr(spec, "task_name", None) or spec["task"]
-        raise ValueError(
+        raise UserError(
             f"the data of {name} could not be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); if "
             "the hub is not to be reached from here, fill its cache (HF_HOME) on a machine that reaches it, or give "
             "offline data (suite=short_offline); finished tasks are kept"

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.scaled_copy import scaled_copy
 from ropewalk.evaluation.settings import Setting
 
@@ -21,12 +22,12 @@ def load_vllm(subject: Subject, setting: Setting, length: int, overflow: str) ->
     """lm-eval's vLLM model under a setting's spectrum, every visible GPU holding a part of it.
 
     Raises:
-        ValueError: where vLLM is not installed, or prompts are to be cut in the middle, which only we do.
+        UserError: where vLLM is not installed, or prompts are to be cut in the middle, which only we do.
     """
     if overflow != "error":
-        raise ValueError(f"backend=vllm cuts no prompts, and suite.overflow={overflow}; use backend=transformers")
+        raise UserError(f"backend=vllm cuts no prompts, and suite.overflow={overflow}; use backend=transformers")
     if find_spec("vllm") is None:
-        raise ValueError(
+        raise UserError(
             "backend=vllm, but vllm is not installed; install it on the GPU machine, or use backend=transformers"
         )
     import torch
@@ -48,7 +49,7 @@ def load_vllm(subject: Subject, setting: Setting, length: int, overflow: str) ->
 
     def require_room(tokens: int) -> None:
         if tokens > length:
-            raise ValueError(
+            raise UserError(
                 f"a prompt takes {tokens} tokens with its answer, length {length} is less; use a greater one"
             )
 

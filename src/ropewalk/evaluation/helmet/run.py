@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import SuiteConfig, TestTimeConfig
+from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.helmet.configs import helmet_yaml, published, write_yaml
 from ropewalk.evaluation.helmet.datasets import CATEGORIES, LENGTHS, Category, Dataset, with_samples
@@ -31,10 +32,10 @@ def run_helmet(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, 
     """Run the categories of ``suite`` that are not finished at each length.
 
     Raises:
-        ValueError: for a checkout that is none, a category that HELMET does not have, or a run of it that failed.
+        UserError: for a checkout that is none, a category that HELMET does not have, or a run of it that failed.
     """
     if ranks.size > 1:
-        raise ValueError("suite=helmet runs HELMET's own process; start scripts/evaluate.py without torchrun for it")
+        raise UserError("suite=helmet runs HELMET's own process; start scripts/evaluate.py without torchrun for it")
     checkout = check_checkout(suite)
     version = helmet_version(checkout)
     for length, setting in subject.settings(subject.config.lengths, test_time).items():
@@ -58,19 +59,19 @@ def check_checkout(suite: SuiteConfig) -> Path:
     """HELMET's checkout, after the suite was found runnable.
 
     Raises:
-        ValueError: naming what is missing.
+        UserError: naming what is missing.
     """
     for name in suite.tasks:
         if name not in CATEGORIES:
-            raise ValueError(f"suite.tasks: HELMET has no category {name!r}; they are: {', '.join(CATEGORIES)}")
+            raise UserError(f"suite.tasks: HELMET has no category {name!r}; they are: {', '.join(CATEGORIES)}")
     checkout = Path(suite.helmet.checkout or "")
     if suite.helmet.checkout is None or not (checkout / "eval.py").is_file():
-        raise ValueError(
+        raise UserError(
             f"suite.helmet.checkout={suite.helmet.checkout} holds no eval.py; clone github.com/princeton-nlp/HELMET, "
             "install its requirements in an environment of its own (suite.helmet.python=...), and name the clone"
         )
     if shutil.which(suite.helmet.python) is None:
-        raise ValueError(
+        raise UserError(
             f"suite.helmet.python={suite.helmet.python} cannot be started (there is no such program); name the "
             "python of HELMET's environment"
         )
@@ -153,12 +154,12 @@ def helmet_command(
     of ours. Behind an endpoint the server must have been started on such a directory; the tokenizer is read from here.
 
     Raises:
-        ValueError: for a path that HELMET would take for an API.
+        UserError: for a path that HELMET would take for an API.
     """
     length, setting = at
     path = scaled_copy(subject.directory, model.resolve(), setting, length)
     if word := next((word for word in MISROUTED if word in str(path)), None):
-        raise ValueError(f"{path} holds {word!r}, by which HELMET would call an API; name another output")
+        raise UserError(f"{path} holds {word!r}, by which HELMET would call an API; name another output")
     options = [
         "--config",
         str(config.resolve()),
@@ -189,7 +190,7 @@ def run_process(command: list[str], where: Path, log: Path) -> None:
     """Run HELMET with its output in ``log``.
 
     Raises:
-        ValueError: where it cannot be started or fails, with the end of its log.
+        UserError: where it cannot be started or fails, with the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as out:
@@ -198,10 +199,10 @@ def run_process(command: list[str], where: Path, log: Path) -> None:
         try:
             ended = subprocess.run(command, cwd=where, stdout=out, stderr=subprocess.STDOUT, check=False)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"suite.helmet.python={command[0]} cannot be started ({error.strerror}); name the python of HELMET's "
                 "environment"
             ) from error
     if ended.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-        raise ValueError(f"HELMET ended with code {ended.returncode}: {last[:300]}; all of it is in {log}")
+        raise UserError(f"HELMET ended with code {ended.returncode}: {last[:300]}; all of it is in {log}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.helmet.datasets import Dataset
 from ropewalk.evaluation.table import NEEDS_JUDGE, UNPUBLISHED
 
@@ -27,7 +28,7 @@ def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str,
         common: columns that all rows share.
 
     Raises:
-        ValueError: where eval.py wrote no score for a dataset that it scores.
+        UserError: where eval.py wrote no score for a dataset that it scores.
     """
     task = dataset.name
     row = {**common, "task": task, "context_length": length}
@@ -37,7 +38,7 @@ def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str,
         return [{**row, "metric": NEEDS_JUDGE, "value": None, "n": 0, "source_file": stem.name}]
     source = judged if dataset.judge else stem.with_name(stem.name + ".score")
     if not source.is_file():
-        raise ValueError(f"{output}: HELMET wrote no score for {task} at {length}; its log says why ({stem.name})")
+        raise UserError(f"{output}: HELMET wrote no score for {task} at {length}; its log says why ({stem.name})")
     return list(_scored(dataset, source, stem, row))
 
 
@@ -50,14 +51,14 @@ def find_output(dataset: Dataset, length: int, output: Path) -> Path:
     """The JSON of outputs that eval.py wrote for a dataset at a length.
 
     Raises:
-        ValueError: where there is none, or several of different settings.
+        UserError: where there is none, or several of different settings.
     """
     tail = dataset.at(length)["datasets"]
     found = sorted(output.glob(f"{tail}_*_in{length}_*.json"))
     found = [path for path in found if not path.name.endswith(JUDGED)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(
+        raise UserError(
             f"{output} must hold one output of HELMET for {tail} at {length}, and holds: {names}; delete what other "
             "settings left there, or look into its log"
         )
@@ -70,7 +71,7 @@ def _scored(dataset: Dataset, source: Path, stem: Path, row: Mapping[str, Any]) 
     outputs = json.loads(stem.read_text(encoding="utf-8"))
     for metric in dataset.metrics:
         if metric not in scores:
-            raise ValueError(f"{source} has no {metric}; it holds: {', '.join(scores)}")
+            raise UserError(f"{source} has no {metric}; it holds: {', '.join(scores)}")
         values = outputs.get("metrics", {}).get(metric, [])
         yield {
             **row,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.ruler.tasks import LONGEST, RulerTask
 from ropewalk.evaluation.ruler.texts import Text, largest, make_text
 
@@ -38,9 +39,9 @@ class Sample:
 
 
 def check_length(length: int) -> None:
-    """Raise ValueError where RULER has no prompts of ``length`` tokens."""
+    """Raise UserError where RULER has no prompts of ``length`` tokens."""
     if not SHORTEST <= length <= LONGEST:
-        raise ValueError(f"lengths={length}: RULER has prompts of {SHORTEST} to {LONGEST} tokens; choose within")
+        raise UserError(f"lengths={length}: RULER has prompts of {SHORTEST} to {LONGEST} tokens; choose within")
 
 
 def build_samples(
@@ -57,12 +58,12 @@ def build_samples(
         data: offline data, None for the hub.
 
     Raises:
-        ValueError: where the data has not so many samples, or the smallest does not fit.
+        UserError: where the data has not so many samples, or the smallest does not fit.
     """
     check_length(length)
     text = make_text(task, length, count, data)
     if text.samples is not None and samples > text.samples:
-        raise ValueError(f"{task.name} has {text.samples} questions; set suite.samples to that or less, not {samples}")
+        raise UserError(f"{task.name} has {text.samples} questions; set suite.samples to that or less, not {samples}")
     room = length - task.new_tokens
 
     def written(units: int, index: int) -> tuple[str, list[str], int]:
@@ -92,7 +93,7 @@ def _fitting(
         if tokens <= room:
             return Sample(index, prompt, references, tokens)
         if units == fewest:
-            raise ValueError(
+            raise UserError(
                 f"{task.name}: sample {index} takes {tokens + task.new_tokens} tokens at its smallest, answer "
                 f"included, and lengths={room + task.new_tokens} is less; evaluate at a greater length"
             )

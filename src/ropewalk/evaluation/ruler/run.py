@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config import SuiteConfig, TestTimeConfig
+from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import harness_version, run_task
 from ropewalk.evaluation.ranks import Ranks
@@ -21,23 +22,23 @@ WELL_FILLED = 0.9  # of the length; a prompt that is shorter on average is said 
 
 
 def check_ruler(suite: SuiteConfig, lengths: list[int]) -> None:
-    """Raise ValueError for a task that RULER does not have, a length that it has no prompts for, or no samples."""
+    """Raise UserError for a task that RULER does not have, a length that it has no prompts for, or no samples."""
     for name in suite.tasks:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
             mend = f"did you mean {near[0]}?" if near else f"they are: {', '.join(TASKS)}"
-            raise ValueError(f"suite.tasks: RULER has no task {name!r}; {mend}")
+            raise UserError(f"suite.tasks: RULER has no task {name!r}; {mend}")
     for length in lengths:
         check_length(length)
     if suite.samples is not None and suite.samples < 1:
-        raise ValueError(f"suite.samples={suite.samples} must be 1 or more, or null for {PUBLISHED_SAMPLES}")
+        raise UserError(f"suite.samples={suite.samples} must be 1 or more, or null for {PUBLISHED_SAMPLES}")
 
 
 def run_ruler(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, store: CellStore, ranks: Ranks) -> None:
     """Run the tasks of ``suite`` that are not finished at each length, one model in memory at a time.
 
     Raises:
-        ValueError: for a wrong task or length, or missing data; finished cells are kept.
+        UserError: for a wrong task or length, or missing data; finished cells are kept.
     """
     config = subject.config
     for length, setting in subject.settings(config.lengths, test_time).items():
@@ -71,7 +72,7 @@ def _samples(subject: Subject, suite: SuiteConfig, task: RulerTask, length: int)
             task, lambda text: len(tokenizer.encode(text, verbose=False)), length, count, subject.config.seed, data
         )
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{task.name}: its texts could not be read ({type(error).__name__}: {str(error)[:200]}); without the hub, "
             "run scripts/fetch_eval_data.sh ruler and set suite.data=data/eval/ruler; finished tasks are kept"
         ) from error

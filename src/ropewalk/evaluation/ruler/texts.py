@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation.ruler.tasks import RulerTask
 
 Written = tuple[str, list[str]]  # prompt and references
@@ -181,7 +182,7 @@ def make_text(task: RulerTask, length: int, count: Callable[[str], int], data: P
         data: directory with PaulGrahamEssays.json, squad.json, hotpotqa.json and nltk_data; None: the hub.
 
     Raises:
-        ValueError: where a file is missing there.
+        UserError: where a file is missing there.
     """
     if task.kind == "niah":
         return Niah(task, data)
@@ -254,7 +255,7 @@ def _from_file(read: Callable[..., Any], path: Path) -> Any:
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} is missing; scripts/fetch_eval_data.sh ruler writes it, or set suite.data=null for the hub"
         )
     return json.loads(path.read_text(encoding="utf-8"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ropewalk.errors import UserError
 from ropewalk.rope.spectrum import Spectrum
 
 
 def check(holds: bool, message: str) -> None:
-    """Raise ValueError with ``message`` unless the rule holds."""
+    """Raise UserError with ``message`` unless the rule holds."""
     if not holds:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def at_least_one(method: str, factor: float) -> None:
