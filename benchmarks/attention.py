@@ -17,7 +17,7 @@ import torch
 from loss import MIB, peak_over, resident
 from transformers import LlamaConfig, LlamaModel
 
-from ropewalk import attention
+from ropewalk.model import attention
 
 TOKENS = 16_384
 SHARES = (0.22, 0.03, 0.16, 0.09, 0.18, 0.06, 0.12, 0.14)  # of the row, for each document

@@ -21,7 +21,7 @@ import torch
 from demo import demo_config, packed_batch
 
 from ropewalk.files import fsync_path
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.training.checkpoint import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
 from ropewalk.training.engine import start_engine, start_processes
 from ropewalk.training.loop import accumulate

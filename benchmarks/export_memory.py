@@ -21,8 +21,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.files import sha256_of
+from ropewalk.model.rotary import place_position
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rotary import place_position
 
 EXPORT = "from pathlib import Path; import sys; from ropewalk.export import write_export; write_export(Path(sys.argv[1]), Path(sys.argv[2]), 'bfloat16', overwrite=False)"  # noqa: E501
 BLOCK = 2**22  # random weights, repeated

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ropewalk.loss import tiled_linear_cross_entropy
+from ropewalk.model.loss import tiled_linear_cross_entropy
 
 VOCABULARY = 128_256
 MIB = 2**20

@@ -67,7 +67,7 @@ def step(case: Case) -> None:
 
     from ropewalk.config import GuardConfig
     from ropewalk.data.batches import Batch
-    from ropewalk.model import training_config
+    from ropewalk.model.load import training_config
     from ropewalk.training.engine import start_engine, start_processes
     from ropewalk.training.guards import Guard, watch_gradients
     from ropewalk.training.loop import take_step

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ropewalk.evaluation.prefill import Reader, chunk_for
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
 
 GIB = 2**20  # of the KiB that getrusage counts
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ropewalk.analysis.geometry.attention_scores import attention_scores
 from ropewalk.analysis.geometry.capture import LayerHeads, observe
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
 
 TOKENS, HEADS, KEY_HEADS, DIM = 50, 4, 2, 16
 YARN = {

@@ -22,7 +22,7 @@ from ropewalk.analysis.geometry.layer_figures import LayerTable
 from ropewalk.analysis.geometry.table import COLUMNS, STATISTICS, is_of_keys
 from ropewalk.config import GeometryConfig
 from ropewalk.evaluation.documents import make_windows
-from ropewalk.model import load_for_evaluation, read_position
+from ropewalk.model.load import load_for_evaluation, read_position
 
 LAYERS, HEADS, KEY_HEADS = 2, 4, 2
 LENGTHS = [64, 96]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ropewalk.attention import Documents
 from ropewalk.data import Mixture, PackedSequence, SequenceRef
 from ropewalk.data.batches import collate, rank_micro_batches, read_batch
+from ropewalk.model.attention import Documents
 
 
 def sequence(tokens: list[int], ends: list[int]) -> PackedSequence:

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from ropewalk.evaluation.prefill import MASK_ELEMENTS, Reader, chunk_for
 from ropewalk.evaluation.scoring import ModelScorer
-from ropewalk.model import load_for_evaluation
-from ropewalk.rotary import install_spectrum
+from ropewalk.model.load import load_for_evaluation
+from ropewalk.model.rotary import install_spectrum
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ropewalk.config import TestTimeConfig as AtTestTime
 from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.documents import make_windows
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
 

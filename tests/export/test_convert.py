@@ -17,7 +17,7 @@ from ropewalk.export.check import check_directory
 from ropewalk.export.findings import findings_of
 from ropewalk.export.hf import write_hf
 from ropewalk.export.source import converted_source
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
 
 CLIP = RopeConfig(name="clip", chain=[{"method": "hardclip", "clip": 3}])
 

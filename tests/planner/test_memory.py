@@ -41,7 +41,7 @@ def test_saved_activations_of_a_layer_are_those_that_torch_saves():
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ropewalk import attention
+    from ropewalk.model import attention
 
     fields = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
               "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip

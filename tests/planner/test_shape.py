@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from ropewalk.config import ModelConfig
 from ropewalk.entry import CONFIG_DIR
-from ropewalk.model import count_parameters, training_config
+from ropewalk.model.load import count_parameters, training_config
 from ropewalk.planner import ModelShape, shape_of
 from ropewalk.training.work import WorkCounter
 

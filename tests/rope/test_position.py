@@ -6,7 +6,7 @@ import json
 import pytest
 
 from ropewalk.config import ModelConfig
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.position import position_of
 

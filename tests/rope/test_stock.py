@@ -16,10 +16,10 @@ from rope_samples import POSITIONS, SAMPLES, sample
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
+from ropewalk.model.rotary import stock_tolerances
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.stock import compile_to_stock
-from ropewalk.rotary import stock_tolerances
 
 ABF = {"method": "abf", "theta": 1e7}
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}

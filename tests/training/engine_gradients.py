@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_grad
 from helpers import tiny_run
 
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.training.engine import start_engine, start_processes
 from ropewalk.training.loop import accumulate, micro_batches
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny_run
 
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.training.engine import start_engine, start_processes
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import micro_batches, open_data

@@ -11,7 +11,7 @@ from helpers import composed, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.training.engine import parameter_groups, start_engine, start_processes, zero_config
 from ropewalk.training.loop import accumulate, micro_batches
 

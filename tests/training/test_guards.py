@@ -10,7 +10,7 @@ from helpers import tiny_run
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.config import GuardConfig
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.engine import start_engine, start_processes
 from ropewalk.training.guards import Guard, StepResult, TrainingStopped, watch_gradients

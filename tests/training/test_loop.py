@@ -14,9 +14,9 @@ from ranks import run_ranks, tiny_arguments
 
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
+from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope.position import position_of
-from ropewalk.rotary import assert_spectrum
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.engine import place_spectrum, start_engine, start_processes

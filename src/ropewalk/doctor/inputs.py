@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig
 from ropewalk.doctor.disk import make_directory
 from ropewalk.doctor.findings import Finding, fail, ok, warn
-from ropewalk.model import count_parameters
+from ropewalk.model.load import count_parameters
 
 ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes
 GB = 1e9

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ropewalk.attention import Documents, attention_kernel, document_attention
 from ropewalk.config import TrainConfig
 from ropewalk.data.remote import open_stores
 from ropewalk.doctor.findings import Finding, fail, ok, warn
-from ropewalk.loss import tiled_linear_cross_entropy
+from ropewalk.model.attention import Documents, attention_kernel, document_attention
+from ropewalk.model.loss import tiled_linear_cross_entropy
 
 BUSY_GIB = 1.0  # of a GPU's memory that another process may hold
 

@@ -19,7 +19,7 @@ from ropewalk.doctor.machine import check_data, check_device, check_kernels, che
 from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
-from ropewalk.model import count_parameters, training_config
+from ropewalk.model.load import count_parameters, training_config
 from ropewalk.planner.cost import checkpoints_kept
 from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
 

@@ -19,7 +19,7 @@ from ropewalk.evaluation.prompts import Prompt, build_grid
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
-from ropewalk.model import read_position
+from ropewalk.model.load import read_position
 from ropewalk.rope.position import Position
 
 NOT_MEASURED = ("output", "overwrite", "paths", "suite", "backend", "prefill_chunk")  # settings no number depends on

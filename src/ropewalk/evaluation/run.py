@@ -29,7 +29,7 @@ from ropewalk.evaluation.results import (
 )
 from ropewalk.evaluation.scoring import ModelScorer, Scorer
 from ropewalk.evaluation.settings import Setting
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from ropewalk.evaluation.plan import (
 from ropewalk.evaluation.prefill import Reader
 from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.settings import Setting, settings_by_length
-from ropewalk.model import load_for_evaluation, read_position
+from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain
 
 

@@ -26,7 +26,7 @@ from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.evaluation.validate_report import AFTER, BEFORE, Measured, sentences, tables, validation_table
 from ropewalk.export import resolve_checkpoint
 from ropewalk.files import replace_atomically, write_atomically
-from ropewalk.model import read_position
+from ropewalk.model.load import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
 from ropewalk.rope.cautions import clip_of, in_words

@@ -19,10 +19,10 @@ from ropewalk.export.gguf_file import gguf_fields
 from ropewalk.export.gguf_position import gguf_position
 from ropewalk.export.portable import older_form
 from ropewalk.export.wholeness import weight_faults
+from ropewalk.model.rotary import spectrum_tolerance
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
-from ropewalk.rotary import spectrum_tolerance
 
 
 @dataclass

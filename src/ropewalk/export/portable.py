@@ -10,11 +10,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.files import write_atomically
-from ropewalk.model import write_config
+from ropewalk.model.load import write_config
+from ropewalk.model.rotary import place_position
 from ropewalk.rope.foreign import rotating_layers
 from ropewalk.rope.position import METADATA_KEY, Position, Steps
 from ropewalk.rope.stock import longrope_entry
-from ropewalk.rotary import place_position
 
 OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
 

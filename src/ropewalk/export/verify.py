@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ropewalk import attention
 from ropewalk.export.findings import STOCK, write_finding
 from ropewalk.export.portable import rope_entry
 from ropewalk.export.probing import Probe, probe_of, stock_logits
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import Source, Weights, trained_source
-from ropewalk.model import build_for_training, read_position
-from ropewalk.rotary import assert_spectrum, install_spectrum, stock_spectrum, stock_tolerances
+from ropewalk.model import attention
+from ropewalk.model.load import build_for_training, read_position
+from ropewalk.model.rotary import assert_spectrum, install_spectrum, stock_spectrum, stock_tolerances
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
-from ropewalk.model import write_config
+from ropewalk.model.load import write_config
 from ropewalk.training.agreement import together
 from ropewalk.training.background import Work, snapshot
 

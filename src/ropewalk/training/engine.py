@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
-from ropewalk.loss import tiled_linear_cross_entropy
-from ropewalk.model import build_for_training
+from ropewalk.model.attention import Documents
+from ropewalk.model.load import build_for_training
+from ropewalk.model.loss import tiled_linear_cross_entropy
+from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.rope.position import position_of
-from ropewalk.rotary import assert_spectrum, install_spectrum
 from ropewalk.training.activations import place_activations
 from ropewalk.training.parallel import sequence_groups
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ropewalk.attention import Documents
 from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.remote import open_stores
 from ropewalk.data.tokenizer import check_same_vocabulary
 from ropewalk.errors import UserError
+from ropewalk.model.attention import Documents
 from ropewalk.training.engine import Ranks
 from ropewalk.training.parallel import shard
 

@@ -17,7 +17,7 @@ from ropewalk.config import TrainConfig, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch
 from ropewalk.data.prefetch import prefetched
-from ropewalk.model import training_config
+from ropewalk.model.load import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.agreement import by_rank_zero
 from ropewalk.training.checkpoint import load_checkpoint

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ropewalk.attention import attention_kernel
 from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.model import count_parameters
+from ropewalk.model.attention import attention_kernel
+from ropewalk.model.load import count_parameters
 from ropewalk.provenance import recorded_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.agreement import by_rank_zero, writing

@@ -1,7 +1,7 @@
 """Sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509): several ranks share one row of tokens.
 
 Each rank of a group holds an equal stretch of the row. Everything but attention works token by token; for attention the
-ranks trade tokens for heads (ropewalk.attention), so each sees whole documents in its share of the heads.
+ranks trade tokens for heads (ropewalk.model.attention), so each sees whole documents in its share of the heads.
 """
 
 from __future__ import annotations

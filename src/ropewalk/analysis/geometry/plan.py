@@ -27,7 +27,7 @@ from ropewalk.evaluation.plan import SHORTEST, load_tokenizer
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
-from ropewalk.model import read_position
+from ropewalk.model.load import read_position
 
 FORMATS = ("png", "pdf", "svg")
 

@@ -25,7 +25,7 @@ from ropewalk.analysis.geometry.table import (
 )
 from ropewalk.config import GeometryConfig
 from ropewalk.evaluation.settings import Setting
-from ropewalk.model import load_for_evaluation
+from ropewalk.model.load import load_for_evaluation
 
 PACKAGES = ("ropewalk", "torch", "transformers", "numpy")
 

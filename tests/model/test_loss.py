@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ropewalk.loss import tiled_linear_cross_entropy
+from ropewalk.model.loss import tiled_linear_cross_entropy
 
 
 def inputs(dtype=torch.float32, tokens=100, width=16, vocabulary=64):

@@ -7,9 +7,9 @@ import pytest
 from helpers import save_tiny
 from transformers import AutoModelForCausalLM
 
-from ropewalk.model import load_for_evaluation, read_position
+from ropewalk.model.load import load_for_evaluation, read_position
+from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope import RopeChain
-from ropewalk.rotary import assert_spectrum
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 

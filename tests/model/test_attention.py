@@ -6,8 +6,8 @@ from helpers import save_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ropewalk import attention
-from ropewalk.attention import Documents
+from ropewalk.model import attention
+from ropewalk.model.attention import Documents
 
 LENGTHS = (37, 1, 64, 26)
 CPU = torch.device("cpu")

@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ropewalk import attention
 from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
+from ropewalk.model import attention
+from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.rope import RopeChain
 from ropewalk.rope.position import METADATA_KEY, Position, Steps, position_of, unreachable
-from ropewalk.rotary import assert_spectrum, install_spectrum, place_position
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # a log file is no place for one

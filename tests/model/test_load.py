@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config import ModelConfig
-from ropewalk.model import (
+from ropewalk.model.load import (
     build_for_training,
     load_for_evaluation,
     read_position,
     training_config,
     write_config,
 )
+from ropewalk.model.rotary import assert_spectrum, install_spectrum, stock_spectrum
 from ropewalk.rope import RopeChain
-from ropewalk.rotary import assert_spectrum, install_spectrum, stock_spectrum
 from ropewalk.training import train
 
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
@@ -53,7 +53,7 @@ def test_bf16_cast_is_seen_and_mended(cope_model):
 
 
 def _one_document(tokens):
-    from ropewalk.attention import Documents
+    from ropewalk.model.attention import Documents
 
     return Documents.from_cu_seqlens(torch.tensor([0, tokens]), torch.device("cpu"))
 

@@ -1,0 +1,1 @@
+"""Stock transformers models made ready for training."""
