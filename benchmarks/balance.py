@@ -8,7 +8,7 @@ Llama-3-8B, linear and attention. A step lasts as long as the sum over its micro
 ZeRO-3; printed is that, in units of the lower bound (the batch's FLOPs divided evenly over ranks), for
 
     bound     1 by definition; no deal of whole sequences need reach it
-    dealt     ropewalk.data.balance, over the whole global batch
+    dealt     ropewalk.data.order.balance, over the whole global batch
     sorted    ProLong's: each rank sorts its own random share of the batch by cost
     random    no order at all
 
@@ -22,8 +22,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ropewalk.data.balance import Deal, deal, span
-from ropewalk.data.packing import cut, pack
+from ropewalk.data.order.balance import Deal, deal, span
+from ropewalk.data.prepare.packing import cut, pack
 
 LENGTH = 65536
 PARAMETERS = 7_504_658_432  # Llama-3-8B's in matrix products: all but the embedding

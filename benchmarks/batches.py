@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from ropewalk.data import Mixture, PackedSequence, PackedStore, SequenceRef
-from ropewalk.data.batches import read_batch
-from ropewalk.data.writer import Accounting, write_store
+from ropewalk.data.order.batches import read_batch
+from ropewalk.data.store.writer import Accounting, write_store
 
 LENGTH = 65536
 ROUNDS = 7

@@ -66,7 +66,7 @@ def step(case: Case) -> None:
     import torch
 
     from ropewalk.config import GuardConfig
-    from ropewalk.data.batches import Batch
+    from ropewalk.data.order.batches import Batch
     from ropewalk.model.load import training_config
     from ropewalk.training.engine import start_engine, start_processes
     from ropewalk.training.guards import Guard, watch_gradients

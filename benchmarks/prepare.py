@@ -33,9 +33,9 @@ import numpy as np
 from datatools import Datatools
 
 from ropewalk.config import CorpusConfig, SourceConfig
-from ropewalk.data.corpus import read_documents
-from ropewalk.data.packing import cut, pack
-from ropewalk.data.sources import corpus_sources, list_units
+from ropewalk.data.prepare.corpus import read_documents
+from ropewalk.data.prepare.packing import cut, pack
+from ropewalk.data.prepare.sources import corpus_sources, list_units
 
 LENGTH = 65536
 WAYS = (("one process", "auto", 1), ("two processes", "auto", 2), ("gigatoken", "gigatoken", 1))
@@ -49,9 +49,9 @@ BARE = """
 import sys, time
 from collections import Counter
 from ropewalk.config import CorpusConfig, SourceConfig
-from ropewalk.data.corpus import read_documents
-from ropewalk.data.sources import corpus_sources, list_units
-from ropewalk.data.tokenizer import batches, load_tokenizer
+from ropewalk.data.prepare.corpus import read_documents
+from ropewalk.data.prepare.sources import corpus_sources, list_units
+from ropewalk.data.prepare.tokenizer import batches, load_tokenizer
 tokenizer, engine, source = sys.argv[1:]
 engine_ = load_tokenizer(tokenizer, engine).engine
 engine_.encode_batch([b"begin"])
@@ -71,7 +71,7 @@ PREPARE = """
 import json, resource, sys, time
 if __name__ == "__main__":
     from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
-    from ropewalk.data.prepare import prepare
+    from ropewalk.data.prepare.pipeline import prepare
     tokenizer, engine, source, output, workers = sys.argv[1:]
     corpus = CorpusConfig(name="code", sources=[SourceConfig("code", source, "repositories")], tokenizer=tokenizer,
                           engine=engine, domains={"code": DomainConfig("long", "short")})

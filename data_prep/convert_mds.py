@@ -13,7 +13,7 @@ from ropewalk.entry import entry
 @entry("convert_mds")
 def main(config: ConvertConfig) -> None:
     """Convert in one direction."""
-    from ropewalk.data.convert import convert
+    from ropewalk.data.mds.convert import convert
 
     convert(config)
 

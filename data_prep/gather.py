@@ -13,7 +13,7 @@ from ropewalk.entry import entry
 @entry("gather")
 def main(config: GatherConfig) -> None:
     """Gather one source."""
-    from ropewalk.data.scale import gather
+    from ropewalk.data.prepare.datatrove import gather
 
     gather(config)
 

@@ -13,7 +13,7 @@ from ropewalk.entry import entry
 @entry("inspect_store")
 def main(config: InspectStoreConfig) -> None:
     """Print one store."""
-    from ropewalk.data.describe import print_store
+    from ropewalk.data.store.describe import print_store
 
     print_store(config)
 

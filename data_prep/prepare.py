@@ -15,7 +15,7 @@ from ropewalk.launch import release_warnings
 def main(config: PrepareConfig) -> None:
     """Prepare one corpus."""
     release_warnings()  # nothing is to be saved: finished shards are on the disk, so a job's warning may end it
-    from ropewalk.data.prepare import prepare
+    from ropewalk.data.prepare.pipeline import prepare
 
     prepare(config)
 

@@ -15,4 +15,4 @@ trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$directory"
 cp "$scratch/wheel/llama_models/llama3/tokenizer.model" "$directory/"
 cp "$scratch"/wheel/llama_models-*.dist-info/licenses/LICENSE "$directory/LICENSE"
-"$python" -m ropewalk.data.llama3 "$directory"
+"$python" -m ropewalk.data.prepare.llama3 "$directory"

@@ -9,7 +9,7 @@ import pytest
 
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.prepare import prepare
+from ropewalk.data.prepare.pipeline import prepare
 
 os.environ["WANDB_MODE"] = "offline"  # on a machine with a key, too
 FIXTURES = Path(__file__).parent / "fixtures"

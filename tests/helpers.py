@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ropewalk import entry
 from ropewalk.config import CorpusConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.corpus import Document, read_documents
-from ropewalk.data.sources import corpus_sources, list_units
+from ropewalk.data.prepare.corpus import Document, read_documents
+from ropewalk.data.prepare.sources import corpus_sources, list_units
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import find_checkpoint
 

@@ -27,7 +27,7 @@ from ranks import RankProcesses, run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.prepare import prepare
+from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.training import find_checkpoint, verify_checkpoint
 from ropewalk.training.record import read_metrics
 

@@ -119,7 +119,7 @@ def _gather(config: GatherConfig) -> Stage:
 
 
 def _prepare(config: PrepareConfig) -> Stage:
-    from ropewalk.data.prepare import validate_prepare
+    from ropewalk.data.prepare.pipeline import validate_prepare
 
     validate_prepare(config)
     corpus, output = config.corpus, config.output

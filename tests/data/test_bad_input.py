@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.data.prepare import prepare
+from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.training.inputs import fit_tokenizer
 
 
@@ -67,7 +67,7 @@ def test_one_flipped_bit_gives_no_batch(store, file, byte):
 
 def test_a_store_that_is_being_written_is_no_store(fixture_corpus, fixture_tokenizer, tmp_path, monkeypatch):
     """Every file is there but the manifest, which comes last."""
-    from ropewalk.data import writer
+    from ropewalk.data.store import writer
 
     def killed(*arguments):
         raise KeyboardInterrupt

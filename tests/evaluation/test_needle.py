@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ropewalk.config import NeedleConfig
-from ropewalk.data import retrieval
+from ropewalk.data.prepare import retrieval
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.prompts import build_grid

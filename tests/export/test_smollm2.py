@@ -4,7 +4,7 @@ import pytest
 from helpers import ROOT, composed, torchrun
 
 from ropewalk.config import CorpusConfig, PrepareConfig
-from ropewalk.data.prepare import prepare
+from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import export
 from ropewalk.export.findings import findings_of
 

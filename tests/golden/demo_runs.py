@@ -23,7 +23,7 @@ from golden.compare import first_difference
 from ranks import run_ranks
 
 from ropewalk.config import CorpusConfig, PrepareConfig
-from ropewalk.data.prepare import prepare
+from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import resolve_checkpoint
 from ropewalk.training.record import read_metrics
 

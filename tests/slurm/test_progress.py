@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers import composed
 
-from ropewalk.data.prepare import prepare
+from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.slurm.progress import committed_step, got_on, progress_of, work_of
 from ropewalk.training import find_checkpoint
 

@@ -182,7 +182,7 @@ def test_arms_see_identical_batches(store_64, tmp_path):
 
 def test_order_does_not_depend_on_the_ranks(store_64):
     mixture = Mixture(0, {}, store_64, 8)
-    from ropewalk.data.batches import rank_micro_batches
+    from ropewalk.data.order.batches import rank_micro_batches
 
     for step in range(3):
         for world_size in (1, 2, 4):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from ropewalk.config import validate_train
 from ropewalk.data import Mixture
-from ropewalk.data.batches import rank_micro_batches, read_batch
+from ropewalk.data.order.batches import rank_micro_batches, read_batch
 from ropewalk.training.parallel import check_heads, shard
 
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.chat import ChatEncoder
-from ropewalk.data.prepare import prepare
-from ropewalk.data.tokenizer import load_tokenizer
+from ropewalk.data.prepare.chat import ChatEncoder
+from ropewalk.data.prepare.pipeline import prepare
+from ropewalk.data.prepare.tokenizer import load_tokenizer
 from ropewalk.export import resolve_checkpoint
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.checkpoint import checkpoint_directory

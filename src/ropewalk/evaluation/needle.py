@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ropewalk.config import NeedleConfig
-from ropewalk.data.retrieval import number_of_keys
+from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.evaluation.bootstrap import proportion, ratio
 from ropewalk.evaluation.prompts import Prompt
 from ropewalk.evaluation.scoring import Scorer

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from ropewalk.config import EvaluateConfig, RopeConfig, existing_directory, one_of, require_device
-from ropewalk.data.retrieval import number_of_keys
+from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, make_windows
 from ropewalk.evaluation.prompts import Prompt, build_grid

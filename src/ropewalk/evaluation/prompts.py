@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ropewalk.config import NeedleConfig
-from ropewalk.data import retrieval
+from ropewalk.data.prepare import retrieval
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, beginning, encode
 

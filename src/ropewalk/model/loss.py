@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ropewalk.data.batches import IGNORE_INDEX
+from ropewalk.data.order.batches import IGNORE_INDEX
 
 
 class _TiledLinearCrossEntropy(torch.autograd.Function):

@@ -61,7 +61,7 @@ def committed_step(run_dir: str | Path) -> int | None:
 
 
 def _finished_tasks(output: Path, stage: str, shard: int, n_shards: int) -> int:
-    from ropewalk.data.stages import Pack, Plan, Tokenize
+    from ropewalk.data.prepare.stages import Pack, Plan, Tokenize
 
     try:
         plan = Plan.load(output)

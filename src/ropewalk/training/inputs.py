@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 
 from ropewalk.config import TrainConfig
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
-from ropewalk.data.remote import open_stores
-from ropewalk.data.tokenizer import check_same_vocabulary
+from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
+from ropewalk.data.prepare.tokenizer import check_same_vocabulary
+from ropewalk.data.store.remote import open_stores
 from ropewalk.errors import UserError
 from ropewalk.model.attention import Documents
 from ropewalk.training.engine import Ranks

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 
 from ropewalk.config import TrainConfig, instant, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.data.batches import Batch
-from ropewalk.data.prefetch import prefetched
+from ropewalk.data.order.batches import Batch
+from ropewalk.data.order.prefetch import prefetched
 from ropewalk.model.load import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.agreement import by_rank_zero

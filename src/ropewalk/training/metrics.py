@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ropewalk.data.batches import IGNORE_INDEX, Batch
+from ropewalk.data.order.batches import IGNORE_INDEX, Batch
 from ropewalk.training.inputs import queued
 
 FIRST_EDGE = 16  # tokens of context in the first bucket of positions

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from ropewalk.data.batches import Batch
+from ropewalk.data.order.batches import Batch
 from ropewalk.errors import UserError
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ropewalk.data.batches import IGNORE_INDEX, Batch
+from ropewalk.data.order.batches import IGNORE_INDEX, Batch
 from ropewalk.training.engine import Ranks
 from ropewalk.training.inputs import on_device
 from ropewalk.training.parallel import shard

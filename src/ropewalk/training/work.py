@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ropewalk.data import Mixture, SequenceRef
-from ropewalk.data.batches import micro_batch_slots
+from ropewalk.data.order.batches import micro_batch_slots
 from ropewalk.flops import causal_pairs, sequence_flops
 
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets, by the name that CUDA gives it.

@@ -1,0 +1,145 @@
+"""Micro batches as tensors: sequences flattened into one row, with every document's boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ropewalk.data.order.balance import deal
+from ropewalk.data.order.mixture import Mixture, SequenceRef
+from ropewalk.data.store.reader import PackedSequence
+
+IGNORE_INDEX = -100
+PADDING = -1  # domain of the document that padding is
+
+
+class Reader(Protocol):
+    """A packed store or a joined one."""
+
+    @property
+    def domains(self) -> Mapping[str, object]:
+        """Domains by name; an id is a place among the sorted names."""
+
+    def read(self, domain: str, index: int, /) -> PackedSequence:
+        """One sequence."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch of B sequences of T tokens in one row of N = B * T tokens.
+
+    Attributes:
+        input_ids: int64 (1, N).
+        position_ids: int64 (1, N), from 0 in each document.
+        labels: int64 (1, N), already shifted: the next token of the same document, else -100; -100 too where a loss
+            mask leaves the next token out.
+        cu_seqlens: int32 (n_documents + 1,), document boundaries in the row; padding counts as a document.
+        domain_ids: int32 (n_documents,), place of each document's domain among the
+            store's sorted names; -1: padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    domain_ids: Tensor
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels that are not ignored."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | None = None) -> Batch:
+    """Flatten packed sequences into one row.
+
+    Args:
+        sequences: the micro batch; at least one.
+        domain_ids: of each sequence; None: all 0.
+    """
+    starts = np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)])
+    tokens, positions, labels = (np.empty(starts[-1], np.int64) for _ in range(3))
+    bounds, domains = [np.zeros(1, np.int64)], []
+    for number, sequence in enumerate(sequences):
+        here = slice(starts[number], starts[number + 1])
+        tokens[here] = sequence.tokens
+        _label(labels[here], tokens[here], sequence)
+        ends, padded = _ends(sequence)
+        _count(positions[here], ends)
+        bounds.append(starts[number] + ends)
+        domain = domain_ids[number] if domain_ids is not None else 0
+        domains += [domain] * (len(ends) - padded) + [PADDING] * padded
+    return Batch(
+        input_ids=torch.from_numpy(tokens)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        labels=torch.from_numpy(labels)[None],
+        cu_seqlens=torch.from_numpy(np.concatenate(bounds).astype(np.int32)),
+        domain_ids=torch.tensor(domains, dtype=torch.int32),
+    )
+
+
+def _ends(sequence: PackedSequence) -> tuple[NDArray[np.int64], bool]:
+    """Where each document ends in the sequence, and whether the last of them is padding."""
+    ends, length = sequence.ends.astype(np.int64), len(sequence.tokens)
+    padded = not len(ends) or int(ends[-1]) < length
+    return (np.append(ends, length) if padded else ends), padded
+
+
+def _label(labels: NDArray[np.int64], tokens: NDArray[np.int64], sequence: PackedSequence) -> None:
+    """Write the labels of one sequence: the next token where it is trained."""
+    ends = sequence.ends
+    filled = int(ends[-1]) if len(ends) else 0
+    labels[max(filled - 1, 0) :] = IGNORE_INDEX
+    labels[: max(filled - 1, 0)] = tokens[1 : max(filled, 1)]
+    labels[ends - 1] = IGNORE_INDEX
+    mask = sequence.loss_mask
+    if mask is not None:
+        labels[:-1][~mask[1:]] = IGNORE_INDEX
+
+
+def _count(positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    """Write positions that begin at 0 after every end: ones, at each start one less what was reached, added up."""
+    positions[:] = 1
+    positions[0] = 0
+    positions[ends[:-1]] = 1 - np.diff(ends, prepend=0)[:-1]
+    np.cumsum(positions, out=positions)
+
+
+def read_batch(store: Reader, refs: Sequence[SequenceRef]) -> Batch:
+    """Read and collate ``refs``, the rows of each in order."""
+    places = {name: place for place, name in enumerate(sorted(store.domains))}
+    rows = [(ref.domain, row) for ref in refs for row in ref.rows]
+    return collate([store.read(*row) for row in rows], [places[domain] for domain, _ in rows])
+
+
+def rank_micro_batches(
+    mixture: Mixture, step: int, rank: int, world_size: int, micro_batch_size: int
+) -> list[list[SequenceRef]]:
+    """The micro batches of one rank in the global batch of ``step``, dealt by cost; see :func:`balance.deal`.
+
+    Args:
+        mixture: the order.
+        step: from 0.
+        rank: data-parallel rank; the ranks of one sequence-parallel group share theirs.
+        world_size: data-parallel ranks.
+        micro_batch_size: sequences of a micro batch.
+
+    Raises:
+        UserError: where the global batch is not a multiple of ``world_size * micro_batch_size``.
+    """
+    return [slot[rank] for slot in micro_batch_slots(mixture, step, world_size, micro_batch_size)]
+
+
+def micro_batch_slots(
+    mixture: Mixture, step: int, world_size: int, micro_batch_size: int
+) -> list[list[list[SequenceRef]]]:
+    """The micro batches of all ranks in the global batch of ``step``, as ``[slot][rank]``; see rank_micro_batches."""
+    refs = mixture.global_batch(step)
+    costs = [sum(mixture.store.attention_cost(ref.domain, row) for row in ref.rows) for ref in refs]
+    return [[[refs[i] for i in micro] for micro in slot] for slot in deal(costs, world_size, micro_batch_size)]

@@ -1,0 +1,200 @@
+"""The data order: which sequences step k sees, as a pure function of seed, weights, stores and k."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.data.order.interleave import Slots
+from ropewalk.data.order.shuffle import permuted
+from ropewalk.data.store.concat_store import JoinedStore
+from ropewalk.data.store.hashing import stable_key
+from ropewalk.data.store.reader import PackedStore
+from ropewalk.errors import UserError
+
+ORDER = 2  # version of the function below; a checkpoint of another one sees other data from here on
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRef:
+    """One training sequence: rows of a packed store, one unless the store's sequences are shorter."""
+
+    domain: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Steps with the same weights: the slots, and the draws that each of its domains had had before."""
+
+    first_step: int
+    domains: tuple[str, ...]
+    shares: tuple[Fraction, ...]
+    slots: Slots
+    drawn: Mapping[str, int]
+
+
+class Mixture:
+    """Interleaves domains in fixed proportions. It holds no state but a cache: any step costs the same.
+
+    Every slot of the endless row of training sequences belongs to a domain (see :class:`Slots`). A domain of n rows
+    fills its slots from epochs, each a keyed permutation of all n rows, so every row comes once before any comes
+    twice. Weights that change at declared steps begin a new row of slots; the domains go on where they were.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        weights: Mapping[str, float],
+        stores: PackedStore | Mapping[str, PackedStore] | JoinedStore,
+        global_batch_size: int = 1,
+        *,
+        sequence_length: int | None = None,
+        curriculum: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Check and normalise the weights.
+
+        Args:
+            seed: of the order.
+            weights: domain -> share of sequences, in any unit; empty: in proportion to what each has.
+            stores: a store, or several by name, whose domains are then ``NAME/DOMAIN`` (NAME "": ``DOMAIN``).
+            global_batch_size: sequences a step, over all ranks.
+            sequence_length: tokens of a training sequence; None: the longest of the stores'.
+            curriculum: step (from 1) -> the weights from that step on, counting steps from 0.
+
+        Raises:
+            UserError: for an unknown or empty domain, a weight that is negative or not finite, weights that are all
+                zero, a global batch of no sequences, a change of weights before step 1, or stores that do not fit.
+        """
+        if global_batch_size < 1:
+            raise UserError(f"global_batch_size={global_batch_size} must be positive; set it to 1 or more")
+        self.store = stores if isinstance(stores, JoinedStore) else JoinedStore(stores, sequence_length)
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self._sizes = {name: info.sequences for name, info in self.store.domains.items()}
+        self._segments = self._divided({0: weights, **_changes(curriculum or {})})
+        used = {name for segment in self._segments for name in segment.domains}
+        self.unused = tuple(sorted(set(self._sizes) - used))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Share of each domain in the first step; they sum to 1."""
+        first = self._segments[0]
+        return {name: float(share) for name, share in zip(first.domains, first.shares, strict=True)}
+
+    def global_batch(self, step: int) -> list[SequenceRef]:
+        """The sequences of ``step`` (from 0), in order: ``global_batch_size`` of them, whoever trains on them."""
+        segment, slot = self._find(step)
+        owners = segment.slots.between(slot, slot + self.global_batch_size)
+        draws = np.empty(self.global_batch_size, np.int64)
+        drawn = self._drawn(segment, slot)
+        for d, name in enumerate(segment.domains):
+            draws[owners == d] = drawn[name] + np.arange(np.count_nonzero(owners == d))
+        rows = np.array([self.store.rows(name) for name in segment.domains])[owners]
+        flat = self._rows(segment.domains, np.repeat(owners, rows), np.repeat(draws * rows, rows) + _counted(rows))
+        parts = np.split(flat, np.cumsum(rows)[:-1])
+        return [SequenceRef(segment.domains[d], tuple(part.tolist())) for d, part in zip(owners, parts, strict=True)]
+
+    def trained_tokens(self, step: int) -> int:
+        """Tokens that ``step`` predicts, over the whole global batch; read from the store's index alone."""
+        return sum(self.store.trained_tokens(ref.domain, row) for ref in self.global_batch(step) for row in ref.rows)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each domain has been gone through before ``step``."""
+        segment, slot = self._find(step)
+        drawn = self._drawn(segment, slot)
+        return {name: drawn[name] * self.store.rows(name) / self._sizes[name] for name in sorted(drawn)}
+
+    def repeated(self, step: int) -> tuple[str, ...]:
+        """Domains that have run out, and so begun to repeat, before ``step``."""
+        return tuple(name for name, epochs in self.epochs(step).items() if epochs > 1)
+
+    def contract(self) -> dict[str, object]:
+        """Everything that the order depends on, for a checkpoint to compare on resume. Shares are exact fractions."""
+        shares = {
+            str(segment.first_step): {n: str(share) for n, share in zip(segment.domains, segment.shares, strict=True)}
+            for segment in self._segments
+        }
+        return {
+            "order": ORDER,
+            "weights": shares.pop("0"),
+            "curriculum": shares,
+            "seed": self.seed,
+            "store": self.store.fingerprint,
+            "global_batch_size": self.global_batch_size,
+            "sequence_length": self.store.sequence_length,
+        }
+
+    def _divided(self, changes: Mapping[int, Mapping[str, float]]) -> list[_Segment]:
+        segments: list[_Segment] = []
+        for number, (step, weights) in enumerate(sorted(changes.items())):
+            drawn = {}
+            if segments:
+                last = segments[-1]
+                drawn = self._drawn(last, (step - last.first_step) * self.global_batch_size)
+            shares = _normalised(self.store, weights)
+            slots = Slots(tuple(shares.values()), "slots", self.seed, number)
+            segments.append(_Segment(step, tuple(shares), tuple(shares.values()), slots, drawn))
+        return segments
+
+    def _find(self, step: int) -> tuple[_Segment, int]:
+        """The segment that ``step`` lies in, and the slot that it begins with there."""
+        if step < 0:
+            raise UserError(f"step={step} must not be negative; steps count from 0")
+        number = bisect_right(self._segments, step, key=lambda segment: segment.first_step) - 1
+        segment = self._segments[number]
+        return segment, (step - segment.first_step) * self.global_batch_size
+
+    def _drawn(self, segment: _Segment, slot: int) -> dict[str, int]:
+        """Sequences drawn from each domain before ``slot`` of a segment, those of earlier segments included."""
+        here = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
+        return {name: segment.drawn.get(name, 0) + here.get(name, 0) for name in {**segment.drawn, **here}}
+
+    def _rows(self, domains: Sequence[str], owners: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row that each draw of a domain is, rows being drawn one by one."""
+        sizes = np.array([self._sizes[name] for name in domains])[owners]
+        epochs, positions = np.divmod(draws, sizes)
+        shuffles, which = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
+        keys = [stable_key("order", self.seed, domains[d], epoch) for d, epoch in shuffles.T.tolist()]
+        return permuted(positions, sizes, np.array(keys, np.uint64)[which])
+
+
+def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, ... length - 1 for each length, one after the other."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+
+
+def _changes(curriculum: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
+    for step, weights in curriculum.items():
+        if step < 1:
+            raise UserError(f"curriculum changes weights at step {step}; step 0 has the mixture's, so name 1 or later")
+        if not weights:
+            raise UserError(f"curriculum has no weights at step {step}; name the domain shares from there on")
+    return dict(curriculum)
+
+
+def _normalised(store: JoinedStore, weights: Mapping[str, float]) -> dict[str, Fraction]:
+    """Positive shares that sum to 1, exactly as the weights' decimals say, in the order of the domains' names."""
+    domains = store.domains
+    known = ", ".join(sorted(domains))
+    for name, weight in weights.items():
+        if name not in domains:
+            raise UserError(f"mixture names the domain {name!r}, which the store does not have; use some of: {known}")
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(f"mixture gives {name} the weight {weight}; weights are finite and at least 0 (0: unused)")
+        if weight > 0 and domains[name].sequences == 0:
+            raise UserError(f"mixture gives {name} the weight {weight}, but it has no sequences; set it to 0")
+    given = {name: Fraction(repr(float(weight))) for name, weight in weights.items()}
+    if not given:
+        given = {name: Fraction(info.sequences, store.rows(name)) for name, info in domains.items()}
+    total = sum(given.values())
+    if total <= 0:
+        raise UserError(f"mixture {dict(weights)} has no positive weight; give one to at least one of: {known}")
+    return {name: given[name] / total for name in sorted(given) if given[name] > 0}

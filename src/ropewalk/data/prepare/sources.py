@@ -1,0 +1,221 @@
+"""What a corpus is made of: sources listed as units of work, and the units dealt to shards."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ropewalk.config import CorpusConfig, SourceConfig, one_of
+from ropewalk.data.prepare.corpus import CODE, JSONL, PROSE, Unit, open_parquet
+from ropewalk.data.store.hashing import canonical_json
+from ropewalk.errors import UserError
+
+SPLIT_DOMAIN = "long"  # where corpus.stdlib and corpus.paths begin; what is shorter goes on to "short"
+_INSTALLED = {"__pycache__", "site-packages", "dist-packages"}
+
+
+@dataclass
+class Source:
+    """One source and what was found there.
+
+    Attributes:
+        config: where it is.
+        name: what the names of its documents begin with; different for each source.
+        skipped: files left out, by reason.
+        units: number of them.
+        bytes: size of all files.
+        digest: xxh3 over the names and contents of all files, once they are listed.
+    """
+
+    config: SourceConfig
+    name: str
+    stdlib: bool = False
+    skipped: Counter[str] = field(default_factory=Counter)
+    units: int = 0
+    bytes: int = 0
+    digest: str = ""
+
+    def described(self) -> dict[str, Any]:
+        """What a manifest says about the source; where it lies is no part of it."""
+        settings = {key: value for key, value in asdict(self.config).items() if value is not None and key != "path"}
+        return {"name": self.name, **settings, "bytes": self.bytes, "xxh3": self.digest}
+
+
+def corpus_sources(corpus: CorpusConfig) -> list[Source]:
+    """The sources of a configuration, in order, each with a name of its own.
+
+    Raises:
+        UserError: for a path that does not exist, an unknown kind, or a hub dataset without a revision.
+    """
+    named = [Source(SourceConfig(SPLIT_DOMAIN, "", "repositories"), "stdlib", True)] if corpus.stdlib else []
+    for path in corpus.paths:
+        if not Path(path).exists():
+            raise UserError(f"corpus.paths names {path}, which does not exist; correct it")
+        named.append(Source(SourceConfig(SPLIT_DOMAIN, path), Path(path).resolve().name))
+    for source in corpus.sources:
+        one_of("kind of a source", source.kind, ("files", "repositories", "dataset"))
+        exists = Path(source.path).exists()
+        if not exists and source.kind != "dataset":
+            raise UserError(f"corpus.sources names {source.path}, which does not exist; correct it")
+        if not exists and source.revision is None:
+            raise UserError(
+                f"corpus.sources names the hub dataset {source.path} without a revision; give its commit, so that the "
+                "same configuration is the same data"
+            )
+        if source.chat and source.kind == "repositories":
+            raise UserError(f"corpus.sources: {source.path} cannot be repositories and chat at once")
+        named.append(Source(source, Path(source.path).resolve().name if exists else source.path))
+    seen: Counter[str] = Counter()
+    for source_ in named:
+        seen[source_.name] += 1
+        if seen[source_.name] > 1:
+            source_.name = f"{source_.name}#{seen[source_.name]}"
+    return named
+
+
+def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
+    """The units of a source, in order, none much larger than a shard where it can be divided.
+
+    Every file is read once, for the digest: a corpus that changed is noticed, however it changed.
+    """
+    digest = xxhash.xxh3_128()
+    column = source.config.column or ("messages" if source.config.chat else "text")
+    for unit in _units(source, shard_bytes):
+        source.units += 1
+        source.bytes += unit.bytes
+        if unit.start == 0 and (unit.dataset is None or Path(unit.root).exists()):
+            files = [os.path.join(unit.root, file) for file in unit.files] or _files_of(Path(unit.root))
+            digest.update(canonical_json([unit.kind, unit.name, list(unit.files)]).encode())
+            for file in files:
+                digest.update(_digest(file))
+        yield replace(unit, column=column, chat=source.config.chat)
+    if source.config.revision is not None:
+        digest.update(source.config.revision.encode())
+    source.digest = digest.hexdigest()
+
+
+def _files_of(path: Path) -> list[str]:
+    return [str(found) for found in sorted(path.rglob("*")) if found.is_file()] if path.is_dir() else [str(path)]
+
+
+def _digest(path: str) -> bytes:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _units(source: Source, shard_bytes: int) -> Iterator[Unit]:
+    config, path = source.config, Path(source.config.path)
+    if source.stdlib:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        yield from _repositories(source, root, _INSTALLED, {".py"})
+    elif config.kind == "repositories":
+        yield from _repositories(source, path, {"__pycache__"}, CODE | PROSE)
+    elif config.kind == "dataset":
+        yield from _dataset_units(source, shard_bytes)
+    elif path.is_file():
+        yield from _file_units(source, path, source.name, shard_bytes)
+    else:
+        for file in _walk(source.skipped, path, set()):
+            yield from _file_units(source, path / file, f"{source.name}/{file}", shard_bytes)
+
+
+def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[str]) -> Iterator[Unit]:
+    """One unit for each file or directory of ``root``; code lies in it in the order of paths.
+
+    Of the standard library every package or module is one; installed packages are not taken.
+    """
+    tops: dict[str, list[str]] = {}
+    for file in _walk(source.skipped, root, excluded):
+        suffix = os.path.splitext(file)[1]
+        if suffix in suffixes:
+            tops.setdefault(file.partition("/")[0], []).append(file)
+        elif not source.stdlib:
+            source.skipped[f"unknown kind {suffix or os.path.basename(file)}"] += 1
+    for name, files in sorted(tops.items()):
+        size = sum(os.stat(os.path.join(root, file)).st_size for file in files)
+        yield Unit("repository", f"{source.name}/{name}", str(root.resolve()), tuple(files), bytes=size)
+
+
+def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iterator[Unit]:
+    size = path.stat().st_size
+    root = str(path.resolve())
+    if path.suffix in PROSE | CODE and not source.config.chat:
+        yield Unit("text", name, root, bytes=size)
+    elif path.name.endswith(JSONL):
+        step = shard_bytes if path.suffix == ".jsonl" else max(size, 1)
+        for start in range(0, max(size, 1), step):
+            stop = start + step
+            yield Unit(
+                "jsonl", name, root, start=start, stop=stop if stop < size else -1, bytes=min(step, size - start)
+            )
+    elif path.suffix == ".parquet":
+        yield from _parquet_units(name, root, shard_bytes)
+    else:
+        source.skipped[f"unknown kind {path.suffix or path.name}"] += 1
+
+
+def _parquet_units(name: str, root: str, shard_bytes: int) -> Iterator[Unit]:
+    with open_parquet(root) as file:
+        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    first = total = 0
+    for group, size in enumerate(sizes):
+        total += size
+        if total >= shard_bytes or group == len(sizes) - 1:
+            yield Unit("parquet", name, root, start=first, stop=group + 1, bytes=total)
+            first, total = group + 1, 0
+
+
+def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
+    import datasets
+
+    config, path = source.config, Path(source.config.path)
+    if (path / "state.json").is_file():  # what save_to_disk() writes
+        saved = datasets.load_from_disk(str(path))
+        shares = max(1, -(-saved.data.nbytes // shard_bytes))
+        bounds = [len(saved) * share // shares for share in range(shares + 1)]
+        for start, stop in pairwise(bounds):
+            size = saved.data.nbytes // shares
+            yield Unit("dataset", source.name, str(path.resolve()), start=start, stop=stop, bytes=size)
+        return
+    root = str(path.resolve()) if path.exists() else config.path
+    chosen = config.subset, config.split, config.revision
+    streamed = datasets.load_dataset(root, config.subset, split=config.split, revision=config.revision, streaming=True)
+    for share in range(streamed.num_shards):
+        yield Unit("dataset", source.name, root, start=share, stop=streamed.num_shards, dataset=chosen)
+
+
+def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str]:
+    """The files under ``root``, relative to it, in the order of their paths' parts; some are left out and counted."""
+    found: list[tuple[str, ...]] = []  # the parts of their paths
+    for place, directories, files in os.walk(root, onerror=_unreadable):
+        here = Path(place).relative_to(root).parts
+        kept = [name for name in directories if name not in excluded]
+        skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
+        skipped["linked directory"] += sum(os.path.islink(os.path.join(place, name)) for name in kept)
+        directories[:] = [name for name in kept if not name.startswith(".")]
+        found.extend((*here, name) for name in files if not name.startswith("."))
+    resolved = root.resolve()
+    for parts in sorted(found):
+        path = os.path.join(root, *parts)
+        if os.path.islink(path) and not Path(path).resolve().is_relative_to(resolved):
+            skipped["link out of the directory"] += 1
+        else:
+            yield "/".join(parts)
+
+
+def _unreadable(error: OSError) -> None:
+    """What os.walk would pass over in silence."""
+    raise UserError(
+        f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it out of the source"
+    ) from error

@@ -1,0 +1,325 @@
+"""Tokenizers: train a byte-level BPE, open any Hugging Face one, and encode documents with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.data.prepare.engines import PROBE, RANKS, has_ranks, open_engine, reference_of
+from ropewalk.data.store.hashing import canonical_json, files_signature, sha256_directory, sha256_text
+from ropewalk.errors import UserError
+from ropewalk.files import sha256_of
+
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+# transformers' classes for a tokenizer.json that is used as it is
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+PLAIN_FILES = ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
+
+
+class DocumentEncoder:
+    """Turns documents into ``[bos] tokens [eos]`` with a fast Hugging Face tokenizer.
+
+    Text that looks like a special token is encoded as the text it is.
+
+    Attributes:
+        tokenizer: the transformers tokenizer.
+        engine: what encodes.
+        head: BOS, or nothing; uint32 (0 or 1,).
+        tail: EOS, or nothing; uint32 (0 or 1,).
+    """
+
+    def __init__(
+        self, tokenizer: Any, engine: str = "auto", directory: Path | None = None, bos: bool = True, eos: bool = True
+    ) -> None:
+        """Wrap ``tokenizer``, a transformers fast tokenizer.
+
+        Args:
+            tokenizer: taken over: its backend encodes special tokens as text from now on.
+            engine: see engines.open_engine.
+            directory: of the tokenizer, where it is one.
+            bos: begin documents with BOS, where the tokenizer has one.
+            eos: end them with EOS, where the tokenizer has one.
+
+        Raises:
+            UserError: for a slow tokenizer, one with neither a BOS nor an EOS token, or an engine that cannot be used.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{tokenizer.name_or_path} has neither a BOS nor an EOS token to separate documents; set one"
+            )
+        self.tokenizer = tokenizer
+        self.engine = open_engine(engine, tokenizer.backend_tokenizer, directory)
+        ids = tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id if eos else None
+        self.head, self.tail = (np.array([] if id_ is None else [id_], dtype=np.uint32) for id_ in ids)
+        self._cuts_at_lines = self._tokens_end_at_lines()
+
+    def encode_texts(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """The tokens of each text, uint32, without special tokens."""
+        return self.engine.encode_batch([text.encode() for text in texts])
+
+    def pieces(self, part: str) -> Iterator[str]:
+        """``part`` in pieces of a few megabytes, cut where no token crosses, if the tokenizer has such places."""
+        if not self._cuts_at_lines:
+            yield part
+            return
+        while len(part) > BATCH_CHARACTERS:
+            place = _line_start(part, BATCH_CHARACTERS)
+            if place == 0:
+                break
+            yield part[:place]
+            part = part[place:]
+        yield part
+
+    def _tokens_end_at_lines(self) -> bool:
+        """Whether text between newlines can be encoded apart; where a space is put before each text it cannot."""
+        whole = np.concatenate(self.encode_texts([PROBE]))
+        apart, rest = [], PROBE
+        while place := _line_start(rest, 1, forward=True):
+            apart.append(rest[:place])
+            rest = rest[place:]
+        return np.array_equal(whole, np.concatenate(self.encode_texts([*apart, rest])))
+
+    def encode_document(self, text: str) -> NDArray[np.uint32]:
+        """``[bos] tokens [eos]``, uint32."""
+        return self._wrapped(self.encode_texts([text]))
+
+    def encode_documents(self, documents: Sequence[Sequence[str]]) -> list[NDArray[np.uint32]]:
+        """``[bos] tokens [eos]`` of each document, uint32; a document is given as its parts.
+
+        Parts are encoded apart, which lets one large document use all cores.
+        """
+        parts = [part for document in documents for part in document]
+        encoded = chain.from_iterable(map(self.encode_texts, batches(parts)))
+        return [self._wrapped([next(encoded) for _ in document]) for document in documents]
+
+    def unchecked(self) -> DocumentEncoder:
+        """The same encoder; where its engine is one that must be checked, with what it is checked against."""
+        plain = copy.copy(self)
+        plain.engine = reference_of(self.engine)
+        return plain
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer so that AutoTokenizer loads it."""
+        self.tokenizer.save_pretrained(directory)
+
+    def _wrapped(self, parts: Iterable[Any]) -> NDArray[np.uint32]:
+        pieces = [self.head, *parts, self.tail]
+        return np.concatenate([np.asarray(piece, dtype=np.uint32) for piece in pieces])
+
+
+def _line_start(text: str, near: int, forward: bool = False) -> int:
+    """A place before (or after) ``near`` where a line starts and neither side of its newline is a space; 0: none."""
+    while True:
+        place = text.find("\n", near) if forward else text.rfind("\n", 0, near)
+        if place <= 0 or place + 1 >= len(text):
+            return 0
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place + 1
+        near = place + 1 if forward else place
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """``texts`` in lists of a few megabytes."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool = True) -> DocumentEncoder:
+    """Open the tokenizer of a Hugging Face directory or hub id.
+
+    Args:
+        name: directory or hub id.
+        engine: see engines.open_engine.
+        bos: begin documents with BOS.
+        eos: end them with EOS.
+
+    Raises:
+        UserError: where there is none, or documents cannot be separated with it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"corpus.tokenizer={name} cannot be opened: {reason}; name a tokenizer directory or a hub id"
+        ) from error
+    return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
+
+
+def is_plain(directory: Path) -> bool:
+    """Whether transformers would do no more than load tokenizer.json, so that it need not be loaded for it."""
+    config = directory / "tokenizer_config.json"
+    if not config.is_file() or not (directory / "tokenizer.json").is_file():
+        return False
+    said = json.loads(config.read_text(encoding="utf-8"))
+    if said.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= said.keys():
+        return False
+    # transformers would add those that tokenizer.json lacks
+    added = [
+        json.dumps(token["content"], ensure_ascii=False) for token in said.get("added_tokens_decoder", {}).values()
+    ]
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
+    return all(token in text for token in added)
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """Copy the files of a plain tokenizer, and nothing that may lie beside them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in _plain_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def sha256_tokenizer(directory: Path) -> str:
+    """SHA-256 over the names and contents of the files that a tokenizer consists of."""
+    if not is_plain(directory):
+        return sha256_directory(directory)
+    files = [*_plain_files(directory), *([directory / RANKS] if has_ranks(directory) else [])]
+    return sha256_text(canonical_json([[path.name, sha256_of(path)] for path in files]))
+
+
+def _plain_files(directory: Path) -> list[Path]:
+    return [directory / name for name in PLAIN_FILES if (directory / name).is_file()]
+
+
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """What a DocumentEncoder needs of a tokenizer on disk, without the seconds that transformers takes to load."""
+
+    backend_tokenizer: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+    name_or_path: str
+    is_fast: bool = True
+
+
+def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = True, eos: bool = True) -> DocumentEncoder:
+    """Open a tokenizer that save_pretrained() wrote, or any plain one.
+
+    Args:
+        directory: that it was written to.
+        engine: see engines.open_engine.
+        ranks: directory of its tokenizer.model, where there is one.
+        bos: begin documents with BOS.
+        eos: end them with EOS.
+    """
+    backend = _backend(files_signature(directory), directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    names = [_token_text(config.get(name)) for name in ("bos_token", "eos_token")]
+    bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
+    return DocumentEncoder(SavedTokenizer(backend, bos_id, eos_id, str(directory)), engine, ranks, bos, eos)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:
+    """Train a byte-level BPE; the same texts in the same order give the same tokenizer.
+
+    Every digit is a token of its own, and the stock loader prepends BOS, as Llama 3's does.
+
+    Args:
+        texts: what is counted.
+        vocab_size: entries, the 256 bytes and the two special tokens included.
+
+    Raises:
+        UserError: for a vocabulary that has no room for the bytes and special tokens, or texts that are too
+            few to fill it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 2:
+        raise UserError(f"corpus.vocab_size={vocab_size} must be at least {len(alphabet) + 2}; raise it")
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"the corpus gives a tokenizer of {tokenizer.get_vocab_size()} entries, fewer than "
+            f"corpus.vocab_size={vocab_size}; lower it or add text"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return DocumentEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS))
+
+
+def describe_tokenizer(directory: Path) -> dict[str, Any]:
+    """``sha256`` of the directory, ``vocab_size`` (largest id + 1), ``bos_id`` and ``eos_id`` (or None).
+
+    Raises:
+        UserError: for a directory without tokenizer.json and tokenizer_config.json.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
+    vocab = _backend(files_signature(directory), directory).get_vocab(with_added_tokens=True)
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return {
+        "sha256": sha256_directory(directory),
+        "vocab_size": max(vocab.values()) + 1,
+        "bos_id": vocab.get(_token_text(config.get("bos_token"))),
+        "eos_id": vocab.get(_token_text(config.get("eos_token"))),
+    }
+
+
+@cache
+def _backend(signature: object, directory: Path) -> Any:
+    """tokenizer.json as ``tokenizers`` opens it, once a process: the file of a large vocabulary is large."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def check_same_vocabulary(store: Path, model: Path) -> None:
+    """Compare the tokens and ids of two tokenizer directories, however their files are written.
+
+    Special tokens are left out: Llama 3.1 gave names to some that Llama 3 held in reserve.
+
+    Raises:
+        UserError: where they differ.
+    """
+    from tokenizers import Tokenizer
+
+    of_store, of_model = (
+        Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab(with_added_tokens=False) for path in (store, model)
+    )
+    different = sorted(of_store.items() ^ of_model.items(), key=lambda entry: entry[1])
+    if different:
+        token, number = different[0]
+        raise UserError(
+            f"the tokenizer of the data ({store}) is not the model's ({model}): they differ first at id {number}, "
+            f"token {token!r}; prepare the data with corpus.tokenizer={model}"
+        )
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """The text of a special token, which tokenizer_config.json writes as such or as an object that has it."""
+    return token["content"] if isinstance(token, dict) else token

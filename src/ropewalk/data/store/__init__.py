@@ -1,0 +1,1 @@
+"""The format of packed stores on disk."""

@@ -1,0 +1,92 @@
+"""What a packed store holds, for people: ``python data_prep/inspect.py store=DIR``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ropewalk.config import InspectStoreConfig
+from ropewalk.data.store.manifest import DomainInfo
+from ropewalk.data.store.reader import PackedStore
+from ropewalk.errors import UserError
+
+BAR = 40  # characters of the fullest bar
+EXCERPT = 60  # characters of text shown at either end of a piece
+
+
+def print_store(config: InspectStoreConfig) -> None:
+    """Print counts, lengths of document pieces, where tokens went, and one sequence decoded with its boundaries.
+
+    Raises:
+        UserError: for a directory that is no store, a domain or sequence that it does not have, or, with ``verify``,
+            a file that is not as it was written.
+    """
+    store = PackedStore(config.store)
+    if config.verify:
+        store.verify()
+    for line in describe(store, config.domain, config.sequence):
+        print(line, flush=True)
+    if config.verify:
+        print("verified: every file has the size and SHA-256 of the manifest")
+
+
+def describe(store: PackedStore, domain: str | None, sequence: int) -> Iterator[str]:
+    """The lines that print_store prints."""
+    tokenizer = store.tokenizer
+    yield f"{store.root}: sequences of {store.sequence_length:,} tokens, fingerprint {store.fingerprint}"
+    yield f"tokenizer: {tokenizer['vocab_size']:,} entries, sha256 {tokenizer['sha256']}"
+    yield ""
+    yield f"{'domain':<20}{'sequences':>12}{'pieces':>12}{'tokens':>18}{'trained':>18}{'fill':>10}"
+    for name, info in store.domains.items():
+        yield (
+            f"{name:<20}{info.sequences:>12,}{info.documents:>12,}{info.tokens:>18,}{info.trained_tokens:>18,}"
+            f"{info.tokens / max(info.tokens + info.padding, 1):>10.2%}"
+        )
+    for name, info in store.domains.items():
+        yield from ("", *_accounting(store, name, info), *_histogram(store, name, info))
+    shown = domain or next(name for name, info in store.domains.items() if info.sequences)
+    yield from ("", *_decoded(store, shown, sequence))
+
+
+def _accounting(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str]:
+    account = store.accounting[name]
+    yield f"{name}: {account['tokens_in']:,} tokens came in, {info.tokens:,} packed"
+    for what in ("moved", "dropped"):
+        counts = account[what]
+        assert isinstance(counts, dict)
+        for reason, tokens in counts.items():
+            yield f"  {tokens:,} {what}{' to' if what == 'moved' else ':'} {reason}"
+
+
+def _histogram(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str]:
+    """Pieces by length in powers of two; the bar is their share of the domain's tokens."""
+    lengths = store.piece_lengths(name)
+    if not len(lengths):
+        return
+    exponents = np.floor(np.log2(lengths)).astype(int)
+    for exponent in range(exponents.min(), exponents.max() + 1):
+        chosen = lengths[exponents == exponent]
+        share = chosen.sum() / info.tokens
+        yield f"  {2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} {len(chosen):>10,} pieces {share:>7.1%} " + (
+            "#" * round(BAR * share)
+        )
+
+
+def _decoded(store: PackedStore, domain: str, index: int) -> Iterator[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
+    if domain not in store.domains:
+        raise UserError(f"domain={domain} is not in the store; it has: {', '.join(store.domains)}")
+    if not 0 <= index < store.domains[domain].sequences:
+        raise UserError(f"sequence={index} is outside 0 .. {store.domains[domain].sequences - 1} of {domain}")
+    sequence = store.read(domain, index)
+    yield f"sequence {index} of {domain}, {len(sequence.ends)} pieces:"
+    for start, end in zip([0, *sequence.ends[:-1].tolist()], sequence.ends.tolist(), strict=True):
+        text = tokenizer.decode(sequence.tokens[start:end].tolist())
+        shown = text if len(text) <= 2 * EXCERPT else f"{text[:EXCERPT]} ... {text[-EXCERPT:]}"
+        yield f"  [{start:>7,}, {end:>7,})  {shown!r}"
+    padding = store.sequence_length - int(sequence.ends[-1])
+    if padding:
+        yield f"  {padding:,} tokens of padding"

@@ -1,0 +1,248 @@
+"""The packed store: sequences of one length, by domain, in flat files that are read by memory map."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.data.store.hashing import sequence_check, sha256_directory
+from ropewalk.data.store.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
+from ropewalk.errors import UserError
+from ropewalk.files import sha256_of
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One sequence and the document pieces in it.
+
+    Attributes:
+        tokens: uint32 (sequence_length,).
+        ends: int32 (n_documents,), where each piece ends; tokens after the last end are padding.
+        loss_mask: bool (sequence_length,), False where a token must not be predicted; None: all are. The first
+            token of a piece is never predicted, whatever its mask.
+    """
+
+    tokens: NDArray[np.uint32]
+    ends: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_] | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that are predicted: of each piece all but the first, without those masked out."""
+        if not len(self.ends):
+            return 0
+        if self.loss_mask is None:
+            return int(self.ends[-1]) - len(self.ends)
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return int(self.loss_mask[: self.ends[-1]].sum()) - int(self.loss_mask[starts].sum())
+
+
+class PackedStore:
+    """A packed store, open for reading: the manifest and sizes are read at once, data when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the store at ``path``.
+
+        Raises:
+            UserError: for a directory that is no store, an altered manifest, or a file of another size.
+        """
+        self.root = Path(path)
+        self._manifest = read_manifest(self.root)
+        for info in self.domains.values():
+            for stored in info.files:
+                self._check_size(stored)
+        self._domains: dict[str, _Domain] = {}
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of every sequence."""
+        return self._manifest.sequence_length
+
+    @property
+    def domains(self) -> dict[str, DomainInfo]:
+        """What each domain holds."""
+        return self._manifest.domains
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical manifest, so of every token and boundary in the store."""
+        return self._manifest.fingerprint
+
+    @property
+    def tokenizer(self) -> dict[str, object]:
+        """``sha256``, ``vocab_size``, ``bos_id`` and ``eos_id`` (None: the tokenizer has none)."""
+        return self._manifest.tokenizer
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The directory of the tokenizer that the tokens are of."""
+        return self.root / TOKENIZER
+
+    @property
+    def accounting(self) -> dict[str, dict[str, object]]:
+        """Where the tokens of each domain came from and went: ``tokens_in``, ``moved``, ``dropped``."""
+        return self._manifest.accounting
+
+    def read(self, domain: str, index: int) -> PackedSequence:
+        """Sequence ``index`` of ``domain``; its arrays are copies.
+
+        Raises:
+            UserError: for a domain that the store does not have, or a sequence that is not as it was written (stores
+                of before that was recorded are not checked).
+            IndexError: for an index outside 0 .. sequences - 1.
+        """
+        return self._domain(domain).read(index)
+
+    @property
+    def sources(self) -> list[dict[str, object]] | None:
+        """What the documents were read from; None where it is not known."""
+        return self._manifest.sources
+
+    def has_loss_masks(self, domain: str) -> bool:
+        """Whether the sequences of ``domain`` have loss masks."""
+        return self.domains[domain].trained is not None
+
+    def trained_tokens(self, domain: str, index: int) -> int:
+        """Tokens that a sequence trains; see PackedSequence.trained_tokens. Reads the index, no token."""
+        return self._domain(domain).trained_tokens(index)
+
+    def document_ends(self, domain: str, index: int) -> NDArray[np.int32]:
+        """Where each document of a sequence ends, int32 (documents,), tokens. Reads the index, no token."""
+        return self._domain(domain).piece_ends(index)
+
+    def piece_lengths(self, domain: str) -> NDArray[np.int64]:
+        """Tokens of every document piece of a domain, int64 (documents,), in order. Reads the index, no token."""
+        return self._domain(domain).piece_lengths()
+
+    def verify(self) -> None:
+        """Hash every file and check every boundary against the manifest.
+
+        Raises:
+            UserError: naming the first file that differs.
+        """
+        for name, info in self.domains.items():
+            for stored in info.files:
+                if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
+                    raise UserError(f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again")
+            self._domain(name).check_boundaries()
+        if sha256_directory(self.tokenizer_path) != self.tokenizer["sha256"]:
+            raise UserError(f"{self.tokenizer_path} is not the tokenizer of this store; write the store again")
+
+    def _domain(self, name: str) -> _Domain:
+        if name not in self._domains:
+            if name not in self.domains:
+                raise UserError(f"{self.root} has no domain {name!r}; it has: {', '.join(sorted(self.domains))}")
+            dtype = np.dtype(self._manifest.token_dtype)
+            self._domains[name] = _Domain(self.root, self.domains[name], self.sequence_length, dtype)
+        return self._domains[name]
+
+    def _check_size(self, stored: StoredFile) -> None:
+        path = stored_path(self.root, stored.file)
+        size = path.stat().st_size if path.is_file() else None
+        if size != stored.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{path} {found}, its manifest says {stored.bytes}; copy or write the store again")
+
+
+def mask_bytes(sequence_length: int) -> int:
+    """Bytes of a stored loss mask: one bit a token."""
+    return (sequence_length + 7) // 8
+
+
+class _Domain:
+    """The mapped files of one domain."""
+
+    def __init__(self, root: Path, info: DomainInfo, sequence_length: int, dtype: np.dtype[Any]) -> None:
+        self._root = root
+        self._dtype = dtype
+        self._info = info
+        self._length = sequence_length
+        self._first = list(accumulate((shard.sequences for shard in info.shards), initial=0))
+        self._shards: dict[int, NDArray[Any]] = {}
+        self._masks: dict[int, NDArray[np.uint8]] = {}
+
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        return np.load(stored_path(self._root, self._info.offsets.file), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int32]:
+        return np.load(stored_path(self._root, self._info.ends.file), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _trained(self) -> NDArray[np.int32] | None:
+        if self._info.trained is None:
+            return None
+        return np.load(stored_path(self._root, self._info.trained.file), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _checks(self) -> NDArray[np.uint64] | None:
+        if self._info.checks is None:
+            return None
+        return np.load(stored_path(self._root, self._info.checks.file), mmap_mode="r", allow_pickle=False)
+
+    def trained_tokens(self, index: int) -> int:
+        ends = self.piece_ends(index)
+        if self._trained is not None:
+            return int(self._trained[index])
+        return int(ends[-1]) - len(ends) if len(ends) else 0
+
+    def piece_ends(self, index: int) -> NDArray[np.int32]:
+        self._check_index(index)
+        return self._ends[self._offsets[index] : self._offsets[index + 1]]
+
+    def read(self, index: int) -> PackedSequence:
+        self._check_index(index)
+        number = bisect_right(self._first, index) - 1
+        shard, row = self._info.shards[number], index - self._first[number]
+        if number not in self._shards:
+            self._shards[number] = self._map(shard.file, self._dtype, (shard.sequences, self._length))
+            if shard.mask is not None:
+                row_bytes = mask_bytes(self._length)
+                self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), (shard.sequences, row_bytes))
+        tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
+        packed = self._masks[number][row] if number in self._masks else None
+        if self._checks is not None and sequence_check(tokens, packed, ends) != int(self._checks[index]):
+            raise UserError(
+                f"{self._root / shard.file} or the index beside it is corrupt: sequence {index} is not as it was "
+                "written; copy or write the store again"
+            )
+        mask = None if packed is None else np.unpackbits(packed, count=self._length).view(np.bool_)
+        return PackedSequence(np.array(tokens, dtype=np.uint32), ends, mask)
+
+    def _map(self, file: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
+        return np.memmap(stored_path(self._root, file), dtype, mode="r", shape=shape)
+
+    def piece_lengths(self) -> NDArray[np.int64]:
+        offsets, ends = np.asarray(self._offsets), np.asarray(self._ends).astype(np.int64)
+        starts = np.zeros(len(ends), dtype=np.int64)
+        starts[1:] = ends[:-1]
+        starts[offsets[:-1][np.diff(offsets) > 0]] = 0
+        return ends - starts
+
+    def check_boundaries(self) -> None:
+        offsets, ends = np.asarray(self._offsets), np.asarray(self._ends)
+        whole = (
+            len(offsets) == self._info.sequences + 1
+            and len(ends) == self._info.documents
+            and offsets[0] == 0
+            and offsets[-1] == len(ends)
+            and bool(np.all(np.diff(offsets) >= 0))
+            and bool(np.all(self.piece_lengths() > 0))
+            and bool(np.all(ends <= self._length))
+            and (self._trained is None or int(self._trained.sum()) == self._info.trained_tokens)
+        )
+        if not whole:
+            file = self._root / self._info.ends.file
+            raise UserError(f"{file} does not hold the boundaries of its sequences; write the store again")
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self._info.sequences:
+            raise IndexError(f"sequence {index} is outside 0 .. {self._info.sequences - 1}")

@@ -1,0 +1,268 @@
+import ast
+import errno
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import documents_of
+
+import ropewalk.data.prepare.corpus as module
+from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.data.prepare.sources import corpus_sources, list_units
+from ropewalk.data.prepare.tokenizer import load_tokenizer
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(*paths: Path, shard_bytes: int = 10**9, **settings) -> tuple[dict[str, str], dict[str, int]]:
+    """Name -> text, and what was left out."""
+    if settings:
+        config = CorpusConfig(sources=[SourceConfig("d", str(path), **settings) for path in paths])
+    else:
+        config = CorpusConfig(paths=[str(path) for path in paths])
+    documents, skipped = documents_of(config, shard_bytes)
+    names = [document.name for document in documents]
+    assert len(set(names)) == len(names)
+    return {document.name: document.text for document in documents}, skipped
+
+
+def digest(*paths: Path) -> list[str]:
+    sources = corpus_sources(CorpusConfig(paths=[str(path) for path in paths]))
+    for source in sources:
+        assert list(list_units(source, 10**9))
+    return [source.digest for source in sources]
+
+
+def test_repositories_are_concatenated_in_path_order(tmp_path):
+    root = tmp_path / "lib"
+    write(root / "pkg/b.py", "b = 1\n\n\n")
+    write(root / "pkg/__init__.py", "")
+    write(root / "pkg/a/z.c", "int z;")
+    write(root / "pkg/query.sql", "select 1\n")
+    write(root / "pkg/README.md", "Read me.")
+    write(root / "pkg/__pycache__/b.py", "cached")
+    write(root / "alone.py", "alone = 1\n")
+    write(root / "pkg/bad.py", b"\xff\xfe")
+    write(root / "pkg/data.bin", "no code")
+    found, skipped = read(root, kind="repositories")
+    assert found == {
+        "lib/alone.py": "# alone.py\nalone = 1\n",
+        "lib/pkg": "Read me.\n# pkg/__init__.py\n// pkg/a/z.c\nint z;\n# pkg/b.py\nb = 1\n-- pkg/query.sql\nselect 1\n",
+    }
+    assert skipped == {"not UTF-8": 1, "unknown kind .bin": 1}
+
+
+def test_every_kind_of_file(tmp_path):
+    root = tmp_path / "docs"
+    write(root / "a.txt", "prose")
+    write(root / "b.py", "code")
+    write(root / "c.jsonl", '{"text": "one", "n": 1}\n{"text": "two"}\n')
+    write(root / "d.jsonl.gz", gzip.compress(json.dumps({"text": "zipped"}).encode()))
+    pq.write_table(pa.table({"text": ["p", "q"], "n": [1, 2]}), root / "e.parquet")
+    write(root / "f.png", b"\x89PNG")
+    write(root / "g.md", "  \n")
+    write(root / "h.rst", b"\xff")
+    write(root / ".git/x.txt", "hidden")
+    write(root / "i.jsonl.zst", pa.compress(b'{"text": "squeezed"}\n', codec="zstd", asbytes=True))
+    found, skipped = read(root, root / "a.txt")
+    assert found == {
+        "docs/a.txt": "prose",
+        "docs/b.py": "code",
+        "docs/c.jsonl:1": "one",
+        "docs/c.jsonl:2": "two",
+        "docs/d.jsonl.gz:1": "zipped",
+        "docs/e.parquet:1": "p",
+        "docs/e.parquet:2": "q",
+        "docs/i.jsonl.zst:1": "squeezed",
+        "a.txt": "prose",
+    }
+    assert skipped == {"unknown kind .png": 1, "empty": 1, "not UTF-8": 1, "hidden": 1}
+
+
+def test_links_outwards_are_counted_and_not_followed(tmp_path):
+    secret = write(tmp_path / "secret/key.txt", "secret")
+    root = tmp_path / "docs"
+    write(root / "a.txt", "a")
+    (root / "inside.txt").symlink_to(root / "a.txt")
+    (root / "outside.txt").symlink_to(secret)
+    (root / "directory").symlink_to(secret.parent)
+    found, skipped = read(root)
+    assert found == {"docs/a.txt": "a", "docs/inside.txt": "a"}
+    assert skipped == {"link out of the directory": 1, "linked directory": 1}
+
+
+def test_a_directory_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """The fault is put in below os.walk, as root may list whatever its permissions are."""
+    write(tmp_path / "tree/open/a.py", "a")
+    write(tmp_path / "tree/shut/b.py", "b")
+    real = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"tree/shut cannot be listed \(Permission denied\); make it readable"):
+        read(tmp_path / "tree")
+
+
+def test_repeated_names_are_numbered(tmp_path):
+    one, two = write(tmp_path / "1/docs/a.md", "one"), write(tmp_path / "2/docs/a.md", "two")
+    assert read(one.parent, two.parent)[0] == {"docs/a.md": "one", "docs#2/a.md": "two"}
+
+
+def test_large_files_are_read_in_stretches(tmp_path):
+    """Each row once, wherever the stretches begin; of parquet by row groups."""
+    rows = [f"row {i} {'x' * (i % 17)}" for i in range(60)]
+    lines = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    pq.write_table(pa.table({"text": rows}), tmp_path / "b.parquet", row_group_size=7)
+    for size in (1, 25, 26, 27, 100, 10**6):
+        assert list(read(lines, shard_bytes=size)[0].values()) == rows
+        found = read(tmp_path / "b.parquet", shard_bytes=size)[0]
+        assert found == {f"b.parquet:{number}": row for number, row in enumerate(rows, 1)}
+
+
+def test_what_is_too_large_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 60)
+    monkeypatch.setattr(module, "MAX_LINE", 20)
+    write(tmp_path / "d/a.txt", "x" * 61)
+    write(tmp_path / "d/b.txt", "x" * 21)
+    write(tmp_path / "d/c.txt", ("x" * 20 + "\n") * 2)
+    rows = ["y" * 100, "z", "y" * 25]
+    write(tmp_path / "d/d.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    write(tmp_path / "d/e.jsonl", json.dumps({"text": "y" * 200}))
+    found, skipped = read(tmp_path / "d")
+    assert list(found) == ["d/c.txt", "d/d.jsonl:2"]
+    assert skipped == {"too large": 3, "a line too long": 2}
+    assert read(tmp_path, kind="repositories") == (
+        {f"{tmp_path.name}/d": f"{'x' * 20}\n{'x' * 20}\n"},
+        {"too large": 1, "a line too long": 1, "unknown kind .jsonl": 2},
+    )
+
+
+def test_runs_of_spaces_that_no_tokenizer_takes_are_counted(tmp_path, fixture_tokenizer):
+    encoder = load_tokenizer(str(fixture_tokenizer))
+    longest = "x" + " " * 400_000 + "x"
+    write(tmp_path / "d/a.txt", longest)
+    write(tmp_path / "d/b.txt", "x" + "\n " * 200_001 + "x")
+    found, skipped = read(tmp_path / "d")
+    assert found == {"d/a.txt": longest}
+    assert skipped == {"too many spaces in a row": 1}
+    assert len(encoder.encode_texts([longest])[0]) > 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_truncated_files_are_named(tmp_path, name):
+    lines = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(5000)).encode()
+    packed = gzip.compress(lines) if name.endswith("gz") else pa.compress(lines, codec="zstd", asbytes=True)
+    write(tmp_path / name, packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"is damaged after line \d+ .*fetch it again"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_datasets(tmp_path, saved):
+    """One that save_to_disk() wrote, and a directory of data files as from the hub, streamed."""
+    import datasets
+
+    rows = [f"row {i}" for i in range(20)]
+    if saved:
+        datasets.Dataset.from_dict({"body": rows}).save_to_disk(tmp_path / "set")
+    else:
+        for part in range(2):
+            pq.write_table(pa.table({"body": rows[part * 10 : part * 10 + 10]}), tmp_path / f"set-{part}.parquet")
+        (tmp_path / "set").mkdir()
+        for path in tmp_path.glob("*.parquet"):
+            path.rename(tmp_path / "set" / path.name)
+    found, _ = read(tmp_path / "set", kind="dataset", column="body", shard_bytes=100)
+    assert list(found.values()) == rows
+    with pytest.raises(ValueError, match=r"has the columns \['body'\]; 'text' is none of them"):
+        read(tmp_path / "set", kind="dataset")
+
+
+def test_conversations(tmp_path):
+    turns = [{"role": "user", "content": "Hi", "id": 1}, {"role": "assistant", "content": "Ho"}]
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": turns}) + "\n")
+    pq.write_table(pa.table({"messages": [turns]}), tmp_path / "b.parquet")
+    for file in (path, tmp_path / "b.parquet"):
+        (document,), _ = documents_of(CorpusConfig(sources=[SourceConfig("chat", str(file), chat=True)]))
+        assert document.messages == ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user"}], "'messages' is no list of objects with a 'role' and a 'content'"),
+        ([], "'messages' is an empty list of objects"),
+        ([{"role": "user", "content": "\ud800"}], "'messages.content' is not valid Unicode"),
+        ([{"role": "\ud800", "content": "Hi"}], "'messages.role' is not valid Unicode"),
+    ],
+)
+def test_damaged_conversations_are_named(tmp_path, messages, message):
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 1: {message}"):
+        documents_of(CorpusConfig(sources=[SourceConfig("chat", str(path), chat=True)]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 2, is not a JSON object with a 'text'"),
+        ('{"body": "x"}', "line 2, is not a JSON object with a 'text'"),
+        ('"text"', "line 2, is not a JSON object with a 'text'"),
+        ('{"text": null}', "row 2: 'text' is NoneType, not a string"),
+        ('{"text": "\\ud800"}', "row 2: 'text' is not valid Unicode"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_what_cannot_be_a_source_is_refused(tmp_path):
+    def refused(message, **settings):
+        with pytest.raises(ValueError, match=message):
+            corpus_sources(CorpusConfig(**settings))
+
+    refused(r"corpus.paths names .*missing, which does not exist", paths=[str(tmp_path / "missing")])
+    refused(r"corpus.sources names nowhere, which does not", sources=[SourceConfig("d", "nowhere")])
+    refused("kind of a source=zip is not known", sources=[SourceConfig("d", str(tmp_path), "zip")])
+    refused("hub dataset a/b without a revision", sources=[SourceConfig("d", "a/b", "dataset")])
+    refused("repositories and chat", sources=[SourceConfig("d", str(tmp_path), "repositories", chat=True)])
+    pq.write_table(pa.table({"body": ["p"]}), tmp_path / "e.parquet")
+    with pytest.raises(
+        ValueError, match=r"has the columns \['body'\]; name the one with the documents: 'text' is none"
+    ):
+        read(tmp_path / "e.parquet")
+
+
+def test_the_digest_follows_names_and_contents(tmp_path):
+    path = write(tmp_path / "a/a.txt", "one")
+    before = digest(path.parent)
+    path.touch()
+    assert digest(path.parent) == before
+    write(path, "two")
+    changed = digest(path.parent)
+    assert changed != before
+    path.rename(path.with_name("b.txt"))
+    assert digest(path.parent) not in (before, changed)
+
+
+def test_the_standard_library_is_code():
+    documents, _ = documents_of(CorpusConfig(stdlib=True))
+    found = {document.name: document.text for document in documents}
+    assert {"stdlib/json", "stdlib/ast.py", "stdlib/email"} <= found.keys()
+    assert not any("site-packages" in name or "__pycache__" in name for name in found)
+    assert found["stdlib/ast.py"].startswith("# ast.py\n")
+    ast.parse(found["stdlib/textwrap.py"])
+    assert Path(json.__file__).read_text().rstrip() in found["stdlib/json"]

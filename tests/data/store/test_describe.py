@@ -1,0 +1,67 @@
+"""What is printed of a store, against counting by hand."""
+
+import numpy as np
+import pytest
+from helpers import composed
+
+from ropewalk.data import PackedSequence, PackedStore
+from ropewalk.data.store.describe import describe, print_store
+from ropewalk.data.store.writer import Accounting, write_store
+
+
+@pytest.fixture
+def store(tmp_path, fixture_tokenizer):
+    """Two domains of 16 tokens a sequence: pieces of 3, 5, 8 and of 15 with one token of padding; and of 16."""
+    tokens = np.arange(40, 56, dtype=np.uint32)
+    mixed = [PackedSequence(tokens, np.array([3, 8, 16], np.int32)), PackedSequence(tokens, np.array([15], np.int32))]
+    whole = [PackedSequence(tokens, np.array([16], np.int32))]
+    accounts = {"mixed": Accounting(40, moved={"whole": 2}, dropped={"too short": 7}), "whole": Accounting(16)}
+    return write_store(tmp_path / "store", 16, {"mixed": mixed, "whole": whole}, fixture_tokenizer, accounts)
+
+
+def test_lengths_of_pieces(store):
+    assert store.piece_lengths("mixed").tolist() == [3, 5, 8, 15]
+    assert store.piece_lengths("whole").tolist() == [16]
+
+
+def test_counts_and_histogram(store):
+    lines = list(describe(store, None, 0))
+    text = "\n".join(lines)
+    assert f"fingerprint {store.fingerprint}" in text
+    row = next(line for line in lines if line.startswith("mixed "))
+    assert row.split() == ["mixed", "2", "4", "31", "27", "96.88%"]  # 31 of 32 places
+    assert "mixed: 40 tokens came in, 31 packed" in text
+    assert "  2 moved to whole" in text
+    assert "  7 dropped: too short" in text
+    bars = [line for line in lines if " pieces " in line and "sequence" not in line]
+    assert [line.split()[3] for line in bars[:3]] == ["1", "1", "2"]  # of 2-3, 4-7 and 8-15 tokens
+    assert [line.split()[5] for line in bars[:3]] == ["9.7%", "16.1%", "74.2%"]  # 3, 5 and 23 of 31
+
+
+def test_a_sequence_is_decoded_with_its_boundaries(store):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
+    lines = list(describe(store, "mixed", 1))
+    assert "sequence 1 of mixed, 1 pieces:" in lines
+    assert lines[-2] == f"  [      0,      15)  {tokenizer.decode(list(range(40, 55)))!r}"
+    assert lines[-1] == "  1 tokens of padding"
+
+
+@pytest.mark.parametrize(("domain", "sequence", "message"), [
+    ("books", 0, "domain=books is not in the store; it has: mixed, whole"), ("whole", 1, r"outside 0 \.\. 0 of whole"),
+])  # fmt: skip
+def test_what_is_not_there_is_named(store, domain, sequence, message):
+    with pytest.raises(ValueError, match=message):
+        list(describe(store, domain, sequence))
+
+
+def test_verify_hashes_again(store, capsys):
+    config = composed("inspect_store", f"store={store.root}", "verify=true")
+    print_store(config)
+    assert capsys.readouterr().out.endswith("verified: every file has the size and SHA-256 of the manifest\n")
+    file = store.root / "whole" / "tokens-00000.bin"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="is corrupt: its SHA-256 differs"):
+        print_store(config)
+    assert PackedStore(store.root).piece_lengths("whole").tolist() == [16]
