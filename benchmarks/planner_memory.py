@@ -2,7 +2,7 @@
 
 Each case trains two steps of a random model on one long document in processes of their own, on the CPU. The measured
 number is the increment of the peak (VmHWM of the largest rank) over the same engine around an empty model; the plan is
-ropewalk.planner.memory without allowances. Cases below 1 GiB are shown, but held to nothing.
+ropewalk.cluster.planner.memory without allowances. Cases below 1 GiB are shown, but held to nothing.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def measure(name: str, case: Case) -> float:
 
 def planned(case: Case):
     """The planner's Memory for one case."""
-    from ropewalk.planner.memory import Setting, memory
-    from ropewalk.planner.shape import ModelShape
+    from ropewalk.cluster.planner.memory import Setting, memory
+    from ropewalk.cluster.planner.shape import ModelShape
 
     setting = Setting(
         ranks=case.ranks, length=case.length, sequence=case.sequence, element=4 if case.dtype == "float32" else 2,

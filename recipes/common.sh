@@ -19,7 +19,7 @@ if [ -n "${DRY_RUN:-}" ]; then
   chain=$(mktemp)
   check_chain() {
     local status=$?
-    [ "$status" -ne 0 ] || python -m ropewalk.dry_run "$chain" || status=$?
+    [ "$status" -ne 0 ] || python -m ropewalk.cluster.dry_run "$chain" || status=$?
     rm -f "$chain"
     exit "$status"
   }

@@ -17,7 +17,7 @@ from ropewalk.entry import entry, run_command
 @entry("train")
 def train(config: TrainConfig) -> None:
     """Look at the machine, the data and the file system for one run."""
-    from ropewalk.doctor import examine
+    from ropewalk.cluster.doctor import examine
 
     sys.exit(examine(config) > 0)
 
@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> None:
 @entry("evaluate")
 def evaluate(config: EvaluateConfig) -> None:
     """Look at what one evaluation needs."""
-    from ropewalk.doctor import examine_evaluation
+    from ropewalk.cluster.doctor import examine_evaluation
 
     sys.exit(examine_evaluation(config) > 0)
 
@@ -33,7 +33,7 @@ def evaluate(config: EvaluateConfig) -> None:
 @entry("prepare")
 def prepare(config: PrepareConfig) -> None:
     """Look at what one preparation, or a stage of it, needs."""
-    from ropewalk.doctor import examine_preparation
+    from ropewalk.cluster.doctor import examine_preparation
 
     sys.exit(examine_preparation(config) > 0)
 
@@ -41,7 +41,7 @@ def prepare(config: PrepareConfig) -> None:
 @entry("compare")
 def compare(config: CompareConfig) -> None:
     """Look at what a comparison needs."""
-    from ropewalk.doctor import examine_comparison
+    from ropewalk.cluster.doctor import examine_comparison
 
     sys.exit(examine_comparison(config) > 0)
 

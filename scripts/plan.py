@@ -9,7 +9,7 @@ from ropewalk.entry import entry
 @entry("plan")
 def main(config: PlanConfig) -> None:
     """Plan one run; exit code 1 where it does not fit, unless advisory=true or print=ENTRY asks for one value."""
-    from ropewalk.planner import print_plan
+    from ropewalk.cluster.planner import print_plan
 
     if not print_plan(config):
         sys.exit(1)

@@ -70,7 +70,7 @@ for i in "${!arms[@]}"; do
     name="$(basename "${tuned[i]}")" "${evaluate[@]}"
 done
 note scripts/compare.py "runs=[$(IFS=,; echo "${tuned[*]}")]" "${compare[@]}"
-python -m ropewalk.dry_run "$chain" >&2
+python -m ropewalk.cluster.dry_run "$chain" >&2
 lead=$(python scripts/plan.py +experiment="${arms[0]}" "${cluster[@]}" nodes="$nodes" "${train[@]}" print=lead_seconds)
 training=() single=() cpu=()
 options training nodes="$nodes" lead_seconds="$lead"

@@ -66,7 +66,7 @@ ranks() {
   # --cpus-per-task: srun takes it from sbatch only where it is said again (SLURM 22.05 and later).
   # GPUs are not bound to tasks: each rank takes its LOCAL_RANK's, and NVLink between them needs all to be visible.
   line=(srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}"
-    "${container[@]}" python -u -m ropewalk.slurm.rank "$@")
+    "${container[@]}" python -u -m ropewalk.cluster.slurm.rank "$@")
 }
 
 # check_machine COMMAND OVERRIDES...: look at the machine before hours are spent on it; what is wrong ends the job, with 3
@@ -116,7 +116,7 @@ judged_here() {
 finish() {
   local shown
   shown=$(patiently scontrol --oneliner show job "$job") || shown=''
-  answer=$(once python -m ropewalk.slurm.job end "$job_record" "$code" \
+  answer=$(once python -m ropewalk.cluster.slurm.job end "$job_record" "$code" \
     ${warned:+--warned} ${terminated:+--terminated} --shown="$shown") ||
     answer=$(judged_here)
   # SLURM starts no step in a job that it is ending
@@ -189,7 +189,7 @@ sweep_task() {
   local said
   sweep_folder=$1
   trap 'end_sweep_task "$?"' EXIT
-  said=$(once python -m ropewalk.slurm.sweep overrides "$sweep_folder") || exit
+  said=$(once python -m ropewalk.cluster.slurm.sweep overrides "$sweep_folder") || exit
   eval "arguments=($said)" # quoted by Python
   train "${arguments[@]}"
 }
@@ -197,5 +197,5 @@ sweep_task() {
 # end_sweep_task CODE: the launcher waits to hear of every job that does not come back
 end_sweep_task() {
   [ -n "$answer" ] || [ -z "$terminated" ] || answer='requeued, perhaps: SLURM ended it before its ranks began'
-  once python -m ropewalk.slurm.sweep end "$sweep_folder" "$1" "$answer" || true
+  once python -m ropewalk.cluster.slurm.sweep end "$sweep_folder" "$1" "$answer" || true
 }

@@ -20,9 +20,9 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ropewalk import config
+from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import SCHEMAS
 from ropewalk.errors import UserError
-from ropewalk.slurm.options import RESOLVERS
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 DRY_RUN = "--dry-run="
@@ -52,7 +52,7 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
     ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
-    called; ropewalk.dry_run checks the configuration and its paths instead. A UserError, or anything wrong with the
+    called; ropewalk.cluster.dry_run checks the configuration and its paths instead. A UserError, or anything wrong with the
     configuration itself, ends the process with one line on stderr and exit code 2; every other exception keeps its
     traceback.
     """
@@ -68,7 +68,7 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
             try:
                 config_object = to_object(composed)
                 if ledgers:
-                    from ropewalk.dry_run import dry_run
+                    from ropewalk.cluster.dry_run import dry_run
 
                     dry_run(config_name, config_object, Path(ledgers[-1]))
                 else:

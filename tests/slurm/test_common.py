@@ -41,7 +41,7 @@ ranks RECORD train.py "$@"; printf '%s\\n' "${line[@]}" """
     assert shell(script, SLURM_CPUS_PER_TASK="12") == [
         "srun", "--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=12", "--container-image=x",
         "apptainer", "exec", "--nv", "image.sif",
-        "python", "-u", "-m", "ropewalk.slurm.rank", "RECORD", "train.py", "+experiment=x", "a=b c",
+        "python", "-u", "-m", "ropewalk.cluster.slurm.rank", "RECORD", "train.py", "+experiment=x", "a=b c",
     ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ once() { if [ "$4" = overrides ]; then echo "a=1 'b=c d'"; else (IFS='|'; echo "
 train() { (IFS='|'; echo "$*"); answer=$ANSWER; exit 0; }
 sweep_task FOLDER
 echo never"""
-    end = f"python|-m|ropewalk.slurm.sweep|end|FOLDER|0|{answer}|"
+    end = f"python|-m|ropewalk.cluster.slurm.sweep|end|FOLDER|0|{answer}|"
     assert shell(script, ANSWER=answer) == ["a=1|b=c d", end]
 
 
@@ -88,5 +88,5 @@ def test_a_job_of_a_sweep_that_cannot_begin_tells_it(terminated, answer):
 once() { if [ "$4" = overrides ]; then return 1; else (IFS='|'; echo "$*|"); fi; }
 terminated=$TERMINATED
 (sweep_task FOLDER) || echo "$?" """
-    end = f"python|-m|ropewalk.slurm.sweep|end|FOLDER|1|{answer}|"
+    end = f"python|-m|ropewalk.cluster.slurm.sweep|end|FOLDER|1|{answer}|"
     assert shell(script, TERMINATED=terminated) == [end, "1"]

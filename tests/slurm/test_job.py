@@ -12,8 +12,8 @@ import pytest
 from helpers import composed
 
 from ropewalk import provenance
+from ropewalk.cluster.slurm.job import begin, end
 from ropewalk.entry import CONFIG_DIR
-from ropewalk.slurm.job import begin, end
 
 ROOT = CONFIG_DIR.parent
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
@@ -139,7 +139,7 @@ def test_a_warning_ends_an_evaluation_which_goes_on_later(tmp_path):
     config = composed("evaluate", *words, f"paths.output_dir={tmp_path}")
     (tmp_path / "script").write_text("")
     record = begin("evaluate", config, words, tmp_path / "script", {**JOB, "SLURM_NTASKS": "1"})
-    command = [sys.executable, "-m", "ropewalk.slurm.rank", str(record), "scripts/evaluate.py", *words]
+    command = [sys.executable, "-m", "ropewalk.cluster.slurm.rank", str(record), "scripts/evaluate.py", *words]
     rank = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while rank.poll() is None and not list(record.glob("ranks/*.json")):
         time.sleep(0.01)
@@ -177,7 +177,7 @@ def test_sessions_that_slurm_puts_back_count_as_others_do(jobs):
 ])  # fmt: skip
 def test_the_batch_script_is_told_in_a_line(jobs, restarts, said):
     record = begin("train", jobs.config, [], jobs.script, JOB)
-    command = [sys.executable, "-m", "ropewalk.slurm.job", "end", str(record), "75"]
+    command = [sys.executable, "-m", "ropewalk.cluster.slurm.job", "end", str(record), "75"]
     words = ["--terminated", f"--shown=JobState=COMPLETING Reason=TimeLimit Restarts={restarts}"]
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [said]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from helpers import composed
 
+from ropewalk.cluster.slurm.job_progress import committed_step, got_on, progress_of, work_of
 from ropewalk.data.prepare.pipeline import prepare
-from ropewalk.slurm.progress import committed_step, got_on, progress_of, work_of
 from ropewalk.training import find_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

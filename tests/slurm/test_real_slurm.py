@@ -18,10 +18,10 @@ from pandas import read_parquet
 from pandas.testing import assert_frame_equal
 from scenarios import ARMS, STEPS, Site
 
+from ropewalk.cluster.planner import make_plan
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.evaluation import evaluate
-from ropewalk.planner import make_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 SECONDS = 900  # after which something hangs; they take six minutes on two cores with no other work

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropewalk.slurm.verdict import EXIT_REQUEUE, FRUITLESS_SESSIONS, Ending, ending_of, judge
+from ropewalk.cluster.slurm.verdict import EXIT_REQUEUE, FRUITLESS_SESSIONS, Ending, ending_of, judge
 from ropewalk.training import signals
 from ropewalk.training.guards import TrainingStopped
 

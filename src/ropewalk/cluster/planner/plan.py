@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ropewalk.cluster.planner import cost
+from ropewalk.cluster.planner.assumptions import check_inputs
+from ropewalk.cluster.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
+from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
+from ropewalk.cluster.planner.shape import ModelShape, shape_of
 from ropewalk.config import PlanConfig, validate_train
 from ropewalk.errors import UserError
-from ropewalk.planner import cost
-from ropewalk.planner.checks import check_inputs
-from ropewalk.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
-from ropewalk.planner.memory import GIB, Allowances, Memory, Setting, memory
-from ropewalk.planner.shape import ModelShape, shape_of
 
 DAY, HOUR = 86_400, 3_600
 

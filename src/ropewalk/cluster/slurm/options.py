@@ -89,7 +89,7 @@ def lead_seconds(root: DictConfig) -> int:
     A sweep is composed once without what is swept. Where the planner can make nothing of that, it is the scripts'
     300 s, with a warning. Each job sets ``trainer.stop_before`` from its own plan in any case.
     """
-    from ropewalk.planner import make_plan
+    from ropewalk.cluster.planner import make_plan
 
     train = OmegaConf.masked_copy(root, [str(key) for key in root if key != "hydra"])
     try:

@@ -2,7 +2,7 @@
 
 Every entry takes ``--dry-run=LEDGER``: it composes and validates its configuration as always, checks the paths that it
 would read against the disk and the ledger, adds what it would write to the ledger, and ends. The ledger is a JSON file.
-``python -m ropewalk.dry_run CHAIN`` does so for the lines of a file, in one process; recipes write it (DRY_RUN=1).
+``python -m ropewalk.cluster.dry_run CHAIN`` does so for the lines of a file, in one process; recipes write it (DRY_RUN=1).
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import psutil
 import torch
 from transformers import AutoConfig
 
+from ropewalk.cluster.doctor.disk import make_directory
+from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
 from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig
-from ropewalk.doctor.disk import make_directory
-from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.model.load import count_parameters
 
 ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes

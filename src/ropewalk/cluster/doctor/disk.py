@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ropewalk.doctor.findings import Finding, fail, ok, warn
+from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
+from ropewalk.cluster.slurm.job_progress import committed_step
 from ropewalk.files import fsync_path, write_atomically
-from ropewalk.slurm.progress import committed_step
 from ropewalk.training.checkpoint import MANIFEST
 
 FP32_STATES = 12  # bytes a parameter of a checkpoint: master weights and Adam's two moments

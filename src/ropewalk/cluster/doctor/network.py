@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ropewalk.cluster.doctor.disk import SKEW
+from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
 from ropewalk.config import ClusterConfig
-from ropewalk.doctor.disk import SKEW
-from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.files import write_atomically
 from ropewalk.training.agreement import by_rank_zero
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ropewalk.cluster.planner.memory import FP32, Setting
+from ropewalk.cluster.planner.shape import ModelShape
 from ropewalk.config import AssumptionConfig, ClusterConfig, TrainerConfig
 from ropewalk.flops import causal_pairs, sequence_flops
-from ropewalk.planner.memory import FP32, Setting
-from ropewalk.planner.shape import ModelShape
 
 GB = 1e9
 LEAD_MARGIN = 30.0  # seconds for the signal to reach every rank, and for the job to be requeued

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ropewalk.planner.shape import ModelShape
+from ropewalk.cluster.planner.shape import ModelShape
 
 GIB = 2**30
 FP32 = 4

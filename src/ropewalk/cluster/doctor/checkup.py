@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ropewalk.cluster.doctor.command_inputs import check_evaluated, check_runs, check_sources, check_suite
+from ropewalk.cluster.doctor.disk import check_file_system, check_space, make_directory
+from ropewalk.cluster.doctor.machine import check_data, check_device, check_kernels, check_model
+from ropewalk.cluster.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
+from ropewalk.cluster.doctor.screen import Finding, guarded, screen, warn
+from ropewalk.cluster.planner.cost import checkpoints_kept
 from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig
-from ropewalk.doctor.disk import check_file_system, check_space, make_directory
-from ropewalk.doctor.findings import Finding, guarded, screen, warn
-from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, check_suite
-from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
-from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
 from ropewalk.model.load import count_parameters, training_config
-from ropewalk.planner.cost import checkpoints_kept
 from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
 
 

@@ -7,10 +7,10 @@ from helpers import composed, save_tiny
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
+from ropewalk.cluster.planner import ModelShape, shape_of
 from ropewalk.config import ModelConfig
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.model.load import count_parameters, training_config
-from ropewalk.planner import ModelShape, shape_of
 from ropewalk.training.work import WorkCounter
 
 SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))

@@ -4,8 +4,8 @@ import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from helpers import composed
 
-from ropewalk.planner import Allowances, ModelShape, Setting, memory, shape_of
-from ropewalk.planner.memory import GIB, LIVE_PARAMETERS, REDUCE_BUCKET, saved_per_token, states
+from ropewalk.cluster.planner import Allowances, ModelShape, Setting, memory, shape_of
+from ropewalk.cluster.planner.memory import GIB, LIVE_PARAMETERS, REDUCE_BUCKET, saved_per_token, states
 
 HBM80 = 79.1  # GiB that torch can allocate of an 80 GB GPU
 

@@ -1,4 +1,4 @@
-"""One task of a job: ``python -m ropewalk.slurm.rank RECORD SCRIPT ARGUMENTS``.
+"""One task of a job: ``python -m ropewalk.cluster.slurm.rank RECORD SCRIPT ARGUMENTS``.
 
 Runs ``python SCRIPT ARGUMENTS`` in this very process, so that a signal to the task reaches the run, and notes in
 RECORD/ranks which process on which node it is and how it ended. A rank that was killed leaves a note without an end.

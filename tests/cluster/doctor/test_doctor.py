@@ -15,7 +15,7 @@ from helpers import alone_environment, composed, save_tiny, tiny_run
 from ranks import tiny_arguments
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ropewalk.doctor import (
+from ropewalk.cluster.doctor import (
     disk,
     examine,
     examine_comparison,
@@ -25,11 +25,11 @@ from ropewalk.doctor import (
     machine,
     run,
 )
-from ropewalk.doctor.disk import check_file_system, check_space
-from ropewalk.doctor.findings import fail, guarded, ok, screen
-from ropewalk.doctor.inputs import check_evaluated, check_room_for_tokens
-from ropewalk.doctor.machine import check_data, check_device, check_kernels
-from ropewalk.doctor.network import SIZE
+from ropewalk.cluster.doctor.command_inputs import check_evaluated, check_room_for_tokens
+from ropewalk.cluster.doctor.disk import check_file_system, check_space
+from ropewalk.cluster.doctor.machine import check_data, check_device, check_kernels
+from ropewalk.cluster.doctor.network import SIZE
+from ropewalk.cluster.doctor.screen import fail, guarded, ok, screen
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import train
 
@@ -327,7 +327,7 @@ def two_ranks(tmp_path, on_rank_1, *arguments):
         "import os, sys, runpy\n"
         "os.environ.update(LOCAL_RANK='0', SLURMD_NODENAME='n' + os.environ['RANK'])\n"
         "from datetime import timedelta\n"
-        "from ropewalk.doctor import network, run\n"
+        "from ropewalk.cluster.doctor import network, run\n"
         "network.PATIENCE = timedelta(seconds=5)\n"
         f"if os.environ['RANK'] == '1':\n    {on_rank_1}\n"
         "sys.argv[0] = 'scripts/doctor.py'\n"

@@ -4,8 +4,8 @@ Submitit leaves a file for each job with what is to be called there, and waits f
 process on the nodes would know no doctor, no record and no verdict, so the batch script asks here for the job's
 overrides, trains with them as slurm/train_64k.sh does, and has the result written once the job has ended for good.
 
-``python -m ropewalk.slurm.sweep overrides FOLDER``: prints them, quoted for the shell
-``python -m ropewalk.slurm.sweep end FOLDER CODE ANSWER``: see :func:`end`
+``python -m ropewalk.cluster.slurm.sweep overrides FOLDER``: prints them, quoted for the shell
+``python -m ropewalk.cluster.slurm.sweep end FOLDER CODE ANSWER``: see :func:`end`
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def end(folder: str, code: int, answer: str) -> None:
     Args:
         folder: the launcher's ``submitit_folder``.
         code: exit code of the batch script.
-        answer: of ``ropewalk.slurm.job end``; "" where it ended before its ranks.
+        answer: of ``ropewalk.cluster.slurm.job end``; "" where it ended before its ranks.
     """
     if answer.startswith("requeue"):  # and "requeued"
         return

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ropewalk.cluster.planner.memory import GIB
+from ropewalk.cluster.planner.plan import DAY, HOUR, Plan, gib, make_plan
 from ropewalk.config import PlanConfig
 from ropewalk.errors import UserError
-from ropewalk.planner.memory import GIB
-from ropewalk.planner.plan import DAY, HOUR, Plan, gib, make_plan
 
 GB = 1e9
 

@@ -6,10 +6,8 @@ from dataclasses import replace
 import pytest
 from helpers import composed, tiny_run
 
-from ropewalk.config import AssumptionConfig
-from ropewalk.entry import CONFIG_DIR
-from ropewalk.planner import Setting, lead_seconds, make_plan, shape_of
-from ropewalk.planner.cost import (
+from ropewalk.cluster.planner import Setting, lead_seconds, make_plan, shape_of
+from ropewalk.cluster.planner.cost import (
     accumulation_steps,
     checkpoint_bytes,
     checkpoints_kept,
@@ -18,6 +16,8 @@ from ropewalk.planner.cost import (
     kv_bytes,
     run_time,
 )
+from ropewalk.config import AssumptionConfig
+from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import find_checkpoint, train
 
 

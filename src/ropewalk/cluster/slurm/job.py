@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ropewalk.cluster.slurm.job_progress import got_on, progress_of, work_of
+from ropewalk.cluster.slurm.verdict import Verdict, ending_of, judge
 from ropewalk.files import write_atomically
 from ropewalk.provenance import (
     git_changes,
@@ -24,8 +26,6 @@ from ropewalk.provenance import (
     secrets_in,
     versions,
 )
-from ropewalk.slurm.progress import got_on, progress_of, work_of
-from ropewalk.slurm.verdict import Verdict, ending_of, judge
 
 BEGIN, END = "begin.json", "end.json"
 
@@ -176,7 +176,7 @@ def _elapsed(seconds: float) -> str:
 
 
 def main() -> None:
-    """``python -m ropewalk.slurm.job end RECORD CODE ...``: whether the job comes back, and why, in a line.
+    """``python -m ropewalk.cluster.slurm.job end RECORD CODE ...``: whether the job comes back, and why, in a line.
 
     Its first word: "requeue" where it has to put itself back, "requeued" where SLURM does, "stop" where it stays ended.
     """

@@ -1,0 +1,1 @@
+"""Before and around a job on a cluster."""
