@@ -13,7 +13,7 @@ from ropewalk.entry import entry, run_command
 def main(config: ExportConfig) -> None:
     """Export and verify one checkpoint or model."""
     from ropewalk.export import export
-    from ropewalk.export.findings import NotVerified
+    from ropewalk.export.verify.findings import NotVerified
 
     try:
         export(config)
@@ -24,7 +24,7 @@ def main(config: ExportConfig) -> None:
 @entry("check_export")
 def check(config: CheckExportConfig) -> None:
     """Whether a directory or GGUF file carries the method that it claims."""
-    from ropewalk.export.check import print_check
+    from ropewalk.export.verify.check_export import print_check
 
     if not print_check(config.model.path):
         sys.exit(1)

@@ -14,10 +14,10 @@ from httpx2 import HTTPError
 from huggingface_hub import ModelCard, hf_hub_download
 from omegaconf import OmegaConf
 
-from ropewalk.export.findings import STOCK, findings_of
 from ropewalk.export.place import SOURCE
 from ropewalk.export.serving import commands
 from ropewalk.export.source import Source, read_json
+from ropewalk.export.verify.findings import STOCK, findings_of
 from ropewalk.files import write_atomically
 
 CARD = "README.md"

@@ -10,11 +10,11 @@ from transformers import AutoConfig
 
 from ropewalk.config import RepairConfig
 from ropewalk.errors import UserError
-from ropewalk.export.check import print_check
 from ropewalk.export.place import only_writer, written_beside
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import local_model
+from ropewalk.export.verify.check_export import print_check
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.foreign import REFERENCE_KEYS
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ropewalk.errors import UserError
-from ropewalk.export.gguf_position import FACTORS, GgufPosition
+from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import shutil
 import pytest
 from helpers import composed, save_tiny
 
-from ropewalk.export.check import check_directory, check_gguf, print_check
-from ropewalk.export.gguf_file import write_gguf
-from ropewalk.export.gguf_position import GgufPosition
+from ropewalk.export.gguf.gguf_file import write_gguf
+from ropewalk.export.gguf.gguf_position import GgufPosition
 from ropewalk.export.repair import repair
+from ropewalk.export.verify.check_export import check_directory, check_gguf, print_check
 from ropewalk.rope import Position
 
 

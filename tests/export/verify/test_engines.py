@@ -8,12 +8,12 @@ import pytest
 from export.conftest import ARMS
 from transformers import AutoConfig
 
-from ropewalk.export.findings import findings_of
-from ropewalk.export.gguf_check import position_faults
-from ropewalk.export.gguf_file import write_gguf
-from ropewalk.export.gguf_position import gguf_position
-from ropewalk.export.probing import llama_logits, probe_of, stock_logits
-from ropewalk.export.verify_gguf import CLEAR, RATIO, judge, lost_position, make_plain, verify_gguf
+from ropewalk.export.gguf.gguf_check import position_faults
+from ropewalk.export.gguf.gguf_file import write_gguf
+from ropewalk.export.gguf.gguf_position import gguf_position
+from ropewalk.export.verify.findings import findings_of
+from ropewalk.export.verify.probing import llama_logits, probe_of, stock_logits
+from ropewalk.export.verify.verify_gguf import CLEAR, RATIO, judge, lost_position, make_plain, verify_gguf
 from ropewalk.rope.position import position_of
 
 
@@ -91,7 +91,7 @@ def spoiled(exported_arm, tmp_path_factory):
 
 def unpermuted(directory, root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ropewalk.export.gguf_model.interleave", lambda tensor, heads: tensor)
+        patch.setattr("ropewalk.export.gguf.gguf_model.interleave", lambda tensor, heads: tensor)
         write_gguf(directory, root / "unpermuted.gguf", "f32")
     return root / "unpermuted.gguf"
 

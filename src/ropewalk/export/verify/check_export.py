@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from ropewalk.analysis.inspection import inspect_config
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
-from ropewalk.export.gguf_check import claimed_position, position_faults
-from ropewalk.export.gguf_file import gguf_fields
-from ropewalk.export.gguf_position import gguf_position
+from ropewalk.export.gguf.gguf_check import claimed_position, position_faults
+from ropewalk.export.gguf.gguf_file import gguf_fields
+from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.portable import older_form
 from ropewalk.export.wholeness import weight_faults
 from ropewalk.model.rotary import spectrum_tolerance

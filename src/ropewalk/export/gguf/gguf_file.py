@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.errors import UserError
-from ropewalk.export.gguf_model import Layout, add_architecture, add_position, family_of, is_matrix
-from ropewalk.export.gguf_position import FACTORS, GgufPosition, gguf_position
-from ropewalk.export.gguf_tokenizer import add_tokenizer
+from ropewalk.export.gguf.gguf_model import Layout, add_architecture, add_position, family_of, is_matrix
+from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
+from ropewalk.export.gguf.gguf_tokenizer import add_tokenizer
 from ropewalk.export.place import SOURCE, check_space
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import read_json

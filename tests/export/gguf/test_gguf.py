@@ -12,11 +12,11 @@ from helpers import save_tiny
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from ropewalk.export.gguf_file import gguf_fields, write_gguf
-from ropewalk.export.gguf_model import family_of, interleave
-from ropewalk.export.gguf_position import gguf_position
-from ropewalk.export.gguf_tokenizer import pre_tokenizer
-from ropewalk.export.probing import llama_logits, probe_of, stock_logits
+from ropewalk.export.gguf.gguf_file import gguf_fields, write_gguf
+from ropewalk.export.gguf.gguf_model import family_of, interleave
+from ropewalk.export.gguf.gguf_position import gguf_position
+from ropewalk.export.gguf.gguf_tokenizer import pre_tokenizer
+from ropewalk.export.verify.probing import llama_logits, probe_of, stock_logits
 from ropewalk.rope import Position, RopeChain
 
 

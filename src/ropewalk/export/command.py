@@ -13,10 +13,9 @@ from transformers import AutoConfig
 from ropewalk.config import ExportConfig, one_of
 from ropewalk.errors import UserError
 from ropewalk.export.card import write_card
-from ropewalk.export.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
-from ropewalk.export.gguf_file import check_same, gguf_type, write_gguf
-from ropewalk.export.gguf_model import family_of
-from ropewalk.export.gguf_position import gguf_position
+from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
+from ropewalk.export.gguf.gguf_model import family_of
+from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.hf import is_current, place_hf
 from ropewalk.export.hub import push
 from ropewalk.export.place import begin_adding, only_writer
@@ -28,9 +27,10 @@ from ropewalk.export.source import (
     static_steps,
     trained_source,
 )
-from ropewalk.export.verify import verify_stock
-from ropewalk.export.verify_gguf import engine_name, verify_gguf
-from ropewalk.export.verify_tables import verify_table
+from ropewalk.export.verify.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
+from ropewalk.export.verify.verify_gguf import engine_name, verify_gguf
+from ropewalk.export.verify.verify_stock import verify_stock
+from ropewalk.export.verify.verify_tables import verify_table
 
 
 def export(config: ExportConfig) -> Path:

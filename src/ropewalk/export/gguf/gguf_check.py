@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.export.gguf_file import METADATA, gguf_fields
-from ropewalk.export.gguf_position import FACTORS, GgufPosition
+from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
+from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition
 from ropewalk.rope import Position
 from ropewalk.rope.position import METADATA_KEY, position_of
 

@@ -1,0 +1,1 @@
+"""Proofs that engines reproduce an export."""
