@@ -9,7 +9,7 @@ from ropewalk.entry import entry
 @entry("dashboard")
 def main(config: DashboardConfig) -> None:
     """Write both as JSON; with push=true save them to W&B."""
-    from ropewalk.dashboard import dashboard
+    from ropewalk.report.dashboard import dashboard
 
     dashboard(config)
 

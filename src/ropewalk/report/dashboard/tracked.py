@@ -17,9 +17,9 @@ import pandas as pd
 
 from ropewalk.analysis.figures.style import render
 from ropewalk.config import CompareConfig, TrackerConfig
-from ropewalk.dashboard import metrics
 from ropewalk.files import write_atomically
 from ropewalk.report.base import with_bases
+from ropewalk.report.dashboard import metrics
 from ropewalk.report.figures import styles_of
 from ropewalk.report.files import drawings
 from ropewalk.report.page import find_baseline

@@ -13,7 +13,7 @@ import pytest
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
 from ropewalk.config import CompareConfig
-from ropewalk.dashboard import metrics, track
+from ropewalk.report.dashboard import metrics, track
 from ropewalk.report.runs import load_run
 
 

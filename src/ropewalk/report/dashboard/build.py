@@ -62,7 +62,7 @@ def built(config: DashboardConfig) -> tuple[Any, Any]:
         raise UserError(
             f"{error.name} is not installed, which builds W&B dashboards; pip install 'ropewalk[dashboard]'"
         ) from error
-    from ropewalk.dashboard.panels import fixed_id, sections
+    from ropewalk.report.dashboard.panels import fixed_id, sections
 
     workspace = ws.Workspace(
         entity=config.entity or "",
@@ -88,7 +88,7 @@ def built(config: DashboardConfig) -> tuple[Any, Any]:
 
 def _blocks(section: Any, wr: Any) -> list[Any]:
     """Heading, reading and grid of a section of the report; the runs are those of the report's own project."""
-    from ropewalk.dashboard.panels import fixed_id
+    from ropewalk.report.dashboard.panels import fixed_id
 
     runs = wr.Runset(name="All runs", groupby=[f"config.{METHOD}"], visible_columns=[_column(name) for name in COLUMNS])
     runs._id = fixed_id(f"report {section.name}")

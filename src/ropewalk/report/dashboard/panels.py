@@ -9,7 +9,7 @@ from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 
-from ropewalk.dashboard import metrics
+from ropewalk.report.dashboard import metrics
 
 TRAIN = "train/"
 WIDTH, HEIGHT, COLUMNS = 8, 6, 3  # of a panel, in units of which a row has 24; panels in a row

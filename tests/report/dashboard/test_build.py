@@ -20,9 +20,9 @@ from helpers import alone_environment
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
 from ropewalk.config import DashboardConfig
-from ropewalk.dashboard import dashboard, metrics
-from ropewalk.dashboard.build import COLUMNS
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.report.dashboard import dashboard, metrics
+from ropewalk.report.dashboard.build import COLUMNS
 from ropewalk.report.runs import load_run
 from ropewalk.training.metrics import PHASES
 from ropewalk.training.work import CONVENTIONS
