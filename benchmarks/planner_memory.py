@@ -93,7 +93,7 @@ def step(case: Case) -> None:
 def _config(case: Case):
     from hydra import compose, initialize_config_dir
 
-    from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
+    from ropewalk.cli import CONFIG_DIR, register_schemas, to_object
 
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

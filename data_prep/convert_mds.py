@@ -6,8 +6,8 @@ import sys
 # A script's folder is searched first, and the standard library's inspect must be found before the one beside this.
 sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.realpath(__file__))]
 
+from ropewalk.cli import entry
 from ropewalk.config import ConvertConfig
-from ropewalk.entry import entry
 
 
 @entry("convert_mds")

@@ -5,8 +5,8 @@
 
 from collections.abc import Callable
 
+from ropewalk.cli import entry, run_command
 from ropewalk.config import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
-from ropewalk.entry import entry, run_command
 
 
 @entry("advise")

@@ -1,7 +1,7 @@
 """Compare runs in one HTML page: ``python scripts/compare.py runs=[outputs/a,outputs/b] baseline=a``."""
 
+from ropewalk.cli import entry
 from ropewalk.config import CompareConfig
-from ropewalk.entry import entry
 from ropewalk.launch import release_warnings
 
 

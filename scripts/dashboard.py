@@ -2,8 +2,8 @@
 
 import sys
 
+from ropewalk.cli import entry
 from ropewalk.config import DashboardConfig
-from ropewalk.entry import entry
 
 
 @entry("dashboard")

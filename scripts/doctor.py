@@ -10,8 +10,8 @@ Every job script calls it before its ranks start. Exit code 1 where something mu
 
 import sys
 
+from ropewalk.cli import entry, run_command
 from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig
-from ropewalk.entry import entry, run_command
 
 
 @entry("train")

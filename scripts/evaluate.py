@@ -4,8 +4,8 @@
 ``python scripts/evaluate.py validate model=DIR documents=DIR output=DIR rope=cope10``
 """
 
+from ropewalk.cli import entry, run_command
 from ropewalk.config import EvaluateConfig, ValidateConfig
-from ropewalk.entry import entry, run_command
 from ropewalk.launch import release_warnings
 
 

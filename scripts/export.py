@@ -5,8 +5,8 @@
 
 import sys
 
+from ropewalk.cli import entry, run_command
 from ropewalk.config import CheckExportConfig, ExportConfig, RepairConfig
-from ropewalk.entry import entry, run_command
 
 
 @entry("export")

@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ropewalk.cli import composed, entry, run_command, user_errors
 from ropewalk.cluster.slurm.job import begin
 from ropewalk.cluster.slurm.options import exports, sbatch_options
 from ropewalk.config import SbatchConfig, validate_train
-from ropewalk.entry import composed, entry, run_command, user_errors
 
 
 @entry("sbatch")

@@ -2,8 +2,8 @@
 
 import sys
 
+from ropewalk.cli import entry
 from ropewalk.config import PlanConfig
-from ropewalk.entry import entry
 
 
 @entry("plan")

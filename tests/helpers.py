@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ropewalk import entry
+from ropewalk import cli as entry
+from ropewalk.cli import CONFIG_DIR
 from ropewalk.config import CorpusConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.corpus import Document, read_documents
 from ropewalk.data.prepare.sources import corpus_sources, list_units
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import find_checkpoint
 
 ROOT = Path(__file__).parents[1]

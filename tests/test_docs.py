@@ -11,8 +11,8 @@ from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment, composed
 from omegaconf import OmegaConf
 
+from ropewalk.cli import CONFIG_DIR, hydra_arguments, plain_argument
 from ropewalk.cluster.planner import print_plan
-from ropewalk.entry import CONFIG_DIR, hydra_arguments, plain_argument
 
 ROOT = CONFIG_DIR.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")),

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 ENTRY = """
-from ropewalk.entry import entry
+from ropewalk.cli import entry
 from ropewalk.errors import UserError
 
 @entry("inspect")

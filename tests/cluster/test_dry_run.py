@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import alone_environment
 
+from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.dry_run import STAGES, dry_run_chain
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.evaluation.harness import tasks
 
 ROOT = CONFIG_DIR.parent

@@ -10,7 +10,7 @@ import pytest
 from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment
 
-from ropewalk.entry import CONFIG_DIR, choices, hydra_arguments
+from ropewalk.cli import CONFIG_DIR, choices, hydra_arguments
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent

@@ -13,9 +13,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, LlamaForCausalLM
 
+from ropewalk.cli import CONFIG_DIR, register_schemas, to_object
 from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig
 from ropewalk.config import TestTimeConfig as AtTestTime
-from ropewalk.entry import CONFIG_DIR, register_schemas, to_object
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.model.load import load_for_evaluation

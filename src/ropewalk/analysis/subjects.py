@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ropewalk.cli import CONFIG_DIR
 from ropewalk.config import FiguresConfig
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.errors import UserError
 from ropewalk.rope import Position, RopeChain, Spectrum
 

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from ropewalk.cli import CONFIG_DIR
 from ropewalk.config import EvaluateConfig, SuiteConfig, TestTimeConfig
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import check_scorers, check_tasks

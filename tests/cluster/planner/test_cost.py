@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers import composed, tiny_run
 
+from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.planner import Setting, lead_seconds, make_plan, shape_of
 from ropewalk.cluster.planner.cost import (
     accumulation_steps,
@@ -17,7 +18,6 @@ from ropewalk.cluster.planner.cost import (
     run_time,
 )
 from ropewalk.config import AssumptionConfig
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import find_checkpoint, train
 
 

@@ -19,7 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from submitit.core.utils import DelayedSubmission, JobPaths, cloudpickle_dump
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from ropewalk.entry import user_errors
+from ropewalk.cli import user_errors
 from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 
