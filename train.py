@@ -1,7 +1,7 @@
 """Continue the pretraining of a RoPE model: ``python train.py +experiment=cope20``."""
 
 from ropewalk.cli import entry
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 
 
 @entry("train")

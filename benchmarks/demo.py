@@ -6,7 +6,7 @@ import statistics
 import torch
 
 from ropewalk.cli import composed
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.data.order.batches import Batch
 
 SHARES = (0.22, 0.03, 0.16, 0.09, 0.18, 0.06, 0.12, 0.14)  # of the row, for each document

@@ -65,7 +65,7 @@ def step(case: Case) -> None:
     """Two steps of one case in this process; prints its peak in bytes. Collective."""
     import torch
 
-    from ropewalk.config import GuardConfig
+    from ropewalk.config.train import GuardConfig
     from ropewalk.data.order.batches import Batch
     from ropewalk.model.load import training_config
     from ropewalk.training.engine import start_engine, start_processes
@@ -93,7 +93,8 @@ def step(case: Case) -> None:
 def _config(case: Case):
     from hydra import compose, initialize_config_dir
 
-    from ropewalk.cli import CONFIG_DIR, register_schemas, to_object
+    from ropewalk.cli import register_schemas, to_object
+    from ropewalk.config import CONFIG_DIR
 
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

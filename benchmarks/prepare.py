@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from datatools import Datatools
 
-from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import read_documents
 from ropewalk.data.prepare.packing import cut, pack
 from ropewalk.data.prepare.sources import corpus_sources, list_units
@@ -48,7 +48,7 @@ RATIOS = (
 BARE = """
 import sys, time
 from collections import Counter
-from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import read_documents
 from ropewalk.data.prepare.sources import corpus_sources, list_units
 from ropewalk.data.prepare.tokenizer import batches, load_tokenizer
@@ -70,7 +70,7 @@ print(seconds, cpu, size)
 PREPARE = """
 import json, resource, sys, time
 if __name__ == "__main__":
-    from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
+    from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
     from ropewalk.data.prepare.pipeline import prepare
     tokenizer, engine, source, output, workers = sys.argv[1:]
     corpus = CorpusConfig(name="code", sources=[SourceConfig("code", source, "repositories")], tokenizer=tokenizer,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from demo import demo_config, packed_batch, told
 
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training, training_config
 from ropewalk.training.engine import (

@@ -48,7 +48,7 @@ def main() -> int:
 
 def make(root: Path) -> None:
     """One directory a chain, exported from the same random weights."""
-    from ropewalk.config import RopeConfig
+    from ropewalk.config.groups import RopeConfig
     from ropewalk.export.hf import write_hf
     from ropewalk.export.source import converted_source
 

@@ -1,13 +1,7 @@
 """Raw documents to packed stores: ``python data_prep/prepare.py +corpus=demo sequence_lengths=[512,2048]``."""
 
-import os
-import sys
-
-# A script's folder is searched first, and the standard library's inspect must be found before the one beside this.
-sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.realpath(__file__))]
-
 from ropewalk.cli import entry
-from ropewalk.config import PrepareConfig
+from ropewalk.config.data import PrepareConfig
 from ropewalk.launch import release_warnings
 
 

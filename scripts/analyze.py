@@ -6,7 +6,7 @@
 from collections.abc import Callable
 
 from ropewalk.cli import entry, run_command
-from ropewalk.config import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
+from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 
 
 @entry("advise")

@@ -1,7 +1,7 @@
 """Compare runs in one HTML page: ``python scripts/compare.py runs=[outputs/a,outputs/b] baseline=a``."""
 
 from ropewalk.cli import entry
-from ropewalk.config import CompareConfig
+from ropewalk.config.evaluation import CompareConfig
 from ropewalk.launch import release_warnings
 
 

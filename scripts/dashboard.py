@@ -3,7 +3,7 @@
 import sys
 
 from ropewalk.cli import entry
-from ropewalk.config import DashboardConfig
+from ropewalk.config.evaluation import DashboardConfig
 
 
 @entry("dashboard")

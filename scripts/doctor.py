@@ -11,7 +11,9 @@ Every job script calls it before its ranks start. Exit code 1 where something mu
 import sys
 
 from ropewalk.cli import entry, run_command
-from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig
+from ropewalk.config.data import PrepareConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
+from ropewalk.config.train import TrainConfig
 
 
 @entry("train")

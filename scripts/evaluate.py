@@ -5,7 +5,7 @@
 """
 
 from ropewalk.cli import entry, run_command
-from ropewalk.config import EvaluateConfig, ValidateConfig
+from ropewalk.config.evaluation import EvaluateConfig, ValidateConfig
 from ropewalk.launch import release_warnings
 
 

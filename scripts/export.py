@@ -6,7 +6,7 @@
 import sys
 
 from ropewalk.cli import entry, run_command
-from ropewalk.config import CheckExportConfig, ExportConfig, RepairConfig
+from ropewalk.config.export import CheckExportConfig, ExportConfig, RepairConfig
 
 
 @entry("export")

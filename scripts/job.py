@@ -16,7 +16,8 @@ from pathlib import Path
 from ropewalk.cli import composed, entry, run_command, user_errors
 from ropewalk.cluster.slurm.job import begin
 from ropewalk.cluster.slurm.options import exports, sbatch_options
-from ropewalk.config import SbatchConfig, validate_train
+from ropewalk.config.rules import validate_train
+from ropewalk.config.train import SbatchConfig
 
 
 @entry("sbatch")

@@ -3,7 +3,7 @@
 import sys
 
 from ropewalk.cli import entry
-from ropewalk.config import PlanConfig
+from ropewalk.config.train import PlanConfig
 
 
 @entry("plan")

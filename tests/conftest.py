@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.pipeline import prepare
 

@@ -5,7 +5,7 @@ ENTRIES = {
     "data_prep/prepare.py": "prepare",
     "data_prep/convert_mds.py": "convert_mds",
     "data_prep/gather.py": "gather",
-    "data_prep/inspect.py": "inspect_store",
+    "data_prep/inspect_store.py": "inspect_store",
     "scripts/evaluate.py": "evaluate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk import cli as entry
-from ropewalk.cli import CONFIG_DIR
-from ropewalk.config import CorpusConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.data import CorpusConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.corpus import Document, read_documents
 from ropewalk.data.prepare.sources import corpus_sources, list_units

@@ -25,7 +25,7 @@ from statistics import median
 
 from ranks import RankProcesses, run_ranks, start_ranks, tiny_arguments
 
-from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.training import find_checkpoint, verify_checkpoint

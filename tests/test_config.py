@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 from helpers import composed, tiny_run
 
-from ropewalk.cli import CONFIG_DIR
-from ropewalk.config import TrainConfig, validate_train
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.rules import validate_train
+from ropewalk.config.train import TrainConfig
 from ropewalk.rope import RopeChain
 
 ROOT = CONFIG_DIR.parent

@@ -11,8 +11,9 @@ from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment, composed
 from omegaconf import OmegaConf
 
-from ropewalk.cli import CONFIG_DIR, hydra_arguments, plain_argument
+from ropewalk.cli import hydra_arguments, plain_argument
 from ropewalk.cluster.planner import print_plan
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")),

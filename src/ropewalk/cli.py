@@ -19,12 +19,10 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ropewalk import config
 from ropewalk.cluster.slurm.options import RESOLVERS
-from ropewalk.config import SCHEMAS
+from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.errors import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 DRY_RUN = "--dry-run="
 
 
@@ -52,8 +50,8 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
     ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
-    called; ropewalk.cluster.dry_run checks the configuration and its paths instead. A UserError, or anything wrong with the
-    configuration itself, ends the process with one line on stderr and exit code 2; every other exception keeps its
+    called; ropewalk.cluster.dry_run checks the configuration and its paths instead. A UserError, or anything wrong with
+    the configuration itself, ends the process with one line on stderr and exit code 2; every other exception keeps its
     traceback.
     """
     register_schemas()
@@ -205,7 +203,7 @@ def _mend(message: str) -> str:
     if alone := re.search(r"override (\S+?)=(.+?) Invalid value assigned: \w+ is not a ListConfig", message):
         return f"write it as {alone[1]}=[{alone[2]}]"
     unknown = re.search(r"Key '(\w+)' not in '(\w+)'", message)
-    schema = getattr(config, unknown.group(2), None) if unknown else None
+    schema = schema_class(unknown.group(2)) if unknown else None
     near = difflib.get_close_matches(unknown.group(1), [f.name for f in fields(schema)]) if unknown and schema else []
     if near:
         return f"did you mean {near[0]}?"

@@ -27,7 +27,7 @@ from ropewalk.analysis.figures.response import family_and_clip, read_responses
 from ropewalk.analysis.figures.spectra import spectra_figure
 from ropewalk.analysis.figures.style import PALETTE, house, label, method_styles, render, tokens
 from ropewalk.analysis.figures.textbook import textbook_figure
-from ropewalk.config import FiguresConfig
+from ropewalk.config.analysis import FiguresConfig
 from ropewalk.evaluation.results import (
     read_document_losses,
     read_record,
@@ -324,7 +324,7 @@ def test_draw_writes_and_names_every_figure(tmp_path: Path, capsys: pytest.Captu
 
 def test_two_runs_give_equal_bytes_without_date_or_path(tmp_path: Path) -> None:
     program = (
-        "import sys; from ropewalk.config import FiguresConfig; from ropewalk.analysis.figures import draw\n"
+        "import sys; from ropewalk.config.analysis import FiguresConfig; from ropewalk.analysis.figures import draw\n"
         "draw('spectra', FiguresConfig(methods=['rope', 'a $x_1$: cope20'], output=sys.argv[1], "
         "formats=['png', 'pdf', 'svg']))\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'plotly' not in sys.modules"

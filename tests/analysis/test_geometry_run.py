@@ -20,7 +20,7 @@ from ropewalk.analysis.geometry.capture import LayerHeads, observe
 from ropewalk.analysis.geometry.figures import FIGURES
 from ropewalk.analysis.geometry.layer_figures import LayerTable
 from ropewalk.analysis.geometry.table import COLUMNS, STATISTICS, is_of_keys
-from ropewalk.config import GeometryConfig
+from ropewalk.config.analysis import GeometryConfig
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.model.load import load_for_evaluation, read_position
 

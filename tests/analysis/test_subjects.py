@@ -8,7 +8,7 @@ from helpers import composed
 
 from ropewalk.analysis import print_advice
 from ropewalk.analysis.subjects import read_chains, read_model, spectra_of
-from ropewalk.cli import CONFIG_DIR
+from ropewalk.config import CONFIG_DIR
 
 
 def test_chains_by_name_by_text_and_by_label():

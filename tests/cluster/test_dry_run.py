@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import alone_environment
 
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.dry_run import STAGES, dry_run_chain
+from ropewalk.config import CONFIG_DIR
 from ropewalk.evaluation.harness import tasks
 
 ROOT = CONFIG_DIR.parent
@@ -140,7 +140,7 @@ def test_what_is_given_counts(check):
 
 
 def test_an_entry_without_a_description_is_refused(check):
-    code, _, errors = check(["data_prep/inspect.py store=x"])
+    code, _, errors = check(["data_prep/inspect_store.py store=x"])
     assert code == 2
     assert f"no dry run is described for inspect_store; there is one for: {', '.join(STAGES)}" in errors
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import documents_of
 from transformers import LlamaConfig
 
-from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.training.inputs import fit_tokenizer

@@ -10,7 +10,8 @@ import pytest
 from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment
 
-from ropewalk.cli import CONFIG_DIR, choices, hydra_arguments
+from ropewalk.cli import choices, hydra_arguments
+from ropewalk.config import CONFIG_DIR
 from ropewalk.evaluation import read_results
 
 ROOT = CONFIG_DIR.parent

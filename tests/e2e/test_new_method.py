@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import alone_environment
 
-from ropewalk.cli import CONFIG_DIR
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 

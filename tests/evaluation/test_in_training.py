@@ -9,7 +9,7 @@ import pytest
 from helpers import composed, tiny_run
 from ranks import run_ranks, tiny_arguments
 
-from ropewalk.config import validate_train
+from ropewalk.config.rules import validate_train
 from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_losses, read_record, read_results
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.record import EVALUATIONS, read_metrics

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ropewalk.config import NeedleConfig
+from ropewalk.config.groups import NeedleConfig
 from ropewalk.data.prepare import retrieval
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts

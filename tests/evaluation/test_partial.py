@@ -3,8 +3,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate
 from ropewalk.evaluation.partial import PARTIAL
 

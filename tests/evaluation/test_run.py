@@ -13,9 +13,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, LlamaForCausalLM
 
-from ropewalk.cli import CONFIG_DIR, register_schemas, to_object
-from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.cli import register_schemas, to_object
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.model.load import load_for_evaluation

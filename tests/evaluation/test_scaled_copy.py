@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropewalk.config import RopeConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.config.groups import RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation.scaled_copy import scaled_copy
 from ropewalk.evaluation.settings import settings_by_length
 from ropewalk.rope.position import position_of

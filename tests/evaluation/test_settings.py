@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ropewalk.config import RopeConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.config.groups import RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation.settings import settings_by_length
 from ropewalk.rope import RopeChain
 from ropewalk.rope.position import Position

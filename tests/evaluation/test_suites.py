@@ -13,9 +13,11 @@ import pytest
 from helpers import tiny_run
 from hydra import compose, initialize_config_dir
 
-from ropewalk.cli import CONFIG_DIR, register_schemas, to_object
-from ropewalk.config import EvaluateConfig, NeedleConfig, RopeConfig, SuiteConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.cli import register_schemas, to_object
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
+from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import read_document_losses, read_results
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.suites import evaluate_suite, flattened

@@ -19,8 +19,9 @@ import torch
 from helpers import alone_environment, composed
 from transformers import AutoConfig, LlamaForCausalLM
 
-from ropewalk.cli import CONFIG_DIR
-from ropewalk.config import ModelPath, NeedleConfig, RopeConfig, ValidateConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.evaluation import ValidateConfig
+from ropewalk.config.groups import ModelPath, NeedleConfig, RopeConfig
 from ropewalk.evaluation import read_results, validate
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.results import results_table

@@ -11,7 +11,7 @@ from helpers import ROOT, alone_environment, composed, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ropewalk.config import RopeConfig
+from ropewalk.config.groups import RopeConfig
 from ropewalk.export import export
 from ropewalk.export.hf import write_hf
 from ropewalk.export.source import converted_source

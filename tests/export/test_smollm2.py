@@ -3,7 +3,7 @@
 import pytest
 from helpers import ROOT, composed, torchrun
 
-from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import export
 from ropewalk.export.verify.findings import findings_of

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden.compare import first_difference
 from ranks import run_ranks
 
-from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import resolve_checkpoint
 from ropewalk.training.record import read_metrics

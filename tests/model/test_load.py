@@ -9,7 +9,7 @@ from helpers import TINY, save_tiny, tiny_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ropewalk.config import ModelConfig
+from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import (
     build_for_training,
     load_for_evaluation,

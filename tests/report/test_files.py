@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Drawing
 from report.fake_runs import FakeRun, write_run
 
-from ropewalk.config import CompareConfig
+from ropewalk.config.evaluation import CompareConfig
 from ropewalk.report import compare
 from ropewalk.report.axes import draw_plot
 from ropewalk.report.figures import Figure, needle_figure, position_figure, spectra_figure, styles_of, throughput_figure

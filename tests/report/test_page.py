@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 from report.fake_runs import FakeRun, write_config, write_fake_evaluation, write_metrics, write_run
 
-from ropewalk.config import CompareConfig
+from ropewalk.config.evaluation import CompareConfig
 from ropewalk.report import compare
 from ropewalk.report.images import spectrum_images
 from ropewalk.report.page import figure_json

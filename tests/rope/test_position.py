@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ropewalk.config import ModelConfig
+from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import training_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.position import position_of

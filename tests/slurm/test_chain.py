@@ -12,7 +12,7 @@ import pytest
 from helpers import alone_environment
 from omegaconf import OmegaConf
 
-from ropewalk.cli import CONFIG_DIR
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 SBATCH = '#!/usr/bin/env bash\nprintf "%s\\t" "$@" >>"$SUBMITTED"\necho >>"$SUBMITTED"\nwc -l <"$SUBMITTED"\n'

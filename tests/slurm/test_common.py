@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from ropewalk.cli import CONFIG_DIR
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 

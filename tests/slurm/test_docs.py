@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from helpers import composed
 
-from ropewalk.cli import CONFIG_DIR
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 TEXT = (ROOT / "docs" / "slurm.md").read_text()

@@ -12,8 +12,8 @@ import pytest
 from helpers import composed
 
 from ropewalk import provenance
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.slurm.job import begin, end
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file

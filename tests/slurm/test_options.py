@@ -7,10 +7,11 @@ from helpers import composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ropewalk.cli import CONFIG_DIR, register_schemas
+from ropewalk.cli import register_schemas
 from ropewalk.cluster.planner import make_plan
 from ropewalk.cluster.slurm.options import exports, minutes, sbatch_options
-from ropewalk.config.slurm import SlurmConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.groups import SlurmConfig
 
 CLUSTERS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
 

@@ -19,7 +19,7 @@ from pandas.testing import assert_frame_equal
 from scenarios import ARMS, STEPS, Site
 
 from ropewalk.cluster.planner import make_plan
-from ropewalk.config import CorpusConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.evaluation import evaluate
 

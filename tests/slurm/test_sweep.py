@@ -9,8 +9,8 @@ import time
 import pytest
 from helpers import composed
 
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.slurm import sweep
+from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
 SBATCH = """#!/bin/sh

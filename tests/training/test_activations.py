@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ropewalk.config import TrainerConfig, validate_train
+from ropewalk.config.rules import validate_train
+from ropewalk.config.train import TrainerConfig
 from ropewalk.training.activations import place_activations
 
 CHUNK = 40  # of 128 tokens: the last chunk is shorter

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_run
 from ranks import start_ranks, tiny_arguments
 
-from ropewalk.config import GuardConfig
+from ropewalk.config.train import GuardConfig
 from ropewalk.model.load import training_config
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.engine import start_engine, start_processes

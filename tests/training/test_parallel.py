@@ -7,7 +7,7 @@ import torch
 from helpers import composed
 from transformers import LlamaConfig
 
-from ropewalk.config import validate_train
+from ropewalk.config.rules import validate_train
 from ropewalk.data import Mixture
 from ropewalk.data.order.batches import rank_micro_batches, read_batch
 from ropewalk.training.parallel import check_heads, shard

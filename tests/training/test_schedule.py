@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropewalk.config import TrainerConfig
+from ropewalk.config.train import TrainerConfig
 from ropewalk.training.schedule import learning_rate
 
 TRAINER = TrainerConfig(max_steps=101, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.0)

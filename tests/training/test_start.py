@@ -10,7 +10,7 @@ from helpers import tiny_run
 from ranks import run_ranks, tiny_arguments
 from transformers import AutoModelForCausalLM
 
-from ropewalk.config import CorpusConfig, PrepareConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.pipeline import prepare

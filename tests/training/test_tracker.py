@@ -9,7 +9,7 @@ import pytest
 from helpers import alone_environment, tiny_run
 from wandb_server import wandb_server
 
-from ropewalk.config import TrackerConfig
+from ropewalk.config.train import TrackerConfig
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint import checkpoint_directory
 from ropewalk.training.record import read_metrics
@@ -83,7 +83,7 @@ def test_no_row_is_lost_where_a_run_goes_on_from_an_earlier_step(store_64, tmp_p
 ONLINE = """
 import sys
 from pathlib import Path
-from ropewalk.config import TrackerConfig
+from ropewalk.config.train import TrackerConfig
 from ropewalk.training.tracker import open_tracker
 
 first, last = map(int, sys.argv[2:])
@@ -164,7 +164,7 @@ def test_a_tracker_that_fails_is_told_once(capsys):
 LEAVING = """
 import os, signal, sys, time
 from pathlib import Path
-from ropewalk.config import TrackerConfig
+from ropewalk.config.train import TrackerConfig
 from ropewalk.training.tracker import open_tracker
 
 def parent(entry):

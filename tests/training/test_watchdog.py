@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny_run
 from ranks import start_ranks, tiny_arguments
 
-from ropewalk.config import GuardConfig
+from ropewalk.config.train import GuardConfig
 from ropewalk.training import train
 from ropewalk.training.heartbeat import Heartbeat
 from ropewalk.training.record import read_metrics

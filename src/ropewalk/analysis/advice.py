@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
-from ropewalk.config import AdviseConfig
+from ropewalk.config.analysis import AdviseConfig
 from ropewalk.rope.advisor import Advice, Choice, advise
 from ropewalk.rope.cautions import clip_of, in_words
 from ropewalk.rope.notation import print_value

@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropewalk.analysis.subjects import declared_path, is_declared, locate
-from ropewalk.config import InspectConfig
+from ropewalk.config.analysis import InspectConfig
 from ropewalk.errors import UserError
 from ropewalk.model.rotary import spectrum_tolerance
 from ropewalk.rope.cautions import in_words

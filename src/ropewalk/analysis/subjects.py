@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ropewalk.cli import CONFIG_DIR
-from ropewalk.config import FiguresConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.analysis import FiguresConfig
 from ropewalk.errors import UserError
 from ropewalk.rope import Position, RopeChain, Spectrum
 

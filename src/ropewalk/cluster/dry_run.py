@@ -2,7 +2,8 @@
 
 Every entry takes ``--dry-run=LEDGER``: it composes and validates its configuration as always, checks the paths that it
 would read against the disk and the ledger, adds what it would write to the ledger, and ends. The ledger is a JSON file.
-``python -m ropewalk.cluster.dry_run CHAIN`` does so for the lines of a file, in one process; recipes write it (DRY_RUN=1).
+``python -m ropewalk.cluster.dry_run CHAIN`` does so for the lines of a file, in one process; recipes write it, where
+DRY_RUN=1.
 """
 
 from __future__ import annotations
@@ -18,17 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import (
-    CompareConfig,
-    ConvertConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GatherConfig,
-    PrepareConfig,
-    TrainConfig,
-    is_remote,
-    validate_train,
-)
+from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
+from ropewalk.config.export import ExportConfig
+from ropewalk.config.rules import is_remote, validate_train
+from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 

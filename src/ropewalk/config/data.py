@@ -122,7 +122,7 @@ class ConvertConfig:
 
 @dataclass
 class InspectStoreConfig:
-    """``python data_prep/inspect.py``."""
+    """``python data_prep/inspect_store.py``."""
 
     store: str = MISSING  # directory of a packed store
     domain: str | None = None  # whose sequence is decoded; null: the first

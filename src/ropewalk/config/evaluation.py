@@ -1,4 +1,4 @@
-"""Evaluation: ``scripts/evaluate.py`` and ``scripts/compare.py``."""
+"""Evaluation: ``scripts/evaluate.py``, ``scripts/compare.py`` and ``scripts/dashboard.py``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ropewalk.config.groups import ModelPath, PathsConfig, RopeConfig, TestTimeConfig
-
-
-@dataclass
-class NeedleConfig:
-    """The passkey grid."""
-
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # share of the context
-    samples: int = 4  # prompts per cell; 0: no grid
-    digits: int = 5  # of the key
-    distractors: int = 0  # other facts in the haystack
+from ropewalk.config.groups import ModelPath, NeedleConfig, PathsConfig, RopeConfig, TestTimeConfig
 
 
 @dataclass
@@ -118,4 +108,16 @@ class CompareConfig:
     figures: str | None = None  # directory for every figure as a file of its own, by matplotlib; null: none
     figure_formats: list[str] = field(default_factory=lambda: ["png", "pdf"])  # png, pdf or svg
     track: bool = False  # log evaluations and figures into the runs of each run's tracker
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class DashboardConfig:
+    """``python scripts/dashboard.py``."""
+
+    project: str = MISSING  # of W&B: tracker.project of the runs
+    entity: str | None = None  # user or team; null: the account's own
+    title: str = "Position methods"
+    output: str = MISSING  # directory for workspace.json and report.json
+    push: bool = False  # save both to W&B; --push is the same
     paths: PathsConfig = field(default_factory=PathsConfig)

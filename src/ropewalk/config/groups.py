@@ -43,3 +43,46 @@ class PathsConfig:
 
     data_dir: str = "data"
     output_dir: str = "outputs"
+
+
+@dataclass
+class SlurmConfig:
+    """What a site's SLURM wants to hear; null is left to its own configuration."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None  # feature that nodes must have
+    nodes: int = 1  # of a job of hydra/launcher=slurm
+    time: str = "48:00:00"  # of a job of hydra/launcher=slurm; quoted, as YAML makes a number of 24:00:00
+    cpus_per_gpu: int = 12
+    gpu_request: bool = True  # false where nodes have GPUs, or none, that SLURM does not count
+    scratch: str = "/tmp"  # on each node's own disk; each job makes a directory below it and removes it
+    environment: dict[str, str] = field(default_factory=dict)  # exported before the ranks start: NCCL and the like
+
+
+@dataclass
+class ClusterConfig:
+    """One kind of node. Numbers are of one GPU where the name says no more; edit them for your site."""
+
+    name: str = MISSING
+    device: str = "cuda"  # cuda, or cpu: a "GPU" is then a process, and its memory the host's
+    gpus_per_node: int = MISSING
+    gpu_memory_gib: float = MISSING  # that torch can allocate, as its out-of-memory message names it
+    peak_tflops: float = MISSING  # dense, in the dtype that is trained in (bf16)
+    nvlink_gb_s: float = MISSING  # to the other GPUs of its node, each way
+    network_gb_s: float = MISSING  # to other nodes, each way, for each GPU
+    host_memory_gib: float = MISSING  # of a node
+    disk_write_gb_s: float = MISSING  # that a node writes to where checkpoints go
+    price_per_gpu_hour: float = MISSING  # in whatever currency you count
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass
+class NeedleConfig:
+    """The passkey grid."""
+
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # share of the context
+    samples: int = 4  # prompts per cell; 0: no grid
+    digits: int = 5  # of the key
+    distractors: int = 0  # other facts in the haystack

@@ -1,13 +1,14 @@
-"""What must hold of a training run and no type can state."""
+"""Rules of a training run that no type can state, and checks that several commands share."""
 
 from __future__ import annotations
 
 import time
 from datetime import datetime
+from pathlib import Path
 
-from ropewalk.config.checks import existing_directory, one_of
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig, InTrainingConfig, TrainConfig
 from ropewalk.errors import UserError
+from ropewalk.rope import RopeChain
 
 STORE_MEND = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
 POSITIVE = (
@@ -173,8 +174,6 @@ def _has_weights(config: TrainConfig) -> bool:
 
 
 def _validate_chain(config: TrainConfig) -> None:
-    from ropewalk.rope import RopeChain
-
     chain = RopeChain(config.rope.chain)
     if _has_weights(config) and not chain.rebuilds:
         return  # it follows the checkpoint's own chain: both are run when that one's config is read
@@ -199,3 +198,27 @@ def instant(value: str) -> float:
             f"trainer.stop_before={value} is no instant; give seconds since 1970 (on SLURM: $SLURM_JOB_END_TIME) or "
             "ISO 8601 (2026-11-24T18:00:00)"
         ) from error
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise UserError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise UserError(f"{name}={value} is not known; use one of: {', '.join(map(str, allowed))}")
+
+
+def existing_directory(name: str, path: str, mend: str) -> Path:
+    """The directory at ``path``, or UserError with the mend."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{name}={path} is not a directory; {mend}")
+    return directory
+
+
+def require_device(name: str, device: str) -> None:
+    """Raise UserError where CUDA is asked for and there is none. Imports torch."""
+    import torch
+
+    if device in ("cuda", "auto") and not torch.cuda.is_available():
+        raise UserError(
+            f"{name}={device}, but torch {torch.__version__} sees no CUDA device; set {name}=cpu or run on a GPU node"
+        )

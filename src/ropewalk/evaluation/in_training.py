@@ -12,7 +12,8 @@ import pandas as pd
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from ropewalk.config import EvaluateConfig, TrainConfig
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, loss_rows

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ropewalk.config import NeedleConfig
+from ropewalk.config.groups import NeedleConfig
 from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.evaluation.bootstrap import proportion, ratio
 from ropewalk.evaluation.prompts import Prompt

@@ -11,7 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from ropewalk.config import EvaluateConfig, RopeConfig, existing_directory, one_of, require_device
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import RopeConfig
+from ropewalk.config.rules import existing_directory, one_of, require_device
 from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, make_windows

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ropewalk.config import NeedleConfig
+from ropewalk.config.groups import NeedleConfig
 from ropewalk.data.prepare import retrieval
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, beginning, encode

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ropewalk.config import EvaluateConfig
+from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.needle import chance_levels, needle_rows, score_prompts

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.config import RopeConfig, TestTimeConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.position import Steps
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, require_device
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
+from ropewalk.config.rules import require_device
 from ropewalk.evaluation.plan import (
     check_engine,
     checked_checkpoint,

@@ -13,8 +13,9 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from ropewalk.cli import CONFIG_DIR
-from ropewalk.config import EvaluateConfig, SuiteConfig, TestTimeConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
+from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import check_scorers, check_tasks

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ropewalk.config import SuiteConfig
+from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.evaluation.table import averages
 
 SHOWN = ("ruler", "lm-eval", "helmet")

@@ -16,7 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from ropewalk.config import EvaluateConfig, RopeConfig, TestTimeConfig, ValidateConfig, existing_directory
+from ropewalk.config.evaluation import EvaluateConfig, ValidateConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
+from ropewalk.config.rules import existing_directory
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import beginning, encode, find_documents
 from ropewalk.evaluation.plan import load_tokenizer, make_plan

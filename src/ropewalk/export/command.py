@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from ropewalk.config import ExportConfig, one_of
+from ropewalk.config.export import ExportConfig
+from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
 from ropewalk.export.card import write_card
 from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
-from ropewalk.config import RopeConfig, TestTimeConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
 from ropewalk.export.safetensors_files import StoredWeights, weight_files

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model import attention
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position

@@ -21,7 +21,7 @@ from ropewalk.analysis.figures.style import (
     render,
     take_words,
 )
-from ropewalk.config import one_of
+from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.report.axes import draw_plot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ropewalk.config import CompareConfig
+from ropewalk.config.evaluation import CompareConfig
 from ropewalk.evaluation.paper import read_published
 from ropewalk.report.benchmarks import SUITES, benchmark_table
 from ropewalk.report.effective import Thresholds, effective_table

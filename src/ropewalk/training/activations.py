@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ropewalk.config import TrainerConfig
+from ropewalk.config.train import TrainerConfig
 from ropewalk.errors import UserError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

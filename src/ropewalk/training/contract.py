@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ropewalk.config import GuardConfig, TrainConfig
+from ropewalk.config.train import GuardConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.rope.position import Position

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
 from ropewalk.model.attention import Documents

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ropewalk.config import GuardConfig
+from ropewalk.config.train import GuardConfig
 from ropewalk.data import Mixture
 from ropewalk.files import write_atomically
 
@@ -145,7 +145,7 @@ def write_provenance(run_dir: Path, step: int, result: StepResult, lr: float, mi
         "learning_rate": lr,
         "domains": dict(Counter(ref.domain for ref in refs)),
         "stores": {name: str(one.root) for name, one in store.stores.items()},
-        "read_one_with": "python data_prep/inspect.py store=STORE domain=DOMAIN sequence=SEQUENCE",
+        "read_one_with": "python data_prep/inspect_store.py store=STORE domain=DOMAIN sequence=SEQUENCE",
         "sequences": sequences,
     }
     path = run_dir / "refused" / f"step-{step:08d}.json"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.prepare.tokenizer import check_same_vocabulary

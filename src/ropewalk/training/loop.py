@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from ropewalk.config import TrainConfig, instant, require_device, validate_train
+from ropewalk.config.rules import instant, require_device, validate_train
+from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch
 from ropewalk.data.order.prefetch import prefetched

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.attention import attention_kernel
 from ropewalk.model.load import count_parameters

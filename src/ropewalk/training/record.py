@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ropewalk.config import ResumeConfig
+from ropewalk.config.train import ResumeConfig
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
 from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.provenance import recorded_config
 from ropewalk.training.checkpoint import SaveFailed, StartedSave, start_save
 from ropewalk.training.observer import Observer

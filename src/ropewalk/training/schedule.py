@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ropewalk.config import TrainerConfig
+from ropewalk.config.train import TrainerConfig
 
 
 def learning_rate(step: int, trainer: TrainerConfig) -> float:

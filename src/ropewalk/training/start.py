@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
 from ropewalk.training.agreement import by_rank_zero, first_problem, writing

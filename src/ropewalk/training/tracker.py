@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ropewalk.config import TrackerConfig
+from ropewalk.config.train import TrackerConfig
 from ropewalk.files import write_atomically
 from ropewalk.provenance import recorded_arguments
 from ropewalk.training.terminal import tell

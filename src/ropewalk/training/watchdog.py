@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from types import TracebackType
 
-from ropewalk.config import GuardConfig
+from ropewalk.config.train import GuardConfig
 from ropewalk.training.heartbeat import BEAT, Heartbeat, Heartbeats
 from ropewalk.training.terminal import tell
 

@@ -15,7 +15,6 @@ from helpers import alone_environment, composed, save_tiny, tiny_run
 from ranks import tiny_arguments
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.doctor import (
     disk,
     examine,
@@ -31,6 +30,7 @@ from ropewalk.cluster.doctor.disk import check_file_system, check_space
 from ropewalk.cluster.doctor.machine import check_data, check_device, check_kernels
 from ropewalk.cluster.doctor.network import SIZE
 from ropewalk.cluster.doctor.screen import fail, guarded, ok, screen
+from ropewalk.config import CONFIG_DIR
 from ropewalk.training import train
 
 ROOT = CONFIG_DIR.parent

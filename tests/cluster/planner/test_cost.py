@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from helpers import composed, tiny_run
 
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.planner import Setting, lead_seconds, make_plan, shape_of
 from ropewalk.cluster.planner.cost import (
     accumulation_steps,
@@ -17,7 +16,8 @@ from ropewalk.cluster.planner.cost import (
     kv_bytes,
     run_time,
 )
-from ropewalk.config import AssumptionConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.train import AssumptionConfig
 from ropewalk.training import find_checkpoint, train
 
 

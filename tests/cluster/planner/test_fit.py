@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 from helpers import alone_environment, composed
 
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.planner import make_plan, memory, print_plan
 from ropewalk.cluster.planner.fit import Room, sequence_degrees
 from ropewalk.cluster.planner.memory import GIB, Allowances
 from ropewalk.cluster.planner.plan import setting_of
-from ropewalk.config import PlanConfig, TrainConfig, validate_train
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.rules import validate_train
+from ropewalk.config.train import PlanConfig, TrainConfig
 
 ROOT = CONFIG_DIR.parent
 

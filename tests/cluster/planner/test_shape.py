@@ -7,9 +7,9 @@ from helpers import composed, save_tiny
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from ropewalk.cli import CONFIG_DIR
 from ropewalk.cluster.planner import ModelShape, shape_of
-from ropewalk.config import ModelConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import count_parameters, training_config
 from ropewalk.training.work import WorkCounter
 

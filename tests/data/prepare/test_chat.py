@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
-from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.pipeline import prepare

@@ -11,7 +11,7 @@ import pytest
 from helpers import documents_of
 
 import ropewalk.data.prepare.corpus as module
-from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.sources import corpus_sources, list_units
 from ropewalk.data.prepare.tokenizer import load_tokenizer
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import documents_of
 
-from ropewalk.config import CorpusConfig, ExecutorConfig, GatherConfig, PrepareConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, ExecutorConfig, GatherConfig, PrepareConfig, SourceConfig
 from ropewalk.data.prepare.datatrove import executor, gather
 from ropewalk.data.prepare.pipeline import prepare
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.config import DomainConfig
+from ropewalk.config.data import DomainConfig
 from ropewalk.data.prepare.domains import DomainDocuments, pack_domains
 from ropewalk.data.prepare.packing import chunk
 from ropewalk.data.prepare.token_files import FlatDocuments

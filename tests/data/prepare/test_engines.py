@@ -212,10 +212,9 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     fixture_corpus, fixture_tokenizer, tmp_path, monkeypatch, capsys, right
 ):
     """The whole shard, so that the bytes do not depend on when the difference was met."""
-    from ropewalk.config import CorpusConfig, PrepareConfig
+    from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare import stages
-    from ropewalk.data.prepare.pipeline import prepare
+    from ropewalk.data.prepare.pipeline import prepare, stages
 
     lines = []
 
@@ -241,10 +240,9 @@ def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp
 
     Here the last one is also the last to be done, as it is the smallest.
     """
-    from ropewalk.config import CorpusConfig, PrepareConfig
+    from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare import stages
-    from ropewalk.data.prepare.pipeline import prepare
+    from ropewalk.data.prepare.pipeline import prepare, stages
 
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 2**65)
     (tmp_path / "docs").mkdir()

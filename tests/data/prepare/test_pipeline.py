@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import documents_of
 
-from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.data.prepare.pool import Processes
@@ -378,7 +378,7 @@ def test_the_command(fixture_corpus, fixture_tokenizer, tmp_path):
     import sys
 
     root = Path(__file__).parents[3]
-    beside = root / "data_prep"  # the folder whose inspect.py must not stand before the standard library's
+    beside = root / "data_prep"
     command = [
         *(sys.executable, "prepare.py", "+corpus=files", f"corpus.paths=[{fixture_corpus}]", "shard_mb=0.05"),
         *(f"corpus.tokenizer={fixture_tokenizer}", "sequence_lengths=[64]", f"output={tmp_path}/o", "--workers", "2"),
@@ -388,11 +388,16 @@ def test_the_command(fixture_corpus, fixture_tokenizer, tmp_path):
     assert "packed-64     long" in done.stdout
     store = f"store={tmp_path}/o/packed-64"
     shown = subprocess.run(
-        [sys.executable, "inspect.py", store, "--verify"], cwd=beside, capture_output=True, text=True, check=False
+        [sys.executable, "inspect_store.py", store, "--verify"], cwd=beside, capture_output=True, text=True, check=False
     )
     assert shown.returncode == 0, shown.stderr
     assert "sequence 0 of long, 1 pieces:" in shown.stdout
     assert shown.stdout.endswith("verified: every file has the size and SHA-256 of the manifest\n")
+    former = subprocess.run(
+        [sys.executable, "inspect.py", store], cwd=beside, capture_output=True, text=True, check=False
+    )
+    assert former.returncode == 2
+    assert former.stderr.startswith("error: data_prep/inspect.py is called data_prep/inspect_store.py now")
     refused = subprocess.run([*command, "seed=1"], cwd=beside, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")

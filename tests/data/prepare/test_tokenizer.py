@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import documents_of
 
-from ropewalk.config import CorpusConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import Document
 from ropewalk.data.prepare.tokenizer import (
     BOS,

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from helpers import tiny_run
 
-from ropewalk.config import DataConfig, validate_train
+from ropewalk.config.rules import validate_train
+from ropewalk.config.train import DataConfig
 from ropewalk.data import PackedSequence, PackedStore
 from ropewalk.data.order.mixture import Mixture
 from ropewalk.data.store.cache import DownloadCache

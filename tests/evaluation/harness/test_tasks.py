@@ -6,8 +6,9 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from ropewalk.config import EvaluateConfig, RopeConfig, SuiteConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
+from ropewalk.config.groups import RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation.harness import tasks
 from ropewalk.evaluation.harness.tasks import check_scorers, check_tasks, nearest, rows_of, run_task, task_manager
 from ropewalk.evaluation.suites import evaluate_suite

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ropewalk.config import EvaluateConfig, HelmetConfig, RopeConfig, SuiteConfig
-from ropewalk.config import TestTimeConfig as AtTestTime
+from ropewalk.config.evaluation import EvaluateConfig, HelmetConfig, SuiteConfig
+from ropewalk.config.groups import RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation.helmet.configs import helmet_yaml
 from ropewalk.evaluation.helmet.datasets import CATEGORIES, LENGTHS
 from ropewalk.evaluation.helmet.rebuild import json_kv, ruler_rows

@@ -19,8 +19,8 @@ import pytest
 from helpers import alone_environment
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
-from ropewalk.cli import CONFIG_DIR
-from ropewalk.config import DashboardConfig
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.evaluation import DashboardConfig
 from ropewalk.report.dashboard import dashboard, metrics
 from ropewalk.report.dashboard.build import COLUMNS
 from ropewalk.report.runs import load_run

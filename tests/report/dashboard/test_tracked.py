@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
-from ropewalk.config import CompareConfig
+from ropewalk.config.evaluation import CompareConfig
 from ropewalk.report.dashboard import metrics, track
 from ropewalk.report.runs import load_run
 

@@ -18,7 +18,8 @@ from ropewalk.analysis.figures.spectra import spectra_figure
 from ropewalk.analysis.figures.style import NO_DATE, render
 from ropewalk.analysis.figures.textbook import textbook_figure
 from ropewalk.analysis.subjects import spectra_of
-from ropewalk.config import FiguresConfig, one_of
+from ropewalk.config.analysis import FiguresConfig
+from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 

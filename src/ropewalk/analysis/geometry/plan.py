@@ -12,15 +12,10 @@ from transformers import AutoConfig
 
 from ropewalk.analysis.geometry.pca import sample_heads
 from ropewalk.analysis.geometry.table import RECORD
-from ropewalk.config import (
-    SUPPORTED_MODEL_TYPES,
-    GeometryConfig,
-    RopeConfig,
-    TestTimeConfig,
-    existing_directory,
-    one_of,
-    require_device,
-)
+from ropewalk.config.analysis import GeometryConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
+from ropewalk.config.rules import existing_directory, one_of, require_device
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.plan import SHORTEST, load_tokenizer

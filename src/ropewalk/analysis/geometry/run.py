@@ -23,7 +23,7 @@ from ropewalk.analysis.geometry.table import (
     key_scores,
     write_tables,
 )
-from ropewalk.config import GeometryConfig
+from ropewalk.config.analysis import GeometryConfig
 from ropewalk.evaluation.settings import Setting
 from ropewalk.model.load import load_for_evaluation
 

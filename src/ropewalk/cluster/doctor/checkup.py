@@ -17,7 +17,9 @@ from ropewalk.cluster.doctor.machine import check_data, check_device, check_kern
 from ropewalk.cluster.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
 from ropewalk.cluster.doctor.screen import Finding, guarded, screen, warn
 from ropewalk.cluster.planner.cost import checkpoints_kept
-from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig
+from ropewalk.config.data import PrepareConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
 from ropewalk.model.load import count_parameters, training_config

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from ropewalk.cluster.doctor.disk import make_directory
 from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
-from ropewalk.config import CompareConfig, EvaluateConfig, PrepareConfig
+from ropewalk.config.data import PrepareConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.model.load import count_parameters
 
 ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
-from ropewalk.config import TrainConfig
+from ropewalk.config.train import TrainConfig
 from ropewalk.data.store.remote import open_stores
 from ropewalk.model.attention import Documents, attention_kernel, document_attention
 from ropewalk.model.loss import tiled_linear_cross_entropy

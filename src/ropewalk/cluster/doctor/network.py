@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ropewalk.cluster.doctor.disk import SKEW
 from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
-from ropewalk.config import ClusterConfig
+from ropewalk.config.groups import ClusterConfig
 from ropewalk.files import write_atomically
 from ropewalk.training.agreement import by_rank_zero
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ropewalk.config import AssumptionConfig, ClusterConfig, PlanConfig
+from ropewalk.config.groups import ClusterConfig
+from ropewalk.config.train import AssumptionConfig, PlanConfig
 from ropewalk.errors import UserError
 
 POSITIVE_OF_CLUSTER = (

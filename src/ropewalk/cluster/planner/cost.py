@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ropewalk.cluster.planner.memory import FP32, Setting
 from ropewalk.cluster.planner.shape import ModelShape
-from ropewalk.config import AssumptionConfig, ClusterConfig, TrainerConfig
+from ropewalk.config.groups import ClusterConfig
+from ropewalk.config.train import AssumptionConfig, TrainerConfig
 from ropewalk.flops import causal_pairs, sequence_flops
 
 GB = 1e9

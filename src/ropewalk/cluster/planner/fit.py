@@ -9,7 +9,7 @@ from itertools import combinations
 
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape
-from ropewalk.config import ClusterConfig
+from ropewalk.config.groups import ClusterConfig
 
 SHOWN = 3  # changes that are offered
 TILE = 1024  # tokens whose logits exist at once, where that is offered

@@ -11,7 +11,8 @@ from ropewalk.cluster.planner.assumptions import check_inputs
 from ropewalk.cluster.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
-from ropewalk.config import PlanConfig, validate_train
+from ropewalk.config.rules import validate_train
+from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
 
 DAY, HOUR = 86_400, 3_600

@@ -8,7 +8,7 @@ from typing import Any
 
 from ropewalk.cluster.planner.memory import GIB
 from ropewalk.cluster.planner.plan import DAY, HOUR, Plan, gib, make_plan
-from ropewalk.config import PlanConfig
+from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
 
 GB = 1e9

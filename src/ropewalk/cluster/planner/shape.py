@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

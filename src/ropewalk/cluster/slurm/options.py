@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ropewalk.config import ClusterConfig, PlanConfig
+from ropewalk.config.groups import ClusterConfig
+from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*")

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 import time
 
 from hydra.core.utils import JobReturn, JobStatus
 from submitit.core.utils import DelayedSubmission, JobPaths, cloudpickle_dump
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from ropewalk.cli import user_errors
 from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 
@@ -83,11 +83,14 @@ def main() -> None:
     ending.add_argument("code", type=int)
     ending.add_argument("answer")
     given = parser.parse_args()
-    with user_errors():
-        if given.command == "overrides":
-            print(shlex.join(overrides(given.folder)))
-        else:
-            end(given.folder, given.code, given.answer)
+    if given.command == "end":
+        end(given.folder, given.code, given.answer)
+        return
+    try:
+        print(shlex.join(overrides(given.folder)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.config import ConvertConfig, one_of
+from ropewalk.config.data import ConvertConfig
+from ropewalk.config.rules import one_of
 from ropewalk.data.mds.mds_reader import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds.mds_writer import write_mds
 from ropewalk.data.prepare.pool import Processes

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import ExecutorConfig, GatherConfig, one_of
+from ropewalk.config.data import ExecutorConfig, GatherConfig
+from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.stages import Pack, Plan, Tokenize
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically

@@ -8,7 +8,8 @@ from itertools import chain
 
 import numpy as np
 
-from ropewalk.config import CorpusConfig, DomainConfig, one_of
+from ropewalk.config.data import CorpusConfig, DomainConfig
+from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.packing import Documents, Pieces, chunk, cut, pack, packed_sequences, whole_sequences
 from ropewalk.data.prepare.sources import SPLIT_DOMAIN
 from ropewalk.data.prepare.token_files import FlatDocuments

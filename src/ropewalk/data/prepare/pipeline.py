@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import CorpusConfig, DomainConfig, PrepareConfig, one_of
+from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig
+from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.corpus import Document, Unit
 from ropewalk.data.prepare.domains import RETRIEVAL, DomainDocuments, domain_rules, pack_domains
 from ropewalk.data.prepare.engines import ENGINES

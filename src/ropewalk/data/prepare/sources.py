@@ -13,7 +13,8 @@ from typing import Any
 
 import xxhash
 
-from ropewalk.config import CorpusConfig, SourceConfig, one_of
+from ropewalk.config.data import CorpusConfig, SourceConfig
+from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.corpus import CODE, JSONL, PROSE, Unit, open_parquet
 from ropewalk.data.store.hashing import canonical_json
 from ropewalk.errors import UserError

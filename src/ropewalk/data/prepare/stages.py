@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.config import DomainConfig
+from ropewalk.config.data import DomainConfig
 from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.corpus import Document, Unit, read_documents
 from ropewalk.data.prepare.domains import DomainDocuments, pack_domains

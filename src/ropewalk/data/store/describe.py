@@ -1,4 +1,4 @@
-"""What a packed store holds, for people: ``python data_prep/inspect.py store=DIR``."""
+"""What a packed store holds, for people: ``python data_prep/inspect_store.py store=DIR``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ropewalk.config import InspectStoreConfig
+from ropewalk.config.data import InspectStoreConfig
 from ropewalk.data.store.manifest import DomainInfo
 from ropewalk.data.store.reader import PackedStore
 from ropewalk.errors import UserError

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ropewalk.config import STORE_MEND, DataConfig, existing_directory, is_remote
+from ropewalk.config.rules import STORE_MEND, existing_directory, is_remote
+from ropewalk.config.train import DataConfig
 from ropewalk.data.store.cache import BOUNDED, DownloadCache
 from ropewalk.data.store.hashing import sha256_directory, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ropewalk.config import SuiteConfig, TestTimeConfig
+from ropewalk.config.evaluation import SuiteConfig
+from ropewalk.config.groups import TestTimeConfig
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import (
     harness_version,

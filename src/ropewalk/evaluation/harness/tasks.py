@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ropewalk.config import SuiteConfig
+from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.errors import UserError
 
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "score")  # 0 to 1 in lm-eval; so is every metric named *_score

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import SuiteConfig, TestTimeConfig
+from ropewalk.config.evaluation import SuiteConfig
+from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.helmet.configs import helmet_yaml, published, write_yaml

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import SuiteConfig, TestTimeConfig
+from ropewalk.config.evaluation import SuiteConfig
+from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import harness_version, run_task

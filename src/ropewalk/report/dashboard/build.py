@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config import DashboardConfig
+from ropewalk.config.evaluation import DashboardConfig
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ropewalk.analysis.figures.style import render
-from ropewalk.config import CompareConfig, TrackerConfig
+from ropewalk.config.evaluation import CompareConfig
+from ropewalk.config.train import TrackerConfig
 from ropewalk.files import write_atomically
 from ropewalk.report.base import with_bases
 from ropewalk.report.dashboard import metrics
