@@ -16,14 +16,14 @@ from ranks import tiny_arguments
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ropewalk.cluster.doctor import (
+    checkup,
+    command_inputs,
     disk,
     examine,
     examine_comparison,
     examine_evaluation,
     examine_preparation,
-    inputs,
     machine,
-    run,
 )
 from ropewalk.cluster.doctor.command_inputs import check_evaluated, check_room_for_tokens
 from ropewalk.cluster.doctor.disk import check_file_system, check_space
@@ -279,7 +279,7 @@ def test_room_for_tokens_is_four_bytes_for_four(tmp_path, monkeypatch):
     words = ["corpus=files", f"corpus.paths=[{tmp_path / 'texts'}]", "sequence_lengths=[64,128]",
              f"output={tmp_path / 'out'}"]  # fmt: skip
     for free, level in ((8_999_999, "warn"), (9_000_000, "ok")):
-        monkeypatch.setattr(inputs, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
+        monkeypatch.setattr(command_inputs, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
         (finding,) = check_room_for_tokens(composed("prepare", *words))
         assert finding.level == level
 
@@ -327,7 +327,7 @@ def two_ranks(tmp_path, on_rank_1, *arguments):
         "import os, sys, runpy\n"
         "os.environ.update(LOCAL_RANK='0', SLURMD_NODENAME='n' + os.environ['RANK'])\n"
         "from datetime import timedelta\n"
-        "from ropewalk.cluster.doctor import network, run\n"
+        "from ropewalk.cluster.doctor import checkup, network\n"
         "network.PATIENCE = timedelta(seconds=5)\n"
         f"if os.environ['RANK'] == '1':\n    {on_rank_1}\n"
         "sys.argv[0] = 'scripts/doctor.py'\n"
@@ -356,7 +356,7 @@ def test_a_rank_that_has_found_a_fault_keeps_no_other_waiting(store_64, tmp_path
 @pytest.mark.slow
 def test_a_link_that_fails_is_on_the_screen(store_64, tmp_path):
     """One rank's all-reduce raises, the other's runs out of patience; neither goes on to the next check."""
-    broken = "run.check_all_reduce = lambda *words: (_ for _ in ()).throw(RuntimeError('no link'))"
+    broken = "checkup.check_all_reduce = lambda *words: (_ for _ in ()).throw(RuntimeError('no link'))"
     said = two_ranks(tmp_path, broken, *tiny_arguments(store_64, tmp_path / "run"))
     assert re.search(r"FAIL all-reduce +RuntimeError: no link  \[n1\]", said)
     assert re.search(r"FAIL all-reduce .*  \[n0\]", said)
@@ -366,7 +366,7 @@ def test_a_link_that_fails_is_on_the_screen(store_64, tmp_path):
 def test_gpus_are_counted_by_the_tasks_of_a_node(store_64, tmp_path, monkeypatch):
     """As --ntasks-per-node says, whatever the cluster's file does."""
     asked = []
-    monkeypatch.setattr(run, "check_device", lambda device, gpus, rank: asked.append(gpus) or [ok("device", "x")])
+    monkeypatch.setattr(checkup, "check_device", lambda device, gpus, rank: asked.append(gpus) or [ok("device", "x")])
     for tasks, gpus in (("4", 4), (None, 1)):
         monkeypatch.setenv("SLURM_NTASKS_PER_NODE", tasks) if tasks else monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
         examine(tiny_run(store_64, tmp_path / "run", "cluster=laptop"))
