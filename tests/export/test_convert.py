@@ -146,7 +146,7 @@ def test_a_tokenizer_of_another_model_is_refused(model, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached(model, monkeypatch):
-    from ropewalk.export.hub import push
+    from ropewalk.export.command import push
 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"push_to_hub=a/b failed .*is whole: log in with"):

@@ -13,12 +13,13 @@ import yaml
 from httpx2 import HTTPError
 from huggingface_hub import ModelCard, hf_hub_download
 from omegaconf import OmegaConf
+from transformers import PreTrainedConfig
 
 from ropewalk.export.place import SOURCE
-from ropewalk.export.serving import commands
 from ropewalk.export.source import Source, read_json
 from ropewalk.export.verify.findings import STOCK, findings_of
 from ropewalk.files import write_atomically
+from ropewalk.rope import Position
 
 CARD = "README.md"
 
@@ -214,3 +215,50 @@ def _licence(source: Source, licence: str | None) -> list[str]:
         f"Not known: no card of the base model ({_base_name(source)}) could be read. Its licence holds for these "
         "weights; look it up and put it here before you share them (`license=NAME` writes it).",
     ]
+
+
+def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> int:
+    """Memory of one sequence's keys and values: 2 x layers x key/value heads x head_dim x bytes a token.
+
+    Args:
+        config: of the model.
+        tokens: length of the sequence.
+        bytes_each: of one number; 2 for bf16.
+    """
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * bytes_each * tokens
+
+
+def commands(config: PreTrainedConfig, position: Position, directory: Path) -> list[str]:
+    """Markdown lines for a model card; DIR stands for the place of the files."""
+    served = config.max_position_embeddings
+    lines = [
+        f"Keys and values of one sequence of {served:,} tokens take "
+        f"{cache_bytes(config, served) / 2**30:.3g} GiB in bf16.",
+    ]
+    if (directory / "config.json").is_file():
+        lines += [
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")  # transformers 4.45 or later',
+            'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+            "```",
+            "",
+            "```bash",
+            f"vllm serve DIR --max-model-len {served}",
+            f"python -m sglang.launch_server --model-path DIR --context-length {served}",
+            "```",
+        ]
+        if position.depends_on_length:
+            lines += [
+                "",
+                f"The chain follows the input's length; these files hold it at {position.trained_length:,} tokens.",
+            ]
+    files = sorted(path.name for path in directory.glob("*.gguf"))
+    if files:
+        lines += ["", "```bash", *(f"llama-server --model DIR/{name} --ctx-size {served}" for name in files), "```"]
+    return lines

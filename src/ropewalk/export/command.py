@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from httpx2 import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig
 
 from ropewalk.config.export import ExportConfig
@@ -18,7 +21,6 @@ from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of
 from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.hf import is_current, place_hf
-from ropewalk.export.hub import push
 from ropewalk.export.place import begin_adding, only_writer
 from ropewalk.export.source import (
     Source,
@@ -156,3 +158,24 @@ def _verify(engine: str, output: Path, verify: Callable[[], object], failures: l
         failures.append(str(error))
         if findings_of(output).get(engine, {}).get("passed") is not False:
             write_finding(output, engine, EngineFailed(str(error)))
+
+
+def push(directory: Path, repository: str, *, private: bool) -> str:
+    """Upload a directory, the record of its making left out; returns the address.
+
+    The login is that of ``hf auth login``; no token is read or written here.
+
+    Raises:
+        UserError: where the hub cannot be reached or refuses; the export stays and the command can be repeated.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=directory, commit_message=f"Upload {directory.name}")
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise UserError(
+            f"push_to_hub={repository} failed ({' '.join(str(error).split())[:300]}); {directory} is whole: log in "
+            "with `hf auth login`, check the name and the network, and repeat the command"
+        ) from error
+    print(f"uploaded {directory} to {address}")
+    return str(address)

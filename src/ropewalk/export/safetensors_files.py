@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ropewalk.errors import UserError
 from ropewalk.files import inside, write_atomically
@@ -156,3 +158,26 @@ def _dtype_of(name: str) -> torch.dtype:
 def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
     """Size of the weights on disk."""
     return sum(shape.numel() * dtype.itemsize for shape, dtype in planned)
+
+
+def weight_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:
+    """What is missing or has another shape, in words; only headers are read.
+
+    A model whose weights transformers renames when it loads them (experts kept one by one) is not looked at.
+    """
+    try:
+        shapes = StoredWeights(directory).shapes()
+    except ValueError as error:
+        yield str(error)
+        return
+    if get_checkpoint_conversion_mapping(config.model_type) is not None:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    missing = sorted(set(wanted) - set(shapes))
+    other = sorted(name for name in set(wanted) & set(shapes) if wanted[name] != shapes[name])
+    if missing:
+        yield f"{len(missing)} weights are missing, {missing[0]} first"
+    if other:
+        yield f"{len(other)} weights have other shapes, {other[0]} first"

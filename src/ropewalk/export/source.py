@@ -15,8 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
-from ropewalk.export.safetensors_files import StoredWeights, weight_files
-from ropewalk.export.wholeness import weight_faults
+from ropewalk.export.safetensors_files import StoredWeights, weight_faults, weight_files
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import heapq
 import io
 import json
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ropewalk.data.store.hashing import stable_key
 from ropewalk.errors import UserError
 
 PROSE = {".txt", ".md", ".rst"}
@@ -319,3 +321,25 @@ def _messages(value: Any, path: str, number: int, column: str) -> tuple[dict[str
         {key: _checked_text(message[key], path, number, f"{column}.{key}") for key in ("role", "content")}
         for message in value
     )
+
+
+SAMPLE_BYTES = 2**27  # of text, held in memory; a smaller corpus is taken whole
+
+
+def sample_documents(units: Iterable[Unit]) -> list[Document]:
+    """Documents in corpus order: those whose names hash lowest, until they have 128 MB together.
+
+    What they are does not depend on the order in which the corpus is read.
+    """
+    chosen: list[tuple[int, int, int, Document]] = []  # a heap, the highest hash first
+    size = 0
+    skipped: Counter[str] = Counter()  # counted where the corpus is tokenized
+    place = 0
+    for unit in units:
+        for document in read_documents(unit, skipped):
+            heapq.heappush(chosen, (-stable_key("sample", document.name), -place, document.bytes, document))
+            place += 1
+            size += document.bytes
+            while size - chosen[0][2] >= SAMPLE_BYTES:
+                size -= heapq.heappop(chosen)[2]
+    return [document for _, _, _, document in sorted(chosen, key=lambda entry: -entry[1])]

@@ -15,6 +15,7 @@ from typing import Any
 
 from ropewalk.config.data import ExecutorConfig, GatherConfig
 from ropewalk.config.rules import one_of
+from ropewalk.data.prepare.finish import finish
 from ropewalk.data.prepare.stages import Pack, Plan, Tokenize
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
@@ -85,8 +86,6 @@ def run_stages(output: Path, config: ExecutorConfig) -> None:
 
 def _run_stage(output: str, name: str, data: object = None, rank: int = 0, world_size: int = 1) -> None:
     """A stage as a step of a pipeline."""
-    from ropewalk.data.prepare.pipeline import finish
-
     plan = Plan.load(Path(output))
     if name == "finish":
         finish(plan, print)

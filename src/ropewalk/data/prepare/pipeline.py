@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.config.rules import one_of
-from ropewalk.data.prepare.corpus import Document, Unit
-from ropewalk.data.prepare.domains import RETRIEVAL, DomainDocuments, domain_rules, pack_domains
+from ropewalk.data.prepare.corpus import Document, Unit, sample_documents
+from ropewalk.data.prepare.datatrove import run_stages
+from ropewalk.data.prepare.domains import domain_rules
 from ropewalk.data.prepare.engines import ENGINES
+from ropewalk.data.prepare.finish import PREPARED, PREPARING, Report, fill, finish, in_words
 from ropewalk.data.prepare.heldout import choose_heldout, write_heldout
 from ropewalk.data.prepare.pool import Processes
-from ropewalk.data.prepare.retrieval import retrieval_documents
-from ropewalk.data.prepare.sampling import sample_documents
 from ropewalk.data.prepare.sources import Source, corpus_sources, list_units
 from ropewalk.data.prepare.stages import (
     PLAN,
@@ -29,11 +29,9 @@ from ropewalk.data.prepare.stages import (
     Tokenize,
     open_encoder,
     open_encoders,
-    store_directory,
     work_directory,
     write_units,
 )
-from ropewalk.data.prepare.token_files import FlatDocuments, read_record
 from ropewalk.data.prepare.tokenizer import (
     DocumentEncoder,
     copy_plain,
@@ -45,20 +43,15 @@ from ropewalk.data.prepare.tokenizer import (
 )
 from ropewalk.data.store.hashing import canonical_json, sha256_text, stable_key
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
-from ropewalk.data.store.part_writer import clear_records
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.writer import Accounting, commit_store, copy_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.files import fsync_path, write_atomically
+from ropewalk.files import write_atomically
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
-PREPARED = "prepared.json"  # names finished work
-PREPARING = "preparing.json"  # names work that is under way, or was when it was killed
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
 STAGES = ("all", "plan", "tokenize", "pack", "finish")
 
-Report = Callable[[str], None]
 say: Report = partial(print, flush=True)
 
 
@@ -95,8 +88,6 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
     elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report):
         pass  # it is said
     elif config.stage == "all":
-        from ropewalk.data.prepare.datatrove import run_stages
-
         run_stages(output, config.executor)
         if config.executor.kind == "slurm":
             report(f"submitted; {output} is whole when the last job is done")
@@ -137,7 +128,7 @@ def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[t
     shards = _shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
     skipped = sum((source.skipped for source in sources), Counter[str]())
-    report(f"corpus: {sum(s.units for s in sources):,} units, {total / 1e6:.1f} MB; skipped: {_counts(+skipped)}")
+    report(f"corpus: {sum(s.units for s in sources):,} units, {total / 1e6:.1f} MB; skipped: {in_words(+skipped)}")
     if not shards:
         raise UserError(
             f"the corpus has no documents (skipped: {dict(+skipped)}); set corpus.stdlib=true, corpus.paths=[...] or "
@@ -253,94 +244,6 @@ def _run_all(stage: Tokenize | Pack, name: str, processes: Processes, report: Re
     todo.sort(key=stage.size, reverse=True)  # a large one begun last would keep one process busy and the others waiting
     for count, (place, _) in enumerate(processes.each(stage.run, [(task, len(stage)) for task in todo]), 1):
         report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
-
-
-def finish(plan: Plan, report: Report) -> None:
-    """Put the parts together, and clear away what was needed for them."""
-    output, pack = Path(plan.output), Pack.of(plan)
-    sources = _described(plan)
-    records = [read_record(plan.work, shard) for shard in range(plan.shards)]
-    engines = Counter(record.engine for record in records if record is not None)
-    report(f"tokenized with {', '.join(f'{name} ({count} shards)' for name, count in sorted(engines.items()))}")
-    for source in sources:
-        report(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: "
-               f"{_counts(source['skipped'])}")  # fmt: skip
-    filler: list[Document] = []
-    if plan.retrieval_tokens:
-        units = (unit for shard in range(plan.shards) for unit in plan.units(shard) if not unit.chat)
-        filler = [document for document in sample_documents(units) if document.name not in set(plan.heldout)]
-    for length in plan.sequence_lengths:
-        if not (store_directory(plan, length) / MANIFEST).is_file():
-            _assemble(plan, pack, length, filler, sources, report)
-        _clear(plan, length)
-    (output / PREPARING).replace(output / PREPARED)
-    fsync_path(output)
-    shutil.rmtree(plan.work)
-
-
-def _described(plan: Plan) -> list[dict[str, Any]]:
-    """The sources with what was read of them."""
-    described = [{**source, "documents": 0, "text_bytes": 0, "tokens": 0} for source in plan.sources]
-    for shard in range(plan.shards):
-        record = read_record(plan.work, shard)
-        assert record is not None
-        source = described[record.source]
-        for key in ("documents", "text_bytes", "tokens"):
-            source[key] += getattr(record, key)
-        source["skipped"] = dict(sorted((Counter(source["skipped"]) + Counter(record.skipped)).items()))
-    return described
-
-
-def _assemble(
-    plan: Plan,
-    pack: Pack,
-    length: int,
-    filler: list[Document],
-    sources: list[dict[str, Any]],
-    report: Report,
-) -> None:
-    root = store_directory(plan, length)
-    tasks = [task for task in range(len(pack)) if pack.place(task)[0] == length]
-    accounts: dict[str, Accounting] = dict.fromkeys(plan.rules, Accounting(0))
-    for task in tasks:
-        done = pack.accounting(task)
-        if done is None:
-            raise UserError(f"group {pack.place(task)[1]} of packed-{length} is not packed; run stage=pack")
-        accounts = {name: account + done[name] for name, account in accounts.items()}
-    domains = {}
-    for name in plan.rules:
-        writer = pack.writer(length, name)
-        parts = [writer.finished(pack.place(task)[1]) for task in tasks]
-        domains[name] = writer.assemble([part for part in parts if part is not None])
-    if filler:
-        writer = pack.writer(length, RETRIEVAL)
-        encoder, _ = open_encoders(plan)
-        texts = [part for document in filler for part in document.parts]
-        made = list(retrieval_documents(encoder.unchecked(), texts, length, plan.retrieval_tokens, plan.seed))
-        found = {RETRIEVAL: DomainDocuments(FlatDocuments.of(made))}
-        packed = pack_domains({RETRIEVAL: DomainConfig()}, found, length, plan.seed)[RETRIEVAL]
-        domains[RETRIEVAL] = writer.assemble([writer.write(0, packed.sequences)])
-        accounts[RETRIEVAL] = packed.accounting
-    for name in [name for name, info in domains.items() if not info.sequences]:
-        report(f"{root.name}: no document for the domain {name}; left out")
-        del domains[name]
-    tokenizer = copy_tokenizer(Path(plan.output) / TOKENIZER, root / TOKENIZER)
-    store = commit_store(root, length, tokenizer, domains, accounts, sources)
-    for name, info in store.domains.items():
-        report(
-            f"{root.name}: {name}: {info.sequences:,} sequences, fill {_fill(info.tokens, info.padding)}, "
-            f"moved: {_counts(accounts[name].moved)}, dropped: {_counts(accounts[name].dropped)}"
-        )
-
-
-def _clear(plan: Plan, length: int) -> None:
-    """Remove from a store what its manifest does not name; before there is one, a killed call needs it again."""
-    store = PackedStore(store_directory(plan, length))
-    for name in (*plan.rules, RETRIEVAL):
-        if name in store.domains:
-            clear_records(store.root / name)
-        elif (store.root / name).exists():
-            shutil.rmtree(store.root / name)
 
 
 def _copied_encoder(
@@ -471,14 +374,6 @@ def _table(stores: Sequence[PackedStore]) -> list[str]:
         for name, info in store.domains.items():
             lines.append(
                 f"{store.root.name:<14}{name:<12}{info.sequences:>10,}{info.documents:>11,}{info.tokens:>14,}"
-                f"{info.trained_tokens:>14,}{_fill(info.tokens, info.padding):>9}"
+                f"{info.trained_tokens:>14,}{fill(info.tokens, info.padding):>9}"
             )
     return lines
-
-
-def _fill(tokens: int, padding: int) -> str:
-    return f"{tokens / (tokens + padding):.2%}"
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number) or "none"

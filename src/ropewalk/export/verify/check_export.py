@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from ropewalk.analysis.inspection import inspect_config
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
 from ropewalk.export.gguf.gguf_check import claimed_position, position_faults
 from ropewalk.export.gguf.gguf_file import gguf_fields
 from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.portable import older_form
-from ropewalk.export.wholeness import weight_faults
+from ropewalk.export.safetensors_files import weight_faults
 from ropewalk.model.rotary import spectrum_tolerance
+from ropewalk.model.rotations import inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ropewalk.data.order.shuffle import permuted
+from ropewalk.data.order.mixture import permuted
 
 
 @settings(max_examples=60, deadline=None)
