@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
-from ropewalk.data.prepare.tokenizer import check_same_vocabulary
 from ropewalk.data.store.remote import open_stores
+from ropewalk.data.store.tokenizer_files import check_same_vocabulary
 from ropewalk.errors import UserError
 from ropewalk.model.attention import Documents
 from ropewalk.training.engine import Ranks

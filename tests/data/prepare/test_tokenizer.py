@@ -8,15 +8,8 @@ from helpers import documents_of
 
 from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import Document
-from ropewalk.data.prepare.tokenizer import (
-    BOS,
-    EOS,
-    DocumentEncoder,
-    describe_tokenizer,
-    is_plain,
-    load_tokenizer,
-    train_tokenizer,
-)
+from ropewalk.data.prepare.tokenizer import BOS, EOS, DocumentEncoder, load_tokenizer, train_tokenizer
+from ropewalk.data.store.tokenizer_files import describe_tokenizer, is_plain
 
 
 @pytest.fixture(scope="module")

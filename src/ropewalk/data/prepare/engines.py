@@ -13,10 +13,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ropewalk.data.store.tokenizer_files import RANKS, has_ranks
 from ropewalk.errors import UserError
 
 ENGINES = ("auto", "tokenizers", "tiktoken", "gigatoken")
-RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on each line
 CHECKED_ONE_IN = 1000  # documents that gigatoken's tokens are compared of
 LARGE_BYTES = 1_000_000  # of larger documents, a window is compared
 WINDOW_BYTES = 65_536
@@ -208,16 +208,6 @@ def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
 def reference_of(engine: Engine) -> Engine:
     """The engine itself, or what it is checked against."""
     return engine.reference if isinstance(engine, CheckedEngine) else engine
-
-
-def has_ranks(directory: Path) -> bool:
-    """Whether ``directory`` has Llama 3's tokenizer.model; Llama 2's, of that name too, is of another form."""
-    path = directory / RANKS
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        first = file.read(1000).split(b"\n")[0].split()
-    return len(first) == 2 and first[1].isdigit()
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

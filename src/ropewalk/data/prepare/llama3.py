@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ropewalk.data.prepare.engines import RANKS, has_ranks, read_ranks
+from ropewalk.data.prepare.engines import read_ranks
 from ropewalk.data.prepare.tokenizer import BOS, EOS
+from ropewalk.data.store.tokenizer_files import RANKS, has_ranks
 from ropewalk.errors import UserError
 
 # Llama 3.0's list; later releases gave some of the reserved ones names, at the same ids.

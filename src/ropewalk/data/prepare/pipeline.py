@@ -32,18 +32,11 @@ from ropewalk.data.prepare.stages import (
     work_directory,
     write_units,
 )
-from ropewalk.data.prepare.tokenizer import (
-    DocumentEncoder,
-    copy_plain,
-    describe_tokenizer,
-    is_plain,
-    load_tokenizer,
-    sha256_tokenizer,
-    train_tokenizer,
-)
+from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
 from ropewalk.data.store.hashing import canonical_json, sha256_text, stable_key
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
+from ropewalk.data.store.tokenizer_files import copy_plain, describe_tokenizer, is_plain, sha256_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.prepare.engines import PROBE, RANKS, has_ranks, open_engine, reference_of
-from ropewalk.data.store.hashing import canonical_json, files_signature, sha256_directory, sha256_text
+from ropewalk.data.prepare.engines import PROBE, open_engine, reference_of
+from ropewalk.data.store.hashing import files_signature
+from ropewalk.data.store.tokenizer_files import saved_backend, token_text
 from ropewalk.errors import UserError
-from ropewalk.files import sha256_of
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
-# transformers' classes for a tokenizer.json that is used as it is
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-PLAIN_FILES = ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
 
 
@@ -170,41 +165,6 @@ def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool 
     return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
 
 
-def is_plain(directory: Path) -> bool:
-    """Whether transformers would do no more than load tokenizer.json, so that it need not be loaded for it."""
-    config = directory / "tokenizer_config.json"
-    if not config.is_file() or not (directory / "tokenizer.json").is_file():
-        return False
-    said = json.loads(config.read_text(encoding="utf-8"))
-    if said.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= said.keys():
-        return False
-    # transformers would add those that tokenizer.json lacks
-    added = [
-        json.dumps(token["content"], ensure_ascii=False) for token in said.get("added_tokens_decoder", {}).values()
-    ]
-    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
-    return all(token in text for token in added)
-
-
-def copy_plain(source: Path, target: Path) -> None:
-    """Copy the files of a plain tokenizer, and nothing that may lie beside them."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in _plain_files(source):
-        shutil.copyfile(path, target / path.name)
-
-
-def sha256_tokenizer(directory: Path) -> str:
-    """SHA-256 over the names and contents of the files that a tokenizer consists of."""
-    if not is_plain(directory):
-        return sha256_directory(directory)
-    files = [*_plain_files(directory), *([directory / RANKS] if has_ranks(directory) else [])]
-    return sha256_text(canonical_json([[path.name, sha256_of(path)] for path in files]))
-
-
-def _plain_files(directory: Path) -> list[Path]:
-    return [directory / name for name in PLAIN_FILES if (directory / name).is_file()]
-
-
 @dataclass(frozen=True)
 class SavedTokenizer:
     """What a DocumentEncoder needs of a tokenizer on disk, without the seconds that transformers takes to load."""
@@ -226,9 +186,9 @@ def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = Tru
         bos: begin documents with BOS.
         eos: end them with EOS.
     """
-    backend = _backend(files_signature(directory), directory)
+    backend = saved_backend(files_signature(directory), directory)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    names = [_token_text(config.get(name)) for name in ("bos_token", "eos_token")]
+    names = [token_text(config.get(name)) for name in ("bos_token", "eos_token")]
     bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
     return DocumentEncoder(SavedTokenizer(backend, bos_id, eos_id, str(directory)), engine, ranks, bos, eos)
 
@@ -269,57 +229,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     return DocumentEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS))
-
-
-def describe_tokenizer(directory: Path) -> dict[str, Any]:
-    """``sha256`` of the directory, ``vocab_size`` (largest id + 1), ``bos_id`` and ``eos_id`` (or None).
-
-    Raises:
-        UserError: for a directory without tokenizer.json and tokenizer_config.json.
-    """
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
-    vocab = _backend(files_signature(directory), directory).get_vocab(with_added_tokens=True)
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return {
-        "sha256": sha256_directory(directory),
-        "vocab_size": max(vocab.values()) + 1,
-        "bos_id": vocab.get(_token_text(config.get("bos_token"))),
-        "eos_id": vocab.get(_token_text(config.get("eos_token"))),
-    }
-
-
-@cache
-def _backend(signature: object, directory: Path) -> Any:
-    """tokenizer.json as ``tokenizers`` opens it, once a process: the file of a large vocabulary is large."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
-
-
-def check_same_vocabulary(store: Path, model: Path) -> None:
-    """Compare the tokens and ids of two tokenizer directories, however their files are written.
-
-    Special tokens are left out: Llama 3.1 gave names to some that Llama 3 held in reserve.
-
-    Raises:
-        UserError: where they differ.
-    """
-    from tokenizers import Tokenizer
-
-    of_store, of_model = (
-        Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab(with_added_tokens=False) for path in (store, model)
-    )
-    different = sorted(of_store.items() ^ of_model.items(), key=lambda entry: entry[1])
-    if different:
-        token, number = different[0]
-        raise UserError(
-            f"the tokenizer of the data ({store}) is not the model's ({model}): they differ first at id {number}, "
-            f"token {token!r}; prepare the data with corpus.tokenizer={model}"
-        )
-
-
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
-    """The text of a special token, which tokenizer_config.json writes as such or as an object that has it."""
-    return token["content"] if isinstance(token, dict) else token

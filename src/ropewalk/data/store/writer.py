@@ -10,10 +10,10 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from ropewalk.data.prepare.tokenizer import describe_tokenizer
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER, DomainInfo, Manifest, token_dtype
 from ropewalk.data.store.part_writer import Part, PartWriter
 from ropewalk.data.store.reader import PackedSequence, PackedStore
+from ropewalk.data.store.tokenizer_files import describe_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically
 
