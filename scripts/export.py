@@ -13,7 +13,7 @@ from ropewalk.config.export import CheckExportConfig, ExportConfig, RepairConfig
 def main(config: ExportConfig) -> None:
     """Export and verify one checkpoint or model."""
     from ropewalk.export import export
-    from ropewalk.export.verify.findings import NotVerified
+    from ropewalk.export.findings import NotVerified
 
     try:
         export(config)

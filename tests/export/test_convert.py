@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.export import export
+from ropewalk.export.findings import findings_of
 from ropewalk.export.hf import write_hf
 from ropewalk.export.source import converted_source
 from ropewalk.export.verify.check_export import check_directory
-from ropewalk.export.verify.findings import findings_of
 from ropewalk.model.load import load_for_evaluation
 
 CLIP = RopeConfig(name="clip", chain=[{"method": "hardclip", "clip": 3}])

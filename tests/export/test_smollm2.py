@@ -6,7 +6,7 @@ from helpers import ROOT, composed, torchrun
 from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import export
-from ropewalk.export.verify.findings import findings_of
+from ropewalk.export.findings import findings_of
 
 DATA = ROOT / "data" / "smollm2_135m"
 MODEL = DATA / "model"

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard, hf_hub_download
 from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
+from ropewalk.export.findings import STOCK, findings_of
 from ropewalk.export.place import SOURCE
 from ropewalk.export.source import Source, read_json
-from ropewalk.export.verify.findings import STOCK, findings_of
 from ropewalk.files import write_atomically
 from ropewalk.rope import Position
 

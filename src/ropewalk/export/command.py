@@ -17,6 +17,7 @@ from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
 from ropewalk.export.card import write_card
+from ropewalk.export.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
 from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of
 from ropewalk.export.gguf.gguf_position import gguf_position
@@ -30,7 +31,6 @@ from ropewalk.export.source import (
     static_steps,
     trained_source,
 )
-from ropewalk.export.verify.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
 from ropewalk.export.verify.verify_gguf import engine_name, verify_gguf
 from ropewalk.export.verify.verify_stock import verify_stock
 from ropewalk.export.verify.verify_tables import verify_table

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
-from ropewalk.export.verify.findings import REPORT
+from ropewalk.export.findings import REPORT
 from ropewalk.files import write_atomically
 
 SOURCE = "export.json"  # which checkpoint an export came from; written last

@@ -8,10 +8,10 @@ import pytest
 from export.conftest import ARMS
 from transformers import AutoConfig
 
+from ropewalk.export.findings import findings_of
 from ropewalk.export.gguf.gguf_check import position_faults
 from ropewalk.export.gguf.gguf_file import write_gguf
 from ropewalk.export.gguf.gguf_position import gguf_position
-from ropewalk.export.verify.findings import findings_of
 from ropewalk.export.verify.probing import llama_logits, probe_of, stock_logits
 from ropewalk.export.verify.verify_gguf import CLEAR, RATIO, judge, lost_position, make_plain, verify_gguf
 from ropewalk.rope.position import position_of

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.export.card import cache_bytes
-from ropewalk.export.verify.findings import Unverifiable, findings_of
+from ropewalk.export.findings import Unverifiable, findings_of
 from ropewalk.export.verify.verify_tables import TOLERANCE, ask_engine, compare_tables, rotary_table, verify_table
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer
 
+from ropewalk.export.findings import Unverifiable, write_finding
 from ropewalk.export.gguf.gguf_check import position_faults
 from ropewalk.export.gguf.gguf_file import gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_position import GgufPosition, gguf_position
 from ropewalk.export.portable import OLDER
-from ropewalk.export.verify.findings import Unverifiable, write_finding
 from ropewalk.export.verify.probing import Probe, llama_logits, probe_of, stock_logits
 from ropewalk.rope.position import METADATA_KEY, position_of
 

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ropewalk.export.findings import STOCK, write_finding
 from ropewalk.export.portable import rope_entry
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import Source, Weights, trained_source
-from ropewalk.export.verify.findings import STOCK, write_finding
 from ropewalk.export.verify.probing import Probe, probe_of, stock_logits
 from ropewalk.model import attention
 from ropewalk.model.load import build_for_training, read_position

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ropewalk.export.findings import Unverifiable, write_finding
 from ropewalk.export.portable import rope_entry
-from ropewalk.export.verify.findings import Unverifiable, write_finding
 from ropewalk.export.verify.probing import run_probe
 
 TOLERANCE = 1e-5  # of cos and sin, at the positions compared
