@@ -214,7 +214,8 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     """The whole shard, so that the bytes do not depend on when the difference was met."""
     from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare.pipeline import prepare, stages
+    from ropewalk.data.prepare import stages
+    from ropewalk.data.prepare.pipeline import prepare
 
     lines = []
 
@@ -242,7 +243,8 @@ def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp
     """
     from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare.pipeline import prepare, stages
+    from ropewalk.data.prepare import stages
+    from ropewalk.data.prepare.pipeline import prepare
 
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 2**65)
     (tmp_path / "docs").mkdir()

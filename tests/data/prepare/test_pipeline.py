@@ -244,7 +244,7 @@ def test_a_finish_that_is_killed_is_finished_by_the_next(fixture_tokenizer, tmp_
         run(tmp_path / "o", stage)
     packed = set(contents(tmp_path / "o/packed-128"))
     with monkeypatch.context() as patch:
-        patch.setattr(f"ropewalk.data.prepare.pipeline.{place}", killed)
+        patch.setattr(f"ropewalk.data.prepare.finish.{place}", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "o", "finish")
     run(tmp_path / "o", "finish")
