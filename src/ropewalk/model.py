@@ -105,12 +105,23 @@ def _check_architecture(config: PreTrainedConfig) -> None:
         raise UserError(
             f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
+    window = sliding_window(config)
+    if window is not None:
         raise UserError(
             f"sliding_window={window}: training attends to whole documents; set sliding_window: null in the model's "
             "config.json (or model.architecture), and know that the model was not trained that way"
         )
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model's windowed layers attend to; None: every layer attends to all."""
+    window = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Channels of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:

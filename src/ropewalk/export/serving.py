@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from ropewalk.model import head_dim
 from ropewalk.rope import Position
 
 
@@ -19,8 +20,7 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
     """
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * bytes_each * tokens
+    return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * bytes_each * tokens
 
 
 def commands(config: PreTrainedConfig, position: Position, directory: Path) -> list[str]:
