@@ -18,7 +18,7 @@ from ropewalk.errors import UserError
 from ropewalk.rope.notation import parse_steps, print_value
 from ropewalk.rope.order import check_order, reached_length
 from ropewalk.rope.registry import LENGTHS, get_method
-from ropewalk.rope.spectrum import Spectrum, geometric
+from ropewalk.rope.spectrum import Spectrum, base_of, geometric
 
 _LONGEST = 2**40  # tokens, beyond any input
 
@@ -138,12 +138,12 @@ class RopeChain:
         """
         is_torch = hasattr(inv_freq, "detach")
         values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
-        if values.ndim != 1 or values.size < 2 or not values[0] > values[1] > 0:
+        theta = base_of(values) if values.ndim == 1 else None
+        if theta is None:
             raise UserError(
                 f"inv_freq of shape {values.shape} must be one row of two or more frequencies that starts falling; "
                 "give RoPE's own, before any other transform"
             )
-        theta = float((values[0] / values[1]) ** values.size)
         _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length, length=length)
         start = _Unstated(values, theta, pretrained_length, trained_length)  # type: ignore[arg-type]
         start = start if trained_length else start.at_length(length)  # type: ignore[assignment]

@@ -22,6 +22,19 @@ def geometric(theta: float, head_dim: int) -> FloatArray:
     return np.float64(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
+def base_of(inv_freq: FloatArray) -> float | None:
+    """The base of RoPE frequencies, (f_0 / f_1)^(d/2); None where the first two do not fall.
+
+    The first two tell, since what slows or stops slow pairs leaves the fast ones alone.
+
+    Args:
+        inv_freq: (d/2,), radians per token, highest first.
+    """
+    if inv_freq.size < 2 or not inv_freq[0] > inv_freq[1] > 0:
+        return None
+    return float((inv_freq[0] / inv_freq[1]) ** inv_freq.size)
+
+
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """Inverse frequencies of the rotary pairs, with the facts that methods refer to.
