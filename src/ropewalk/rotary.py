@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.rope import Position, Spectrum
-from ropewalk.rope.foreign import rotating_layers
+from ropewalk.rope.hf_config import rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import Steps
 from ropewalk.rope.spectrum import FloatArray, geometric

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.files import write_atomically
 from ropewalk.model import write_config
-from ropewalk.rope.foreign import rotating_layers
+from ropewalk.rope.hf_config import rotating_layers
 from ropewalk.rope.position import METADATA_KEY, Position, Steps
 from ropewalk.rope.stock import longrope_entry
 from ropewalk.rotary import place_position

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ropewalk.errors import UserError
-from ropewalk.rope.cautions import cautions, clip_of
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.methods.clipping import recommended_clip
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.order import reached_length
 from ropewalk.rope.position import Position
+from ropewalk.rope.warnings import clip_of, warnings
 
 SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
 
@@ -175,7 +175,7 @@ def advise(
         yarn_factor=target / yarn_from,
         yarn_ramp=yarn_ramp_ends(base, yarn_from) if base.rotary_dim else None,
         choices=tuple(_choice(start, trained_as, served, target) for trained_as, served in arms),
-        warnings=tuple(cautions(run, asked, yarn_from, config or {})),
+        warnings=tuple(warnings(run, asked, yarn_from, config or {})),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ropewalk.errors import UserError
 from ropewalk.rope.chain import RopeChain
-from ropewalk.rope.foreign import read_foreign
+from ropewalk.rope.hf_config import read_hf_position
 from ropewalk.rope.spectrum import Spectrum
 from ropewalk.rope.values import mapping, number, whole, wrong
 
@@ -167,7 +167,7 @@ def position_of(config: Any) -> Position:
     ours = mapping(content, METADATA_KEY)
     if ours:
         return _recorded(ours)
-    foreign = read_foreign(content)
+    foreign = read_hf_position(content)
     return Position(
         name="pretrained",
         chain=RopeChain(foreign.chain),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ropewalk.rope.methods.checks import check, pairs_within
+from ropewalk.rope.methods.windows import TaperDomain, Window, taper
 from ropewalk.rope.registry import TRAINED_LENGTH, Tokens, register_method
 from ropewalk.rope.spectrum import Spectrum
-from ropewalk.rope.windows import TaperDomain, Window, taper
 
 
 def recommended_clip(spectrum: Spectrum, length: int | None = None) -> int:
@@ -30,7 +30,7 @@ def cope(
     clip = n: pairs under the taper, 0..d/2, counted from the slowest that rotates, or ``auto`` for the paper's rule;
     the first keeps weight 1, the last gets 0, so a clip of 20 changes 19 pairs and stops one, and a clip of 1 changes
     nothing.
-    window: the paper's raised cosine (Hann's), or another of :mod:`ropewalk.rope.windows`.
+    window: the paper's raised cosine (Hann's), or another of :mod:`ropewalk.rope.methods.windows`.
     taper_domain: the paper writes the taper over frequency, its code runs it over the pair index; ``index`` is the
     code's, ``frequency`` is linear in frequency from the first clipped pair to the slowest.
     """

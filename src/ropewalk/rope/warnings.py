@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ropewalk.rope.chain import RopeChain, Step
-from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
+from ropewalk.rope.hf_config import REFERENCE_KEYS, read_hf_position
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import METADATA_KEY, Position
 from ropewalk.rope.registry import get_method
@@ -25,7 +25,7 @@ def in_words(chain: RopeChain) -> str:
     return str(chain) if chain.steps else "plain RoPE"
 
 
-def cautions(run: Position, asked: Sequence[Position], yarn_from: int, config: Mapping[str, Any]) -> Iterator[str]:
+def warnings(run: Position, asked: Sequence[Position], yarn_from: int, config: Mapping[str, Any]) -> Iterator[str]:
     """Warnings, as sentences.
 
     Args:
@@ -83,7 +83,7 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _layers_that_differ(config)
     if config.get(METADATA_KEY):
         return
-    foreign = read_foreign(config)
+    foreign = read_hf_position(config)
     kind = foreign.entry.get("rope_type") or foreign.entry.get("type")
     text = config.get("text_config") or config
     names = ("original_max_position_embeddings" in place for place in (foreign.entry, text))

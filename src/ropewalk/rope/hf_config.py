@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropewalk.errors import UserError
-from ropewalk.rope.foreign_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
 # What transformers takes for a config without a base, and for the share of a head that rotates: the classes whose own
@@ -31,7 +31,7 @@ REFERENCE_KEYS = ("use_cope", "cope_clip_n")
 
 
 @dataclass(frozen=True)
-class ForeignPosition:
+class HfPosition:
     """What a config.json without our metadata says of position.
 
     Attributes:
@@ -51,7 +51,7 @@ class ForeignPosition:
     chain: list[dict[str, Any]]
 
 
-def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
+def read_hf_position(config: Mapping[str, Any]) -> HfPosition:
     """Read a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters), as transformers does.
 
     Where layers differ (Gemma 3), the entry of the full-attention layers is read. What an attention layer does beside
@@ -76,7 +76,7 @@ def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
         top_level = whole(config, ORIGINAL) if not layers else None
         original = top_level or whole(entry, ORIGINAL) or trained_length
     share = _share(config, entry, kind)
-    return ForeignPosition(
+    return HfPosition(
         entry=entry,
         theta=_theta(config, entry),
         head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share),
