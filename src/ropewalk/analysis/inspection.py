@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ropewalk.analysis.subjects import declared_path, is_declared, locate
 from ropewalk.config import InspectConfig
 from ropewalk.errors import UserError
+from ropewalk.rope.chain import in_words
 from ropewalk.rope.hf_config import REFERENCE_KEYS
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
-from ropewalk.rope.warnings import in_words
 from ropewalk.rotary import spectrum_tolerance
 
 PER_LINE = 8  # frequencies

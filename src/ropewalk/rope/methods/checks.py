@@ -1,4 +1,4 @@
-"""What several methods require of their arguments."""
+"""Checks of arguments that several methods share."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def ntk(
 
 
 def _followed(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
-    """dynamic_ntk goes along with the input, so at least to the trained length."""
+    """dynamic_ntk follows the input, so it reaches at least the trained length."""
     return max(stretched(arguments, spectrum), spectrum.present_length)
 
 
@@ -267,8 +267,8 @@ def _mixed(spectrum: Spectrum, method: str, factor: float, length: int, progress
     low = int(fast[-1]) if fast.size else -1
     high = int(slow[0]) if slow.size else turns.size
     width = max(high - low, 1)
-    place = np.clip(np.arange(turns.size) - low, 0, width)
-    exponent = place * (place + 1) / (width * (width + 1)) if progressive else place / width
+    offset = np.clip(np.arange(turns.size) - low, 0, width)
+    exponent = offset * (offset + 1) / (width * (width + 1)) if progressive else offset / width
     return spectrum.scaled(factor**-exponent, attention_scaling=_log_scaling(factor))
 
 
