@@ -150,7 +150,7 @@ def build_for_training(
     Under a live HfDeepSpeedConfig of stage 3 the parameters come out partitioned.
 
     Raises:
-        UserError: where weights are missing at ``path``, or have other shapes than its config says.
+        UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
     implementation = attention.register()
     if path is None:
@@ -206,7 +206,7 @@ def load_for_evaluation(
         device: cpu, cuda, or auto: its layers one after the other over all GPUs that this process sees.
 
     Raises:
-        UserError: where weights are missing, or have other shapes than the config says.
+        UserError: where weights are missing, or have other shapes than in the config.
     """
     config = AutoConfig.from_pretrained(directory)
     position = position_of(config).extended(extra)

@@ -103,8 +103,8 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     """Check that the model rotates with ``spectrum``.
 
     The buffers must be float32 and bitwise the stock function's, those within float32 rounding of the float64
-    spectrum, exact zeros exact. Where layers differ, the full-attention ones rotate with ``spectrum``, the others as
-    their config says.
+    spectrum, exact zeros exact. Where layers differ, the full-attention ones rotate with ``spectrum``, the others
+    with their own entry.
 
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.

@@ -42,7 +42,7 @@ class Position:
         head_dim: channels of a head that rotate.
         pretrained_length: tokens the first model was trained at.
         trained_length: tokens this checkpoint was last trained at.
-        base_model: what training started from.
+        base_model: directory or hub id that training started from.
 
     Raises:
         UserError: for facts or arguments that do not fit, naming the value, the rule and the fix.
@@ -138,7 +138,7 @@ class Position:
         return sha256_of_json([self.chain.to_list(), self._facts()])
 
     def metadata(self) -> dict[str, Any]:
-        """What config.json keeps under "ropewalk".
+        """The record under "ropewalk" in config.json.
 
         ``compiled_length`` is the length, in tokens, that the stock entry beside it holds the spectrum for, where the
         chain depends on it; else null.
@@ -295,7 +295,7 @@ _FIX = f'put back what was written, or delete the key "{METADATA_KEY}" and the s
 
 @lru_cache(maxsize=64)  # a run reads its own record at several places; it is checked and resolved at the first
 def _recorded(text: str) -> Position:
-    """What ``Position.metadata`` wrote. The hashes are those of the record itself, not of what is made of it today."""
+    """The position that ``Position.metadata`` recorded; the hashes are of the record as it is written."""
     record = json.loads(text)
     steps = record.get("chain")
     if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):

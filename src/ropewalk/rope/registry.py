@@ -104,8 +104,8 @@ def register_method(
 ) -> Callable[[Function], Function]:
     """Make ``method(spectrum, *, ...)`` usable in chains as ``{"method": name, ...}``.
 
-    Every parameter after the spectrum is keyword-only and annotated (int, float, bool, a Literal, list[float], Tokens,
-    or one of these or None); the annotations convert what YAML gives, so that 10000000 and 1e7 are one value with one
+    Every parameter after the spectrum is keyword-only and annotated: int, float, bool, a Literal, list[float], Tokens,
+    or one of these or None. The annotations convert YAML's values, so that 10000000 and 1e7 are one value with one
     hash. A Tokens argument is an int that also takes the words ``trained_length`` and ``pretrained_length``.
 
     Args:
@@ -118,8 +118,8 @@ def register_method(
             arguments, which include ``original_max_position_embeddings``; mostly ropewalk.rope.order.stretched.
 
     Raises:
-        ValueError: at registration, for a name that is taken or cannot be written in a chain, a parameter that is not
-            keyword-only or not annotated so, or a rule for an argument that does not exist.
+        ValueError: at registration, for a name that is taken or cannot be written in a chain, a parameter of another
+            form, or a rule for an argument that does not exist.
     """
 
     def register(function: Function) -> Function:

@@ -25,7 +25,7 @@ def geometric(theta: float, head_dim: int) -> FloatArray:
 def base_of(inv_freq: FloatArray) -> float | None:
     """The base of RoPE frequencies, (f_0 / f_1)^(d/2); None where the first two do not fall.
 
-    The first two tell, since what slows or stops slow pairs leaves the fast ones alone.
+    The first two suffice, since methods that slow or stop slow pairs leave the fast ones alone.
 
     Args:
         inv_freq: (d/2,), radians per token, highest first.

@@ -54,7 +54,7 @@ def _plain_base(spectrum: Spectrum) -> float | None:
 def _is_read_alike(step: Step) -> bool:
     """Whether every engine takes the same attention scaling from the stock type.
 
-    vLLM's yarn reads no other than 0.1 ln s + 1, whatever attention_factor or the two mscale say.
+    vLLM's yarn takes 0.1 ln s + 1 and ignores attention_factor and the two mscale.
     """
     arguments = step.arguments
     has_own = arguments.get("attention_factor") or (arguments.get("mscale") and arguments.get("mscale_all_dim"))
@@ -92,7 +92,7 @@ def stock_factors(spectrum: Spectrum) -> FloatArray:
 def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
     """Any spectrum as a ``longrope`` entry for a model that serves ``max_position_embeddings`` tokens.
 
-    The short and the long list are equal and both lengths are N, so no engine switches between lists or adds a
+    The short and the long list are equal and both lengths are N. So no engine switches between lists or adds a
     scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
     """
     factors = stock_factors(spectrum).tolist()
