@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-
-from blake3 import blake3
+from typing import Any
 
 from ropewalk.errors import UserError
 
@@ -41,8 +41,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_json(value: Any) -> str:
+    """Hexadecimal SHA-256 of ``value`` as JSON with sorted keys and no spaces: equal for equal content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def blake3_of(path: Path) -> str:
     """Hexadecimal BLAKE3 (256 bits, as of b3sum) of a file's bytes; several times as fast as SHA-256, on every core."""
+    from blake3 import blake3  # late: ropewalk.rope imports this module and needs numpy alone
+
     digest, buffer = blake3(max_threads=blake3.AUTO), bytearray(2**20)  # it stays in the cache
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

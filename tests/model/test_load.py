@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import (
     build_for_training,
+    head_dim,
     load_for_evaluation,
     read_position,
+    sliding_window,
     training_config,
     write_config,
 )
@@ -181,3 +183,13 @@ def test_a_training_run_refuses_it_under_zero3(tmp_path, store_64):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight \(1 weights in all\)"):
         train(tiny_run(store_64, tmp_path / "other", *given))
+
+
+def test_head_dim_and_window_are_read_as_transformers_reads_them():
+    qwen2 = AutoConfig.for_model("qwen2", hidden_size=64, num_attention_heads=4, sliding_window=32)
+    assert not hasattr(qwen2, "head_dim")
+    assert head_dim(qwen2) == 16
+    assert head_dim(AutoConfig.for_model("qwen3", hidden_size=64, num_attention_heads=4, head_dim=32)) == 32
+    assert sliding_window(qwen2) is None  # use_sliding_window is off, Qwen2's default
+    assert sliding_window(AutoConfig.for_model("mistral", sliding_window=32)) == 32
+    assert sliding_window(AutoConfig.for_model("mistral", sliding_window=None)) is None

@@ -1,4 +1,4 @@
-"""Chains: order, validation, hash, and the caller's own vectors."""
+"""Chains: order, validation, text, hash, and the calls that put a chain on a model or a vector."""
 
 import copy
 import subprocess
@@ -45,6 +45,15 @@ def test_the_canonical_form_is_a_copy():
     chain = RopeChain([{**LONGROPE, "original_max_position_embeddings": 8192}])
     chain.to_list()[0]["short_factor"][0] = 99.0
     assert chain.to_list()[0]["short_factor"][0] == 1.0
+
+
+@pytest.mark.parametrize(("own", "chain", "expected"), [
+    ("llama3()", "cope(clip=20)", "llama3() > cope(clip=20)"), ("llama3()", "rope", "llama3()"),
+    ("llama3()", "abf(theta=1e7) > cope(clip=20)", "abf(theta=1e7) > cope(clip=20)"),
+    ("rope", "cope(clip=20)", "cope(clip=20)"), ("cope(clip=20)", "rope_id()", "rope_id()"),
+])  # fmt: skip
+def test_a_chain_follows_a_models_own_or_replaces_it(own, chain, expected):
+    assert str(RopeChain.parse(chain).after(RopeChain.parse(own))) == expected
 
 
 def test_order_matters_where_it_should():
@@ -169,7 +178,7 @@ def test_apply_asks_for_the_lengths_that_the_chain_refers_to():
 
 def test_words_resolve_at_the_trained_length_whatever_the_input():
     chain = RopeChain.parse("dynamic_ntk(factor=1, original_max_position_embeddings=8192) > cope(clip=auto)")
-    resolved = chain.resolved(**INPUTS)
+    resolved = Position("dynamic", chain, **INPUTS).chain
     for length in (8192, 65536, 1_000_000):
         spectrum = chain.spectrum(**INPUTS, length=length)
         assert spectrum == resolved.spectrum(**INPUTS, length=length)
@@ -195,7 +204,7 @@ def _whole(spectrum: Spectrum, *, times: Tokens | None = None, kind: Literal["a"
     ("rope", _whole, {}, "and not rope"), ("m", _positional, {}, "times: int must be keyword-only"),
     ("m", _unannotated, {}, "parameter times must be annotated int, float"),
     ("m", _of_text, {}, "times: str must be annotated int, float"),
-    ("m", _whole, {"auto": {"clip": int}}, "auto has a rule for clip, which is no parameter"),
+    ("m", _whole, {"auto": {"clip": int}}, "auto has a rule for clip, which is not a parameter"),
     ("m", _whole, {"clips": True}, "a method with clips takes clip"),
     ("m", _whole, {"reaches": max}, "takes original_max_position_embeddings"),
 ])  # fmt: skip
@@ -266,43 +275,6 @@ def test_text_is_data_not_code(text, message):
         RopeChain.parse(text)
 
 
-def test_words_resolve_and_are_recorded():
-    inputs = {k: v for k, v in INPUTS.items() if k != "length"}
-    chain = RopeChain.parse(
-        "abf(theta=1e7) > cope(clip=auto) > yarn(factor=4, original_max_position_embeddings=trained_length)"
-    )
-    resolved = chain.resolved(**inputs)
-    assert str(resolved) == "abf(theta=1e7) > cope(clip=20) > yarn(factor=4, original_max_position_embeddings=65536)"
-    np.testing.assert_array_equal(chain.spectrum(**inputs).inv_freq, resolved.spectrum(**inputs).inv_freq)
-    position = Position("cope", chain, 5e5, 128, 8192, 65536)
-    assert position.metadata()["chain"] == resolved.to_list()
-    # what was trained stays what it was when the run goes on at another length
-    longer = Position("cope", position.chain, 5e5, 128, 65536, 524288)
-    assert longer.chain == resolved
-    rope_id = Position("rope_id", RopeChain.parse("rope_id()"), 5e5, 128, 4096, 4096)
-    assert rope_id.chain.to_list()[0]["longest_period"] == 2048
-    assert rope_id.chain.to_list()[0]["trained_length"] == 4096
-
-
-def test_dependence_on_the_input_is_known():
-    inputs = {k: v for k, v in INPUTS.items() if k != "length"}
-    dynamic = "dynamic_ntk(factor=2, original_max_position_embeddings=8192)"
-    for text, depends in [
-        ("rope", False),
-        ("abf(theta=1e7) > cope(clip=20)", False),
-        (dynamic, True),
-        ("rope_id()", True),
-    ]:
-        assert RopeChain.parse(text).depends_on_length(**inputs) is depends
-    position = Position("dynamic", RopeChain.parse(dynamic), 5e5, 128, 8192, 65536)
-    assert position.metadata()["compiled_length"] == 65536
-    assert "compiled at 65,536 tokens (it depends on the input's length)" in str(position)
-    assert Position("rope", RopeChain([]), 5e5, 128, 8192, 65536).metadata()["compiled_length"] is None
-    at_trained = position.spectrum().inv_freq
-    np.testing.assert_array_equal(at_trained, position.spectrum(length=65536).inv_freq)
-    assert not np.array_equal(at_trained, position.spectrum(length=131072).inv_freq)
-
-
 @pytest.mark.parametrize(("inputs", "message"), [
     ({"head_dim": 127}, "head_dim=127 must be positive and even"), ({"head_dim": 0}, "head_dim=0"),
     ({"theta": 0.0}, r"theta=0\.0 must be a number above 1"), ({"theta": -5.0}, "theta=-5"),
@@ -322,10 +294,11 @@ def test_only_rope_vectors_are_transformed():
 
 
 def test_importing_the_package_needs_numpy_alone():
-    heavy = "torch", "transformers", "omegaconf", "hydra", "pandas", "scipy"
-    code = f"import sys, ropewalk.rope; print([m for m in {heavy} if m in sys.modules])"
+    """Beyond what numpy itself loads, a fresh process takes this package and the standard library."""
+    code = "import sys; import numpy; known = set(sys.modules); import ropewalk.rope; print(*set(sys.modules) - known)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded - sys.stdlib_module_names - {"numpy"} == {"ropewalk"}
 
 
 @pytest.mark.parametrize("methods", [[5], None, "cope", {"method": "cope", "clip": 3}, [{"method": ["cope"]}]])
@@ -339,11 +312,3 @@ def test_apply_at_a_length_needs_no_other():
     dynamic = RopeChain.parse("dynamic_ntk(factor=2, original_max_position_embeddings=8192)")
     expected = (1e7 * 3 ** (128 / 126)) ** (-np.arange(64) / 64)  # 2 x 16384 / 8192 - 1
     np.testing.assert_allclose(dynamic.apply(own, length=16384), expected, rtol=1e-12)
-
-
-def test_equal_lists_and_no_temperature_do_not_depend_on_the_length():
-    inputs = {k: v for k, v in INPUTS.items() if k != "length"}
-    lists = {"short_factor": [2.0] * 64, "long_factor": [2.0] * 64, "original_max_position_embeddings": 8192}
-    assert not RopeChain([{"method": "longrope", **lists}]).depends_on_length(**inputs)
-    assert RopeChain([{"method": "longrope", **lists, "long_factor": [3.0] * 64}]).depends_on_length(**inputs)
-    assert not RopeChain.parse("rope_id(temperature_exponent=0)").depends_on_length(**inputs)

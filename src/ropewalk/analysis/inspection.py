@@ -18,8 +18,8 @@ from ropewalk.model.rotations import (
     inspect_config,
     rotations,  # noqa: F401  documented under this name
 )
-from ropewalk.rope.cautions import in_words
-from ropewalk.rope.foreign import REFERENCE_KEYS
+from ropewalk.rope.chain import in_words
+from ropewalk.rope.hf_config import REFERENCE_KEYS
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 

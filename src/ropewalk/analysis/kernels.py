@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.rope.methods.windows import raised_cosine
 from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
-from ropewalk.rope.windows import raised_cosine
 
 BLOCK = 1024  # distances whose cosines are tabulated; every other one follows by the addition theorem
 SMOOTH_NODES = 512  # Gauss-Legendre nodes: exact to rounding for up to about 800 radians across the interval

@@ -1,4 +1,4 @@
-"""What an analysis is about: a model's position facts and the chains to compare, as users name them."""
+"""Subjects of an analysis: a model's position facts and the chains to compare, as users name them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_chains(methods: Sequence[str]) -> dict[str, RopeChain]:
     """Chains by label: ``cope20`` (a name in configs/rope), ``abf(theta=1e7) > cope(clip=20)``, ``LABEL: chain``.
 
     Raises:
-        UserError: for a chain that cannot be read, or a label that is there twice.
+        UserError: for a chain that cannot be read, or a label that is given twice.
     """
     chains: dict[str, RopeChain] = {}
     for method in methods:
@@ -78,17 +78,12 @@ def _shipped(group: str, name: str) -> Path:
 
 
 def spectra_of(config: FiguresConfig) -> dict[str, Spectrum]:
-    """The spectrum of each method that a figure compares, by label, for a run at ``train_length``.
+    """The spectrum of each method that a figure compares, by label, for a run at ``train_length`` tokens.
 
     As in training, a method follows the model's own chain, or replaces it where it lays the spectrum out anew.
     """
     model = read_model(config.model.path)
     return {
-        label: (chain if chain.rebuilds else model.chain.extended(chain.to_list())).spectrum(
-            head_dim=model.head_dim,
-            theta=model.theta,
-            pretrained_length=model.trained_length,
-            trained_length=config.train_length,
-        )
+        label: model.continued(label, chain, config.train_length).spectrum()
         for label, chain in read_chains(config.methods).items()
     }

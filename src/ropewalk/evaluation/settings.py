@@ -10,7 +10,7 @@ import numpy as np
 
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.rope import Position, RopeChain, Spectrum
-from ropewalk.rope.position import Steps
+from ropewalk.rope.chain import Steps
 
 LENGTH_RATIO = "length_over_trained"  # what a chain says for a factor that follows the length under evaluation
 

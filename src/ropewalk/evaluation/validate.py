@@ -31,7 +31,7 @@ from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.model.load import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
-from ropewalk.rope.cautions import clip_of, in_words
+from ropewalk.rope.chain import clip_of, in_words
 
 FIRST_CLIP = 10
 RECORD = "validate.json"

@@ -19,6 +19,7 @@ from ropewalk.export.findings import STOCK, findings_of
 from ropewalk.export.place import SOURCE
 from ropewalk.export.source import Source, read_json
 from ropewalk.files import write_atomically
+from ropewalk.model.load import head_dim
 from ropewalk.rope import Position
 
 CARD = "README.md"
@@ -227,8 +228,7 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
     """
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * bytes_each * tokens
+    return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * bytes_each * tokens
 
 
 def commands(config: PreTrainedConfig, position: Position, directory: Path) -> list[str]:

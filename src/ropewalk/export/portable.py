@@ -12,8 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from ropewalk.files import write_atomically
 from ropewalk.model.load import write_config
 from ropewalk.model.rotary import place_position
-from ropewalk.rope.foreign import rotating_layers
-from ropewalk.rope.position import METADATA_KEY, Position, Steps
+from ropewalk.rope.chain import Steps
+from ropewalk.rope.hf_config import rotating_layers
+from ropewalk.rope.position import METADATA_KEY, Position
 from ropewalk.rope.stock import longrope_entry
 
 OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
@@ -36,10 +37,11 @@ def place_portable(
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     config.max_position_embeddings = served
-    place_position(config, position, extra, length)
+    extended = position.extended(extra)
+    place_position(config, extended, length)
     entry = rope_entry(config)
     if entry["rope_type"] == "yarn":
-        spread = longrope_entry(position.spectrum(extra, length), served)
+        spread = longrope_entry(extended.spectrum(length), served)
         _replace_entry(config, {**{k: v for k, v in entry.items() if k == "partial_rotary_factor"}, **spread})
     setattr(config, METADATA_KEY, position.metadata())
 

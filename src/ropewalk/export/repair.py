@@ -16,7 +16,7 @@ from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import local_model
 from ropewalk.export.verify.check_export import print_check
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.foreign import REFERENCE_KEYS
+from ropewalk.rope.hf_config import REFERENCE_KEYS
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 
 BACKUP = "config.json.before-repair"

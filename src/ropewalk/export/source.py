@@ -19,8 +19,9 @@ from ropewalk.export.safetensors_files import StoredWeights, weight_faults, weig
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.chain import Steps
 from ropewalk.rope.order import reached_length
-from ropewalk.rope.position import Steps, position_of, read_config_json, unreachable
+from ropewalk.rope.position import position_of, read_config_json, unreachable
 from ropewalk.training.checkpoint import MANIFEST, find_checkpoint, read_manifest
 
 DTYPES = {
@@ -149,14 +150,10 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
     for fault in weight_faults(directory, config):
         raise UserError(f"model={model} does not fit its own config.json: {fault}; copy it again, whole")
     origin = position_of(config)
-    added = RopeChain(rope.chain)
-    position = Position(
-        name=rope.name if rope.chain else origin.name,
-        chain=added if added.rebuilds else origin.chain.extended(rope.chain),
-        theta=origin.theta,
-        head_dim=origin.head_dim,
-        pretrained_length=origin.trained_length,
-        trained_length=origin.trained_length,
+    position = origin.continued(
+        rope.name if rope.chain else origin.name,
+        RopeChain(rope.chain),
+        origin.trained_length,
         base_model=origin.base_model or (None if Path(model).is_dir() else model),
     ).extended(test_time)
     place_portable(config, position, _served(position, config.max_position_embeddings))

@@ -1,4 +1,4 @@
-"""Build or load a model with its spectrum, through stock transformers alone, and assert that it is there."""
+"""Models of stock transformers, built or loaded with their spectrum, which is asserted."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model import attention
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
-from ropewalk.rope import RopeChain
-from ropewalk.rope.position import METADATA_KEY, Position, Steps, position_of, unreachable
+from ropewalk.rope.chain import RopeChain, Steps
+from ropewalk.rope.position import METADATA_KEY, Position, position_of, unreachable
 
 if not sys.stderr.isatty():
-    transformers_logging.disable_progress_bar()  # a log file is no place for one
+    transformers_logging.disable_progress_bar()  # not in a log file
 
 
 def _is_not_of_mscale(record: logging.LogRecord) -> bool:
-    """transformers warns of the keys of a longrope entry that vLLM and SGLang need; they are there on purpose."""
+    # transformers warns of the two keys of a longrope entry that vLLM and SGLang need
     return "short_mscale" not in record.getMessage()
 
 
@@ -56,8 +56,8 @@ def training_config(
         rope_name: of the chain.
         steps: the run's chain.
         sequence_length: tokens.
-        start: config.json of the training checkpoint that the run starts from; it takes the place of ``model.path``,
-            and its trained length that of ``model.pretrained_length``.
+        start: config.json of the training checkpoint that the run starts from; it replaces ``model.path``, and its
+            trained length replaces ``model.pretrained_length``.
 
     Raises:
         UserError: for an unsupported architecture, or a declared theta, head_dim or pretrained length that the
@@ -76,14 +76,10 @@ def training_config(
     _check_architecture(config)
     origin = position_of(config)
     _check_declared(model if start is None else replace(model, pretrained_length=origin.trained_length), origin)
-    added = RopeChain(steps)
-    position = Position(
-        name=origin.name if start is not None and not added.steps else rope_name,
-        chain=added if added.rebuilds else origin.chain.extended(steps),
-        theta=origin.theta,
-        head_dim=origin.head_dim,
-        pretrained_length=origin.trained_length,
-        trained_length=sequence_length,
+    position = origin.continued(
+        origin.name if start is not None and not steps else rope_name,
+        RopeChain(steps),
+        sequence_length,
         base_model=model.path if start is None else origin.base_model,
     )
     config.max_position_embeddings = sequence_length
@@ -105,16 +101,27 @@ def _check_architecture(config: PreTrainedConfig) -> None:
         raise UserError(
             f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
+    window = sliding_window(config)
+    if window is not None:
         raise UserError(
             f"sliding_window={window}: training attends to whole documents; set sliding_window: null in the model's "
             "config.json (or model.architecture), and know that the model was not trained that way"
         )
 
 
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model's windowed layers attend to; None: every layer attends to all."""
+    window = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Channels of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
-    """Where a checkpoint's architecture is declared, for the planner, it must be the checkpoint's."""
+    """A checkpoint's architecture may be declared, for the planner; it must then be the checkpoint's."""
     for name, declared in model.architecture.items():
         actual = getattr(config, name, None)
         if declared != actual:
@@ -138,12 +145,12 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
 def build_for_training(
     config: PreTrainedConfig, path: str | None, dtype: torch.dtype, revision: str | None = None
 ) -> PreTrainedModel:
-    """The model with document-masked attention; random weights where ``path`` is None.
+    """The model with document-masked attention; ``path`` None: random weights.
 
     Under a live HfDeepSpeedConfig of stage 3 the parameters come out partitioned.
 
     Raises:
-        UserError: where weights are missing at ``path``, or have other shapes than its config says.
+        UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
     implementation = attention.register()
     if path is None:
@@ -155,21 +162,21 @@ def build_for_training(
 
 
 def _whole_model(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint's model; transformers by itself would fill what is not there with random weights."""
+    """A checkpoint's model; transformers by itself would fill missing weights with random ones."""
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except RuntimeError as error:  # so it says under ZeRO-3, where it knows no mismatched keys
+    except RuntimeError as error:  # under ZeRO-3, which reports no mismatched keys
         if "size mismatch" not in str(error):
             raise
-        said = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise UserError(f"{path} does not fit its own config: {said}") from error
-    missing, others = sorted(found["missing_keys"]), sorted(key for key, *_ in found["mismatched_keys"])
-    for what, names in (("lacks", missing), ("has in other shapes than its config.json says:", others)):
+        mismatch = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise UserError(f"{path} does not fit its own config: {mismatch}") from error
+    missing, misshapen = sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
+    for fault, names in (("lacks", missing), ("has in other shapes than its config.json says:", misshapen)):
         if names:
             raise UserError(
-                f"{path} {what} {', '.join(names[:3])} ({len(names)} weights in all); copy it again, whole, with the "
+                f"{path} {fault} {', '.join(names[:3])} ({len(names)} weights in all); copy it again, whole, with the "
                 "config.json that belongs to it"
             )
     return model
@@ -199,12 +206,12 @@ def load_for_evaluation(
         device: cpu, cuda, or auto: its layers one after the other over all GPUs that this process sees.
 
     Raises:
-        UserError: where weights are missing, or have other shapes than the config says.
+        UserError: where weights are missing, or have other shapes than in the config.
     """
     config = AutoConfig.from_pretrained(directory)
-    position = position_of(config)
+    position = position_of(config).extended(extra)
     if extra or length is not None or position.depends_on_length:
-        place_position(config, position, extra, length)
+        place_position(config, position, length)
     config.use_cache = False
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     implementation = "sdpa" if has_sdpa else "eager"
@@ -216,12 +223,12 @@ def load_for_evaluation(
         model.to(device)
     model.eval()
     install_spectrum(model)
-    assert_spectrum(model, position.spectrum(extra, length))
+    assert_spectrum(model, position.spectrum(length))
     return model
 
 
 def write_config(config: PreTrainedConfig, path: Path) -> None:
-    """The config as config.json, in the form a stock engine loads: no attention of ours, cache on."""
+    """Write the config as config.json, in the form a stock engine loads: no attention of ours, cache on."""
     content = json.loads(config.to_json_string())
     content["use_cache"] = True
     for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"):

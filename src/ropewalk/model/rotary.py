@@ -1,4 +1,4 @@
-"""A live model's rotary module: what stock transformers computes for it, put back after a cast, and asserted."""
+"""The rotary module of a live model: its stock spectrum, put back after a cast, and asserted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.rope import Position, Spectrum
-from ropewalk.rope.foreign import rotating_layers
+from ropewalk.rope.hf_config import rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
-from ropewalk.rope.position import Steps
 from ropewalk.rope.spectrum import FloatArray, geometric
 from ropewalk.rope.stock import longrope_entry
 
@@ -23,39 +22,37 @@ from ropewalk.rope.stock import longrope_entry
 SPECTRUM_TOLERANCE = 2.4e-7
 _HALF_ULP = 2.0**-24  # the largest relative error of rounding to float32
 
-
 _ORIGINAL = "original_max_position_embeddings"
 _READ_LONGROPE_ALONE = ("phi3", "phi4_multimodal")  # beside default; a yarn entry is taken for longrope, others refused
 
 
-def place_position(config: PreTrainedConfig, position: Position, extra: Steps = (), length: int | None = None) -> None:
-    """Put a chain's stock entry into a config: into its full-attention layers' where layers differ (Gemma 3, OLMo 3).
+def place_position(config: PreTrainedConfig, position: Position, length: int | None = None) -> None:
+    """Put a chain's stock entry into a config; where layers differ (Gemma 3, OLMo 3), the full-attention layers'.
 
     A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays; under
     ``proportional`` it was the scaling's, which the chain holds. A top-level original_max_position_embeddings
-    (Phi-3's, which comes back by itself where deleted) has the last word in transformers, so it follows the entry.
+    (Phi-3's, which comes back by itself where deleted) wins in transformers, so it follows the entry.
 
     Args:
-        config: its max_position_embeddings is what the checkpoint serves, in tokens.
-        position: how the checkpoint rotates.
-        extra: steps after its chain.
+        config: its max_position_embeddings is the length that the checkpoint serves, in tokens.
+        position: how the model shall rotate.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     served, present = config.max_position_embeddings, config.rope_parameters
     layer_type = _layer_types(config)[0]
-    entry = position.rope_parameters(served, extra, length)
+    entry = position.rope_parameters(served, length)
     if not _is_read(config, layer_type, entry):
-        entry = longrope_entry(position.spectrum(extra, length), served)
-    before = present[layer_type] if layer_type else present
-    if "partial_rotary_factor" in before and before.get("rope_type") != "proportional":
-        entry["partial_rotary_factor"] = before["partial_rotary_factor"]
+        entry = longrope_entry(position.spectrum(length), served)
+    replaced = present[layer_type] if layer_type else present
+    if "partial_rotary_factor" in replaced and replaced.get("rope_type") != "proportional":
+        entry["partial_rotary_factor"] = replaced["partial_rotary_factor"]
     config.rope_parameters = {**present, layer_type: entry} if layer_type else entry
     if hasattr(config, _ORIGINAL):
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
 
 
 def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:
-    """Whether transformers computes from ``entry`` what it says, in a model of this type."""
+    """Whether transformers reads every key of ``entry`` in a model of this type."""
     if config.model_type in _READ_LONGROPE_ALONE:
         return entry["rope_type"] in ("default", "longrope")
     # one layer type's ``truncate`` is not looked up
@@ -63,12 +60,12 @@ def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[st
 
 
 def _layer_types(config: PreTrainedConfig) -> tuple[str | None, ...]:
-    """The layer types that have a spectrum of their own, the one that the chain is about first; None: all share one."""
+    """The layer types with a spectrum of their own, the one that the chain is about first; (None,): all share one."""
     return tuple(rotating_layers(config.rope_parameters, getattr(config, "layer_types", None))) or (None,)
 
 
 def stock_spectrum(model: PreTrainedModel, layer_type: str | None = None) -> tuple[Tensor, float]:
-    """What transformers' own rope function computes from the model's config: the truth everywhere.
+    """The spectrum that transformers' own rope function computes from the model's config: the truth everywhere.
 
     Returns:
         inverse frequencies, float32 (head_dim / 2,) on the CPU, and the attention scaling.
@@ -77,8 +74,8 @@ def stock_spectrum(model: PreTrainedModel, layer_type: str | None = None) -> tup
     rotary = model.get_decoder().rotary_emb
     is_default = entry["rope_type"] == "default"
     compute = rotary.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[entry["rope_type"]]
-    of_layer = {"layer_type": layer_type} if layer_type else {}
-    inv_freq, scaling = compute(model.config, device=torch.device("cpu"), **of_layer)
+    options = {"layer_type": layer_type} if layer_type else {}
+    inv_freq, scaling = compute(model.config, device=torch.device("cpu"), **options)
     return inv_freq, float(scaling)
 
 
@@ -97,16 +94,17 @@ def install_spectrum(model: PreTrainedModel) -> None:
             setattr(rotary, name, nn.Buffer(truth.to(device, copy=True), persistent=False))
         kind = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
         if kind == "longrope":
-            # Taken past the trained length; left out, it would be computed anew there, by the device's own pow.
+            # Read past the trained length; without it, the device's own pow would compute it anew there.
             setattr(rotary, f"{prefix}long_inv_freq", truth.to(device, copy=True))
         setattr(rotary, f"{prefix}attention_scaling", scaling)
 
 
 def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
-    """Check that the model rotates with ``spectrum``: float32 buffers, bitwise the stock function's, and those within
-    float32 rounding of the float64 spectrum, exact zeros exact.
+    """Check that the model rotates with ``spectrum``.
 
-    Where layers differ, the full-attention ones rotate with ``spectrum``, the others as their config says.
+    The buffers must be float32 and bitwise the stock function's, those within float32 rounding of the float64
+    spectrum, exact zeros exact. Where layers differ, the full-attention ones rotate with ``spectrum``, the others
+    with their own entry.
 
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.
@@ -150,11 +148,11 @@ def _assert_buffers(model: PreTrainedModel, layer_type: str | None) -> None:
 
 
 def stock_tolerances(spectrum: Spectrum, entry: Mapping[str, Any]) -> FloatArray:
-    """How far each pair that transformers computes from ``entry`` in float32 may be from the float64 spectrum.
+    """Tolerance of each pair that transformers computes from ``entry`` in float32, against the float64 spectrum.
 
-    SPECTRUM_TOLERANCE everywhere. Where head_dim is no power of two the exponent 2i/d is rounded as well, by up to
-    2^-25, which ln(theta) magnifies. On the ramp of yarn and llama3 a pair is theta_i (w + (1 - w) / s), and an error
-    of w is magnified by at most theta_i / inv_freq_i, so by s where w is small; the mixing rounds three times more.
+    SPECTRUM_TOLERANCE everywhere. Where head_dim is not a power of two the exponent 2i/d is rounded as well, by up to
+    2^-25, which ln(theta) magnifies. On the ramp of yarn and llama3 a pair is theta_i (w + (1 - w) / s). An error of w
+    is magnified there by at most theta_i / inv_freq_i, so by s where w is small; the mixing rounds three times more.
     Only pairs that turn few times in L are on a ramp, so in radians this stays below the rounding of the fast pairs.
 
     Returns:
@@ -175,7 +173,7 @@ def stock_tolerances(spectrum: Spectrum, entry: Mapping[str, Any]) -> FloatArray
 def _yarn_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
     """w_i = (high - i) / (high - low), not yet clamped, and the absolute error of the float32 one.
 
-    The quotient rounds; where low and high are no whole numbers, so do low, i - low and high - low.
+    The quotient rounds; where low and high are not whole numbers, so do low, i - low and high - low.
     """
     truncate = entry.get("truncate", True)
     length = entry["original_max_position_embeddings"]
@@ -196,13 +194,13 @@ def _llama3_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[Float
     low, high = entry["low_freq_factor"], entry["high_freq_factor"]
     unscaled = geometric(spectrum.theta, spectrum.head_dim)
     turns = entry["original_max_position_embeddings"] * unscaled / (2 * math.pi)
-    of_theta = stock_tolerances(spectrum, {**entry, "rope_type": "default"})
-    error = ((of_theta + 3 * _HALF_ULP) * turns + _HALF_ULP * low) / (high - low)
+    theta_error = stock_tolerances(spectrum, {**entry, "rope_type": "default"})
+    error = ((theta_error + 3 * _HALF_ULP) * turns + _HALF_ULP * low) / (high - low)
     return (turns - low) / (high - low), error
 
 
 def spectrum_tolerance(spectrum: Spectrum, rope_type: str) -> float:
-    """One bound for all pairs of a rotary module whose entry is not at hand.
+    """One tolerance for all pairs of a rotary module whose entry is not known, relative.
 
     Every slowed pair counts as one on the steepest published ramp, llama3's, where turns / (high - low) is at most 4/3.
     """

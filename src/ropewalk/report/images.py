@@ -12,6 +12,7 @@ from ropewalk.analysis.figures.report import figures_for_report
 from ropewalk.analysis.figures.style import render
 from ropewalk.report.runs import Run
 from ropewalk.rope import Spectrum
+from ropewalk.rope.spectrum import base_of
 
 MOST_RUNS = 12  # small panels and colours carry no more
 NAMES = ("kernel", "coverage", "semantic")
@@ -86,8 +87,7 @@ def _spectrum(run: Run) -> Spectrum:
     """The run's spectrum; its base is read off the ratio of the first two frequencies, as for any RoPE vector."""
     inv_freq = run.inv_freq
     assert inv_freq is not None
-    has_base = inv_freq.size > 1 and inv_freq[0] > inv_freq[1] > 0
-    theta = float((inv_freq[0] / inv_freq[1]) ** inv_freq.size) if has_base else 1e4
+    theta = base_of(inv_freq) or 1e4
     settings = run.evaluation.get("settings") or [{}]
     scaling = run.record.get("attention_scaling", settings[0].get("attention_scaling", 1.0))
     trained = run.trained_length or 1

@@ -1,4 +1,4 @@
-"""What a model's spectrum allows: which pairs training never turned, which clip follows, and what to look out for."""
+"""Advisor: the pairs that training never turned, the clip that follows, and each choice's effect on the spectrum."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ropewalk.errors import UserError
-from ropewalk.rope.cautions import cautions, clip_of
-from ropewalk.rope.chain import RopeChain
+from ropewalk.rope.chain import RopeChain, clip_of
 from ropewalk.rope.methods.clipping import recommended_clip
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.order import reached_length
 from ropewalk.rope.position import Position
+from ropewalk.rope.warnings import warnings
 
 SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
 
@@ -30,14 +30,14 @@ def critical_dimension(head_dim: int, theta: float, length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Beyond:
-    """Rotating pairs that never finish a turn, with the spectrum and the length (tokens) that say so.
+class UnfinishedPairs:
+    """Rotating pairs that never finish a turn within a length.
 
     Attributes:
         theta: base of the spectrum.
-        methods: that stand over that base, by name; empty for RoPE's own pairs.
+        methods: names of the methods over that base; empty for RoPE's own pairs.
         length: tokens.
-        pairs: how many.
+        pairs: their number.
     """
 
     theta: float
@@ -46,8 +46,8 @@ class Beyond:
     pairs: int
 
     @classmethod
-    def of(cls, position: Position, length: int) -> Beyond:
-        """Counted on the spectrum that ``position`` rotates with."""
+    def of(cls, position: Position, length: int) -> UnfinishedPairs:
+        """Those of the spectrum that ``position`` rotates with."""
         methods = tuple(step.method for step in position.chain.steps if step.method != "abf")
         spectrum = position.spectrum()
         return cls(spectrum.theta, methods, length, spectrum.pairs_beyond(length))
@@ -59,15 +59,15 @@ class Beyond:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one choice does to the slowest pairs.
+    """A choice's effect on the slowest pairs.
 
     Attributes:
-        chain: what follows the start, printed; the whole chain where it replaces the start.
+        chain: the methods after the start, printed; the whole chain where it replaces the start.
         stopped: pairs that do not rotate.
-        slowest_period: tokens in a turn of the slowest pair that rotates; infinite where none does.
+        slowest_period: tokens in a turn of the slowest pair that rotates; infinite: none does.
         unfinished: rotating pairs that never finish a turn in the training length.
         new_phases: pairs that reach phases at the target length which training at the training length did not.
-        new_turns: how far, in turns, summed over those pairs.
+        new_turns: turns beyond those phases, summed over these pairs.
     """
 
     chain: str
@@ -90,13 +90,14 @@ class Advice:
         critical_dimension: of the pretrained model's base and length, channels.
         beyond: out-of-distribution pairs at the pretrained length: of the pretrained model's base, of the model as it
             is, of the run's start; and of that start at the training length. Each once.
-        clip: the recommended clip, pairs; None where the start is clipped, or has stopped pairs, already.
+        clip: the recommended clip, pairs; None: the start is clipped, or has stopped pairs, already.
         clip_at: the pairs, base and length it follows from.
-        yarn_from: tokens that YaRN would stretch: the training length, or what a scaling in the start has reached.
-        yarn_factor: target length over that; 1 or less where there is nothing to stretch.
-        yarn_ramp: pair indices between which YaRN's ramp rises; None where the pairs follow no base (RoPE-ID).
-        choices: what each does to the slowest periods.
-        warnings: what to look out for.
+        yarn_from: tokens that YaRN would stretch: the training length, or the length that a scaling in the start has
+            reached.
+        yarn_factor: target length over that; 1 or less: there is nothing to stretch.
+        yarn_ramp: pair indices between which YaRN's ramp rises; None: the pairs follow no base (RoPE-ID).
+        choices: each choice's effect on the slowest periods.
+        warnings: sentences.
     """
 
     position: Position
@@ -104,9 +105,9 @@ class Advice:
     train_length: int
     target_length: int
     critical_dimension: int
-    beyond: tuple[Beyond, ...]
+    beyond: tuple[UnfinishedPairs, ...]
     clip: int | None
-    clip_at: Beyond
+    clip_at: UnfinishedPairs
     yarn_from: int
     yarn_factor: float
     yarn_ramp: tuple[float, float] | None
@@ -123,16 +124,16 @@ def advise(
     chain: RopeChain | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Advice:
-    """What to choose for a model, and what to look out for.
+    """Advice for a model: the clip, YaRN's factor and ramp, the effect of each choice, warnings.
 
     Args:
-        position: how the model rotates; Position.from_pretrained reads it off a config.json.
+        position: of the model; Position.from_pretrained reads it off a config.json.
         theta: base the run would change to; None: the model's own chain stays.
         train_length: tokens the run would train at; None: no training, the model's trained length.
         target_length: tokens to serve; None: four times the training length.
-        chain: a chain to judge beside the advisor's own choices; appended to what the run starts from, or in place of
-            it where it lays the spectrum out anew.
-        config: config.json's content, for warnings that only it can tell.
+        chain: a chain to judge beside the advisor's own choices; it follows the run's start, or replaces it where it
+            lays the spectrum out anew.
+        config: config.json's content, for warnings about its keys.
 
     Raises:
         UserError: for a length or base out of range, or a chain that does not fit.
@@ -146,22 +147,22 @@ def advise(
     target = 4 * trained if target_length is None else target_length
     _check_lengths(trained, target)
     start = position.chain if theta is None else RopeChain([{"method": "abf", "theta": theta}])
-    run = replace(position, chain=start, trained_length=trained)
-    if train_length is not None:  # words of a chain resolve as they would in that training
-        run = replace(run, pretrained_length=position.trained_length)
+    # words of a chain resolve as they would in that training
+    pretrained_length = position.pretrained_length if train_length is None else position.trained_length
+    run = replace(position, chain=start, pretrained_length=pretrained_length, trained_length=trained)
     base = run.spectrum()
     clip = recommended_clip(base) if clip_of(start) is None and base.inv_freq.all() else None
     yarn_from = max(trained, reached_length(run.chain.steps, base) or 0)
     clips = _clips(run, clip)
     yarns = _yarns(run, clips[-1:], yarn_from, target)
-    own = [] if chain is None else [replace(run, chain=chain) if chain.rebuilds else run.extended(chain.to_list())]
+    own = [] if chain is None else [replace(run, chain=chain.after(run.chain))]
     arms = [*((arm, arm) for arm in (run, *clips)), *yarns, *((arm, arm) for arm in own)]
-    if train_length is None:  # no training: what the model has seen is what it rotates with now
+    if train_length is None:  # no training: the model was trained with its present spectrum
         arms = [(position, served) for _, served in arms]
-    asked = [run, *clips, *(served for _, served in yarns if target_length is not None), *own]
+    warned = [run, *clips, *(served for _, served in yarns if target_length is not None), *own]
     pretrained = replace(position, chain=RopeChain([]))
-    at_pretrained = [Beyond.of(one, position.pretrained_length) for one in (pretrained, position, run)]
-    clip_at = Beyond.of(run, trained)
+    at_pretrained = [UnfinishedPairs.of(model, position.pretrained_length) for model in (pretrained, position, run)]
+    clip_at = UnfinishedPairs.of(run, trained)
     return Advice(
         position=position,
         start=start,
@@ -175,7 +176,7 @@ def advise(
         yarn_factor=target / yarn_from,
         yarn_ramp=yarn_ramp_ends(base, yarn_from) if base.rotary_dim else None,
         choices=tuple(_choice(start, trained_as, served, target) for trained_as, served in arms),
-        warnings=tuple(cautions(run, asked, yarn_from, config or {})),
+        warnings=tuple(warnings(run, warned, yarn_from, config or {})),
     )
 
 
@@ -194,7 +195,7 @@ def _check_lengths(train_length: int, target_length: int) -> None:
 
 
 def _clips(run: Position, clip: int | None) -> list[Position]:
-    """The recommended clip, hard and soft; nothing where there is none to recommend."""
+    """The recommended clip, hard and soft; empty without a recommendation."""
     return [run.extended([{"method": name, "clip": clip}]) for name in ("hardclip", "cope") if clip]
 
 
@@ -212,13 +213,13 @@ def _choice(start: RopeChain, trained: Position, served: Position, target_length
     added = served.chain.steps[len(start.steps) :] if follows else served.chain.steps
     at_training, at_target = trained.spectrum(), served.spectrum(length=target_length)
     turning = at_target.inv_freq[at_target.inv_freq > 0]
-    seen = np.minimum(at_training.turns(trained.trained_length), 1.0)
+    covered = np.minimum(at_training.turns(trained.trained_length), 1.0)
     reached = np.minimum(at_target.turns(target_length), 1.0)
     return Choice(
         chain=" > ".join(map(str, added)) or "as it is",
         stopped=int((at_target.inv_freq == 0).sum()),
         slowest_period=float(2 * np.pi / turning.min()) if turning.size else math.inf,
         unfinished=int(((at_training.inv_freq > 0) & (at_training.turns(trained.trained_length) < 1)).sum()),
-        new_phases=int((reached > seen * (1 + 1e-9)).sum()),
-        new_turns=float(np.maximum(reached - seen, 0.0).sum()),
+        new_phases=int((reached > covered * (1 + 1e-9)).sum()),
+        new_turns=float(np.maximum(reached - covered, 0.0).sum()),
     )

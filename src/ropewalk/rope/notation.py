@@ -1,20 +1,35 @@
-"""Chains as people write them: ``abf(theta=1e7) > cope(clip=20)``."""
+"""Steps of a chain, and their text form: ``abf(theta=1e7) > cope(clip=20)``."""
 
 from __future__ import annotations
 
 import ast
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.rope.registry import get_method
 
-_SHOWN = 8  # numbers of a list that are printed; a longer one is for people to see, not to read back
+_PRINTED = 8  # numbers of a list; a longer list is printed for people to see, not to be read back
 _SHORTENED = re.compile(r"\[\d+ numbers\]")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method of a chain with its canonical arguments."""
+
+    method: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        defaults = get_method(self.method).defaults
+        printed = {k: v for k, v in self.arguments.items() if k not in defaults or v != defaults[k]}
+        return f"{self.method}({', '.join(f'{k}={print_value(v)}' for k, v in printed.items())})"
 
 
 def print_value(value: Any) -> str:
     """A value as people write it, exactly: 1e7, 5e5, 0.25; of a long list, only its length, ``[64 numbers]``."""
-    if isinstance(value, list) and len(value) > _SHOWN:
+    if isinstance(value, list) and len(value) > _PRINTED:
         return f"[{len(value)} numbers]"
     if isinstance(value, list):
         return f"[{', '.join(map(print_value, value))}]"

@@ -1,21 +1,19 @@
-"""What may stand where in a chain."""
+"""Order of methods in a chain, and the length that its scalings reach."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.rope.notation import Step
 from ropewalk.rope.registry import get_method
-
-if TYPE_CHECKING:
-    from ropewalk.rope.chain import Step
-    from ropewalk.rope.spectrum import Spectrum
+from ropewalk.rope.spectrum import Spectrum
 
 
 def check_order(steps: Sequence[Step]) -> None:
-    """A method that lays the spectrum out anew may follow nothing but abf, and that only if it uses the base.
+    """A method that lays the spectrum out anew follows nothing but abf, and abf only if it uses the base.
 
     A chain clips once: a second clip, as when a run's clip meets that of the checkpoint it starts from, would stop
     pairs that training turned.
@@ -29,13 +27,13 @@ def check_order(steps: Sequence[Step]) -> None:
             f"{clips[1]} follows {clips[0]}, and a chain clips once; leave one of them out: rope=default goes on with "
             "a checkpoint's own clip, and a chain that begins with abf replaces it"
         )
-    for place, step in enumerate(steps):
+    for index, step in enumerate(steps):
         method = get_method(step.method)
-        follows_abf = place == 1 and steps[0].method == "abf" and method.uses_base
-        if place > 0 and method.rebuilds and not follows_abf:
+        follows_abf = index == 1 and steps[0].method == "abf" and method.uses_base
+        if index > 0 and method.rebuilds and not follows_abf:
             where = "first, or right after abf" if method.uses_base else "first"
             raise UserError(
-                f"{step.method} stands at place {place + 1} of the chain, after {steps[place - 1]}; it rebuilds "
+                f"{step.method} stands at place {index + 1} of the chain, after {steps[index - 1]}; it rebuilds "
                 f"the spectrum and would undo what stands before it: put it {where}"
             )
 
@@ -51,27 +49,27 @@ def stretched(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
 def reached_length(steps: Sequence[Step], spectrum: Spectrum) -> int | None:
     """Tokens to which the scalings of a chain stretch the model; None without a scaling.
 
-    A second scaling must start from the length that the one before it has reached, or a longer one.
+    A second scaling must start from the length that the first one has reached, or a longer one.
 
     Args:
         steps: of a chain whose words are resolved.
         spectrum: with the lengths that a scaling may follow.
 
     Raises:
-        UserError: naming both, and how to put it right.
+        UserError: naming both scalings and the fix.
     """
-    before: Step | None = None
+    scaling: Step | None = None
     reached = 0.0
     for step in steps:
         reaches = get_method(step.method).reaches
         if reaches is None:
             continue
         start = step.arguments["original_max_position_embeddings"]
-        if before is not None and start is not None and start < reached:
+        if scaling is not None and start is not None and start < reached:
             raise UserError(
-                f"{before} already stretches the model to {reached:,.0f} tokens, and {step} starts from {start:,} "
+                f"{scaling} already stretches the model to {reached:,.0f} tokens, and {step} starts from {start:,} "
                 "again; drop one of the two, or set "
                 f"original_max_position_embeddings={math.ceil(reached)} in the second"
             )
-        before, reached = step, reaches(step.arguments, spectrum)
-    return None if before is None else math.ceil(reached)
+        scaling, reached = step, reaches(step.arguments, spectrum)
+    return None if scaling is None else math.ceil(reached)

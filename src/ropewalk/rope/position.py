@@ -1,27 +1,34 @@
-"""How a checkpoint rotates: a chain together with what its methods refer to."""
+"""Position: a chain together with the facts of a model that its methods refer to, as config.json records it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ropewalk.errors import UserError
-from ropewalk.rope.chain import RopeChain
-from ropewalk.rope.foreign import read_foreign
-from ropewalk.rope.spectrum import Spectrum
+from ropewalk.files import sha256_of_json
+from ropewalk.rope.chain import RopeChain, Steps
+from ropewalk.rope.hf_config import read_hf_position
+from ropewalk.rope.order import reached_length
+from ropewalk.rope.registry import LENGTHS, get_method
+from ropewalk.rope.spectrum import Spectrum, base_of, geometric
+from ropewalk.rope.stock import compile_to_stock
 from ropewalk.rope.values import mapping, number, whole, wrong
 
 METADATA_KEY = "ropewalk"  # in config.json
 
-_INPUTS = ("head_dim", "theta", "pretrained_length", "trained_length")  # of every method
+_FACTS = ("head_dim", "theta", "pretrained_length", "trained_length")  # of a model, for every method
+_LONGEST = 2**40  # tokens, beyond any input
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-Steps = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,10 @@ class Position:
         head_dim: channels of a head that rotate.
         pretrained_length: tokens the first model was trained at.
         trained_length: tokens this checkpoint was last trained at.
-        base_model: what training started from.
+        base_model: directory or hub id that training started from.
+
+    Raises:
+        UserError: for facts or arguments that do not fit, naming the value, the rule and the fix.
     """
 
     name: str
@@ -45,10 +55,22 @@ class Position:
     pretrained_length: int
     trained_length: int
     base_model: str | None = None
+    _as_trained: Spectrum = field(init=False, repr=False, compare=False)
+    _reads_length: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "theta", float(self.theta))  # 10000 and 1e4 are one base, with one hash
-        object.__setattr__(self, "chain", self.chain.resolved(**self._inputs()))
+        start = self._start()
+        watched = _Watched(**vars(start))
+        chain, spectrum = _resolve(self.chain, watched)
+        reached_length(chain.steps, spectrum)  # refuses scalings that contradict
+        resolved = {
+            "theta": start.theta,  # 10000 and 1e4 are one base, with one hash
+            "chain": chain,
+            "_as_trained": _unwatched(spectrum),
+            "_reads_length": "length" in watched.lengths_read,
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> Position:
@@ -63,41 +85,60 @@ class Position:
 
     def extended(self, extra: Steps) -> Position:
         """With ``extra`` steps appended, their words resolved."""
-        return replace(self, chain=self.chain.extended(extra))
+        return replace(self, chain=self.chain.extended(extra)) if extra else self
 
-    def spectrum(self, extra: Steps = (), length: int | None = None) -> Spectrum:
-        """The float64 spectrum, with ``extra`` steps appended, for inputs of ``length`` tokens (None: as trained)."""
-        return self.chain.extended(extra).spectrum(**self._inputs(), length=length)
-
-    def rope_parameters(
-        self, max_position_embeddings: int, extra: Steps = (), length: int | None = None
-    ) -> dict[str, Any]:
-        """The stock entry for the same."""
-        return self.chain.extended(extra).rope_parameters(
-            **self._inputs(), max_position_embeddings=max_position_embeddings, length=length
+    def continued(self, name: str, chain: RopeChain, trained_length: int, base_model: str | None = None) -> Position:
+        """The position of a run from this checkpoint: ``chain`` after its own, at ``trained_length`` tokens."""
+        return Position(
+            name=name,
+            chain=chain.after(self.chain),
+            theta=self.theta,
+            head_dim=self.head_dim,
+            pretrained_length=self.trained_length,
+            trained_length=trained_length,
+            base_model=base_model,
         )
+
+    def spectrum(self, length: int | None = None) -> Spectrum:
+        """The float64 spectrum for inputs of ``length`` tokens (None: as trained)."""
+        _check_lengths(length=length)
+        if length is None:
+            return self._as_trained
+        if not self._reads_length:
+            return self._as_trained.at_length(length)
+        spectrum = self._start().at_length(length)
+        for step in self.chain.steps:
+            spectrum = get_method(step.method).function(spectrum, **step.arguments)
+        return spectrum
+
+    def rope_parameters(self, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
+        """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens."""
+        return compile_to_stock(self.chain, self.spectrum(length), max_position_embeddings)
 
     def __str__(self) -> str:
         if not self.depends_on_length:
             return str(self.chain)
         return f"{self.chain}, compiled at {self.trained_length:,} tokens (it depends on the input's length)"
 
-    @property
+    @cached_property
     def depends_on_length(self) -> bool:
         """Whether the spectrum follows the input's length, so that a stock entry holds it for one length only."""
-        return self.chain.depends_on_length(**self._inputs())
+        if not self._reads_length:
+            return False
+        short, long = self.spectrum(1), self.spectrum(_LONGEST)
+        return not np.array_equal(short.inv_freq, long.inv_freq) or short.attention_scaling != long.attention_scaling
 
     @property
     def sha256(self) -> str:
-        """Hash of the chain's resolved arguments and of its inputs.
+        """Hash of the chain's resolved arguments and of the model's facts.
 
         Equal for equal recipes, however they were written. It does not cover the methods' code, nor another input
         length than the trained one.
         """
-        return _sha256([self.chain.to_list(), self._inputs()])
+        return sha256_of_json([self.chain.to_list(), self._facts()])
 
     def metadata(self) -> dict[str, Any]:
-        """What config.json keeps under "ropewalk".
+        """The record under "ropewalk" in config.json.
 
         ``compiled_length`` is the length, in tokens, that the stock entry beside it holds the spectrum for, where the
         chain depends on it; else null.
@@ -109,11 +150,85 @@ class Position:
             "spectrum_sha256": self.sha256,
             "base_model": self.base_model,
             "compiled_length": self.trained_length if self.depends_on_length else None,
-            **self._inputs(),
+            **self._facts(),
         }
 
-    def _inputs(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _INPUTS}
+    @staticmethod
+    def apply_chain(
+        chain: RopeChain, inv_freq: Any, pretrained_length: int | None, trained_length: int | None, length: int | None
+    ) -> Any:
+        """The chain on a caller's own vector; see RopeChain.apply."""
+        is_torch = hasattr(inv_freq, "detach")
+        values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
+        theta = base_of(values) if values.ndim == 1 else None
+        if theta is None:
+            raise UserError(
+                f"inv_freq of shape {values.shape} must be one row of two or more frequencies that starts falling; "
+                "give RoPE's own, before any other transform"
+            )
+        _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length, length=length)
+        start = _Watched(values, theta, pretrained_length, trained_length)  # type: ignore[arg-type]
+        # Words stand for values of training, so they resolve at the trained length, whatever the present input's.
+        resolved, spectrum = _resolve(chain, start if trained_length else start.at_length(length))
+        reached_length(resolved.steps, spectrum)
+        if trained_length and length is not None:
+            spectrum = _resolve(resolved, start.at_length(length))[1]
+        result = spectrum.inv_freq
+        return inv_freq.new_tensor(result) if is_torch else result.astype(np.asarray(inv_freq).dtype)
+
+    def _facts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _FACTS}
+
+    def _start(self) -> Spectrum:
+        """RoPE's own spectrum, which the chain is applied to."""
+        if not isinstance(self.head_dim, Integral) or self.head_dim <= 0 or self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim!r} must be positive and even: channels rotate in pairs")
+        if not isinstance(self.theta, Real) or not 1 < self.theta < math.inf:
+            raise UserError(
+                f"theta={self.theta!r} must be a number above 1; it is the model's rope_theta, 10000 in RoFormer"
+            )
+        _check_lengths(pretrained_length=self.pretrained_length, trained_length=self.trained_length)
+        inv_freq = geometric(self.theta, self.head_dim)
+        return Spectrum(inv_freq, float(self.theta), self.pretrained_length, self.trained_length)
+
+
+RopeChain.position_type = Position
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched(Spectrum):
+    """A spectrum that notes the lengths a chain refers to; one that is not given is an error."""
+
+    lengths_read: set[str] = field(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in LENGTHS and value is None:
+            raise UserError(f"the chain refers to {name}, which is not given; pass {name}=TOKENS to apply()")
+        if name in (*LENGTHS, "length"):
+            self.lengths_read.add(name)
+        return value
+
+
+def _unwatched(spectrum: Spectrum) -> Spectrum:
+    return Spectrum(**{item.name: vars(spectrum)[item.name] for item in fields(Spectrum)})
+
+
+def _resolve(chain: RopeChain, spectrum: Spectrum) -> tuple[RopeChain, Spectrum]:
+    """The chain with every word (``auto``, ``trained_length``) replaced by its value, and the spectrum it gives."""
+    steps = []
+    for step in chain.steps:
+        method = get_method(step.method)
+        arguments = method.resolved(step.arguments, spectrum)
+        steps.append({"method": step.method, **arguments})
+        spectrum = method.function(spectrum, **arguments)
+    return RopeChain(steps), spectrum
+
+
+def _check_lengths(**lengths: int | None) -> None:
+    for name, value in lengths.items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise UserError(f"{name}={value!r} must be a whole number of tokens, 1 or more")
 
 
 def read_config_json(model: str | Path) -> dict[str, Any]:
@@ -161,51 +276,49 @@ def position_of(config: Any) -> Position:
         config: config.json's content, or a transformers PreTrainedConfig.
 
     Raises:
-        UserError: for metadata that was edited, a foreign scaling that no chain expresses, or a malformed value.
+        UserError: for metadata that was edited, a scaling that no chain expresses, or a malformed value.
     """
     content = config if isinstance(config, Mapping) else config.to_dict()
-    ours = mapping(content, METADATA_KEY)
-    if ours:
-        return _recorded(ours)
-    foreign = read_foreign(content)
+    record = mapping(content, METADATA_KEY)
+    if record:
+        return _recorded(json.dumps(record, sort_keys=True))
+    stock = read_hf_position(content)
     return Position(
         name="pretrained",
-        chain=RopeChain(foreign.chain),
-        theta=foreign.theta,
-        head_dim=foreign.head_dim,
-        pretrained_length=foreign.pretrained_length,
-        trained_length=foreign.trained_length,
+        chain=RopeChain(stock.chain),
+        theta=stock.theta,
+        head_dim=stock.head_dim,
+        pretrained_length=stock.pretrained_length,
+        trained_length=stock.trained_length,
     )
 
 
-_MEND = f'put back what was written, or delete the key "{METADATA_KEY}" and the stock entry beside it is read instead'
+_FIX = f'put back what was written, or delete the key "{METADATA_KEY}" and the stock entry beside it is read instead'
 
 
-def _recorded(ours: Mapping[str, Any]) -> Position:
-    """What ``Position.metadata`` wrote. The hashes are those of the record itself, not of what is made of it today."""
-    steps = ours.get("chain")
+@lru_cache(maxsize=64)  # a run reads its own record at several places; it is checked and resolved at the first
+def _recorded(text: str) -> Position:
+    """The position that ``Position.metadata`` recorded; the hashes are of the record as it is written."""
+    record = json.loads(text)
+    steps = record.get("chain")
     if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
-        raise wrong(f"{METADATA_KEY}.chain", steps, f"a list of methods with their arguments; {_MEND}")
-    covered = {"chain_sha256": steps, "spectrum_sha256": [steps, {name: ours.get(name) for name in _INPUTS}]}
+        raise wrong(f"{METADATA_KEY}.chain", steps, f"a list of methods with their arguments; {_FIX}")
+    covered = {"chain_sha256": steps, "spectrum_sha256": [steps, {name: record.get(name) for name in _FACTS}]}
     for key, content in covered.items():
-        recorded, found = ours.get(key), _sha256(content)
-        if recorded is not None and recorded != found:
+        recorded, actual = record.get(key), sha256_of_json(content)
+        if recorded is not None and recorded != actual:
             raise UserError(
-                f"config.json: {METADATA_KEY}.{key}={recorded} is not the hash of what stands beside it, {found}: the "
-                f"chain or its inputs were edited by hand; {_MEND}"
+                f"config.json: {METADATA_KEY}.{key}={recorded} is not the hash of what stands beside it, {actual}: the "
+                f"chain or its inputs were edited by hand; {_FIX}"
             )
-    inputs = {
-        "head_dim": whole(ours, "head_dim", "channels"),
-        "theta": number(ours, "theta"),
-        "pretrained_length": whole(ours, "pretrained_length"),
-        "trained_length": whole(ours, "trained_length"),
+    facts = {
+        "head_dim": whole(record, "head_dim", "channels"),
+        "theta": number(record, "theta"),
+        "pretrained_length": whole(record, "pretrained_length"),
+        "trained_length": whole(record, "trained_length"),
     }
-    for key, value in inputs.items():
+    for key, value in facts.items():
         if value is None:
-            raise UserError(f"config.json: {METADATA_KEY} has no {key}; {_MEND}")
-    name, base_model = str(ours.get("name") or "unnamed"), ours.get("base_model")
-    return Position(name=name, chain=RopeChain(steps), base_model=base_model, **inputs)  # type: ignore[arg-type]
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            raise UserError(f"config.json: {METADATA_KEY} has no {key}; {_FIX}")
+    name, base_model = str(record.get("name") or "unnamed"), record.get("base_model")
+    return Position(name=name, chain=RopeChain(steps), base_model=base_model, **facts)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The table of position methods, filled by ``@register_method``."""
+"""Registry: the table of position methods, filled by ``@register_method``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ropewalk.rope.spectrum import Spectrum
 
 Function = Callable[..., Spectrum]
 
-# Words that a chain may say in place of a number; they resolve against the spectrum that the method finds.
+# Words that stand for a number in a chain; they resolve against the spectrum that the method is given.
 LENGTHS = ("pretrained_length", "trained_length")
 PRETRAINED_LENGTH: Any = "pretrained_length"
 TRAINED_LENGTH: Any = "trained_length"
@@ -29,7 +29,7 @@ Tokens = Annotated[int, "tokens"]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its function, and what the registry knows about its arguments."""
+    """A registered method: its function, its arguments, and its place in a chain."""
 
     name: str
     function: Function
@@ -86,8 +86,8 @@ class Method:
             fits, converted = _convert(value, option)
             if fits:
                 return converted
-        mend = "; it is text, write 1.0e7 where YAML would read 1e7 so" if _is_numeral(value) else ""
-        raise UserError(f"{self.name}: {name}={_shown(value)} must be {_described(options, words)}{mend}")
+        fix = "; it is text, write 1.0e7 where YAML would read 1e7 so" if _is_numeral(value) else ""
+        raise UserError(f"{self.name}: {name}={_shown(value)} must be {_described(options, words)}{fix}")
 
 
 _METHODS: dict[str, Method] = {}
@@ -104,22 +104,22 @@ def register_method(
 ) -> Callable[[Function], Function]:
     """Make ``method(spectrum, *, ...)`` usable in chains as ``{"method": name, ...}``.
 
-    Every parameter after the spectrum is keyword-only and annotated (int, float, bool, a Literal, list[float], Tokens,
-    or one of these or None); the annotations convert what YAML gives, so that 10000000 and 1e7 are one value with one
+    Every parameter after the spectrum is keyword-only and annotated: int, float, bool, a Literal, list[float], Tokens,
+    or one of these or None. The annotations convert YAML's values, so that 10000000 and 1e7 are one value with one
     hash. A Tokens argument is an int that also takes the words ``trained_length`` and ``pretrained_length``.
 
     Args:
         name: of the method in chains.
         auto: arguments that take the word ``auto``, with the rule that resolves it.
-        rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it,
-        uses_base: and abf only if the method reads the base.
+        rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it.
+        uses_base: of a method that rebuilds: it reads the base, so abf may stand before it.
         clips: the method slows or stops the ``clip`` slowest pairs; a chain takes one of these.
         reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
-            arguments, which include ``original_max_position_embeddings``; ropewalk.rope.order.stretched as a rule.
+            arguments, which include ``original_max_position_embeddings``; mostly ropewalk.rope.order.stretched.
 
     Raises:
-        ValueError: at registration, for a name that is taken or that a chain cannot say, a parameter that is not
-            keyword-only or not annotated so, or a rule for an argument that is not there.
+        ValueError: at registration, for a name that is taken or cannot be written in a chain, a parameter of another
+            form, or a rule for an argument that does not exist.
     """
 
     def register(function: Function) -> Function:
@@ -166,7 +166,7 @@ def _check_registration(method: Method, parameters: list[inspect.Parameter]) -> 
     if method.clips and "clip" not in method.hints:
         raise ValueError(f"{name}: a method with clips takes clip, the number of pairs it acts on")
     for argument in method.auto.keys() - method.hints.keys():
-        raise ValueError(f"{name}: auto has a rule for {argument}, which is no parameter of the function")
+        raise ValueError(f"{name}: auto has a rule for {argument}, which is not a parameter of the function")
     if method.scaling and "original_max_position_embeddings" not in method.hints:
         raise ValueError(f"{name}: a method with reaches takes original_max_position_embeddings, its start in tokens")
 
@@ -177,11 +177,11 @@ def available_methods() -> tuple[str, ...]:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name, or UserError with the nearest name and the list of those there are."""
+    """The method of that name, or UserError with the nearest name and the list of all."""
     if name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, n=1)
-        mend = f"did you mean {near[0]}? There are" if near else "use one of"
-        raise UserError(f"method={name!r} is not known; {mend}: {', '.join(available_methods())}")
+        hint = f"did you mean {near[0]}? There are" if near else "use one of"
+        raise UserError(f"method={name!r} is not known; {hint}: {', '.join(available_methods())}")
     return _METHODS[name]
 
 
@@ -228,7 +228,7 @@ def _is_numeral(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """The value as an error repeats it; a long one is cut."""
+    """The value as an error prints it; a long one is cut."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 

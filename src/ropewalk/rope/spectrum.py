@@ -1,4 +1,4 @@
-"""The spectrum of a rotary position encoding: what every method takes and returns."""
+"""Spectrum: the frequencies of a rotary position encoding, which every method takes and returns."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ def geometric(theta: float, head_dim: int) -> FloatArray:
     return np.float64(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
+def base_of(inv_freq: FloatArray) -> float | None:
+    """The base of RoPE frequencies, (f_0 / f_1)^(d/2); None where the first two do not fall.
+
+    The first two suffice, since methods that slow or stop slow pairs leave the fast ones alone.
+
+    Args:
+        inv_freq: (d/2,), radians per token, highest first.
+    """
+    if inv_freq.size < 2 or not inv_freq[0] > inv_freq[1] > 0:
+        return None
+    return float((inv_freq[0] / inv_freq[1]) ** inv_freq.size)
+
+
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """Inverse frequencies of the rotary pairs, with the facts that methods refer to.
@@ -33,8 +46,8 @@ class Spectrum:
         trained_length: tokens of the context that this run trains at.
         length: tokens of the present input; None: ``trained_length``. Methods read ``present_length``.
         attention_scaling: multiplies cos and sin, so logits scale by its square.
-        rotary_dim: channels over which theta^(-2i/rotary_dim) was laid out, before anything slowed or stopped a pair;
-            None, taken as head_dim, for all of them; 0 where the pairs follow no base.
+        rotary_dim: channels over which theta^(-2i/rotary_dim) was laid out, before anything slowed or stopped a pair.
+            None: all of them, head_dim. 0: the pairs follow no base.
     """
 
     inv_freq: FloatArray
@@ -93,11 +106,11 @@ class Spectrum:
         return int(np.flatnonzero(self.inv_freq)[-1]) + 1 if self.inv_freq.any() else 0
 
     def rebased(self, theta: float) -> Spectrum:
-        """RoPE's geometric spectrum at another base; what was there before is replaced."""
+        """RoPE's geometric spectrum at another base, in place of the present one."""
         return self._with(inv_freq=geometric(theta, self.head_dim), theta=theta, rotary_dim=self.head_dim)
 
     def laid_out(self, rotated: FloatArray, attention_scaling: float = 1.0, rotary_dim: int = 0) -> Spectrum:
-        """``rotated`` frequencies on the first pairs, the others stopped; what was there before is replaced.
+        """``rotated`` frequencies on the first pairs, the others stopped, in place of the present ones.
 
         ``rotary_dim`` is that of the class: 0, unless the frequencies are powers of ``theta``.
         """
@@ -106,7 +119,7 @@ class Spectrum:
         return self._with(inv_freq=inv_freq, attention_scaling=attention_scaling, rotary_dim=rotary_dim)
 
     def scaled(self, weights: FloatArray | float, attention_scaling: float = 1.0) -> Spectrum:
-        """Each frequency times its weight; ``attention_scaling`` multiplies what is there."""
+        """Each frequency times its weight; ``attention_scaling`` multiplies the present one."""
         return self._with(
             inv_freq=self.inv_freq * weights, attention_scaling=self.attention_scaling * attention_scaling
         )

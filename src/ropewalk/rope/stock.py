@@ -1,15 +1,14 @@
-"""A chain as the ``rope_parameters`` that unmodified transformers, vLLM and SGLang read."""
+"""Stock entries: a chain as the ``rope_parameters`` that unmodified transformers, vLLM and SGLang read."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ropewalk.rope.chain import RopeChain
+from ropewalk.rope.notation import Step
 from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
-
-if TYPE_CHECKING:
-    from ropewalk.rope.chain import RopeChain, Step
 
 # A factor whose product with base^(2i/d) overflows float32 to infinity, whose reciprocal is exactly 0. Infinity itself
 # is not JSON. Where base^(2i/d) is too small for that, the factor alone must overflow: 1e39 is a number in JSON, and
@@ -29,7 +28,7 @@ def compile_to_stock(chain: RopeChain, spectrum: Spectrum, max_position_embeddin
         max_position_embeddings: N, the length the checkpoint serves, in tokens.
     """
     steps = chain.steps[1:] if chain.steps and chain.steps[0].method == "abf" else chain.steps
-    base = _base_of(spectrum)
+    base = _plain_base(spectrum)
     if base is not None and spectrum.attention_scaling == 1.0:
         return {"rope_type": "default", "rope_theta": base}
     if len(steps) == 1 and steps[0].method in _STOCK and _is_read_alike(steps[0]):
@@ -37,8 +36,8 @@ def compile_to_stock(chain: RopeChain, spectrum: Spectrum, max_position_embeddin
     return longrope_entry(spectrum, max_position_embeddings)
 
 
-def _base_of(spectrum: Spectrum) -> float | None:
-    """The base at which plain RoPE is this spectrum, to 1e-12; None where there is none that float32 holds.
+def _plain_base(spectrum: Spectrum) -> float | None:
+    """The base at which plain RoPE is this spectrum, to 1e-12; None: there is none that float32 holds.
 
     NTK-aware scaling is plain RoPE at another base, b s^(d/(d-2)), and so is whatever else keeps the series geometric.
     """
@@ -53,8 +52,9 @@ def _base_of(spectrum: Spectrum) -> float | None:
 
 
 def _is_read_alike(step: Step) -> bool:
-    """Whether every engine takes the same attention scaling from the stock type: vLLM's yarn reads no other than
-    0.1 ln s + 1, whatever attention_factor or the two mscale say.
+    """Whether every engine takes the same attention scaling from the stock type.
+
+    vLLM's yarn takes 0.1 ln s + 1 and ignores attention_factor and the two mscale.
     """
     arguments = step.arguments
     has_own = arguments.get("attention_factor") or (arguments.get("mscale") and arguments.get("mscale_all_dim"))
@@ -92,7 +92,7 @@ def stock_factors(spectrum: Spectrum) -> FloatArray:
 def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
     """Any spectrum as a ``longrope`` entry for a model that serves ``max_position_embeddings`` tokens.
 
-    The short and the long list are equal and both lengths are N, so no engine switches between lists or adds a
+    The short and the long list are equal and both lengths are N. So no engine switches between lists or adds a
     scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
     """
     factors = stock_factors(spectrum).tolist()

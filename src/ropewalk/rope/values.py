@@ -1,4 +1,4 @@
-"""Values of a config.json, typed: a wrong one is a UserError that names its key, the rule and the mend."""
+"""Values of a config.json, typed: a wrong one is a UserError that names its key, the rule and the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LONGEST = 2**40  # tokens, channels
 
 
 def wrong(key: str, value: Any, rule: str) -> UserError:
-    """The error for a key whose value breaks ``rule``, which says what it must be and how to mend it."""
+    """The error for a key whose value breaks ``rule``, which names the rule and the fix."""
     return UserError(f"config.json: {key}={reprlib.repr(value)} must be {rule}")
 
 
@@ -78,7 +78,7 @@ def mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    # by magnitude: an integer may be too long for a float, and a NaN compares as false
+    # by magnitude, since an integer may be too long for a float; a NaN compares as false
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300
 
 

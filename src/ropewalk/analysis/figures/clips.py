@@ -29,9 +29,9 @@ from ropewalk.analysis.figures.style import (
 )
 from ropewalk.analysis.kernels import kernel
 from ropewalk.rope import Spectrum
+from ropewalk.rope.methods.windows import TaperDomain, Window
 from ropewalk.rope.registry import get_method
 from ropewalk.rope.spectrum import FloatArray
-from ropewalk.rope.windows import TaperDomain, Window
 
 WINDOW_NAMES: tuple[Window, ...] = get_args(Window)
 DOMAINS: tuple[TaperDomain, ...] = get_args(TaperDomain)

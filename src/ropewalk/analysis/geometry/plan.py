@@ -22,7 +22,7 @@ from ropewalk.evaluation.plan import SHORTEST, load_tokenizer
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
-from ropewalk.model.load import read_position
+from ropewalk.model.load import head_dim, read_position, sliding_window
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -165,14 +165,14 @@ def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
 def _shape(directory: Path, longest: int) -> Shape:
     config = AutoConfig.from_pretrained(directory)
     one_of(f"model_type of {directory}", config.model_type, SUPPORTED_MODEL_TYPES)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
+    window = sliding_window(config)
+    if window is not None and window < longest:
         raise UserError(
             f"lengths={longest} is past the sliding_window={window} of {directory}, where the sink token is out of "
             f"sight; measure up to {window} tokens, or set sliding_window: null in its config.json"
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim)
+    heads = config.num_attention_heads
+    return Shape(config.num_hidden_layers, heads, config.num_key_value_heads, head_dim(config))
 
 
 def _layers(config: GeometryConfig, shape: Shape) -> list[int]:

@@ -17,7 +17,7 @@ from ropewalk.cluster.doctor.disk import make_directory
 from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
 from ropewalk.config.data import PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
-from ropewalk.model.load import count_parameters
+from ropewalk.model.load import count_parameters, head_dim
 
 ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes
 GB = 1e9
@@ -54,9 +54,8 @@ def check_evaluated(config: EvaluateConfig) -> Iterator[Finding]:
 def _cached_per_token(model_config: Any) -> int:
     """Elements of keys and values that a token leaves in the cache."""
     text = model_config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim)
+    return int(2 * text.num_hidden_layers * heads * head_dim(text))
 
 
 def _free_memory(device: str) -> int:

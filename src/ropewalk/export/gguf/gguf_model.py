@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition
+from ropewalk.model.load import head_dim, sliding_window
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
         )
     if family.arch in _ALTERNATING:
         _check_gemma(config, family.arch)
-    window = getattr(config, "sliding_window", None)
-    if family.arch in ("llama", "qwen2", "qwen3", "olmo2") and window and getattr(config, "use_sliding_window", True):
+    window = sliding_window(config)
+    if family.arch in ("llama", "qwen2", "qwen3", "olmo2") and window:
         raise UserError(
             f"sliding_window={window}: llama.cpp's {family.arch} attends to everything, so its answers past "
             f"{window} tokens would be another model's; export to=hf"
@@ -98,15 +99,14 @@ def _check_gemma(config: PreTrainedConfig, arch: str) -> None:
 def add_architecture(writer: gguf.GGUFWriter, config: PreTrainedConfig, family: Family) -> None:
     """The numbers that llama.cpp builds the graph from."""
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
     writer.add_vocab_size(config.vocab_size)
     if family.arch == "olmo":
         writer.add_layer_norm_eps(1e-5)

@@ -21,7 +21,7 @@ from ropewalk.export.safetensors_files import weight_faults
 from ropewalk.model.rotary import spectrum_tolerance
 from ropewalk.model.rotations import inspect_config
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
+from ropewalk.rope.hf_config import REFERENCE_KEYS, read_hf_position
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 
 
@@ -161,7 +161,7 @@ def _older_faults(content: Mapping[str, Any], config: PreTrainedConfig) -> Itera
         expected = older_form(config)
         missing = [key for key, value in expected.items() if content.get(key) != value]
         if missing:
-            read = read_foreign({**content, "rope_parameters": None})
+            read = read_hf_position({**content, "rope_parameters": None})
             yield (
                 f"{', '.join(missing)} is not as transformers before 5 needs it: it reads base {read.theta:g} and "
                 f"{RopeChain(read.chain)}"

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropewalk.export.findings import Unverifiable, write_finding
 from ropewalk.export.portable import rope_entry
 from ropewalk.export.verify.probing import run_probe
+from ropewalk.model.load import head_dim
 
 TOLERANCE = 1e-5  # of cos and sin, at the positions compared
 POSITIONS = 65536  # compared at most
@@ -101,8 +102,7 @@ def rotary_table(config: PreTrainedConfig, positions: int) -> dict[str, NDArray[
     """cos and sin as stock transformers computes them, float32 (positions, rotated channels / 2), scaling included."""
     entry = rope_entry(config)
     if entry["rope_type"] == "default":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotated = int(head_dim * entry.get("partial_rotary_factor", 1.0))
+        rotated = int(head_dim(config) * entry.get("partial_rotary_factor", 1.0))
         channels = torch.arange(0, rotated, 2, dtype=torch.int64).float()
         inv_freq, scaling = 1.0 / entry["rope_theta"] ** (channels / rotated), 1.0
     else:

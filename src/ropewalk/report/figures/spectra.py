@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ropewalk.report.figures.style import GREY, Figure, Panel, Row, RunStyle, canvas, plain
 from ropewalk.report.runs import Run
 from ropewalk.report.text import listed
+from ropewalk.rope.spectrum import base_of, geometric
 
 # Stored frequencies are float32; read off the first two, the base carries that rounding to the last pair.
 TOLERANCE = 1e-5
@@ -42,9 +43,10 @@ def clip_onset(inv_freq: NDArray[np.float64]) -> int | None:
     Args:
         inv_freq: float (head_dim // 2,), radians per token, highest first.
     """
-    if inv_freq.size < 2 or inv_freq[0] <= 0 or inv_freq[1] <= 0:
+    base = base_of(inv_freq)
+    if base is None:
         return 0
-    unclipped = (inv_freq[1] / inv_freq[0]) ** np.arange(inv_freq.size)
+    unclipped = geometric(base, 2 * inv_freq.size)
     differs = np.abs(inv_freq - unclipped) > TOLERANCE * unclipped
     return int(differs.argmax()) if differs.any() else None
 

@@ -1,4 +1,4 @@
-"""What several methods require of their arguments."""
+"""Checks of arguments that several methods share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rotary_dim_of(method: str, spectrum: Spectrum) -> int:
     dim = spectrum.rotary_dim or 0
     check(
         dim > 0,
-        f"{method}: the pairs it finds follow no base, so it cannot tell by index which turn how often; after rope_id "
+        f"{method}: the pairs it finds follow no base, so their index does not say how often they turn; after rope_id "
         "use rope_id_yarn",
     )
     return dim

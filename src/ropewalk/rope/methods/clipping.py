@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ropewalk.rope.methods.checks import check, pairs_within
+from ropewalk.rope.methods.windows import TaperDomain, Window, taper
 from ropewalk.rope.registry import TRAINED_LENGTH, Tokens, register_method
 from ropewalk.rope.spectrum import Spectrum
-from ropewalk.rope.windows import TaperDomain, Window, taper
 
 
 def recommended_clip(spectrum: Spectrum, length: int | None = None) -> int:
@@ -27,10 +27,10 @@ def cope(
 
     theta_i w_j over the last n pairs, w_j = (1 + cos(pi j / (n-1))) / 2, j = 0..n-1.
 
-    clip = n: pairs under the taper, 0..d/2, counted from the slowest that rotates, or ``auto`` for the paper's rule;
-    the first keeps weight 1, the last gets 0, so a clip of 20 changes 19 pairs and stops one, and a clip of 1 changes
+    clip = n: pairs under the taper, 0..d/2, counted from the slowest that rotates, or ``auto`` for the paper's rule.
+    The first keeps weight 1 and the last gets 0, so a clip of 20 changes 19 pairs and stops one; a clip of 1 changes
     nothing.
-    window: the paper's raised cosine (Hann's), or another of :mod:`ropewalk.rope.windows`.
+    window: the paper's raised cosine (Hann's), or another of :mod:`ropewalk.rope.methods.windows`.
     taper_domain: the paper writes the taper over frequency, its code runs it over the pair index; ``index`` is the
     code's, ``frequency`` is linear in frequency from the first clipped pair to the slowest.
     """
@@ -63,7 +63,7 @@ def hope(spectrum: Spectrum, *, length: Tokens = TRAINED_LENGTH, share: float | 
     """Stop the pairs that never finish a turn in L tokens (HoPE for text, Chen et al., arXiv 2410.21216).
 
     length = L, by default the training length. share, 0..1, stops that share of the pairs instead, the slowest ones,
-    rounded down: the paper's own cut is not recoverable, 50% at 1B and 80% at 3B parameters are reported.
+    rounded down. The paper's own cut is not recoverable; it reports 50% at 1B and 80% at 3B parameters.
     """
     if share is not None:
         check(0 <= share <= 1, f"hope: share={share} must lie between 0 and 1; 1 stops every pair")

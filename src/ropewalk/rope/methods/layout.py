@@ -64,11 +64,11 @@ def rope_id(
 
     The first share d/2 pairs take a geometric series from 2 pi / shortest_period to 2 pi / longest_period radians per
     token, both ends included; the rest do not rotate. Logits are multiplied by (0.1 ln max(len/T, 1) + 1)^exponent,
-    len the present input and T the trained length, so the spectrum's attention scaling, which acts on cos and sin
-    alike, is that to the power exponent / 2. Channels that do not rotate are scaled too, as all logits are.
+    len the present input and T the trained length. The spectrum's attention scaling acts on cos and sin alike, so it is
+    0.1 ln max(len/T, 1) + 1 to the power exponent / 2. Channels that do not rotate are scaled too, as all logits are.
 
-    share in (0, 1], rounded down to whole pairs; periods in tokens, shortest <= longest (``auto``: T / 2);
-    temperature_exponent >= 0, 0 for no temperature; trained_length = T. The paper ablates all four. Which channels
+    share in (0, 1], rounded down to whole pairs. Periods in tokens, shortest <= longest (``auto``: T / 2).
+    temperature_exponent >= 0, 0 for no temperature. trained_length = T. The paper ablates all four. Which channels
     rotate is left open there: here the first pairs, which is a permutation of channels to a model trained so.
     """
     pairs = share_of_pairs("rope_id", share, spectrum)

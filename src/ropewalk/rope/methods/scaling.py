@@ -41,7 +41,7 @@ def ntk(
 
     In place of a new base each theta_i is multiplied by s^(-2i/(d-2)), which is the same for RoPE's own spectrum
     and leaves a clip that stands earlier in the chain intact. The slowest pair is slowed by exactly s; d counts the
-    channels that RoPE is laid out over. factor = s >= 1; original_max_position_embeddings, the tokens it stretches
+    channels that RoPE is laid out over. factor = s >= 1. original_max_position_embeddings, the tokens it stretches
     from, is recorded and changes nothing.
     """
     at_least_one("ntk", factor)
@@ -50,7 +50,7 @@ def ntk(
 
 
 def _followed(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
-    """dynamic_ntk goes along with the input, so at least to the trained length."""
+    """dynamic_ntk follows the input, so it reaches at least the trained length."""
     return max(stretched(arguments, spectrum), spectrum.present_length)
 
 
@@ -58,7 +58,7 @@ def _followed(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
 def dynamic_ntk(spectrum: Spectrum, *, factor: float, original_max_position_embeddings: Tokens) -> Spectrum:
     """NTK-aware scaling that follows the input's length: base b (f len/L - (f-1))^(d/(d-2)) (arXiv 2309.00071, 3.3).
 
-    len is the present length, at least L; up to L nothing changes. original_max_position_embeddings = L, tokens;
+    len is the present length, at least L; up to L nothing changes. original_max_position_embeddings = L, tokens.
     factor = f >= 1 (transformers' ``dynamic``).
     """
     at_least_one("dynamic_ntk", factor)
@@ -136,11 +136,11 @@ def yarn(
 ) -> Spectrum:
     """YaRN: ntk_by_parts with the attention scaling 0.1 ln s + 1 (arXiv 2309.00071, sections 3.2 and 3.4).
 
-    original_max_position_embeddings (L, tokens) has no fallback: the ramp depends on it. factor = s >= 1;
+    original_max_position_embeddings (L, tokens) has no fallback: the ramp depends on it. factor = s >= 1.
     beta_fast >= beta_slow > 0 are turns in L; ``truncate`` rounds the ramp's ends outwards to whole pairs.
-    The attention scaling is attention_factor where given; with both mscale and mscale_all_dim it is
-    (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1), DeepSeek's form (arXiv 2405.04434's code); one alone is
-    without effect, as in transformers.
+    attention_factor, where given, is the attention scaling. With both mscale and mscale_all_dim it is
+    (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1), DeepSeek's form (arXiv 2405.04434's code). One of these
+    alone is without effect, as in transformers.
     """
     at_least_one("yarn", factor)
     positive_length("yarn", original_max_position_embeddings)
@@ -218,10 +218,10 @@ def longrope(
     """LongRoPE: theta_i / factor_i, one searched factor a pair (arXiv 2402.13753; Phi-3's configuration).
 
     short_factor up to L = original_max_position_embeddings tokens of present input, long_factor past it, each d/2
-    positive numbers. The attention scaling is attention_factor, or sqrt(1 + ln s / ln L) with s = factor >= 1, by
-    default max_position_embeddings (tokens; the trained length) over L; 1 where s <= 1. It is the same for both lists,
-    as in transformers. A factor whose product with the period's base^(2i/d) overflows float32 stops the pair, as it
-    does in every stock engine.
+    positive numbers. The attention scaling is attention_factor, or sqrt(1 + ln s / ln L); 1 where s <= 1. There
+    s = factor >= 1, by default max_position_embeddings (tokens, the trained length) over L. It is the same for both
+    lists, as in transformers. A factor whose product with the period's base^(2i/d) overflows float32 stops the pair,
+    as it does in every stock engine.
     """
     positive_length("longrope", original_max_position_embeddings)
     for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
@@ -267,8 +267,8 @@ def _mixed(spectrum: Spectrum, method: str, factor: float, length: int, progress
     low = int(fast[-1]) if fast.size else -1
     high = int(slow[0]) if slow.size else turns.size
     width = max(high - low, 1)
-    place = np.clip(np.arange(turns.size) - low, 0, width)
-    exponent = place * (place + 1) / (width * (width + 1)) if progressive else place / width
+    offset = np.clip(np.arange(turns.size) - low, 0, width)
+    exponent = offset * (offset + 1) / (width * (width + 1)) if progressive else offset / width
     return spectrum.scaled(factor**-exponent, attention_scaling=_log_scaling(factor))
 
 
@@ -276,9 +276,8 @@ def _mixed(spectrum: Spectrum, method: str, factor: float, length: int, progress
 def mrrope_pro(spectrum: Spectrum, *, factor: float, original_max_position_embeddings: Tokens) -> Spectrum:
     """MrRoPE, progressive mixing of radices: theta_i s^(-q(q+1)/(n(n+1))), attention scaling 0.1 ln s + 1.
 
-    l is the last pair that turns more than 32 times in L = original_max_position_embeddings tokens (-1 where none
-    does), h the first that turns less than once (d/2 where none does), n = h - l, q = clip(i - l, 0, n).
-    factor = s >= 1.
+    L = original_max_position_embeddings tokens. l is the last pair that turns more than 32 times in L (-1: none does).
+    h is the first pair that turns less than once (d/2: none does). n = h - l, q = clip(i - l, 0, n), factor = s >= 1.
     """
     return _mixed(spectrum, "mrrope_pro", factor, original_max_position_embeddings, progressive=True)
 

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.analysis.inspection import inspect_config
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.foreign import DEFAULT_SHARES, DEFAULT_THETA, ROTARY_BY_DEFAULT
+from ropewalk.rope.hf_config import DEFAULT_SHARES, DEFAULT_THETA, ROTARY_BY_DEFAULT
 from ropewalk.rope.position import position_of
 
 FACTORS = [1.0 + i / 8 for i in range(48)]

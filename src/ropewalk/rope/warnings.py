@@ -1,12 +1,12 @@
-"""What to look out for in a chain, and in what only config.json tells."""
+"""Warnings about a chain, and about keys of a config.json that stock code reads otherwise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ropewalk.rope.chain import RopeChain, Step
-from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
+from ropewalk.rope.chain import RopeChain, clip_of
+from ropewalk.rope.hf_config import REFERENCE_KEYS, read_hf_position
 from ropewalk.rope.notation import print_value
 from ropewalk.rope.position import METADATA_KEY, Position
 from ropewalk.rope.registry import get_method
@@ -15,39 +15,29 @@ LARGEST_CLIP = 0.75  # of all pairs
 NEEDS_ORIGINAL = ("yarn", "llama3", "longrope", "su")
 
 
-def clip_of(chain: RopeChain) -> Step | None:
-    """The clip of a chain, which has one at most; None where there is none."""
-    return next((step for step in chain.steps if get_method(step.method).clips), None)
-
-
-def in_words(chain: RopeChain) -> str:
-    """The printed chain, for people: ``rope``, which an empty one prints as, is also an arm's name, at another base."""
-    return str(chain) if chain.steps else "plain RoPE"
-
-
-def cautions(run: Position, asked: Sequence[Position], yarn_from: int, config: Mapping[str, Any]) -> Iterator[str]:
+def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config: Mapping[str, Any]) -> Iterator[str]:
     """Warnings, as sentences.
 
     Args:
-        run: what a run would start from.
-        asked: what is recommended for it, and what a user named.
+        run: the start of a run.
+        choices: recommended for it, or named by a user.
         yarn_from: tokens that YaRN would stretch.
         config: config.json's content, empty where there is none.
     """
     yield from _clipped_already(run)
     pairs = run.head_dim // 2
-    largest = max((int(step.arguments["clip"]) for one in asked if (step := clip_of(one.chain))), default=0)
+    largest = max((int(step.arguments["clip"]) for choice in choices if (step := clip_of(choice.chain))), default=0)
     if largest > LARGEST_CLIP * pairs:
         yield (
             f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
             "theta or the training length, or clip less"
         )
-    if any(_clip_under(one.chain, "llama3") for one in asked):
+    if any(_clip_under(choice.chain, "llama3") for choice in choices):
         yield (
             "a clip under llama3 scaling: llama3 scales by wavelength and the clip by index, so their order matters "
             "and no published run has both; start from abf, which replaces the scaling, or test both orders"
         )
-    if any(_clip_under(one.chain, "yarn") for one in asked):
+    if any(_clip_under(choice.chain, "yarn") for choice in choices):
         yield (
             "a clip under full YaRN: YaRN interpolates the pairs that the clip has slowed already and adds its "
             "attention scaling; evaluate the clipped model with and without it (test_time=none)"
@@ -63,34 +53,33 @@ def cautions(run: Position, asked: Sequence[Position], yarn_from: int, config: M
 
 def _clipped_already(run: Position) -> Iterator[str]:
     own = clip_of(run.chain)
-    mend = (
+    fix = (
         f"to choose another, start from abf (theta={print_value(run.spectrum().theta)} keeps the base), which lays "
         "the spectrum out anew"
     )
     if own is not None:
-        yield f"the model is clipped already ({own}) and a chain clips once, so no clip is recommended; {mend}"
+        yield f"the model is clipped already ({own}) and a chain clips once, so no clip is recommended; {fix}"
     elif stopped := int((run.spectrum().inv_freq == 0).sum()):
         yield (
             f"{stopped} pairs are stopped already ({run.chain}): a clip would count from the slowest that rotates, and "
-            f"no published run has both, so none is recommended; {mend}"
+            f"no published run has both, so none is recommended; {fix}"
         )
 
 
 def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
-    """What only config.json tells."""
     if not config:
         return
     yield from _layers_that_differ(config)
     if config.get(METADATA_KEY):
         return
-    foreign = read_foreign(config)
-    kind = foreign.entry.get("rope_type") or foreign.entry.get("type")
+    stock = read_hf_position(config)
+    kind = stock.entry.get("rope_type") or stock.entry.get("type")
     text = config.get("text_config") or config
-    names = ("original_max_position_embeddings" in place for place in (foreign.entry, text))
-    if kind in NEEDS_ORIGINAL and not any(names):
+    named = any("original_max_position_embeddings" in values for values in (stock.entry, text))
+    if kind in NEEDS_ORIGINAL and not named:
         yield (
             f"rope_type={kind} without original_max_position_embeddings: transformers takes max_position_embeddings="
-            f"{foreign.trained_length:,} in its place without a word; write the length the model was trained at"
+            f"{stock.trained_length:,} in its place without a warning; write the length the model was trained at"
         )
     present = [key for key in REFERENCE_KEYS if key in config]
     if present:
@@ -101,7 +90,7 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _layers_that_differ(config: Mapping[str, Any]) -> Iterator[str]:
-    """Gemma 3 and OLMo 3, in the form of transformers 5, a rope_parameters for each layer type, or in the older one."""
+    """Gemma 3 and OLMo 3, in transformers 5's form (rope_parameters for each layer type) or the older one."""
     text = config.get("text_config") or config
     entry = text.get("rope_parameters") or {}
     others = [f"{kind} layers" for kind in entry if kind != "full_attention" and isinstance(entry[kind], Mapping)]

@@ -1,4 +1,4 @@
-"""Position settings in other people's config.json, read as a chain and its inputs."""
+"""Other people's config.json: position settings as a chain and the facts it refers to."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropewalk.errors import UserError
-from ropewalk.rope.foreign_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
-# What transformers takes for a config without a base, and for the share of a head that rotates: the classes whose own
-# default is 10,000, and those of them that do not rotate whole heads.
+# transformers' defaults for a config without a base or a share of rotating channels: the classes whose base is then
+# 10,000, and those of them that do not rotate whole heads.
 DEFAULT_THETA = 1e4
 DEFAULT_SHARES = {
     **dict.fromkeys(("gpt_neox", "qwen3_next", "stablelm"), 0.25),
@@ -31,14 +31,14 @@ REFERENCE_KEYS = ("use_cope", "cope_clip_n")
 
 
 @dataclass(frozen=True)
-class ForeignPosition:
-    """What a config.json without our metadata says of position.
+class HfPosition:
+    """The position settings of a config.json without our metadata.
 
     Attributes:
         entry: its rope_parameters, or rope_scaling in the older form; keys as they stand there.
         theta: RoPE base.
         head_dim: channels of a head that rotate; of DeepSeek's latent attention, qk_rope_head_dim.
-        pretrained_length: tokens before any scaling, where the entry tells, else the trained length.
+        pretrained_length: tokens before any scaling, where the entry names them, else the trained length.
         trained_length: max_position_embeddings, tokens.
         chain: the scaling as steps of a chain.
     """
@@ -51,11 +51,11 @@ class ForeignPosition:
     chain: list[dict[str, Any]]
 
 
-def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
+def read_hf_position(config: Mapping[str, Any]) -> HfPosition:
     """Read a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters), as transformers does.
 
-    Where layers differ (Gemma 3), the entry of the full-attention layers is read. What an attention layer does beside
-    its rotary module is not: DeepSeek's factor on the softmax under YaRN is not in the chain.
+    Where layers differ (Gemma 3), the entry of the full-attention layers is read. The chain holds the rotary module
+    alone: DeepSeek's factor on the softmax under YaRN is not in it.
 
     Raises:
         UserError: for a model without RoPE, a scaling that no chain expresses, or a value of the wrong kind.
@@ -72,11 +72,11 @@ def read_foreign(config: Mapping[str, Any]) -> ForeignPosition:
         raise UserError("config.json has no max_position_embeddings; write the length the model was trained at there")
     original = trained_length
     if kind in STRETCHED:
-        # transformers gives the top-level key (Phi-3's place for it) the last word, where all layers share one entry
+        # in transformers the top-level key (Phi-3's) wins, where all layers share one entry
         top_level = whole(config, ORIGINAL) if not layers else None
         original = top_level or whole(entry, ORIGINAL) or trained_length
     share = _share(config, entry, kind)
-    return ForeignPosition(
+    return HfPosition(
         entry=entry,
         theta=_theta(config, entry),
         head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share),
@@ -114,9 +114,9 @@ def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
 
 
 def _theta(config: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
-    places = (entry, "rope_theta"), (config, "rope_theta"), (config, "rotary_emb_base")
-    for place, key in places:
-        theta = number(place, key, "a number above 1; it is RoPE's base, 10000 in RoFormer", lambda value: value > 1)
+    candidates = (entry, "rope_theta"), (config, "rope_theta"), (config, "rotary_emb_base")
+    for values, key in candidates:
+        theta = number(values, key, "a number above 1; it is RoPE's base, 10000 in RoFormer", lambda value: value > 1)
         if theta is not None:
             return theta
     model_type = config.get("model_type")
@@ -130,10 +130,10 @@ def _theta(config: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
 
 def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str) -> float:
     """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none."""
-    places = (entry, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")
+    candidates = (entry, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")
     least = 0.0 if kind == "proportional" else 1e-9
-    for place, key in places:
-        share = number(place, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
+    for values, key in candidates:
+        share = number(values, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
         if share is not None:
             return share
     return DEFAULT_SHARES.get(str(config.get("model_type")), 1.0)
@@ -149,7 +149,7 @@ def _rotating_channels(config: Mapping[str, Any], share: float) -> int:
         heads, width = whole(config, "num_attention_heads", "heads"), whole(config, "hidden_size", "channels")
         if heads is None or width is None:
             raise UserError(
-                "config.json names neither head_dim nor num_attention_heads and hidden_size; it is no rotary "
+                "config.json names neither head_dim nor num_attention_heads and hidden_size; it is not a rotary "
                 "transformer's, or lacks one of them: write head_dim there"
             )
         head_dim = width // heads
@@ -157,28 +157,28 @@ def _rotating_channels(config: Mapping[str, Any], share: float) -> int:
     if rotating % 2 or not 2 <= rotating <= _WIDEST:
         raise UserError(
             f"config.json: {rotating} channels of a head rotate (head_dim={head_dim}, share {share:g}); channels "
-            f"rotate in pairs, so it must be an even number from 2 to {_WIDEST}: mend head_dim or partial_rotary_factor"
+            f"rotate in pairs, so it must be an even number from 2 to {_WIDEST}: fix head_dim or partial_rotary_factor"
         )
     return rotating
 
 
 def rotating_layers(entry: Mapping[str, Any], layer_types: Sequence[str] | None) -> list[str]:
-    """The layer types that have a rope_parameters entry of their own, the one that a chain is about first.
+    """The layer types with a rope_parameters entry of their own, the one that a chain is about first.
 
     That is full_attention, or the only one. Empty where all layers share one entry.
 
     Args:
         entry: rope_parameters.
-        layer_types: of each layer, as in the config; None: every type in the entry is taken to be there.
+        layer_types: of each layer, as in the config; None: every type in the entry.
 
     Raises:
-        UserError: where several types rotate, each in its way, and none is full_attention.
+        UserError: where several types rotate differently and none is full_attention.
     """
-    parts = {kind: part for kind, part in entry.items() if isinstance(part, Mapping)}
-    kinds = sorted(kind for kind in parts if not layer_types or kind in layer_types)
+    entries = {kind: values for kind, values in entry.items() if isinstance(values, Mapping)}
+    kinds = sorted(kind for kind in entries if not layer_types or kind in layer_types)
     if "full_attention" in kinds:
         return ["full_attention", *(kind for kind in kinds if kind != "full_attention")]
-    if any(parts[kind] != parts[kinds[0]] for kind in kinds):
+    if any(entries[kind] != entries[kinds[0]] for kind in kinds):
         raise UserError(
             f"rope_parameters has entries for {', '.join(kinds)} that differ, and none for full_attention, whose the "
             "chain would be; name the layers to read full_attention"

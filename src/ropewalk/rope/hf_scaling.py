@@ -1,4 +1,4 @@
-"""The scaling of a stock rope_parameters entry as steps of a chain, type by type."""
+"""Scalings of a stock rope_parameters entry as steps of a chain, type by type."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Step = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a type's steps follow from.
+    """The values that the steps of a rope_type follow from.
 
     Attributes:
         kind: rope_type.
         entry: the stock entry, as it stands.
         original: L, tokens: the entry's, the config's own, or else the served length.
         served_length: max_position_embeddings, tokens.
-        share: of a head's pairs that rotates, of which ``proportional`` alone makes a step.
+        share: of a head's pairs that rotates; ``proportional`` alone makes a step of it.
         is_layered: whether the entry is one layer type's of several.
     """
 
@@ -53,18 +53,18 @@ def _linear(scaling: Scaling) -> list[Step]:
 
 
 def _interpolation(scaling: Scaling, factor: float) -> Step:
-    """From the length that the entry names, or else so that it reaches the longest input that the config promises."""
+    """From the length that the entry names, else from the one that makes it reach the longest input served."""
     named = _positive(scaling.entry, ORIGINAL)
     return {"method": "pi", "factor": factor, ORIGINAL: int(named or max(scaling.served_length / factor, 1))}
 
 
 def _dynamic(scaling: Scaling) -> list[Step]:
-    # transformers takes the served length for L, whatever the entry says
+    # transformers takes the served length for L, whatever the entry holds
     return [{"method": "dynamic_ntk", "factor": _required(scaling, "factor"), ORIGINAL: scaling.served_length}]
 
 
 def _alpha(scaling: Scaling) -> list[Step]:
-    """Hunyuan's: base b alpha^(d/(d-2)) at every length; no length it starts from is told."""
+    """Hunyuan's: base b alpha^(d/(d-2)) at every length; the length it starts from is not given."""
     return [{"method": "ntk", "factor": _required(scaling, "alpha"), ORIGINAL: None}]
 
 
@@ -81,13 +81,13 @@ def _llama3(scaling: Scaling) -> list[Step]:
 
 def _yarn(scaling: Scaling) -> list[Step]:
     entry = scaling.entry
-    # null is the ratio of the lengths to transformers; without the key it refuses, and so does this
+    # transformers takes null for the ratio of the lengths and refuses an entry without the key; so does this
     is_null = "factor" in entry and entry["factor"] is None
     factor = scaling.served_length / scaling.original if is_null else _required(scaling, "factor")
     step = {"method": "yarn", "factor": factor, ORIGINAL: scaling.original}
     for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         value = number(entry, name, "0 or a positive number; remove the key for the default", lambda value: value >= 0)
-        if value:  # a zero is as good as absent to transformers
+        if value:  # transformers treats a zero like an absent key
             step[name] = value
     step["attention_factor"] = _positive(entry, "attention_factor")
     if "truncate" in entry and not scaling.is_layered:  # it is not looked up in one layer type's entry
@@ -122,6 +122,6 @@ def _positive(entry: Mapping[str, Any], key: str) -> float | None:
 def _required(scaling: Scaling, key: str) -> float:
     value = _positive(scaling.entry, key)
     if value is None:
-        mend = "NEW_LENGTH / ORIGINAL_LENGTH" if key == "factor" else "the published number"
-        raise UserError(f"rope_type={scaling.kind!r} has no {key}; write {key}: {mend} beside it")
+        fix = "NEW_LENGTH / ORIGINAL_LENGTH" if key == "factor" else "the published number"
+        raise UserError(f"rope_type={scaling.kind!r} has no {key}; write {key}: {fix} beside it")
     return value
