@@ -9,7 +9,7 @@ import pytest
 from ropewalk.errors import UserError
 from ropewalk.runs.directory import (
     RunDirectory,
-    committed_checkpoint,
+    checkpoint_at,
     damaged_name,
     read_manifest,
     universal_form,
@@ -69,11 +69,11 @@ def test_a_second_damaged_checkpoint_of_a_step_gets_a_name_of_its_own(tmp_path):
 
 def test_a_checkpoint_is_named_by_itself_or_by_its_run(tmp_path):
     checkpoint = commit(tmp_path / "run", 2)
-    assert committed_checkpoint(tmp_path / "run") == committed_checkpoint(str(checkpoint)) == checkpoint
+    assert checkpoint_at(tmp_path / "run") == checkpoint_at(str(checkpoint)) == checkpoint
     store = tmp_path / "store"
     store.mkdir()
     (store / "manifest.json").write_text("{}")
-    assert committed_checkpoint(store) is None
+    assert checkpoint_at(store) is None
 
 
 def test_a_checkpoint_behind_a_link_is_found_in_its_run(tmp_path):

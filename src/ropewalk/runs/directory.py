@@ -131,6 +131,10 @@ class JobRecord:
         """Note of one rank."""
         return self.ranks / f"rank-{rank:05d}.json"
 
+    def rank_notes(self) -> list[Path]:
+        """Notes of the ranks that left one, in the order of ranks."""
+        return sorted(self.ranks.glob("rank-*.json"))
+
 
 def _step(step: int) -> str:
     return f"{_STEP}{step:08d}"
@@ -150,7 +154,7 @@ def damaged_name(checkpoint: Path) -> Path:
     return target
 
 
-def committed_checkpoint(path: str | Path) -> Path | None:
+def checkpoint_at(path: str | Path) -> Path | None:
     """The committed checkpoint that ``path`` is, or the newest of the run that it is; None: it is neither.
 
     A store of packed sequences has a manifest of the same name, so DeepSpeed's folder must be beside it.

@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.errors import UserError
-from ropewalk.launch import take_place
 from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
+from ropewalk.runs.launch import take_place
 from ropewalk.training.activations import place_activations
 from ropewalk.training.parallel import sequence_groups
 
