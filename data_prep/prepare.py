@@ -2,7 +2,7 @@
 
 from ropewalk.cli import entry
 from ropewalk.config.data import PrepareConfig
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 
 
 @entry("prepare")

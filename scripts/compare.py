@@ -2,7 +2,7 @@
 
 from ropewalk.cli import entry
 from ropewalk.config.evaluation import CompareConfig
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 
 
 @entry("compare")

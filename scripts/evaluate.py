@@ -6,7 +6,7 @@
 
 from ropewalk.cli import entry, run_command
 from ropewalk.config.evaluation import EvaluateConfig, ValidateConfig
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 
 
 @entry("evaluate")

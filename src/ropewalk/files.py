@@ -1,4 +1,4 @@
-"""Writing so that a killed process or a dead node leaves either the whole file or none."""
+"""Durable writes, which leave the whole file or none, and checksums of files and of JSON."""
 
 from __future__ import annotations
 
@@ -41,9 +41,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_json(value: Any) -> str:
-    """Hexadecimal SHA-256 of ``value`` as JSON with sorted keys and no spaces: equal for equal content."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def sha256_of_json(content: Any, *, compact: bool = False) -> str:
+    """Hexadecimal SHA-256 of ``content`` as JSON with sorted keys, in ASCII.
+
+    Args:
+        content: what json takes.
+        compact: no space after "," and ":". Hashes that are on disk already were made in one form or the other.
+    """
+    separators = (",", ":") if compact else (", ", ": ")
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=separators).encode()).hexdigest()
 
 
 def blake3_of(path: Path) -> str:

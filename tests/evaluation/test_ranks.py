@@ -10,7 +10,7 @@ from helpers import alone_environment
 from ropewalk.evaluation.ranks import Ranks
 
 CODE = """
-from ropewalk.launch import take_place
+from ropewalk.runs.launch import take_place
 from ropewalk.evaluation.ranks import Ranks
 
 take_place()

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import pytest
 from helpers import composed
 
-from ropewalk import provenance
 from ropewalk.cluster.slurm.job import begin, end
 from ropewalk.config import CONFIG_DIR
+from ropewalk.runs import provenance
 
 ROOT = CONFIG_DIR.parent
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file

@@ -11,11 +11,11 @@ from ranks import start_ranks, tiny_arguments
 
 from ropewalk.config.train import GuardConfig
 from ropewalk.model.load import training_config
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.engine import start_engine, start_processes
 from ropewalk.training.guards import Guard, StepResult, TrainingStopped, watch_gradients
 from ropewalk.training.loop import micro_batches, open_data, take_step
-from ropewalk.training.record import read_metrics
 
 
 def masters(engine):

@@ -14,8 +14,8 @@ from itertools import count
 import pytest
 from ranks import run_ranks, start_ranks, tiny_arguments
 
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training.heartbeat import Heartbeat, refuse_second_writer
-from ropewalk.training.record import read_metrics
 
 ELSEWHERE = "another-node"
 

@@ -17,12 +17,12 @@ from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
 from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope.position import position_of
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.engine import place_spectrum, start_engine, start_processes
 from ropewalk.training.guards import Guard
 from ropewalk.training.loop import micro_batches, open_data, take_step
-from ropewalk.training.record import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]

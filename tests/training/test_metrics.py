@@ -10,10 +10,10 @@ from helpers import save_tiny, tiny_run
 from ranks import run_ranks, tiny_arguments
 from transformers import AutoModelForCausalLM
 
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import train
 from ropewalk.training.loop import open_data
 from ropewalk.training.metrics import Meter, position_edges
-from ropewalk.training.record import read_metrics
 
 MIXTURE = {"long": 1.0, "short": 1.0}  # short has rows of several documents
 

@@ -11,9 +11,9 @@ from helpers import tiny_run
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.config.train import GuardConfig
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import train
 from ropewalk.training.heartbeat import Heartbeat
-from ropewalk.training.record import read_metrics
 from ropewalk.training.watchdog import Now, Watchdog
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import UserError
-from ropewalk.training.checkpoint import ZERO, verify_checkpoint
+from ropewalk.runs.directory import ZERO
+from ropewalk.training.checkpoint import verify_checkpoint
 from ropewalk.training.engine import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute

@@ -61,7 +61,7 @@ class RopeChain:
     @property
     def sha256(self) -> str:
         """Hash of the canonical form: equal for equal methods and arguments, however they were written."""
-        return sha256_of_json(self.to_list())
+        return sha256_of_json(self.to_list(), compact=True)
 
     def __str__(self) -> str:
         return " > ".join(map(str, self.steps)) or "rope"

@@ -135,7 +135,7 @@ class Position:
         Equal for equal recipes, however they were written. It does not cover the methods' code, nor another input
         length than the trained one.
         """
-        return sha256_of_json([self.chain.to_list(), self._facts()])
+        return sha256_of_json([self.chain.to_list(), self._facts()], compact=True)
 
     def metadata(self) -> dict[str, Any]:
         """The record under "ropewalk" in config.json.
@@ -305,7 +305,7 @@ def _recorded(text: str) -> Position:
         raise wrong(f"{METADATA_KEY}.chain", steps, f"a list of methods with their arguments; {_FIX}")
     covered = {"chain_sha256": steps, "spectrum_sha256": [steps, {name: record.get(name) for name in _FACTS}]}
     for key, content in covered.items():
-        recorded, actual = record.get(key), sha256_of_json(content)
+        recorded, actual = record.get(key), sha256_of_json(content, compact=True)
         if recorded is not None and recorded != actual:
             raise UserError(
                 f"config.json: {METADATA_KEY}.{key}={recorded} is not the hash of what stands beside it, {actual}: the "

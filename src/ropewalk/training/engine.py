@@ -19,12 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.errors import UserError
-from ropewalk.launch import take_place
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training
 from ropewalk.model.loss import tiled_linear_cross_entropy
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.rope.position import position_of
+from ropewalk.runs.launch import take_place
 from ropewalk.training.activations import place_activations
 from ropewalk.training.parallel import sequence_groups
 

@@ -14,6 +14,7 @@ from typing import Any
 from ropewalk.config.train import GuardConfig
 from ropewalk.data import Mixture
 from ropewalk.files import write_atomically
+from ropewalk.runs.directory import RunDirectory
 
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
 
@@ -148,7 +149,7 @@ def write_provenance(run_dir: Path, step: int, result: StepResult, lr: float, mi
         "read_one_with": "python data_prep/inspect_store.py store=STORE domain=DOMAIN sequence=SEQUENCE",
         "sequences": sequences,
     }
-    path = run_dir / "refused" / f"step-{step:08d}.json"
+    path = RunDirectory(run_dir).refused_at(step)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 from ropewalk.errors import UserError
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.terminal import tell
 
 BEAT = 10.0  # seconds between two heartbeats of a rank that is in time
@@ -49,14 +50,14 @@ class Heartbeats:
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
         """Args: of the run and of this rank; the thread that calls is the one whose place is told."""
-        self.directory, self.rank, self.world_size = run_dir / "heartbeats", rank, world_size
+        self.run, self.rank, self.world_size = RunDirectory(run_dir), rank, world_size
         self._watched = threading.get_ident()
         self._beat, self._warned = 0, False
 
     def say(self, step: int, late: bool) -> None:
         """Write this rank's. One that cannot is taken for dead by the others, and says so here, once."""
         self._beat += 1
-        path, calls = self._file(self.rank), self._calls()
+        path, calls = self.run.heartbeat(self.rank), self._calls()
         heartbeat = Heartbeat(self._beat, step, late, _place(calls), socket.gethostname(), os.getpid())
         try:
             path.parent.mkdir(exist_ok=True)
@@ -75,7 +76,7 @@ class Heartbeats:
 
     def heard(self) -> list[Heartbeat | None]:
         """The last heartbeat of every rank; None where there is none."""
-        return [_read(self._file(rank)) for rank in range(self.world_size)]
+        return [_read(self.run.heartbeat(rank)) for rank in range(self.world_size)]
 
     def keep(self, directory: Path) -> None:
         """Copy all of them.
@@ -85,17 +86,15 @@ class Heartbeats:
         """
         directory.mkdir(parents=True, exist_ok=True)
         for rank in range(self.world_size):
-            if self._file(rank).is_file():
-                shutil.copyfile(self._file(rank), directory / self._file(rank).name)
+            path = self.run.heartbeat(rank)
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
 
     def end(self) -> None:
         """Take this rank's away, and with the last one the directory."""
         with suppress(OSError):
-            self._file(self.rank).unlink()
-            self.directory.rmdir()
-
-    def _file(self, rank: int) -> Path:
-        return self.directory / f"rank_{rank:05d}.txt"
+            self.run.heartbeat(self.rank).unlink()
+            self.run.heartbeats.rmdir()
 
     def _calls(self) -> list[tuple[CodeType, int]]:
         """The watched thread's stack, innermost call first, as code and line: frames would keep its tensors alive."""
@@ -120,7 +119,7 @@ def refuse_second_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
     Raises:
         UserError: where a heartbeat goes on.
     """
-    path = run_dir / "heartbeats" / "rank_00000.txt"
+    path = RunDirectory(run_dir).heartbeat(0)
     first = _read(path)
     if first is None or _has_ended(first) or _age(path) > 3 * seconds:
         return

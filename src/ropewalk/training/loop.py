@@ -20,9 +20,10 @@ from ropewalk.data.order.batches import Batch
 from ropewalk.data.order.prefetch import prefetched
 from ropewalk.model.load import training_config
 from ropewalk.rope.position import Position, position_of
+from ropewalk.runs.contract import contract
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.agreement import by_rank_zero
 from ropewalk.training.checkpoint import load_checkpoint
-from ropewalk.training.contract import contract
 from ropewalk.training.elastic import make_universal, require_stage
 from ropewalk.training.engine import (
     Ranks,
@@ -113,7 +114,8 @@ def _run(
     evaluation: Evaluation | None,
 ) -> None:
     trainer, run_dir, position = config.trainer, Path(config.run_dir), position_of(model_config)
-    agreed = contract(config, position, store, mixture, before)
+    identity = before.identity() if before is not None else None
+    agreed = contract(config, position, store, mixture, identity)
     require_writable(run_dir)
     by_rank_zero(refuse_second_writer, run_dir)
     origin = find_origin(run_dir, agreed, config.resume)
@@ -314,7 +316,7 @@ def _profiler(steps: int, run_dir: Path, ranks: Ranks) -> Any:
 
     def write(profiled: Any) -> None:
         try:
-            tensorboard_trace_handler(str(run_dir / "profile"))(profiled)
+            tensorboard_trace_handler(str(RunDirectory(run_dir).profile))(profiled)
         except (OSError, RuntimeError) as error:  # the other ranks would wait for this one in vain
             tell(f"warning: the profile could not be written ({error})")
 

@@ -16,16 +16,18 @@ from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.attention import attention_kernel
 from ropewalk.model.load import count_parameters
-from ropewalk.provenance import recorded_config
 from ropewalk.rope.position import Position, position_of
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import MetricsFile
+from ropewalk.runs.provenance import recorded_config
+from ropewalk.runs.record import copy_tokenizer, write_record
 from ropewalk.training.agreement import by_rank_zero, writing
 from ropewalk.training.engine import Ranks
 from ropewalk.training.guards import StepResult
 from ropewalk.training.metrics import Meter
-from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.resume import Origin
 from ropewalk.training.schedule import learning_rate
-from ropewalk.training.terminal import tell
+from ropewalk.training.terminal import Progress, tell
 from ropewalk.training.tracker import open_tracker
 from ropewalk.training.work import CONVENTIONS, StepWork, WorkCounter, known_peak
 
@@ -65,9 +67,9 @@ class Observer:
             run_dir.mkdir(parents=True, exist_ok=True)
             details = write_record(config, position, store, model, self.ranks.world_size)
             copy_tokenizer(store.tokenizer_path, run_dir)
-            self.metrics = MetricsFile(run_dir, start)
+            self.metrics = MetricsFile(RunDirectory(run_dir).metrics, start, tell)
             if config.evaluation.every is not None:
-                self.evaluations = MetricsFile(run_dir, start, EVALUATIONS)
+                self.evaluations = MetricsFile(RunDirectory(run_dir).evaluation_metrics, start, tell)
         details = {**recorded_config(config), "run": details}
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, origin.state.get("tracker_id"))
         self.progress = Progress(start, config.trainer.max_steps)

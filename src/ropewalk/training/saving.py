@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config.train import TrainConfig
-from ropewalk.provenance import recorded_config
+from ropewalk.runs.provenance import recorded_config
 from ropewalk.training.checkpoint import SaveFailed, StartedSave, start_save
 from ropewalk.training.observer import Observer
 from ropewalk.training.retention import prune_checkpoints

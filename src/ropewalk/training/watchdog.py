@@ -13,6 +13,7 @@ from statistics import median
 from types import TracebackType
 
 from ropewalk.config.train import GuardConfig
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.heartbeat import BEAT, Heartbeat, Heartbeats
 from ropewalk.training.terminal import tell
 
@@ -119,7 +120,7 @@ class Watchdog:
         if any(heard is not None and heard.late for heard in lower):
             return
         told = self._told(after if self._now == now else before, silent)
-        directory = self.run_dir / "stuck" / f"step-{now.step:08d}"
+        directory = RunDirectory(self.run_dir).stuck_at(now.step)
         try:
             self._heartbeats.keep(directory)
             told += f"; stacks in {directory}"

@@ -21,9 +21,9 @@ from ropewalk.config.data import PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
-from ropewalk.launch import take_place
 from ropewalk.model.load import count_parameters, training_config
-from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
+from ropewalk.runs.directory import checkpoint_at
+from ropewalk.runs.launch import take_place
 
 
 def examine(config: TrainConfig) -> int:
@@ -113,7 +113,7 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
 
 def _checkpoint_of(run: str) -> Path:
     """The checkpoint that ``start_from.run`` names, by itself or as the newest of its run."""
-    checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
+    checkpoint = checkpoint_at(run)
     if checkpoint is None:
         raise UserError(f"start_from.run={run} holds no committed checkpoint; name a run directory that does")
     return checkpoint
