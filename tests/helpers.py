@@ -17,7 +17,6 @@ from ropewalk.config import CorpusConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.corpus import Document, read_documents
 from ropewalk.data.sources import corpus_sources, list_units
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.training import find_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +62,6 @@ def torchrun(ranks: int, script: str, *arguments: str) -> None:
     environment = {**alone_environment(), "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, *launch, script, *arguments],
-        cwd=CONFIG_DIR.parent,
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,6 @@ from helpers import alone_environment, composed
 from transformers import AutoConfig, LlamaForCausalLM
 
 from ropewalk.config import ModelPath, NeedleConfig, RopeConfig, ValidateConfig
-from ropewalk.entry import CONFIG_DIR
 from ropewalk.evaluation import read_results, validate
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.results import results_table
@@ -29,7 +28,6 @@ from ropewalk.evaluation.validate_report import COLUMNS, Measured, sentences, ta
 from ropewalk.report import compare
 from ropewalk.rope import Position, RopeChain
 
-ROOT = CONFIG_DIR.parent
 DYNAMIC = {"method": "dynamic_ntk", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
 LOADER = "ropewalk.evaluation.run.load_for_evaluation"
 
@@ -434,7 +432,7 @@ def test_another_validation_in_the_output_is_not_replaced_unasked(config, monkey
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment()
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=alone_environment()
     )
 
 
