@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME=PYTHON",
         help="path of an interpreter with vllm or sglang, whose rotary tables are compared then",
     )
+    parser.addoption(
+        "--smollm2",
+        metavar="DIRECTORY",
+        help="what recipes/smollm2_135m_cpu/fetch.py has fetched; its export is verified then",
+    )
 
 
 @contextmanager
