@@ -1,7 +1,8 @@
-"""Fixtures of all tests: the committed corpus and tokenizer, and small stores built from them."""
+"""Fixtures of all tests: a clone to work in, the committed corpus and tokenizer, small stores built from them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from ropewalk.data import PackedStore
 from ropewalk.data.prepare.pipeline import prepare
 
 os.environ["WANDB_MODE"] = "offline"  # on a machine with a key, too
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+# the repository without what a run or an installation adds: data/, outputs/, .venv/
+CLONED = (
+    "Makefile", "benchmarks", "configs", "data_prep", "docs", "recipes", "scripts", "slurm", "src", "tests", "train.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,8 +27,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=PYTHON",
-        help="interpreter of an environment with vllm or sglang, whose rotary tables are compared then",
+        help="path of an interpreter with vllm or sglang, whose rotary tables are compared then",
     )
+    parser.addoption(
+        "--smollm2",
+        metavar="DIRECTORY",
+        help="what recipes/smollm2_135m_cpu/fetch.py has fetched; its export is verified then",
+    )
+
+
+@contextmanager
+def working_in_clone(directory: Path) -> Iterator[Path]:
+    for name in CLONED:
+        (directory / name).symlink_to(ROOT / name)
+    with chdir(directory):
+        yield directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of fixtures that several tests share."""
+    with working_in_clone(tmp_path_factory.mktemp("clone")) as directory:
+        yield directory
+
+
+@pytest.fixture(autouse=True)
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of a test and of the processes that it starts: a fresh clone, without data and outputs.
+
+    Whatever relative path a configuration, a recipe or a job script names, it is not the checkout's own.
+    """
+    with working_in_clone(tmp_path_factory.mktemp("clone")) as directory:
+        yield directory
 
 
 @pytest.fixture(scope="session")

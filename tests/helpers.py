@@ -13,7 +13,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk import cli as entry
-from ropewalk.config import CONFIG_DIR
 from ropewalk.config.data import CorpusConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.corpus import Document, read_documents
@@ -63,7 +62,6 @@ def torchrun(ranks: int, script: str, *arguments: str) -> None:
     environment = {**alone_environment(), "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, *launch, script, *arguments],
-        cwd=CONFIG_DIR.parent,
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from helpers import PYTHONPATH, ROOT, TINY
+from helpers import PYTHONPATH, TINY
 
 from ropewalk.data import PackedStore
 
@@ -36,10 +36,10 @@ def environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def rank_main(variables: dict[str, str], log: str, arguments: Sequence[str], fault: str | None) -> None:
+def rank_main(directory: str, variables: dict[str, str], log: str, arguments: Sequence[str], fault: str | None) -> None:
     """``python train.py ARGUMENTS`` as one rank, its output in ``log``; ``fault`` names a function of faults.py."""
     os.environ.update(variables)
-    os.chdir(ROOT)
+    os.chdir(directory)  # the forkserver stays in that of the first test
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -108,7 +108,9 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     processes: list[BaseProcess] = []
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=rank_main, args=(own, str(log), list(arguments), fault), daemon=True)
+        process = context.Process(
+            target=rank_main, args=(os.getcwd(), own, str(log), list(arguments), fault), daemon=True
+        )
         with environment(OMP_NUM_THREADS="1", PYTHONPATH=PYTHONPATH):
             process.start()
         processes.append(process)

@@ -12,7 +12,6 @@ from ropewalk.config.rules import validate_train
 from ropewalk.config.train import TrainConfig
 from ropewalk.rope import RopeChain
 
-ROOT = CONFIG_DIR.parent
 EXPERIMENTS = sorted(
     str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
@@ -22,7 +21,7 @@ MANDATORY = {"sft_64k": ["start_from.run=outputs/cope20"]}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -52,7 +52,7 @@ ANSWERS = [pytest.param(commands, answer, id=str(page.relative_to(ROOT))) for pa
 
 
 def run(*command: str) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone_environment())
     assert done.returncode == 0, done.stderr
 
 

@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 from helpers import alone_environment
 
-ROOT = Path(__file__).parents[1]
 SBATCH = 'printf "%s\\n" "$@" >>"$SUBMITTED"'
 
 
-def recipe(script: str, path: str, directory: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A recipe that runs ``script`` in ``directory``."""
+def recipe(script: str, path: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A recipe that runs ``script``."""
     environment = {**alone_environment(), "PATH": path, **variables}
-    return subprocess.run(["bash", "-c", f". {ROOT}/recipes/common.sh\n{script}"], cwd=directory, env=environment,
+    return subprocess.run(["bash", "-c", f". recipes/common.sh\n{script}"], env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip
 
 
-def ended(script: str, path: str, directory: Path = ROOT) -> tuple[int, str]:
+def ended(script: str, path: str) -> tuple[int, str]:
     """Its exit code and errors."""
-    done = recipe(script, path, directory, PYTHONPATH="")
+    done = recipe(script, path, PYTHONPATH="")
     return done.returncode, done.stderr
 
 
@@ -47,10 +46,10 @@ def test_without_the_package_a_recipe_says_how_to_install_it(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "bash").symlink_to("/bin/bash")
-    assert ended("echo reached >&2", str(tools), tmp_path) == (2, said)
+    assert ended("echo reached >&2", str(tools)) == (2, said)
     bare = tmp_path / "bare"
     venv.create(bare, symlinks=True)
-    assert ended("echo reached >&2", f"{bare}/bin:/usr/bin:/bin", tmp_path) == (2, said)
+    assert ended("echo reached >&2", f"{bare}/bin:/usr/bin:/bin") == (2, said)
 
 
 def test_what_you_bring_must_be_there_and_hold_something(tmp_path):
@@ -68,7 +67,7 @@ def test_what_you_bring_must_be_there_and_hold_something(tmp_path):
 def test_training_is_submitted_for_its_cluster_with_the_planners_lead_time(tmp_path):
     words = submitted(tmp_path, "train +experiment=cope20 'run_name=a b'", CLUSTER="h100_8", NODES="2")
     plan = [sys.executable, "scripts/plan.py", "cluster=h100_8", "nodes=2", "+experiment=cope20", "print=lead_seconds"]
-    lead = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    lead = subprocess.run(plan, capture_output=True, text=True, check=True).stdout.strip()
     script = words.index("slurm/train_64k.sh")
     assert words[0] == "--wait"  # the next stage needs what it writes
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", f"--signal=B:USR1@{lead}"} <= set(words[1:script])
@@ -78,17 +77,14 @@ def test_training_is_submitted_for_its_cluster_with_the_planners_lead_time(tmp_p
 @pytest.fixture
 def alone(tmp_path):
     """``alone(script, **variables)``: what a recipe prints where there is no .venv and no sbatch; torchrun is told."""
-    tools, clone = tmp_path / "tools", tmp_path / "clone"
-    for directory in (tools, clone):
-        directory.mkdir()
-    for name in ("configs", "recipes", "scripts", "slurm", "src", "train.py"):
-        (clone / name).symlink_to(ROOT / name)
+    tools = tmp_path / "tools"
+    tools.mkdir()
     command(tools / "torchrun", 'echo torchrun "$@"')
     command(tools / "python", f'exec {sys.executable} "$@"')
     (tools / "bash").symlink_to("/bin/bash")
 
     def run(script, **variables):
-        done = recipe(script, str(tools), clone, **variables)
+        done = recipe(script, str(tools), **variables)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

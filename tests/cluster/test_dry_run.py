@@ -27,20 +27,11 @@ DEMO = [
 
 
 @pytest.fixture
-def clone(tmp_path):
-    """The repository as a clone has it: no data, no outputs."""
-    for name in ("configs", "src", "scripts", "data_prep", "train.py", "recipes", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
-
-
-@pytest.fixture
 def check(clone, monkeypatch, capsys):
     """``check(lines)``: exit code, output and errors of a chain."""
 
     def run(lines):
         (clone / "chain").write_text("\n".join(lines) + "\n")
-        monkeypatch.chdir(clone)
         monkeypatch.setattr(sys, "argv", ["dry_run"])
         code = 0
         try:
@@ -165,8 +156,8 @@ def test_every_recipe_holds(clone, tmp_path_factory, recipe, variables):
     environment = {**alone_environment(), "DRY_RUN": "1"}
     environment |= {name: value.format(helmet=helmet) for name, value in variables.items()}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run = ["bash", f"{clone}/recipes/{recipe}/run.sh"]
-    done = subprocess.run(run, cwd=clone, capture_output=True, text=True, check=False, env=environment)
+    run = ["bash", f"recipes/{recipe}/run.sh"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "dry run: train" in done.stdout
     assert "dry run: compare" in done.stdout

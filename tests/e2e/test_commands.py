@@ -21,7 +21,7 @@ SCRIPTS = sorted(
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=alone_environment())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -19,7 +19,6 @@ import torch
 from helpers import alone_environment, composed
 from transformers import AutoConfig, LlamaForCausalLM
 
-from ropewalk.config import CONFIG_DIR
 from ropewalk.config.evaluation import ValidateConfig
 from ropewalk.config.groups import ModelPath, NeedleConfig, RopeConfig
 from ropewalk.evaluation import read_results, validate
@@ -30,7 +29,6 @@ from ropewalk.evaluation.validate_report import COLUMNS, Measured, sentences, ta
 from ropewalk.report import compare
 from ropewalk.rope import Position, RopeChain
 
-ROOT = CONFIG_DIR.parent
 DYNAMIC = {"method": "dynamic_ntk", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
 LOADER = "ropewalk.evaluation.run.load_for_evaluation"
 
@@ -435,7 +433,7 @@ def test_another_validation_in_the_output_is_not_replaced_unasked(config, monkey
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment()
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=alone_environment()
     )
 
 

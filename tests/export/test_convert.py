@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, alone_environment, composed, save_tiny
+from helpers import alone_environment, composed, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,7 +53,7 @@ def test_a_failed_verification_ends_the_command_with_a_line(model, tmp_path):
     weights["model.norm.weight"] *= 2
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     command = [sys.executable, "scripts/export.py", f"model={model}", f"output={output}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone_environment())
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert f"error: {output}: NOT VERIFIED: stock transformers" in done.stderr

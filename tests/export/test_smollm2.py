@@ -1,31 +1,34 @@
 """The proof of an export on a real model, SmolLM2-135M: trained for a step, exported, read by both engines."""
 
 import pytest
-from helpers import ROOT, composed, torchrun
+from helpers import composed, torchrun
 
 from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import export
 from ropewalk.export.findings import findings_of
 
-DATA = ROOT / "data" / "smollm2_135m"
-MODEL = DATA / "model"
 ROPES = {"rope": "native", "cope": "cope10", "hardclip": "hardclip10", "cope_yarn": "cope10"}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (MODEL / "model.safetensors").is_file(),
-        reason=f"no SmolLM2-135M; fetch it: python recipes/smollm2_135m_cpu/fetch.py {DATA.relative_to(ROOT)}",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, fixture_corpus):
+def fetched(pytestconfig):
+    directory = pytestconfig.getoption("--smollm2")
+    if directory is None:
+        pytest.skip(
+            "no SmolLM2-135M; fetch it: python recipes/smollm2_135m_cpu/fetch.py data/smollm2_135m, "
+            "then add --smollm2 data/smollm2_135m"
+        )
+    return pytestconfig.invocation_params.dir / directory
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, fixture_corpus, fetched):
     """``trained(rope)``: a run of one step at 512 tokens in the ZeRO-3 engine."""
     root, runs = tmp_path_factory.mktemp("smollm2"), {}
-    corpus = CorpusConfig(name="fixture", paths=[str(fixture_corpus)], tokenizer=str(MODEL))
+    corpus = CorpusConfig(name="fixture", paths=[str(fixture_corpus)], tokenizer=str(fetched / "model"))
     prepared = PrepareConfig(output=str(root / "prepared"), sequence_lengths=[512], corpus=corpus)
     store = prepare(prepared, report=lambda line: None) / "packed-512"
 
@@ -34,7 +37,7 @@ def trained(tmp_path_factory, fixture_corpus):
             run_dir = root / rope
             torchrun(1, "train.py", "+experiment=smollm2/extend", f"rope={rope}", "data=packed", f"data.store={store}",
                      "data.sequence_length=512", "trainer.max_steps=1", "trainer.checkpoint_every=1",
-                     "trainer.warmup_ratio=0.0", f"paths.data_dir={DATA.parent}", f"run_dir={run_dir}",
+                     "trainer.warmup_ratio=0.0", f"model.path={fetched / 'model'}", f"run_dir={run_dir}",
                      f"run_name={rope}")  # fmt: skip
             runs[rope] = run_dir
         return runs[rope]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -66,7 +67,7 @@ def missing_programs() -> list[str]:
 
 
 def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # a clone has no .venv
 
 
 class LocalSlurm:
@@ -165,7 +166,7 @@ class LocalSlurm:
         """How many nodes are in a state; one of two partitions is listed twice."""
         return len(set(self.run("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N").split()))
 
-    def run(self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> str:
         """Output of a client command; fails with what it said."""
         done = subprocess.run(
             command,
@@ -173,7 +174,6 @@ class LocalSlurm:
             text=True,
             check=False,
             env=environment or self.environment,
-            cwd=cwd,
             timeout=120,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"

@@ -58,8 +58,8 @@ class Site:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def sbatch(self, name: str, *words: str) -> None:
-        """Submit from the repository's root; the job's output goes to ``<output>/<name>.log``."""
-        said = self.slurm.run("sbatch", "--parsable", f"--output={self.output}/{name}.log", *words, cwd=ROOT)
+        """Submit from a clone's root; the job's output goes to ``<output>/<name>.log``."""
+        said = self.slurm.run("sbatch", "--parsable", f"--output={self.output}/{name}.log", *words)
         self.jobs[name] = said.strip()
 
     def train(self, name: str, *more: str, options: tuple[str, ...] = TWO_NODES, limit: str = "--time=20") -> None:
@@ -201,7 +201,7 @@ def evaluation(site: Site) -> Scenario:
     ]  # fmt: skip
     said = site.output / "evaluation.wait"
     with said.open("w") as output:
-        waiting = subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=output, stderr=output)
+        waiting = subprocess.Popen(command, env=site.slurm.environment, stdout=output, stderr=output)
     try:
         yield from until(lambda: said.read_text().endswith("\n"), PATIENCE, "submission of the evaluation")
         site.jobs["evaluation"] = said.read_text().strip()
@@ -227,7 +227,7 @@ def preparation(site: Site) -> Scenario:
         "slurm/prepare_data.sh", "2", "corpus=files", f'corpus.paths=["{odd}"]',
         "corpus.tokenizer=tests/fixtures/tokenizer", "shard_mb=0.05", "sequence_lengths=[64]",
         f"output={site.run_dir('prepared')}", f"paths.output_dir={site.output}", "cluster=laptop",
-        cwd=ROOT, environment=environment,
+        environment=environment,
     )  # fmt: skip
     for name, number in re.findall(r"(\w+) (\d+)", said):
         site.jobs[f"prepare-{name}"] = number
@@ -318,7 +318,7 @@ def chain(site: Site) -> Scenario:
         f"train={train} {store} {paths}", f"sft={tuned} {paths}",
         f"evaluate=documents={data}/demo/heldout lengths=[64] device=cpu dtype=float32 needle.samples=0 {paths}",
         f"compare=output={out}/report.html {paths}",
-        cwd=ROOT, environment=environment,
+        environment=environment,
     )  # fmt: skip
     for name in CHAIN:
         found = re.search(rf"{name}:? (\d+)", done_by)
@@ -366,7 +366,7 @@ def _launched(site: Site, name: str, *more: str) -> subprocess.Popen[bytes]:
         f"hydra.sweep.dir={site.output}/{name}/jobs",
     ]  # fmt: skip
     with (site.output / f"{name}.log").open("w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=site.slurm.environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=site.slurm.environment, stdout=log, stderr=log)
 
 
 def drive(scenarios: dict[str, Iterator[None]], seconds: float) -> dict[str, BaseException]:

@@ -20,15 +20,12 @@ INPUTS = ("prolong_64k", "sft_64k/packed-65536", "text/heldout")  # what the cha
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """The repository as a clone has it, without a .venv, and sbatch."""
-    (tmp_path / "clone").mkdir()
-    for name in ("configs", "src", "scripts", "data_prep", "train.py", "slurm", "recipes"):
-        (tmp_path / "clone" / name).symlink_to(ROOT / name)
-    (tmp_path / "sbatch").write_text(SBATCH)
-    (tmp_path / "sbatch").chmod(0o755)
-    return tmp_path / "clone"
+@pytest.fixture(autouse=True)
+def sbatch(clone):
+    """The recorder, in a folder of the clone that has nothing else."""
+    (clone / "site").mkdir()
+    (clone / "site" / "sbatch").write_text(SBATCH)
+    (clone / "site" / "sbatch").chmod(0o755)
 
 
 def bring(clone: Path, *inputs: str) -> None:
@@ -40,10 +37,10 @@ def submit(
     clone: Path, script: str, *words: str, python: Path | None = None
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """A script's end, and the words of each sbatch; a job's number is its place among them."""
-    path = f"{clone.parent}:{python or Path(sys.executable).parent}:{os.environ['PATH']}"
-    submitted = clone.parent / "words"
+    path = f"{clone / 'site'}:{python or Path(sys.executable).parent}:{os.environ['PATH']}"
+    submitted = clone / "site" / "words"
     environment = {**alone_environment(), "PATH": path, "SUBMITTED": str(submitted)}
-    done = subprocess.run([script, *words], cwd=clone, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([script, *words], env=environment, capture_output=True, text=True, check=False)
     lines = submitted.read_text().splitlines() if submitted.exists() else []
     return done, [line.split("\t")[:-1] for line in lines]
 
@@ -138,6 +135,6 @@ def test_a_python_without_the_package_is_named(clone, name):
 
 def test_options_are_words_as_they_are():
     command = [sys.executable, "scripts/job.py", "options", 'cluster.slurm.constraint="h100&ib|[a-b]"', "nodes=4"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert "--constraint=h100&ib|[a-b]" in said
     assert "--nodes=4" in said

@@ -4,15 +4,11 @@ import subprocess
 
 import pytest
 
-from ropewalk.config import CONFIG_DIR
-
-ROOT = CONFIG_DIR.parent
-
 
 def shell(script: str, **variables: str) -> list[str]:
     done = subprocess.run(
         ["bash", "-c", f"set -euo pipefail\n. slurm/common.sh\n{script}", "script", "+experiment=x", "a=b c"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", **variables},
+        capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", **variables},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -52,7 +52,7 @@ def test_every_script_is_listed():
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
 def test_sbatch_lines_stand_on_top_and_ask_for_a_requeue(script):
     text = (ROOT / "slurm" / script).read_text()
-    assert subprocess.run(["bash", "-n", f"slurm/{script}"], cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run(["bash", "-n", f"slurm/{script}"], check=False).returncode == 0
     options = re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE)
     if not options:
         return  # it is sourced, or runs on the login node

@@ -12,10 +12,8 @@ import pytest
 from helpers import composed
 
 from ropewalk.cluster.slurm.job import begin, end
-from ropewalk.config import CONFIG_DIR
 from ropewalk.runs import provenance
 
-ROOT = CONFIG_DIR.parent
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
 
@@ -140,7 +138,7 @@ def test_a_warning_ends_an_evaluation_which_goes_on_later(tmp_path):
     (tmp_path / "script").write_text("")
     record = begin("evaluate", config, words, tmp_path / "script", {**JOB, "SLURM_NTASKS": "1"})
     command = [sys.executable, "-m", "ropewalk.cluster.slurm.rank", str(record), "scripts/evaluate.py", *words]
-    rank = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    rank = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while rank.poll() is None and not list(record.glob("ranks/*.json")):
         time.sleep(0.01)
     rank.send_signal(signal.SIGUSR1)
@@ -179,5 +177,5 @@ def test_the_batch_script_is_told_in_a_line(jobs, restarts, said):
     record = begin("train", jobs.config, [], jobs.script, JOB)
     command = [sys.executable, "-m", "ropewalk.cluster.slurm.job", "end", str(record), "75"]
     words = ["--terminated", f"--shown=JobState=COMPLETING Reason=TimeLimit Restarts={restarts}"]
-    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [said]

@@ -30,7 +30,7 @@ def launched(tmp_path):
         "run_name='it is/seed${trainer.seed}'", f"hydra.sweep.dir={tmp_path}/a sweep",
     ]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "train.py", "-m", *words], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+        [sys.executable, "train.py", "-m", *words], text=True, stderr=subprocess.PIPE,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     until = time.monotonic() + 300
@@ -54,7 +54,7 @@ def test_the_launcher_waits_until_each_job_has_ended_for_good(launched, monkeypa
     process, place = launched
     folder = f"{place}/a sweep/submitit/%j"
     script = (place / "submitted.sh").read_text()
-    assert f"\ncd {shlex.quote(str(ROOT))}\n" in script
+    assert f"\ncd {shlex.quote(os.getcwd())}\n" in script
     assert [line for line in script.splitlines() if "--signal" in line] == ["#SBATCH --signal=B:USR1@40"]
     assert f"\nsweep_task '{folder}'\n" in script
     for task, seed in enumerate((3, 5)):

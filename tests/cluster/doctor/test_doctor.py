@@ -176,7 +176,7 @@ def test_the_gpus_of_this_machine():
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/doctor.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=alone_environment())
 
 
 def test_by_hand_on_a_fit_machine(store_64, tmp_path):
@@ -309,7 +309,7 @@ def test_a_comparison_is_looked_at(store_64, tmp_path, capsys):
 def test_two_ranks_measure_what_is_between_them(store_64, tmp_path):
     arguments = [*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/doctor.py"]
-    done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+    done = subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, check=False,
                           env=alone_environment())  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gloo, 2 ranks: " in done.stdout
@@ -334,7 +334,7 @@ def two_ranks(tmp_path, on_rank_1, *arguments):
         "runpy.run_path('scripts/doctor.py', run_name='__main__')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run([*command, *arguments, "cluster=laptop"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([*command, *arguments, "cluster=laptop"], capture_output=True, text=True,
                           check=False, env=alone_environment(), timeout=150)  # fmt: skip
     assert done.returncode != 0
     assert "to mend" in done.stdout, done.stdout + done.stderr

@@ -17,8 +17,6 @@ from ropewalk.config import CONFIG_DIR
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import PlanConfig, TrainConfig
 
-ROOT = CONFIG_DIR.parent
-
 
 def planned(*overrides):
     return make_plan(composed("plan", *overrides))
@@ -147,7 +145,7 @@ def test_nothing_may_be_assumed(key):
 
 def test_a_number_that_no_machine_has_ends_the_command_with_one_line():
     words = [sys.executable, "scripts/plan.py", "+experiment=cope20", "cluster.disk_write_gb_s=0"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=alone_environment())
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=alone_environment())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: cluster.disk_write_gb_s=0.0 must be positive and finite\n"
 
@@ -167,7 +165,7 @@ def test_the_command_loads_no_torch():
         "runpy.run_path('scripts/plan.py', run_name='__main__'); "
         "assert not {'torch', 'transformers', 'deepspeed', 'pandas'} & set(sys.modules), 'heavy imports'"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False,
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False,
                           env=alone_environment())  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) % 10 == 0

@@ -37,7 +37,8 @@ def test_the_table_is_transformers_own(exported_arm, tmp_path, arm):
 @pytest.fixture(params=["vllm", "sglang"])
 def engine(request):
     """An engine and the interpreter that has it; None: this one."""
-    pythons = dict(given.split("=", 1) for given in request.config.getoption("--engine"))
+    given = dict(option.split("=", 1) for option in request.config.getoption("--engine"))
+    pythons = {name: str(request.config.invocation_params.dir / python) for name, python in given.items()}
     if request.param not in pythons and find_spec(request.param) is None:
         pytest.skip(f"{request.param} is not installed; --engine {request.param}=PYTHON names an interpreter with it")
     return request.param, pythons.get(request.param)

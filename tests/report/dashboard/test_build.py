@@ -19,7 +19,6 @@ import pytest
 from helpers import alone_environment
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
-from ropewalk.config import CONFIG_DIR
 from ropewalk.config.evaluation import DashboardConfig
 from ropewalk.report.dashboard import dashboard, metrics
 from ropewalk.report.dashboard.build import COLUMNS
@@ -27,7 +26,6 @@ from ropewalk.report.runs import load_run
 from ropewalk.training.metrics import PHASES
 from ropewalk.training.work import CONVENTIONS
 
-ROOT = CONFIG_DIR.parent
 GOLDEN = Path(__file__).parent / "golden"
 # Beside what Meter.row and the observer's rows of every run hold.
 TRAINED = [
@@ -130,7 +128,7 @@ def test_push_without_an_account_says_so_after_writing_the_files(tmp_path: Path)
     }
     done = subprocess.run(
         [sys.executable, "scripts/dashboard.py", "project=p", f"output={tmp_path / 'out'}", "--push"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=environment,
+        capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "error: push=true: W&B did not take the dashboard" in done.stderr
@@ -187,7 +185,7 @@ def pushed(server: HTTPServer, output: Path, home: Path) -> subprocess.Completed
     environment = alone_environment() | {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "HOME": str(home)}
     environment |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_ERROR_REPORTING": "false"}
     command = [sys.executable, "scripts/dashboard.py", "project=ropewalk", f"output={output}", "push=true"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.slow
