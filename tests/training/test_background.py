@@ -8,7 +8,7 @@ import torch
 from helpers import load_states, tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
-from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
+from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
 from ropewalk.training.background import Work, snapshot
 from ropewalk.training.checkpoint import checkpoint_directory
 from ropewalk.training.record import read_metrics
@@ -59,7 +59,7 @@ def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", save)
     committed = []
-    settle = saving.Saver.settle
+    settle = saver.Saver.settle
 
     def release_when_waited_for(saver):
         if saver.started is not None:
@@ -67,7 +67,7 @@ def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):
             held.set()
         settle(saver)
 
-    monkeypatch.setattr(saving.Saver, "settle", release_when_waited_for)
+    monkeypatch.setattr(saver.Saver, "settle", release_when_waited_for)
     train(tiny_run(store_64, background, BACKGROUND))
     assert committed == [(None, 4)]  # nothing was committed yet after four steps
     assert verify_checkpoint(checkpoint_directory(background, 2))["step"] == 2

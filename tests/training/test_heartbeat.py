@@ -14,7 +14,7 @@ from itertools import count
 import pytest
 from ranks import run_ranks, start_ranks, tiny_arguments
 
-from ropewalk.training.heartbeat import Heartbeat, refuse_second_writer
+from ropewalk.training.heartbeat import Heartbeat, check_only_writer
 from ropewalk.training.record import read_metrics
 
 ELSEWHERE = "another-node"
@@ -51,12 +51,12 @@ def beating(tmp_path):
 
 def test_a_heartbeat_that_goes_on_is_a_writer(beating):
     with pytest.raises(ValueError, match=r"is written by process 1 on another-node, at step 7; wait for it or end it"):
-        refuse_second_writer(beating, seconds=10)
+        check_only_writer(beating, seconds=10)
 
 
 def test_one_that_stands_still_is_not(tmp_path):
     beat(tmp_path)
-    refuse_second_writer(tmp_path, seconds=0.5)
+    check_only_writer(tmp_path, seconds=0.5)
 
 
 @pytest.mark.parametrize("left", ["nothing", "an ended process", "a week old", "no heartbeat"])
@@ -69,7 +69,7 @@ def test_nobody_waits_for_what_cannot_go_on(tmp_path, left):
         os.utime(beat(tmp_path), (time.time() - 7 * 86400,) * 2)
     elif left == "no heartbeat":
         beat(tmp_path).write_text("torn {")
-    waiting = threading.Thread(target=refuse_second_writer, args=(tmp_path, 3600), daemon=True)
+    waiting = threading.Thread(target=check_only_writer, args=(tmp_path, 3600), daemon=True)
     waiting.start()
     waiting.join(20)
     assert not waiting.is_alive()

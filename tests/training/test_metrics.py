@@ -11,7 +11,7 @@ from ranks import run_ranks, tiny_arguments
 from transformers import AutoModelForCausalLM
 
 from ropewalk.training import train
-from ropewalk.training.loop import open_data
+from ropewalk.training.inputs import open_data
 from ropewalk.training.metrics import Meter, position_edges
 from ropewalk.training.record import read_metrics
 

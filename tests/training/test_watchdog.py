@@ -13,14 +13,15 @@ from ranks import start_ranks, tiny_arguments
 from ropewalk.config import GuardConfig
 from ropewalk.training import train
 from ropewalk.training.heartbeat import Heartbeat
+from ropewalk.training.hooks import Step
 from ropewalk.training.record import read_metrics
 from ropewalk.training.watchdog import Now, Watchdog
 
 
 def step(watchdog, number, seconds):
-    watchdog.step_begins(number)
+    watchdog.before_step(number)
     time.sleep(seconds)
-    watchdog.step_ends()
+    watchdog.after_step(Step(number, number - 1, 1, 1e-3, 1.0, 1.0))
 
 
 def watchdog_of(run_dir, rank=0, world_size=1, **guards):
@@ -81,7 +82,7 @@ def test_the_lowest_that_is_late_and_alive_reports(tmp_path, capsys):
     with ExitStack() as stack:
         watchdogs = [stack.enter_context(watchdog_of(tmp_path, rank, 3, **guards)) for rank in range(3)]
         for watchdog in watchdogs[1:]:
-            watchdog.step_begins(1)
+            watchdog.before_step(1)
         time.sleep(3.5)
     told = capsys.readouterr().out
     assert told.count("watchdog: step 1 has taken") == 1

@@ -22,8 +22,7 @@ from ropewalk.evaluation.results import RECORD, document_table, results_table, w
 from ropewalk.evaluation.scoring import Scorer
 from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import Position
-from ropewalk.training.distributed import Ranks, gather
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import Ranks, gather, log
 
 
 class TrainingEvaluation:
@@ -108,7 +107,7 @@ class TrainingEvaluation:
             output.mkdir(parents=True, exist_ok=True)
             write_evaluation(output, results, sums, record)
         except OSError as error:  # the main numbers are recorded all the same, and the other ranks are waiting
-            tell(f"warning: {output} could not be written ({error})")
+            log(f"warning: {output} could not be written ({error})")
         return _metrics(results)
 
 

@@ -9,11 +9,11 @@ from ropewalk.config import GuardConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.rope.position import Position
-from ropewalk.training.start import Start
+from ropewalk.training.start import StartCheckpoint
 
 
 def contract(
-    config: TrainConfig, position: Position, store: PackedStore, mixture: Mixture, start: Start | None = None
+    config: TrainConfig, position: Position, store: PackedStore, mixture: Mixture, start: StartCheckpoint | None = None
 ) -> dict[str, Any]:
     """Everything that changes the numbers of a step, entry by entry."""
     trainer = config.trainer

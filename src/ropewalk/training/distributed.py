@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -185,6 +185,18 @@ def _return_freed_memory() -> None:
 def control_group(device: str) -> dist.ProcessGroup | None:
     """A gloo group for agreement between the ranks' CPUs; None (the default group) if that one is gloo. Collective."""
     return dist.new_group(backend="gloo") if device == "cuda" else None
+
+
+def log(line: str) -> None:
+    """Print a line. A log on a full disk, or one that nobody reads any more, is no reason to leave the other ranks."""
+    with suppress(OSError):  # what was not printed is still in Python's buffer
+        print(line, flush=True)
+
+
+def log_once(line: str) -> None:
+    """Print a line on rank 0, for all."""
+    if _rank() == 0:
+        log(line)
 
 
 def gather(item: T) -> list[T]:

@@ -17,8 +17,7 @@ from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.training.background import Work
 from ropewalk.training.checkpoint import MANIFEST, ZERO
-from ropewalk.training.distributed import by_rank_zero, first_problem, together, writing
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
 SOURCE = "source.json"
 
@@ -28,7 +27,7 @@ def universal_directory(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"universal-{checkpoint.name}")
 
 
-def require_stage(saved: int, present: int, checkpoint: Path) -> None:
+def check_stage(saved: int, present: int, checkpoint: Path) -> None:
     """Raise UserError where a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
     if saved != present:
         raise UserError(
@@ -62,8 +61,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
         damage = first_problem(_damage(target, files))
         if damage is None:
             return target
-        if dist.get_rank() == 0:
-            tell(f"warning: {damage}; the universal form of {checkpoint.name} is made again")
+        log_once(f"warning: {damage}; the universal form of {checkpoint.name} is made again")
     conversion = together(lambda: _Conversion(checkpoint, target, source) if dist.get_rank() == 0 else None)
     while True:  # a barrier would meet the process group's timeout with a large model
         status = [conversion.status() if conversion else ""]
@@ -108,7 +106,7 @@ class _Conversion:
             target.parent.mkdir(exist_ok=True)
         for left_over in (self.target, self.partial):
             shutil.rmtree(left_over, ignore_errors=True)
-        tell(f"{checkpoint.name} was saved by another number of ranks: converting it")
+        log_once(f"{checkpoint.name} was saved by another number of ranks: converting it")
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         folders = ["--input_folder", str(checkpoint / ZERO), "--output_folder", str(self.partial / ZERO)]
         workers = str(max(1, (os.cpu_count() or 2) // 2))

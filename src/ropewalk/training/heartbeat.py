@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 from ropewalk.errors import UserError
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import log
 
 BEAT = 10.0  # seconds between two heartbeats of a rank that is in time
 
@@ -70,7 +70,7 @@ class Heartbeats:
             path.with_suffix(".partial").replace(path)
         except OSError as error:
             if not self._warned:
-                tell(f"watchdog: rank {self.rank} could not write its heartbeat ({error})")
+                log(f"watchdog: rank {self.rank} could not write its heartbeat ({error})")
             self._warned = True
 
     def heard(self) -> list[Heartbeat | None]:
@@ -107,7 +107,7 @@ class Heartbeats:
         return calls
 
 
-def refuse_second_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
+def check_only_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
     """Refuse a run directory that another process trains in now: both would write the same steps.
 
     A heartbeat that was left behind by a process of this node that has ended costs nothing; another recent one is

@@ -1,7 +1,8 @@
-"""What a run reads: stores and their order, whether the model can embed them, and each rank's part of a step."""
+"""Inputs of a run: its stores and their order, its model's configuration, and each rank's part of a step."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,66 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ropewalk.attention import Documents
-from ropewalk.config import TrainConfig
+from ropewalk.config import TrainConfig, require_device, validate_train
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.remote import open_stores
 from ropewalk.data.tokenizer import check_same_vocabulary
 from ropewalk.errors import UserError
-from ropewalk.training.distributed import Ranks
-from ropewalk.training.parallel import shard
+from ropewalk.model import training_config
+from ropewalk.rope.position import Position, position_of
+from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
+from ropewalk.training.parallel import check_heads, shard
+from ropewalk.training.start import StartCheckpoint, find_start
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run is made from, checked against each other.
+
+    Attributes:
+        config: as composed.
+        ranks: this process among the others.
+        store: that the tokenizer is taken from.
+        mixture: the order in which it and any others are read.
+        start: checkpoint of another run that this one starts from; None: it starts from ``model``.
+        model_config: of the model, its position encoding included.
+    """
+
+    config: TrainConfig
+    ranks: Ranks
+    store: PackedStore
+    mixture: Mixture
+    start: StartCheckpoint | None
+    model_config: PreTrainedConfig
+
+    @property
+    def position(self) -> Position:
+        """How the model rotates."""
+        return position_of(self.model_config)
+
+
+def open_inputs(config: TrainConfig) -> RunInputs:
+    """Open what a run reads, and join the ranks. Collective.
+
+    Raises:
+        UserError: for a configuration, store or checkpoint that does not fit, before a model is built.
+    """
+    require_device("trainer.device", config.trainer.device)
+    validate_train(config, launched_world_size())
+    store, mixture = open_data(config)
+    ranks = start_processes(config.trainer.device, config.parallel.sequence)
+    start = find_start(config)
+    model_config = training_config(
+        config.model,
+        config.rope.name,
+        config.rope.chain,
+        config.data.sequence_length,
+        start=start.config if start is not None else None,
+    )
+    fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
+    check_heads(model_config, config.parallel.sequence)
+    return RunInputs(config, ranks, store, mixture, start, model_config)
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
@@ -65,6 +118,27 @@ def describe_order(mixture: Mixture, steps: int) -> str:
     unused = f"; not used: {', '.join(mixture.unused)}" if mixture.unused else ""
     repeated = f"; run out and repeated: {', '.join(names)}" if (names := mixture.repeated(steps)) else ""
     return f"epochs at step {steps}: {epochs}{repeated}{unused}"
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's part of a global batch.
+
+    Attributes:
+        order_step: step of the data order that it belongs to, from 0.
+        micro_batches: of this rank, in order.
+        trained_tokens: of the whole global batch, all ranks.
+    """
+
+    order_step: int
+    micro_batches: list[Batch]
+    trained_tokens: int
+
+
+def step_batch(mixture: Mixture, order_step: int, ranks: Ranks, config: TrainConfig) -> StepBatch:
+    """Read this rank's part of the global batch of ``order_step``."""
+    batches = micro_batches(mixture, order_step, ranks, config)
+    return StepBatch(order_step, batches, mixture.trained_tokens(order_step))
 
 
 def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest committed one that is whole, and that is this run's."""
+"""The resume point: the newest checkpoint of a run that is whole and agrees with its contract."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch.distributed as dist
 from ropewalk.config import ResumeConfig
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
-from ropewalk.training.checkpoint import MANIFEST, read_manifest, verify_checkpoint
+from ropewalk.training.checkpoint import MANIFEST, load_checkpoint, read_manifest, verify_checkpoint
 from ropewalk.training.contract import check_contract
-from ropewalk.training.distributed import by_rank_zero, first_problem, together, writing
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
+from ropewalk.training.elastic import check_stage, make_universal
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a session begins.
+class ResumePoint:
+    """Where a session of a run begins.
 
     Attributes:
-        checkpoint: to load; None: the beginning.
+        checkpoint: of this run, to load; None: the beginning.
         step: steps taken.
         world_size: ranks that saved it.
         zero_stage: of ZeRO, that saved it.
@@ -38,7 +38,7 @@ class Origin:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig) -> Origin:
+def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig) -> ResumePoint:
     """The checkpoint that this run goes on from, before a model is built. Collective.
 
     Rank 0 looks, so that all ranks mean the same ones; the ranks share the reading. A damaged checkpoint is renamed to
@@ -63,15 +63,30 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
             damage = first_problem(_problem_of(verify_checkpoint, checkpoint, dist.get_rank(), dist.get_world_size()))
         if damage is None:
             stage = manifest.get("zero_stage", 3)
-            return Origin(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
+            return ResumePoint(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
         if not checkpoints:
             raise UserError(
                 f"{damage}, and there is no checkpoint before it; mend the file, or to begin anew rename {checkpoint}"
             )
-        told = by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1])
-        if dist.get_rank() == 0:
-            tell(told)
-    return Origin()
+        log_once(by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1]))
+    return ResumePoint()
+
+
+def prepare_resume(point: ResumePoint, stage: int) -> Callable[[Any], None] | None:
+    """Make the function that brings a new engine to the resume point; None at the beginning. Collective.
+
+    A checkpoint of another number of ranks is converted here, while there is no engine yet.
+
+    Raises:
+        UserError: on every rank, for a checkpoint of another ZeRO stage, or one that cannot be converted.
+    """
+    if point.checkpoint is None:
+        return None
+    checkpoint, universal = point.checkpoint, None
+    check_stage(point.zero_stage, stage, checkpoint)
+    if point.world_size != dist.get_world_size():
+        universal = make_universal(checkpoint, stage)
+    return lambda engine: load_checkpoint(engine, checkpoint, universal)
 
 
 def _problem_of(reading: Callable[..., object], *arguments: Any) -> str | None:
@@ -100,7 +115,7 @@ def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
     return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {before.name}"
 
 
-def require_writable(run_dir: Path) -> None:
+def check_writable(run_dir: Path) -> None:
     """Raise UserError on every rank where rank 0 cannot write into the run's directory. Collective."""
 
     def probe() -> None:

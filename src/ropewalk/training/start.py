@@ -25,15 +25,14 @@ from ropewalk.training.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
-from ropewalk.training.distributed import by_rank_zero, first_problem, writing
-from ropewalk.training.elastic import make_universal, require_stage
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, writing
+from ropewalk.training.elastic import check_stage, make_universal
 
 RECORD = "start.json"
 
 
 @dataclass(frozen=True)
-class Start:
+class StartCheckpoint:
     """The checkpoint that a run starts from.
 
     Attributes:
@@ -69,7 +68,7 @@ def directory_of(run_dir: Path) -> Path:
     return run_dir / "start"
 
 
-def find_start(config: TrainConfig) -> Start | None:
+def find_start(config: TrainConfig) -> StartCheckpoint | None:
     """The checkpoint of ``start_from.run``, chosen by rank 0; None where none is named. Collective.
 
     Raises:
@@ -78,13 +77,13 @@ def find_start(config: TrainConfig) -> Start | None:
     if config.start_from.run is None:
         return None
     run, run_dir = config.start_from.run, Path(config.run_dir)
-    return Start(**by_rank_zero(lambda: asdict(_choose(run, run_dir))))
+    return StartCheckpoint(**by_rank_zero(lambda: asdict(_choose(run, run_dir))))
 
 
-def _choose(run: str, run_dir: Path) -> Start:
+def _choose(run: str, run_dir: Path) -> StartCheckpoint:
     record = directory_of(run_dir) / RECORD
     if record.is_file():
-        start = Start(**json.loads(record.read_text()))
+        start = StartCheckpoint(**json.loads(record.read_text()))
         if start.run == run:
             return start
     checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
@@ -99,7 +98,7 @@ def _choose(run: str, run_dir: Path) -> Start:
             "run_name"
         )
     manifest = read_manifest(checkpoint)
-    return Start(
+    return StartCheckpoint(
         run=run,
         checkpoint=str(checkpoint.resolve()),
         manifest_sha256=sha256_of(checkpoint / MANIFEST),
@@ -110,7 +109,7 @@ def _choose(run: str, run_dir: Path) -> Start:
     )
 
 
-def write_start(start: Start, run_dir: Path) -> None:
+def write_start(start: StartCheckpoint, run_dir: Path) -> None:
     """Write down which checkpoint was chosen, once the contract of an earlier session is kept. Collective.
 
     Raises:
@@ -125,7 +124,7 @@ def write_start(start: Start, run_dir: Path) -> None:
     by_rank_zero(write)
 
 
-def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
+def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any], None]:
     """What brings a new engine to the checkpoint, verified and, for another number of ranks, converted. Collective.
 
     Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own. The
@@ -138,9 +137,8 @@ def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
     if problem is not None:
         raise UserError(f"start_from.run={start.run} cannot be started from: {problem}")
     checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
-    if dist.get_rank() == 0:
-        told = "without its optimizer's state" if is_dropped else "with its optimizer's state"
-        tell(f"starting from {checkpoint} (step {start.step}), {told}")
+    optimizer = "without its optimizer's state" if is_dropped else "with its optimizer's state"
+    log_once(f"starting from {checkpoint} (step {start.step}), {optimizer}")
     if start.world_size != dist.get_world_size():
         universal = make_universal(checkpoint, config.deepspeed.stage, directory_of(Path(config.run_dir)) / "universal")
 
@@ -154,11 +152,11 @@ def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
     return load
 
 
-def _problem(start: Start, stage: int) -> str | None:
+def _problem(start: StartCheckpoint, stage: int) -> str | None:
     """What is wrong with the checkpoint, or with this rank's share of its files."""
     checkpoint = Path(start.checkpoint)
     try:
-        require_stage(start.zero_stage, stage, checkpoint)
+        check_stage(start.zero_stage, stage, checkpoint)
         if sha256_of(checkpoint / MANIFEST) != start.manifest_sha256:
             return f"{checkpoint / MANIFEST} is not the one that this run was to start from"
         verify_checkpoint(checkpoint, dist.get_rank(), dist.get_world_size())

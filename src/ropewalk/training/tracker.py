@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
 from ropewalk.provenance import recorded_arguments
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import log
 
 
 class Tracker(Protocol):
@@ -135,7 +135,7 @@ class ForgivingTracker:
             act()
         except Exception as error:  # whatever a dashboard's client raises, the training is worth more
             self.failed = True
-            tell(f"warning: the tracker failed ({error}); metrics.jsonl goes on")
+            log(f"warning: the tracker failed ({error}); metrics.jsonl goes on")
 
 
 def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def open_tracker(
         if config.name == "trackio":
             return ForgivingTracker(TrackioTracker(config, run_name, details))
     except Exception as error:  # a node without a network, say: the other ranks are waiting
-        tell(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
+        log(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
     finally:
         sys.argv[:] = given
     return NoTracker(saved_id)

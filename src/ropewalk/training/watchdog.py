@@ -13,8 +13,9 @@ from statistics import median
 from types import TracebackType
 
 from ropewalk.config import GuardConfig
+from ropewalk.training.distributed import log
 from ropewalk.training.heartbeat import BEAT, Heartbeat, Heartbeats
-from ropewalk.training.terminal import tell
+from ropewalk.training.hooks import Hook, Step
 
 WINDOW = 50  # steps whose median is the measure
 MARGIN = 2.0  # seconds that a heartbeat may come late
@@ -29,7 +30,7 @@ class Now:
     batch_since: float = math.inf
 
 
-class Watchdog:
+class Watchdog(Hook):
     """Reports a step, once, that takes longer than ``stuck_multiple`` times the median of those before and than
     ``stuck_seconds``, or of which one micro batch takes longer than ``stuck_batch_seconds``.
 
@@ -65,17 +66,21 @@ class Watchdog:
         self._thread.join(MARGIN)  # a file system may hold it
         self._heartbeats.end()
 
-    def step_begins(self, step: int) -> None:
-        """Start the clocks of ``step`` and of its first micro batch."""
-        self._now = Now(step, time.monotonic(), time.monotonic())
+    def before_step(self, number: int) -> None:
+        """Start the clocks of the step and of its first micro batch."""
+        self._now = Now(number, time.monotonic(), time.monotonic())
 
-    def batch_begins(self) -> None:
+    def before_micro_batch(self) -> None:
         """Start the clock of the next micro batch."""
         self._now = replace(self._now, batch_since=time.monotonic())
 
-    def step_ends(self) -> None:
-        """Stop them; nothing is watched until the next step, so a save may take its time."""
+    def after_step(self, step: Step) -> None:
+        """Stop the clocks; nothing is watched until the next step, so a save may take its time."""
         self._seconds.append(time.monotonic() - self._now.since)
+        self._now = Now(self._now.step)
+
+    def before_exit(self, steps: int, reason: str) -> None:
+        """Stop the clocks: the last save may take its time, too."""
         self._now = Now(self._now.step)
 
     @property
@@ -125,7 +130,7 @@ class Watchdog:
             told += f"; stacks in {directory}"
         except OSError as error:
             told += f"; stacks could not be kept ({error})"
-        tell(f"watchdog: {self.lateness(self._now, time.monotonic()) or late}: {told}")
+        log(f"watchdog: {self.lateness(self._now, time.monotonic()) or late}: {told}")
 
     def _say(self, late: bool) -> None:
         self._next_beat = time.monotonic() + self._beat_every

@@ -1,4 +1,4 @@
-"""Whole small runs of the real engine."""
+"""Whole small runs of the real engine, and the learning rate at the points that its definition fixes."""
 
 import json
 import math
@@ -9,24 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, composed, tiny_run
+from helpers import TINY, composed, one_step, tiny_run
 from ranks import run_ranks, tiny_arguments
 
+from ropewalk.config import TrainerConfig
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model import training_config
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum
-from ropewalk.training import find_checkpoint, loop, train
+from ropewalk.training import find_checkpoint, resume, train
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import place_spectrum, start_engine
-from ropewalk.training.guards import Guard
-from ropewalk.training.loop import micro_batches, open_data, take_step
+from ropewalk.training.inputs import micro_batches, open_data
 from ropewalk.training.record import read_metrics
+from ropewalk.training.trainer import learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
+TRAINER = TrainerConfig(max_steps=101, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.0)
+WARM = TrainerConfig(max_steps=100, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.1)
 
 
 def losses(run_dir):
@@ -109,7 +112,7 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     assert_spectrum(lm, spectrum)
     batches = micro_batches(mixture, 0, ranks, config)
-    take_step(engine, batches, mixture.trained_tokens(0), 1e-3, ranks, Guard(config.guards))
+    one_step(engine, batches, mixture.trained_tokens(0), ranks)
     assert_spectrum(lm, spectrum)
     load_checkpoint(engine, find_checkpoint(tmp_path))
     place_spectrum(engine)
@@ -130,7 +133,7 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     config = tiny_run(store_64, tmp_path)
     config.rope.chain = COPE
     train(replace(config, trainer=replace(config.trainer, stop_after=2)))
-    monkeypatch.setattr(loop, "load_checkpoint", casting_load)
+    monkeypatch.setattr(resume, "load_checkpoint", casting_load)
     train(config)
     lm = engines[0].module.lm
     assert_spectrum(lm, position_of(lm.config).spectrum())
@@ -222,3 +225,19 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+def test_warm_up_is_linear_and_reaches_the_peak():
+    assert [learning_rate(step, WARM) for step in (0, 4, 9)] == pytest.approx([1e-6, 5e-6, 1e-5])
+    assert learning_rate(10, WARM) == pytest.approx(1e-5)
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_at_the_floor_at_the_end():
+    assert learning_rate(0, TRAINER) == pytest.approx(1e-5)
+    assert learning_rate(50, TRAINER) == pytest.approx(5.5e-6)  # the mean of peak and floor
+    assert learning_rate(100, TRAINER) == pytest.approx(1e-6)
+    assert learning_rate(25, TRAINER) == pytest.approx(1e-6 + 9e-6 * (1 + 2**-0.5) / 2)
+
+
+def test_one_step_run():
+    assert learning_rate(0, TrainerConfig(max_steps=1, learning_rate=1.0, global_batch_size=1)) == 1.0
