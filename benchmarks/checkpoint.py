@@ -27,7 +27,7 @@ from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import StepBatch
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 from ropewalk.training.trainer import Trainer
 
 

@@ -72,9 +72,8 @@ def step(case: Case) -> None:
     from ropewalk.training.distributed import start_processes
     from ropewalk.training.engine import start_engine
     from ropewalk.training.guards import Guard, watch_gradients
-    from ropewalk.training.inputs import StepBatch
-    from ropewalk.training.metrics import Meter
-    from ropewalk.training.parallel import shard
+    from ropewalk.training.inputs import StepBatch, shard
+    from ropewalk.training.meter import Meter
     from ropewalk.training.trainer import Trainer
 
     torch.set_num_threads(1)

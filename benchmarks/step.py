@@ -29,7 +29,7 @@ from ropewalk.training.distributed import Ranks, start_processes
 from ropewalk.training.engine import LossModel, parameter_groups, start_engine, zero_config
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import StepBatch
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 from ropewalk.training.trainer import Trainer
 
 WARM_UP = 3

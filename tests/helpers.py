@@ -25,7 +25,7 @@ from ropewalk.training.distributed import Ranks
 from ropewalk.training.guards import Guard
 from ropewalk.training.hooks import Step
 from ropewalk.training.inputs import StepBatch
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 from ropewalk.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -24,8 +24,7 @@ from ropewalk.dashboard import dashboard, metrics
 from ropewalk.dashboard.build import COLUMNS
 from ropewalk.entry import CONFIG_DIR
 from ropewalk.report.runs import load_run
-from ropewalk.training.metrics import PHASES
-from ropewalk.training.work import CONVENTIONS
+from ropewalk.training.meter import CONVENTIONS, PHASES
 
 ROOT = CONFIG_DIR.parent
 GOLDEN = Path(__file__).parent / "golden"

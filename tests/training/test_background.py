@@ -9,7 +9,7 @@ from helpers import load_states, tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
-from ropewalk.training.background import Work, snapshot
+from ropewalk.training.background import Deferred, snapshot
 from ropewalk.training.checkpoint import checkpoint_directory
 from ropewalk.training.record import read_metrics
 
@@ -39,10 +39,10 @@ def test_what_goes_wrong_is_raised_where_the_outcome_is_asked_for(in_background)
     def fail():
         raise OSError("full")
 
-    work = Work(fail, in_background)
+    work = Deferred(fail, in_background)
     with pytest.raises(OSError, match="full"):
         work.result()
-    assert Work(lambda: 7, in_background).result() == 7
+    assert Deferred(lambda: 7, in_background).result() == 7
 
 
 def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):

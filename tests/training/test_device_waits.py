@@ -12,7 +12,7 @@ from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import micro_batches, open_data
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 
 LISTED = {"loss.py", "modeling_rope_utils.py", "metrics.py", "trainer.py"}  # trainer.py: the gradient norm
 

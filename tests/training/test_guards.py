@@ -17,7 +17,7 @@ from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard, TrainingStopped, watch_gradients
 from ropewalk.training.hooks import Step
 from ropewalk.training.inputs import micro_batches, open_data
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 from ropewalk.training.record import read_metrics
 
 

@@ -22,9 +22,13 @@ from ropewalk.training import find_checkpoint, resume, train
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import place_spectrum, start_engine
-from ropewalk.training.inputs import micro_batches, open_data
+from ropewalk.training.guards import Guard
+from ropewalk.training.hooks import Hook
+from ropewalk.training.inputs import micro_batches, open_data, step_batch
+from ropewalk.training.meter import Meter
 from ropewalk.training.record import read_metrics
-from ropewalk.training.trainer import learning_rate
+from ropewalk.training.signals import EXIT_REQUEUE, StopRequested
+from ropewalk.training.trainer import Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
@@ -213,6 +217,76 @@ def test_records_what_ran(store_64, tmp_path):
     assert record["parameters"] == 2 * 512 * 32 + 2 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 64 + 64) + 32
     assert (tmp_path / "config.yaml").is_file()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+class Recorder(Hook):
+    """Notes every moment; asks to leave before a micro batch of the step after ``leave_after`` steps."""
+
+    def __init__(self, name, moments, leave_after=None):
+        self.name, self.moments, self.leave_after, self.steps = name, moments, leave_after, 0
+
+    def note(self, *moment):
+        self.moments.append((self.name, *moment))
+
+    def __enter__(self):
+        self.note("enter")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.note("exit", kind)
+
+    def before_step(self, number):
+        self.note("before step", number)
+
+    def before_micro_batch(self):
+        if self.leave_after == self.steps:
+            raise StopRequested("SIGUSR1")
+        self.note("before micro batch")
+
+    def after_step(self, step):
+        self.steps += 1
+        self.note("after step", step.number, step.order_step)
+
+    def before_exit(self, steps, reason):
+        self.note("before exit", steps, reason)
+
+
+@pytest.mark.parametrize("leave_after", [None, 1])
+def test_hooks_are_called_in_one_order_at_every_moment(store_64, tmp_path, leave_after):
+    """Two steps of two micro batches after ten others, or one step and a request to leave in the second."""
+    ranks = start_processes("cpu")
+    config = tiny_run(store_64, tmp_path)
+    _, mixture = open_data(config)
+    engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+    moments, meter = [], Meter(ranks.device)
+    first, second = Recorder("first", moments, leave_after), Recorder("second", moments)
+    trainer = Trainer(
+        engine, ranks, (step_batch(mixture, step, ranks, config) for step in (4, 7)), lambda step: 1e-3 * step,
+        Guard(config.guards), meter, (first, second), step=10, last_step=12,
+    )  # fmt: skip
+
+    def both(*moment):
+        return [("first", *moment), ("second", *moment)]
+
+    def whole_step(number, order_step):
+        return [
+            *both("before step", number), *both("before micro batch"), *both("before micro batch"),
+            *both("after step", number, order_step),
+        ]  # fmt: skip
+
+    if leave_after is None:
+        trainer.run()
+        rest, kind = whole_step(12, 7), None
+    else:
+        with pytest.raises(SystemExit) as left:
+            trainer.run()
+        assert left.value.code == EXIT_REQUEUE
+        rest, kind = [*both("before step", 12), *both("before exit", 11, "SIGUSR1")], SystemExit
+    assert moments == [*both("enter"), *whole_step(11, 4), *rest, *reversed(both("exit", kind))]
+    assert engine.optimizer.param_groups[0]["lr"] == 1e-3 * 11  # of the last step that was begun
+    row = meter.row(1)
+    assert all(row[f"seconds/{phase}"] > 0 for phase in ("data", "forward", "backward", "optimizer"))
+    engine.destroy()
 
 
 @pytest.mark.slow

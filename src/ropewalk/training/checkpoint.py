@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
-from ropewalk.training.background import Work, snapshot
+from ropewalk.training.background import Deferred, snapshot
 from ropewalk.training.distributed import gather, together
 
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ def start_save(
             do()
         return _settle_share(directory, failures, rng)
 
-    return StartedSave(run_dir, facts, dict(contract), dict(state), Work(write, in_background))
+    return StartedSave(run_dir, facts, dict(contract), dict(state), Deferred(write, in_background))
 
 
 class StartedSave:
@@ -144,7 +144,7 @@ class StartedSave:
         facts: Mapping[str, int],
         contract: Mapping[str, Any],
         state: Mapping[str, Any],
-        share: Work[dict[str, Any]],
+        share: Deferred[dict[str, Any]],
     ) -> None:
         self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
 

@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
-from ropewalk.training.parallel import sequence_groups
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
@@ -137,6 +136,33 @@ def _join(deepspeed: Any, device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     atexit.register(end_processes)
+
+
+def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
+    """Form groups of ``size`` neighbouring ranks that share each row of tokens. Collective.
+
+    Sequence parallelism is DeepSpeed Ulysses' (arXiv 2309.14509): each rank of a group holds an equal stretch of the
+    row. Everything but attention works token by token; for attention the ranks trade tokens for heads
+    (ropewalk.attention), so each sees whole documents in its share of the heads.
+
+    Returns:
+        The ``mpu`` of deepspeed.initialize and this rank's group; None and None for a ``size`` of 1.
+    """
+    if size == 1:
+        return None, None
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.sequence.layer import register_all_to_all_group
+
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
+        parallel_state_sp.initialize_sequence_parallel(size)
+    elif parallel_state_sp.get_sequence_parallel_world_size() != size:
+        raise UserError(
+            f"parallel.sequence={size}, but this process is in a group of "
+            f"{parallel_state_sp.get_sequence_parallel_world_size()}; start a new process"
+        )
+    group = parallel_state_sp.get_sequence_parallel_group()
+    register_all_to_all_group(group)
+    return parallel_state_sp, group
 
 
 def end_processes() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
-from ropewalk.training.background import Work
+from ropewalk.training.background import Deferred
 from ropewalk.training.checkpoint import MANIFEST, ZERO
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
@@ -117,7 +117,7 @@ class _Conversion:
             text=True,
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
-        self.commit: Work[None] | None = None
+        self.commit: Deferred[None] | None = None
 
     def status(self) -> str:
         """ "running", "done", or what went wrong."""
@@ -128,7 +128,7 @@ class _Conversion:
                 return "running"
             if self.process.returncode != 0:
                 return " | ".join(errors.strip().splitlines()[-3:]) or f"exit code {self.process.returncode}"
-            self.commit = Work(self._commit, in_background=True)
+            self.commit = Deferred(self._commit, in_background=True)
         if not self.commit.done(within=1.0):
             return "running"
         try:

@@ -16,8 +16,7 @@ from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
 from ropewalk.training.activations import place_activations
-from ropewalk.training.distributed import Ranks, import_deepspeed
-from ropewalk.training.parallel import sequence_groups
+from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
 
 
 def accumulation_steps(trainer: TrainerConfig, data_size: int) -> int:

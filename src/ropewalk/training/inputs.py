@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from ropewalk.errors import UserError
 from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
-from ropewalk.training.parallel import check_heads, shard
 from ropewalk.training.start import StartCheckpoint, find_start
 
 
@@ -112,6 +111,22 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
         model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
 
 
+def check_heads(config: PreTrainedConfig, size: int) -> None:
+    """Refuse a group whose ranks would not get equal shares of the heads.
+
+    Raises:
+        UserError: if ``size`` does not divide the key/value heads (and so the query heads); they would have to be
+            copied.
+    """
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    allowed = [n for n in range(1, shared + 1) if shared % n == 0 and heads % n == 0]
+    if size not in allowed:
+        raise UserError(
+            f"parallel.sequence={size} does not divide the model's {heads} query and {shared} key/value heads; set it "
+            f"to one of {', '.join(map(str, allowed))}"
+        )
+
+
 def describe_order(mixture: Mixture, steps: int) -> str:
     """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
     epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
@@ -145,6 +160,27 @@ def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig
     """This rank's part of the global batch of ``step``."""
     refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
     return [shard(read_batch(mixture.store, part), ranks.rank % ranks.sequence, ranks.sequence) for part in refs]
+
+
+def shard(batch: Batch, rank: int, size: int) -> Batch:
+    """The stretch of a batch that rank ``rank`` of the ``size`` that share its row holds.
+
+    Labels are shifted before the cut, so the last token of a stretch is still trained on; the document bounds stay
+    those of the whole row.
+
+    Raises:
+        UserError: if the row does not divide.
+    """
+    tokens = batch.input_ids.shape[1]
+    if tokens % size:
+        raise UserError(f"a row of {tokens} tokens cannot be cut in {size} equal parts; change parallel.sequence")
+    stretch = slice(rank * tokens // size, (rank + 1) * tokens // size)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, stretch],
+        position_ids=batch.position_ids[:, stretch],
+        labels=batch.labels[:, stretch],
+    )
 
 
 def on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:

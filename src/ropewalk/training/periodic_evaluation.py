@@ -18,8 +18,7 @@ from ropewalk.config import TrainConfig
 from ropewalk.data.batches import IGNORE_INDEX, Batch
 from ropewalk.training.distributed import Ranks, log_once
 from ropewalk.training.hooks import Hook, Step
-from ropewalk.training.inputs import on_device
-from ropewalk.training.parallel import shard
+from ropewalk.training.inputs import on_device, shard
 from ropewalk.training.run_logger import RunLogger
 from ropewalk.training.signals import StopFlag
 
@@ -36,7 +35,7 @@ class PeriodicEvaluation(Hook):
 
     def __init__(
         self,
-        evaluation: Evaluation,
+        evaluation: Evaluation | None,
         engine: Any,
         config: TrainConfig,
         *,
@@ -47,9 +46,9 @@ class PeriodicEvaluation(Hook):
         """Evaluate nothing yet.
 
         Args:
-            evaluation: the measures.
+            evaluation: the measures; None: nothing is ever evaluated.
             engine: the DeepSpeed engine.
-            config: of the run; ``evaluation.every`` is set.
+            config: of the run.
             logger: gets the metrics, and leaves evaluations out of the steps' speed.
             stop: a run that is about to leave is not evaluated.
             last_step: the session ends after so many.
@@ -60,7 +59,11 @@ class PeriodicEvaluation(Hook):
     def after_step(self, step: Step) -> None:
         """Evaluate if it is time to. Collective."""
         every = self.config.evaluation.every
-        if every is None or (step.number % every and step.number != self.config.trainer.max_steps):
+        if (
+            self.evaluation is None
+            or every is None
+            or (step.number % every and step.number != self.config.trainer.max_steps)
+        ):
             return
         if step.number < self.last_step and self.stop.is_up():
             log_once(f"step {step.number:>5} is not evaluated: the run has been told to leave")

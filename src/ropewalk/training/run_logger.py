@@ -17,11 +17,10 @@ from ropewalk.provenance import recorded_config
 from ropewalk.training.distributed import by_rank_zero, log_once, writing
 from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import CONVENTIONS, Meter, StepWork, WorkCounter, known_peak
 from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.resume import ResumePoint
 from ropewalk.training.tracker import open_tracker
-from ropewalk.training.work import CONVENTIONS, StepWork, WorkCounter, known_peak
 
 
 class RunLogger(Hook):

@@ -20,17 +20,16 @@ from ropewalk.training.contract import contract
 from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, log, log_once
 from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
-from ropewalk.training.heartbeat import check_only_writer
 from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 from ropewalk.training.periodic_evaluation import Evaluation, PeriodicEvaluation
 from ropewalk.training.resume import check_writable, find_resume_point, prepare_resume
 from ropewalk.training.run_logger import RunLogger
 from ropewalk.training.saver import Saver
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested
 from ropewalk.training.start import prepare_start, write_start
-from ropewalk.training.watchdog import Watchdog
+from ropewalk.training.watchdog import Watchdog, check_only_writer
 
 Evaluator = Callable[[TrainConfig, PackedStore, Position, Ranks], Evaluation]
 
@@ -149,11 +148,12 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         TrainingStopped: a guard has ended the run; the refused step changed no weight.
         SystemExit: with EXIT_REQUEUE, saved, after SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
     """
+    # What is trained on what, and where the session begins: all that can be refused, before there is a model.
+    trainer, run_dir = config.trainer, Path(config.run_dir)
     inputs = open_inputs(config)
     ranks, mixture, start = inputs.ranks, inputs.mixture, inputs.start
     evaluation = _make_evaluation(inputs, evaluator)
     agreed = contract(config, inputs.position, inputs.store, mixture, start)
-    run_dir, trainer = Path(config.run_dir), config.trainer
     check_writable(run_dir)
     by_rank_zero(check_only_writer, run_dir)
     resume_point = find_resume_point(run_dir, agreed, config.resume)
@@ -174,28 +174,33 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     by_rank_zero(check_only_writer, run_dir)  # one that was built beside this one
     guard = Guard(config.guards, resume_point.state.get("guard"))
     stop = StopFlag(instant(trainer.stop_before) if trainer.stop_before else None, control_group(trainer.device))
-    saver = Saver(
-        engine, config, contract=agreed, state=lambda: {"guard": guard.state(), **logger.state()}, logger=logger,
-        saved_step=first_step, last_step=last_step,
-    )  # fmt: skip
-    # One order for every moment; hooks are entered in it and left in the reverse one.
-    hooks: list[Hook] = [
+    # The one order of the hooks, at every moment; they are entered in it, and left in the reverse order.
+    hooks = (
         stop,  # asked first: a rank that leaves begins no micro batch
-        logger,  # a row is there before the checkpoint that says its step is done; the tracker closes after that save
+        logger,  # its row is there before the checkpoint that says the step is done; its tracker closes after that save
         Refusals(guard, mixture, run_dir),  # the row shows the refusal; a step that ends the run is not saved
-        Watchdog(run_dir, ranks.rank, ranks.world_size, config.guards),  # times the step until here: a save may last
-        saver,  # before an evaluation, during which no signal is answered, and which may outlast the job
-    ]
-    if evaluation is not None:
-        hooks.append(PeriodicEvaluation(evaluation, engine, config, logger=logger, stop=stop, last_step=last_step))
-    if trainer.profile_steps and ranks.is_main:
-        hooks.append(Profiler(trainer.profile_steps, run_dir / "profile"))  # a step's trace has all of the above
+        Watchdog(run_dir, ranks.rank, ranks.world_size, config.guards),  # times the step until here; a save may last
+        Saver(
+            engine, config, contract=agreed, state=lambda: {"guard": guard.state(), **logger.state()}, logger=logger,
+            saved_step=first_step, last_step=last_step,
+        ),  # before an evaluation, during which no signal is answered, and which may outlast the job
+        PeriodicEvaluation(evaluation, engine, config, logger=logger, stop=stop, last_step=last_step),
+        Profiler(trainer.profile_steps if ranks.is_main else 0, run_dir / "profile"),  # the trace of a step has it all
+    )  # fmt: skip
+
     order_steps = [0 if trainer.overfit_one_batch else step for step in range(first_step, last_step)]
     with closing(prefetched(lambda step: step_batch(mixture, step, ranks, config), order_steps)) as batches:
         Trainer(
-            engine, ranks, batches, lambda step: learning_rate(step, trainer), guard, logger.meter, tuple(hooks),
-            first_step, last_step,
-        ).run()  # fmt: skip
+            engine=engine,
+            ranks=ranks,
+            batches=batches,
+            learning_rate=lambda step: learning_rate(step, trainer),
+            guard=guard,
+            meter=logger.meter,
+            hooks=hooks,
+            step=first_step,
+            last_step=last_step,
+        ).run()
 
 
 def _make_evaluation(inputs: RunInputs, evaluator: Evaluator | None) -> Evaluation | None:
@@ -238,9 +243,12 @@ def learning_rate(step: int, trainer: TrainerConfig) -> float:
 
 
 class Profiler(Hook):
-    """torch.profiler over ``steps`` steps, after one of warm-up; its trace goes to ``directory``."""
+    """torch.profiler over ``steps`` steps (0: none), after one of warm-up; its trace goes to ``directory``."""
 
     def __init__(self, steps: int, directory: Path) -> None:
+        self.profile: Any = None
+        if steps == 0:
+            return
         from torch.profiler import profile, schedule, tensorboard_trace_handler
 
         def write(profiled: Any) -> None:
@@ -254,14 +262,17 @@ class Profiler(Hook):
         )
 
     def __enter__(self) -> Self:
-        self.profile.__enter__()
+        if self.profile is not None:
+            self.profile.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.profile.__exit__(kind, error, trace)
+        if self.profile is not None:
+            self.profile.__exit__(kind, error, trace)
 
     def after_step(self, step: Step) -> None:
-        """Tell the profiler that a step is over."""
-        self.profile.step()
+        """Begin the profiler's next step."""
+        if self.profile is not None:
+            self.profile.step()

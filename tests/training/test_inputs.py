@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from ropewalk.config import validate_train
 from ropewalk.data import Mixture
 from ropewalk.data.batches import rank_micro_batches, read_batch
-from ropewalk.training.parallel import check_heads, shard
+from ropewalk.training.inputs import check_heads, shard
 
 
 @pytest.fixture(scope="module")
