@@ -72,7 +72,7 @@ def step(case: Case) -> None:
     from ropewalk.training.distributed import start_processes
     from ropewalk.training.engine import start_engine
     from ropewalk.training.guards import Guard, watch_gradients
-    from ropewalk.training.inputs import StepBatch, shard
+    from ropewalk.training.inputs import StepBatch, stretch
     from ropewalk.training.meter import Meter
     from ropewalk.training.trainer import Trainer
 
@@ -85,7 +85,7 @@ def step(case: Case) -> None:
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
     bounds = torch.tensor([0, case.length], dtype=torch.int32)
     row = Batch(ids, torch.arange(case.length)[None], labels, bounds, case.length, torch.zeros(1, dtype=torch.int32))
-    mine = shard(row, ranks.rank % case.sequence, case.sequence)
+    mine = stretch(row, ranks.rank % case.sequence, case.sequence)
     batches = repeat(StepBatch(0, [mine], row.trained_tokens * ranks.data_size))
     trainer = Trainer(engine, ranks, batches, lambda step: 1e-4, Guard(GuardConfig()), Meter(ranks.device))
     for _ in range(2):

@@ -28,7 +28,7 @@ from ropewalk.training.meter import CONVENTIONS, PHASES
 
 ROOT = CONFIG_DIR.parent
 GOLDEN = Path(__file__).parent / "golden"
-# Beside what Meter.row and the observer's rows of every run hold.
+# Beside what Meter.row and the logger's rows of every run hold.
 TRAINED = [
     *(f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "refused_steps")),
     *(f"train/{name}" for name in ("work_imbalance", "peak_memory_bytes", "loss/domain/long", "loss/position/16")),

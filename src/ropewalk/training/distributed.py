@@ -61,6 +61,11 @@ class Ranks:
         return self.world_size // self.sequence
 
     @property
+    def sequence_rank(self) -> int:
+        """Number of this rank's stretch of the rows that its group shares, 0 to sequence - 1."""
+        return self.rank % self.sequence
+
+    @property
     def is_main(self) -> bool:
         """True on the rank that prints and writes the run's record."""
         return self.rank == 0

@@ -93,11 +93,11 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
     Args:
         model_config: of the model.
         store: whose tokens it is trained on.
-        path: directory or hub id of the model or its tokenizer, which is compared where it lies in a directory. None:
+        path: directory or hub id of the model or its tokenizer, which is compared if it lies in a directory. None:
             from scratch.
 
     Raises:
-        UserError: where the store's vocabulary is another than the model's, or larger than what it embeds.
+        UserError: the store's vocabulary is another than the model's, or larger than what it embeds.
     """
     tokenizer = store.tokenizer
     if tokenizer["vocab_size"] > model_config.vocab_size:
@@ -159,10 +159,10 @@ def step_batch(mixture: Mixture, order_step: int, ranks: Ranks, config: TrainCon
 def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
     """This rank's part of the global batch of ``step``."""
     refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
-    return [shard(read_batch(mixture.store, part), ranks.rank % ranks.sequence, ranks.sequence) for part in refs]
+    return [stretch(read_batch(mixture.store, part), ranks.sequence_rank, ranks.sequence) for part in refs]
 
 
-def shard(batch: Batch, rank: int, size: int) -> Batch:
+def stretch(batch: Batch, rank: int, size: int) -> Batch:
     """The stretch of a batch that rank ``rank`` of the ``size`` that share its row holds.
 
     Labels are shifted before the cut, so the last token of a stretch is still trained on; the document bounds stay
@@ -174,12 +174,12 @@ def shard(batch: Batch, rank: int, size: int) -> Batch:
     tokens = batch.input_ids.shape[1]
     if tokens % size:
         raise UserError(f"a row of {tokens} tokens cannot be cut in {size} equal parts; change parallel.sequence")
-    stretch = slice(rank * tokens // size, (rank + 1) * tokens // size)
+    part = slice(rank * tokens // size, (rank + 1) * tokens // size)
     return replace(
         batch,
-        input_ids=batch.input_ids[:, stretch],
-        position_ids=batch.position_ids[:, stretch],
-        labels=batch.labels[:, stretch],
+        input_ids=batch.input_ids[:, part],
+        position_ids=batch.position_ids[:, part],
+        labels=batch.labels[:, part],
     )
 
 
@@ -203,5 +203,5 @@ def queued(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in page-locked memory where ``device`` is a GPU."""
+    """The tensor in page-locked memory if ``device`` is a GPU."""
     return tensor.pin_memory() if device.type == "cuda" else tensor

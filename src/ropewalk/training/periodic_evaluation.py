@@ -18,7 +18,7 @@ from ropewalk.config import TrainConfig
 from ropewalk.data.batches import IGNORE_INDEX, Batch
 from ropewalk.training.distributed import Ranks, log_once
 from ropewalk.training.hooks import Hook, Step
-from ropewalk.training.inputs import on_device, shard
+from ropewalk.training.inputs import on_device, stretch
 from ropewalk.training.run_logger import RunLogger
 from ropewalk.training.signals import StopFlag
 
@@ -115,7 +115,7 @@ class EngineScorer:
         batch = self._stretch(torch.cat([prompt_ids, answer_ids]))
         tokens = batch.labels.shape[1]
         positions = torch.arange(len(answer_ids)) + len(prompt_ids) - 1
-        positions -= (self.ranks.rank % self.ranks.sequence) * tokens  # in this rank's stretch of the row
+        positions -= self.ranks.sequence_rank * tokens  # in this rank's stretch of the row
         is_here = (positions >= 0) & (positions < tokens)
         logits = self.engine(**on_device(batch, self.ranks), logits_at=positions[is_here].to(self.ranks.device))
         if self.ranks.group is not None:
@@ -133,4 +133,4 @@ class EngineScorer:
             cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
             domain_ids=torch.zeros(1, dtype=torch.int32),
         )
-        return shard(row, self.ranks.rank % self.ranks.sequence, self.ranks.sequence)
+        return stretch(row, self.ranks.sequence_rank, self.ranks.sequence)
