@@ -84,7 +84,7 @@ def step(case: Case) -> None:
     ids = torch.arange(case.length)[None] % case.vocabulary
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
     bounds = torch.tensor([0, case.length], dtype=torch.int32)
-    row = Batch(ids, torch.arange(case.length)[None], labels, bounds, case.length, torch.zeros(1, dtype=torch.int32))
+    row = Batch(ids, torch.arange(case.length)[None], labels, bounds, torch.zeros(1, dtype=torch.int32))
     mine = stretch(row, ranks.rank % case.sequence, case.sequence)
     batches = repeat(StepBatch(0, [mine], row.trained_tokens * ranks.data_size))
     trainer = Trainer(engine, ranks, batches, lambda step: 1e-4, Guard(GuardConfig()), Meter(ranks.device))
