@@ -1,4 +1,4 @@
-"""A rank's part of a save: written at once, or from a snapshot in host memory by a thread while training goes on.
+"""Background saves: a rank's part is written from a snapshot in host memory, by a thread, while training goes on.
 
 DeepSpeed 0.19.8 has engines of its own for this. FastCheckpointEngine pins its buffers and so fails without a GPU; the
 decoupled one shares the tensors with a second process instead of copying them, so the next optimizer step waits for the

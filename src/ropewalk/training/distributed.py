@@ -1,7 +1,7 @@
 """Ranks: the processes of a run, how they join and leave their group, and how they agree.
 
-What one rank fails at, all ranks fail at: none waits in a collective for another that has given up. Every function here
-is for the default process group; a process without one is alone, and each collective is then a plain call.
+If one rank fails, all do: none waits in a collective for another that has given up. Every function here is for the
+default process group; a process without one is alone, and each collective is then a plain call.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def launched_world_size() -> int:
     """Ranks that the launcher, srun or torchrun, has announced, before any of them is joined.
 
     Raises:
-        UserError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
-            node: each would be a run of its own in the same directory.
+        UserError: srun started several tasks that do not know where to meet, or a rank lacks its place on the node:
+            each would be a run of its own in the same directory.
     """
     take_place()
     if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():

@@ -67,7 +67,7 @@ class LossModel(nn.Module):
         token_losses: Tensor | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross entropy of one packed row, and its z-loss where there is one; or some of its logits.
+        """Summed cross entropy of one packed row, and its z-loss if there is one; or some of its logits.
 
         Args:
             input_ids: int64 (1, tokens).
@@ -75,12 +75,12 @@ class LossModel(nn.Module):
             labels: int64 (1, tokens), already shifted; -100 is not trained on.
             documents: where each document begins and ends.
             token_losses: fp32 (tokens,), gets the loss of each trained token.
-            logits_at: int64 (n,), places in the row.
+            logits_at: int64 (n,), positions in the row.
 
         Returns:
             fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
         """
-        # use_cache=True would let packed documents see each other in stock attention; say it where it matters.
+        # use_cache=True would let packed documents see each other in stock attention.
         decoder = self.lm.get_decoder()
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
         hidden = output.last_hidden_state[0]
@@ -133,7 +133,7 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
 
 
 def averaging_ranks(engine: Any, ranks: Ranks) -> int:
-    """What ZeRO divides the gradients' sum over all ranks by.
+    """The number that ZeRO divides the gradients' sum over all ranks by.
 
     Of ranks that share a sequence, DeepSpeed 0.19.8 averages at stage 3 and adds up at stages 1 and 2.
     """

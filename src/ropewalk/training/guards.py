@@ -52,7 +52,7 @@ class Guard:
         return None
 
     def spike_limit(self) -> float | None:
-        """The highest loss that is no spike: median + k x 1.4826 MAD of the window; None until the window is full."""
+        """The highest loss that is not a spike: median + k x 1.4826 MAD of the window; None before it is full."""
         if self.config.spike_window is None or len(self.recent) < self.config.spike_window:
             return None
         middle = median(self.recent)
@@ -85,7 +85,7 @@ class Guard:
 
 
 class Refusals(Hook):
-    """Writes what a refused step saw, and ends the run where the guard says so."""
+    """Writes a record of each refused step, and ends the run if the guard says so."""
 
     def __init__(self, guard: Guard, mixture: Mixture, run_dir: Path) -> None:
         self.guard, self.mixture, self.run_dir = guard, mixture, run_dir
@@ -98,7 +98,7 @@ class Refusals(Hook):
     def _write(self, step: Step) -> str:
         """Have rank 0 write the record; its path, or what the step saw in other words, the same on all ranks.
 
-        A record that cannot be written ends nothing, as a save: the order knows what the step saw, too.
+        A record that cannot be written ends nothing, as a save: the order can still give the step's sequences.
         """
         try:
             return str(by_rank_zero(write_refusal, self.run_dir, step, self.mixture))
@@ -109,7 +109,7 @@ class Refusals(Hook):
 
 
 def refuse_update(engine: Any) -> None:
-    """Have DeepSpeed drop what was accumulated, on all ranks, by the path it takes where a gradient is not finite.
+    """Have DeepSpeed drop what was accumulated, on all ranks, by the path it takes if a gradient is not finite.
 
     Its own path keeps its counters, buckets and offloaded copies right, in every ZeRO stage.
     """
@@ -128,7 +128,7 @@ def watch_gradients(engine: Any) -> None:
 
 
 def write_refusal(run_dir: Path, step: Step, mixture: Mixture) -> Path:
-    """Write what a refused step saw to refused/step-N.json; returns its path."""
+    """Write the sequences of a refused step to refused/step-N.json; returns its path."""
     refs, store = mixture.global_batch(step.order_step), mixture.store
     sequences = [
         {"domain": ref.domain, "sequence": row, "document_ends": store.document_ends(ref.domain, row).tolist()}

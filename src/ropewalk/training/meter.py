@@ -94,7 +94,7 @@ class Meter:
 
     @staticmethod
     def _domain_of_tokens(batch: Batch) -> Tensor:
-        """int64 (tokens,); where ranks share a row, of this rank's stretch of it."""
+        """Domain of each token, int64 (tokens,); of this rank's stretch if ranks share the row."""
         lengths = batch.cu_seqlens.diff().long()
         domains = batch.domain_ids.long().repeat_interleave(lengths)
         tokens = batch.labels.shape[1]

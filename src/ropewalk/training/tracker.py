@@ -1,4 +1,4 @@
-"""Metrics to a dashboard; the run's own metrics.jsonl is written whatever is chosen here."""
+"""Trackers: metrics to a dashboard, beside the run's own metrics.jsonl, which is always written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ropewalk.training.distributed import log
 
 
 class Tracker(Protocol):
-    """Where metrics go."""
+    """A dashboard that takes rows of metrics."""
 
     run_id: str | None  # by which a resumed run goes on in the same one
 
@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Nothing beside metrics.jsonl."""
+    """No dashboard: metrics.jsonl alone."""
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id  # kept for a session that can track again
@@ -41,7 +41,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; offline, into the run directory, where there is no API key.
+    """Weights & Biases; without an API key offline, into the run directory.
 
     The run's id is kept in tracker.json and in every checkpoint, so that a resumed run goes on in the same W&B run.
     """
@@ -112,7 +112,7 @@ class TrackioTracker:
 
 
 class ForgivingTracker:
-    """A tracker whose failures are told, once, and never end the run: metrics.jsonl has every row all the same.
+    """A tracker whose failures are one warning and never end the run: metrics.jsonl has every row all the same.
 
     SLURM sends SIGTERM to every process of a task, and W&B's service is one; the ranks have to save and leave after it.
     """
@@ -144,7 +144,7 @@ def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def wandb_mode() -> Literal["offline"] | None:
-    """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
+    """Offline without a key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
