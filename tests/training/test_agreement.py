@@ -8,9 +8,9 @@ from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.files import blake3_of
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.checkpoint.elastic import make_universal
+from ropewalk.training.checkpoint.save import checkpoint_directory
 from ropewalk.training.distributed import start_processes
-from ropewalk.training.elastic import make_universal
 from ropewalk.training.record import read_metrics
 
 pytestmark = pytest.mark.slow

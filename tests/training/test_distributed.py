@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from helpers import alone_environment
 
-from ropewalk.training.checkpoint import SaveFailed
+from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import by_rank_zero, gather, join_launched, start_processes, together
 
 JOIN = """

@@ -11,7 +11,7 @@ from wandb_server import wandb_server
 
 from ropewalk.config import TrackerConfig
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.checkpoint.save import checkpoint_directory
 from ropewalk.training.record import read_metrics
 from ropewalk.training.tracker import ForgivingTracker, NoTracker, open_tracker
 

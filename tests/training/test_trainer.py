@@ -18,8 +18,9 @@ from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model import training_config
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum
-from ropewalk.training import find_checkpoint, resume, train
-from ropewalk.training.checkpoint import load_checkpoint
+from ropewalk.training import find_checkpoint, train
+from ropewalk.training.checkpoint import resume
+from ropewalk.training.checkpoint.save import load_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import place_spectrum, start_engine
 from ropewalk.training.guards import Guard

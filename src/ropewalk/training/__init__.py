@@ -1,6 +1,6 @@
 """The training loop, its engine and its checkpoints."""
 
-from ropewalk.training.checkpoint import find_checkpoint, verify_checkpoint
+from ropewalk.training.checkpoint.save import find_checkpoint, verify_checkpoint
 from ropewalk.training.trainer import train
 
 __all__ = ["find_checkpoint", "train", "verify_checkpoint"]

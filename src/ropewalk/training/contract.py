@@ -9,7 +9,7 @@ from ropewalk.config import GuardConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.rope.position import Position
-from ropewalk.training.start import StartCheckpoint
+from ropewalk.training.checkpoint.start import StartCheckpoint
 
 
 def contract(

@@ -19,8 +19,8 @@ from ropewalk.data.tokenizer import check_same_vocabulary
 from ropewalk.errors import UserError
 from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
+from ropewalk.training.checkpoint.start import StartCheckpoint, find_start
 from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
-from ropewalk.training.start import StartCheckpoint, find_start
 
 
 @dataclass(frozen=True)

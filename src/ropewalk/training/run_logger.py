@@ -14,12 +14,12 @@ from typing import Any, Self
 from ropewalk.attention import attention_kernel
 from ropewalk.model import count_parameters
 from ropewalk.provenance import recorded_config
+from ropewalk.training.checkpoint.resume import ResumePoint
 from ropewalk.training.distributed import by_rank_zero, log_once, writing
 from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs
 from ropewalk.training.meter import CONVENTIONS, Meter, StepWork, WorkCounter, known_peak
 from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record
-from ropewalk.training.resume import ResumePoint
 from ropewalk.training.tracker import open_tracker
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from ropewalk.config import TrainConfig
 from ropewalk.provenance import recorded_config
-from ropewalk.training.checkpoint import SaveFailed, StartedSave, start_save
+from ropewalk.training.checkpoint.retention import prune_checkpoints
+from ropewalk.training.checkpoint.save import SaveFailed, StartedSave, start_save
 from ropewalk.training.distributed import control_group, log_once
 from ropewalk.training.guards import TrainingStopped
 from ropewalk.training.hooks import Hook, Step
-from ropewalk.training.retention import prune_checkpoints
 from ropewalk.training.run_logger import RunLogger
 from ropewalk.training.signals import EXIT_REQUEUE
 

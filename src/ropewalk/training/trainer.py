@@ -16,6 +16,8 @@ from ropewalk.config import TrainConfig, TrainerConfig, instant
 from ropewalk.data import PackedStore
 from ropewalk.data.prefetch import prefetched
 from ropewalk.rope.position import Position
+from ropewalk.training.checkpoint.resume import check_writable, find_resume_point, prepare_resume
+from ropewalk.training.checkpoint.start import prepare_start, write_start
 from ropewalk.training.contract import contract
 from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, log, log_once
 from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
@@ -24,11 +26,9 @@ from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
 from ropewalk.training.meter import Meter
 from ropewalk.training.periodic_evaluation import Evaluation, PeriodicEvaluation
-from ropewalk.training.resume import check_writable, find_resume_point, prepare_resume
 from ropewalk.training.run_logger import RunLogger
 from ropewalk.training.saver import Saver
 from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested
-from ropewalk.training.start import prepare_start, write_start
 from ropewalk.training.watchdog import Watchdog, check_only_writer
 
 Evaluator = Callable[[TrainConfig, PackedStore, Position, Ranks], Evaluation]

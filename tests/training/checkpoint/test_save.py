@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
-from ropewalk.training.checkpoint import SaveFailed, _files_of, checkpoint_directory
+from ropewalk.training.checkpoint.save import SaveFailed, _files_of, checkpoint_directory
 from ropewalk.training.contract import check_contract
 from ropewalk.training.record import MetricsFile, read_metrics
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from ropewalk.config import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
-from ropewalk.training.checkpoint import (
+from ropewalk.training.checkpoint.elastic import check_stage, make_universal
+from ropewalk.training.checkpoint.save import (
     MANIFEST,
     find_checkpoint,
     load_state,
@@ -26,7 +27,6 @@ from ropewalk.training.checkpoint import (
     verify_checkpoint,
 )
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, writing
-from ropewalk.training.elastic import check_stage, make_universal
 
 RECORD = "start.json"
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from ropewalk.config import ResumeConfig
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
-from ropewalk.training.checkpoint import MANIFEST, load_checkpoint, read_manifest, verify_checkpoint
+from ropewalk.training.checkpoint.elastic import check_stage, make_universal
+from ropewalk.training.checkpoint.save import MANIFEST, load_checkpoint, read_manifest, verify_checkpoint
 from ropewalk.training.contract import check_contract
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
-from ropewalk.training.elastic import check_stage, make_universal
 
 
 @dataclass(frozen=True)

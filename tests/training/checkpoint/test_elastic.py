@@ -7,7 +7,7 @@ import torch
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint
-from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.checkpoint.save import checkpoint_directory
 from ropewalk.training.record import read_metrics
 
 SIZE = ["trainer.max_steps=6", "trainer.checkpoint_every=3", "deepspeed.param_persistence_threshold=0"]

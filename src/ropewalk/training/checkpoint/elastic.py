@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
-from ropewalk.training.background import Deferred
-from ropewalk.training.checkpoint import MANIFEST, ZERO
+from ropewalk.training.checkpoint.background import Deferred
+from ropewalk.training.checkpoint.save import MANIFEST, ZERO
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
 SOURCE = "source.json"

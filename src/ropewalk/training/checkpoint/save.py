@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
-from ropewalk.training.background import Deferred, snapshot
+from ropewalk.training.checkpoint.background import Deferred, snapshot
 from ropewalk.training.distributed import gather, together
 
 FORMAT_VERSION = 1

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ropewalk.files import fsync_path, inside
-from ropewalk.training.checkpoint import MANIFEST, read_manifest
+from ropewalk.training.checkpoint.save import MANIFEST, read_manifest
 
 
 def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:

@@ -17,7 +17,7 @@ from ropewalk.data.prepare import prepare
 from ropewalk.data.tokenizer import load_tokenizer
 from ropewalk.export import resolve_checkpoint
 from ropewalk.training import find_checkpoint, train, trainer
-from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.checkpoint.save import checkpoint_directory
 from ropewalk.training.record import read_metrics
 
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]

@@ -9,8 +9,8 @@ from helpers import load_states, tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
-from ropewalk.training.background import Deferred, snapshot
-from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.checkpoint.background import Deferred, snapshot
+from ropewalk.training.checkpoint.save import checkpoint_directory
 from ropewalk.training.record import read_metrics
 
 BACKGROUND = "trainer.save_in_background=true"
