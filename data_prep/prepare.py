@@ -8,7 +8,7 @@ sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.r
 
 from ropewalk.config import PrepareConfig
 from ropewalk.entry import entry
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 
 
 @entry("prepare")

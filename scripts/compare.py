@@ -2,7 +2,7 @@
 
 from ropewalk.config import CompareConfig
 from ropewalk.entry import entry
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 
 
 @entry("compare")

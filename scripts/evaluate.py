@@ -6,7 +6,7 @@
 
 from ropewalk.config import EvaluateConfig, ValidateConfig
 from ropewalk.entry import entry, run_command
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 
 
 @entry("evaluate")

@@ -28,8 +28,8 @@ from ranks import RankProcesses, run_ranks, start_ranks, tiny_arguments
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare import prepare
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, verify_checkpoint
-from ropewalk.training.record import read_metrics
 
 STEPS = 16
 START_SECONDS = 1.5  # of a rank until its first step, about

@@ -31,6 +31,7 @@ from ropewalk.config import (
 )
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
+from ropewalk.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _convert(config: ConvertConfig) -> Stage:
 def _export(config: ExportConfig) -> Stage:
     if config.checkpoint is not None:
         need = Need("checkpoint", config.checkpoint, ("run",))
-        return Stage([need], [Promise(config.output or f"{config.checkpoint}/export", "model")])
+        return Stage([need], [Promise(config.output or str(RunDirectory(Path(config.checkpoint)).export), "model")])
     output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
     return Stage([Need("model", config.model.path, ("model",), hub=True)], [Promise(output, "model")])
 
@@ -177,7 +178,7 @@ def _compare(config: CompareConfig) -> Stage:
     names = [Path(run).name for run in config.runs]
     if config.baseline is not None and config.baseline not in names:
         raise UserError(f"baseline={config.baseline} is none of the runs; use one of {', '.join(names)}")
-    needs = [Need("runs", f"{run}/evaluation", ("evaluation",)) for run in config.runs]
+    needs = [Need("runs", str(RunDirectory(Path(run)).evaluation), ("evaluation",)) for run in config.runs]
     return Stage(needs, [Promise(config.output, "report")])
 
 

@@ -11,8 +11,9 @@ from ranks import run_ranks, tiny_arguments
 
 from ropewalk.config import validate_train
 from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_losses, read_record, read_results
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics, read_rows
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.record import EVALUATIONS, read_metrics
 from ropewalk.training.saver import Saver
 from ropewalk.training.signals import EXIT_REQUEUE, HANDLED, StopFlag
 
@@ -43,7 +44,7 @@ def test_the_run_does_not_notice_and_the_numbers_are_evaluates(store_256, fixtur
         assert [row[key] for row in read_metrics(without)] == [row[key] for row in read_metrics(evaluated)]
     for file in find_checkpoint(without).glob("rng_rank_*"):
         assert file.read_bytes() == (find_checkpoint(evaluated) / file.name).read_bytes()
-    rows = read_metrics(evaluated, EVALUATIONS)
+    rows = read_rows(RunDirectory(evaluated).evaluation_metrics)
     assert [row["step"] for row in rows] == [2, 4]
     assert rows[0]["loss/256"] != rows[1]["loss/256"]
     theirs = evaluate(
@@ -71,9 +72,9 @@ def test_a_resumed_run_measures_again_what_it_has_lost(store_256, tmp_path, aske
     stopped = tiny_run(store_256, tmp_path, *asked, "trainer.checkpoint_every=3", "trainer.stop_after=2")
     stopped.trainer.checkpoint_every = None  # evaluated after step 2, never saved
     train(stopped, TrainingEvaluation)
-    before = read_metrics(tmp_path, EVALUATIONS)
+    before = read_rows(RunDirectory(tmp_path).evaluation_metrics)
     train(tiny_run(store_256, tmp_path, *asked), TrainingEvaluation)
-    rows = read_metrics(tmp_path, EVALUATIONS)
+    rows = read_rows(RunDirectory(tmp_path).evaluation_metrics)
     assert [row["step"] for row in rows] == [2, 4]
     assert rows[:1] == before
 
@@ -112,7 +113,7 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
         run_dir = tmp_path / name
         arguments = tiny_arguments(store_256, run_dir, "trainer.max_steps=2", *asked, *more)
         run_ranks(ranks, run_dir / "logs", arguments)
-        found[name] = read_metrics(run_dir, EVALUATIONS)[0]
+        found[name] = read_rows(RunDirectory(run_dir).evaluation_metrics)[0]
     for name in ("data", "sequence"):
         assert found[name] == pytest.approx(found["one"], rel=1e-5)
     assert any("position" in key for key in found["one"])

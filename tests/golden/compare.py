@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ropewalk.training.record import read_metrics
+from ropewalk.runs.metrics_file import read_metrics
 
 TOLERANCE = 1e-4  # nats per token; README.md says why
 

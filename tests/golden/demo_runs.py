@@ -25,7 +25,7 @@ from ranks import run_ranks
 from ropewalk.config import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare import prepare
 from ropewalk.export import resolve_checkpoint
-from ropewalk.training.record import read_metrics
+from ropewalk.runs.metrics_file import read_metrics
 
 GOLDEN = Path(__file__).parent / "demo.json"
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -217,7 +217,7 @@ def test_damaged_files_are_errors_with_their_place(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", FakeRun("run"))
     good = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(good + '{"step": 4\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 45 is not JSON .*delete that line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 45 is not what was written .*remove it"):
         make_page(tmp_path, run)
     (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl lacks the columns loss, tokens_per_second"):

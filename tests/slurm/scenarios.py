@@ -19,7 +19,7 @@ from typing import Any
 from helpers import TINY
 from local_slurm import LocalSlurm
 
-from ropewalk.training.record import read_metrics
+from ropewalk.runs.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 from helpers import composed
 
-from ropewalk import provenance
 from ropewalk.entry import CONFIG_DIR
+from ropewalk.runs import provenance
 from ropewalk.slurm.job import begin, end
 
 ROOT = CONFIG_DIR.parent

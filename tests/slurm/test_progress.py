@@ -6,8 +6,7 @@ from pathlib import Path
 from helpers import composed
 
 from ropewalk.data.prepare import prepare
-from ropewalk.slurm.progress import committed_step, got_on, progress_of, work_of
-from ropewalk.training import find_checkpoint
+from ropewalk.slurm.progress import got_on, progress_of, work_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -56,16 +55,6 @@ def test_a_newest_checkpoint_that_is_put_aside_is_no_progress():
     assert got_on("steps", 10, 20)
     assert not got_on("steps", 20, 10)
     assert not got_on("steps", 10, None)
-
-
-def test_the_committed_step_is_the_one_that_resume_finds(tmp_path):
-    assert committed_step(tmp_path) is find_checkpoint(tmp_path) is None
-    for step, committed in ((9, True), (10, True), (11, False)):
-        directory = tmp_path / "checkpoints" / f"step-{step:08d}"
-        directory.mkdir(parents=True)
-        if committed:
-            (directory / "manifest.json").write_text("{}")
-    assert find_checkpoint(tmp_path).name == f"step-{committed_step(tmp_path):08d}" == "step-00000010"
 
 
 def test_a_neighbour_that_disproves_an_engine_gets_no_task_on():

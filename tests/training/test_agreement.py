@@ -7,11 +7,11 @@ from helpers import composed
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.files import blake3_of
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint.elastic import make_universal
-from ropewalk.training.checkpoint.save import checkpoint_directory
 from ropewalk.training.distributed import start_processes
-from ropewalk.training.record import read_metrics
 
 pytestmark = pytest.mark.slow
 SIZE = ["trainer.max_steps=4", "trainer.checkpoint_every=2"]
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed(store_64, by_two, tmp_path)
 
 def test_a_conversion_that_cannot_be_kept(store_64, by_one, tmp_path):
     run_dir = shutil.copytree(by_one, tmp_path / "run")
-    shutil.rmtree(checkpoint_directory(run_dir, 4))
+    shutil.rmtree(RunDirectory(run_dir).checkpoint(4))
     universal = run_dir / "checkpoints" / "universal-step-00000002"
     universal.write_text("in the way")
     told = last_lines(store_64, run_dir)
@@ -82,7 +82,7 @@ def test_a_conversion_that_cannot_be_kept(store_64, by_one, tmp_path):
 @pytest.mark.parametrize("damage", ["flipped", "record"])
 def test_a_conversion_that_is_damaged_is_made_again(by_one, tmp_path, damage, capsys):
     start_processes("cpu")
-    checkpoint, target = checkpoint_directory(by_one, 2), tmp_path / "run" / "universal"
+    checkpoint, target = RunDirectory(by_one).checkpoint(2), tmp_path / "run" / "universal"
     (tmp_path / "run").mkdir()
     made = {
         path: blake3_of(path) for path in sorted(make_universal(checkpoint, 3, target).rglob("*")) if path.is_file()

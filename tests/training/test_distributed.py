@@ -15,7 +15,7 @@ from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import by_rank_zero, gather, join_launched, start_processes, together
 
 JOIN = """
-from ropewalk.launch import take_place
+from ropewalk.runs.launch import take_place
 
 take_place()
 """

@@ -11,6 +11,7 @@ from ranks import start_ranks, tiny_arguments
 
 from ropewalk.config import GuardConfig
 from ropewalk.model import training_config
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train, trainer
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import start_engine
@@ -18,7 +19,6 @@ from ropewalk.training.guards import Guard, TrainingStopped, watch_gradients
 from ropewalk.training.hooks import Step
 from ropewalk.training.inputs import micro_batches, open_data
 from ropewalk.training.meter import Meter
-from ropewalk.training.record import read_metrics
 
 
 def masters(engine):

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.data import Mixture, SequenceRef
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import meter, train
 from ropewalk.training.inputs import open_data
 from ropewalk.training.meter import WorkCounter, position_edges
-from ropewalk.training.record import read_metrics
 
 BATCH = 4
 MIXTURE = {"long": 1.0, "short": 1.0}  # short has rows of several documents

@@ -8,9 +8,9 @@ import pytest
 from helpers import tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
-from ropewalk.launch import hold_warnings
+from ropewalk.runs.launch import hold_warnings
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train, verify_checkpoint
-from ropewalk.training.record import read_metrics
 from ropewalk.training.signals import BURST, EXIT_REQUEUE, StopFlag
 
 STEPS = 12  # of four micro batches a rank

@@ -10,9 +10,9 @@ from helpers import alone_environment, tiny_run
 from wandb_server import wandb_server
 
 from ropewalk.config import TrackerConfig
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.checkpoint.save import checkpoint_directory
-from ropewalk.training.record import read_metrics
 from ropewalk.training.tracker import ForgivingTracker, NoTracker, open_tracker
 
 
@@ -54,7 +54,7 @@ def test_no_row_is_lost_where_a_run_goes_on_from_an_earlier_step(store_64, tmp_p
     what W&B's own `sync` uploads to a server that resumes the run is all of them, in order.
     """
     train(tiny_run(store_64, tmp_path, "tracker=wandb", "trainer.stop_after=3"))
-    (checkpoint_directory(tmp_path, 3) / "manifest.json").unlink()
+    (RunDirectory(tmp_path).checkpoint(3) / "manifest.json").unlink()
     train(tiny_run(store_64, tmp_path, "tracker=wandb"))
     sessions = records(tmp_path)
     assert [[row["tokens"] for row in rows_of(session)] for session in sessions] == [[256, 512, 768], [768, 1024]]

@@ -18,6 +18,7 @@ from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model import training_config
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint import resume
 from ropewalk.training.checkpoint.save import load_checkpoint
@@ -27,7 +28,6 @@ from ropewalk.training.guards import Guard
 from ropewalk.training.hooks import Hook
 from ropewalk.training.inputs import micro_batches, open_data, step_batch
 from ropewalk.training.meter import Meter
-from ropewalk.training.record import read_metrics
 from ropewalk.training.signals import EXIT_REQUEUE, StopRequested
 from ropewalk.training.trainer import Trainer, learning_rate
 

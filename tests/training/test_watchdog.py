@@ -19,9 +19,9 @@ from helpers import tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.config import GuardConfig
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import train
 from ropewalk.training.hooks import Step
-from ropewalk.training.record import read_metrics
 from ropewalk.training.watchdog import Clocks, Heartbeat, Watchdog, check_only_writer
 
 ELSEWHERE = "another-node"

@@ -6,7 +6,6 @@ same run, so the panels of the dashboard find training and evaluation in one pla
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from typing import Any
@@ -18,7 +17,7 @@ import pandas as pd
 from ropewalk.analysis.figures.style import render
 from ropewalk.config import CompareConfig, TrackerConfig
 from ropewalk.dashboard import metrics
-from ropewalk.files import write_atomically
+from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.report.base import with_bases
 from ropewalk.report.figures import styles_of
 from ropewalk.report.files import drawings
@@ -27,9 +26,8 @@ from ropewalk.report.runs import Run, load_runs
 from ropewalk.report.sections import sections_of
 from ropewalk.report.seeds import arms
 from ropewalk.report.table import Table
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.tracker import wandb_mode
-
-TRACKED = "tracked.json"  # what was logged, so that it is logged once
 
 
 def track(config: CompareConfig) -> list[str]:
@@ -48,7 +46,7 @@ def track(config: CompareConfig) -> list[str]:
         refusal = _why_not(run, baseline)
         if refusal is None:
             _log(config, run, baseline)
-            write_atomically(run.directory / TRACKED, json.dumps({"sha256": _digest(run, baseline)}) + "\n")
+            write_atomically(RunDirectory(run.directory).tracked, json.dumps({"sha256": _digest(run, baseline)}) + "\n")
             logged.append(run.name)
         print(f"tracker: {run.name}: {refusal or 'evaluation logged'}", flush=True)
     return logged
@@ -59,11 +57,11 @@ def _why_not(run: Run, baseline: Run) -> str | None:
     tracker = run.config.get("tracker.name", "none")
     if tracker not in ("wandb", "trackio"):
         return "not logged, as it was trained without a tracker"
-    if tracker == "wandb" and not (run.directory / "tracker.json").is_file():
+    if tracker == "wandb" and not RunDirectory(run.directory).tracker.is_file():
         return "not logged, as it has no tracker.json with the id of its W&B run"
     if run.results.empty and run.table.empty:
         return "not logged, as it has no finished evaluation"
-    known = run.directory / TRACKED
+    known = RunDirectory(run.directory).tracked
     if known.is_file() and json.loads(known.read_text())["sha256"] == _digest(run, baseline):
         return "logged before"
     return None
@@ -72,7 +70,7 @@ def _why_not(run: Run, baseline: Run) -> str | None:
 def _digest(run: Run, baseline: Run) -> str:
     """Of the numbers that are logged."""
     numbers = [metrics.rows_of(run, baseline), metrics.summary_of(run)]
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(numbers)
 
 
 def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
@@ -116,7 +114,7 @@ def _opened(run: Run) -> tuple[Any, Any]:
         project=settings.project,
         name=name,
         group=settings.group,
-        id=json.loads((run.directory / "tracker.json").read_text())["wandb_id"],
+        id=json.loads(RunDirectory(run.directory).tracker.read_text())["wandb_id"],
         resume="allow",
         dir=run.directory,
         mode=wandb_mode(),

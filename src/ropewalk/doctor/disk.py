@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.files import fsync_path, write_atomically
-from ropewalk.slurm.progress import committed_step
-from ropewalk.training.checkpoint import MANIFEST
+from ropewalk.runs.directory import RunDirectory
 
 FP32_STATES = 12  # bytes a parameter of a checkpoint: master weights and Adam's two moments
 SKEW = 5.0  # seconds between a clock and another that nothing minds
@@ -84,11 +83,12 @@ def check_space(directory: Path, parameters: int, checkpoints: int, steps: int) 
     """
     free = shutil.disk_usage(directory).free
     one = FP32_STATES * parameters
-    there = len(list(directory.glob(f"checkpoints/step-*/{MANIFEST}")))
+    run = RunDirectory(directory)
+    there = len(run.committed_checkpoints())
     need = max(1, checkpoints + 1 - there) * one
     said = f"{free / GB:,.0f} GB free, {one / GB:,.1f} GB a checkpoint, {checkpoints} kept"
     said += f", {there} there: {need / GB:,.1f} GB"
-    if committed_step(directory) == steps:
+    if run.committed_step() == steps:
         yield ok("space", f"{free / GB:,.0f} GB free; all steps are saved")
     elif free < (one if there else 2 * one):
         yield fail("space", f"{said}; free some, or set run_dir to another disk")

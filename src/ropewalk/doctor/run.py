@@ -18,10 +18,10 @@ from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, c
 from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
 from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, links
 from ropewalk.errors import UserError
-from ropewalk.launch import take_place
 from ropewalk.model import count_parameters, training_config
 from ropewalk.planner.cost import checkpoints_kept
-from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
+from ropewalk.runs.directory import checkpoint_at
+from ropewalk.runs.launch import take_place
 from ropewalk.training.distributed import gather, join_launched
 
 
@@ -104,7 +104,7 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
 
 def _checkpoint_of(run: str) -> Path:
     """The checkpoint that ``start_from.run`` names, by itself or as the newest of its run."""
-    checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
+    checkpoint = checkpoint_at(run)
     if checkpoint is None:
         raise UserError(f"start_from.run={run} holds no committed checkpoint; name a run directory that does")
     return checkpoint

@@ -22,6 +22,7 @@ from ropewalk.evaluation.results import RECORD, document_table, results_table, w
 from ropewalk.evaluation.scoring import Scorer
 from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import Position
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import Ranks, gather, log
 
 
@@ -101,7 +102,7 @@ class TrainingEvaluation:
             "harness": "ropewalk", "harness_version": version("ropewalk"), "category": "long_context", "source": RECORD,
         }  # fmt: skip
         results = results_table(common | row for row in measured)
-        output = self.run_dir / "evaluations" / f"step-{step:08d}"
+        output = RunDirectory(self.run_dir).evaluation_at(step)
         record = {"run": self.name, "step": step, **self.record, "needle_chance": chance_levels(self.needle)}
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
 from ropewalk.model import read_position
 from ropewalk.rope.position import Position
+from ropewalk.runs.directory import RunDirectory
 
 NOT_MEASURED = ("output", "overwrite", "paths", "suite", "backend", "prefill_chunk")  # settings no number depends on
 DEVICES = ("cuda", "cpu", "auto")
@@ -74,7 +75,7 @@ class Plan:
 def run_name(config: EvaluateConfig, directory: Path) -> str:
     """Name of the run: the configured one, else that of its directory, of which an export is a part."""
     resolved = directory.resolve()
-    return config.name or (resolved.parent if resolved.name == "export" else resolved).name
+    return config.name or (resolved.parent if resolved == RunDirectory(resolved.parent).export else resolved).name
 
 
 def method_name(rope: RopeConfig, own: Position) -> str:

@@ -19,6 +19,8 @@ from ropewalk.export.place import SOURCE
 from ropewalk.export.serving import commands
 from ropewalk.export.source import Source, read_json
 from ropewalk.files import write_atomically
+from ropewalk.runs.directory import RunDirectory, read_manifest
+from ropewalk.runs.metrics_file import read_metrics
 
 CARD = "README.md"
 
@@ -120,12 +122,12 @@ def _position(source: Source) -> list[str]:
 def _training(source: Source) -> list[str]:
     if source.run_dir is None:
         return ["## Training", "", "None. The method changes the model without training; measure before relying on it."]
-    contract = read_json(source.origin / "manifest.json").get("contract", {})
-    config = source.run_dir / "config.yaml"
-    settings: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
-    record = read_json(source.run_dir / "run.json")
+    run, manifest = RunDirectory(source.run_dir), read_manifest(source.origin)
+    contract = manifest.get("contract", {})
+    settings: Any = OmegaConf.to_container(OmegaConf.load(run.config)) if run.config.is_file() else {}
+    record = read_json(run.record)
     trainer = settings.get("trainer", {})
-    tokens = read_json(source.origin / "manifest.json")["step"] * contract.get("global_batch_size", 0)
+    tokens = manifest["step"] * contract.get("global_batch_size", 0)
     tokens *= contract.get("sequence_length", 0)
     return [
         "## Training",
@@ -160,19 +162,11 @@ def _metrics(source: Source) -> list[str]:
     if source.run_dir is None:
         return []
     lines = ["## Metrics", ""]
-    rows = [row for row in _rows(source.run_dir / "metrics.jsonl") if row["step"] <= source.identity["step"]]
+    rows = [row for row in read_metrics(source.run_dir) if row["step"] <= source.identity["step"]]
     if rows:
         lines.append(f"- training loss at step {rows[-1]['step']:,}: {rows[-1]['loss']:.4f} nats per token")
-    lines += _evaluated(source.run_dir / "evaluation" / "results.parquet")
+    lines += _evaluated(RunDirectory(source.run_dir).evaluation / "results.parquet")
     return lines if len(lines) > 2 else [*lines, "None were recorded."]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            return
 
 
 def _evaluated(path: Path) -> Iterator[str]:

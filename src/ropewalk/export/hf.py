@@ -15,9 +15,9 @@ from ropewalk.errors import UserError
 from ropewalk.export.place import SOURCE, check_replaceable, check_space, only_writer, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.safetensors_files import total_bytes, write_weights
-from ropewalk.export.source import Source, committed_checkpoint, read_json, run_of, trained_source
+from ropewalk.export.source import Source, committed_checkpoint, read_json, trained_source
 from ropewalk.files import write_atomically
-from ropewalk.training.checkpoint import MANIFEST
+from ropewalk.runs.directory import MANIFEST, RunDirectory
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -37,11 +37,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (path / "config.json").is_file() and not (path / MANIFEST).exists() and list(path.glob("*.safetensors")):
         return path
     checkpoint = committed_checkpoint(path)
-    run = run_of(checkpoint)
+    run = RunDirectory.of(checkpoint)
     source = trained_source(checkpoint)
-    if is_current(run / "export", source, None):
-        return run / "export"
-    output = run / "exports" / checkpoint.name
+    if is_current(run.export, source, None):
+        return run.export
+    output = run.exports / checkpoint.name
     if not is_current(output, source, None):
         write_hf(source, output, None, overwrite=False)
     return output

@@ -31,6 +31,7 @@ from ropewalk.export.source import (
 from ropewalk.export.verify import verify_stock
 from ropewalk.export.verify_gguf import engine_name, verify_gguf
 from ropewalk.export.verify_tables import verify_table
+from ropewalk.runs.directory import RunDirectory
 
 
 def export(config: ExportConfig) -> Path:
@@ -87,7 +88,8 @@ def _output(config: ExportConfig, source: Source) -> Path:
         return Path(config.output)
     scaled = f"-{config.test_time.name}" if config.test_time.beyond else ""
     if source.run_dir is not None:
-        return source.run_dir / f"export{'-gguf' if config.to == 'gguf' else ''}{scaled}"
+        export = RunDirectory(source.run_dir).export
+        return export.with_name(f"{export.name}{'-gguf' if config.to == 'gguf' else ''}{scaled}")
     method = f"-{config.rope.name}" if config.rope.chain else ""
     return Path(config.paths.output_dir) / "exports" / f"{model_name(source)}{method}{scaled}"
 

@@ -22,7 +22,7 @@ from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.order import reached_length
 from ropewalk.rope.position import Steps, position_of, read_config_json, unreachable
-from ropewalk.training.checkpoint import MANIFEST, find_checkpoint, read_manifest
+from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at, read_manifest
 
 DTYPES = {
     **{name: name for name in ("bfloat16", "float32", "float16")},
@@ -78,12 +78,10 @@ class Source:
 def committed_checkpoint(path: str | Path) -> Path:
     """The committed checkpoint that ``path`` is, or the newest of the run that it is."""
     path = Path(path)
-    if (path / MANIFEST).is_file() and (path / "zero").is_dir():
-        return path
-    found = find_checkpoint(path)
-    if found is None:
+    checkpoint = checkpoint_at(path)
+    if checkpoint is None:
         raise UserError(f"{path} is neither {_KINDS}{_what_else(path)}")
-    return found
+    return checkpoint
 
 
 _KINDS = (
@@ -94,16 +92,11 @@ _KINDS = (
 
 def _what_else(path: Path) -> str:
     """A hint for what people have in its place."""
-    if list(path.glob("checkpoints/step-*")) or (path / "zero").is_dir():
+    if RunDirectory(path).saved_checkpoints() or (path / ZERO).is_dir():
         return f" (it holds a checkpoint without {MANIFEST}: its save was cut short, or a file was not copied)"
     if list(path.glob("global_step*")) or list(path.glob("*_optim_states.pt")):
         return " (it is DeepSpeed's, of another trainer: convert it with its zero_to_fp32.py, then give model=DIR)"
     return ""
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in: <run>/checkpoints/step-N."""
-    return checkpoint.resolve().parents[1]
 
 
 def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
@@ -117,20 +110,20 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
     trained = position_of(config)
     position = trained.extended(test_time)
     place_portable(config, position, _served(position, config.max_position_embeddings))
-    tokenizer = run_of(checkpoint) / "tokenizer"
+    run = RunDirectory.of(checkpoint)
     return Source(
         origin=checkpoint,
         open=lambda: ZeroWeights(checkpoint, tied=bool(config.tie_word_embeddings)),
         config=config,
         position=position,
         dtype=str(config.dtype).removeprefix("torch."),
-        tokenizer=tokenizer if tokenizer.is_dir() else None,
+        tokenizer=run.tokenizer if run.tokenizer.is_dir() else None,
         identity={
             "step": manifest["step"],
             "chain_sha256": position.chain.sha256,
             "files": manifest["files"],
         },
-        run_dir=run_of(checkpoint),
+        run_dir=run.root,
     )
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import UserError
-from ropewalk.training.checkpoint import ZERO, verify_checkpoint
+from ropewalk.runs.directory import ZERO
+from ropewalk.training.checkpoint.save import verify_checkpoint
 from ropewalk.training.distributed import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute

@@ -17,9 +17,9 @@ from ropewalk.report.runs import (
     holds_run,
     load_run,
 )
+from ropewalk.runs.directory import RunDirectory
 
 MODEL_PATH = "model.path"
-EXPORT = "export"  # directory of a run's Hugging Face form
 
 
 def with_bases(runs: list[Run], given: str | None) -> list[Run]:
@@ -65,7 +65,7 @@ def _started_from(runs: list[Run]) -> list[str]:
 
 def _is_at(run: Run, path: str) -> bool:
     """Whether ``run`` is the model at ``path``: its directory, its export, or an evaluation of it."""
-    own = [str(run.directory), str(run.directory / EXPORT)]
+    own = [str(run.directory), str(RunDirectory(run.directory).export)]
     own += [str(run.evaluation["checkpoint"])] if "checkpoint" in run.evaluation else []
     return Path(path).resolve() in {Path(one).resolve() for one in own}
 
@@ -73,7 +73,8 @@ def _is_at(run: Run, path: str) -> bool:
 def _look_up(path: str) -> Run:
     """The run whose export lies at ``path``; a run without numbers where there is none."""
     directory = Path(path)
-    for place in (directory.parent, directory) if directory.name == EXPORT else (directory,):
+    is_export = directory == RunDirectory(directory.parent).export
+    for place in (directory.parent, directory) if is_export else (directory,):
         if holds_run(place):
             return load_run(place)
     empty = {name: pd.DataFrame(columns=list(columns)) for name, columns in _COLUMNS.items()}

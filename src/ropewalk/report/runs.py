@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ropewalk.errors import UserError
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_rows
 
 METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
 PLACE_COLUMNS = ("task", "context_length", "position_start", "position_end", "depth")
@@ -134,9 +136,9 @@ class Run:
 
 def holds_run(directory: Path) -> bool:
     """Whether anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
-    parts = ("config.yaml", "run.json", "metrics.jsonl", "results.parquet", "table.parquet")
-    inside = ("evaluation/results.parquet", "evaluation/table.parquet")
-    return any((directory / part).is_file() for part in (*parts, *inside))
+    run = RunDirectory(directory)
+    tables = [folder / name for folder in (directory, run.evaluation) for name in ("results.parquet", "table.parquet")]
+    return any(path.is_file() for path in (run.config, run.record, run.metrics, *tables))
 
 
 def load_runs(directories: Sequence[str]) -> list[Run]:
@@ -167,13 +169,14 @@ def load_run(directory: Path) -> Run:
     """
     if not directory.is_dir():
         raise UserError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
+    run = RunDirectory(directory)
     # What evaluate.py wrote may also be named itself: a model that was evaluated without any training here.
-    evaluation = directory if (directory / "results.parquet").is_file() else directory / "evaluation"
+    evaluation = directory if (directory / "results.parquet").is_file() else run.evaluation
     if not (evaluation / "evaluation.json").is_file():  # written last: without it the tables may be of two evaluations
         evaluation = directory / "no finished evaluation"
-    config = _config(directory / "config.yaml")
-    record = _json(directory / "run.json")
-    metrics = _metrics(directory / "metrics.jsonl")
+    config = _config(run.config)
+    record = _json(run.record)
+    metrics = _metrics(run.metrics)
     results = _table(evaluation / "results.parquet", RESULT_COLUMNS)
     documents = _table(evaluation / "documents.parquet", DOCUMENT_COLUMNS)
     table = _tables(directory)
@@ -194,7 +197,7 @@ def load_run(directory: Path) -> Run:
         documents=documents,
         table=table,
         evaluation=_json(evaluation / "evaluation.json"),
-        verification=_json(directory / "export" / "verification.json"),
+        verification=_json(run.export / "verification.json"),
     )
 
 
@@ -237,17 +240,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        return pd.DataFrame(columns=list(METRIC_COLUMNS))
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # a row half written, by a run still going or one that died; the trainer drops it, too
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}); delete that line") from error
+    rows = read_rows(path)
     frame = pd.DataFrame(rows, columns=None if rows else list(METRIC_COLUMNS))
     _require(path, frame, METRIC_COLUMNS)
     # A run that was killed logs the steps since its last checkpoint again: the later record is what it kept.

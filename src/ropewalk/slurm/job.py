@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ropewalk.files import write_atomically
-from ropewalk.provenance import (
+from ropewalk.runs.directory import JobRecord, RunDirectory
+from ropewalk.runs.provenance import (
     git_changes,
     git_commit,
     masked,
@@ -27,12 +28,12 @@ from ropewalk.provenance import (
 from ropewalk.slurm.progress import got_on, progress_of, work_of
 from ropewalk.slurm.verdict import Verdict, ending_of, judge
 
-BEGIN, END = "begin.json", "end.json"
-
 
 def jobs_directory(command: str, config: Any, job_name: str) -> Path:
     """Where records of a command's jobs live: in the run directory of a training, else below the output directory."""
-    return Path(config.run_dir) / "jobs" if command == "train" else Path(config.paths.output_dir) / "jobs" / job_name
+    if command == "train":
+        return RunDirectory(Path(config.run_dir)).jobs
+    return Path(config.paths.output_dir) / "jobs" / job_name
 
 
 def begin(
@@ -49,15 +50,15 @@ def begin(
     """
     job, restart = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
     jobs = jobs_directory(command, config, environment.get("SLURM_JOB_NAME", "job"))
-    record = jobs / f"{job}-{restart}"
-    record.mkdir(parents=True, exist_ok=True)
+    record = JobRecord(jobs / f"{job}-{restart}")
+    record.root.mkdir(parents=True, exist_ok=True)
     _close_abandoned(jobs, job, restart)
     cluster = config.cluster.slurm.environment if command == "train" else {}
     secrets = secrets_in(environment) | secrets_in(cluster)
     work = work_of(command, config)
-    write_atomically(record / "script.sh", masked(batch_script.read_text(errors="replace"), secrets))
-    write_atomically(record / "changes.diff", git_changes(secrets))
-    write_atomically(record / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
+    write_atomically(record.script, masked(batch_script.read_text(errors="replace"), secrets))
+    write_atomically(record.changes, git_changes(secrets))
+    write_atomically(record.config, OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     content = {
         "command": shlex.join([command, *recorded_arguments(arguments)]),
         "job_id": job,
@@ -78,8 +79,8 @@ def begin(
         "versions": versions(),
         "environment": recorded_environment(environment),
     }  # fmt: skip
-    write_atomically(record / BEGIN, json.dumps(content, indent=2) + "\n")
-    return record
+    write_atomically(record.begin, json.dumps(content, indent=2) + "\n")
+    return record.root
 
 
 def end(record: Path, code: int, *, warned: bool = False, terminated: bool = False, shown: str = "") -> Verdict:
@@ -92,15 +93,16 @@ def end(record: Path, code: int, *, warned: bool = False, terminated: bool = Fal
         terminated: the batch script got SIGTERM.
         shown: what ``scontrol --oneliner show job`` says of the job now.
     """
-    begun = json.loads((record / BEGIN).read_text())
-    ranks = [json.loads(path.read_text()) for path in sorted(record.glob("ranks/rank-*.json"))]
+    session = JobRecord(record)
+    begun = json.loads(session.begin.read_text())
+    ranks = [json.loads(path.read_text()) for path in session.rank_notes()]
     now = progress_of(**begun["work"])
     verdict = judge(
         code, ranks, begun["tasks"], warned=warned,
         ending=ending_of(shown, begun["restart"], terminated=terminated), progress=_has_progress(begun, now),
-        fruitless=_fruitless_before(record),
+        fruitless=_fruitless_before(session),
     )  # fmt: skip
-    _write_end(record, begun, verdict.state, f"{code}:0", verdict.reason, now, ranks)
+    _write_end(session, begun, verdict.state, f"{code}:0", verdict.reason, now, ranks)
     return verdict
 
 
@@ -109,7 +111,7 @@ def _has_progress(begun: Mapping[str, Any], now: int | None) -> bool:
 
 
 def _write_end(
-    record: Path,
+    record: JobRecord,
     begun: Mapping[str, Any],
     state: str,
     exit_code: str | None,
@@ -138,25 +140,25 @@ def _write_end(
         "Progress": _has_progress(begun, progress),
         "Ranks": [{key: rank.get(key) for key in ("rank", "node", "code", "error")} for rank in ranks],
     }
-    write_atomically(record / END, json.dumps(content, indent=2) + "\n")
+    write_atomically(record.end, json.dumps(content, indent=2) + "\n")
 
 
 def _close_abandoned(jobs: Path, job: str, restart: int) -> None:
     """Write an end for earlier sessions of this job that had none to write: their node died."""
     for number in range(restart):
-        record = jobs / f"{job}-{number}"
-        if (record / BEGIN).is_file() and not (record / END).exists():
-            begun = json.loads((record / BEGIN).read_text())
+        record = JobRecord(jobs / f"{job}-{number}")
+        if record.begin.is_file() and not record.end.exists():
+            begun = json.loads(record.begin.read_text())
             reason = "no end was written: the node died or SLURM ended it"
             _write_end(record, begun, "NODE_FAIL", None, reason, progress_of(**begun["work"]), [])
 
 
-def _fruitless_before(record: Path) -> int:
+def _fruitless_before(record: JobRecord) -> int:
     """Sessions right before this one that went back into the queue, for whatever reason, without progress."""
-    job, _, restart = record.name.rpartition("-")
+    job, _, restart = record.root.name.rpartition("-")
     count = 0
     for number in reversed(range(int(restart))):
-        path = record.with_name(f"{job}-{number}") / END
+        path = JobRecord(record.root.with_name(f"{job}-{number}")).end
         ended = json.loads(path.read_text()) if path.is_file() else {}
         if ended.get("State") not in ("REQUEUED", "NODE_FAIL") or ended.get("Progress"):
             break

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ropewalk.runs.directory import RunDirectory
+
 SHARED_STAGES = ("tokenize", "pack")  # of a preparation: tasks of an array write into one directory
 
 
@@ -35,7 +37,7 @@ def progress_of(kind: str, path: str | Path, **share: Any) -> int | None:
     """
     path = Path(path)
     if kind == "steps":
-        return committed_step(path)
+        return RunDirectory(path).committed_step()
     if kind == "share":
         return _finished_tasks(path, **share)
     if kind == "file":
@@ -52,12 +54,6 @@ def got_on(kind: str, before: int | None, now: int | None) -> bool:
     if kind in ("steps", "share"):
         return now is not None and now > (before or 0)
     return now != before
-
-
-def committed_step(run_dir: str | Path) -> int | None:
-    """Step of the newest committed checkpoint, as ``training.find_checkpoint`` finds it, without importing torch."""
-    manifests = sorted(Path(run_dir).glob("checkpoints/step-*/manifest.json"))
-    return int(manifests[-1].parent.name.removeprefix("step-")) if manifests else None
 
 
 def _finished_tasks(output: Path, stage: str, shard: int, n_shards: int) -> int:

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ropewalk.launch import hold_warnings, take_place
+from ropewalk.runs.directory import JobRecord
+from ropewalk.runs.launch import hold_warnings, take_place
 
 
 class RankNote:
@@ -23,7 +24,7 @@ class RankNote:
 
     def __init__(self, record: Path) -> None:
         number = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        self.path = record / "ranks" / f"rank-{number:05d}.json"
+        self.path = JobRecord(record).rank(number)
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self.words: dict[str, Any] = {"rank": number, "node": node, "pid": os.getpid(), "started": time.time()}
         self._write()

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
-from ropewalk.launch import take_place
+from ropewalk.runs.launch import take_place
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once

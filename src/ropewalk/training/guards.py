@@ -14,6 +14,7 @@ from ropewalk.config import GuardConfig
 from ropewalk.data import Mixture
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import by_rank_zero, log_once
 from ropewalk.training.hooks import Hook, Step
 
@@ -146,7 +147,7 @@ def write_refusal(run_dir: Path, step: Step, mixture: Mixture) -> Path:
         "read_one_with": "python data_prep/inspect.py store=STORE domain=DOMAIN sequence=SEQUENCE",
         "sequences": sequences,
     }
-    path = run_dir / "refused" / f"step-{step.number:08d}.json"
+    path = RunDirectory(run_dir).refused_at(step.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

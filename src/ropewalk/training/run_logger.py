@@ -13,13 +13,15 @@ from typing import Any, Self
 
 from ropewalk.attention import attention_kernel
 from ropewalk.model import count_parameters
-from ropewalk.provenance import recorded_config
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import MetricsFile
+from ropewalk.runs.provenance import recorded_config
+from ropewalk.runs.record import copy_tokenizer, write_record
 from ropewalk.training.checkpoint.resume import ResumePoint
-from ropewalk.training.distributed import by_rank_zero, log_once, writing
+from ropewalk.training.distributed import by_rank_zero, log, log_once, writing
 from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs
 from ropewalk.training.meter import CONVENTIONS, Meter, StepWork, WorkCounter, known_peak
-from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record
 from ropewalk.training.tracker import open_tracker
 
 
@@ -56,9 +58,9 @@ class RunLogger(Hook):
             run_dir.mkdir(parents=True, exist_ok=True)
             record = write_record(config, inputs.position, store, model, self.ranks.world_size)
             copy_tokenizer(store.tokenizer_path, run_dir)
-            self.metrics = MetricsFile(run_dir, resume_point.step)
+            self.metrics = MetricsFile(RunDirectory(run_dir).metrics, resume_point.step, log)
             if config.evaluation.every is not None:
-                self.evaluations = MetricsFile(run_dir, resume_point.step, EVALUATIONS)
+                self.evaluations = MetricsFile(RunDirectory(run_dir).evaluation_metrics, resume_point.step, log)
         details = {**recorded_config(config), "run": record}
         tracker_id = resume_point.state.get("tracker_id")
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, tracker_id)
@@ -156,6 +158,23 @@ class RunLogger(Hook):
         with self.meter.time(phase):
             yield
         self.clock += time.monotonic() - start
+
+
+class Progress:
+    """The line a person watches: step, loss, tokens per second, time left."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self.first_step, self.max_steps, self.start = first_step, max_steps, time.monotonic()
+
+    def line(self, row: dict[str, Any]) -> str:
+        """Format a metrics row; the remaining time is the mean of this session's steps times those left."""
+        done = row["step"] - self.first_step
+        left = (time.monotonic() - self.start) / done * (self.max_steps - row["step"])
+        minutes, seconds = divmod(round(left), 60)
+        return (
+            f"step {row['step']:>5}/{self.max_steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  "
+            f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:>7,.0f} tok/s  ETA {minutes}:{seconds:02d}"
+        )
 
 
 def _finite(value: float) -> float | None:

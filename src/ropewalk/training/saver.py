@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ropewalk.config import TrainConfig
-from ropewalk.provenance import recorded_config
+from ropewalk.runs.provenance import recorded_config
 from ropewalk.training.checkpoint.retention import prune_checkpoints
 from ropewalk.training.checkpoint.save import SaveFailed, StartedSave, start_save
 from ropewalk.training.distributed import control_group, log_once

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from ropewalk.launch import release_warnings
+from ropewalk.runs.launch import release_warnings
 from ropewalk.training.hooks import Hook
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved, not finished; the same command goes on

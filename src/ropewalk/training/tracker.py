@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 
 from ropewalk.config import TrackerConfig
 from ropewalk.files import write_atomically
-from ropewalk.provenance import recorded_arguments
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.provenance import recorded_arguments
 from ropewalk.training.distributed import log
 
 
@@ -51,7 +52,7 @@ class WandbTracker:
     ) -> None:
         import wandb
 
-        stored = run_dir / "tracker.json"
+        stored = RunDirectory(run_dir).tracker
         known = json.loads(stored.read_text())["wandb_id"] if stored.exists() else saved_id
         self.run_id = known or secrets.token_hex(4)
         write_atomically(stored, json.dumps({"wandb_id": self.run_id}) + "\n")

@@ -16,9 +16,10 @@ from ropewalk.config import TrainConfig, TrainerConfig, instant
 from ropewalk.data import PackedStore
 from ropewalk.data.prefetch import prefetched
 from ropewalk.rope.position import Position
+from ropewalk.runs.contract import contract
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.checkpoint.resume import check_writable, find_resume_point, prepare_resume
 from ropewalk.training.checkpoint.start import prepare_start, write_start
-from ropewalk.training.contract import contract
 from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, log, log_once
 from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
@@ -153,7 +154,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     inputs = open_inputs(config)
     ranks, mixture, start = inputs.ranks, inputs.mixture, inputs.start
     evaluation = _make_evaluation(inputs, evaluator)
-    agreed = contract(config, inputs.position, inputs.store, mixture, start)
+    agreed = contract(config, inputs.position, inputs.store, mixture, None if start is None else start.identity())
     check_writable(run_dir)
     by_rank_zero(check_only_writer, run_dir)
     resume_point = find_resume_point(run_dir, agreed, config.resume)
@@ -185,7 +186,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
             saved_step=first_step, last_step=last_step,
         ),  # before an evaluation, during which no signal is answered, and which may outlast the job
         PeriodicEvaluation(evaluation, engine, config, logger=logger, stop=stop, last_step=last_step),
-        Profiler(trainer.profile_steps if ranks.is_main else 0, run_dir / "profile"),  # the trace of a step has it all
+        Profiler(trainer.profile_steps if ranks.is_main else 0, run_dir),  # the trace of a step has it all
     )  # fmt: skip
 
     order_steps = [0 if trainer.overfit_one_batch else step for step in range(first_step, last_step)]
@@ -243,9 +244,9 @@ def learning_rate(step: int, trainer: TrainerConfig) -> float:
 
 
 class Profiler(Hook):
-    """torch.profiler over ``steps`` steps (0: none), after one of warm-up; its trace goes to ``directory``."""
+    """torch.profiler over ``steps`` steps (0: none), after one of warm-up; the trace goes into the run directory."""
 
-    def __init__(self, steps: int, directory: Path) -> None:
+    def __init__(self, steps: int, run_dir: Path) -> None:
         self.profile: Any = None
         if steps == 0:
             return
@@ -253,7 +254,7 @@ class Profiler(Hook):
 
         def write(profiled: Any) -> None:
             try:
-                tensorboard_trace_handler(str(directory))(profiled)
+                tensorboard_trace_handler(str(RunDirectory(run_dir).profile))(profiled)
             except (OSError, RuntimeError) as error:  # the other ranks would wait for this one in vain
                 log(f"warning: the profile could not be written ({error})")
 

@@ -24,6 +24,7 @@ from types import CodeType, FrameType, TracebackType
 
 from ropewalk.config import GuardConfig
 from ropewalk.errors import UserError
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import log
 from ropewalk.training.hooks import Hook, Step
 
@@ -53,7 +54,7 @@ class Watchdog(Hook):
 
     def __init__(self, run_dir: Path, rank: int, world_size: int, guards: GuardConfig) -> None:
         """Be idle until the context is entered, in the thread that is to be watched."""
-        self.run_dir, self.rank, self.world_size, self.guards = run_dir, rank, world_size, guards
+        self.run, self.rank, self.world_size, self.guards = RunDirectory(run_dir), rank, world_size, guards
         shortest = min(guards.stuck_seconds, guards.stuck_batch_seconds)
         self._every, self._beat_every = min(1.0, shortest / 4), min(BEAT, shortest / 4)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
@@ -63,7 +64,7 @@ class Watchdog(Hook):
         self._over = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        self._heartbeats = Heartbeats(self.run_dir, self.rank, self.world_size)
+        self._heartbeats = Heartbeats(self.run, self.rank, self.world_size)
         self._beat(is_late=False)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -133,7 +134,7 @@ class Watchdog(Hook):
         if any(heartbeat is not None and heartbeat.late for heartbeat in lower):
             return
         places = self._describe(latest if self._clocks == clocks else earlier, silent)
-        directory = self.run_dir / "stuck" / f"step-{clocks.step:08d}"
+        directory = self.run.stuck_at(clocks.step)
         try:
             self._heartbeats.copy_to(directory)
             places += f"; stacks in {directory}"
@@ -202,16 +203,16 @@ class Heartbeat:
 class Heartbeats:
     """The files heartbeats/rank_R.txt: a heartbeat in JSON, the watched thread's stack, and if late all threads'."""
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
+    def __init__(self, run: RunDirectory, rank: int, world_size: int) -> None:
         """Args: of the run and of this rank; the calling thread is the watched one."""
-        self.directory, self.rank, self.world_size = run_dir / "heartbeats", rank, world_size
+        self.run, self.rank, self.world_size = run, rank, world_size
         self._watched = threading.get_ident()
         self._number, self._warned = 0, False
 
     def write(self, step: int, late: bool) -> None:
         """Write this rank's. If it cannot, the others take it for dead, and it warns here, once."""
         self._number += 1
-        path, calls = self._file(self.rank), self._calls()
+        path, calls = self.run.heartbeat(self.rank), self._calls()
         heartbeat = Heartbeat(self._number, step, late, _place(calls), socket.gethostname(), os.getpid())
         try:
             path.parent.mkdir(exist_ok=True)
@@ -230,7 +231,7 @@ class Heartbeats:
 
     def read(self) -> list[Heartbeat | None]:
         """The latest heartbeat of every rank; None if it has left none."""
-        return [_read(self._file(rank)) for rank in range(self.world_size)]
+        return [_read(self.run.heartbeat(rank)) for rank in range(self.world_size)]
 
     def copy_to(self, directory: Path) -> None:
         """Copy the files of all ranks.
@@ -240,17 +241,15 @@ class Heartbeats:
         """
         directory.mkdir(parents=True, exist_ok=True)
         for rank in range(self.world_size):
-            if self._file(rank).is_file():
-                shutil.copyfile(self._file(rank), directory / self._file(rank).name)
+            path = self.run.heartbeat(rank)
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
 
     def end(self) -> None:
         """Delete this rank's file, and the directory once it is empty."""
         with suppress(OSError):
-            self._file(self.rank).unlink()
-            self.directory.rmdir()
-
-    def _file(self, rank: int) -> Path:
-        return self.directory / f"rank_{rank:05d}.txt"
+            self.run.heartbeat(self.rank).unlink()
+            self.run.heartbeats.rmdir()
 
     def _calls(self) -> list[tuple[CodeType, int]]:
         """The watched thread's stack, innermost call first, as code and line: frames would keep its tensors alive."""
@@ -275,7 +274,7 @@ def check_only_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
     Raises:
         UserError: a heartbeat goes on.
     """
-    path = run_dir / "heartbeats" / "rank_00000.txt"
+    path = RunDirectory(run_dir).heartbeat(0)
     first = _read(path)
     if first is None or _has_ended(first) or _age(path) > 3 * seconds:
         return

@@ -8,10 +8,10 @@ import torch
 from helpers import load_states, tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
 from ropewalk.training.checkpoint.background import Deferred, snapshot
-from ropewalk.training.checkpoint.save import checkpoint_directory
-from ropewalk.training.record import read_metrics
 
 BACKGROUND = "trainer.save_in_background=true"
 
@@ -70,8 +70,8 @@ def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):
     monkeypatch.setattr(saver.Saver, "settle", release_when_waited_for)
     train(tiny_run(store_64, background, BACKGROUND))
     assert committed == [(None, 4)]  # nothing was committed yet after four steps
-    assert verify_checkpoint(checkpoint_directory(background, 2))["step"] == 2
-    checkpoint_directory(background, 4).rename(tmp_path / "aside")
+    assert verify_checkpoint(RunDirectory(background).checkpoint(2))["step"] == 2
+    RunDirectory(background).checkpoint(4).rename(tmp_path / "aside")
     ours, theirs = load_states(background), load_states(plain)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -88,8 +88,8 @@ def test_killed_while_it_writes_the_one_before_stands(store_64, tmp_path):
         ranks.wait_for(lambda: len(read_metrics(run_dir)) >= 9)
         ranks.send(9)
         assert ranks.wait() == [-9, -9], ranks.output()
-    assert checkpoint_directory(run_dir, 8).is_dir()
-    assert find_checkpoint(run_dir) == checkpoint_directory(run_dir, 4)
+    assert RunDirectory(run_dir).checkpoint(8).is_dir()
+    assert find_checkpoint(run_dir) == RunDirectory(run_dir).checkpoint(4)
     assert verify_checkpoint(find_checkpoint(run_dir))["step"] == 4
     with start_ranks(2, tmp_path / "logs", mine) as ranks:
         assert ranks.wait() == [0, 0], ranks.output()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from ranks import run_ranks, start_ranks, tiny_arguments
 
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint
-from ropewalk.training.checkpoint.save import checkpoint_directory
-from ropewalk.training.record import read_metrics
 
 SIZE = ["trainer.max_steps=6", "trainer.checkpoint_every=3", "deepspeed.param_persistence_threshold=0"]
 
@@ -19,7 +19,7 @@ def test_two_ranks_go_on_as_one_and_as_four(store_64, tmp_path):
     run_ranks(2, straight / "logs", tiny_arguments(store_64, straight, *SIZE))
     rows = read_metrics(straight)
     assert len(rows) == 6
-    shutil.rmtree(checkpoint_directory(straight, 6))
+    shutil.rmtree(RunDirectory(straight).checkpoint(6))
     conversions = []
     for world_size in (4, 1):
         run_dir = shutil.copytree(straight, tmp_path / f"ranks{world_size}")
@@ -63,7 +63,7 @@ def test_the_degree_may_change(store_64, tmp_path):
     expected = read_metrics(alone)
     same(read_metrics(shared), expected)
     assert read_metrics(shared)[0]["work_imbalance"] == 1.0  # one group does all of it
-    shutil.rmtree(checkpoint_directory(shared, 6))
+    shutil.rmtree(RunDirectory(shared).checkpoint(6))
     for world_size in (2, 1):
         run_dir = shutil.copytree(shared, tmp_path / f"ranks{world_size}")
         run_ranks(world_size, run_dir / "logs", tiny_arguments(store_64, run_dir, *SIZE))

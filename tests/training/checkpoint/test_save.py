@@ -11,10 +11,10 @@ from helpers import load_states, tiny_run
 from omegaconf import OmegaConf
 from ranks import start_ranks, tiny_arguments
 
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
-from ropewalk.training.checkpoint.save import SaveFailed, _files_of, checkpoint_directory
-from ropewalk.training.contract import check_contract
-from ropewalk.training.record import MetricsFile, read_metrics
+from ropewalk.training.checkpoint.save import SaveFailed, _files_of
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def copied(finished, tmp_path):
 
 
 def test_newest_committed_is_found(copied):
-    assert find_checkpoint(copied) == checkpoint_directory(copied, 4)
-    (checkpoint_directory(copied, 4) / "manifest.json").unlink()  # a death before the commit
-    assert find_checkpoint(copied) == checkpoint_directory(copied, 2)
-    (checkpoint_directory(copied, 2) / "manifest.json").unlink()
+    assert find_checkpoint(copied) == RunDirectory(copied).checkpoint(4)
+    (RunDirectory(copied).checkpoint(4) / "manifest.json").unlink()  # a death before the commit
+    assert find_checkpoint(copied) == RunDirectory(copied).checkpoint(2)
+    (RunDirectory(copied).checkpoint(2) / "manifest.json").unlink()
     assert find_checkpoint(copied) is None
 
 
@@ -79,16 +79,6 @@ def test_a_path_out_of_the_root_is_not_followed(copied):
         verify_checkpoint(manifest.parent)
 
 
-def test_contract_names_what_differs():
-    saved = {"seed": 0, "max_steps": 4}
-    check_contract(saved, {"seed": 0, "max_steps": 4}, [])
-    with pytest.raises(ValueError, match=r"seed was 0, is 1.*resume.accept=\[seed\]"):
-        check_contract(saved, {"seed": 1, "max_steps": 4}, [])
-    check_contract(saved, {"seed": 1, "max_steps": 4}, ["seed"])
-    with pytest.raises(ValueError, match="names no contract entry"):
-        check_contract(saved, saved, ["sede"])
-
-
 @pytest.mark.parametrize("damage", ["shard", "manifest", "lost"])
 def test_damage_is_told_and_the_checkpoint_before_is_used(store_64, copied, capsys, damage):
     newest = find_checkpoint(copied)
@@ -113,7 +103,7 @@ def test_damage_is_told_and_the_checkpoint_before_is_used(store_64, copied, caps
 
 
 def test_the_only_checkpoint_damaged_is_an_error(store_64, copied):
-    shutil.rmtree(checkpoint_directory(copied, 2))
+    shutil.rmtree(RunDirectory(copied).checkpoint(2))
     newest = find_checkpoint(copied)
     next(newest.rglob("*model_states.pt")).write_bytes(b"")
     with pytest.raises(ValueError, match=r"is not the file that was saved.*no checkpoint before it; mend .* rename"):
@@ -175,29 +165,6 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_model_is_built(s
         train(tiny_run(store_64, tmp_path / "file" / "run"))
 
 
-def test_metrics_that_could_not_be_written_are_written_later(tmp_path, capsys):
-    metrics = MetricsFile(tmp_path, 0)
-    metrics.append({"step": 1})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
-    metrics.append({"step": 2})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert read_metrics(tmp_path) == [{"step": 1}]
-    assert "its rows are kept for later" in capsys.readouterr().out
-    metrics.append({"step": 3})
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
-
-
-def test_a_row_that_is_not_what_was_written_is_named(tmp_path):
-    """A node that dies may leave zeros in a file."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\0\n{"step": 3}\n{"st')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not what was written .*; remove it"):
-        MetricsFile(tmp_path, 3)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"st')
-    MetricsFile(tmp_path, 3).append({"step": 4})
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
-
-
 def test_what_is_committed_is_not_removed_by_a_save_that_fails(store_64, copied, monkeypatch):
     """Another process has committed the step meanwhile: an error, and its checkpoint stands."""
     newest = find_checkpoint(copied)
@@ -213,12 +180,6 @@ def test_what_is_committed_is_not_removed_by_a_save_that_fails(store_64, copied,
     with pytest.raises(SaveFailed, match=r"step-00000004 is committed already .* step-00000004 stands"):
         train(tiny_run(store_64, copied))
     assert verify_checkpoint(newest)["step"] == 4
-
-
-def test_another_tokenizer_is_named(store_64):
-    saved = {"tokenizer": {"sha256": "aa", "vocab_size": 512}}
-    with pytest.raises(ValueError, match=r"tokenizer.sha256 was 'aa', is 'bb'.*accept=\[tokenizer\]"):
-        check_contract(saved, {"tokenizer": {"sha256": "bb", "vocab_size": 512}}, [])
 
 
 def test_what_is_committed_is_not_overwritten(store_64, copied):
@@ -292,7 +253,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(store_64, finished, tmp_pa
     """Stop after three steps, go on: metrics and every saved tensor are those of the run that was not stopped."""
     run_dir = tmp_path / "stopped"
     train(tiny_run(store_64, run_dir, "trainer.stop_after=3"))
-    (checkpoint_directory(run_dir, 3) / "manifest.json").unlink()  # and dies while saving: back to step 2
+    (RunDirectory(run_dir).checkpoint(3) / "manifest.json").unlink()  # and dies while saving: back to step 2
     train(tiny_run(store_64, run_dir))
     keys = ("step", "tokens", "loss", "grad_norm", "learning_rate")
     rows, expected = read_metrics(run_dir), read_metrics(finished)

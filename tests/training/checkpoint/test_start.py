@@ -16,9 +16,9 @@ from ropewalk.data.chat import ChatEncoder
 from ropewalk.data.prepare import prepare
 from ropewalk.data.tokenizer import load_tokenizer
 from ropewalk.export import resolve_checkpoint
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train, trainer
-from ropewalk.training.checkpoint.save import checkpoint_directory
-from ropewalk.training.record import read_metrics
 
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
 
@@ -112,16 +112,16 @@ def test_a_stage_goes_on_by_itself(store_64, first, tmp_path):
 def test_what_was_chosen_stays_chosen(store_64, first, tmp_path):
     """Killed before its first save, the stage starts again from the same checkpoint, though a newer one is there."""
     source = shutil.copytree(first, tmp_path / "source")
-    newest = shutil.move(checkpoint_directory(source, 4), tmp_path / "aside")
+    newest = shutil.move(RunDirectory(source).checkpoint(4), tmp_path / "aside")
     train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1", "trainer.checkpoint_every=null"))
-    shutil.move(newest, checkpoint_directory(source, 4))
+    shutil.move(newest, RunDirectory(source).checkpoint(4))
     train(stage(store_64, tmp_path / "stage", source, "trainer.stop_after=1", "trainer.checkpoint_every=null"))
     assert json.loads((tmp_path / "stage" / "start" / "start.json").read_text())["step"] == 2
 
 
 def test_another_start_is_another_run(store_64, first, tmp_path):
     train(stage(store_64, tmp_path / "stage", first, "trainer.stop_after=2"))
-    earlier = checkpoint_directory(first, 2)
+    earlier = RunDirectory(first).checkpoint(2)
     with pytest.raises(ValueError, match=r"start_from.step was 4, is 2"):
         train(stage(store_64, tmp_path / "stage", earlier))
     with pytest.raises(ValueError, match=r"start_from.optimizer was 'keep', is 'drop'"):

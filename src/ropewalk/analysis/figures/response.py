@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from ropewalk.analysis.figures.style import DASHES, label, method_styles, tokens
 from ropewalk.errors import UserError
 from ropewalk.rope import RopeChain
+from ropewalk.runs.directory import RunDirectory
 
 METRICS = {
     ("loss_at_length", "nll"): ("trained runs: loss", "nats per token"),
@@ -45,7 +46,7 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
 
     rows, left_out = [], []
     for directory in map(Path, directories):
-        evaluation = directory if (directory / "results.parquet").is_file() else directory / "evaluation"
+        evaluation = directory if (directory / "results.parquet").is_file() else RunDirectory(directory).evaluation
         results = read_results(evaluation)
         chain = RopeChain.parse(_trained_chain(directory, evaluation))
         family = family_and_clip(chain)
@@ -82,7 +83,7 @@ def family_and_clip(chain: RopeChain) -> tuple[str, int] | None:
 
 
 def _trained_chain(directory: Path, evaluation: Path) -> str:
-    record = directory / "run.json"
+    record = RunDirectory(directory).record
     if record.is_file():
         chain = json.loads(record.read_text(encoding="utf-8")).get("chain")
         if isinstance(chain, str):

@@ -28,6 +28,7 @@ from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
 from ropewalk.model import read_position
+from ropewalk.runs.directory import RunDirectory
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -146,9 +147,10 @@ def _distinct(models: list[str]) -> list[str]:
 def _label(model: str) -> str:
     """Name of the run, or of the directory; with the step where a checkpoint of a run is named."""
     path = Path(model).absolute()
-    if path.parent.name in ("checkpoints", "exports"):
-        return f"{path.parents[1].name} {path.name}"
-    return (path.parent if path.name == "export" else path).name
+    run = RunDirectory(path.parent.parent)
+    if path.parent in (run.checkpoints, run.exports):
+        return f"{run.root.name} {path.name}"
+    return (path.parent if path == RunDirectory(path.parent).export else path).name
 
 
 def _settings(directory: Path, lengths: list[int]) -> list[Setting]:

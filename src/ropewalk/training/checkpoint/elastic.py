@@ -15,16 +15,11 @@ import torch.distributed as dist
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
+from ropewalk.runs.directory import MANIFEST, ZERO, universal_form
 from ropewalk.training.checkpoint.background import Deferred
-from ropewalk.training.checkpoint.save import MANIFEST, ZERO
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
 SOURCE = "source.json"
-
-
-def universal_directory(checkpoint: Path) -> Path:
-    """Where the universal form of a checkpoint is kept."""
-    return checkpoint.with_name(f"universal-{checkpoint.name}")
 
 
 def check_stage(saved: int, present: int, checkpoint: Path) -> None:
@@ -54,7 +49,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
             f"{checkpoint} was saved by another number of ranks; that needs deepspeed.stage=3, this run has "
             f"deepspeed.stage={stage}: resume with as many ranks as saved it"
         )
-    target = target or universal_directory(checkpoint)
+    target = target or universal_form(checkpoint)
     source = by_rank_zero(sha256_of, checkpoint / MANIFEST)
     files = by_rank_zero(_files_of, target, source)
     if files is not None:

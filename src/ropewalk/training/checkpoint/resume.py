@@ -13,9 +13,10 @@ import torch.distributed as dist
 from ropewalk.config import ResumeConfig
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
+from ropewalk.runs.contract import check_contract
+from ropewalk.runs.directory import RunDirectory, damaged_name, read_manifest
 from ropewalk.training.checkpoint.elastic import check_stage, make_universal
-from ropewalk.training.checkpoint.save import MANIFEST, load_checkpoint, read_manifest, verify_checkpoint
-from ropewalk.training.contract import check_contract
+from ropewalk.training.checkpoint.save import load_checkpoint, verify_checkpoint
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
 
@@ -48,7 +49,7 @@ def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: Resume
         UserError: on every rank, for a contract that differs in an entry that ``resume.accept`` does not name, a run
             whose only checkpoint is damaged, or one that has checkpoints and was told not to resume.
     """
-    checkpoints = by_rank_zero(lambda: sorted(path.parent for path in run_dir.glob(f"checkpoints/step-*/{MANIFEST}")))
+    checkpoints = by_rank_zero(RunDirectory(run_dir).committed_checkpoints)
     if checkpoints and not resume.enabled:
         raise UserError(
             f"resume.enabled=false, but {run_dir} holds {checkpoints[-1].name}, which is never overwritten; choose "
@@ -99,11 +100,7 @@ def _problem_of(reading: Callable[..., object], *arguments: Any) -> str | None:
 
 def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
     """Rename a damaged checkpoint, so that its step can be saved again; returns what there is to tell."""
-    target = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    number = 1
-    while target.exists():
-        number += 1
-        target = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+    target = damaged_name(checkpoint)
     try:
         checkpoint.rename(target)
         fsync_path(checkpoint.parent)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ropewalk.files import fsync_path, inside
-from ropewalk.training.checkpoint.save import MANIFEST, read_manifest
+from ropewalk.runs.directory import MANIFEST, RunDirectory, read_manifest
 
 
 def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
@@ -27,27 +27,21 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     """
     if keep_last is None:
         return []
-    steps = sorted((run_dir / "checkpoints").glob("step-*"))
+    run = RunDirectory(run_dir)
+    steps = run.saved_checkpoints()
     whole = [path for path in steps if _is_whole(path)]
     kept = set(whole[-max(keep_last, 1) :])
     if keep_every is not None:
         kept |= {path for path in whole if int(read_manifest(path)["step"]) % keep_every == 0}
     torn = [path for path in steps if not (path / MANIFEST).exists() and whole and path < whole[-1]]
-    universal = [
-        path for path in (run_dir / "checkpoints").glob("universal-step-*") if whole and _source(path) < whole[-1]
-    ]
-    started = [path for path in run_dir.glob("start/universal*") if whole]
+    universal = [path for path, source in run.universal_forms() if whole and source < whole[-1]]
+    started = [path for path in run.start.glob(f"{run.start_universal.name}*") if whole]
     expendable = sorted([*(path for path in whole if path not in kept), *torn, *universal, *started])
     for path in expendable:
         (path / MANIFEST).unlink(missing_ok=True)
         fsync_path(path)
         shutil.rmtree(path)
     return expendable
-
-
-def _source(universal: Path) -> Path:
-    """The checkpoint that a universal form was made of."""
-    return universal.with_name(universal.name.removeprefix("universal-").removesuffix(".partial"))
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -19,41 +19,14 @@ from safetensors.torch import load_file, save_file
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
+from ropewalk.runs.directory import MANIFEST, MANIFEST_FORMAT, ZERO, RunDirectory, read_manifest
 from ropewalk.training.checkpoint.background import Deferred, snapshot
 from ropewalk.training.distributed import gather, together
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-ZERO = "zero"  # DeepSpeed's tag inside the step's directory
-
-
-def checkpoint_directory(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lives."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
 
 def find_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest committed checkpoint of a run, or None. What has no manifest is not looked at."""
-    manifests = sorted(Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}"))
-    return manifests[-1].parent if manifests else None
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a committed checkpoint.
-
-    Raises:
-        UserError: where there is none, it is no JSON, or it is of another format.
-    """
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{checkpoint} holds no {MANIFEST}, so it was never committed; name one that was, or the run")
-    try:
-        manifest = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not the manifest that was written: {error}") from error
-    if manifest.get("format") != FORMAT_VERSION:
-        raise UserError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
-    return manifest
+    """The newest committed checkpoint of a run, or None. A directory without a manifest is not a checkpoint."""
+    return RunDirectory(Path(run_dir)).newest_checkpoint()
 
 
 def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -119,7 +92,7 @@ def start_save(
     Raises:
         SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
     """
-    directory = checkpoint_directory(run_dir, step)
+    directory = RunDirectory(run_dir).checkpoint(step)
     with _undone(run_dir, step):
         together(_begin, engine, directory, failure=SaveFailed)
         with _recorded_writes(engine, in_background) as (failures, later):
@@ -165,7 +138,7 @@ class StartedSave:
         Raises:
             SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
         """
-        directory = checkpoint_directory(self.run_dir, self.step)
+        directory = RunDirectory(self.run_dir).checkpoint(self.step)
         with _undone(self.run_dir, self.step):
             mine = together(self.share.result, failure=SaveFailed)
             together(_commit, directory, self.facts, self.contract, self.state, mine, failure=SaveFailed)
@@ -178,7 +151,7 @@ def _undone(run_dir: Path, step: int) -> Iterator[None]:
     try:
         yield
     except SaveFailed as error:
-        directory = checkpoint_directory(run_dir, step)
+        directory = RunDirectory(run_dir).checkpoint(step)
         if dist.get_rank() == 0 and not (directory / MANIFEST).exists():
             shutil.rmtree(directory, ignore_errors=True)
         dist.barrier()
@@ -259,7 +232,7 @@ def _commit(
     if dist.get_rank() != 0:
         return
     manifest = {
-        "format": FORMAT_VERSION,
+        "format": MANIFEST_FORMAT,
         **facts,
         "contract": dict(contract),
         "state": dict(state),

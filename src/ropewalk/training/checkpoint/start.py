@@ -18,17 +18,10 @@ import torch.distributed as dist
 from ropewalk.config import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
+from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest
 from ropewalk.training.checkpoint.elastic import check_stage, make_universal
-from ropewalk.training.checkpoint.save import (
-    MANIFEST,
-    find_checkpoint,
-    load_state,
-    read_manifest,
-    verify_checkpoint,
-)
+from ropewalk.training.checkpoint.save import load_state, verify_checkpoint
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, writing
-
-RECORD = "start.json"
 
 
 @dataclass(frozen=True)
@@ -56,16 +49,11 @@ class StartCheckpoint:
     @property
     def tokenizer(self) -> str:
         """The directory of the tokenizer that the other run keeps."""
-        return str(Path(self.checkpoint).parents[1] / "tokenizer")
+        return str(RunDirectory.of(Path(self.checkpoint)).tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """For the contract: what the weights are, wherever they lie."""
         return {"manifest_sha256": self.manifest_sha256, "step": self.step}
-
-
-def directory_of(run_dir: Path) -> Path:
-    """What a run keeps of the checkpoint that it started from."""
-    return run_dir / "start"
 
 
 def find_start(config: TrainConfig) -> StartCheckpoint | None:
@@ -81,12 +69,12 @@ def find_start(config: TrainConfig) -> StartCheckpoint | None:
 
 
 def _choose(run: str, run_dir: Path) -> StartCheckpoint:
-    record = directory_of(run_dir) / RECORD
+    record = RunDirectory(run_dir).start_record
     if record.is_file():
         start = StartCheckpoint(**json.loads(record.read_text()))
         if start.run == run:
             return start
-    checkpoint = Path(run) if (Path(run) / MANIFEST).is_file() else find_checkpoint(run)
+    checkpoint = checkpoint_at(run)
     if checkpoint is None:
         raise UserError(
             f"start_from.run={run} holds no committed checkpoint; name a run directory that does, or one of its "
@@ -118,8 +106,8 @@ def write_start(start: StartCheckpoint, run_dir: Path) -> None:
 
     def write() -> None:
         with writing(run_dir):
-            directory_of(run_dir).mkdir(parents=True, exist_ok=True)
-            write_atomically(directory_of(run_dir) / RECORD, json.dumps(asdict(start), indent=1) + "\n")
+            RunDirectory(run_dir).start.mkdir(parents=True, exist_ok=True)
+            write_atomically(RunDirectory(run_dir).start_record, json.dumps(asdict(start), indent=1) + "\n")
 
     by_rank_zero(write)
 
@@ -140,7 +128,9 @@ def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any]
     optimizer = "without its optimizer's state" if is_dropped else "with its optimizer's state"
     log_once(f"starting from {checkpoint} (step {start.step}), {optimizer}")
     if start.world_size != dist.get_world_size():
-        universal = make_universal(checkpoint, config.deepspeed.stage, directory_of(Path(config.run_dir)) / "universal")
+        universal = make_universal(
+            checkpoint, config.deepspeed.stage, RunDirectory(Path(config.run_dir)).start_universal
+        )
 
     def load(engine: Any) -> None:
         load_state(engine, universal or checkpoint, is_universal=universal is not None)

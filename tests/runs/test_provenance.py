@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from ropewalk import provenance
+from ropewalk.runs import provenance
 
 DRAWN = f"a1{secrets.token_hex(16)}"
 

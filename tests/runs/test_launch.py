@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ropewalk.launch import take_place
+from ropewalk.runs.launch import take_place
 
 TASK = {"SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "MASTER_ADDR": "n1"}
 
@@ -32,7 +32,7 @@ def test_one_process_alone_has_no_place_to_take(environment):
 
 HELD = """
 import os, signal, sys
-from ropewalk.launch import hold_warnings, release_warnings
+from ropewalk.runs.launch import hold_warnings, release_warnings
 hold_warnings()
 print("held", flush=True)
 sys.stdin.readline()

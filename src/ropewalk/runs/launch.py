@@ -1,4 +1,4 @@
-"""A rank's place among the others, as SLURM tells it, and signals that wait until somebody listens.
+"""The start of a rank: its place among the others, from SLURM, and warnings held until it can answer them.
 
 Standard library alone: this runs before anything that takes seconds to import.
 """
@@ -21,7 +21,7 @@ def hold_warnings() -> None:
 
 
 def release_warnings() -> None:
-    """Deliver what has been held."""
+    """Deliver the warnings that were held."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
@@ -29,8 +29,7 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, LOCAL_RANK and WORLD_SIZE in a task that srun started; MASTER_ADDR is the job script's to set.
 
     Raises:
-        UserError: where several tasks were started without MASTER_ADDR: each would be a run of its own in the same
-            directory.
+        UserError: several tasks were started without MASTER_ADDR, so each would be a run of its own in one directory.
     """
     tasks = int(environment.get("SLURM_NTASKS", "1"))
     if "RANK" in environment or "SLURM_PROCID" not in environment or tasks == 1:
@@ -40,4 +39,4 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> None:
             f"SLURM_NTASKS={tasks} but MASTER_ADDR is not set, so every task would be rank 0; start through "
             "slurm/train_64k.sh or hydra/launcher=slurm, which set it"
         )
-    environment.update({ours: environment[theirs] for ours, theirs in RANK_OF.items()})
+    environment.update({name: environment[slurm_name] for name, slurm_name in RANK_OF.items()})

@@ -1,4 +1,4 @@
-"""What a run was made of: commit and differences of the source tree, versions, the environment without secrets."""
+"""Provenance: commit and changes of the source tree, package versions, the environment and settings without secrets."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ PACKAGES = (
     "numpy",
     "flash-attn",
 )
-# Variables that change what a job does. Everything else stays out: an environment is where keys and tokens live.
+# Variables that change what a job does. Everything else stays out: keys and tokens live in the environment.
 RECORDED = re.compile(
     r"(SLURM_|SLURMD_|NCCL_|CUDA_|OMP_|MKL_|TORCH_|PYTORCH_|TRITON_|DS_|HYDRA_|GLOO_|TP_)\w+"
     r"|HF_HOME|HF_HUB_OFFLINE|WANDB_MODE|MASTER_ADDR|MASTER_PORT|TMPDIR|LD_LIBRARY_PATH|HOSTNAME"
 )
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE", re.IGNORECASE)
 MASKED = "***"
-# In text that somebody wrote: a name with such a part, then what separates it from a literal value on the same line. A
-# name in capitals is an environment's, and any value of it is masked; of others, those of letters and digits, so that
-# `token: str` and `key = digest(text)` stay as they are.
+# In scripts and patches: a name with such a part, then what separates it from a literal value on the same line. A name
+# in capitals is a variable of the environment, and any value of it is masked. Of other names only values of letters
+# and digits are, so that `token: str` and `key = digest(text)` stay as they are.
 _PART = r"(?:keys?|apikey|tokens?|secrets?|passw\w*|credentials?|jwt|auth|authorization|cookies?|pat)"
 _NAME = rf"(?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_-])*{_PART}(?:[_-][A-Za-z0-9]+)*(?![A-Za-z0-9_-])"
 _BETWEEN = r"(?:[\"'\])]*[ \t]*[:=]|[\"'][ \t]*,)[ \t]*[\"']?(?:bearer[ \t]+)?"
@@ -39,49 +39,48 @@ ASSIGNED = re.compile(
     rf"((?i:{_NAME}{_BETWEEN}))(?=\S*\d)(?=\S*[A-Za-z])({_LITERAL}{{8,}}+)(?!\()"
     rf"|((?<![a-z])(?=[A-Z0-9_-]+\b)(?i:{_NAME}{_BETWEEN}))(?=\S*[A-Za-z])({_LITERAL}++)(?!\()"
 )
-ISSUED = re.compile(
-    r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}"
-)  # what some services' keys begin with
+# Prefixes of keys that some services issue.
+ISSUED = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}")
 SHORTEST_SECRET = 8  # characters; a shorter value of the environment may stand in a text by chance
 ENVIRONMENT_WORD = re.compile(r"[+~]*cluster\b.*\benvironment\b")  # an override of cluster.slurm.environment
 TREE = Path(__file__).parent
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with "+changes" where it differs from it; None outside a checkout."""
+    """Commit of the source tree, with "+changes" if files differ from it; None outside a checkout."""
     commit = (_git("rev-parse", "HEAD") or "").strip() or None
     return f"{commit}+changes" if commit and _git("status", "--porcelain") else commit
 
 
 def git_changes(secrets: Collection[str] = ()) -> str:
-    """What differs from the commit, as a masked patch, and the names of files unknown to git; "" outside a checkout."""
-    patch, unknown = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
-    return masked(patch or "", secrets) + "".join(f"# not in git: {name}\n" for name in (unknown or "").splitlines())
+    """Masked patch from the commit to the files, and names of files that git does not track; "" outside a checkout."""
+    patch, untracked = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
+    return masked(patch or "", secrets) + "".join(f"# not in git: {name}\n" for name in (untracked or "").splitlines())
 
 
 def masked(text: str, secrets: Collection[str] = ()) -> str:
-    """A script or patch without keys and tokens: those that are known, and what is written like one.
+    """A script or patch without the secrets that are given, and without text that is written like one.
 
-    A value that no rule takes for a secret, of an unusual name, stays: secrets belong into the environment.
+    A secret under an unusual name stays: secrets belong in the environment.
     """
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, MASKED)
-    text = ASSIGNED.sub(lambda found: f"{found[1] or found[3]}{MASKED}", text)
+    text = ASSIGNED.sub(lambda match: f"{match[1] or match[3]}{MASKED}", text)
     return ISSUED.sub(MASKED, text)
 
 
 def secrets_in(environment: Mapping[str, str]) -> set[str]:
-    """The values of variables that are named like a key or a token, for :func:`masked`."""
+    """Values of the variables that are named like a key or a token, for :func:`masked`."""
     return {v for k, v in environment.items() if SECRET.search(k) and len(v) >= SHORTEST_SECRET}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on, as far as they are installed."""
-    return {name: found for name in PACKAGES if (found := _version(name))}
+    """Versions of the installed packages that results depend on."""
+    return {name: installed for name in PACKAGES if (installed := _version(name))}
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that steer a job, by a list of names; none that is called like a key or a token."""
+    """Variables that steer a job, by a list of names; none that is named like a key or a token."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -90,8 +89,7 @@ def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def recorded_config(config: Any) -> dict[str, Any]:
-    """A resolved configuration as it may be written down: values of ``cluster.slurm.environment`` named like a key or
-    a token are masked."""
+    """A resolved configuration for a record: values of ``cluster.slurm.environment`` named like a key are masked."""
     content = asdict(config)
     environment = content.get("cluster", {}).get("slurm", {}).get("environment", {})
     environment.update({name: MASKED for name in environment if SECRET.search(name)})
@@ -99,7 +97,7 @@ def recorded_config(config: Any) -> dict[str, Any]:
 
 
 def recorded_arguments(arguments: Sequence[str]) -> list[str]:
-    """Overrides as they may be written down: what gives ``cluster.slurm.environment`` a key or a token is masked."""
+    """Overrides for a record: one that gives ``cluster.slurm.environment`` a key or a token is masked."""
     return [
         f"{word.partition('=')[0]}={MASKED}" if ENVIRONMENT_WORD.match(word) and SECRET.search(word) else word
         for word in arguments

@@ -1,0 +1,21 @@
+"""The contract of a run: an entry that differs is named with both values, and accepted by its name alone."""
+
+import pytest
+
+from ropewalk.runs.contract import check_contract
+
+
+def test_contract_names_what_differs():
+    saved = {"seed": 0, "max_steps": 4}
+    check_contract(saved, {"seed": 0, "max_steps": 4}, [])
+    with pytest.raises(ValueError, match=r"seed was 0, is 1.*resume.accept=\[seed\]"):
+        check_contract(saved, {"seed": 1, "max_steps": 4}, [])
+    check_contract(saved, {"seed": 1, "max_steps": 4}, ["seed"])
+    with pytest.raises(ValueError, match="names no contract entry"):
+        check_contract(saved, saved, ["sede"])
+
+
+def test_another_tokenizer_is_named():
+    saved = {"tokenizer": {"sha256": "aa", "vocab_size": 512}}
+    with pytest.raises(ValueError, match=r"tokenizer.sha256 was 'aa', is 'bb'.*accept=\[tokenizer\]"):
+        check_contract(saved, {"tokenizer": {"sha256": "bb", "vocab_size": 512}}, [])
