@@ -1,4 +1,4 @@
-"""The training loop, its engine and its checkpoints."""
+"""Training: the trainer with its hooks, the engine, and checkpoints."""
 
 from ropewalk.training.checkpoint.save import find_checkpoint, verify_checkpoint
 from ropewalk.training.trainer import train

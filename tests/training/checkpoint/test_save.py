@@ -106,7 +106,7 @@ def test_the_only_checkpoint_damaged_is_an_error(store_64, copied):
     shutil.rmtree(RunDirectory(copied).checkpoint(2))
     newest = find_checkpoint(copied)
     next(newest.rglob("*model_states.pt")).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is not the file that was saved.*no checkpoint before it; mend .* rename"):
+    with pytest.raises(ValueError, match=r"is not the file that was saved.*no checkpoint before it; fix .* rename"):
         train(tiny_run(store_64, copied))
     assert find_checkpoint(copied) == newest
 

@@ -1,4 +1,4 @@
-"""Going on with another number of ranks: DeepSpeed's universal form of a checkpoint, made once and kept beside it."""
+"""Another number of ranks: DeepSpeed's universal form of a checkpoint, made once and kept beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCE = "source.json"
 
 
 def check_stage(saved: int, present: int, checkpoint: Path) -> None:
-    """Raise UserError where a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
+    """Raise UserError if a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
     if saved != present:
         raise UserError(
             f"{checkpoint} was saved with deepspeed.stage={saved}, this run has deepspeed.stage={present}; set it to "
@@ -32,7 +32,7 @@ def check_stage(saved: int, present: int, checkpoint: Path) -> None:
 
 
 def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> Path:
-    """The universal form of a verified checkpoint: verified where it is there, else converted by rank 0. Collective.
+    """The universal form of a verified checkpoint: verified if it is there, else converted by rank 0. Collective.
 
     It costs as much disk as the checkpoint. retention deletes it with the checkpoints that ``trainer.keep_last`` ends.
 
@@ -42,7 +42,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
         target: directory of it; None: beside the checkpoint.
 
     Raises:
-        UserError: on every rank, where the conversion fails, and for ZeRO-1 and -2, whose shards say too little.
+        UserError: on every rank, if the conversion fails, and for ZeRO-1 and -2, whose shards cannot be converted.
     """
     if stage != 3:
         raise UserError(
@@ -71,7 +71,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
 
 
 def _files_of(target: Path, source: str) -> dict[str, Any] | None:
-    """Size and checksum of each file of a universal form; None where there is none of the manifest ``source``."""
+    """Size and checksum of each file of a universal form; None if there is none of the manifest ``source``."""
     try:
         record = json.loads((target / SOURCE).read_text())
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def _files_of(target: Path, source: str) -> dict[str, Any] | None:
 
 
 def _damage(target: Path, files: Mapping[str, Any]) -> str | None:
-    """What is wrong with this rank's share of the files."""
+    """The first fault of this rank's share of the files; None if there is none."""
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         path, expected = inside(target, name), files[name]
         try:

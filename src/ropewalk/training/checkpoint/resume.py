@@ -29,7 +29,7 @@ class ResumePoint:
         step: steps taken.
         world_size: ranks that saved it.
         zero_stage: of ZeRO, that saved it.
-        state: what was saved beside the tensors.
+        state: of the run, saved beside the tensors.
     """
 
     checkpoint: Path | None = None
@@ -47,7 +47,7 @@ def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: Resume
 
     Raises:
         UserError: on every rank, for a contract that differs in an entry that ``resume.accept`` does not name, a run
-            whose only checkpoint is damaged, or one that has checkpoints and was told not to resume.
+            whose only checkpoint is damaged, or one that has checkpoints under ``resume.enabled=false``.
     """
     checkpoints = by_rank_zero(RunDirectory(run_dir).committed_checkpoints)
     if checkpoints and not resume.enabled:
@@ -67,7 +67,7 @@ def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: Resume
             return ResumePoint(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
         if not checkpoints:
             raise UserError(
-                f"{damage}, and there is no checkpoint before it; mend the file, or to begin anew rename {checkpoint}"
+                f"{damage}, and there is no checkpoint before it; fix the file, or to begin anew rename {checkpoint}"
             )
         log_once(by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1]))
     return ResumePoint()
@@ -98,8 +98,8 @@ def _problem_of(reading: Callable[..., object], *arguments: Any) -> str | None:
     return None
 
 
-def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
-    """Rename a damaged checkpoint, so that its step can be saved again; returns what there is to tell."""
+def _set_aside(checkpoint: Path, damage: str, previous: Path) -> str:
+    """Rename a damaged checkpoint, so that its step can be saved again; returns a warning."""
     target = damaged_name(checkpoint)
     try:
         checkpoint.rename(target)
@@ -107,13 +107,13 @@ def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
     except OSError as error:
         raise UserError(
             f"{damage}; it could not be renamed ({error}): rename it to what does not begin with step-, and the run "
-            f"goes on from {before.name}"
+            f"goes on from {previous.name}"
         ) from error
-    return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {before.name}"
+    return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {previous.name}"
 
 
 def check_writable(run_dir: Path) -> None:
-    """Raise UserError on every rank where rank 0 cannot write into the run's directory. Collective."""
+    """Raise UserError on every rank if rank 0 cannot write into the run's directory. Collective."""
 
     def probe() -> None:
         with writing(run_dir):

@@ -1,4 +1,4 @@
-"""Starting with the weights of another run: which checkpoint, whether it fits, and what of its optimizer comes along.
+"""The start checkpoint: a run that begins with the weights of another run, and with or without its optimizer's state.
 
 The checkpoint is chosen once and written down in the run directory, its config.json included. From then on it does not
 matter that the other run goes on or prunes: until the first checkpoint of its own, this run starts from that one, and
@@ -52,15 +52,15 @@ class StartCheckpoint:
         return str(RunDirectory.of(Path(self.checkpoint)).tokenizer)
 
     def identity(self) -> dict[str, Any]:
-        """For the contract: what the weights are, wherever they lie."""
+        """For the contract: what identifies the weights, in whatever directory."""
         return {"manifest_sha256": self.manifest_sha256, "step": self.step}
 
 
 def find_start(config: TrainConfig) -> StartCheckpoint | None:
-    """The checkpoint of ``start_from.run``, chosen by rank 0; None where none is named. Collective.
+    """The checkpoint of ``start_from.run``, chosen by rank 0; None if none is named. Collective.
 
     Raises:
-        UserError: on every rank, where nothing is committed there.
+        UserError: on every rank, if nothing is committed there.
     """
     if config.start_from.run is None:
         return None
@@ -101,7 +101,7 @@ def write_start(start: StartCheckpoint, run_dir: Path) -> None:
     """Write down which checkpoint was chosen, once the contract of an earlier session is kept. Collective.
 
     Raises:
-        UserError: on every rank, where it cannot be written.
+        UserError: on every rank, if it cannot be written.
     """
 
     def write() -> None:
@@ -113,13 +113,13 @@ def write_start(start: StartCheckpoint, run_dir: Path) -> None:
 
 
 def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any], None]:
-    """What brings a new engine to the checkpoint, verified and, for another number of ranks, converted. Collective.
+    """Verify the checkpoint, convert it for another number of ranks, and make the function that loads it. Collective.
 
     Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own. The
     universal form is made in this run's directory; the other run's files are only read.
 
     Raises:
-        UserError: on every rank, where a file is not what the manifest says, or another ZeRO stage saved it.
+        UserError: on every rank, if a file is not what the manifest says, or another ZeRO stage saved it.
     """
     problem = first_problem(_problem(start, config.deepspeed.stage))
     if problem is not None:
@@ -143,7 +143,7 @@ def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any]
 
 
 def _problem(start: StartCheckpoint, stage: int) -> str | None:
-    """What is wrong with the checkpoint, or with this rank's share of its files."""
+    """The first fault of the checkpoint, or of this rank's share of its files; None if there is none."""
     checkpoint = Path(start.checkpoint)
     try:
         check_stage(start.zero_stage, stage, checkpoint)
