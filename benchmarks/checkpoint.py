@@ -22,9 +22,13 @@ from demo import demo_config, packed_batch
 
 from ropewalk.files import fsync_path
 from ropewalk.model.load import training_config
-from ropewalk.training.checkpoint import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
-from ropewalk.training.engine import start_engine, start_processes
-from ropewalk.training.loop import accumulate
+from ropewalk.training.checkpoint.save import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
+from ropewalk.training.guards import Guard
+from ropewalk.training.inputs import StepBatch
+from ropewalk.training.meter import Meter
+from ropewalk.training.trainer import Trainer
 
 
 def main() -> None:
@@ -41,8 +45,8 @@ def main() -> None:
     )
     model_config = training_config(config.model, "rope", [], 512)
     engine = start_engine(config, model_config, ranks)
-    accumulate(engine, [packed_batch(512, model_config.vocab_size, 0)], 500, ranks)
-    engine.step()
+    batch = StepBatch(0, [packed_batch(512, model_config.vocab_size, 0)], 500)
+    Trainer(engine, ranks, iter([batch]), lambda step: 1e-3, Guard(config.guards), Meter(ranks.device)).take_step()
     seconds: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(dir=given.directory) as name:
         root = Path(name)

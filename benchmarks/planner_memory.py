@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,10 +69,12 @@ def step(case: Case) -> None:
     from ropewalk.config.train import GuardConfig
     from ropewalk.data.order.batches import Batch
     from ropewalk.model.load import training_config
-    from ropewalk.training.engine import start_engine, start_processes
+    from ropewalk.training.distributed import start_processes
+    from ropewalk.training.engine import start_engine
     from ropewalk.training.guards import Guard, watch_gradients
-    from ropewalk.training.loop import take_step
-    from ropewalk.training.parallel import shard
+    from ropewalk.training.inputs import StepBatch, stretch
+    from ropewalk.training.meter import Meter
+    from ropewalk.training.trainer import Trainer
 
     torch.set_num_threads(1)
     config = _config(case)
@@ -81,10 +84,12 @@ def step(case: Case) -> None:
     ids = torch.arange(case.length)[None] % case.vocabulary
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
     bounds = torch.tensor([0, case.length], dtype=torch.int32)
-    row = Batch(ids, torch.arange(case.length)[None], labels, bounds, case.length, torch.zeros(1, dtype=torch.int32))
-    mine = shard(row, ranks.rank % case.sequence, case.sequence)
+    row = Batch(ids, torch.arange(case.length)[None], labels, bounds, torch.zeros(1, dtype=torch.int32))
+    mine = stretch(row, ranks.rank % case.sequence, case.sequence)
+    batches = repeat(StepBatch(0, [mine], row.trained_tokens * ranks.data_size))
+    trainer = Trainer(engine, ranks, batches, lambda step: 1e-4, Guard(GuardConfig()), Meter(ranks.device))
     for _ in range(2):
-        take_step(engine, [mine], row.trained_tokens * ranks.data_size, 1e-4, ranks, Guard(GuardConfig(), None))
+        trainer.take_step()
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     print(f"peak={peak};", flush=True)

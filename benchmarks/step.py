@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,17 +25,12 @@ from demo import demo_config, packed_batch, told
 from ropewalk.config.train import TrainConfig
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training, training_config
-from ropewalk.training.engine import (
-    LossModel,
-    Ranks,
-    parameter_groups,
-    start_engine,
-    start_processes,
-    zero_config,
-)
+from ropewalk.training.distributed import Ranks, start_processes
+from ropewalk.training.engine import LossModel, parameter_groups, start_engine, zero_config
 from ropewalk.training.guards import Guard
-from ropewalk.training.loop import no_boundary, take_step
-from ropewalk.training.metrics import Meter
+from ropewalk.training.inputs import StepBatch
+from ropewalk.training.meter import Meter
+from ropewalk.training.trainer import Trainer
 
 WARM_UP = 3
 
@@ -43,11 +39,12 @@ def ours(config: TrainConfig, model_config: Any, ranks: Ranks, tokens: int):
     """A function that takes the loop's step, with its guard and its metrics."""
     batch = packed_batch(tokens, model_config.vocab_size, seed=ranks.rank)
     engine = start_engine(config, model_config, ranks)
-    guard, meter = Guard(config.guards, None), Meter(ranks.device, ["demo"], 512)
-    trained = batch.trained_tokens * ranks.world_size
+    meter = Meter(ranks.device, ["demo"], 512)
+    batches = repeat(StepBatch(0, [batch], batch.trained_tokens * ranks.world_size))
+    trainer = Trainer(engine, ranks, batches, lambda step: 1e-3, Guard(config.guards), meter)
 
     def step() -> None:
-        take_step(engine, [batch], trained, 1e-3, ranks, guard, no_boundary, meter)
+        trainer.take_step()
         meter.row(1)
 
     return step

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk import cli as entry
 from ropewalk.config.data import CorpusConfig
+from ropewalk.config.train import GuardConfig
 from ropewalk.data import PackedStore
+from ropewalk.data.order.batches import Batch
 from ropewalk.data.prepare.corpus import Document, read_documents
 from ropewalk.data.prepare.sources import corpus_sources, list_units
 from ropewalk.training import find_checkpoint
+from ropewalk.training.distributed import Ranks
+from ropewalk.training.guards import Guard
+from ropewalk.training.hooks import Step
+from ropewalk.training.inputs import StepBatch
+from ropewalk.training.meter import Meter
+from ropewalk.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 PYTHONPATH = f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"  # of processes of their own: this tree, wherever it is
@@ -93,6 +102,34 @@ def tiny_run(store: PackedStore, run_dir: Path, *overrides: str, **architecture:
     # a checkpoint has its own architecture, and the demo's is declared beside its path
     config.model.architecture = {} if config.model.path else {"model_type": "llama", **TINY, **architecture}
     return config
+
+
+def one_step(
+    engine: Any,
+    micro_batches: list[Batch],
+    trained_tokens: int,
+    ranks: Ranks,
+    guard: Guard | None = None,
+    learning_rate: float = 1e-3,
+    meter: Meter | None = None,
+) -> Step:
+    """Take one step of the training loop over these micro batches."""
+    batches = iter([StepBatch(0, micro_batches, trained_tokens)])
+    guard, meter = guard or Guard(GuardConfig()), meter or Meter(ranks.device)
+    return Trainer(engine, ranks, batches, lambda step: learning_rate, guard, meter).take_step()
+
+
+class GradientProbe(Guard):
+    """A guard that looks at the gradients where it judges the loss: after backward, before the optimizer."""
+
+    def __init__(self, look: Callable[[], Any]) -> None:
+        super().__init__(GuardConfig())
+        self.look = look
+        self.seen: Any = None
+
+    def objection(self, loss: float) -> str | None:
+        self.seen = self.look()
+        return super().objection(loss)
 
 
 def save_tiny(directory: Path, model_type: str = "llama", seed: int = 0, **fields: Any) -> Path:

@@ -14,7 +14,7 @@ from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_loss
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics, read_rows
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.saving import Saver
+from ropewalk.training.saver import Saver
 from ropewalk.training.signals import EXIT_REQUEUE, HANDLED, StopFlag
 
 DEPTHS, LENGTHS = "[0.0,1.0]", "[128,256]"
@@ -82,11 +82,11 @@ def test_a_resumed_run_measures_again_what_it_has_lost(store_256, tmp_path, aske
 def test_a_checkpoint_comes_first_and_a_run_that_must_leave_is_not_evaluated(store_256, tmp_path, monkeypatch, asked):
     """A signal that comes while step 3 is saved; until then each evaluation finds the checkpoint of its step."""
     flags, seen = [], []
-    enter, after = StopFlag.__enter__, Saver.after
+    enter, after = StopFlag.__enter__, Saver.after_step
 
     def told_at_step_3(saver, step):
         after(saver, step)
-        if step == 3:
+        if step.number == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
             while not flags[0].received:  # a thread reads it
                 time.sleep(0.001)
@@ -95,7 +95,7 @@ def test_a_checkpoint_comes_first_and_a_run_that_must_leave_is_not_evaluated(sto
         return lambda scorer, step: seen.append((step, find_checkpoint(tmp_path).name)) or {}
 
     monkeypatch.setattr(StopFlag, "__enter__", lambda flag: flags.append(flag) or enter(flag))
-    monkeypatch.setattr(Saver, "after", told_at_step_3)
+    monkeypatch.setattr(Saver, "after_step", told_at_step_3)
     with pytest.raises(SystemExit) as left:
         train(tiny_run(store_256, tmp_path, *asked, "evaluation.every=1", "trainer.checkpoint_every=1"), evaluator)
     for number in HANDLED:

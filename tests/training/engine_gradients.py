@@ -5,17 +5,26 @@ engine_gradients.py CASES.json OUTPUT_DIRECTORY
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
-from helpers import tiny_run
+from helpers import GradientProbe, one_step, tiny_run
 
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
-from ropewalk.training.engine import start_engine, start_processes
-from ropewalk.training.loop import accumulate, micro_batches
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
+from ropewalk.training.inputs import micro_batches
+
+
+def gradients(engine: Any) -> dict[str, Any]:
+    """Every whole gradient by its parameter's name; collective."""
+    named = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+    return {name: gradient.cpu().numpy() for name, gradient in named.items()}
 
 
 def main(cases: str, output: str) -> None:
@@ -40,12 +49,10 @@ def main(cases: str, output: str) -> None:
         )
         mixture = Mixture(0, case["weights"], store, config.trainer.global_batch_size)
         engine = start_engine(config, training_config(config.model, "rope", [], store.sequence_length), ranks)
-        loss = accumulate(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks)
-        gradients = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
-        engine.step()
+        probe = GradientProbe(partial(gradients, engine))
+        step = one_step(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks, probe)
         if ranks.is_main:
-            arrays = {name: g.cpu().numpy() for name, g in gradients.items()}
-            np.savez(Path(output) / f"{case['name']}.npz", loss=loss, norm=engine.get_global_grad_norm(), **arrays)
+            np.savez(Path(output) / f"{case['name']}.npz", loss=step.loss, norm=step.grad_norm, **probe.seen)
         engine.destroy()
 
 

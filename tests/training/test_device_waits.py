@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_run
+from helpers import one_step, tiny_run
 
 from ropewalk.model.load import training_config
-from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import micro_batches, open_data
-from ropewalk.training.loop import take_step
-from ropewalk.training.metrics import Meter
+from ropewalk.training.meter import Meter
 
-LISTED = {"loss.py", "modeling_rope_utils.py", "metrics.py", "loop.py"}  # loop.py: the gradient norm
+LISTED = {"loss.py", "modeling_rope_utils.py", "meter.py", "trainer.py"}  # trainer.py: the gradient norm
 
 
 @pytest.mark.gpu
@@ -31,7 +31,7 @@ def test_a_step_waits_where_the_page_says(store_64, tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             batches = micro_batches(mixture, step, ranks, config)
-            take_step(engine, batches, mixture.trained_tokens(step), 1e-3, ranks, guard, meter=meter)
+            one_step(engine, batches, mixture.trained_tokens(step), ranks, guard, meter=meter)
         torch.cuda.set_sync_debug_mode("default")
     waits = {Path(w.filename) for w in caught if "synchronizing CUDA operation" in str(w.message)}
     ours = {path.name for path in waits if "deepspeed" not in path.parts}

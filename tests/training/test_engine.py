@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import composed, save_tiny, tiny_run, torchrun
+from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
-from ropewalk.training.engine import parameter_groups, start_engine, start_processes, zero_config
-from ropewalk.training.loop import accumulate, micro_batches
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import parameter_groups, start_engine, zero_config
+from ropewalk.training.inputs import micro_batches
 
 HERE = Path(__file__).parent
 GLOBAL_BATCH = 8
@@ -144,9 +145,9 @@ def test_gradients_and_decay_of_a_partitioned_bf16_model(store_64, tmp_path):
     ranks = start_processes("cpu")
     engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
     mixture = Mixture(0, WEIGHTS, store_64, config.trainer.global_batch_size)
-    accumulate(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks)
-    kept = [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
-    assert {gradient.dtype for gradient in kept} == {torch.float32}
+    probe = GradientProbe(lambda: [g.dtype for group in engine.optimizer.averaged_gradients.values() for g in group])
+    one_step(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks, probe)
+    assert set(probe.seen) == {torch.float32}
     assert engine.communication_data_type == torch.float32
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     names = {id(p): name.removeprefix("lm.") for name, p in engine.module.named_parameters()}

@@ -6,16 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_run
+from helpers import one_step, tiny_run
 from ranks import start_ranks, tiny_arguments
 
 from ropewalk.config.train import GuardConfig
 from ropewalk.model.load import training_config
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import find_checkpoint, loop, train
-from ropewalk.training.engine import start_engine, start_processes
-from ropewalk.training.guards import Guard, StepResult, TrainingStopped, watch_gradients
-from ropewalk.training.loop import micro_batches, open_data, take_step
+from ropewalk.training import find_checkpoint, train, trainer
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
+from ropewalk.training.guards import Guard, TrainingStopped, watch_gradients
+from ropewalk.training.hooks import Step
+from ropewalk.training.inputs import micro_batches, open_data
+from ropewalk.training.meter import Meter
 
 
 def masters(engine):
@@ -51,7 +54,7 @@ def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
             before = masters(engine)
             guard.object_next = step == 1
             batches = micro_batches(mixture, step, ranks, config)
-            result = take_step(engine, batches, mixture.trained_tokens(step), 1e-2, ranks, guard)
+            result = one_step(engine, batches, mixture.trained_tokens(step), ranks, guard, 1e-2)
             assert (result.refused is None) == (step != 1)
             assert torch.equal(before, masters(engine)) == (step == 1)
         found.append((result.loss, result.grad_norm, masters(engine)))
@@ -62,15 +65,15 @@ def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradients_that_are_not_finite_are_refused_and_end_the_run(store_64, tmp_path, monkeypatch, stage):
-    real = loop.accumulate
+    """Spoiled after backward, where the guard judges the loss and has nothing against it."""
+    engines = []
+    monkeypatch.setattr(trainer, "watch_gradients", lambda engine: engines.append(engine) or watch_gradients(engine))
 
-    def spoiled(engine, *arguments):
-        loss = real(engine, *arguments)
-        for partition in engine.optimizer.averaged_gradients.values():
+    def spoil(guard, loss):
+        for partition in engines[0].optimizer.averaged_gradients.values():
             partition[0].fill_(math.inf)
-        return loss
 
-    monkeypatch.setattr(loop, "accumulate", spoiled)
+    monkeypatch.setattr(Guard, "objection", spoil)
     config = tiny_run(store_64, tmp_path, "guards.max_refused=2", "trainer.dtype=bfloat16", f"deepspeed.stage={stage}")
     with pytest.raises(TrainingStopped, match=r"step 2: the gradient is not finite.*2 in a row and"):
         train(config)
@@ -116,7 +119,7 @@ def judged(guard, losses):
     refused = []
     for number, loss in enumerate(losses):
         objection = guard.objection(loss)
-        guard.count(StepResult(loss, 1.0, objection))
+        guard.count(loss, objection)
         if objection:
             refused.append(number)
     return refused
@@ -147,22 +150,22 @@ def test_a_resumed_guard_goes_on_where_it_was():
 
 def test_a_spike_stops_where_told_to(tmp_path):
     guard = Guard(GuardConfig(spike_window=8, spike_action="stop"))
-    spike = StepResult(9.0, math.inf, "the loss 9.0 is a spike", spike=True)
-    guard.count(spike)
+    spike = Step(3, 2, 100, 1e-3, 9.0, math.inf, "the loss 9.0 is a spike", is_spike=True)
+    guard.count(spike.loss, spike.refused)
     with pytest.raises(TrainingStopped, match="ends the run; =skip goes on"):
-        guard.stop_if_due(3, spike, tmp_path)
-    Guard(GuardConfig(spike_window=8)).stop_if_due(3, spike, tmp_path)
+        guard.stop_if_due(spike, str(tmp_path))
+    Guard(GuardConfig(spike_window=8)).stop_if_due(spike, str(tmp_path))
 
 
 def test_a_spike_ends_a_real_run(store_64, tmp_path, monkeypatch):
     """The ninth loss is made three times what it is, after a window of eight."""
-    real, losses = loop.accumulate, []
+    real, losses = Meter.reduce, []
 
-    def spiking(engine, *arguments):
-        losses.append(real(engine, *arguments))
+    def spiking(meter, summed_loss):
+        losses.append(real(meter, summed_loss))
         return losses[-1] * (3 if len(losses) == 9 else 1)
 
-    monkeypatch.setattr(loop, "accumulate", spiking)
+    monkeypatch.setattr(Meter, "reduce", spiking)
     overrides = ("guards.spike_window=8", "guards.spike_action=stop", "trainer.max_steps=12")
     with pytest.raises(TrainingStopped, match=r"step 9: .* is a spike.*spike_action=stop ends the run"):
         train(tiny_run(store_64, tmp_path, *overrides))
@@ -176,7 +179,7 @@ def test_a_step_without_a_trained_token_changes_nothing(store_64, tmp_path):
     engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
     before = masters(engine)
     batches = [replace(b, labels=torch.full_like(b.labels, -100)) for b in micro_batches(mixture, 0, ranks, config)]
-    result = take_step(engine, batches, 0, 1e-2, ranks, Guard(GuardConfig()))
+    result = one_step(engine, batches, 0, ranks, learning_rate=1e-2)
     assert (result.loss, result.grad_norm, result.refused) == (0.0, 0.0, None)
     assert torch.equal(before, masters(engine))
     engine.destroy()

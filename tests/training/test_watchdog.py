@@ -1,26 +1,36 @@
-"""A step that takes too long is reported once, with the rank that is stuck and where."""
+"""A step that takes too long is reported once, with the stuck rank and its place; a run directory has one writer."""
 
+import json
+import os
 import re
 import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import pytest
 from helpers import tiny_run
-from ranks import start_ranks, tiny_arguments
+from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.config.train import GuardConfig
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import train
-from ropewalk.training.heartbeat import Heartbeat
-from ropewalk.training.watchdog import Now, Watchdog
+from ropewalk.training.hooks import Step
+from ropewalk.training.watchdog import Clocks, Heartbeat, Watchdog, check_only_writer
+
+ELSEWHERE = "another-node"
 
 
 def step(watchdog, number, seconds):
-    watchdog.step_begins(number)
+    watchdog.before_step(number)
     time.sleep(seconds)
-    watchdog.step_ends()
+    watchdog.after_step(Step(number, number - 1, 1, 1e-3, 1.0, 1.0))
 
 
 def watchdog_of(run_dir, rank=0, world_size=1, **guards):
@@ -66,13 +76,14 @@ def test_the_limit_is_a_multiple_of_the_median_and_at_least_so_long(tmp_path):
 
 def test_a_step_is_late_by_its_own_time_or_a_micro_batch_of_it(tmp_path):
     watchdog = watchdog_of(tmp_path, stuck_multiple=10, stuck_seconds=60, stuck_batch_seconds=480)
-    assert watchdog.lateness(Now(1, since=0.0, batch_since=900.0), at=1380.0) is None  # many batches, no median
-    assert watchdog.lateness(Now(1, 0.0, 900.0), 1381.0) == "step 1 has taken 1381.0 s, one micro batch 481.0 s of it"
+    assert watchdog.lateness(Clocks(1, since=0.0, batch_since=900.0), at=1380.0) is None  # many batches, no median
+    late = "step 1 has taken 1381.0 s, one micro batch 481.0 s of it"
+    assert watchdog.lateness(Clocks(1, 0.0, 900.0), 1381.0) == late
     watchdog._seconds.extend([200.0] * 3)
-    assert watchdog.lateness(Now(4, 0.0, 100.0), 581.0) == "step 4 has taken 581.0 s, one micro batch 481.0 s of it"
-    assert watchdog.lateness(Now(4, 0.0, 1900.0), 2000.0) is None
-    assert watchdog.lateness(Now(4, 0.0, 1900.0), 2001.0) == "step 4 has taken 2001.0 s, the median is 200.00 s"
-    assert watchdog.lateness(Now(4), 9999.0) is None  # between two steps
+    assert watchdog.lateness(Clocks(4, 0.0, 100.0), 581.0) == "step 4 has taken 581.0 s, one micro batch 481.0 s of it"
+    assert watchdog.lateness(Clocks(4, 0.0, 1900.0), 2000.0) is None
+    assert watchdog.lateness(Clocks(4, 0.0, 1900.0), 2001.0) == "step 4 has taken 2001.0 s, the median is 200.00 s"
+    assert watchdog.lateness(Clocks(4), 9999.0) is None  # between two steps
 
 
 def test_the_lowest_that_is_late_and_alive_reports(tmp_path, capsys):
@@ -81,7 +92,7 @@ def test_the_lowest_that_is_late_and_alive_reports(tmp_path, capsys):
     with ExitStack() as stack:
         watchdogs = [stack.enter_context(watchdog_of(tmp_path, rank, 3, **guards)) for rank in range(3)]
         for watchdog in watchdogs[1:]:
-            watchdog.step_begins(1)
+            watchdog.before_step(1)
         time.sleep(3.5)
     told = capsys.readouterr().out
     assert told.count("watchdog: step 1 has taken") == 1
@@ -93,7 +104,7 @@ def test_ranks_are_told_by_place_and_the_fewest_first(tmp_path):
         return Heartbeat(4, 7, False, place, "node3", 4)
 
     places = ["waits in barrier", "is in a (x.py:1)", "is in a (x.py:1)", "is in b (y.py:2)", "waits in all_reduce"]
-    told = watchdog_of(tmp_path, world_size=7)._told([*map(heard, places), heard("is in c (z.py:3)"), None], [5])
+    told = watchdog_of(tmp_path, world_size=7)._describe([*map(heard, places), heard("is in c (z.py:3)"), None], [5])
     assert told == (
         "rank 3 is in b (y.py:2); rank 5 says nothing: stopped or dead (process 4 on node3; when last heard it is in c "
         "(z.py:3), step 7); rank 6 says nothing: stopped or dead; rank 1, 2 is in a (x.py:1); "
@@ -166,3 +177,76 @@ def test_a_rank_that_is_stuck_in_the_first_step_is_named(store_64, tmp_path):
 def test_limits_that_make_no_sense_are_refused(store_64, tmp_path):
     with pytest.raises(ValueError, match="must exceed 1"):
         train(tiny_run(store_64, tmp_path, "guards.stuck_multiple=1"))
+
+
+def beat(run_dir, number=1, host=ELSEWHERE, pid=1):
+    path = run_dir / "heartbeats" / "rank_00000.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".partial").write_text(
+        json.dumps(asdict(Heartbeat(number, 7, False, "is in x", host, pid))) + "\n"
+    )
+    path.with_suffix(".partial").replace(path)
+    return path
+
+
+@pytest.fixture
+def beating(tmp_path):
+    """A heartbeat that goes on, from a node that is not this one."""
+    over = threading.Event()
+
+    def go_on():
+        for number in count(2):
+            if over.wait(0.05):
+                return
+            beat(tmp_path, number)
+
+    beat(tmp_path)
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    yield tmp_path
+    over.set()
+    thread.join()
+
+
+def test_a_heartbeat_that_goes_on_is_a_writer(beating):
+    with pytest.raises(ValueError, match=r"is written by process 1 on another-node, at step 7; wait for it or end it"):
+        check_only_writer(beating, seconds=10)
+
+
+def test_one_that_stands_still_is_not(tmp_path):
+    beat(tmp_path)
+    check_only_writer(tmp_path, seconds=0.5)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an ended process", "a week old", "no heartbeat"])
+def test_nobody_waits_for_what_cannot_go_on(tmp_path, left):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    if left == "an ended process":
+        beat(tmp_path, host=socket.gethostname(), pid=ended.pid)
+    elif left == "a week old":
+        os.utime(beat(tmp_path), (time.time() - 7 * 86400,) * 2)
+    elif left == "no heartbeat":
+        beat(tmp_path).write_text("torn {")
+    waiting = threading.Thread(target=check_only_writer, args=(tmp_path, 3600), daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+@pytest.mark.slow
+def test_a_run_is_written_by_one_training_at_a_time(store_64, tmp_path):
+    """The second ends with 2 and has written nothing; the first goes on. Killed, it is followed by the next at once."""
+    arguments = tiny_arguments(store_64, tmp_path, "trainer.max_steps=100000", "trainer.checkpoint_every=5")
+    with start_ranks(1, tmp_path / "logs", arguments) as first:
+        first.wait_for(lambda: len(read_metrics(tmp_path)) >= 2)
+        with start_ranks(1, tmp_path / "second", arguments) as second:
+            assert second.wait() == [2]
+            pid = first.processes[0].pid
+            assert f"run_dir={tmp_path} is written by process {pid} on {socket.gethostname()}" in second.output()
+        before = len(read_metrics(tmp_path))
+        first.wait_for(lambda: len(read_metrics(tmp_path)) > before)
+        first.send(signal.SIGKILL)
+        first.wait()
+    assert list((tmp_path / "heartbeats").iterdir())
+    run_ranks(1, tmp_path / "logs", [*arguments, "trainer.stop_after=1"])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from ropewalk.config.evaluation import EvaluateConfig
@@ -25,8 +24,7 @@ from ropewalk.evaluation.scoring import Scorer
 from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.training.engine import Ranks
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import Ranks, gather, log
 
 
 class TrainingEvaluation:
@@ -81,12 +79,11 @@ class TrainingEvaluation:
             losses = scorer.token_losses(self.windows.tokens[names[index]])
             documents[index] = list(document_rows(names[index], losses, edges))
         scores = {index: score_prompts(scorer, [self.prompts[index]]) for index in self._dealt(self.prompts)}
-        gathered: list[tuple[dict[int, Any], dict[int, Any]]] = [({}, {})] * self.ranks.world_size
-        dist.all_gather_object(gathered, (documents, scores))
+        shares = gather((documents, scores))
         if not self.ranks.is_main:
             return {}
-        rows = _in_order(found for found, _ in gathered)
-        grades = _in_order(found for _, found in gathered)
+        rows = _in_order(share for share, _ in shares)
+        grades = _in_order(share for _, share in shares)
         return self._report(step, [row for of_document in rows for row in of_document], grades)
 
     def _dealt(self, items: Sequence[Any]) -> list[int]:
@@ -112,7 +109,7 @@ class TrainingEvaluation:
             output.mkdir(parents=True, exist_ok=True)
             write_evaluation(output, results, sums, record)
         except OSError as error:  # the main numbers are recorded all the same, and the other ranks are waiting
-            tell(f"warning: {output} could not be written ({error})")
+            log(f"warning: {output} could not be written ({error})")
         return _metrics(results)
 
 

@@ -18,7 +18,6 @@ from ropewalk.evaluation.partial import Partial
 from ropewalk.evaluation.plan import Plan, make_plan
 from ropewalk.evaluation.prefill import chunk_for
 from ropewalk.evaluation.progress import Progress
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import (
     RECORD,
     document_table,
@@ -30,6 +29,7 @@ from ropewalk.evaluation.results import (
 from ropewalk.evaluation.scoring import ModelScorer, Scorer
 from ropewalk.evaluation.settings import Setting
 from ropewalk.model.load import load_for_evaluation
+from ropewalk.training.distributed import Ranks, gather
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame:
@@ -55,8 +55,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
         results = read_results(plan.output)
         print(summary(results), flush=True)
         return results
-    ranks = ranks or Ranks.alone()
-    progress = Progress(plan.tokens // ranks.size)
+    ranks = ranks or Ranks()
+    progress = Progress(plan.tokens // ranks.world_size)
     partial = Partial(plan.output, plan.identity, writes=ranks.rank == 0)
     rows: list[dict[str, Any]] = []
     sums: list[pd.DataFrame] = []
@@ -111,7 +111,7 @@ def _evaluate_setting(
             extra=setting.extra,
             length=setting.longest,
             dtype=config.dtype,
-            device=ranks.device(config.device),
+            device=ranks.local_device(config.device),
         )
         return ModelScorer(model, prefill_chunk=config.prefill_chunk or chunk_for(setting.longest))
 
@@ -135,13 +135,13 @@ def _document_rows(
     edges = bucket_edges(plan.config.lengths)
     where = {"run": plan.run, "setting": setting.name, "context_length": setting.longest}
     mine = {}
-    for number, (name, ids) in list(enumerate(plan.windows.tokens.items()))[ranks.rank :: ranks.size]:
+    for number, (name, ids) in list(enumerate(plan.windows.tokens.items()))[ranks.rank :: ranks.world_size]:
         losses = scorer.token_losses(ids[: setting.longest])
         mine[number] = [where | row for row in document_rows(name, losses, edges)]
         progress.advance(
             setting.longest, f"loss to {setting.longest}, document {number + 1}/{len(plan.windows.tokens)}"
         )
-    return [row for rows in _in_order(ranks.gather(mine)) for row in rows]
+    return [row for rows in _in_order(gather(mine)) for row in rows]
 
 
 def _needle_scores(
@@ -151,10 +151,10 @@ def _needle_scores(
     prompts, samples = plan.prompts[length], plan.config.needle.samples
     mine: dict[int, pd.DataFrame] = {}
     for first in range(0, len(prompts), samples):
-        numbers = range(first, first + samples)[ranks.rank :: ranks.size]
+        numbers = range(first, first + samples)[ranks.rank :: ranks.world_size]
         mine |= {number: score_prompts(scorer(), [prompts[number]]) for number in numbers}
         progress.advance(length * len(numbers), f"needle at {length}, depth {prompts[first].depth:g}")
-    return pd.concat(_in_order(ranks.gather(mine)), ignore_index=True)
+    return pd.concat(_in_order(gather(mine)), ignore_index=True)
 
 
 def _in_order(shares: list[dict[int, Any]]) -> list[Any]:

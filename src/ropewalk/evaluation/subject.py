@@ -21,10 +21,10 @@ from ropewalk.evaluation.plan import (
     run_name,
 )
 from ropewalk.evaluation.prefill import Reader
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain
+from ropewalk.training.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Subject:
             return load_vllm(self, setting, length, overflow)
         from ropewalk.evaluation.harness.lm import ReaderLM
 
-        reader = self.load(setting, length, ranks.device(self.config.device))
+        reader = self.load(setting, length, ranks.local_device(self.config.device))
         return ReaderLM(reader, self.tokenizer, length, overflow, ranks)
 
     def columns(self, setting: Setting) -> dict[str, str]:

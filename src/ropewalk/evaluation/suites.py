@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,6 @@ from ropewalk.evaluation.harness.tasks import check_scorers, check_tasks
 from ropewalk.evaluation.helmet.run import check_checkout, run_helmet
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
 from ropewalk.evaluation.plan import check_engine, check_settings
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import RESULTS, writable_directory
 from ropewalk.evaluation.ruler.run import check_ruler, run_ruler
 from ropewalk.evaluation.run import evaluate
@@ -30,9 +30,11 @@ from ropewalk.evaluation.subject import Subject, make_subject
 from ropewalk.evaluation.summary import summarize
 from ropewalk.evaluation.table import LOSS_METRICS, read_table
 from ropewalk.files import replace_atomically
+from ropewalk.training.distributed import Ranks, gather, join_launched, rank_zero_first
 
 PAPER_CSV = "paper.csv"
 UNSCALED = TestTimeConfig(name="none")
+PATIENCE = timedelta(days=7)  # one rank's long prompts may keep the others waiting for hours
 HARNESSES = ("quick", "ruler", "lm_eval", "helmet", "suites")
 # Fields that mean something of a suite of suites; lengths and published are read before it is taken apart.
 OF_SEVERAL = ("name", "harness", "suites", "lengths", "samples", "data", "unscaled_too", "published", "helmet")
@@ -51,20 +53,19 @@ def evaluate_suite(config: EvaluateConfig) -> pd.DataFrame:
     for suite in suites:
         check_scorers(suite)
     published = None if config.suite.published is None else read_published(config.suite.published)
-    ranks = Ranks.launched()
-    subject = ranks.first_alone(lambda: make_subject(config))  # it may export the run
+    ranks = join_launched(timeout=PATIENCE)
+    subject = rank_zero_first(lambda: make_subject(config))  # it may export the run
     output = writable_directory("output", config.output)
     store = CellStore(output, config.overwrite)
     for suite in suites:
         for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
             _run(subject, suite, test_time, store, ranks)
-    ranks.gather(None)
+    gather(None)
     if ranks.rank == 0:
         store.write_table()
         print(summarize(read_table(output), suites), flush=True)
         if published is not None:
             print(compare_published(output, published), flush=True)
-    ranks.close()
     return read_table(output)
 
 
@@ -169,7 +170,7 @@ def run_quick(subject: Subject, test_time: TestTimeConfig, store: CellStore, ran
     """Loss by position and the needle grid, and their rows in the table."""
     config = replace(subject.config, test_time=test_time)
     results = evaluate(config, ranks)
-    ranks.gather(None)  # before results.parquet is made, no rank may look for it
+    gather(None)  # before results.parquet is made, no rank may look for it
     if ranks.rank:
         return
     settings = subject.settings(config.lengths, test_time)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ropewalk.errors import UserError
 from ropewalk.runs.directory import ZERO
-from ropewalk.training.checkpoint import verify_checkpoint
-from ropewalk.training.engine import import_deepspeed
+from ropewalk.training.checkpoint.save import verify_checkpoint
+from ropewalk.training.distributed import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute
 _OPTIMIZER = "optimizer_state_dict"

@@ -1,6 +1,6 @@
-"""The training loop, its engine and its checkpoints."""
+"""Training: the trainer with its hooks, the engine, and checkpoints."""
 
-from ropewalk.training.checkpoint import find_checkpoint, verify_checkpoint
-from ropewalk.training.loop import train
+from ropewalk.training.checkpoint.save import find_checkpoint, verify_checkpoint
+from ropewalk.training.trainer import train
 
 __all__ = ["find_checkpoint", "train", "verify_checkpoint"]

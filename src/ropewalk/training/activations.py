@@ -1,4 +1,4 @@
-"""What of the activations is kept for the backward pass, where, and what is computed again; no gradient changes."""
+"""Activation memory: checkpointing, its offload, the tiled MLP and compilation; no gradient changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
     tiny layers took a minute to compile and four times as long to run.
 
     Raises:
-        UserError: where the MLP is to be tiled or compiled and is not the gated one.
+        UserError: the MLP is to be tiled or compiled and is not the gated one.
     """
     if trainer.activation_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -51,7 +51,7 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
 def checkpoint_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
     """Checkpoint ``function``, its inputs waiting in host memory; what it computes is computed again.
 
-    transformers has an option of this kind, which asks for pinned memory where there is no GPU, and fails.
+    transformers has an option of this kind, which requests pinned memory without a GPU, and fails.
     """
     with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
         return checkpoint(function, *inputs, use_reentrant=False)
@@ -140,9 +140,9 @@ class _TiledGatedMLP(torch.autograd.Function):
             with torch.enable_grad():
                 part = chunk.detach().requires_grad_()
                 out = _gated_mlp(part, gate, leaves)
-            of_part, *of_leaves = torch.autograd.grad(out, [part, *(leaves[i] for i in present)], grad)
-            grad_x.append(of_part)
-            for i, gradient in zip(present, of_leaves, strict=True):
+            grad_part, *gradients_here = torch.autograd.grad(out, [part, *(leaves[i] for i in present)], grad)
+            grad_x.append(grad_part)
+            for i, gradient in zip(present, gradients_here, strict=True):
                 sums[i] += gradient
         gradients = [sums[i].to(p.dtype) if i in sums else None for i, p in enumerate(parameters)]
         return torch.cat(grad_x).view(x.shape), None, None, *gradients

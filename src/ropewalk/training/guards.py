@@ -1,4 +1,4 @@
-"""What keeps a bad step from the weights: losses and gradients that are not finite, and losses that spike."""
+"""Guards: bad steps (a loss or gradient that is not finite, a loss that spikes) are kept from the weights."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ropewalk.config.train import GuardConfig
 from ropewalk.data import Mixture
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 from ropewalk.runs.directory import RunDirectory
+from ropewalk.training.distributed import by_rank_zero, log_once
+from ropewalk.training.hooks import Hook, Step
 
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
 
@@ -23,25 +25,8 @@ class TrainingStopped(FloatingPointError):
     """A guard has ended the run; the weights are those before the refused step."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step of the loop gave.
-
-    Attributes:
-        loss: of the global batch, nats per token; the same number on every rank.
-        grad_norm: of the whole gradient before clipping; not finite where it was refused for that.
-        refused: why the weights were left as they were; None: they were updated.
-        spike: refused for a loss that is finite, and too high.
-    """
-
-    loss: float
-    grad_norm: float
-    refused: str | None = None
-    spike: bool = False
-
-
 class Guard:
-    """Judges every step. All ranks hold the same numbers, so they agree without a word."""
+    """Judges every step. All ranks hold the same numbers, so they agree without a collective."""
 
     def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
         """Begin, or go on from the ``state`` of a checkpoint."""
@@ -68,42 +53,64 @@ class Guard:
         return None
 
     def spike_limit(self) -> float | None:
-        """The highest loss that is no spike: median + k x 1.4826 MAD of the window; None until the window is full."""
+        """The highest loss that is not a spike: median + k x 1.4826 MAD of the window; None before it is full."""
         if self.config.spike_window is None or len(self.recent) < self.config.spike_window:
             return None
         middle = median(self.recent)
         deviation = MAD_TO_DEVIATION * median(abs(loss - middle) for loss in self.recent)
         return middle + self.config.spike_deviations * deviation
 
-    def count(self, result: StepResult) -> None:
+    def count(self, loss: float, refused: str | None) -> None:
         """Take a step into account."""
-        if result.refused is None:
-            self.recent.append(result.loss)
+        if refused is None:
+            self.recent.append(loss)
             self.in_a_row = 0
         else:
             self.refused += 1
             self.in_a_row += 1
 
-    def stop_if_due(self, step: int, result: StepResult, saw: str) -> None:
-        """End the run where the config says so; ``saw`` says where to find what the step saw.
+    def stop_if_due(self, step: Step, record: str) -> None:
+        """End the run at a refused step if the configuration says so; ``record`` names what the step saw.
 
         Raises:
             TrainingStopped: on all ranks: ``max_refused`` refusals in a row, or a spike under spike_action=stop.
         """
-        if result.refused is None:
-            return
-        told = f"step {step}: {result.refused}; the weights were left as they were. What it saw: {saw}"
-        if result.spike and self.config.spike_action == "stop":
-            raise TrainingStopped(f"{told}. guards.spike_action=stop ends the run; =skip goes on without the step")
+        refusal = f"step {step.number}: {step.refused}; the weights were left as they were. What it saw: {record}"
+        if step.is_spike and self.config.spike_action == "stop":
+            raise TrainingStopped(f"{refusal}. guards.spike_action=stop ends the run; =skip goes on without the step")
         if self.in_a_row >= self.config.max_refused:
             raise TrainingStopped(
-                f"{told}. That is {self.in_a_row} in a row and guards.max_refused={self.config.max_refused}: lower the "
-                "learning rate, look at the data, or go on from an earlier checkpoint"
+                f"{refusal}. That is {self.in_a_row} in a row and guards.max_refused={self.config.max_refused}: lower "
+                "the learning rate, look at the data, or go on from an earlier checkpoint"
             )
 
 
+class Refusals(Hook):
+    """Writes a record of each refused step, and ends the run if the guard says so."""
+
+    def __init__(self, guard: Guard, mixture: Mixture, run_dir: Path) -> None:
+        self.guard, self.mixture, self.run_dir = guard, mixture, run_dir
+
+    def after_step(self, step: Step) -> None:
+        """Act on a refused step. Collective."""
+        if step.refused is not None:
+            self.guard.stop_if_due(step, self._write(step))
+
+    def _write(self, step: Step) -> str:
+        """Have rank 0 write the record; its path, or what the step saw in other words, the same on all ranks.
+
+        A record that cannot be written ends nothing, as a save: the order can still give the step's sequences.
+        """
+        try:
+            return str(by_rank_zero(write_refusal, self.run_dir, step, self.mixture))
+        except UserError as error:
+            words = f"global batch {step.order_step} of the order, which could not be written down ({error})"
+            log_once(f"warning: refused step {step.number} saw {words}")
+            return words
+
+
 def refuse_update(engine: Any) -> None:
-    """Have DeepSpeed drop what was accumulated, on all ranks, by the path it takes where a gradient is not finite.
+    """Have DeepSpeed drop what was accumulated, on all ranks, by the path it takes if a gradient is not finite.
 
     Its own path keeps its counters, buckets and offloaded copies right, in every ZeRO stage.
     """
@@ -116,40 +123,31 @@ def refuse_update(engine: Any) -> None:
 
 
 def watch_gradients(engine: Any) -> None:
-    """Have ZeRO-1 and -2 look at bf16 gradients before they use them, as they do in fp32 and as ZeRO-3 does always."""
+    """Have ZeRO-1 and -2 check bf16 gradients before they use them, as they do in fp32 and as ZeRO-3 does always."""
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True
 
 
-def write_provenance(run_dir: Path, step: int, result: StepResult, lr: float, mixture: Mixture, seen: int) -> Path:
-    """Write what a refused step saw to refused/step-N.json.
-
-    Args:
-        run_dir: of the run.
-        step: number of the step, from 1.
-        result: its loss, gradient norm and the objection.
-        lr: its learning rate.
-        mixture: the order.
-        seen: the step of the order whose global batch it was.
-    """
-    refs, store = mixture.global_batch(seen), mixture.store
+def write_refusal(run_dir: Path, step: Step, mixture: Mixture) -> Path:
+    """Write the sequences of a refused step to refused/step-N.json; returns its path."""
+    refs, store = mixture.global_batch(step.order_step), mixture.store
     sequences = [
         {"domain": ref.domain, "sequence": row, "document_ends": store.document_ends(ref.domain, row).tolist()}
         for ref in refs
         for row in ref.rows
     ]
     content = {
-        "step": step,
-        "refused": result.refused,
-        "loss": repr(result.loss),
-        "grad_norm": repr(result.grad_norm),
-        "learning_rate": lr,
+        "step": step.number,
+        "refused": step.refused,
+        "loss": repr(step.loss),
+        "grad_norm": repr(step.grad_norm),
+        "learning_rate": step.learning_rate,
         "domains": dict(Counter(ref.domain for ref in refs)),
-        "stores": {name: str(one.root) for name, one in store.stores.items()},
+        "stores": {name: str(joined.root) for name, joined in store.stores.items()},
         "read_one_with": "python data_prep/inspect_store.py store=STORE domain=DOMAIN sequence=SEQUENCE",
         "sequences": sequences,
     }
-    path = RunDirectory(run_dir).refused_at(step)
+    path = RunDirectory(run_dir).refused_at(step.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

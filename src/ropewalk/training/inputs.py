@@ -1,7 +1,8 @@
-"""What a run reads: stores and their order, whether the model can embed them, and each rank's part of a step."""
+"""Inputs of a run: its stores and their order, its model's configuration, and each rank's part of a step."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ropewalk.config.rules import require_device, validate_train
 from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
@@ -16,8 +18,59 @@ from ropewalk.data.store.remote import open_stores
 from ropewalk.data.store.tokenizer_files import check_same_vocabulary
 from ropewalk.errors import UserError
 from ropewalk.model.attention import Documents
-from ropewalk.training.engine import Ranks
-from ropewalk.training.parallel import shard
+from ropewalk.model.load import training_config
+from ropewalk.rope.position import Position, position_of
+from ropewalk.training.checkpoint.start import StartCheckpoint, find_start
+from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run is made from, checked against each other.
+
+    Attributes:
+        config: as composed.
+        ranks: this process among the others.
+        store: that the tokenizer is taken from.
+        mixture: the order in which it and any others are read.
+        start: checkpoint of another run that this one starts from; None: it starts from ``model``.
+        model_config: of the model, its position encoding included.
+    """
+
+    config: TrainConfig
+    ranks: Ranks
+    store: PackedStore
+    mixture: Mixture
+    start: StartCheckpoint | None
+    model_config: PreTrainedConfig
+
+    @property
+    def position(self) -> Position:
+        """How the model rotates."""
+        return position_of(self.model_config)
+
+
+def open_inputs(config: TrainConfig) -> RunInputs:
+    """Open what a run reads, and join the ranks. Collective.
+
+    Raises:
+        UserError: for a configuration, store or checkpoint that does not fit, before a model is built.
+    """
+    require_device("trainer.device", config.trainer.device)
+    validate_train(config, launched_world_size())
+    store, mixture = open_data(config)
+    ranks = start_processes(config.trainer.device, config.parallel.sequence)
+    start = find_start(config)
+    model_config = training_config(
+        config.model,
+        config.rope.name,
+        config.rope.chain,
+        config.data.sequence_length,
+        start=start.config if start is not None else None,
+    )
+    fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
+    check_heads(model_config, config.parallel.sequence)
+    return RunInputs(config, ranks, store, mixture, start, model_config)
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
@@ -41,11 +94,11 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
     Args:
         model_config: of the model.
         store: whose tokens it is trained on.
-        path: directory or hub id of the model or its tokenizer, which is compared where it lies in a directory. None:
+        path: directory or hub id of the model or its tokenizer, which is compared if it lies in a directory. None:
             from scratch.
 
     Raises:
-        UserError: where the store's vocabulary is another than the model's, or larger than what it embeds.
+        UserError: the store's vocabulary is another than the model's, or larger than what it embeds.
     """
     tokenizer = store.tokenizer
     if tokenizer["vocab_size"] > model_config.vocab_size:
@@ -59,6 +112,22 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
         model_config.bos_token_id, model_config.eos_token_id = tokenizer["bos_id"], tokenizer["eos_id"]
 
 
+def check_heads(config: PreTrainedConfig, size: int) -> None:
+    """Refuse a group whose ranks would not get equal shares of the heads.
+
+    Raises:
+        UserError: if ``size`` does not divide the key/value heads (and so the query heads); they would have to be
+            copied.
+    """
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    allowed = [n for n in range(1, shared + 1) if shared % n == 0 and heads % n == 0]
+    if size not in allowed:
+        raise UserError(
+            f"parallel.sequence={size} does not divide the model's {heads} query and {shared} key/value heads; set it "
+            f"to one of {', '.join(map(str, allowed))}"
+        )
+
+
 def describe_order(mixture: Mixture, steps: int) -> str:
     """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
     epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
@@ -67,10 +136,52 @@ def describe_order(mixture: Mixture, steps: int) -> str:
     return f"epochs at step {steps}: {epochs}{repeated}{unused}"
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's part of a global batch.
+
+    Attributes:
+        order_step: step of the data order that it belongs to, from 0.
+        micro_batches: of this rank, in order.
+        trained_tokens: of the whole global batch, all ranks.
+    """
+
+    order_step: int
+    micro_batches: list[Batch]
+    trained_tokens: int
+
+
+def step_batch(mixture: Mixture, order_step: int, ranks: Ranks, config: TrainConfig) -> StepBatch:
+    """Read this rank's part of the global batch of ``order_step``."""
+    batches = micro_batches(mixture, order_step, ranks, config)
+    return StepBatch(order_step, batches, mixture.trained_tokens(order_step))
+
+
 def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
     """This rank's part of the global batch of ``step``."""
     refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
-    return [shard(read_batch(mixture.store, part), ranks.rank % ranks.sequence, ranks.sequence) for part in refs]
+    return [stretch(read_batch(mixture.store, part), ranks.sequence_rank, ranks.sequence) for part in refs]
+
+
+def stretch(batch: Batch, rank: int, size: int) -> Batch:
+    """The stretch of a batch that rank ``rank`` of the ``size`` that share its row holds.
+
+    Labels are shifted before the cut, so the last token of a stretch is still trained on; the document bounds stay
+    those of the whole row.
+
+    Raises:
+        UserError: if the row does not divide.
+    """
+    tokens = batch.input_ids.shape[1]
+    if tokens % size:
+        raise UserError(f"a row of {tokens} tokens cannot be cut in {size} equal parts; change parallel.sequence")
+    part = slice(rank * tokens // size, (rank + 1) * tokens // size)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, part],
+        position_ids=batch.position_ids[:, part],
+        labels=batch.labels[:, part],
+    )
 
 
 def on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
@@ -93,5 +204,5 @@ def queued(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in page-locked memory where ``device`` is a GPU."""
+    """The tensor in page-locked memory if ``device`` is a GPU."""
     return tensor.pin_memory() if device.type == "cuda" else tensor

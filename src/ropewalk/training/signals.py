@@ -1,4 +1,4 @@
-"""Leaving in good order: signals and the time limit set a flag, and all ranks agree on it before they act."""
+"""Signals and the time limit: one flag for all ranks, who agree on it before they leave in good order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ropewalk.runs.launch import release_warnings
+from ropewalk.training.hooks import Hook
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved, not finished; the same command goes on
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -23,7 +24,7 @@ class StopRequested(Exception):
     """All ranks have agreed to save and leave; the unfinished step is given up, and the order replays it."""
 
 
-class StopFlag:
+class StopFlag(Hook):
     """SIGTERM, SIGUSR1, SIGUSR2 and ``trainer.stop_before``, as one flag that all ranks share.
 
     The same signal a second time ends the process at once with 128 + its number; SIGTERM after a warning (SIGUSR1) is
@@ -74,8 +75,8 @@ class StopFlag:
             self.received = self.received or number
         os.close(reader)
 
-    def check(self) -> None:
-        """Leave if any rank has been told to; before each micro batch. Collective.
+    def before_micro_batch(self) -> None:
+        """Leave if any rank has been signalled, or its time is over. Collective.
 
         Raises:
             StopRequested: on all ranks alike.
@@ -84,8 +85,12 @@ class StopFlag:
         if number:
             raise StopRequested("trainer.stop_before" if number == TIME_LIMIT else signal.Signals(number).name)
 
+    def before_exit(self, steps: int, reason: str) -> None:
+        """After the run is left, only the process ends: no signal changes its exit code any more."""
+        self._handlers_before = dict.fromkeys(HANDLED, signal.SIG_IGN)
+
     def is_up(self) -> bool:
-        """Whether the next check would leave: any rank has been told to, or its time is over. Collective."""
+        """True if the next micro batch would not begin: a rank has been signalled, or its time is over. Collective."""
         past = self.stop_before is not None and time.time() + self._longest_gap >= self.stop_before
         return bool(self._agreed(self.received or (TIME_LIMIT if past else 0)))
 
@@ -95,22 +100,13 @@ class StopFlag:
         return int(largest)
 
     def _out_of_time(self) -> int:
-        """Whether the next boundary, as far away as the farthest so far (saving included), would be too late."""
+        """TIME_LIMIT if the next boundary, as far away as the farthest so far (saves included), would be too late."""
         now = time.time()
         if self._last_boundary is not None:
             self._longest_gap = max(self._longest_gap, now - self._last_boundary)
         self._last_boundary = now
         return TIME_LIMIT if self.stop_before is not None and now + self._longest_gap >= self.stop_before else 0
 
-    def close(self) -> None:
-        """What is left is exiting: no signal changes the exit code any more."""
-        self._handlers_before = dict.fromkeys(HANDLED, signal.SIG_IGN)
-
 
 def _noted_elsewhere(number: int, frame: FrameType | None) -> None:
     """Keep the default action from being taken; the thread has the signal already."""
-
-
-def control_group(device: str) -> dist.ProcessGroup | None:
-    """A process group for words between the ranks' CPUs; None (the default group) where that one is gloo already."""
-    return dist.new_group(backend="gloo") if device == "cuda" else None

@@ -1,4 +1,4 @@
-"""Metrics to a dashboard; the run's own metrics.jsonl is written whatever is chosen here."""
+"""Trackers: metrics to a dashboard, beside the run's own metrics.jsonl, which is always written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ropewalk.config.train import TrackerConfig
 from ropewalk.files import write_atomically
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.provenance import recorded_arguments
-from ropewalk.training.terminal import tell
+from ropewalk.training.distributed import log
 
 
 class Tracker(Protocol):
-    """Where metrics go."""
+    """A dashboard that takes rows of metrics."""
 
     run_id: str | None  # by which a resumed run goes on in the same one
 
@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Nothing beside metrics.jsonl."""
+    """No dashboard: metrics.jsonl alone."""
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id  # kept for a session that can track again
@@ -42,7 +42,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; offline, into the run directory, where there is no API key.
+    """Weights & Biases; without an API key offline, into the run directory.
 
     The run's id is kept in tracker.json and in every checkpoint, so that a resumed run goes on in the same W&B run.
     """
@@ -113,7 +113,7 @@ class TrackioTracker:
 
 
 class ForgivingTracker:
-    """A tracker whose failures are told, once, and never end the run: metrics.jsonl has every row all the same.
+    """A tracker whose failures are one warning and never end the run: metrics.jsonl has every row all the same.
 
     SLURM sends SIGTERM to every process of a task, and W&B's service is one; the ranks have to save and leave after it.
     """
@@ -136,7 +136,7 @@ class ForgivingTracker:
             act()
         except Exception as error:  # whatever a dashboard's client raises, the training is worth more
             self.failed = True
-            tell(f"warning: the tracker failed ({error}); metrics.jsonl goes on")
+            log(f"warning: the tracker failed ({error}); metrics.jsonl goes on")
 
 
 def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def wandb_mode() -> Literal["offline"] | None:
-    """Offline where there is no key; None leaves the user's own WANDB_MODE, or online, as it is."""
+    """Offline without a key; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
@@ -166,7 +166,7 @@ def open_tracker(
         if config.name == "trackio":
             return ForgivingTracker(TrackioTracker(config, run_name, details))
     except Exception as error:  # a node without a network, say: the other ranks are waiting
-        tell(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
+        log(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
     finally:
         sys.argv[:] = given
     return NoTracker(saved_id)

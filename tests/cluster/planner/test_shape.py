@@ -11,7 +11,7 @@ from ropewalk.cluster.planner import ModelShape, shape_of
 from ropewalk.config import CONFIG_DIR
 from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import count_parameters, training_config
-from ropewalk.training.work import WorkCounter
+from ropewalk.training.meter import WorkCounter
 
 SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 ODD = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

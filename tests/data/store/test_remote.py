@@ -24,7 +24,7 @@ from ropewalk.data.store.cache import DownloadCache
 from ropewalk.data.store.manifest import MANIFEST
 from ropewalk.data.store.remote import RemoteStore, open_stores
 from ropewalk.data.store.writer import Accounting, write_store
-from ropewalk.training import loop
+from ropewalk.training.inputs import open_data
 
 SCRIPT = Path(__file__).parent / "read_remote.py"
 SHARD = 4 * 32 * 4  # bytes of four sequences of 32 uint32 tokens
@@ -236,7 +236,7 @@ class TestConfiguration:
         config = tiny_run(store_256, tmp_path / "run")
         config.data = data
         validate_train(config, 1)
-        store, mixture = loop.open_data(config)
+        store, mixture = open_data(config)
         plain = Mixture(
             config.trainer.seed, data.mixture, {"": store_256, "rows": store_64}, config.trainer.global_batch_size,
             curriculum=data.curriculum,

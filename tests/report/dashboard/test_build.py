@@ -23,11 +23,10 @@ from ropewalk.config.evaluation import DashboardConfig
 from ropewalk.report.dashboard import dashboard, metrics
 from ropewalk.report.dashboard.build import COLUMNS
 from ropewalk.report.runs import load_run
-from ropewalk.training.metrics import PHASES
-from ropewalk.training.work import CONVENTIONS
+from ropewalk.training.meter import CONVENTIONS, PHASES
 
 GOLDEN = Path(__file__).parent / "golden"
-# Beside what Meter.row and the observer's rows of every run hold.
+# Beside what Meter.row and the logger's rows of every run hold.
 TRAINED = [
     *(f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "refused_steps")),
     *(f"train/{name}" for name in ("work_imbalance", "peak_memory_bytes", "loss/domain/long", "loss/position/16")),

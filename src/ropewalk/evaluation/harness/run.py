@@ -15,8 +15,8 @@ from ropewalk.evaluation.harness.tasks import (
     samples_of,
     task_spec,
 )
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.subject import Subject
+from ropewalk.training.distributed import Ranks, gather
 
 HARNESS = "lm-eval"
 
@@ -50,7 +50,7 @@ def run_lm_eval(
                 print(f"begun: {cell}", flush=True)
             lm.cut = Counter()
             results = run_task(lm, specs[task], suite.few_shot.get(task), suite.samples, subject.config.seed, at)
-            cut = sum((Counter(part) for part in ranks.gather(dict(lm.cut))), Counter())
+            cut = sum((Counter(part) for part in gather(dict(lm.cut))), Counter())
             if results is not None:
                 common = {
                     **columns,

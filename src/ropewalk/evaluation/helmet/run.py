@@ -19,10 +19,10 @@ from ropewalk.evaluation.helmet.configs import helmet_yaml, published, write_yam
 from ropewalk.evaluation.helmet.datasets import CATEGORIES, LENGTHS, Category, Dataset, with_samples
 from ropewalk.evaluation.helmet.rebuild import rebuild
 from ropewalk.evaluation.helmet.scores import JUDGED, score_rows, unpublished_row
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.scaled_copy import scaled_copy
 from ropewalk.evaluation.settings import Setting
 from ropewalk.evaluation.subject import Subject
+from ropewalk.training.distributed import Ranks
 
 HARNESS = "helmet"
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -35,7 +35,7 @@ def run_helmet(subject: Subject, suite: SuiteConfig, test_time: TestTimeConfig, 
     Raises:
         UserError: for a checkout that is none, a category that HELMET does not have, or a run of it that failed.
     """
-    if ranks.size > 1:
+    if ranks.world_size > 1:
         raise UserError("suite=helmet runs HELMET's own process; start scripts/evaluate.py without torchrun for it")
     checkout = check_checkout(suite)
     version = helmet_version(checkout)

@@ -12,11 +12,11 @@ from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.cells import Cell, CellStore
 from ropewalk.evaluation.harness.tasks import harness_version, run_task
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.ruler.prompts import Sample, build_samples, check_length
 from ropewalk.evaluation.ruler.scoring import SCORES, cleaned
 from ropewalk.evaluation.ruler.tasks import PUBLISHED_SAMPLES, TASKS, RulerTask
 from ropewalk.evaluation.subject import Subject
+from ropewalk.training.distributed import Ranks
 
 HARNESS = "ruler"
 WELL_FILLED = 0.9  # of the length; a prompt that is shorter on average is said to be

@@ -10,8 +10,8 @@ from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
-from ropewalk.training.background import Work, snapshot
+from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
+from ropewalk.training.checkpoint.background import Deferred, snapshot
 
 BACKGROUND = "trainer.save_in_background=true"
 
@@ -39,10 +39,10 @@ def test_what_goes_wrong_is_raised_where_the_outcome_is_asked_for(in_background)
     def fail():
         raise OSError("full")
 
-    work = Work(fail, in_background)
+    work = Deferred(fail, in_background)
     with pytest.raises(OSError, match="full"):
         work.result()
-    assert Work(lambda: 7, in_background).result() == 7
+    assert Deferred(lambda: 7, in_background).result() == 7
 
 
 def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", save)
     committed = []
-    settle = saving.Saver.settle
+    settle = saver.Saver.settle
 
     def release_when_waited_for(saver):
         if saver.started is not None:
@@ -67,7 +67,7 @@ def test_the_tensors_are_those_of_the_step(store_64, tmp_path, monkeypatch):
             held.set()
         settle(saver)
 
-    monkeypatch.setattr(saving.Saver, "settle", release_when_waited_for)
+    monkeypatch.setattr(saver.Saver, "settle", release_when_waited_for)
     train(tiny_run(store_64, background, BACKGROUND))
     assert committed == [(None, 4)]  # nothing was committed yet after four steps
     assert verify_checkpoint(RunDirectory(background).checkpoint(2))["step"] == 2

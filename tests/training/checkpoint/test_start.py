@@ -18,7 +18,7 @@ from ropewalk.data.prepare.tokenizer import load_tokenizer
 from ropewalk.export import resolve_checkpoint
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import find_checkpoint, loop, train
+from ropewalk.training import find_checkpoint, train, trainer
 
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
 
@@ -61,7 +61,7 @@ def test_weights_come_along_and_moments_as_told(store_64, store_256, first, tmp_
         seen.append((weights.detach().clone(), {k: v.clone() for k, v in moments.items()},
                      {float(s["step"]) for s in states}))  # fmt: skip
 
-    monkeypatch.setattr(loop, "watch_gradients", look)
+    monkeypatch.setattr(trainer, "watch_gradients", look)
     train(stage(store_256, tmp_path, first, f"start_from.optimizer={kept}"))
     (weights, moments, steps), (saved, saved_moments, saved_steps) = seen[0], optimizer(find_checkpoint(first))
     assert torch.equal(weights, saved)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest committed one that is whole, and that is this run's."""
+"""The resume point: the newest checkpoint of a run that is whole and agrees with its contract."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
 from ropewalk.runs.contract import check_contract
 from ropewalk.runs.directory import RunDirectory, damaged_name, read_manifest
-from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
-from ropewalk.training.checkpoint import verify_checkpoint
-from ropewalk.training.terminal import tell
+from ropewalk.training.checkpoint.elastic import check_stage, make_universal
+from ropewalk.training.checkpoint.save import load_checkpoint, verify_checkpoint
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a session begins.
+class ResumePoint:
+    """Where a session of a run begins.
 
     Attributes:
-        checkpoint: to load; None: the beginning.
+        checkpoint: of this run, to load; None: the beginning.
         step: steps taken.
         world_size: ranks that saved it.
         zero_stage: of ZeRO, that saved it.
-        state: what was saved beside the tensors.
+        state: of the run, saved beside the tensors.
     """
 
     checkpoint: Path | None = None
@@ -39,7 +39,7 @@ class Origin:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig) -> Origin:
+def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig) -> ResumePoint:
     """The checkpoint that this run goes on from, before a model is built. Collective.
 
     Rank 0 looks, so that all ranks mean the same ones; the ranks share the reading. A damaged checkpoint is renamed to
@@ -47,7 +47,7 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
 
     Raises:
         UserError: on every rank, for a contract that differs in an entry that ``resume.accept`` does not name, a run
-            whose only checkpoint is damaged, or one that has checkpoints and was told not to resume.
+            whose only checkpoint is damaged, or one that has checkpoints under ``resume.enabled=false``.
     """
     checkpoints = by_rank_zero(RunDirectory(run_dir).committed_checkpoints)
     if checkpoints and not resume.enabled:
@@ -64,15 +64,30 @@ def find_origin(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig
             damage = first_problem(_problem_of(verify_checkpoint, checkpoint, dist.get_rank(), dist.get_world_size()))
         if damage is None:
             stage = manifest.get("zero_stage", 3)
-            return Origin(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
+            return ResumePoint(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
         if not checkpoints:
             raise UserError(
-                f"{damage}, and there is no checkpoint before it; mend the file, or to begin anew rename {checkpoint}"
+                f"{damage}, and there is no checkpoint before it; fix the file, or to begin anew rename {checkpoint}"
             )
-        told = by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1])
-        if dist.get_rank() == 0:
-            tell(told)
-    return Origin()
+        log_once(by_rank_zero(_set_aside, checkpoint, damage, checkpoints[-1]))
+    return ResumePoint()
+
+
+def prepare_resume(point: ResumePoint, stage: int) -> Callable[[Any], None] | None:
+    """Make the function that brings a new engine to the resume point; None at the beginning. Collective.
+
+    A checkpoint of another number of ranks is converted here, while there is no engine yet.
+
+    Raises:
+        UserError: on every rank, for a checkpoint of another ZeRO stage, or one that cannot be converted.
+    """
+    if point.checkpoint is None:
+        return None
+    checkpoint, universal = point.checkpoint, None
+    check_stage(point.zero_stage, stage, checkpoint)
+    if point.world_size != dist.get_world_size():
+        universal = make_universal(checkpoint, stage)
+    return lambda engine: load_checkpoint(engine, checkpoint, universal)
 
 
 def _problem_of(reading: Callable[..., object], *arguments: Any) -> str | None:
@@ -83,8 +98,8 @@ def _problem_of(reading: Callable[..., object], *arguments: Any) -> str | None:
     return None
 
 
-def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
-    """Rename a damaged checkpoint, so that its step can be saved again; returns what there is to tell."""
+def _set_aside(checkpoint: Path, damage: str, previous: Path) -> str:
+    """Rename a damaged checkpoint, so that its step can be saved again; returns a warning."""
     target = damaged_name(checkpoint)
     try:
         checkpoint.rename(target)
@@ -92,13 +107,13 @@ def _set_aside(checkpoint: Path, damage: str, before: Path) -> str:
     except OSError as error:
         raise UserError(
             f"{damage}; it could not be renamed ({error}): rename it to what does not begin with step-, and the run "
-            f"goes on from {before.name}"
+            f"goes on from {previous.name}"
         ) from error
-    return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {before.name}"
+    return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {previous.name}"
 
 
-def require_writable(run_dir: Path) -> None:
-    """Raise UserError on every rank where rank 0 cannot write into the run's directory. Collective."""
+def check_writable(run_dir: Path) -> None:
+    """Raise UserError on every rank if rank 0 cannot write into the run's directory. Collective."""
 
     def probe() -> None:
         with writing(run_dir):

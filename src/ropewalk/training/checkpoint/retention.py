@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are deleted, and how: only committed, whole ones, and never the newest of those."""
+"""Retention: old checkpoints are deleted; only committed, whole ones, and never the newest of those."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting with the weights of another run: which checkpoint, whether it fits, and what of its optimizer comes along.
+"""The start checkpoint: a run that begins with the weights of another run, and with or without its optimizer's state.
 
 The checkpoint is chosen once and written down in the run directory, its config.json included. From then on it does not
 matter that the other run goes on or prunes: until the first checkpoint of its own, this run starts from that one, and
@@ -19,14 +19,13 @@ from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
 from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest
-from ropewalk.training.agreement import by_rank_zero, first_problem, writing
-from ropewalk.training.checkpoint import load_state, verify_checkpoint
-from ropewalk.training.elastic import make_universal, require_stage
-from ropewalk.training.terminal import tell
+from ropewalk.training.checkpoint.elastic import check_stage, make_universal
+from ropewalk.training.checkpoint.save import load_state, verify_checkpoint
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, writing
 
 
 @dataclass(frozen=True)
-class Start:
+class StartCheckpoint:
     """The checkpoint that a run starts from.
 
     Attributes:
@@ -53,26 +52,26 @@ class Start:
         return str(RunDirectory.of(Path(self.checkpoint)).tokenizer)
 
     def identity(self) -> dict[str, Any]:
-        """For the contract: what the weights are, wherever they lie."""
+        """For the contract: what identifies the weights, in whatever directory."""
         return {"manifest_sha256": self.manifest_sha256, "step": self.step}
 
 
-def find_start(config: TrainConfig) -> Start | None:
-    """The checkpoint of ``start_from.run``, chosen by rank 0; None where none is named. Collective.
+def find_start(config: TrainConfig) -> StartCheckpoint | None:
+    """The checkpoint of ``start_from.run``, chosen by rank 0; None if none is named. Collective.
 
     Raises:
-        UserError: on every rank, where nothing is committed there.
+        UserError: on every rank, if nothing is committed there.
     """
     if config.start_from.run is None:
         return None
     run, run_dir = config.start_from.run, Path(config.run_dir)
-    return Start(**by_rank_zero(lambda: asdict(_choose(run, run_dir))))
+    return StartCheckpoint(**by_rank_zero(lambda: asdict(_choose(run, run_dir))))
 
 
-def _choose(run: str, run_dir: Path) -> Start:
+def _choose(run: str, run_dir: Path) -> StartCheckpoint:
     record = RunDirectory(run_dir).start_record
     if record.is_file():
-        start = Start(**json.loads(record.read_text()))
+        start = StartCheckpoint(**json.loads(record.read_text()))
         if start.run == run:
             return start
     checkpoint = checkpoint_at(run)
@@ -87,7 +86,7 @@ def _choose(run: str, run_dir: Path) -> Start:
             "run_name"
         )
     manifest = read_manifest(checkpoint)
-    return Start(
+    return StartCheckpoint(
         run=run,
         checkpoint=str(checkpoint.resolve()),
         manifest_sha256=sha256_of(checkpoint / MANIFEST),
@@ -98,11 +97,11 @@ def _choose(run: str, run_dir: Path) -> Start:
     )
 
 
-def write_start(start: Start, run_dir: Path) -> None:
+def write_start(start: StartCheckpoint, run_dir: Path) -> None:
     """Write down which checkpoint was chosen, once the contract of an earlier session is kept. Collective.
 
     Raises:
-        UserError: on every rank, where it cannot be written.
+        UserError: on every rank, if it cannot be written.
     """
 
     def write() -> None:
@@ -113,22 +112,21 @@ def write_start(start: Start, run_dir: Path) -> None:
     by_rank_zero(write)
 
 
-def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
-    """What brings a new engine to the checkpoint, verified and, for another number of ranks, converted. Collective.
+def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any], None]:
+    """Verify the checkpoint, convert it for another number of ranks, and make the function that loads it. Collective.
 
     Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own. The
     universal form is made in this run's directory; the other run's files are only read.
 
     Raises:
-        UserError: on every rank, where a file is not what the manifest says, or another ZeRO stage saved it.
+        UserError: on every rank, if a file is not what the manifest says, or another ZeRO stage saved it.
     """
     problem = first_problem(_problem(start, config.deepspeed.stage))
     if problem is not None:
         raise UserError(f"start_from.run={start.run} cannot be started from: {problem}")
     checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
-    if dist.get_rank() == 0:
-        told = "without its optimizer's state" if is_dropped else "with its optimizer's state"
-        tell(f"starting from {checkpoint} (step {start.step}), {told}")
+    optimizer = "without its optimizer's state" if is_dropped else "with its optimizer's state"
+    log_once(f"starting from {checkpoint} (step {start.step}), {optimizer}")
     if start.world_size != dist.get_world_size():
         universal = make_universal(
             checkpoint, config.deepspeed.stage, RunDirectory(Path(config.run_dir)).start_universal
@@ -144,11 +142,11 @@ def prepare_start(start: Start, config: TrainConfig) -> Callable[[Any], None]:
     return load
 
 
-def _problem(start: Start, stage: int) -> str | None:
-    """What is wrong with the checkpoint, or with this rank's share of its files."""
+def _problem(start: StartCheckpoint, stage: int) -> str | None:
+    """The first fault of the checkpoint, or of this rank's share of its files; None if there is none."""
     checkpoint = Path(start.checkpoint)
     try:
-        require_stage(start.zero_stage, stage, checkpoint)
+        check_stage(start.zero_stage, stage, checkpoint)
         if sha256_of(checkpoint / MANIFEST) != start.manifest_sha256:
             return f"{checkpoint / MANIFEST} is not the one that this run was to start from"
         verify_checkpoint(checkpoint, dist.get_rank(), dist.get_world_size())

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from ropewalk.config.rules import validate_train
 from ropewalk.data import Mixture
 from ropewalk.data.order.batches import rank_micro_batches, read_batch
-from ropewalk.training.parallel import check_heads, shard
+from ropewalk.training.inputs import check_heads, stretch
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def batch(store_64):
 
 
 def test_stretches_make_up_the_row(batch):
-    parts = [shard(batch, rank, 4) for rank in range(4)]
+    parts = [stretch(batch, rank, 4) for rank in range(4)]
     for name in ("input_ids", "position_ids", "labels"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
     assert all(torch.equal(part.cu_seqlens, batch.cu_seqlens) for part in parts)
@@ -28,18 +28,18 @@ def test_stretches_make_up_the_row(batch):
 
 def test_labels_are_shifted_before_the_cut(batch):
     """A stretch that ends inside a document is trained on the first token of the next."""
-    first, second = shard(batch, 0, 2), shard(batch, 1, 2)
+    first, second = stretch(batch, 0, 2), stretch(batch, 1, 2)
     cut = first.input_ids.shape[1]
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         if start < cut < end:
             assert first.labels[0, -1] == second.input_ids[0, 0]
-    moved = [shard(batch, rank, 8) for rank in range(8)]
+    moved = [stretch(batch, rank, 8) for rank in range(8)]
     assert sum(part.trained_tokens for part in moved) == batch.trained_tokens
 
 
 def test_a_row_that_does_not_divide_is_refused(batch):
     with pytest.raises(ValueError, match="128 tokens cannot be cut in 3"):
-        shard(batch, 0, 3)
+        stretch(batch, 0, 3)
 
 
 def test_llama_3_8b_allows_two_four_and_eight():

@@ -1,4 +1,4 @@
-"""A rank's part of a save: written at once, or from a snapshot in host memory by a thread while training goes on.
+"""Background saves: a rank's part is written from a snapshot in host memory, by a thread, while training goes on.
 
 DeepSpeed 0.19.8 has engines of its own for this. FastCheckpointEngine pins its buffers and so fails without a GPU; the
 decoupled one shares the tensors with a second process instead of copying them, so the next optimizer step waits for the
@@ -30,8 +30,8 @@ def snapshot(content: Any) -> Any:
     return deepcopy(content)
 
 
-class Work(Generic[T]):
-    """A function whose outcome is asked for later: run then, or in a thread from now on."""
+class Deferred(Generic[T]):
+    """A function whose result is taken later: run then, or in a thread from now on."""
 
     def __init__(self, function: Callable[[], T], in_background: bool) -> None:
         self._function = function
@@ -45,18 +45,18 @@ class Work(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._function())
-        except Exception as error:  # told where the outcome is asked for
+        except Exception as error:  # raised where the result is taken
             self._error = error
 
     def done(self, within: float = 0.0) -> bool:
-        """Whether ``result`` would not wait; a thread gets ``within`` seconds first."""
+        """True if ``result`` would not wait; a thread gets ``within`` seconds first."""
         if self._thread is None:
             return True
         self._thread.join(within)
         return not self._thread.is_alive()
 
     def result(self) -> T:
-        """What the function returned, or raise what it raised."""
+        """The function's result, or the exception that it raised."""
         if self._thread is None:
             return self._function()
         self._thread.join()

@@ -13,8 +13,8 @@ from ranks import start_ranks, tiny_arguments
 
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import find_checkpoint, saving, train, verify_checkpoint
-from ropewalk.training.checkpoint import SaveFailed, _files_of
+from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
+from ropewalk.training.checkpoint.save import SaveFailed, _files_of
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_only_checkpoint_damaged_is_an_error(store_64, copied):
     shutil.rmtree(RunDirectory(copied).checkpoint(2))
     newest = find_checkpoint(copied)
     next(newest.rglob("*model_states.pt")).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is not the file that was saved.*no checkpoint before it; mend .* rename"):
+    with pytest.raises(ValueError, match=r"is not the file that was saved.*no checkpoint before it; fix .* rename"):
         train(tiny_run(store_64, copied))
     assert find_checkpoint(copied) == newest
 
@@ -116,7 +116,7 @@ def test_a_disk_that_fills_costs_no_checkpoint(store_64, tmp_path, capsys):
     run_dir = tmp_path / "run"
     arguments = ["trainer.max_steps=6", "trainer.checkpoint_every=2"]
     train(tiny_run(store_64, run_dir, *arguments, "trainer.stop_after=2"))
-    real, limits = saving.start_save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, limits = saver.start_save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_a_full_disk(engine, run_dir, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step == 4 else limits[0], limits[1]))
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_costs_no_checkpoint(store_64, tmp_path, capsys):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "start_save", on_a_full_disk)
+        patch.setattr(saver, "start_save", on_a_full_disk)
         train(tiny_run(store_64, run_dir, *arguments))
     told = capsys.readouterr().out
     assert re.search(
@@ -170,13 +170,13 @@ def test_what_is_committed_is_not_removed_by_a_save_that_fails(store_64, copied,
     newest = find_checkpoint(copied)
     aside = shutil.copytree(newest, copied / "aside")
     shutil.rmtree(newest)
-    real = saving.start_save
+    real = saver.start_save
 
     def late(*arguments):
         shutil.copytree(aside, newest)
         return real(*arguments)
 
-    monkeypatch.setattr(saving, "start_save", late)
+    monkeypatch.setattr(saver, "start_save", late)
     with pytest.raises(SaveFailed, match=r"step-00000004 is committed already .* step-00000004 stands"):
         train(tiny_run(store_64, copied))
     assert verify_checkpoint(newest)["step"] == 4

@@ -20,8 +20,8 @@ from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model.load import write_config
 from ropewalk.runs.directory import MANIFEST, MANIFEST_FORMAT, ZERO, RunDirectory, read_manifest
-from ropewalk.training.agreement import together
-from ropewalk.training.background import Work, snapshot
+from ropewalk.training.checkpoint.background import Deferred, snapshot
+from ropewalk.training.distributed import gather, together
 
 
 def find_checkpoint(run_dir: str | Path) -> Path | None:
@@ -34,7 +34,7 @@ def verify_checkpoint(checkpoint: str | Path, rank: int = 0, world_size: int = 1
 
     Args:
         checkpoint: directory of one step.
-        rank: look only at this rank's share of the files; where as many ranks saved it, those that it wrote.
+        rank: read only this rank's share of the files; if as many ranks saved it, those that it wrote itself.
         world_size: ranks that share the reading.
 
     Raises:
@@ -85,12 +85,12 @@ def start_save(
         engine: the DeepSpeed engine; from here on it may change.
         run_dir: the run's directory.
         step: steps taken; the data order needs no other state.
-        contract: what a resumed run must agree with.
-        state: what it goes on from beside the tensors; small, JSON; rank 0's is written.
+        contract: entries that a resumed run must agree with.
+        state: of the run, beside the tensors; small, JSON; rank 0's is written.
         in_background: copy the tensors to host memory, and write and hash them in a thread.
 
     Raises:
-        SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
+        SaveFailed: on every rank, if one of them could not write. What was written of this step is removed.
     """
     directory = RunDirectory(run_dir).checkpoint(step)
     with _undone(run_dir, step):
@@ -101,11 +101,11 @@ def start_save(
     facts = {"step": step, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
 
     def write() -> dict[str, Any]:
-        for do in later:
-            do()
+        for postponed in later:
+            postponed()
         return _settle_share(directory, failures, rng)
 
-    return StartedSave(run_dir, facts, dict(contract), dict(state), Work(write, in_background))
+    return StartedSave(run_dir, facts, dict(contract), dict(state), Deferred(write, in_background))
 
 
 class StartedSave:
@@ -117,7 +117,7 @@ class StartedSave:
         facts: Mapping[str, int],
         contract: Mapping[str, Any],
         state: Mapping[str, Any],
-        share: Work[dict[str, Any]],
+        share: Deferred[dict[str, Any]],
     ) -> None:
         self.run_dir, self.facts, self.contract, self.state, self.share = run_dir, facts, contract, state, share
 
@@ -127,7 +127,7 @@ class StartedSave:
         return self.facts["step"]
 
     def written(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether every rank has written its files, so that ``commit`` would not wait. Collective."""
+        """True if every rank has written its files, so that ``commit`` would not wait. Collective."""
         done = torch.tensor([int(self.share.done())])
         dist.all_reduce(done, op=dist.ReduceOp.MIN, group=group)
         return bool(done)
@@ -136,12 +136,12 @@ class StartedSave:
         """Wait for every rank's files, then rename the manifest into place. Collective.
 
         Raises:
-            SaveFailed: on every rank, where one of them could not write. What it wrote of this step is removed.
+            SaveFailed: on every rank, if one of them could not write. What was written of this step is removed.
         """
         directory = RunDirectory(self.run_dir).checkpoint(self.step)
         with _undone(self.run_dir, self.step):
-            mine = together(self.share.result, failure=SaveFailed)
-            together(_commit, directory, self.facts, self.contract, self.state, mine, failure=SaveFailed)
+            files = together(self.share.result, failure=SaveFailed)
+            together(_commit, directory, self.facts, self.contract, self.state, files, failure=SaveFailed)
         return directory
 
 
@@ -173,9 +173,9 @@ def _begin(engine: Any, directory: Path) -> None:
 
 @contextmanager
 def _recorded_writes(engine: Any, in_background: bool) -> Iterator[tuple[list[str], list[Callable[[], None]]]]:
-    """Have DeepSpeed's writes leave word of a failure instead of an exception: the other ranks wait in its barriers.
+    """Have DeepSpeed's writes note a failure instead of raising it: the other ranks wait in its barriers.
 
-    Yields that word, and, in the background, the writes of tensors that are still to be made, of copies.
+    Yields the failures, and, in the background, the writes of copied tensors that are still to be made.
     """
     failures: list[str] = []
     later: list[Callable[[], None]] = []
@@ -184,7 +184,7 @@ def _recorded_writes(engine: Any, in_background: bool) -> Iterator[tuple[list[st
         def attempt(*arguments: Any, **named: Any) -> None:
             try:
                 write(*arguments, **named)
-            except (OSError, RuntimeError) as error:  # torch tells of a full disk as RuntimeError
+            except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
                 failures.append(str(error))
 
         return attempt
@@ -226,10 +226,9 @@ def _commit(
     facts: Mapping[str, int],
     contract: Mapping[str, Any],
     state: Mapping[str, Any],
-    mine: dict[str, Any],
+    files: dict[str, Any],
 ) -> None:
-    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
+    shares = gather(files)  # every rank's files are durable by now
     if dist.get_rank() != 0:
         return
     manifest = {
@@ -237,7 +236,7 @@ def _commit(
         **facts,
         "contract": dict(contract),
         "state": dict(state),
-        "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
+        "files": {name: entry for share in shares for name, entry in sorted(share.items())},
     }
     fsync_path(directory / ZERO)
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -255,8 +254,8 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None
     Args:
         engine: the DeepSpeed engine.
         checkpoint: verified.
-        universal: its universal form, where another number of ranks saved it. Random state is left alone then: it
-            belongs to ranks that are no more, and training draws nothing from it.
+        universal: its universal form, if another number of ranks saved it. Random state is left alone then: it belongs
+            to ranks that are no more, and training draws nothing from it.
     """
     load_state(engine, universal or checkpoint, is_universal=universal is not None)
     if universal is None:
@@ -292,8 +291,8 @@ def _owner(path: Path) -> int:
 
 def _files_of(rank: int, directory: Path) -> list[Path]:
     # A hidden one is what another rank's safetensors is just writing, and is gone a moment later.
-    found = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in found if _owner(path) == rank)
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if _owner(path) == rank)
 
 
 def _describe(path: Path) -> dict[str, Any]:

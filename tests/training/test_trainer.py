@@ -1,4 +1,4 @@
-"""Whole small runs of the real engine."""
+"""Whole small runs of the real engine, and the learning rate at the points that its definition fixes."""
 
 import json
 import math
@@ -9,23 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, composed, tiny_run
+from helpers import TINY, composed, one_step, tiny_run
 from ranks import run_ranks, tiny_arguments
 
+from ropewalk.config.train import TrainerConfig
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
 from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope.position import position_of
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import find_checkpoint, loop, train
-from ropewalk.training.checkpoint import load_checkpoint
-from ropewalk.training.engine import place_spectrum, start_engine, start_processes
+from ropewalk.training import find_checkpoint, train
+from ropewalk.training.checkpoint import resume
+from ropewalk.training.checkpoint.save import load_checkpoint
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import place_spectrum, start_engine
 from ropewalk.training.guards import Guard
-from ropewalk.training.loop import micro_batches, open_data, take_step
+from ropewalk.training.hooks import Hook
+from ropewalk.training.inputs import micro_batches, open_data, step_batch
+from ropewalk.training.meter import Meter
+from ropewalk.training.signals import EXIT_REQUEUE, StopRequested
+from ropewalk.training.trainer import Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
+TRAINER = TrainerConfig(max_steps=101, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.0)
+WARM = TrainerConfig(max_steps=100, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.1)
 
 
 def losses(run_dir):
@@ -108,7 +117,7 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     assert_spectrum(lm, spectrum)
     batches = micro_batches(mixture, 0, ranks, config)
-    take_step(engine, batches, mixture.trained_tokens(0), 1e-3, ranks, Guard(config.guards))
+    one_step(engine, batches, mixture.trained_tokens(0), ranks)
     assert_spectrum(lm, spectrum)
     load_checkpoint(engine, find_checkpoint(tmp_path))
     place_spectrum(engine)
@@ -129,7 +138,7 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     config = tiny_run(store_64, tmp_path)
     config.rope.chain = COPE
     train(replace(config, trainer=replace(config.trainer, stop_after=2)))
-    monkeypatch.setattr(loop, "load_checkpoint", casting_load)
+    monkeypatch.setattr(resume, "load_checkpoint", casting_load)
     train(config)
     lm = engines[0].module.lm
     assert_spectrum(lm, position_of(lm.config).spectrum())
@@ -211,6 +220,76 @@ def test_records_what_ran(store_64, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+class Recorder(Hook):
+    """Notes every moment; asks to leave before a micro batch of the step after ``leave_after`` steps."""
+
+    def __init__(self, name, moments, leave_after=None):
+        self.name, self.moments, self.leave_after, self.steps = name, moments, leave_after, 0
+
+    def note(self, *moment):
+        self.moments.append((self.name, *moment))
+
+    def __enter__(self):
+        self.note("enter")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.note("exit", kind)
+
+    def before_step(self, number):
+        self.note("before step", number)
+
+    def before_micro_batch(self):
+        if self.leave_after == self.steps:
+            raise StopRequested("SIGUSR1")
+        self.note("before micro batch")
+
+    def after_step(self, step):
+        self.steps += 1
+        self.note("after step", step.number, step.order_step)
+
+    def before_exit(self, steps, reason):
+        self.note("before exit", steps, reason)
+
+
+@pytest.mark.parametrize("leave_after", [None, 1])
+def test_hooks_are_called_in_one_order_at_every_moment(store_64, tmp_path, leave_after):
+    """Two steps of two micro batches after ten others, or one step and a request to leave in the second."""
+    ranks = start_processes("cpu")
+    config = tiny_run(store_64, tmp_path)
+    _, mixture = open_data(config)
+    engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+    moments, meter = [], Meter(ranks.device)
+    first, second = Recorder("first", moments, leave_after), Recorder("second", moments)
+    trainer = Trainer(
+        engine, ranks, (step_batch(mixture, step, ranks, config) for step in (4, 7)), lambda step: 1e-3 * step,
+        Guard(config.guards), meter, (first, second), step=10, last_step=12,
+    )  # fmt: skip
+
+    def both(*moment):
+        return [("first", *moment), ("second", *moment)]
+
+    def whole_step(number, order_step):
+        return [
+            *both("before step", number), *both("before micro batch"), *both("before micro batch"),
+            *both("after step", number, order_step),
+        ]  # fmt: skip
+
+    if leave_after is None:
+        trainer.run()
+        rest, kind = whole_step(12, 7), None
+    else:
+        with pytest.raises(SystemExit) as left:
+            trainer.run()
+        assert left.value.code == EXIT_REQUEUE
+        rest, kind = [*both("before step", 12), *both("before exit", 11, "SIGUSR1")], SystemExit
+    assert moments == [*both("enter"), *whole_step(11, 4), *rest, *reversed(both("exit", kind))]
+    assert engine.optimizer.param_groups[0]["lr"] == 1e-3 * 11  # of the last step that was begun
+    row = meter.row(1)
+    assert all(row[f"seconds/{phase}"] > 0 for phase in ("data", "forward", "backward", "optimizer"))
+    engine.destroy()
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
     runs = []
@@ -221,3 +300,19 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+def test_warm_up_is_linear_and_reaches_the_peak():
+    assert [learning_rate(step, WARM) for step in (0, 4, 9)] == pytest.approx([1e-6, 5e-6, 1e-5])
+    assert learning_rate(10, WARM) == pytest.approx(1e-5)
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_at_the_floor_at_the_end():
+    assert learning_rate(0, TRAINER) == pytest.approx(1e-5)
+    assert learning_rate(50, TRAINER) == pytest.approx(5.5e-6)  # the mean of peak and floor
+    assert learning_rate(100, TRAINER) == pytest.approx(1e-6)
+    assert learning_rate(25, TRAINER) == pytest.approx(1e-6 + 9e-6 * (1 + 2**-0.5) / 2)
+
+
+def test_one_step_run():
+    assert learning_rate(0, TrainerConfig(max_steps=1, learning_rate=1.0, global_batch_size=1)) == 1.0

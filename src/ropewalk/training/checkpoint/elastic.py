@@ -1,4 +1,4 @@
-"""Going on with another number of ranks: DeepSpeed's universal form of a checkpoint, made once and kept beside it."""
+"""Another number of ranks: DeepSpeed's universal form of a checkpoint, made once and kept beside it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ import torch.distributed as dist
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.runs.directory import MANIFEST, ZERO, universal_form
-from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
-from ropewalk.training.background import Work
-from ropewalk.training.terminal import tell
+from ropewalk.training.checkpoint.background import Deferred
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together, writing
 
 SOURCE = "source.json"
 
 
-def require_stage(saved: int, present: int, checkpoint: Path) -> None:
-    """Raise UserError where a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
+def check_stage(saved: int, present: int, checkpoint: Path) -> None:
+    """Raise UserError if a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
     if saved != present:
         raise UserError(
             f"{checkpoint} was saved with deepspeed.stage={saved}, this run has deepspeed.stage={present}; set it to "
@@ -33,7 +32,7 @@ def require_stage(saved: int, present: int, checkpoint: Path) -> None:
 
 
 def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> Path:
-    """The universal form of a verified checkpoint: verified where it is there, else converted by rank 0. Collective.
+    """The universal form of a verified checkpoint: verified if it is there, else converted by rank 0. Collective.
 
     It costs as much disk as the checkpoint. retention deletes it with the checkpoints that ``trainer.keep_last`` ends.
 
@@ -43,7 +42,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
         target: directory of it; None: beside the checkpoint.
 
     Raises:
-        UserError: on every rank, where the conversion fails, and for ZeRO-1 and -2, whose shards say too little.
+        UserError: on every rank, if the conversion fails, and for ZeRO-1 and -2, whose shards cannot be converted.
     """
     if stage != 3:
         raise UserError(
@@ -57,8 +56,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
         damage = first_problem(_damage(target, files))
         if damage is None:
             return target
-        if dist.get_rank() == 0:
-            tell(f"warning: {damage}; the universal form of {checkpoint.name} is made again")
+        log_once(f"warning: {damage}; the universal form of {checkpoint.name} is made again")
     conversion = together(lambda: _Conversion(checkpoint, target, source) if dist.get_rank() == 0 else None)
     while True:  # a barrier would meet the process group's timeout with a large model
         status = [conversion.status() if conversion else ""]
@@ -73,7 +71,7 @@ def make_universal(checkpoint: Path, stage: int, target: Path | None = None) -> 
 
 
 def _files_of(target: Path, source: str) -> dict[str, Any] | None:
-    """Size and checksum of each file of a universal form; None where there is none of the manifest ``source``."""
+    """Size and checksum of each file of a universal form; None if there is none of the manifest ``source``."""
     try:
         record = json.loads((target / SOURCE).read_text())
     except (OSError, ValueError):
@@ -82,7 +80,7 @@ def _files_of(target: Path, source: str) -> dict[str, Any] | None:
 
 
 def _damage(target: Path, files: Mapping[str, Any]) -> str | None:
-    """What is wrong with this rank's share of the files."""
+    """The first fault of this rank's share of the files; None if there is none."""
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         path, expected = inside(target, name), files[name]
         try:
@@ -103,7 +101,7 @@ class _Conversion:
             target.parent.mkdir(exist_ok=True)
         for left_over in (self.target, self.partial):
             shutil.rmtree(left_over, ignore_errors=True)
-        tell(f"{checkpoint.name} was saved by another number of ranks: converting it")
+        log_once(f"{checkpoint.name} was saved by another number of ranks: converting it")
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         folders = ["--input_folder", str(checkpoint / ZERO), "--output_folder", str(self.partial / ZERO)]
         workers = str(max(1, (os.cpu_count() or 2) // 2))
@@ -114,7 +112,7 @@ class _Conversion:
             text=True,
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
-        self.commit: Work[None] | None = None
+        self.commit: Deferred[None] | None = None
 
     def status(self) -> str:
         """ "running", "done", or what went wrong."""
@@ -125,7 +123,7 @@ class _Conversion:
                 return "running"
             if self.process.returncode != 0:
                 return " | ".join(errors.strip().splitlines()[-3:]) or f"exit code {self.process.returncode}"
-            self.commit = Work(self._commit, in_background=True)
+            self.commit = Deferred(self._commit, in_background=True)
         if not self.commit.done(within=1.0):
             return "running"
         try:

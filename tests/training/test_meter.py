@@ -1,4 +1,5 @@
-"""Loss by domain and position against every document alone, and one rank against two; the rows of real runs."""
+"""Loss by domain and position against every document alone, one rank against two, the rows of real runs; FLOPs against
+torch's own counter and a closed form, imbalance against a count by hand."""
 
 from collections import defaultdict
 
@@ -6,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import save_tiny, tiny_run
+from helpers import TINY, save_tiny, tiny_run
 from ranks import run_ranks, tiny_arguments
-from transformers import AutoModelForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ropewalk.data import Mixture, SequenceRef
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import train
-from ropewalk.training.loop import open_data
-from ropewalk.training.metrics import Meter, position_edges
+from ropewalk.training import meter, train
+from ropewalk.training.inputs import open_data
+from ropewalk.training.meter import WorkCounter, position_edges
 
+BATCH = 4
 MIXTURE = {"long": 1.0, "short": 1.0}  # short has rows of several documents
 
 
@@ -95,10 +99,41 @@ def test_a_known_peak_gives_utilisation_by_each_convention(store_64, tmp_path):
     assert row["mfu/documents"] < row["mfu/dense_causal"] < row["mfu/full_attention"]
 
 
-def test_waiting_for_data_is_counted_and_nothing_is_lost():
-    meter = Meter(torch.device("cpu"))
-    assert list(meter.waited(range(5))) == [0, 1, 2, 3, 4]
-    row = meter.row(1)
-    assert row["seconds/data"] > 0
-    assert row["seconds/forward"] == 0
-    assert meter.row(1)["seconds/data"] == 0
+def counter(store, data_size=1):
+    return WorkCounter(AutoConfig.for_model("llama", **TINY), Mixture(0, {}, store, BATCH), data_size, 1)
+
+
+def test_full_attention_is_what_torch_counts(store_64):
+    """One row of 64 tokens through stock eager attention, which computes all pairs; forward, so a third."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY), attn_implementation="eager")
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(input_ids=torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
+    expected = 3 * BATCH * counted.get_total_flops()
+    assert counter(store_64).step(0).flops["full_attention"] == expected
+
+
+def test_documents_count_their_own_pairs(store_64):
+    """Linear layers: q, o 32 x 64; k, v 32 x 32; three of 32 x 64; two layers; head 32 x 512."""
+    linear = 2 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 64) + 32 * 512
+    mixture = Mixture(0, {}, store_64, BATCH)
+    pairs = 0
+    for ref in mixture.global_batch(0):
+        for row in ref.rows:
+            start = 0
+            for end in [*store_64.document_ends(ref.domain, row).tolist(), 64]:  # padding is attended, too
+                pairs += sum(range(1, end - start + 1))
+                start = end
+    flops = counter(store_64).step(0).flops
+    attention = 2 * 4 * 16 * 4  # layers x heads x head_dim x (2 FLOPs x 2 products)
+    assert flops["documents"] == 3 * (2 * linear * 64 * BATCH + attention * pairs)
+    assert flops["dense_causal"] == 3 * (2 * linear * 64 * BATCH + attention * BATCH * 64 * 65 / 2)
+
+
+def test_imbalance_is_the_slowest_of_every_slot_over_the_mean(store_64, monkeypatch):
+    """Two ranks, two slots: (5, 3) and (2, 2) take 5 + 2 where 6 would do."""
+    costs = {"a": 5.0, "b": 3.0, "c": 2.0, "d": 2.0}
+    a, b, c, d = (SequenceRef(name, (0,)) for name in costs)
+    monkeypatch.setattr(meter, "micro_batch_slots", lambda *arguments: [[[a], [b]], [[c], [d]]])
+    found = counter(store_64, data_size=2)
+    monkeypatch.setattr(found, "_sequence_flops", lambda ref: costs[ref.domain])
+    assert found.step(0).imbalance == 7 / 6

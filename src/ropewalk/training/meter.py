@@ -1,25 +1,35 @@
-"""What a step is measured by: loss by domain and by position, where the time goes, memory."""
+"""The measures of a step: loss by domain and by position, where the time goes, memory, and floating-point work."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ropewalk.data.order.batches import IGNORE_INDEX, Batch
+from ropewalk.data import Mixture, SequenceRef
+from ropewalk.data.order.batches import IGNORE_INDEX, Batch, micro_batch_slots
+from ropewalk.flops import causal_pairs, sequence_flops
 from ropewalk.training.inputs import queued
 
 FIRST_EDGE = 16  # tokens of context in the first bucket of positions
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 BETWEEN_STEPS = ("data", "checkpoint", "evaluation")  # waits of the CPU, timed by its clock
-T = TypeVar("T")
+# Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets, by the name that CUDA gives it.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}
+CONVENTIONS = ("documents", "dense_causal", "full_attention")
 
 
 def position_edges(sequence_length: int) -> list[int]:
@@ -31,14 +41,14 @@ def position_edges(sequence_length: int) -> list[int]:
 
 
 class Meter:
-    """Adds up what the steps since the last row of metrics did. Every rank holds one."""
+    """Adds up the measures of the steps since the last row of metrics. Every rank holds one."""
 
     def __init__(self, device: torch.device, domains: Sequence[str] = (), sequence_length: int = FIRST_EDGE) -> None:
         """Start at zero.
 
         Args:
             device: of the losses.
-            domains: names in sorted order, as Batch.domain_ids counts them; none: no loss is told apart.
+            domains: names in sorted order, as Batch.domain_ids counts them; none: no breakdown of the loss.
             sequence_length: tokens, for the buckets of positions.
         """
         self.device, self.domains = device, tuple(domains)
@@ -65,23 +75,12 @@ class Meter:
         end.record()
         self._events.append((phase, begin, end))
 
-    def waited(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, the wait for each counted as data."""
-        iterator = iter(items)
-        while True:
-            with self.time("data"):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
-
     def token_losses(self, batch: Batch) -> Tensor | None:
-        """Where the loss is to leave each token's: fp32 (tokens,); None where nobody asks."""
+        """Buffer for per-token losses, fp32 (tokens,); None if no breakdown is logged."""
         return torch.zeros(batch.labels.shape[1], device=self.device) if self.domains else None
 
     def add(self, batch: Batch, token_losses: Tensor | None) -> None:
-        """Sort a micro batch's losses by domain and position; no wait for the device."""
+        """Add a micro batch's losses up by domain and position, without waiting for the device."""
         if token_losses is None:
             return
         trained = batch.labels[0] != IGNORE_INDEX
@@ -95,13 +94,13 @@ class Meter:
 
     @staticmethod
     def _domain_of_tokens(batch: Batch) -> Tensor:
-        """int64 (tokens,); where ranks share a row, of this rank's stretch of it."""
+        """Domain of each token, int64 (tokens,); of this rank's stretch if ranks share the row."""
         lengths = batch.cu_seqlens.diff().long()
         domains = batch.domain_ids.long().repeat_interleave(lengths)
-        here = batch.labels.shape[1]
-        stretches = len(domains) // here
-        start = (dist.get_rank() % stretches) * here if stretches > 1 else 0
-        return domains[start : start + here]
+        tokens = batch.labels.shape[1]
+        stretches = len(domains) // tokens
+        start = (dist.get_rank() % stretches) * tokens if stretches > 1 else 0
+        return domains[start : start + tokens]
 
     def reduce(self, total: Tensor) -> float:
         """Sum the loss over all ranks, and everything else in the same message. Collective; waits for the device.
@@ -126,11 +125,11 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def row(self, steps: int) -> dict[str, float]:
-        """What was counted since the last row, as entries of the metrics; begins anew.
+        """Entries of a row of metrics, from everything since the last row; begins anew.
 
         ``loss/domain/NAME`` and ``loss/position/N`` (contexts of up to N tokens, from the next smaller N on) are nats
-        per trained token, ``tokens/domain/NAME`` trained tokens, ``seconds/PHASE`` a step's; what saw no token, and
-        steps whose loss is not finite, are left out.
+        per trained token, ``tokens/domain/NAME`` trained tokens, ``seconds/PHASE`` a step's. Entries without a token,
+        and steps whose loss is not finite, are left out.
         """
         for phase, begin, end in self._events:
             end.synchronize()
@@ -146,3 +145,66 @@ class Meter:
         self._seconds.clear()
         self._events.clear()
         return row
+
+
+def known_peak(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a GPU in the table; None for any other device."""
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Work of one global batch, forward and backward.
+
+    Attributes:
+        flops: by convention. Matrix products count 2 FLOPs a multiply-add, backward twice the forward; recomputation
+            does not count. Attention counts the pairs of query and key: "documents": causal inside the documents that
+            were packed; "dense_causal": causal over the whole row, as if it were one document; "full_attention": all
+            pairs of the row (PaLM, arXiv 2204.02311, appendix B).
+        imbalance: work of the slowest rank over the mean, micro batch by micro batch, since ZeRO-3 synchronises at
+            each; 1: even.
+    """
+
+    flops: dict[str, float]
+    imbalance: float
+
+
+class WorkCounter:
+    """Counts the work of any step from the store's index, without reading a token."""
+
+    def __init__(self, config: PreTrainedConfig, mixture: Mixture, data_size: int, micro_batch_size: int) -> None:
+        """Take the model's shape.
+
+        Args:
+            config: of the model.
+            mixture: the order.
+            data_size: ranks that read different data.
+            micro_batch_size: sequences.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        self.linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))  # with the head
+        self.attention_width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        self.mixture, self.data_size, self.micro_batch_size = mixture, data_size, micro_batch_size
+        self.length = mixture.store.sequence_length
+
+    def step(self, step: int) -> StepWork:
+        """The work of the global batch of ``step``."""
+        slots = micro_batch_slots(self.mixture, step, self.data_size, self.micro_batch_size)
+        work = [[sum(self._sequence_flops(ref) for ref in micro) for micro in slot] for slot in slots]
+        total, sequences, length = sum(map(sum, work)), self.mixture.global_batch_size, self.length
+        flops = {
+            "documents": total,
+            "dense_causal": sequences * self._flops(causal_pairs(length)),
+            "full_attention": sequences * self._flops(float(length**2)),
+        }
+        return StepWork(flops, sum(map(max, work)) / (total / self.data_size))
+
+    def _sequence_flops(self, ref: SequenceRef) -> float:
+        """FLOPs of one sequence: a document of n tokens has n(n + 1)/2 pairs."""
+        squares = sum(self.mixture.store.attention_cost(ref.domain, row) for row in ref.rows)
+        return self._flops((squares + self.length) / 2)
+
+    def _flops(self, pairs: float) -> float:
+        """FLOPs of one sequence with so many pairs of query and key."""
+        return sequence_flops(self.linear, self.attention_width, self.length, pairs)

@@ -1,0 +1,182 @@
+"""Logging: the run's record, metrics.jsonl and evaluations.jsonl, the tracker, and the lines on the terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from types import TracebackType
+from typing import Any, Self
+
+from ropewalk.model.attention import attention_kernel
+from ropewalk.model.load import count_parameters
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.metrics_file import MetricsFile
+from ropewalk.runs.provenance import recorded_config
+from ropewalk.runs.record import copy_tokenizer, write_record
+from ropewalk.training.checkpoint.resume import ResumePoint
+from ropewalk.training.distributed import by_rank_zero, log, log_once, writing
+from ropewalk.training.hooks import Hook, Step
+from ropewalk.training.inputs import RunInputs
+from ropewalk.training.meter import CONVENTIONS, Meter, StepWork, WorkCounter, known_peak
+from ropewalk.training.tracker import open_tracker
+
+
+class RunLogger(Hook):
+    """Logs what happens in a run. Files, tracker and terminal are rank 0's."""
+
+    def __init__(self, inputs: RunInputs, resume_point: ResumePoint) -> None:
+        """Write the run's record and open everything else. Collective.
+
+        Raises:
+            UserError: on every rank, if the run's directory cannot be written.
+        """
+        config, ranks = inputs.config, inputs.ranks
+        self.config, self.ranks = config, ranks
+        self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
+        self.meter = Meter(ranks.device, sorted(inputs.mixture.store.domains), config.data.sequence_length)
+        self.clock = time.monotonic()  # at the last row, moved on by what is left out of the steps' speed
+        self.logged_step = resume_point.step
+        if ranks.is_main:
+            self.work = WorkCounter(
+                inputs.model_config, inputs.mixture, ranks.data_size, config.trainer.micro_batch_size
+            )
+            self.peak_flops = config.trainer.peak_flops or known_peak(ranks.device)
+            self.done: list[StepWork] = []  # since the last row
+        by_rank_zero(self._open, inputs, resume_point)
+
+    def _open(self, inputs: RunInputs, resume_point: ResumePoint) -> None:
+        config, store, run_dir = self.config, inputs.store, Path(self.config.run_dir)
+        model = {
+            "parameters": count_parameters(inputs.model_config),
+            "attention": attention_kernel(config.trainer.device),
+        }
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            record = write_record(config, inputs.position, store, model, self.ranks.world_size)
+            copy_tokenizer(store.tokenizer_path, run_dir)
+            self.metrics = MetricsFile(RunDirectory(run_dir).metrics, resume_point.step, log)
+            if config.evaluation.every is not None:
+                self.evaluations = MetricsFile(RunDirectory(run_dir).evaluation_metrics, resume_point.step, log)
+        details = {**recorded_config(config), "run": record}
+        tracker_id = resume_point.state.get("tracker_id")
+        self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, tracker_id)
+        self.progress = Progress(resume_point.step, config.trainer.max_steps)
+        where = f"from step {resume_point.step}" if resume_point.step else "from the start"
+        log_once(
+            f"{config.run_name}: {inputs.position}, {model['parameters']:,} parameters, "
+            f"{self.tokens_per_step:,} tokens a step, {where}"
+        )
+
+    def __enter__(self) -> Self:
+        """Start the clock of the first step, now that there is an engine."""
+        self.clock = time.monotonic()
+        if self.ranks.is_main:
+            self.progress.start = self.clock
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the tracker, unless the run has failed: a dashboard shows that it was cut off."""
+        if self.ranks.is_main and (error is None or isinstance(error, SystemExit)):
+            self.tracker.finish()
+
+    def after_step(self, step: Step) -> None:
+        """Log a step: every ``log_every`` steps, at the last, and if it was refused.
+
+        Loss, gradient norm and learning rate are the step's own; the rest is of all steps since the last row.
+        """
+        trainer = self.config.trainer
+        if self.ranks.is_main:
+            self.done.append(self.work.step(step.order_step))
+        if step.number % trainer.log_every and step.number != trainer.max_steps and step.refused is None:
+            return
+        steps, self.logged_step = step.number - self.logged_step, step.number
+        measured = self.meter.row(steps)
+        if not self.ranks.is_main:
+            return
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        row = {
+            "step": step.number,
+            "tokens": step.number * self.tokens_per_step,
+            "trained_tokens": step.trained_tokens,
+            "loss": _finite(step.loss),
+            "grad_norm": _finite(step.grad_norm),
+            "learning_rate": step.learning_rate,
+            "tokens_per_second": steps * self.tokens_per_step / seconds,
+            "seconds": seconds / steps,
+            "refused_steps": step.refused_steps,
+            **measured,
+            **self._work_done(seconds),
+        }
+        self.metrics.append(row)
+        self.tracker.log(row)
+        log_once(self.progress.line(row) if step.refused is None else f"step {step.number:>5} refused: {step.refused}")
+
+    def _work_done(self, seconds: float) -> dict[str, float]:
+        """Work rate of a device by convention, as a share of its peak if that is known, and how even the work was."""
+        rates = {
+            name: sum(work.flops[name] for work in self.done) / seconds / self.ranks.world_size for name in CONVENTIONS
+        }
+        row = {f"tflops_per_device/{name}": rate / 1e12 for name, rate in rates.items()}
+        if self.peak_flops:
+            row |= {f"mfu/{name}": rate / self.peak_flops for name, rate in rates.items()}
+        row["work_imbalance"] = mean(work.imbalance for work in self.done)
+        self.done.clear()
+        return row
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log an evaluation: evaluations.jsonl, the tracker under eval/, and a line on the terminal."""
+        if not self.ranks.is_main:
+            return
+        row = {"step": step, "tokens": step * self.tokens_per_step, **metrics}
+        self.evaluations.append(row)
+        self.tracker.log(row, group="eval")
+        words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/position/" not in name)
+        log_once(f"step {step:>5} evaluated: {words}")
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: the tracker's run, in which a resumed run goes on."""
+        return {"tracker_id": self.tracker.run_id} if self.ranks.is_main else {}
+
+    def settle(self) -> None:
+        """Bring the rows so far to the disk, before a checkpoint says that their steps are done."""
+        if self.ranks.is_main:
+            self.metrics.settle()
+            if self.config.evaluation.every is not None:
+                self.evaluations.settle()
+
+    @contextmanager
+    def clock_stopped(self, phase: str) -> Iterator[None]:
+        """Leave what happens inside, a checkpoint or an evaluation, out of the steps' speed."""
+        start = time.monotonic()
+        with self.meter.time(phase):
+            yield
+        self.clock += time.monotonic() - start
+
+
+class Progress:
+    """The line a person watches: step, loss, tokens per second, time left."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self.first_step, self.max_steps, self.start = first_step, max_steps, time.monotonic()
+
+    def line(self, row: dict[str, Any]) -> str:
+        """Format a metrics row; the remaining time is the mean of this session's steps times those left."""
+        done = row["step"] - self.first_step
+        left = (time.monotonic() - self.start) / done * (self.max_steps - row["step"])
+        minutes, seconds = divmod(round(left), 60)
+        return (
+            f"step {row['step']:>5}/{self.max_steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  "
+            f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:>7,.0f} tok/s  ETA {minutes}:{seconds:02d}"
+        )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None
