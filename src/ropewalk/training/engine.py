@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.model.activations import place_activations
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training
 from ropewalk.model.loss import tiled_linear_cross_entropy
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.rope.position import position_of
-from ropewalk.training.activations import place_activations
 from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
 
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import TrainerConfig
-from ropewalk.training.activations import place_activations
+from ropewalk.model.activations import place_activations
 
 CHUNK = 40  # of 128 tokens: the last chunk is shorter
 
