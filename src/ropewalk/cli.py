@@ -199,7 +199,7 @@ def _report(error: Exception) -> int:
 
 
 def _mend(message: str) -> str:
-    """What to do about a value that must be a list, or an unknown key or option: the nearest key, if there is one."""
+    """The fix for a value that must be a list, or for an unknown key or option: the nearest key, if there is one."""
     if alone := re.search(r"override (\S+?)=(.+?) Invalid value assigned: \w+ is not a ListConfig", message):
         return f"write it as {alone[1]}=[{alone[2]}]"
     unknown = re.search(r"Key '(\w+)' not in '(\w+)'", message)

@@ -1,4 +1,4 @@
-"""What a spectrum does to attention, in numbers: kernels, phases, ringing, and a singular value.
+"""The effect of a spectrum on attention, in numbers: kernels, phases, ringing, and a singular value.
 
 Throughout, ``inv_freq`` is float64 (d/2,), radians per token, highest first, 0 where a pair does not rotate. Distances
 and lengths are tokens.
@@ -96,7 +96,7 @@ def banded(values: FloatArray, per_octave: int = 16) -> Bands:
 
 
 def changed_pairs(spectrum: Spectrum) -> NDArray[np.bool_]:
-    """Which pairs differ from RoPE of the spectrum's own base, by more than rounding; bool (d/2,)."""
+    """The pairs that differ from RoPE of the spectrum's own base, by more than rounding; bool (d/2,)."""
     return ~np.isclose(spectrum.inv_freq, geometric(spectrum.theta, spectrum.head_dim), rtol=1e-9, atol=0)
 
 
@@ -199,7 +199,7 @@ def many_pair_kernel(distance: FloatArray, theta: float, kept: float, taper: str
 
 
 def ringing(values: FloatArray, per_period: int) -> FloatArray:
-    """What is left of evenly spaced ``values`` after their mean over one period around each is taken off.
+    """Evenly spaced ``values`` less their mean over one period around each.
 
     Args:
         values: float64 (n,).

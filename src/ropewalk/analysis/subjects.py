@@ -14,7 +14,7 @@ from ropewalk.rope import Position, RopeChain, Spectrum
 
 
 def is_declared(model: str) -> bool:
-    """Whether ``model`` is a name in configs/model."""
+    """True if ``model`` is a name in configs/model."""
     return _shipped("model", model).is_file()
 
 

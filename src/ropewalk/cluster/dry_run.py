@@ -61,7 +61,7 @@ class Promise:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one command would do."""
+    """The paths that one command would read and write."""
 
     needs: list[Need]
     promises: list[Promise]
@@ -226,7 +226,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _is_hub_id(need: Need, roots: tuple[str, ...]) -> bool:
-    """Whether it is named as ORGANISATION/NAME; what lies below our own roots is a path."""
+    """True if it is named as ORGANISATION/NAME; anything below our own roots is a path."""
     parts = need.path.split("/")
     own = any(_plain(need.path).startswith(_plain(root) + os.sep) for root in roots)
     return need.hub and not own and len(parts) == 2 and all(parts) and parts[0] not in (".", "..")

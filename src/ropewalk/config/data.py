@@ -11,7 +11,7 @@ from ropewalk.config.groups import PathsConfig
 
 @dataclass
 class SourceConfig:
-    """Where documents of one domain come from."""
+    """A source of documents of one domain."""
 
     domain: str = MISSING
     path: str = MISSING  # file or directory; kind=dataset: a saved dataset, or a hub id
@@ -58,7 +58,7 @@ class CorpusConfig:
 
 @dataclass
 class ExecutorConfig:
-    """What runs the tasks: processes of this machine, or datatrove's executors (extra scale), here or on SLURM."""
+    """Executor of the tasks: processes of this machine, or datatrove's executors (extra scale), here or on SLURM."""
 
     kind: str = "pool"  # pool, or of datatrove: local, slurm
     tasks: int = 16  # local and slurm: shares of the work; a job of an array each

@@ -24,7 +24,7 @@ class HelmetConfig:
 
 @dataclass
 class SuiteConfig:
-    """What is measured: one harness and its tasks, or several suites in a row."""
+    """A set of measurements: one harness and its tasks, or several suites in a row."""
 
     name: str = "quick"
     harness: str = "quick"  # quick, ruler, lm_eval, helmet, or suites

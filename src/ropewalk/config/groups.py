@@ -47,7 +47,7 @@ class PathsConfig:
 
 @dataclass
 class SlurmConfig:
-    """What a site's SLURM wants to hear; null is left to its own configuration."""
+    """Settings of a site's SLURM; null is left to its own configuration."""
 
     partition: str | None = None
     account: str | None = None

@@ -102,7 +102,7 @@ def _validate_stores(data: DataConfig) -> None:
 
 
 def is_remote(where: str) -> bool:
-    """Whether a store's place is a URL."""
+    """True if a store lies behind a URL."""
     return "://" in where
 
 
@@ -169,7 +169,7 @@ def _validate_shares(config: TrainConfig, world_size: int) -> None:
 
 
 def _has_weights(config: TrainConfig) -> bool:
-    """Whether training begins with a checkpoint's weights, and so with its chain."""
+    """True if training begins with a checkpoint's weights, and so with its chain."""
     return config.model.path is not None or config.start_from.run is not None
 
 

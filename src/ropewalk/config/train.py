@@ -33,7 +33,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Which packed stores are read, and in what proportions."""
+    """The packed stores that are read, and their proportions."""
 
     store: str = MISSING  # directory or URL (s3://, gs://, hf://, file://) of the packed store
     sequence_length: int = MISSING  # tokens; must equal the store's
@@ -84,7 +84,7 @@ class TrainerConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """What of ZeRO is a choice; the rest is fixed in training/engine.py."""
+    """The choices in ZeRO; the rest is fixed in training/engine.py."""
 
     stage: int = 3
     param_persistence_threshold: int = 100_000  # parameters smaller than this stay whole on every rank
@@ -110,7 +110,7 @@ class StartConfig:
 
 @dataclass
 class GuardConfig:
-    """What keeps a bad step from the weights. A refused step is counted, written to refused/, and passed over."""
+    """Guards that keep a bad step from the weights. A refused step is counted, written to refused/, and passed over."""
 
     max_refused: int = 3  # steps refused in a row before the run stops
     spike_window: int | None = None  # steps that a loss is compared with; null: only what is not finite is refused
@@ -147,7 +147,7 @@ class ParallelConfig:
 
 @dataclass
 class TrackerConfig:
-    """Where metrics go beside the run's own metrics.jsonl."""
+    """The tracker, which gets the metrics beside the run's own metrics.jsonl."""
 
     name: str = "wandb"  # wandb, trackio or none
     project: str = "ropewalk"
@@ -178,7 +178,7 @@ class TrainConfig:
 
 @dataclass
 class AssumptionConfig:
-    """What the planner cannot compute. Each is an assumption to replace by a measurement of your own."""
+    """Numbers that the planner cannot compute. Each is an assumption to replace by a measurement of your own."""
 
     utilisation: float = 0.28  # share of the peak that is reached, counting causal attention over whole rows
     step_overhead: float = 0.0  # seconds a step beside its micro batches
@@ -203,7 +203,7 @@ class PlanConfig(TrainConfig):
 
 @dataclass
 class SbatchConfig:
-    """What stands for the #SBATCH lines of a training script."""
+    """Options in place of the #SBATCH lines of a training script."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     nodes: int | None = None  # null: as the script says

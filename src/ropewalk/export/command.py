@@ -98,7 +98,7 @@ def _output(config: ExportConfig, source: Source) -> Path:
 
 
 def model_name(source: Source) -> str:
-    """What people call the model: the run, or the last part of the model's name."""
+    """The model's name for people: the run, or the last part of the model's name."""
     if source.run_dir is not None:
         return source.run_dir.name
     return str(source.identity["model"]).rstrip("/").rpartition("/")[2]

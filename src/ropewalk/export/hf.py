@@ -157,7 +157,7 @@ def copy_tokenizer_files(tokenizer: Path | None, directory: Path) -> None:
 
 
 def is_current(output: Path, source: Source, dtype: str | None) -> bool:
-    """Whether ``output`` was exported from exactly this source, in this dtype (None: in any)."""
+    """True if ``output`` was exported from exactly this source, in this dtype (None: in any)."""
     if not (output / SOURCE).is_file() or not (output / "config.json").is_file():
         return False
     present = json.loads((output / SOURCE).read_text())

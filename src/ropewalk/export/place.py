@@ -1,4 +1,4 @@
-"""Where an export is written: one writer at a time, beside first, and nothing replaced unasked."""
+"""The output directory of an export: one writer at a time, written beside first, and nothing replaced unasked."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
 
 
 def weight_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:
-    """What is missing or has another shape, in words; only headers are read.
+    """Weights that are missing or have another shape, in words; only headers are read.
 
     A model whose weights transformers renames when it loads them (experts kept one by one) is not looked at.
     """

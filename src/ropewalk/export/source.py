@@ -1,4 +1,4 @@
-"""What is exported: weights that are read one at a time, the position they rotate with, and where they came from."""
+"""The source of an export: weights read one at a time, the position they rotate with, and their origin."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ NAME = "ropewalk_documents"
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of one flat row of tokens begin and end; made once per batch.
+    """Boundaries of the documents in one flat row of tokens; made once per batch.
 
     Attributes:
         cu_seqlens: int32 (n + 1,) on the model's device: 0, end of document 1, ..., number of tokens.

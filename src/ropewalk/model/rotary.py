@@ -52,7 +52,7 @@ def place_position(config: PreTrainedConfig, position: Position, length: int | N
 
 
 def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:
-    """Whether transformers reads every key of ``entry`` in a model of this type."""
+    """True if transformers reads every key of ``entry`` in a model of this type."""
     if config.model_type in _READ_LONGROPE_ALONE:
         return entry["rope_type"] in ("default", "longrope")
     # one layer type's ``truncate`` is not looked up

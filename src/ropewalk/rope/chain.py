@@ -55,7 +55,7 @@ class RopeChain:
 
     @property
     def rebuilds(self) -> bool:
-        """Whether the chain lays the spectrum out anew, so that a checkpoint's own chain does not matter."""
+        """True if the chain lays the spectrum out anew, so that a checkpoint's own chain does not matter."""
         return bool(self.steps) and get_method(self.steps[0].method).rebuilds
 
     @property

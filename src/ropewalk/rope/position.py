@@ -122,7 +122,7 @@ class Position:
 
     @cached_property
     def depends_on_length(self) -> bool:
-        """Whether the spectrum follows the input's length, so that a stock entry holds it for one length only."""
+        """True if the spectrum follows the input's length, so that a stock entry holds it for one length only."""
         if not self._reads_length:
             return False
         short, long = self.spectrum(1), self.spectrum(_LONGEST)

@@ -43,7 +43,7 @@ class Method:
 
     @property
     def scaling(self) -> bool:
-        """Whether the method stretches a trained length."""
+        """True if the method stretches a trained length."""
         return self.reaches is not None
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
-    """Whether ``value`` is of ``kind``, and the value in it; numpy's numbers and arrays count as Python's."""
+    """A flag, ``value`` is of ``kind``, and the value in it; numpy's numbers and arrays count as Python's."""
     if kind is NoneType:
         return value is None, None
     if get_origin(kind) is Literal:

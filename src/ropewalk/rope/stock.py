@@ -52,7 +52,7 @@ def _plain_base(spectrum: Spectrum) -> float | None:
 
 
 def _is_read_alike(step: Step) -> bool:
-    """Whether every engine takes the same attention scaling from the stock type.
+    """True if every engine takes the same attention scaling from the stock type.
 
     vLLM's yarn takes 0.1 ln s + 1 and ignores attention_factor and the two mscale.
     """

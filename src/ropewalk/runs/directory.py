@@ -112,7 +112,7 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What one session of a SLURM job leaves: in ``jobs`` of a training run, else below ``paths.output_dir``."""
+    """The record of one session of a SLURM job: in ``jobs`` of a training run, else below ``paths.output_dir``."""
 
     root: Path
 
@@ -141,7 +141,7 @@ def _step(step: int) -> str:
 
 
 def universal_form(checkpoint: Path) -> Path:
-    """Where the universal form of a checkpoint is kept (training, when another number of ranks resumes)."""
+    """Path of the universal form of a checkpoint (training, when another number of ranks resumes)."""
     return checkpoint.with_name(f"{_UNIVERSAL}{checkpoint.name}")
 
 

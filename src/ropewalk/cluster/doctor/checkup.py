@@ -50,7 +50,7 @@ def examine(config: TrainConfig) -> int:
 
 
 def examine_evaluation(config: EvaluateConfig) -> int:
-    """What one evaluation needs: its device (each process its own), model, memory, harness, texts and output."""
+    """Check one evaluation: its device (each process its own), model, memory, harness, texts and output."""
     gpus = 1 if config.device == "cuda" else torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = "cpu" if config.device == "cpu" else "cuda"
@@ -61,13 +61,13 @@ def examine_evaluation(config: EvaluateConfig) -> int:
 
 
 def examine_preparation(config: PrepareConfig) -> int:
-    """What one stage of a preparation needs: its sources or plan, tokenizer, room and output."""
+    """Check one stage of a preparation: its sources or plan, tokenizer, room and output."""
     findings = guarded("sources", lambda: check_sources(config))
     return _print(f"{config.corpus.name}, stage={config.stage}", findings, Path(config.output))
 
 
 def examine_comparison(config: CompareConfig) -> int:
-    """What a comparison needs: its runs and its output."""
+    """Check a comparison: its runs and its output."""
     return _print(config.title, guarded("runs", lambda: check_runs(config)), Path(config.output).parent)
 
 

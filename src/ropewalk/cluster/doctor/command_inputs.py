@@ -1,4 +1,4 @@
-"""What the commands that train nothing stand on: a model and its texts, raw documents, finished runs."""
+"""Inputs of the commands that train nothing: a model and its texts, raw documents, finished runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the file system under a run does what committed checkpoints rest on."""
+"""The file system under a run: atomic rename, fsync, clocks, locks and room, which committed checkpoints rest on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check has found, and a screen of them from all ranks."""
+"""Findings of a check, and a screen of those of all ranks."""
 
 from __future__ import annotations
 

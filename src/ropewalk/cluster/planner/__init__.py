@@ -1,4 +1,4 @@
-"""What a run needs, before it is submitted: memory, time, money, disk. Importing it loads no torch."""
+"""The needs of a run before it is submitted: memory, time, money, disk. Importing it loads no torch."""
 
 from ropewalk.cluster.planner.cost import lead_seconds
 from ropewalk.cluster.planner.memory import Allowances, Memory, Setting, memory

@@ -1,4 +1,4 @@
-"""What must hold of the machines and assumptions of a plan: no sum of a zero or a negative one says anything."""
+"""Rules for the machines and assumptions of a plan: a zero or a negative one makes every sum meaningless."""
 
 from __future__ import annotations
 

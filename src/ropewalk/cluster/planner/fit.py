@@ -1,4 +1,4 @@
-"""Whether a run fits, the smallest way to make it fit, and the cheapest changes where it does not."""
+"""The fit of a run: does it fit, the smallest way to make it fit, and the cheapest changes if it does not."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TILE = 1024  # tokens whose logits exist at once, where that is offered
 
 @dataclass(frozen=True)
 class Room:
-    """What the machines hold, and what is set aside of it."""
+    """The memory of the machines, and the part of it that is set aside."""
 
     cluster: ClusterConfig
     allowances: Allowances
 
     def holds(self, shape: ModelShape, setting: Setting) -> bool:
-        """Whether every GPU and every host has room for its ranks."""
+        """True if every GPU and every host has room for its ranks."""
         return self.has_room(memory(shape, setting, self.allowances), setting)
 
     def has_room(self, needed: Memory, setting: Setting) -> bool:
@@ -123,7 +123,7 @@ def cheapest_changes(
 
 
 def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int) -> Iterator[Change]:
-    """What can be changed, with what it costs. The slowdowns are assumed; docs/planner.md lists them."""
+    """The possible changes, each with its cost. The slowdowns are assumed; docs/planner.md lists them."""
     if setting.micro_batch > 1:
         yield Change("trainer.micro_batch_size=1", 1.0, {"micro_batch": 1})
     if setting.loss_chunk is None or setting.loss_chunk > TILE:
@@ -147,7 +147,7 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
 
 
 def _one_of_each(changes: tuple[Change, ...]) -> bool:
-    """Whether no two set the same thing."""
+    """True if no two set the same thing."""
     touched = [field for change in changes for field in change.changed]
     return len(touched) == len(set(touched))
 

@@ -21,7 +21,7 @@ HELD_LAYERS = 2  # layer inputs on the GPU while older ones travel to the host
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory of a rank depends on, beside the model's shape.
+    """The settings that the memory of a rank depends on, beside the model's shape.
 
     Attributes:
         ranks: of the run.
@@ -62,13 +62,13 @@ class Setting:
 
     @property
     def even(self) -> bool:
-        """Whether the ranks that share a micro batch, laid in one row, get as many tokens each."""
+        """True if the ranks that share a micro batch, laid in one row, get as many tokens each."""
         return self.micro_batch * self.length % self.sequence == 0
 
 
 @dataclass(frozen=True)
 class Allowances:
-    """What no formula gives. GiB, and a share of what comes and goes."""
+    """Memory that no formula gives. GiB, and a share of what is allocated and freed."""
 
     context: float = 0.6  # CUDA context, kernels, cuBLAS workspace
     collectives: float = 1.5  # NCCL's buffers; none where there is one rank
@@ -153,7 +153,7 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def _boundaries(shape: ModelShape, setting: Setting) -> float:
-    """What the layers before the one at work keep."""
+    """Memory kept by the layers before the one at work."""
     if not setting.checkpointing:
         return shape.layers * setting.tokens * sum(saved_per_token(shape, setting).values())
     kept = min(HELD_LAYERS, shape.layers) if setting.offload_activations else shape.layers

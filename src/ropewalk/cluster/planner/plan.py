@@ -37,7 +37,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``scripts/plan.py`` says; sizes in bytes, times in seconds unless the name says otherwise.
+    """The answer of ``scripts/plan.py``; sizes in bytes, times in seconds unless the name says otherwise.
 
     Attributes:
         fits: whether every GPU and host has room for what is configured.
@@ -73,7 +73,7 @@ class Plan:
 
 
 def setting_of(config: PlanConfig) -> Setting:
-    """What of the configuration the memory depends on."""
+    """The part of the configuration that the memory depends on."""
     trainer = config.trainer
     return Setting(
         ranks=config.nodes * config.cluster.gpus_per_node,

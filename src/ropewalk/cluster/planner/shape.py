@@ -91,7 +91,7 @@ class ModelShape:
 
     @property
     def head_normed(self) -> bool:
-        """Whether queries and keys pass a norm of their own."""
+        """True if queries and keys pass a norm of their own."""
         return self.model_type == "qwen3"
 
     @property

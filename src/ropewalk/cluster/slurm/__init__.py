@@ -1,1 +1,1 @@
-"""What a SLURM job does around the ranks: its record, its options, and whether it goes back into the queue."""
+"""A SLURM job around its ranks: its record, its options, and the verdict that puts it back into the queue."""

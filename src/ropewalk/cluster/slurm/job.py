@@ -30,7 +30,7 @@ from ropewalk.runs.provenance import (
 
 
 def jobs_directory(command: str, config: Any, job_name: str) -> Path:
-    """Where records of a command's jobs live: in the run directory of a training, else below the output directory."""
+    """Directory of a command's job records: in the run directory of a training, else below the output directory."""
     if command == "train":
         return RunDirectory(Path(config.run_dir)).jobs
     return Path(config.paths.output_dir) / "jobs" / job_name

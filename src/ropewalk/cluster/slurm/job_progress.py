@@ -11,7 +11,7 @@ SHARED_STAGES = ("tokenize", "pack")  # of a preparation: tasks of an array writ
 
 
 def work_of(command: str, config: Any) -> dict[str, Any]:
-    """What a job works at, for its record and for :func:`progress_of`.
+    """The work of a job, for its record and for :func:`progress_of`.
 
     Args:
         command: train, evaluate, ...: which configuration ``config`` is.
@@ -46,7 +46,7 @@ def progress_of(kind: str, path: str | Path, **share: Any) -> int | None:
 
 
 def got_on(kind: str, before: int | None, now: int | None) -> bool:
-    """Whether two answers of :func:`progress_of` say that something was done between them.
+    """True if two answers of :func:`progress_of` say that something was done between them.
 
     A newest checkpoint that is damaged and put aside leaves an earlier one, and an engine that a neighbour has found to
     differ leaves fewer finished tasks: neither is progress.

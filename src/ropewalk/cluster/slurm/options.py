@@ -1,4 +1,4 @@
-"""What the ``cluster`` group says, as sbatch and the hydra launcher want it."""
+"""The ``cluster`` group as options of sbatch and of the hydra launcher."""
 
 from __future__ import annotations
 

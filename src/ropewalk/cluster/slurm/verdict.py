@@ -1,4 +1,4 @@
-"""Whether a job whose ranks have ended goes back into the queue."""
+"""The verdict on a job whose ranks have ended: back into the queue, or the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRUITLESS_SESSIONS = 2  # sessions in a row that got nothing on; after one more 
 
 
 class Ending(Enum):
-    """What SLURM is doing to a job whose batch script still runs."""
+    """SLURM's own words on a job whose batch script still runs."""
 
     NONE = "nothing"
     LIMIT = "ending it at its time limit, for good"
@@ -35,7 +35,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of the job.
+    """The decision on a job.
 
     Attributes:
         requeue: whether it has to put itself back into the queue.

@@ -116,7 +116,7 @@ def _integer_dtype(code: Any, *rest: Any) -> np.dtype[Any]:
 
 
 def _empty_array(*_: Any) -> NDArray[Any]:
-    """What numpy's own _reconstruct makes before the state is set."""
+    """The array that numpy's own _reconstruct makes before the state is set."""
     return np.empty(0, np.int8)
 
 

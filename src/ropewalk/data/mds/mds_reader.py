@@ -113,7 +113,7 @@ class MdsShard:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether only the compressed file is there."""
+        """True if only the compressed file is there."""
         return self.zip_data is not None and not self._path(self.raw_data).is_file()
 
     @cached_property

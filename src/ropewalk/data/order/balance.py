@@ -1,4 +1,4 @@
-"""Which rank takes which sequences of a global batch, and when, so that few ranks wait.
+"""Balance: the sequences of a global batch dealt to ranks and slots, so that few ranks wait.
 
 ZeRO-3 synchronises the ranks at every micro batch, so a step lasts as long as the sum, over its micro batches, of the
 slowest rank's. All sequences of a run have the same number of tokens and so the same linear FLOPs; they differ in
@@ -46,7 +46,7 @@ def deal(costs: Sequence[int], world_size: int, micro_batch_size: int = 1) -> De
 
 
 def span(dealt: Deal, costs: Sequence[int]) -> int:
-    """What a deal costs: the dearest micro batch of every slot, added up."""
+    """The cost of a deal: the dearest micro batch of every slot, added up."""
     return sum(max(sum(costs[i] for i in micro) for micro in slot) for slot in dealt)
 
 

@@ -85,7 +85,7 @@ def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | Non
 
 
 def _ends(sequence: PackedSequence) -> tuple[NDArray[np.int64], bool]:
-    """Where each document ends in the sequence, and whether the last of them is padding."""
+    """The end of each document in the sequence, and a flag: the last of them is padding."""
     ends, length = sequence.ends.astype(np.int64), len(sequence.tokens)
     padded = not len(ends) or int(ends[-1]) < length
     return (np.append(ends, length) if padded else ends), padded

@@ -205,7 +205,7 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def permuted(positions: ArrayLike, counts: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """Where each position goes in the permutation of ``range(count)`` that its key picks.
+    """The image of each position under the permutation of ``range(count)`` that its key picks.
 
     The swap-or-not shuffle of Hoang, Morris and Rogaway ("An enciphering scheme based on a card shuffle", CRYPTO 2012,
     figure 1): in each round a position x has the partner K - x mod count, and a hash of the larger of the two says

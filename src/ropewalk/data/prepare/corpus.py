@@ -57,7 +57,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read by itself: a file, a stretch of one, a repository, a share of a dataset.
+    """A part of a corpus that is read by itself: a file, a stretch of one, a repository, a share of a dataset.
 
     Attributes:
         kind: text, jsonl, parquet, repository or dataset.

@@ -1,4 +1,4 @@
-"""What is worth it where one machine no longer serves: datatrove's executors, readers and deduplication (extra scale).
+"""Preparation on many machines: datatrove's executors, readers and deduplication (extra scale).
 
 ``run_stages`` runs the stages of prepare.py under datatrove's executors. ``gather`` reads what prepare.py does not read
 itself (WARC), or should not read in one go (a hub dataset of many files), takes near duplicates out, and leaves JSON

@@ -24,7 +24,7 @@ RETRIEVAL = "retrieval"  # the domain of corpus.retrieval_tokens
 
 @dataclass(frozen=True)
 class DomainSource:
-    """What is to be written as one domain."""
+    """The sequences to be written as one domain."""
 
     sequences: Iterable[PackedSequence]
     accounting: Accounting

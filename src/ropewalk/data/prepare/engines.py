@@ -237,7 +237,7 @@ def _pattern(backend: Any) -> str:
 
 
 def _window(texts: Sequence[bytes], start: int) -> Iterator[bytes]:
-    """What of 64 kB from byte ``start`` lies in each of the texts, whole characters."""
+    """The part of each text within 64 kB from byte ``start``, in whole characters."""
     for text in texts:
         if start < len(text) and start + WINDOW_BYTES > 0:
             yield text[max(start, 0) : start + WINDOW_BYTES].decode(errors="ignore").encode()

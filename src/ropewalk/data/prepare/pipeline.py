@@ -223,7 +223,7 @@ def _make_plan(
 
 
 def _date(corpus: CorpusConfig, source: Source) -> dict[str, str]:
-    """What the manifest says of the date in a source's conversations."""
+    """The manifest's entry for the date in a source's conversations."""
     return {"chat_date": corpus.chat_date} if corpus.chat_date is not None and source.config.chat else {}
 
 
@@ -308,7 +308,7 @@ def _check_date(day: str) -> None:
 
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
-    """What the output depends on; where its files lie, and how fast it is made, is no part of it."""
+    """The identity of the output: everything that its bytes depend on, without paths and numbers of processes."""
     apart = ("name", "paths", "stdlib", "sources", "chat_template")
     settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
     if settings["chat_date"] is None:

@@ -54,7 +54,7 @@ Item = TypeVar("Item")
 
 
 class Random(Protocol):
-    """What is needed of a generator: both ``random.Random`` and ``numpy.random.Generator`` have it."""
+    """The part of a generator that is needed: both ``random.Random`` and ``numpy.random.Generator`` have it."""
 
     def random(self) -> float:
         """A number in [0, 1)."""

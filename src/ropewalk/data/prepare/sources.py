@@ -1,4 +1,4 @@
-"""What a corpus is made of: sources listed as units of work, and the units dealt to shards."""
+"""Sources of a corpus: listed as units of work, and the units dealt to shards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Source:
     digest: str = ""
 
     def described(self) -> dict[str, Any]:
-        """What a manifest says about the source; where it lies is no part of it."""
+        """The manifest's entry for the source, without the path."""
         settings = {key: value for key, value in asdict(self.config).items() if value is not None and key != "path"}
         return {"name": self.name, **settings, "bytes": self.bytes, "xxh3": self.digest}
 
@@ -216,7 +216,7 @@ def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str
 
 
 def _unreadable(error: OSError) -> None:
-    """What os.walk would pass over in silence."""
+    """Raise an error that os.walk would pass over in silence."""
     raise UserError(
         f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it out of the source"
     ) from error

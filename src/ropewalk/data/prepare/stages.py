@@ -48,7 +48,7 @@ GROUP_TOKENS = 2**26  # packed together: enough for full bins, and 256 MB of tok
 
 @dataclass(frozen=True)
 class Plan:
-    """What prepare.py has settled before documents are tokenized; the units of each shard lie in files beside it.
+    """Plan of a preparation, settled before documents are tokenized; the units of each shard lie in files beside it.
 
     Attributes:
         output: directory of the stores.
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def work(self) -> Path:
-        """Where what is needed until the stores are whole lies."""
+        """Directory of the files that are needed until the stores are whole."""
         return work_directory(Path(self.output))
 
     @property
@@ -95,7 +95,7 @@ class Plan:
         return len(self.shard_sources)
 
     def units(self, shard: int) -> list[Unit]:
-        """What a shard reads."""
+        """Units of a shard."""
         return read_units(self.work, shard)
 
     def save(self) -> None:
@@ -116,7 +116,7 @@ class Plan:
 
 
 def work_directory(output: Path) -> Path:
-    """Where intermediate files lie."""
+    """Directory of intermediate files."""
     return output / "work"
 
 
@@ -127,7 +127,7 @@ def write_units(work: Path, shard: int, units: list[Unit]) -> None:
 
 
 def read_units(work: Path, shard: int) -> list[Unit]:
-    """What a shard reads."""
+    """Units of a shard."""
     listed = json.loads((work / f"units-{shard:05d}.json").read_text(encoding="utf-8"))
     chosen = [{**unit, "files": tuple(unit["files"])} for unit in listed]
     return [Unit(**{**unit, "dataset": unit["dataset"] and tuple(unit["dataset"])}) for unit in chosen]
@@ -143,7 +143,7 @@ class Tokenize:
         return self.plan.shards
 
     def finished(self, task: int) -> bool:
-        """Whether the task is done, and not by an engine that was found to differ since."""
+        """True if the task is done, and not by an engine that was found to differ since."""
         record = read_record(self.plan.work, task)
         return record is not None and (record.masked or record.engine != self.disproved())
 
@@ -284,7 +284,7 @@ def _chat_encoder(directory: Path, template: str | None, today: str | None) -> C
 
 
 def open_encoders(plan: Plan) -> tuple[DocumentEncoder, ChatEncoder | None]:
-    """What encodes documents, and conversations if there are any; opened once a process."""
+    """Encoders of documents, and of conversations if there are any; opened once a process."""
     directory, ranks = Path(plan.output) / TOKENIZER, None if plan.ranks is None else Path(plan.ranks)
     encoder = open_encoder(directory, plan.engine, ranks, plan.bos, plan.eos)
     chat = any(source["chat"] for source in plan.sources)
@@ -323,7 +323,7 @@ class Pack:
         return len(self.groups) * len(self.plan.sequence_lengths)
 
     def finished(self, task: int) -> bool:
-        """Whether the task is done."""
+        """True if the task is done."""
         length, _ = self.place(task)
         return (store_directory(self.plan, length) / MANIFEST).is_file() or self.accounting(task) is not None
 
@@ -358,7 +358,7 @@ class Pack:
         return PartWriter(store_directory(self.plan, length), domain, length, self.plan.vocab_size)
 
     def accounting(self, task: int) -> dict[str, Accounting] | None:
-        """What became of the tokens of a task's domains; None where it is not finished."""
+        """Accounting of the tokens of a task's domains; None: it is not finished."""
         path = self._record(task)
         length, group = self.place(task)
         if not path.is_file() or any(self.writer(length, name).finished(group) is None for name in self.plan.rules):
@@ -371,7 +371,7 @@ class Pack:
         return self.plan.work / f"packed-{length}-{group:05d}.json"
 
     def _found(self, group: int) -> Mapping[str, DomainDocuments]:
-        """What the shards of a group gave, by domain."""
+        """Documents of the shards of a group, by domain."""
         by_domain: dict[str, list[int]] = {}
         for shard in self.groups[group]:
             check_whole(self.plan.work, shard)

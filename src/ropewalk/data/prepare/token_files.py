@@ -23,7 +23,7 @@ from ropewalk.errors import UserError
 
 @dataclass
 class TokenRecord:
-    """What a shard of raw documents gave; on disk, it says that the shard's files are whole.
+    """Record of a tokenized shard of raw documents; on disk, it says that the shard's files are whole.
 
     Attributes:
         source: place in the list of sources.
@@ -83,7 +83,7 @@ class TokenFileWriter:
         file.write(content)
 
     def end_document(self) -> None:
-        """What is written next is of another document."""
+        """Close a document: the next tokens are of another one."""
         self._ends.append(self._record.tokens)
 
     def commit(self) -> TokenRecord:

@@ -80,7 +80,7 @@ class DocumentEncoder:
         yield part
 
     def _tokens_end_at_lines(self) -> bool:
-        """Whether text between newlines can be encoded apart; where a space is put before each text it cannot."""
+        """True if text between newlines can be encoded apart; if a space is put before each text, it cannot."""
         whole = np.concatenate(self.encode_texts([PROBE]))
         apart, rest = [], PROBE
         while place := _line_start(rest, 1, forward=True):
@@ -167,7 +167,7 @@ def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool 
 
 @dataclass(frozen=True)
 class SavedTokenizer:
-    """What a DocumentEncoder needs of a tokenizer on disk, without the seconds that transformers takes to load."""
+    """A tokenizer on disk as a DocumentEncoder needs it, without the seconds that transformers takes to load."""
 
     backend_tokenizer: Any
     bos_token_id: int | None

@@ -123,7 +123,7 @@ class DownloadCache:
         return excess <= 0
 
     def _abandoned(self, partial: Path) -> bool:
-        """Whether the process that was downloading has died: its lock is free."""
+        """True if the process that was downloading has died: its lock is free."""
         name = str(partial.relative_to(self.directory)).removesuffix(PARTIAL)
         with self._lock_path(name).open("a") as file:
             try:

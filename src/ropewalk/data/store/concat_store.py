@@ -55,7 +55,7 @@ class JoinedStore:
 
     @property
     def domains(self) -> dict[str, DomainInfo]:
-        """What each domain holds; ``sequences`` are rows."""
+        """Contents of each domain; ``sequences`` are rows."""
         return {name: store.domains[domain] for name, (store, domain) in self._places.items()}
 
     @property
@@ -80,7 +80,7 @@ class JoinedStore:
         return store.trained_tokens(name, row)
 
     def document_ends(self, domain: str, row: int) -> NDArray[np.int32]:
-        """Where the documents of a row end; see PackedStore.document_ends."""
+        """End of each document of a row; see PackedStore.document_ends."""
         store, name = self._place(domain)
         return store.document_ends(name, row)
 

@@ -1,4 +1,4 @@
-"""What a packed store holds, for people: ``python data_prep/inspect_store.py store=DIR``."""
+"""Contents of a packed store, for people: ``python data_prep/inspect_store.py store=DIR``."""
 
 from __future__ import annotations
 

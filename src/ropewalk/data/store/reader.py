@@ -67,7 +67,7 @@ class PackedStore:
 
     @property
     def domains(self) -> dict[str, DomainInfo]:
-        """What each domain holds."""
+        """Contents of each domain."""
         return self._manifest.domains
 
     @property
@@ -87,7 +87,7 @@ class PackedStore:
 
     @property
     def accounting(self) -> dict[str, dict[str, object]]:
-        """Where the tokens of each domain came from and went: ``tokens_in``, ``moved``, ``dropped``."""
+        """Accounting of the tokens of each domain: ``tokens_in``, ``moved``, ``dropped``."""
         return self._manifest.accounting
 
     def read(self, domain: str, index: int) -> PackedSequence:
@@ -102,11 +102,11 @@ class PackedStore:
 
     @property
     def sources(self) -> list[dict[str, object]] | None:
-        """What the documents were read from; None where it is not known."""
+        """Sources that the documents were read from; None: not known."""
         return self._manifest.sources
 
     def has_loss_masks(self, domain: str) -> bool:
-        """Whether the sequences of ``domain`` have loss masks."""
+        """True if the sequences of ``domain`` have loss masks."""
         return self.domains[domain].trained is not None
 
     def trained_tokens(self, domain: str, index: int) -> int:
@@ -114,7 +114,7 @@ class PackedStore:
         return self._domain(domain).trained_tokens(index)
 
     def document_ends(self, domain: str, index: int) -> NDArray[np.int32]:
-        """Where each document of a sequence ends, int32 (documents,), tokens. Reads the index, no token."""
+        """End of each document of a sequence, int32 (documents,), tokens. Reads the index, no token."""
         return self._domain(domain).piece_ends(index)
 
     def piece_lengths(self, domain: str) -> NDArray[np.int64]:

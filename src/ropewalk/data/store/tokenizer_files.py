@@ -19,7 +19,7 @@ PLAIN_FILES = ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json
 
 
 def has_ranks(directory: Path) -> bool:
-    """Whether ``directory`` has Llama 3's tokenizer.model; Llama 2's, of that name too, is of another form."""
+    """True if ``directory`` has Llama 3's tokenizer.model; Llama 2's, of that name too, is of another form."""
     path = directory / RANKS
     if not path.is_file():
         return False
@@ -29,7 +29,7 @@ def has_ranks(directory: Path) -> bool:
 
 
 def is_plain(directory: Path) -> bool:
-    """Whether transformers would do no more than load tokenizer.json, so that it need not be loaded for it."""
+    """True if transformers would do no more than load tokenizer.json, so that it need not be loaded for it."""
     config = directory / "tokenizer_config.json"
     if not config.is_file() or not (directory / "tokenizer.json").is_file():
         return False

@@ -22,7 +22,7 @@ SHARD_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Accounting:
-    """What became of a domain's tokens: ``tokens_in`` = packed + moved + dropped.
+    """Accounting of a domain's tokens: ``tokens_in`` = packed + moved + dropped.
 
     Attributes:
         tokens_in: tokens that came in, including those moved from other domains.

@@ -1,4 +1,4 @@
-"""Which llama.cpp architecture a model is, and how its weights are renamed and laid out for it."""
+"""The llama.cpp architecture of a model: its weights renamed and laid out for it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _ALTERNATING = {"gemma2": 2, "gemma3": 6}  # every so many layers one attends to
 
 
 def _check_gemma(config: PreTrainedConfig, arch: str) -> None:
-    """What llama.cpp takes for granted of Gemma 2 and 3."""
+    """Check what llama.cpp takes for granted of Gemma 2 and 3."""
     every = _ALTERNATING[arch]
     layers = [("full" if (i + 1) % every == 0 else "sliding") + "_attention" for i in range(config.num_hidden_layers)]
     if list(config.layer_types) != layers:
@@ -187,5 +187,5 @@ def interleave(tensor: Tensor, heads: int) -> Tensor:
 
 
 def is_matrix(tensor_shape: torch.Size) -> bool:
-    """Whether a weight is stored in the file's own type; vectors stay float32."""
+    """True if a weight is stored in the file's own type; vectors stay float32."""
     return len(tensor_shape) >= 2

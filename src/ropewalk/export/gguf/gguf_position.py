@@ -16,7 +16,7 @@ FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class GgufPosition:
-    """What a GGUF file says of position.
+    """Position in the words of a GGUF file.
 
     Attributes:
         freq_base: RoPE base.

@@ -22,7 +22,7 @@ from ropewalk.training.distributed import by_rank_zero, first_problem, log_once,
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a session of a run begins.
+    """The point at which a session of a run begins.
 
     Attributes:
         checkpoint: of this run, to load; None: the beginning.
