@@ -5,7 +5,7 @@
 ``python scripts/doctor.py prepare corpus=NAME 'sequence_lengths=[65536]'``
 ``python scripts/doctor.py compare 'runs=[DIR,DIR]'``
 
-Every job script calls it before its ranks start. Exit code 1 where something must be mended.
+Every job script calls it before its ranks start. Exit code 1 where something must be fixed.
 """
 
 import sys

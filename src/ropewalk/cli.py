@@ -132,8 +132,8 @@ def run_command(commands: Mapping[str, Callable[[], None]], default: str | None 
             print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
     else:
         near = difflib.get_close_matches(first, commands, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(commands)}"
-        print(f"error: {program} has no command {first!r}; {mend}", file=sys.stderr)
+        fix = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(commands)}"
+        print(f"error: {program} has no command {first!r}; {fix}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -192,13 +192,13 @@ def _report(error: Exception) -> int:
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
     if not isinstance(error, UserError):  # Hydra's own: without its search path, and with a way on
-        message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_mend(message)}"
+        message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_fix(message)}"
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
-def _mend(message: str) -> str:
+def _fix(message: str) -> str:
     """The fix for a value that must be a list, or for an unknown key or option: the nearest key, if there is one."""
     if alone := re.search(r"override (\S+?)=(.+?) Invalid value assigned: \w+ is not a ListConfig", message):
         return f"write it as {alone[1]}=[{alone[2]}]"

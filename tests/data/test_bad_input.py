@@ -173,7 +173,7 @@ def test_parquet_that_is_damaged_is_named(tmp_path):
     pq.write_table(pa.table({"text": [str(i) * 50 for i in range(5000)]}), path, row_group_size=500, compression="gzip")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a.parquet is no whole parquet file .*; fetch it again"):
+    with pytest.raises(ValueError, match=r"a.parquet is not a whole parquet file .*; fetch it again"):
         documents_of(CorpusConfig(sources=[SourceConfig("web", str(path))]))
     spoilt = bytearray(whole)
     spoilt[len(whole) // 2 : len(whole) // 2 + 400] = np.random.default_rng(0).bytes(400)

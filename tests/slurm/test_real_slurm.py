@@ -75,7 +75,7 @@ def test_two_nodes_train_to_the_end(site):
     assert ended["CommittedStep"] == STEPS
     assert [(rank["node"], rank["code"]) for rank in ended["Ranks"]] == [("n1", 0), ("n2", 0)]
     assert [step for step, *_ in site.losses("straight")] == list(range(1, STEPS + 1))
-    assert "0 to mend" in site.log("straight")
+    assert "0 to fix" in site.log("straight")
     assert "2 ranks on 2 nodes" in site.log("straight")
 
 
@@ -218,7 +218,7 @@ def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
     assert (second["State"], [rank["code"] for rank in second["Ranks"]]) == ("COMPLETED", [0, 0])
     begun = site.record("evaluation", 1, "begin.json")
     assert begun["progress"] == site.record("evaluation", 0, "begin.json")["progress"] + 1
-    assert site.log("evaluation").count("0 to mend") == 2  # the doctor, each time, on one of two tasks
+    assert site.log("evaluation").count("0 to fix") == 2  # the doctor, each time, on one of two tasks
     _, again = site.log("evaluation").split("start 2, on")
     assert "loss to 256" not in again
     assert "needle at 128" in again
@@ -275,7 +275,7 @@ def test_a_job_of_a_multirun_is_recorded_examined_and_judged(site, seed, reason)
     assert len(begun[0]["git_commit"].removesuffix("+changes")) == 40
     folder = site.output / "multirun" / "jobs" / "submitit" / site.jobs[f"multirun-{seed}"]
     (log,) = folder.glob("*_log.out")
-    assert log.read_text().count("0 to mend") == 2  # the doctor, each time
+    assert log.read_text().count("0 to fix") == 2  # the doctor, each time
 
 
 @pytest.mark.parametrize("seed", [0, 1])

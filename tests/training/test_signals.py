@@ -124,7 +124,7 @@ def test_handlers_come_back(monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "message"), [
-    ("2001-01-01T00:00:00", "has passed already"), ("soon", "is no instant; give seconds since 1970"),
+    ("2001-01-01T00:00:00", "has passed already"), ("soon", "is not a time; give seconds since 1970"),
 ])  # fmt: skip
 def test_a_limit_that_makes_no_sense_is_refused(store_64, tmp_path, value, message):
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig
 from ropewalk.errors import UserError
 from ropewalk.rope import RopeChain
 
-STORE_MEND = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
+STORE_FIX = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
 POSITIVE = (
     "max_steps",
     "global_batch_size",
@@ -37,7 +37,7 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
         stores: whether the data must be there already.
 
     Raises:
-        UserError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the fix.
     """
     trainer, data = config.trainer, config.data
     for name in POSITIVE:
@@ -90,7 +90,7 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
 def _validate_stores(data: DataConfig) -> None:
     for name, where in {"data.store": data.store, **{f"data.stores.{k}": v for k, v in data.stores.items()}}.items():
         if not is_remote(where):
-            existing_directory(name, where, STORE_MEND)
+            existing_directory(name, where, STORE_FIX)
         elif data.cache_dir is None:
             raise UserError(
                 f"{name}={where} is a URL and data.cache_dir is null; set data.cache_dir=DIR, on local disk"
@@ -118,7 +118,8 @@ def _validate_guards(guards: GuardConfig) -> None:
     if guards.stuck_multiple <= 1 or min(guards.stuck_seconds, guards.stuck_batch_seconds) <= 0:
         raise UserError(
             f"guards.stuck_multiple={guards.stuck_multiple} must exceed 1, guards.stuck_seconds={guards.stuck_seconds} "
-            f"and guards.stuck_batch_seconds={guards.stuck_batch_seconds} must be positive; 10, 60 and 480 are calm"
+            f"and guards.stuck_batch_seconds={guards.stuck_batch_seconds} must be positive; the defaults are 10, 60 "
+            "and 480"
         )
     if guards.spike_deviations <= 0:
         raise UserError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
@@ -126,8 +127,8 @@ def _validate_guards(guards: GuardConfig) -> None:
 
 def _validate_documents(evaluation: InTrainingConfig) -> None:
     if evaluation.every is not None:
-        mend = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
-        existing_directory("evaluation.documents", evaluation.documents or "null", mend)
+        fix = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
+        existing_directory("evaluation.documents", evaluation.documents or "null", fix)
 
 
 def _validate_evaluation(config: TrainConfig) -> None:
@@ -195,7 +196,7 @@ def instant(value: str) -> float:
         return float(value) if value.replace(".", "", 1).isdigit() else datetime.fromisoformat(value).timestamp()
     except ValueError as error:
         raise UserError(
-            f"trainer.stop_before={value} is no instant; give seconds since 1970 (on SLURM: $SLURM_JOB_END_TIME) or "
+            f"trainer.stop_before={value} is not a time; give seconds since 1970 (on SLURM: $SLURM_JOB_END_TIME) or "
             "ISO 8601 (2026-11-24T18:00:00)"
         ) from error
 
@@ -206,11 +207,11 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise UserError(f"{name}={value} is not known; use one of: {', '.join(map(str, allowed))}")
 
 
-def existing_directory(name: str, path: str, mend: str) -> Path:
-    """The directory at ``path``, or UserError with the mend."""
+def existing_directory(name: str, path: str, fix: str) -> Path:
+    """The directory at ``path``, or UserError with the fix."""
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"{name}={path} is not a directory; {mend}")
+        raise UserError(f"{name}={path} is not a directory; {fix}")
     return directory
 
 

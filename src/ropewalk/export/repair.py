@@ -81,7 +81,7 @@ def _position(config: RepairConfig, content: dict[str, object]) -> Position:
     if base is not None and base != present.theta:
         raise UserError(
             f"rope={config.rope.name} has base {base:g}, but config.json says rope_theta={present.theta:g}, the base "
-            "it was trained at; name the method at that base ('rope.chain=[{method: cope, clip: 20}]'), or mend it"
+            "it was trained at; name the method at that base ('rope.chain=[{method: cope, clip: 20}]'), or fix it"
         )
     length = present.trained_length
     return Position(

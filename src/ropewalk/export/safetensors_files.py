@@ -38,7 +38,7 @@ class StoredWeights(Mapping[str, Tensor]):
         for file in weight_files(directory):
             try:
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                         part = opened.get_slice(name)
                         self._files[name], self._shapes[name] = file, torch.Size(part.get_shape())
                         self._dtypes[name] = _dtype_of(part.get_dtype())

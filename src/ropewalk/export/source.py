@@ -174,7 +174,7 @@ def local_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise UserError(f"model={model} is no directory; name a Hugging Face directory or a hub id")
+        raise UserError(f"model={model} is not a directory; name a Hugging Face directory or a hub id")
     try:
         return Path(snapshot_download(model, allow_patterns=_MODEL_FILES))
     except OSError as error:

@@ -78,7 +78,7 @@ def _check_gated(mlp: nn.Module) -> None:
 
 
 def _compiled_norm(module: Any, norm: Callable[..., Tensor], x: Tensor) -> Tensor:
-    # The weight is read here, as reading it runs ZeRO-3's code, which is no part of a graph.
+    # The weight is read here, as reading it runs ZeRO-3's code, which is not part of a graph.
     return norm(x, module.weight, module.variance_epsilon)
 
 

@@ -35,7 +35,7 @@ class MetricsFile:
         self.unwritten = ""
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row. On a full disk it waits for the next: a lost row is no reason to lose a run."""
+        """Add one row. On a full disk it waits for the next: a lost row is not a reason to lose a run."""
         self.unwritten += json.dumps(row) + "\n"
         self._flush()
 

@@ -219,7 +219,7 @@ def control_group(device: str) -> dist.ProcessGroup | None:
 
 
 def log(line: str) -> None:
-    """Print a line. A log on a full disk, or one that nobody reads any more, is no reason to leave the other ranks."""
+    """Print a line. A log on a full disk, or a closed terminal, is not a reason to leave the other ranks."""
     with suppress(OSError):  # what was not printed is still in Python's buffer
         print(line, flush=True)
 

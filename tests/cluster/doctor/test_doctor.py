@@ -53,7 +53,7 @@ def test_equal_findings_are_one_line_and_others_name_their_nodes():
         "  ok   device       8 GPUs  [n1]",
         "  FAIL device       7 GPUs  [n2]",
         "  ok   clock        fine",
-        "2 ok, 0 to look at, 1 to mend",
+        "2 ok, 0 to look at, 1 to fix",
     ]
 
 
@@ -183,7 +183,7 @@ def test_by_hand_on_a_fit_machine(store_64, tmp_path):
     done = doctor(*tiny_arguments(store_64, tmp_path / "run"), "cluster=laptop")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[0].endswith("1 ranks on 1 nodes")
-    assert done.stdout.splitlines()[-1].endswith("0 to look at, 0 to mend")
+    assert done.stdout.splitlines()[-1].endswith("0 to look at, 0 to fix")
     assert len(done.stdout.splitlines()) <= 24
 
 
@@ -192,7 +192,7 @@ def test_by_hand_on_an_unfit_one(tmp_path):
     assert done.returncode == 1
     assert "FAIL data" in done.stdout
     assert "FAIL model" in done.stdout  # the base is not exported
-    assert "2 to mend" in done.stdout
+    assert "2 to fix" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -208,7 +208,7 @@ def evaluated(tmp_path):
 
 
 def findings_of(examined, config, capsys):
-    """How many things are to be mended, and the level of each subject on the screen."""
+    """How many things are to be fixed, and the level of each subject on the screen."""
     failed = examined(config)
     lines = capsys.readouterr().out.splitlines()[1:-1]
     return failed, {line.split()[1]: line.split()[0] for line in lines}
@@ -245,7 +245,7 @@ def test_the_memory_of_an_evaluation_is_weights_and_cache(evaluated):
 
 
 def test_windows_keep_less_than_is_counted(evaluated, tmp_path):
-    """Mistral's layers keep their window alone; that it may not fit is no reason to end the job."""
+    """Mistral's layers keep their window alone; that it may not fit is not a reason to end the job."""
     save_tiny(tmp_path / "mistral", "mistral", sliding_window=32)
     words = evaluated | {"lengths": "[64,1000000000000]", "checkpoint": str(tmp_path / "mistral")}
     config = composed("evaluate", *(f"{key}={value}" for key, value in words.items()))
@@ -337,7 +337,7 @@ def two_ranks(tmp_path, on_rank_1, *arguments):
     done = subprocess.run([*command, *arguments, "cluster=laptop"], capture_output=True, text=True,
                           check=False, env=alone_environment(), timeout=150)  # fmt: skip
     assert done.returncode != 0
-    assert "to mend" in done.stdout, done.stdout + done.stderr
+    assert "to fix" in done.stdout, done.stdout + done.stderr
     return done.stdout
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import alone_environment, composed
 
 from ropewalk.cluster.planner import make_plan, memory, print_plan
-from ropewalk.cluster.planner.fit import Room, sequence_degrees
+from ropewalk.cluster.planner.fit import Capacity, sequence_degrees
 from ropewalk.cluster.planner.memory import GIB, Allowances
 from ropewalk.cluster.planner.plan import setting_of
 from ropewalk.config import CONFIG_DIR
@@ -181,7 +181,7 @@ def test_the_page_and_the_file_say_the_same(tmp_path, capsys):
     assert sum(plan["memory"]["parts"].values()) == pytest.approx(plan["memory"]["device_total"])
     assert f"--signal=B:USR1@{plan['lead_seconds']}" in said
     assert plan["gpu_hours"] == pytest.approx(plan["seconds"] / 3600 * 32)
-    with pytest.raises(ValueError, match=r"print=days is no entry of a plan; use one of: fits, memory"):
+    with pytest.raises(ValueError, match=r"print=days is not an entry of a plan; use one of: fits, memory"):
         print_plan(composed("plan", "+experiment=cope20", "print=days"))
 
 
@@ -240,11 +240,11 @@ def test_on_a_cpu_nothing_is_put_into_the_same_memory_again():
     assert "offload" not in str(plan.changes)
     assert not [name for name in plan.ways if "host" in name]
     moved = replace(setting_of(config), offload_optimizer=True, offload_activations=True)
-    room = Room(config.cluster, Allowances())
-    needed = memory(plan.shape, moved, room.allowances)
+    capacity = Capacity(config.cluster, Allowances())
+    needed = memory(plan.shape, moved, capacity.allowances)
     assert needed.host_total > 0
     config.cluster.gpu_memory_gib = (needed.device_total + needed.host_total) / GIB
     config.cluster.host_memory_gib = config.cluster.gpu_memory_gib
-    assert room.holds(plan.shape, moved)
+    assert capacity.holds(plan.shape, moved)
     config.cluster.gpu_memory_gib *= 0.999
-    assert not room.holds(plan.shape, moved)
+    assert not capacity.holds(plan.shape, moved)

@@ -1,4 +1,4 @@
-"""Parameters against transformers' own models, and sizes that are nowhere are an error with the mend."""
+"""Parameters against transformers' own models, and sizes that are nowhere are an error with the fix."""
 
 import json
 

@@ -348,14 +348,14 @@ def test_too_few_long_documents_are_counted(fixture_corpus, fixture_tokenizer, t
         ({"shard_mb": 0}, "shard_mb=0 and workers=None must be positive"),
         ({"engine": "fast"}, "corpus.engine=fast is not known; use one of: auto"),
         ({"chat_template": "nowhere.jinja"}, r"corpus.chat_template=nowhere.jinja is no file"),
-        ({"chat_date": "26 Jul 2024"}, r"corpus.chat_date=26 Jul 2024 is no date; write it as 2024-07-26"),
+        ({"chat_date": "26 Jul 2024"}, r"corpus.chat_date=26 Jul 2024 is not a date; write it as 2024-07-26"),
         ({"domains": {"books": DomainConfig()}}, "corpus.domains names books, which no source has"),
         (
             {"domains": {"short": DomainConfig("tight")}},
             "corpus.domains.short.packing=tight is not known; use",
         ),
         ({"domains": {"short": DomainConfig("short", "long")}}, "short.remainder is for packing=long; leave it out"),
-        ({"domains": {"short": DomainConfig("concat")}}, "long.remainder=short is no domain of packing=short"),
+        ({"domains": {"short": DomainConfig("concat")}}, "long.remainder=short is not a domain of packing=short"),
         ({"sources": [SourceConfig("retrieval", str(TOKENIZER))]}, "the domain retrieval is taken"),
         ({"sources": [SourceConfig("long", str(TOKENIZER), chat=True)]}, "the domain long has sources with chat and"),
         (

@@ -28,7 +28,7 @@ from ropewalk.training.distributed import gather, join_launched
 
 
 def examine(config: TrainConfig) -> int:
-    """Make every check and print one screen; returns how many things must be mended. Collective."""
+    """Make every check and print one screen; returns how many things must be fixed. Collective."""
     take_place()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = config.trainer.device == "cuda" and torch.cuda.is_available()

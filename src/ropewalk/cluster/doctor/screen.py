@@ -17,7 +17,7 @@ class Finding:
     Attributes:
         level: ok, warn (the job would run, slower or at a risk) or FAIL (it would not).
         subject: what was looked at.
-        text: what was found; for warn and FAIL with the mend.
+        text: what was found; for warn and FAIL with the fix.
     """
 
     level: str
@@ -72,7 +72,7 @@ def screen(title: str, of_ranks: Sequence[tuple[str, Sequence[Finding]]]) -> tup
         where = "" if set(nodes) == everywhere else f"  [{_few(nodes)}]"
         lines.append(f"  {finding.level:<4} {finding.subject:<12} {finding.text}{where}")
     counts = {level: sum(finding.level == level for finding in seen) for level in LEVELS}
-    lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} to mend")
+    lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} to fix")
     return "\n".join(lines), counts["FAIL"]
 
 

@@ -24,7 +24,7 @@ def check_inputs(config: PlanConfig) -> None:
     """Check what the planner alone reads; of the training itself validate_train does.
 
     Raises:
-        UserError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the fix.
     """
     _positive("nodes", config.nodes)
     _positive("data.sequence_length", config.data.sequence_length)

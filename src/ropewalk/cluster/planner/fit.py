@@ -16,7 +16,7 @@ TILE = 1024  # tokens whose logits exist at once, where that is offered
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """The memory of the machines, and the part of it that is set aside."""
 
     cluster: ClusterConfig
@@ -71,13 +71,13 @@ def sequence_degrees(shape: ModelShape, setting: Setting, gpus_per_node: int, gl
 
 
 def smallest_fit(
-    shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int]
+    shape: ModelShape, setting: Setting, capacity: Capacity, global_batch: int, degrees: list[int]
 ) -> tuple[int, int] | None:
     """The smallest sequence-parallel degree that fits, and the largest micro batch that fits beside it; or None."""
     for degree in degrees:
         share = global_batch // (setting.ranks // degree)
         sizes = [replace(setting, sequence=degree, micro_batch=n) for n in range(1, share + 1) if share % n == 0]
-        fitting = [size.micro_batch for size in sizes if size.even and room.holds(shape, size)]
+        fitting = [size.micro_batch for size in sizes if size.even and capacity.holds(shape, size)]
         if fitting:
             return degree, max(fitting)
     return None
@@ -100,7 +100,7 @@ def other_ways(setting: Setting) -> dict[str, Setting]:
 
 
 def cheapest_changes(
-    shape: ModelShape, setting: Setting, room: Room, global_batch: int, degrees: list[int], nodes: int
+    shape: ModelShape, setting: Setting, capacity: Capacity, global_batch: int, degrees: list[int], nodes: int
 ) -> list[tuple[Change, ...]]:
     """Sets of changes that make the run fit and leave its global batch, cheapest first; none holds another or sets
     the same keys."""
@@ -115,7 +115,7 @@ def cheapest_changes(
         for change in chosen:
             changed = change.applied(changed)
         whole = global_batch % (changed.micro_batch * changed.ranks // changed.sequence) == 0
-        if whole and changed.even and room.holds(shape, changed):
+        if whole and changed.even and capacity.holds(shape, changed):
             fitting.append(chosen)
             if all(_keys(cheaper) != _keys(chosen) for cheaper in shown):
                 shown.append(chosen)

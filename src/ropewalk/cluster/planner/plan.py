@@ -8,7 +8,7 @@ from typing import Any
 
 from ropewalk.cluster.planner import cost
 from ropewalk.cluster.planner.assumptions import check_inputs
-from ropewalk.cluster.planner.fit import Room, cheapest_changes, other_ways, sequence_degrees, smallest_fit
+from ropewalk.cluster.planner.fit import Capacity, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
 from ropewalk.config.rules import validate_train
@@ -19,7 +19,7 @@ DAY, HOUR = 86_400, 3_600
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """The run with something held in another way, or as it is configured.
 
     Attributes:
@@ -52,7 +52,7 @@ class Plan:
     memory: Memory
     setting: Setting
     shape: ModelShape
-    ways: Mapping[str, Way]
+    ways: Mapping[str, Variant]
     smallest: tuple[int, int] | None
     changes: list[list[str]]
     lead_seconds: int
@@ -111,11 +111,13 @@ def make_plan(config: PlanConfig) -> Plan:
             f"heads evenly inside a node of {cluster.gpus_per_node}; "
             + (f"use one of {', '.join(fitting)}" if fitting else "use fewer nodes, or a larger global batch")
         )
-    room = Room(cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation))
-    needed = memory(shape, setting, room.allowances)
-    fits = room.has_room(needed, setting)
+    capacity = Capacity(
+        cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation)
+    )
+    needed = memory(shape, setting, capacity.allowances)
+    fits = capacity.has_room(needed, setting)
     batch = trainer.global_batch_size
-    changes = [] if fits else cheapest_changes(shape, setting, room, batch, degrees, config.nodes)
+    changes = [] if fits else cheapest_changes(shape, setting, capacity, batch, degrees, config.nodes)
     time = cost.run_time(shape, setting, trainer, cluster, config.assume)
     save = cost.checkpoint_seconds(shape, setting, cluster, config.assume)
     return Plan(
@@ -123,19 +125,19 @@ def make_plan(config: PlanConfig) -> Plan:
         memory=needed,
         setting=setting,
         shape=shape,
-        ways=_ways(shape, setting, room),
-        smallest=smallest_fit(shape, setting, room, batch, degrees),
+        ways=_ways(shape, setting, capacity),
+        smallest=smallest_fit(shape, setting, capacity, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
         lead_seconds=cost.lead_seconds(time.micro_step + config.assume.step_overhead, save),
         entries=_entries(config, shape, setting, time, save),
     )
 
 
-def _ways(shape: ModelShape, setting: Setting, room: Room) -> dict[str, Way]:
+def _ways(shape: ModelShape, setting: Setting, capacity: Capacity) -> dict[str, Variant]:
     found = {}
     for name, way in other_ways(setting).items():
-        needed = memory(shape, way, room.allowances)
-        found[name] = Way(needed.device_total, needed.host_total, room.has_room(needed, way), way == setting)
+        needed = memory(shape, way, capacity.allowances)
+        found[name] = Variant(needed.device_total, needed.host_total, capacity.has_room(needed, way), way == setting)
     return found
 
 

@@ -30,7 +30,7 @@ def print_plan(config: PlanConfig) -> bool:
         print(summary(plan, config) if config.brief else "\n".join(lines(plan, config)))
         return plan.fits or config.advisory
     if config.print not in content:
-        raise UserError(f"print={config.print} is no entry of a plan; use one of: {', '.join(content)}")
+        raise UserError(f"print={config.print} is not an entry of a plan; use one of: {', '.join(content)}")
     print(json.dumps(content[config.print]))
     return True
 

@@ -48,7 +48,7 @@ class ModelShape:
         """From the fields of a transformers config.json.
 
         Raises:
-            UserError: where ``name``'s config lacks a field, has a size that is no positive integer or query heads
+            UserError: where ``name``'s config lacks a field, has a size that is not a positive integer or query heads
                 that its key/value heads do not divide, or is of another architecture.
         """
         kind = config.get("model_type")

@@ -63,11 +63,11 @@ def minutes(time: str) -> int:
     A bare number below 60 is of minutes. YAML 1.1 makes larger ones of what is not quoted: 86400 of 24:00:00.
 
     Raises:
-        UserError: for what is no such time, and for a bare number of 60 or more.
+        UserError: for what is not such a time, and for a bare number of 60 or more.
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not found:
-        raise UserError(f"cluster.slurm.time={time} is no time limit; write it as 48:00:00 or 2-00:00:00")
+        raise UserError(f"cluster.slurm.time={time} is not a time limit; write it as 48:00:00 or 2-00:00:00")
     if time.isdigit() and int(time) >= PER_HOUR:
         raise UserError(
             f"cluster.slurm.time={time} is a bare number of {PER_HOUR} or more, as YAML makes of an unquoted 24:00:00; "

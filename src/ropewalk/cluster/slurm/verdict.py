@@ -121,7 +121,7 @@ def _own_reason(code: int, codes: Sequence[int], ranks: Sequence[Mapping[str, An
         if str(rank.get("error")).partition(":")[0] in OWN_ERRORS:
             return f"rank {rank['rank']} ended the run: {rank['error']}"
     if EXIT_OWN_ERROR in codes or (code == EXIT_OWN_ERROR and not codes):
-        return "an error of configuration or data, named in the log; mend it and submit again"
+        return "an error of configuration or data, named in the log; fix it and submit again"
     if code == EXIT_UNFIT and not ranks:
         return "the doctor found the machine unfit; see its lines in the log"
     for rank in ranks:

@@ -201,8 +201,8 @@ def open_mds(path: str | Path, *, verify: bool = True, decompressed_shards: int 
     file = root / INDEX
     if not file.is_file():
         below = sorted(str(found.parent.relative_to(root)) for found in root.glob(f"*/{INDEX}"))
-        mend = f"open one of: {', '.join(below)}" if below else "name the directory that holds it"
-        raise UserError(f"{root} has no {INDEX}, so it is no MDS directory; {mend}")
+        fix = f"open one of: {', '.join(below)}" if below else "name the directory that holds it"
+        raise UserError(f"{root} has no {INDEX}, so it is not an MDS directory; {fix}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         shards = [_shard(root, entry, verify) for entry in content["shards"]]

@@ -263,7 +263,7 @@ def open_parquet(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no whole parquet file ({error}); fetch it again") from error
+        raise UserError(f"{path} is not a whole parquet file ({error}); fetch it again") from error
 
 
 def next_rows(batches: Iterator[Any], path: str, number: int) -> Any:

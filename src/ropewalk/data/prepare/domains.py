@@ -159,6 +159,6 @@ def validate_domains(rules: Mapping[str, DomainConfig], masked: Mapping[str, boo
             continue
         where = f"corpus.domains.{name}.remainder={rule.remainder}"
         if rule.remainder not in rules or rules[rule.remainder].packing != "short":
-            raise UserError(f"{where} is no domain of packing=short; name one, or drop")
+            raise UserError(f"{where} is not a domain of packing=short; name one, or drop")
         if masked.get(name) or masked.get(rule.remainder):
             raise UserError(f"{where}: one of the two has loss masks; set it to drop")

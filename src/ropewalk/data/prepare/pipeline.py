@@ -79,7 +79,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
     if config.stage == "all" and config.executor.kind == "pool":
         _in_pool(config, output, report)
     elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report):
-        pass  # it is said
+        pass  # _planned has reported why
     elif config.stage == "all":
         run_stages(output, config.executor)
         if config.executor.kind == "slurm":
@@ -271,7 +271,7 @@ def validate_prepare(config: PrepareConfig) -> None:
     """Check what can be known of a preparation before the corpus is looked at.
 
     Raises:
-        UserError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the fix.
     """
     lengths = config.sequence_lengths
     if not lengths or min(lengths) < 2 or len(set(lengths)) < len(lengths):
@@ -294,7 +294,7 @@ def validate_prepare(config: PrepareConfig) -> None:
     if config.shard_mb <= 0 or (config.workers is not None and config.workers < 1):
         raise UserError(f"shard_mb={config.shard_mb} and workers={config.workers} must be positive; raise them")
     if config.corpus.chat_template is not None and not Path(config.corpus.chat_template).is_file():
-        raise UserError(f"corpus.chat_template={config.corpus.chat_template} is no file; name a Jinja template")
+        raise UserError(f"corpus.chat_template={config.corpus.chat_template} is not a file; name a Jinja template")
     if config.corpus.chat_date is not None:
         _check_date(config.corpus.chat_date)
     domain_rules(config.corpus)
@@ -304,7 +304,7 @@ def _check_date(day: str) -> None:
     try:
         date.fromisoformat(day)
     except ValueError as error:
-        raise UserError(f"corpus.chat_date={day} is no date; write it as 2024-07-26") from error
+        raise UserError(f"corpus.chat_date={day} is not a date; write it as 2024-07-26") from error
 
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:

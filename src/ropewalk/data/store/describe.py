@@ -19,7 +19,7 @@ def print_store(config: InspectStoreConfig) -> None:
     """Print counts, lengths of document pieces, where tokens went, and one sequence decoded with its boundaries.
 
     Raises:
-        UserError: for a directory that is no store, a domain or sequence that it does not have, or, with ``verify``,
+        UserError: for a directory that is not a store, a domain or sequence that it does not have, or, with ``verify``,
             a file that is not as it was written.
     """
     store = PackedStore(config.store)

@@ -131,26 +131,26 @@ def read_manifest(root: Path) -> Manifest:
         UserError: for a missing, torn, foreign, newer or altered manifest.
     """
     path = root / MANIFEST
-    mend = "make one with data_prep/prepare.py"
+    fix = "make one with data_prep/prepare.py"
     if not path.is_file():
         what = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
-        raise UserError(f"{root} is not a packed store: {what}; {mend}")
+        raise UserError(f"{root} is not a packed store: {what}; {fix}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is torn: {error}; {mend}") from error
+        raise UserError(f"{path} is torn: {error}; {fix}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of a packed store (format is not {FORMAT!r}); {mend}")
+        raise UserError(f"{path} is not the manifest of a packed store (format is not {FORMAT!r}); {fix}")
     if content.get("version") not in READABLE:
         raise UserError(
-            f"{path} has version {content.get('version')}, this code reads {' and '.join(map(str, READABLE))}; {mend}"
+            f"{path} has version {content.get('version')}, this code reads {' and '.join(map(str, READABLE))}; {fix}"
         )
     try:
         manifest = _parse(content)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} lacks or mistypes {error}; {mend}") from error
+        raise UserError(f"{path} lacks or mistypes {error}; {fix}") from error
     if manifest.fingerprint != content.get("fingerprint"):
-        raise UserError(f"{path} was altered: its fingerprint is not that of its content; {mend}")
+        raise UserError(f"{path} was altered: its fingerprint is not that of its content; {fix}")
     return manifest
 
 
@@ -198,5 +198,5 @@ def stored_path(root: Path, file: str) -> Path:
     """The path of a stored file, or UserError where it is absolute, has ``..`` or leads out of ``root``."""
     relative = PurePosixPath(file)
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(f"{root / MANIFEST} names {file!r}, which is no path in the store; do not use it")
+        raise UserError(f"{root / MANIFEST} names {file!r}, which is not a path in the store; do not use it")
     return inside(root, file)

@@ -51,7 +51,7 @@ class PackedStore:
         """Open the store at ``path``.
 
         Raises:
-            UserError: for a directory that is no store, an altered manifest, or a file of another size.
+            UserError: for a directory that is not a store, an altered manifest, or a file of another size.
         """
         self.root = Path(path)
         self._manifest = read_manifest(self.root)

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ropewalk.config.rules import STORE_MEND, existing_directory, is_remote
+from ropewalk.config.rules import STORE_FIX, existing_directory, is_remote
 from ropewalk.config.train import DataConfig
 from ropewalk.data.store.cache import BOUNDED, DownloadCache
 from ropewalk.data.store.hashing import sha256_directory, sha256_text
@@ -40,7 +40,7 @@ def open_stores(config: DataConfig) -> dict[str, PackedStore]:
 def open_store(name: str, where: str, config: DataConfig) -> PackedStore:
     """The store at ``where``, a directory or a URL, for the configuration's entry ``name``."""
     if not is_remote(where):
-        return PackedStore(existing_directory(name, where, STORE_MEND))
+        return PackedStore(existing_directory(name, where, STORE_FIX))
     assert config.cache_dir is not None  # validated
     return RemoteStore(where, DownloadCache(config.cache_dir, int(config.cache_gib * 2**30)))
 

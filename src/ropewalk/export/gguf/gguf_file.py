@@ -162,7 +162,7 @@ def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         }
         tensors = {t.name: np.array(t.data) for t in reader.tensors if t.name.startswith("rope_")}
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is no whole GGUF file ({error}); make it anew") from error
+        raise UserError(f"{path} is not a whole GGUF file ({error}); make it anew") from error
     return fields, tensors
 
 

@@ -255,7 +255,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None
         engine: the DeepSpeed engine.
         checkpoint: verified.
         universal: its universal form, if another number of ranks saved it. Random state is left alone then: it belongs
-            to ranks that are no more, and training draws nothing from it.
+            to ranks that no longer exist, and training draws nothing from it.
     """
     load_state(engine, universal or checkpoint, is_universal=universal is not None)
     if universal is None:
