@@ -106,7 +106,7 @@ def test_the_margin_is_the_longest_gap_between_boundaries(monkeypatch):
 
 
 def test_a_signal_that_came_before_is_not_lost():
-    """slurm/rank.py holds warnings back from its first moment; the flag takes them when it is there."""
+    """cluster/slurm/rank.py holds warnings back from its first moment; the flag takes them when it is there."""
     hold_warnings()
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # a rank holds it in all its threads, pytest in this one
     with StopFlag(None) as flag:
