@@ -10,7 +10,8 @@ from helpers import composed, save_tiny, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropewalk.analysis.inspection import describe, inspect_config, print_inspection, rotations
+from ropewalk.analysis.inspection import describe, print_inspection, rotations
+from ropewalk.model.rotations import inspect_config
 from ropewalk.rope import Position, RopeChain
 
 
