@@ -80,7 +80,8 @@ def test_layers_that_differ_are_both_shown(tmp_path, capsys):
     assert "stock transformers rotates with it" in said
 
 
-def test_a_live_model_shows_what_a_cast_did(tmp_path):
+def test_a_live_model_shows_what_a_cast_did(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # a training before it in this process
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path)).to(torch.bfloat16)
     (rotation,) = rotations(model, 64)
     assert rotation.inv_freq.dtype == torch.bfloat16

@@ -107,7 +107,7 @@ def test_a_scaling_reaches_its_length(model, tmp_path):
     (["model.path=MODEL", "dtype=int8"], "dtype=int8 is not known"),
     (["model.path=MODEL", "to=onnx"], "to=onnx is not known; use one of: hf, gguf, all"),
     (["model.path=MODEL", "to=gguf", "gguf=q4_0", "verify=false"], "gguf=q4_0 is not written; use one of: f32"),
-    (["model.path=nowhere"], "model=nowhere is no directory; name a Hugging Face directory or a hub id"),
+    (["model.path=nowhere"], "model=nowhere is not a directory; name a Hugging Face directory or a hub id"),
     (["model.path=MODEL", "rope=cope20"], "clip=20 is not within the 8 pairs"),
 ])  # fmt: skip
 def test_bad_input(model, tmp_path, arguments, message):

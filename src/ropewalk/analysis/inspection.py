@@ -32,12 +32,12 @@ def print_inspection(config: InspectConfig) -> list[Rotation]:
         raise UserError(_declared(config.model.path))
     claim = Claim.of(locate(config.model.path))
     length = config.length or int(claim.config.get_text_config().max_position_embeddings)
-    found = claim.rotations(length)
-    for rotation in found:
+    modules = claim.rotations(length)
+    for rotation in modules:
         print(describe(rotation), flush=True)
-    for line in _compare_with_chain(claim, chain_rotation(found)):
+    for line in _compare_with_chain(claim, chain_rotation(modules)):
         print(line, flush=True)
-    return found
+    return modules
 
 
 def _declared(name: str) -> str:

@@ -22,7 +22,7 @@ from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of
 from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.hf import is_current, place_hf
-from ropewalk.export.place import begin_adding, only_writer
+from ropewalk.export.output import begin_adding, only_writer
 from ropewalk.export.source import (
     Source,
     committed_checkpoint,
@@ -37,7 +37,7 @@ from ropewalk.export.verify.verify_tables import verify_table
 
 
 def export(config: ExportConfig) -> Path:
-    """Export as ``config`` says, verify, and print what was found; returns the directory.
+    """Export as ``config`` says, verify, and print the findings; returns the directory.
 
     Raises:
         UserError: where there is no committed checkpoint or model, the method does not fit, or the output is not empty
@@ -96,7 +96,7 @@ def _output(config: ExportConfig, source: Source) -> Path:
 
 
 def model_name(source: Source) -> str:
-    """What people call the model: the run, or the last part of the model's name."""
+    """The short name of the model: its run's, or the last part of its own."""
     if source.run_dir is not None:
         return source.run_dir.name
     return str(source.identity["model"]).rstrip("/").rpartition("/")[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ropewalk.config.export import RepairConfig
 from ropewalk.errors import UserError
-from ropewalk.export.place import only_writer, written_beside
+from ropewalk.export.output import only_writer, written_beside
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import local_model

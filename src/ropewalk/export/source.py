@@ -1,4 +1,4 @@
-"""What is exported: weights that are read one at a time, the position they rotate with, and where they came from."""
+"""Sources of exports: weights that are read one at a time, their position, and their origin."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def committed_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file() and (path / "zero").is_dir():
         return path
-    found = find_checkpoint(path)
-    if found is None:
-        raise UserError(f"{path} is neither {_KINDS}{_what_else(path)}")
-    return found
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path} is neither {_KINDS}{_hint(path)}")
+    return checkpoint
 
 
 _KINDS = (
@@ -91,8 +91,7 @@ _KINDS = (
 )
 
 
-def _what_else(path: Path) -> str:
-    """A hint for what people have in its place."""
+def _hint(path: Path) -> str:
     if list(path.glob("checkpoints/step-*")) or (path / "zero").is_dir():
         return f" (it holds a checkpoint without {MANIFEST}: its save was cut short, or a file was not copied)"
     if list(path.glob("global_step*")) or list(path.glob("*_optim_states.pt")):
@@ -184,7 +183,7 @@ def local_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise UserError(f"model={model} is no directory; name a Hugging Face directory or a hub id")
+        raise UserError(f"model={model} is not a directory; name a Hugging Face directory or a hub id")
     try:
         return Path(snapshot_download(model, allow_patterns=_MODEL_FILES))
     except OSError as error:

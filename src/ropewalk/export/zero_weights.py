@@ -17,7 +17,7 @@ from ropewalk.training.engine import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute
 _OPTIMIZER = "optimizer_state_dict"
-# Where this rank's share of the fp32 master weights is kept, one flat vector a parameter group.
+# Keys of a rank's share of the fp32 master weights, one flat vector a parameter group.
 _PARTITIONED_EACH = "fp32_flat_groups"  # ZeRO-3
 _PARTITIONED_WHOLE = "single_partition_of_fp32_groups"  # ZeRO-1 and -2
 
@@ -25,8 +25,8 @@ _PARTITIONED_WHOLE = "single_partition_of_fp32_groups"  # ZeRO-1 and -2
 class ZeroWeights(Mapping[str, Tensor]):
     """fp32 master weights by their Hugging Face names; a look-up gathers that one parameter from its shards.
 
-    The shards are pickles that DeepSpeed wrote. They are read only after every file's sha256 was found to be the
-    manifest's, so what is unpickled is what the run itself saved. Their tensors are mapped, not read: the optimizer's
+    The shards are pickles that DeepSpeed wrote. They are read only once every file's checksum is the manifest's, so
+    only files that the run itself saved are unpickled. Their tensors are mapped, not read: the optimizer's
     moments are never touched, and of the masters only the parameter that is asked for.
     """
 

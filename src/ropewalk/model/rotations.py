@@ -87,9 +87,9 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     ]
 
 
-def chain_rotation(found: list[Rotation]) -> Rotation:
+def chain_rotation(modules: list[Rotation]) -> Rotation:
     """The rotation that a chain is about: the only one, or the full-attention layers' where layers differ."""
-    return next((rotation for rotation in found if "full_attention" in rotation.module), found[0])
+    return next((rotation for rotation in modules if "full_attention" in rotation.module), modules[0])
 
 
 def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

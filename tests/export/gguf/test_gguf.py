@@ -133,7 +133,7 @@ def test_matrices_are_stored_in_the_type(exported_arm, tmp_path, kind, error):
 def test_a_cut_file_is_named(exported_arm, tmp_path):
     (path,) = exported_arm("rope").glob("*.gguf")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"cut\.gguf is no whole GGUF file"):
+    with pytest.raises(ValueError, match=r"cut\.gguf is not a whole GGUF file"):
         gguf_fields(tmp_path / "cut.gguf")
 
 

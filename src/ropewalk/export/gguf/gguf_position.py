@@ -1,4 +1,4 @@
-"""How a model rotates, in llama.cpp's words."""
+"""The position of a model in llama.cpp's keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class GgufPosition:
-    """What a GGUF file says of position.
+    """The position keys and factors of a GGUF file.
 
     Attributes:
         freq_base: RoPE base.

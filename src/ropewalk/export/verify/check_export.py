@@ -95,7 +95,7 @@ class Claim:
 
 
 def print_check(model: str) -> bool:
-    """Check a Hugging Face directory or GGUF file and print what was found; whether it carries what it claims.
+    """Check a Hugging Face directory or GGUF file and print the findings; returns whether all passed.
 
     Raises:
         UserError: where ``model`` is neither.
