@@ -31,8 +31,7 @@ def print_inspection(config: InspectConfig) -> list[Rotation]:
     if is_declared(config.model.path) and not Path(config.model.path).exists():
         raise UserError(_declared(config.model.path))
     claim = Claim.of(locate(config.model.path))
-    length = config.length or int(claim.config.get_text_config().max_position_embeddings)
-    modules = claim.rotations(length)
+    modules = claim.rotations(config.length)
     for rotation in modules:
         print(describe(rotation), flush=True)
     for line in _compare_with_chain(claim, chain_rotation(modules)):

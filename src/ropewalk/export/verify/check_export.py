@@ -28,7 +28,7 @@ from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.foreign import REFERENCE_KEYS, read_foreign
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 
-# The position of a GGUF file, by the keys below <architecture>.rope; what llama.cpp reads where one is absent.
+# The keys below <architecture>.rope that hold a GGUF file's position, and what llama.cpp takes for an absent one.
 _ABSENT = {
     "freq_base": 1e4,
     "scaling.attn_factor": 1.0,
@@ -79,8 +79,8 @@ class Claim:
         return gguf_position(self.position, self.config.max_position_embeddings)
 
     def rotations(self, length: int | None = None) -> list[Rotation]:
-        """What stock transformers rotates with at ``length`` tokens; None: all that it serves."""
-        return inspect_config(self.config, length or self.config.max_position_embeddings)
+        """The rotations that stock transformers builds, read at ``length`` tokens; None: all that the model serves."""
+        return inspect_config(self.config, length or self.config.get_text_config().max_position_embeddings)
 
     def faults(self) -> list[str]:
         """The differences of stock transformers' rotation from the claimed chain's, in words."""
