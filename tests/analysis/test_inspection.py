@@ -10,7 +10,8 @@ from helpers import composed, save_tiny, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropewalk.analysis.inspection import describe, inspect_config, print_inspection, rotations
+from ropewalk.analysis.inspection import describe, print_inspection, rotations
+from ropewalk.model.rotations import inspect_config
 from ropewalk.rope import Position, RopeChain
 
 
@@ -79,7 +80,8 @@ def test_layers_that_differ_are_both_shown(tmp_path, capsys):
     assert "stock transformers rotates with it" in said
 
 
-def test_a_live_model_shows_what_a_cast_did(tmp_path):
+def test_a_live_model_shows_what_a_cast_did(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # a training before it in this process
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path)).to(torch.bfloat16)
     (rotation,) = rotations(model, 64)
     assert rotation.inv_freq.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ropewalk.export import export, resolve_checkpoint, verify_export, write_export
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.rope import RopeChain
+from ropewalk.rope.position import position_of
 from ropewalk.training import find_checkpoint, train
 
 CHAIN = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
@@ -39,7 +41,7 @@ def test_stock_transformers_agrees(trained, exported):
     found = verify_export(find_checkpoint(trained), exported)
     assert found.passed
     assert json.loads((exported / "verification.json").read_text())["spectrum_equal"] is True
-    assert found.tokens == 128
+    assert found.numbers["tokens"] == 128
 
 
 def test_control_plain_rope_would_not_agree(trained, exported):
@@ -65,6 +67,15 @@ def test_a_spoiled_export_fails(trained, exported, spoil):
             entry[spoil][5] *= 1.01
         change_entry(exported, entry)
     with pytest.raises(RuntimeError, match="NOT VERIFIED"):
+        verify_export(find_checkpoint(trained), exported)
+
+
+def test_an_export_that_claims_another_chain_fails(trained, exported):
+    """Its logits are right; whoever reads its metadata would be misled."""
+    content = json.loads((exported / "config.json").read_text())
+    position = replace(position_of(content), chain=RopeChain([CHAIN[0], {"method": "cope", "clip": 5}]))
+    (exported / "config.json").write_text(json.dumps({**content, "ropewalk": position.metadata()}))
+    with pytest.raises(RuntimeError, match=r"NOT VERIFIED.*frequencies equal; .* other than the claimed chain"):
         verify_export(find_checkpoint(trained), exported)
 
 

@@ -1,55 +1,45 @@
-"""What a model really rotates with in stock transformers: ``python scripts/analyze.py inspect``."""
+"""Inspection of a model's real rotation in stock transformers: ``python scripts/analyze.py inspect``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from ropewalk.analysis.subjects import declared_path, is_declared, locate
 from ropewalk.config.analysis import InspectConfig
 from ropewalk.errors import UserError
-from ropewalk.model.rotary import spectrum_tolerance
+from ropewalk.export.verify.check_export import Claim
 from ropewalk.model.rotations import (
     Rotation,
-    inspect_config,
+    chain_rotation,
     rotations,  # noqa: F401  documented under this name
 )
 from ropewalk.rope.chain import in_words
-from ropewalk.rope.hf_config import REFERENCE_KEYS
 from ropewalk.rope.notation import print_value
-from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 
 PER_LINE = 8  # frequencies
 
 
 def print_inspection(config: InspectConfig) -> list[Rotation]:
-    """Print what ``config.model.path`` rotates with, its chain, and where the two disagree.
+    """Print the rotation of ``config.model.path``, its chain, and the differences between the two.
 
     Raises:
         UserError: for a model that cannot be read.
     """
     if is_declared(config.model.path) and not Path(config.model.path).exists():
         raise UserError(_declared(config.model.path))
-    directory = locate(config.model.path)
-    read_config_json(directory)  # its errors are for people
-    stock = AutoConfig.from_pretrained(directory)
-    content = stock.to_dict()
-    text = content.get("text_config") or content
-    length = config.length or int(text["max_position_embeddings"])
-    found = inspect_config(stock, length)
-    for rotation in found:
+    claim = Claim.of(locate(config.model.path))
+    modules = claim.rotations(config.length)
+    for rotation in modules:
         print(describe(rotation), flush=True)
-    for line in _compare_with_chain(content, found, length):
+    for line in _compare_with_chain(claim, chain_rotation(modules)):
         print(line, flush=True)
-    return found
+    return modules
 
 
 def _declared(name: str) -> str:
-    """Why a name in configs/model is no checkpoint, and what to say in its place."""
     path = declared_path(name)
     instead = f"its checkpoint (model={path})" if path else "a checkpoint of it (model=RUN_OR_EXPORT_DIRECTORY)"
     return (
@@ -75,37 +65,27 @@ def describe(rotation: Rotation) -> str:
     )
 
 
-def _compare_with_chain(content: Mapping[str, Any], found: list[Rotation], length: int) -> Iterator[str]:
-    """The chain, and every place where the config promises what stock engines do not do."""
+def _compare_with_chain(claim: Claim, rotation: Rotation) -> Iterator[str]:
     try:
-        position = position_of(content)
-    except ValueError as error:
+        position = claim.position
+    except UserError as error:
         yield f"chain: none ({error})"
         return
-    source = "from its metadata" if content.get(METADATA_KEY) else "read off the stock entry"
+    source = "from its metadata" if claim.has_metadata else "read off the stock entry"
     yield f"chain: {in_words(position.chain)}, from base {print_value(position.theta)} ({source})"
     yield f"  sha256 {position.chain.sha256}"
-    spectrum = position.spectrum(length=length)
-    exact = spectrum.inv_freq
-    # where layers differ, the chain is that of the full-attention ones
-    rotation = next((r for r in found if "full_attention" in r.module), found[0])
-    stock = rotation.inv_freq.double().numpy()
-    fits = stock.shape == exact.shape and np.array_equal(stock == 0, exact == 0)
-    worst = float(np.max(np.abs(stock - exact)[exact > 0] / exact[exact > 0], initial=0.0)) if fits else np.inf
-    if (
-        fits
-        and worst <= spectrum_tolerance(spectrum, rotation.rope_type)
-        and np.isclose(rotation.attention_scaling, spectrum.attention_scaling, rtol=1e-6)
-    ):
-        yield f"  stock transformers rotates with it: largest relative difference {worst:.1e}"
-    else:
+    spectrum = position.spectrum(length=rotation.length)
+    if rotation.faults(spectrum):
         yield (
             "warning: stock transformers does NOT rotate with this chain; its rope_parameters were changed beside the "
             "metadata, or the chain depends on the input's length and was compiled at another"
         )
-    present = {key: content[key] for key in REFERENCE_KEYS if key in content}
-    if present:
+    else:
+        stock, exact = rotation.inv_freq.double().numpy(), spectrum.inv_freq
+        worst = np.max(np.abs(stock - exact)[exact > 0] / exact[exact > 0], initial=0.0)
+        yield f"  stock transformers rotates with it: largest relative difference {worst:.1e}"
+    if claim.reference_keys:
         yield (
-            f"warning: {present} in config.json: CoPE's published code reads these, stock engines ignore them and "
-            "rotate as printed above"
+            f"warning: {claim.reference_keys} in config.json: CoPE's published code reads these, stock engines ignore "
+            "them and rotate as printed above"
         )

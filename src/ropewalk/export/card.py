@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with what the weights are, how they were made, and how to serve them."""
+"""The model card of an export, README.md: the weights, their making, and how to serve them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
 from ropewalk.export.findings import STOCK, findings_of
-from ropewalk.export.place import SOURCE
+from ropewalk.export.output import SOURCE
 from ropewalk.export.source import Source, read_json
 from ropewalk.files import write_atomically
 from ropewalk.model.load import head_dim
@@ -57,10 +57,10 @@ def base_licence(source: Source) -> str | None:
     try:
         local = Path(base) / CARD
         path = local if Path(base).is_dir() else Path(hf_hub_download(str(base), CARD))
-        found = ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
+        licence = ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
     except (OSError, ValueError, HTTPError, yaml.YAMLError):
         return None
-    return None if found is None else str(found)
+    return None if licence is None else str(licence)
 
 
 def _base(source: Source) -> str | None:
@@ -194,7 +194,12 @@ def _verification(directory: Path) -> list[str]:
             "None was run (verify=false): no engine's output was compared with the source's.",
         ]
     missing = [] if STOCK in findings else [f"- {STOCK}: not verified"]
-    return ["## Verification", "", *missing, *(f"- {engine}: {found['said']}" for engine, found in findings.items())]
+    return [
+        "## Verification",
+        "",
+        *missing,
+        *(f"- {engine}: {finding['said']}" for engine, finding in findings.items()),
+    ]
 
 
 def _licence(source: Source, licence: str | None) -> list[str]:
@@ -226,7 +231,7 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
 
 
 def commands(config: PreTrainedConfig, position: Position, directory: Path) -> list[str]:
-    """Markdown lines for a model card; DIR stands for the place of the files."""
+    """Markdown lines for a model card; DIR stands for the directory of the files."""
     served = config.max_position_embeddings
     lines = [
         f"Keys and values of one sequence of {served:,} tokens take "

@@ -1,4 +1,4 @@
-"""One export from the command line: write, verify, describe, push."""
+"""The export command: write, verify, describe, push."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
 from ropewalk.export.card import write_card
-from ropewalk.export.findings import STOCK, EngineFailed, NotVerified, Unverifiable, findings_of, write_finding
+from ropewalk.export.findings import STOCK, Finding, NotVerified, record
 from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of
 from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.hf import is_current, place_hf
-from ropewalk.export.place import begin_adding, only_writer
+from ropewalk.export.output import begin_adding, only_writer
 from ropewalk.export.source import (
     Source,
     committed_checkpoint,
@@ -38,7 +38,7 @@ from ropewalk.runs.directory import RunDirectory
 
 
 def export(config: ExportConfig) -> Path:
-    """Export as ``config`` says, verify, and print what was found; returns the directory.
+    """Export as ``config`` says, verify, and print the findings; returns the directory.
 
     Raises:
         UserError: where there is no committed checkpoint or model, the method does not fit, or the output is not empty
@@ -111,7 +111,7 @@ def _export_hf(config: ExportConfig, source: Source, output: Path, dtype: str | 
         place_hf(source, output, dtype, overwrite=config.overwrite)
         print(f"exported {source.origin} to {output}")
     if config.verify:
-        _verify(STOCK, output, lambda: verify_stock(source, output, config.verify_tokens), failures)
+        _verify(STOCK, output, partial(verify_stock, source, output, config.verify_tokens), failures)
         for engine, python in vars(config.engines).items():
             _verify(engine, output, partial(verify_table, engine, output, python), failures)
 
@@ -127,9 +127,8 @@ def _export_gguf(config: ExportConfig, source: Source, output: Path, dtype: str 
             write_gguf(directory, path, kind)
             print(f"exported {source.origin} to {path}")
         if config.verify:
-            _verify(
-                engine_name(path), output, lambda: verify_gguf(directory, path, kind, config.verify_tokens), failures
-            )
+            verify = partial(verify_gguf, directory, path, kind, config.verify_tokens)
+            _verify(engine_name(path), output, verify, failures)
 
 
 @contextmanager
@@ -145,21 +144,16 @@ def _directory_for(
         directory = Path(scratch) / "hf"
         place_hf(source, directory, dtype, overwrite=False)
         if config.verify:
-            _verify(STOCK, output, lambda: verify_stock(source, directory, config.verify_tokens, output), failures)
+            _verify(STOCK, output, partial(verify_stock, source, directory, config.verify_tokens), failures)
         yield directory
 
 
-def _verify(engine: str, output: Path, verify: Callable[[], object], failures: list[str]) -> None:
-    """Run one verification; print and record what it found, also that it could not run."""
-    try:
-        print(f"{engine}: {verify()}", flush=True)
-    except Unverifiable as reason:
-        write_finding(output, engine, str(reason))
-        print(f"{engine}: {reason}", flush=True)
-    except RuntimeError as error:
-        failures.append(str(error))
-        if findings_of(output).get(engine, {}).get("passed") is not False:
-            write_finding(output, engine, EngineFailed(str(error)))
+def _verify(engine: str, output: Path, verify: Callable[[], Finding], failures: list[str]) -> None:
+    finding = record(output, engine, verify)
+    if finding.passed is False:
+        failures.append(f"{output}: {engine}: {finding}")
+    else:
+        print(f"{engine}: {finding}", flush=True)
 
 
 def push(directory: Path, repository: str, *, private: bool) -> str:

@@ -1,9 +1,10 @@
-"""verification.json: what each verification of an export found."""
+"""Findings of verifications, and verification.json, which keeps those of engines beside an export."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,57 @@ class Unverifiable(UserError):
 
 
 class NotVerified(RuntimeError):
-    """An export that an engine does not reproduce; what was written stays."""
+    """An export that an engine does not reproduce; its files stay."""
 
 
 @dataclass(frozen=True)
-class EngineFailed:
-    """An engine that did not get as far as logits."""
+class Finding:
+    """The result of one verification: of the files without an engine, or by one engine.
 
-    error: str
-    passed: bool = False
+    Attributes:
+        passed: None: it could not run, or could not tell.
+        text: the result in words.
+        numbers: what an engine was measured by, as verification.json keeps it.
+    """
+
+    passed: bool | None
+    text: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"NOT VERIFIED: {self.error}"
+        return self.text
 
 
-def write_finding(directory: Path, engine: str, finding: Any) -> None:
-    """Record one verification; ``passed`` of the whole is that of all that ran.
+def judged(passed: bool | None, text: str, faults: list[str], **numbers: Any) -> Finding:
+    """An engine's finding; faults of the static verification fail it, whatever the engine computed."""
+    passed = False if faults else passed
+    verdict = {True: "verified", False: "NOT VERIFIED", None: "could not tell"}[passed]
+    return Finding(passed, f"{verdict}: {'; '.join([text, *faults])}", {**numbers, "faults": faults})
+
+
+def record(directory: Path, engine: str, verify: Callable[[], Finding]) -> Finding:
+    """Run an engine's verification and write its finding to verification.json, also that it could not run.
 
     Args:
-        directory: the export.
-        engine: what was compared with, e.g. "transformers", "llama.cpp model-q8_0.gguf".
-        finding: a dataclass with ``passed`` (None: it ran but could not tell), or the reason, a string, why it could
-            not run.
+        directory: the export; ``passed`` of the whole is that of all that ran.
+        engine: what the export is compared with, e.g. "transformers", "llama.cpp model-q8_0.gguf".
+        verify: the verification; a RuntimeError is an engine that did not get as far as numbers, and fails.
     """
-    report = read_json(directory / REPORT)
-    engines = report.get("engines", {})
-    entry = {"passed": None, "reason": finding} if isinstance(finding, str) else asdict(finding)
-    engines[engine] = {**entry, "said": str(finding)}
-    ran = [found["passed"] for found in engines.values() if found["passed"] is not None]
-    top = {k: v for k, v in engines.get(STOCK, {}).items() if k not in ("said", "reason")}
+    try:
+        finding = verify()
+    except Unverifiable as reason:
+        finding = Finding(None, str(reason), {"reason": str(reason)})
+    except RuntimeError as error:
+        finding = Finding(False, f"NOT VERIFIED: {error}", {"error": str(error)})
+    engines = findings_of(directory)
+    engines[engine] = {**finding.numbers, "passed": finding.passed, "said": finding.text}
+    ran = [entry["passed"] for entry in engines.values() if entry["passed"] is not None]
+    top = {key: value for key, value in engines.get(STOCK, {}).items() if key not in ("said", "reason")}
     report = {**top, "passed": bool(ran) and all(ran), "engines": engines}
     write_atomically(directory / REPORT, json.dumps(report, indent=2) + "\n")
+    return finding
 
 
 def findings_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """The findings by engine; empty where nothing was verified."""
+    """The findings by engine, as verification.json has them; empty where nothing was verified."""
     return dict(read_json(directory / REPORT).get("engines", {}))

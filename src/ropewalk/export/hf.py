@@ -1,4 +1,4 @@
-"""A model as a Hugging Face directory that stock transformers loads, written one weight at a time."""
+"""A model as a Hugging Face directory that stock transformers loads, written one shard at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ropewalk.errors import UserError
-from ropewalk.export.place import SOURCE, check_replaceable, check_space, only_writer, written_beside
+from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.safetensors_files import total_bytes, write_weights
 from ropewalk.export.source import Source, committed_checkpoint, read_json, trained_source
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A Hugging Face directory for what a user names: one already, or a training checkpoint or run, exported first.
+    """A Hugging Face directory for a path: itself where it is one, else the export of a training checkpoint or run.
 
     A run's own ``export`` serves where it is of that checkpoint and is never replaced; any other checkpoint is exported
     once, to ``<run>/exports/<step>``.
@@ -133,11 +133,11 @@ def write_generation_config(source: Source, tokenizer: Any, directory: Path) -> 
     settings = read_json(source.origin / "generation_config.json") if source.run_dir is None else {}
     settings.pop("transformers_version", None)
     for key in _SPECIAL:
-        ours = getattr(tokenizer, key, None) if tokenizer is not None else None
+        own = getattr(tokenizer, key, None) if tokenizer is not None else None
         present = settings.get(key, getattr(source.config, key, None))
-        if isinstance(present, list) and (ours is None or ours in present):
-            ours = present  # several ends of a turn, the tokenizer names one
-        value = ours if ours is not None else present
+        if isinstance(present, list) and (own is None or own in present):
+            own = present  # several ends of a turn, the tokenizer names one
+        value = own if own is not None else present
         if value is not None:
             settings[key] = value
     write_atomically(directory / "generation_config.json", json.dumps(settings, indent=2) + "\n")

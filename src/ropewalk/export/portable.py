@@ -25,7 +25,7 @@ def place_portable(
 ) -> None:
     """Put ``position`` into a config, for ``served`` tokens, in a form that every version reads alike.
 
-    ``yarn`` is the one stock type that is none, and its spectrum is written as longrope factors instead: transformers
+    Readers differ on one stock type, ``yarn``, so its spectrum is written as longrope factors instead. transformers
     4.45 to 4.52 read other lengths out of it, and vLLM and SGLang end their tables at factor x original length
     (docs/serving.md; benchmarks/transformers4.py shows the first).
 

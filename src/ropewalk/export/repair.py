@@ -1,4 +1,4 @@
-"""A checkpoint whose config does not say the method it was trained with, given that config."""
+"""The repair command: the config of a method, for a checkpoint whose config lacks the method it was trained with."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from ropewalk.config.export import RepairConfig
 from ropewalk.errors import UserError
-from ropewalk.export.place import only_writer, written_beside
+from ropewalk.export.output import only_writer, written_beside
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import local_model
-from ropewalk.export.verify.check_export import print_check
+from ropewalk.export.verify.check_export import Claim, print_check
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.hf_config import REFERENCE_KEYS
-from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 
 BACKUP = "config.json.before-repair"
 
@@ -32,18 +28,16 @@ def repair(config: RepairConfig) -> Path:
         the repaired directory.
 
     Raises:
-        UserError: where the config says a method already, or contradicts the given one, or something would be
+        UserError: where the config names a method already, or contradicts the given one, or a file would be
             overwritten.
         RuntimeError: where the result does not carry the method.
     """
     directory = local_model(config.model.path)
-    content = read_config_json(directory)
-    position = _position(config, content)
+    claim = Claim.of(directory)
+    position, stock = _position(config, claim), claim.config
     StoredWeights(directory)  # a repaired config beside half the weights helps nobody
-    stock = AutoConfig.from_pretrained(directory)
-    for key in REFERENCE_KEYS:
-        if hasattr(stock, key):
-            delattr(stock, key)
+    for key in claim.reference_keys:
+        delattr(stock, key)
     place_portable(stock, position, stock.max_position_embeddings)
     output = _in_place(config, directory) if config.in_place else _new(config)
     with only_writer(output):
@@ -62,8 +56,8 @@ def repair(config: RepairConfig) -> Path:
     return output
 
 
-def _position(config: RepairConfig, content: dict[str, object]) -> Position:
-    if content.get(METADATA_KEY):
+def _position(config: RepairConfig, claim: Claim) -> Position:
+    if claim.has_metadata:
         raise UserError(
             f"model={config.model.path} says its method already; check it: python scripts/export.py check "
             f"{config.model.path}"
@@ -71,7 +65,7 @@ def _position(config: RepairConfig, content: dict[str, object]) -> Position:
     chain = RopeChain(config.rope.chain)
     if not chain.steps:
         raise UserError("rope is not set; name the method that the model was trained with (rope=cope20)")
-    present = position_of(content)
+    present = claim.position
     if present.chain.steps:
         raise UserError(
             f"model={config.model.path} says {present.chain} already, so nothing is lost; to apply a method to it: "

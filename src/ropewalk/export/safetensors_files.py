@@ -1,26 +1,25 @@
-"""Safetensors files of a model: read one weight at a time, written one weight at a time."""
+"""Safetensors files of a model: read one weight at a time, written one shard at a time."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ropewalk.errors import UserError
-from ropewalk.files import inside, write_atomically
+from ropewalk.files import fsync_path, inside, write_atomically
 
 INDEX = "model.safetensors.index.json"
-SHARD_SIZE = "2GB"
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+SHARD_SIZE = "1GB"  # in memory while it is written; a weight that is larger is a shard by itself
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -41,9 +40,11 @@ class StoredWeights(Mapping[str, Tensor]):
                     for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                         part = opened.get_slice(name)
                         self._files[name], self._shapes[name] = file, torch.Size(part.get_shape())
-                        self._dtypes[name] = _dtype_of(part.get_dtype())
+                        self._dtypes[name] = _DTYPES[part.get_dtype()]
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} cannot be read ({error}); copy it anew") from error
+            except KeyError as error:
+                raise UserError(f"{file} has weights of dtype {error}; use one of: {', '.join(_DTYPES)}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as opened:
@@ -95,10 +96,10 @@ def write_weights(
     directory: Path,
     planned: Mapping[str, tuple[torch.Size, torch.dtype]],
     gather: Callable[[str, torch.dtype], Tensor],
-) -> int:
-    """Write a model as safetensors with an index where it needs several; returns bytes of weights.
+) -> None:
+    """Write a model as safetensors, with an index where it needs several files.
 
-    One weight is in memory at a time, and no shard ever is.
+    One shard is in memory at a time.
 
     Args:
         directory: exists.
@@ -110,49 +111,13 @@ def write_weights(
         hollow, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
     )
     for file, names in split.filename_to_tensors.items():
-        _write_shard(directory / file, {name: planned[name] for name in names}, gather)
+        shard = {name: gather(name, planned[name][1]).contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        del shard  # before the next one is gathered
+        fsync_path(directory / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
-    return sum(shape.numel() * dtype.itemsize for shape, dtype in planned.values())
-
-
-def _write_shard(
-    path: Path,
-    planned: Mapping[str, tuple[torch.Size, torch.dtype]],
-    gather: Callable[[str, torch.dtype], Tensor],
-) -> None:
-    """The safetensors layout: length of the header as 8 little-endian bytes, the header as JSON, the weights.
-
-    The widest dtypes come first, so that every weight is aligned to its own size.
-    """
-    names = sorted(planned, key=lambda name: (-planned[name][1].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        shape, dtype = planned[name]
-        size = shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _write_tensor(file, gather(name, planned[name][1]))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    for dtype, known in _NAMES.items():
-        if known == name:
-            return dtype
-    raise UserError(f"weights of dtype {name} cannot be exported; use one of: {', '.join(_NAMES.values())}")
 
 
 def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
@@ -163,7 +128,7 @@ def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
 def weight_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:
     """Weights that are missing or have another shape, in words; only headers are read.
 
-    A model whose weights transformers renames when it loads them (experts kept one by one) is not looked at.
+    A model whose weights transformers renames when it loads them (experts kept one by one) is not checked.
     """
     try:
         shapes = StoredWeights(directory).shapes()

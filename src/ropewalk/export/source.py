@@ -80,7 +80,7 @@ def committed_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     checkpoint = checkpoint_at(path)
     if checkpoint is None:
-        raise UserError(f"{path} is neither {_KINDS}{_what_else(path)}")
+        raise UserError(f"{path} is neither {_KINDS}{_hint(path)}")
     return checkpoint
 
 
@@ -90,8 +90,7 @@ _KINDS = (
 )
 
 
-def _what_else(path: Path) -> str:
-    """A hint for what people have in its place."""
+def _hint(path: Path) -> str:
     if RunDirectory(path).saved_checkpoints() or (path / ZERO).is_dir():
         return f" (it holds a checkpoint without {MANIFEST}: its save was cut short, or a file was not copied)"
     if list(path.glob("global_step*")) or list(path.glob("*_optim_states.pt")):

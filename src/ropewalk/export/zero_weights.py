@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from ropewalk.training.distributed import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute
 _OPTIMIZER = "optimizer_state_dict"
-# Where this rank's share of the fp32 master weights is kept, one flat vector a parameter group.
+# Keys of a rank's share of the fp32 master weights, one flat vector a parameter group.
 _PARTITIONED_EACH = "fp32_flat_groups"  # ZeRO-3
 _PARTITIONED_WHOLE = "single_partition_of_fp32_groups"  # ZeRO-1 and -2
 
@@ -28,8 +26,8 @@ _PARTITIONED_WHOLE = "single_partition_of_fp32_groups"  # ZeRO-1 and -2
 class ZeroWeights(Mapping[str, Tensor]):
     """fp32 master weights by their Hugging Face names; a look-up gathers that one parameter from its shards.
 
-    The shards are pickles that DeepSpeed wrote. They are read only after every file's sha256 was found to be the
-    manifest's, so what is unpickled is what the run itself saved. Their tensors are mapped, not read: the optimizer's
+    The shards are pickles that DeepSpeed wrote. They are read only once every file's checksum is the manifest's, so
+    only files that the run itself saved are unpickled. Their tensors are mapped, not read: the optimizer's
     moments are never touched, and of the masters only the parameter that is asked for.
     """
 
@@ -80,11 +78,11 @@ class ZeroWeights(Mapping[str, Tensor]):
         return dict.fromkeys(self._pieces, torch.float32)
 
 
-_Piece = tuple[torch.Size, list[Tensor]]
+_Piece = tuple[torch.Size, list[Tensor]]  # a parameter's shape, and the stretches that make it up, in order
+_Vectors = list[list[Tensor]]  # by rank, then by parameter group
 
 
 def _open(directory: Path) -> dict[str, _Piece]:
-    """Each parameter's shape and the stretches of the ranks' flat vectors that make it up, in order."""
     ranks = [_load(path)[_OPTIMIZER] for path in _ranked(directory, "*_optim_states.pt")]
     # ZeRO-1 in bf16 is another optimizer of DeepSpeed's, which does not write its stage down.
     key = next((key for key in (_PARTITIONED_EACH, _PARTITIONED_WHOLE) if ranks and key in ranks[0]), None)
@@ -96,16 +94,16 @@ def _open(directory: Path) -> dict[str, _Piece]:
         raise UserError(
             f"{directory} was saved by {expected} ranks but holds the shards of {len(ranks)}; copy the others there"
         )
-    flat_groups = [_vectors(rank[key]) for rank in ranks]
+    vectors = [[rank[key]] if torch.is_tensor(rank[key]) else list(rank[key]) for rank in ranks]
     state = _load(_ranked(directory, "*_model_states.pt")[0])
     frozen = state.get("frozen_param_shapes")
     if frozen:
         raise UserError(f"{directory}: {len(frozen)} parameters were frozen, which this trainer never does: not ours")
     groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in state["param_shapes"]]
     if key == _PARTITIONED_EACH:
-        return _partitioned_each({k: v for group in groups for k, v in group.items()}, flat_groups, directory)
-    paddings = ranks[0].get("param_alignment_paddings")
-    return _partitioned_whole(groups, flat_groups, paddings, directory)
+        return _partitioned_each(groups, vectors, directory)
+    paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
+    return _partitioned_whole(groups, vectors, paddings, directory)
 
 
 def _load(path: Path) -> Any:
@@ -117,62 +115,46 @@ def _ranked(directory: Path, pattern: str) -> list[Path]:
     return sorted(directory.glob(pattern), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
-def _vectors(group: Tensor | list[Tensor]) -> list[Tensor]:
-    return [group] if torch.is_tensor(group) else list(group)
-
-
-class _Joined:
-    """Flat vectors end to end, without joining them."""
-
-    def __init__(self, vectors: list[Tensor]) -> None:
-        self.vectors = [vector.view(-1) for vector in vectors]
-        self.starts = [0, *accumulate(vector.numel() for vector in self.vectors)]
-
-    @property
-    def size(self) -> int:
-        return self.starts[-1]
-
-    def __getitem__(self, stretch: slice) -> list[Tensor]:
-        """Views of [start, stop)."""
-        views: list[Tensor] = []
-        start, stop = stretch.start, stretch.stop
-        while start < stop:
-            at = bisect_right(self.starts, start) - 1
-            end = min(stop, self.starts[at + 1])
-            views.append(self.vectors[at][start - self.starts[at] : end - self.starts[at]])
-            start = end
-        return views
-
-
-def _partitioned_each(shapes: dict[str, torch.Size], ranks: list[list[Tensor]], directory: Path) -> dict[str, _Piece]:
+def _partitioned_each(groups: list[dict[str, torch.Size]], ranks: _Vectors, directory: Path) -> dict[str, _Piece]:
     """ZeRO-3: every parameter is cut into as many equal parts as there are ranks, the last one padded."""
-    joined = [_Joined(vectors) for vectors in ranks]
     pieces, offset = {}, 0
-    for name, shape in shapes.items():
+    for name, shape in (item for group in groups for item in group.items()):
         part = math.ceil(shape.numel() / len(ranks))
-        _check_fits(offset + part, joined[0].size, directory)
-        pieces[name] = shape, [view for rank in joined for view in rank[offset : offset + part]]
+        pieces[name] = shape, [view for vectors in ranks for view in _stretch(vectors, offset, part)]
         offset += part
-    if any(rank.size != offset for rank in joined):
-        raise UserError(f"{directory}: the ranks hold {[r.size for r in joined]} weights each, the model {offset}")
+    held = [_size(vectors) for vectors in ranks]
+    if set(held) != {offset}:
+        raise UserError(f"{directory}: the ranks hold {held} weights each, the model {offset}: not whole; copy it anew")
     return pieces
 
 
 def _partitioned_whole(
-    groups: list[dict[str, torch.Size]], ranks: list[list[Tensor]], paddings: Any, directory: Path
+    groups: list[dict[str, torch.Size]], ranks: _Vectors, paddings: list[list[int]], directory: Path
 ) -> dict[str, _Piece]:
     """ZeRO-1 and -2: the parameters of a group lie end to end, and that vector is cut among the ranks."""
     pieces: dict[str, _Piece] = {}
-    for index, shapes in enumerate(groups):
-        joined, offset = _Joined([vectors[index] for vectors in ranks]), 0
-        after = paddings[index] if paddings is not None else [0] * len(shapes)
-        for (name, shape), padding in zip(shapes.items(), after, strict=True):
-            _check_fits(offset + shape.numel(), joined.size, directory)
-            pieces[name] = shape, joined[offset : offset + shape.numel()]
-            offset += shape.numel() + padding
+    for i, (shapes, padding) in enumerate(zip(groups, paddings, strict=True)):
+        vectors, offset, end = [rank[i] for rank in ranks], 0, 0
+        for (name, shape), after in zip(shapes.items(), padding, strict=True):
+            pieces[name] = shape, _stretch(vectors, offset, shape.numel())
+            end = offset + shape.numel()
+            offset = end + after
+        if end > _size(vectors):
+            raise UserError(
+                f"{directory}: the ranks hold {_size(vectors)} weights of a group that has {end}: not whole; copy it "
+                "anew"
+            )
     return pieces
 
 
-def _check_fits(needed: int, held: int, directory: Path) -> None:
-    if needed > held:
-        raise UserError(f"{directory}: the model needs {needed} weights of a vector that holds {held}: not whole")
+def _size(vectors: list[Tensor]) -> int:
+    return sum(vector.numel() for vector in vectors)
+
+
+def _stretch(vectors: list[Tensor], start: int, count: int) -> list[Tensor]:
+    """Views of [start, start + count) of vectors that lie end to end, without joining them."""
+    views = []
+    for vector in vectors:
+        views.append(vector.view(-1)[max(start, 0) : max(start + count, 0)])
+        start -= vector.numel()
+    return [view for view in views if view.numel()]

@@ -97,7 +97,7 @@ def launched_world_size() -> int:
 
 
 def join_launched(timeout: timedelta | None = None) -> Ranks:
-    """Join the processes that torchrun or cluster/slurm/rank.py started, over gloo, to exchange results; no engine follows.
+    """Join the processes that torchrun or srun started, over gloo, to exchange results; no engine follows.
 
     A process that was started alone forms no group.
 

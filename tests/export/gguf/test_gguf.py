@@ -16,7 +16,7 @@ from ropewalk.export.gguf.gguf_file import gguf_fields, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of, interleave
 from ropewalk.export.gguf.gguf_position import gguf_position
 from ropewalk.export.gguf.gguf_tokenizer import pre_tokenizer
-from ropewalk.export.verify.probing import llama_logits, probe_of, stock_logits
+from ropewalk.export.verify.probing import llama_logits, read_passage, stock_logits
 from ropewalk.rope import Position, RopeChain
 
 
@@ -71,8 +71,8 @@ def families(tmp_path_factory, fixture_tokenizer):
     for directory in models.values():
         shutil.copytree(fixture_tokenizer, directory, dirs_exist_ok=True)
     files = [write(directory, root) for directory in models.values()]
-    probe = probe_of(models["mistral"], 128)
-    stock, llama = stock_logits(list(models.values()), probe), llama_logits(files, probe)
+    passage = read_passage(models["mistral"], 128)
+    stock, llama = stock_logits(list(models.values()), passage), llama_logits(files, passage)
     return {name: (a["logits"], b["logits"]) for name, a, b in zip(models, stock, llama, strict=True)}
 
 
@@ -181,8 +181,8 @@ def test_a_tokenizer_of_words_is_cut_alike(tmp_path, exported_arm):
     words = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     words.save_pretrained(directory)
     write_gguf(directory, tmp_path / "words.gguf", "f32")
-    probe = probe_of(directory, 200)
-    (found,) = llama_logits([tmp_path / "words.gguf"], probe)
-    expected = words.encode(probe.text, add_special_tokens=False)
+    passage = read_passage(directory, 200)
+    (found,) = llama_logits([tmp_path / "words.gguf"], passage)
+    expected = words.encode(passage.text, add_special_tokens=False)
     assert found["tokens"].tolist() == expected
     assert len(set(expected)) > 100

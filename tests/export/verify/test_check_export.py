@@ -18,6 +18,11 @@ def copy(exported_arm, tmp_path):
     return shutil.copytree(exported_arm("cope"), tmp_path / "copy")
 
 
+def faults(path):
+    _, findings = check_gguf(path) if path.suffix == ".gguf" else check_directory(path)
+    return [finding.text for finding in findings if not finding.passed]
+
+
 def change(directory, **changes):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -30,7 +35,7 @@ def test_an_export_carries_what_it_claims(exported_arm, arm, capsys):
     assert "FAULT" not in said
     assert "carries what it claims" in said
     (file,) = exported_arm(arm).glob("*.gguf")
-    assert check_gguf(file).faults == []
+    assert faults(file) == []
 
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e5}
@@ -48,7 +53,7 @@ def test_what_is_lost_is_named(copy, changes, fault):
     import re
 
     change(copy, **changes)
-    assert any(re.search(fault, found) for found in check_directory(copy).faults)
+    assert any(re.search(fault, found) for found in faults(copy))
 
 
 def test_a_dropped_attention_scaling_is_named(exported_arm, tmp_path):
@@ -56,20 +61,18 @@ def test_a_dropped_attention_scaling_is_named(exported_arm, tmp_path):
     entry = json.loads((directory / "config.json").read_text())["rope_parameters"]
     entry |= dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), 1.0)
     change(directory, rope_parameters=entry, rope_scaling=entry)
-    assert "attention scaling is 1, the claimed chain's 1.13863" in check_directory(directory).faults
+    assert "attention scaling is 1, the claimed chain's 1.13863" in faults(directory)
 
 
 def test_a_card_of_another_chain_is_named(copy):
     card = copy / "README.md"
     card.write_text(card.read_text().replace("cope(clip=4)", "cope(clip=5)"))
-    assert "the card names abf(theta=1e5) > cope(clip=5), the config abf(theta=1e5) > cope(clip=4)" in (
-        check_directory(copy).faults
-    )
+    assert "the card names abf(theta=1e5) > cope(clip=5), the config abf(theta=1e5) > cope(clip=4)" in (faults(copy))
 
 
 def test_a_missing_shard_is_named(copy):
     (copy / "model.safetensors").unlink()
-    assert any("holds no model.safetensors" in fault for fault in check_directory(copy).faults)
+    assert any("holds no model.safetensors" in fault for fault in faults(copy))
 
 
 def test_the_file_that_llama_cpps_converter_writes_is_named(exported_arm, tmp_path):
@@ -82,10 +85,10 @@ def test_the_file_that_llama_cpps_converter_writes_is_named(exported_arm, tmp_pa
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    assert "llama.cpp runs it as plain RoPE" in check_gguf(tmp_path / "x.gguf").faults[0]
+    assert "llama.cpp runs it as plain RoPE" in faults(tmp_path / "x.gguf")[0]
     lost = GgufPosition(1e5, None, None, {}, 16)
     write_gguf(exported_arm("cope"), tmp_path / "lost.gguf", "f32", instead=lost)
-    assert check_gguf(tmp_path / "lost.gguf").faults == ["rope_freqs.weight is missing"]
+    assert faults(tmp_path / "lost.gguf") == ["rope_freqs.weight is missing"]
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ METHOD = ["rope.name=cope4", "rope.chain=[{method:abf,theta:1e5},{method:cope,cl
 
 def test_repair_into_a_new_directory(published, tmp_path, capsys):
     before = (published / "config.json").read_text()
-    assert any("repair model=DIR rope=cope4" in fault for fault in check_directory(published).faults)
+    assert any("repair model=DIR rope=cope4" in fault for fault in faults(published))
     output = repair(composed("repair", f"model.path={published}", *METHOD, f"output={tmp_path / 'new'}"))
     assert "carries what it claims" in capsys.readouterr().out
     assert str(Position.from_pretrained(output).chain) == "abf(theta=1e5) > cope(clip=4)"
@@ -117,7 +120,7 @@ def test_repair_in_place_keeps_the_old_config(published):
     before = (published / "config.json").read_text()
     repair(composed("repair", f"model.path={published}", *METHOD, "in_place=true"))
     assert (published / "config.json.before-repair").read_text() == before
-    assert check_directory(published).faults == []
+    assert faults(published) == []
     with pytest.raises(ValueError, match="says its method already"):
         repair(composed("repair", f"model.path={published}", *METHOD, "in_place=true"))
 

@@ -1,6 +1,7 @@
 """Every arm is what the trainer computes, in stock transformers and in llama.cpp; whatever spoils it is found out."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,18 +9,27 @@ import pytest
 from export.conftest import ARMS
 from transformers import AutoConfig
 
-from ropewalk.export.findings import findings_of
-from ropewalk.export.gguf.gguf_check import position_faults
+from ropewalk.export.findings import findings_of, record
 from ropewalk.export.gguf.gguf_file import write_gguf
-from ropewalk.export.gguf.gguf_position import gguf_position
-from ropewalk.export.verify.probing import llama_logits, probe_of, stock_logits
-from ropewalk.export.verify.verify_gguf import CLEAR, RATIO, judge, lost_position, make_plain, verify_gguf
-from ropewalk.rope.position import position_of
+from ropewalk.export.verify.check_export import Claim, gguf_faults
+from ropewalk.export.verify.probing import llama_logits, read_passage, stock_logits
+from ropewalk.export.verify.verify_gguf import (
+    CLEAR,
+    RATIO,
+    engine_name,
+    judge,
+    lost_position,
+    make_plain,
+    verify_gguf,
+)
 
 
 def own_position(directory):
-    config = AutoConfig.from_pretrained(directory)
-    return gguf_position(position_of(config), config.max_position_embeddings)
+    return Claim.of(directory).gguf
+
+
+def judged(*logits, tokens_equal=True):
+    return judge(*logits, kind="f32", tokens=64, tokens_equal=tokens_equal, faults=[])
 
 
 def gguf_in(directory):
@@ -72,7 +82,7 @@ def spoiled(exported_arm, tmp_path_factory):
     root, verdicts = tmp_path_factory.mktemp("spoiled"), {}
     for name in {arm for arm, _ in SPOILS.values()}:
         directory = exported_arm(name)
-        probe, lost = probe_of(directory, 256), lost_position(own_position(directory))
+        passage, lost = read_passage(directory, 256), lost_position(own_position(directory))
         make_plain(directory, root / name, lost.freq_base)
         files = {"plain": lost}
         files |= {spoil: change(own_position(directory)) for spoil, (arm, change) in SPOILS.items() if arm == name}
@@ -81,11 +91,11 @@ def spoiled(exported_arm, tmp_path_factory):
         whole = [gguf_in(directory), *(root / f"{name}-{label}.gguf" for label in files)]
         if name == "cope":
             whole.append(unpermuted(directory, root))
-        reference, plain = (found["logits"] for found in stock_logits([directory, root / name], probe))
-        good, ours_plain, *others = (found["logits"] for found in llama_logits(whole, probe))
+        reference, plain = (found["logits"] for found in stock_logits([directory, root / name], passage))
+        good, ours_plain, *others = (found["logits"] for found in llama_logits(whole, passage))
         labels = [*list(files)[1:], "unpermuted q and k"][: len(others)]
         for label, logits in zip(["as exported", *labels], [good, *others], strict=True):
-            verdicts[name, label] = judge(reference, plain, logits, ours_plain, "f32", probe, True, [])
+            verdicts[name, label] = judged(reference, plain, logits, ours_plain)
     return verdicts
 
 
@@ -102,7 +112,7 @@ def test_a_spoiled_file_fails_by_its_logits(spoiled, spoil):
     assert spoiled[arm, "as exported"].passed is True
     found = spoiled[arm, spoil]
     assert found.passed is False
-    assert found.difference > CLEAR * RATIO * found.baseline
+    assert found.numbers["difference"] > CLEAR * RATIO * found.numbers["baseline"]
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
@@ -110,24 +120,23 @@ def test_a_spoiled_file_fails_by_what_it_says(exported_arm, tmp_path, spoil):
     arm, change = SPOILS[spoil]
     own = own_position(exported_arm(arm))
     write_gguf(exported_arm(arm), tmp_path / "spoiled.gguf", "q8_0", instead=change(own))
-    assert len(position_faults(tmp_path / "spoiled.gguf", own)) == 1
-    assert position_faults(gguf_in(exported_arm(arm)), own) == []
+    assert len(gguf_faults(tmp_path / "spoiled.gguf", own)) == 1
+    assert gguf_faults(gguf_in(exported_arm(arm)), own) == []
 
 
 def test_a_failed_verification_deletes_nothing(exported_arm, tmp_path):
     directory = exported_arm("cope")
     own, path = own_position(directory), tmp_path / "spoiled.gguf"
     write_gguf(directory, path, "f32", instead=replace(own, factors=own.factors * np.float32(1.001)))
-    with pytest.raises(RuntimeError, match=r"NOT VERIFIED.*rope_freqs.weight differs at pairs \[0, 1, 2"):
-        verify_gguf(directory, path, "f32")
+    found = record(tmp_path, engine_name(path), lambda: verify_gguf(directory, path, "f32"))
+    assert re.match(r"NOT VERIFIED.*rope_freqs.weight differs at pairs \[0, 1, 2", str(found))
     assert path.exists()
     assert findings_of(tmp_path)["llama.cpp spoiled.gguf"]["passed"] is False
 
 
-def test_judge_cannot_tell_where_the_control_does_not_fail(exported_arm):
-    probe = probe_of(exported_arm("rope"), 64)
+def test_judge_cannot_tell_where_the_control_does_not_fail():
     logits = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
-    same = judge(logits, logits, logits, logits, "f32", probe, True, [])
+    same = judged(logits, logits, logits, logits)
     assert same.passed is None
     assert "could not tell" in str(same)
-    assert judge(logits, logits, logits, -logits, "f32", probe, False, []).passed is False  # other tokens
+    assert judged(logits, logits, logits, -logits, tokens_equal=False).passed is False

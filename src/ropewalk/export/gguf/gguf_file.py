@@ -19,7 +19,7 @@ from ropewalk.errors import UserError
 from ropewalk.export.gguf.gguf_model import Layout, add_architecture, add_position, family_of, is_matrix
 from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.gguf.gguf_tokenizer import add_tokenizer
-from ropewalk.export.place import SOURCE, check_space
+from ropewalk.export.output import SOURCE, check_space
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import read_json
 from ropewalk.files import fsync_path
@@ -151,10 +151,10 @@ def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """A GGUF file's metadata by key, long lists left out, and its rope tensors.
 
     Raises:
-        UserError: where it is no GGUF file, or is cut short.
+        UserError: where it is not a GGUF file, or is cut short.
     """
     if os.path.getsize(path) < 24:
-        raise UserError(f"{path} is no GGUF file: it is {os.path.getsize(path)} bytes long")
+        raise UserError(f"{path} is not a GGUF file: it is {os.path.getsize(path)} bytes long")
     try:
         reader = gguf.GGUFReader(path)
         fields = {

@@ -78,7 +78,7 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
     return family
 
 
-_ALTERNATING = {"gemma2": 2, "gemma3": 6}  # every so many layers one attends to everything, in llama.cpp
+_ALTERNATING = {"gemma2": 2, "gemma3": 6}  # the period of the layers that attend to everything, in llama.cpp
 
 
 def _check_gemma(config: PreTrainedConfig, arch: str) -> None:
@@ -155,13 +155,13 @@ class Layout:
         Raises:
             UserError: for a weight that its architecture does not have.
         """
-        found = self.names.get_name(weight, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        name = self.names.get_name(weight, try_suffixes=(".weight", ".bias"))
+        if name is None:
             raise UserError(
                 f"weight {weight} has no place in llama.cpp's {self.family.arch}; the model is not the "
                 f"{self.config.model_type} that its config names: export to=hf"
             )
-        return str(found)
+        return str(name)
 
     def arranged(self, weight: str, tensor: Tensor) -> Tensor:
         """A weight as llama.cpp lays it out, in the same dtype."""

@@ -1,4 +1,4 @@
-"""How a model rotates, in llama.cpp's words."""
+"""The position of a model in llama.cpp's keys."""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ def _pair(merge: str | Sequence[str]) -> Sequence[str]:
 def _scores(model: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
     """Scores under which llama.cpp, which joins the pair with the highest score first, follows the merges' order."""
     rank: dict[str, int] = {}
-    for place, merge in enumerate(model["merges"]):
-        rank.setdefault("".join(_pair(merge)), place)
+    for i, merge in enumerate(model["merges"]):
+        rank.setdefault("".join(_pair(merge)), i)
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 

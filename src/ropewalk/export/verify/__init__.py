@@ -1,1 +1,1 @@
-"""Proofs that engines reproduce an export."""
+"""Verification of exports: a static part, and engines in processes that cannot import ropewalk."""

@@ -1,10 +1,15 @@
-"""Whether a directory or GGUF file really carries the method that it claims: ``python scripts/export.py check``."""
+"""Static verification: a checkpoint's files, config and metadata against its claim, no engine run.
+
+``python scripts/export.py check`` prints all of it; repair, inspection and the engines' verifications start from it.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,171 +18,204 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
-from ropewalk.export.gguf.gguf_check import claimed_position, position_faults
-from ropewalk.export.gguf.gguf_file import gguf_fields
-from ropewalk.export.gguf.gguf_position import gguf_position
+from ropewalk.export.findings import Finding
+from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
+from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.portable import older_form
 from ropewalk.export.safetensors_files import weight_faults
-from ropewalk.model.rotary import spectrum_tolerance
-from ropewalk.model.rotations import inspect_config
+from ropewalk.model.rotations import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_hf_position
 from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
 
+# The keys below <architecture>.rope that hold a GGUF file's position, and what llama.cpp takes for an absent one.
+_ABSENT = {
+    "freq_base": 1e4,
+    "scaling.attn_factor": 1.0,
+    "scaling.type": "none",
+    **dict.fromkeys(f"scaling.{k}" for k in ("factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")),
+}
 
-@dataclass
-class Check:
-    """What a check found.
+
+@dataclass(frozen=True)
+class Claim:
+    """A checkpoint's config: the position that it claims, and what stock transformers makes of it.
 
     Attributes:
-        claim: the method that is claimed, in words.
-        facts: what holds.
-        faults: what does not.
+        content: config.json as it stands there.
+        config: the same as stock transformers reads it.
     """
 
-    claim: str
-    facts: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    content: Mapping[str, Any]
+    config: PreTrainedConfig
+
+    @classmethod
+    def of(cls, model: str | Path) -> Claim:
+        """The claim of a Hugging Face directory or hub id.
+
+        Raises:
+            UserError: where there is no config.json, or it is not JSON.
+        """
+        return cls(read_config_json(model), AutoConfig.from_pretrained(model))
+
+    @cached_property
+    def position(self) -> Position:
+        """How the checkpoint rotates by its own words; UserError where no chain expresses them."""
+        return position_of(self.config)
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether the chain is named in the config, not only read off the stock entry."""
+        return bool(self.content.get(METADATA_KEY))
+
+    @property
+    def reference_keys(self) -> dict[str, Any]:
+        """The keys of CoPE's published code, which stock engines ignore."""
+        return {key: self.content[key] for key in REFERENCE_KEYS if key in self.content}
+
+    @property
+    def gguf(self) -> GgufPosition:
+        """The position that a GGUF file of this checkpoint must have."""
+        return gguf_position(self.position, self.config.max_position_embeddings)
+
+    def rotations(self, length: int | None = None) -> list[Rotation]:
+        """The rotations that stock transformers builds, read at ``length`` tokens; None: all that the model serves."""
+        return inspect_config(self.config, length or self.config.get_text_config().max_position_embeddings)
+
+    def faults(self) -> list[str]:
+        """The differences of stock transformers' rotation from the claimed chain's, in words."""
+        return chain_rotation(self.rotations()).faults(self.position.spectrum())
+
+    def __str__(self) -> str:
+        if self.has_metadata:
+            return _named(self.position)
+        if self.reference_keys:
+            return f"{self.reference_keys} in config.json"
+        return f"none beside the stock entry, which reads {self.position.chain}"
 
 
 def print_check(model: str) -> bool:
-    """Check a Hugging Face directory or GGUF file and print what was found; whether it carries what it claims.
+    """Check a Hugging Face directory or GGUF file and print the findings; returns whether all passed.
 
     Raises:
         UserError: where ``model`` is neither.
     """
     path = Path(model)
-    found = check_gguf(path) if path.suffix == ".gguf" and path.is_file() else check_directory(path)
-    print(f"claim: {found.claim}")
-    for fact in found.facts:
-        print(f"ok: {fact}")
-    for fault in found.faults:
-        print(f"FAULT: {fault}")
-    print(
-        f"{path}: {'carries what it claims' if not found.faults else 'does NOT carry what it claims, or is not whole'}"
-    )
-    return not found.faults
+    claim, findings = check_gguf(path) if path.suffix == ".gguf" and path.is_file() else check_directory(path)
+    print(f"claim: {claim}")
+    for finding in sorted(findings, key=lambda finding: not finding.passed):
+        print(f"{'ok' if finding.passed else 'FAULT'}: {finding}")
+    passed = all(finding.passed for finding in findings)
+    print(f"{path}: {'carries what it claims' if passed else 'does NOT carry what it claims, or is not whole'}")
+    return passed
 
 
-def check_directory(directory: Path) -> Check:
-    """A Hugging Face directory: config, card, weights, tokenizer, and the GGUF files in it."""
+def check_directory(directory: Path) -> tuple[str, list[Finding]]:
+    """The claim of a Hugging Face directory in words, and the findings on its config, card and files."""
     if not directory.is_dir():
         raise UserError(f"model={directory} is neither a Hugging Face directory nor a .gguf file; name one")
-    if not (directory / "config.json").is_file() and (files := sorted(directory.glob("*.gguf"))):
-        checks = [check_gguf(path) for path in files]
-        return Check(
-            checks[0].claim,
-            [f"{path.name}: {fact}" for path, one in zip(files, checks, strict=True) for fact in one.facts],
-            [f"{path.name}: {fault}" for path, one in zip(files, checks, strict=True) for fault in one.faults],
-        )
-    content = read_config_json(directory)
-    position = position_of(content)
-    found = Check(_claim(content, position))
-    config = AutoConfig.from_pretrained(directory)
-    for faults, fact in (
-        (_spectrum_faults(config, position), "stock transformers rotates with the claimed chain"),
-        (_card_faults(directory, position), "the card names the same chain"),
-        (_reference_faults(content, position), "no key that stock engines ignore claims a method"),
-        (_older_faults(content, config), "transformers 4 reads the same entry"),
-        (weight_faults(directory, config), "every weight is there, in its shape"),
-        (_tokenizer_faults(directory, config), "the tokenizer fits the embedding"),
-        (_gguf_faults(directory, config, position), "the GGUF files beside it say the same position"),
-    ):
-        listed = list(faults)
-        found.faults += listed
-        if not listed:
-            found.facts.append(fact)
-    return found
+    files = sorted(directory.glob("*.gguf"))
+    if files and not (directory / "config.json").is_file():
+        checks = {path.name: check_gguf(path) for path in files}
+        named = [Finding(f.passed, f"{name}: {f}") for name, (_, findings) in checks.items() for f in findings]
+        return checks[files[0].name][0], named
+    claim = Claim.of(directory)
+    in_files = [f"{path.name}: {fault}" for path in files for fault in gguf_faults(path, claim.gguf)]
+    checks_of = (
+        (claim.faults(), "stock transformers rotates with the claimed chain"),
+        (_card_faults(directory, claim), "the card names the same chain"),
+        (_reference_faults(claim), "no key that stock engines ignore claims a method"),
+        (_older_faults(claim), "transformers 4 reads the same entry"),
+        (weight_faults(directory, claim.config), "every weight is there, in its shape"),
+        (_tokenizer_faults(directory, claim), "the tokenizer fits the embedding"),
+        (in_files, "the GGUF files beside it say the same position"),
+    )
+    return str(claim), [finding for faults, fact in checks_of for finding in _findings(faults, fact)]
 
 
-def check_gguf(path: Path) -> Check:
-    """A GGUF file against the claim in its own metadata."""
+def check_gguf(path: Path) -> tuple[str, list[Finding]]:
+    """The claim in a GGUF file's own metadata, and the findings on the file."""
     fields, tensors = gguf_fields(path)
     arch = fields["general.architecture"]
-    position = claimed_position(fields)
     kind = fields.get(f"{arch}.rope.scaling.type")
     if kind == "longrope" and not any(name.startswith("rope_factors") for name in tensors):
-        return Check("longrope", [], ["scaling type longrope without factor tensors: llama.cpp runs it as plain RoPE"])
-    if position is None:
+        lost = "scaling type longrope without factor tensors: llama.cpp runs it as plain RoPE"
+        return "longrope", [Finding(False, lost)]
+    if not fields.get(METADATA):
         scaling = "with rope_freqs.weight" if tensors else (kind or "none")
-        return Check(
-            "none in the file", [f"it rotates at base {fields.get(f'{arch}.rope.freq_base')}, scaling {scaling}"]
-        )
-    served = int(fields[f"{arch}.context_length"])
-    faults = position_faults(path, gguf_position(position, served))
-    return Check(
-        _named(position), [] if faults else ["base, factors and scaling are those of the claimed chain"], faults
-    )
+        fact = f"it rotates at base {fields.get(f'{arch}.rope.freq_base')}, scaling {scaling}"
+        return "none in the file", [Finding(True, fact)]
+    position = position_of({METADATA_KEY: json.loads(fields[METADATA])})
+    faults = gguf_faults(path, gguf_position(position, int(fields[f"{arch}.context_length"])))
+    return _named(position), _findings(faults, "base, factors and scaling are those of the claimed chain")
+
+
+def gguf_faults(path: Path, expected: GgufPosition) -> list[str]:
+    """The differences of a GGUF file's metadata and factors from ``expected``."""
+    fields, tensors = gguf_fields(path)
+    arch = fields["general.architecture"]
+    written = {"freq_base": expected.freq_base, "scaling.attn_factor": expected.attn_factor}
+    written |= {f"scaling.{key}": value for key, value in expected.scaling.items()}
+    faults = _factor_faults(tensors.get(FACTORS), expected.factors)
+    for key, absent in _ABSENT.items():
+        stored, wanted = fields.get(f"{arch}.rope.{key}", absent), written.get(key) or absent
+        is_close = isinstance(stored, float) and wanted is not None and np.isclose(stored, wanted, rtol=1e-6)
+        if stored != wanted and not is_close:
+            faults.append(f"rope.{key} is {stored}, not {wanted}")
+    return faults
+
+
+def _factor_faults(stored: Any, expected: Any) -> list[str]:
+    if stored is None or expected is None:
+        both = stored is None and expected is None
+        return [] if both else [f"{FACTORS} is {'missing' if stored is None else 'there, and should not be'}"]
+    if stored.shape != expected.shape:
+        return [f"{FACTORS} has {stored.size} factors, not {expected.size}"]
+    wrong = np.flatnonzero(stored != expected)
+    return [f"{FACTORS} differs at pairs {wrong.tolist()}"] if wrong.size else []
+
+
+def _findings(faults: Iterator[str] | list[str], fact: str) -> list[Finding]:
+    return [Finding(False, fault) for fault in faults] or [Finding(True, fact)]
 
 
 def _named(position: Position) -> str:
     return f"{position.name}: {position.chain} (spectrum sha256 {position.sha256})"
 
 
-def _claim(content: Mapping[str, Any], position: Position) -> str:
-    if content.get(METADATA_KEY):
-        return _named(position)
-    present = {key: content[key] for key in REFERENCE_KEYS if key in content}
-    return f"{present} in config.json" if present else f"none beside the stock entry, which reads {position.chain}"
-
-
-def _spectrum_faults(config: PreTrainedConfig, position: Position) -> Iterator[str]:
-    rotations = inspect_config(config, config.max_position_embeddings)
-    rotation = next((one for one in rotations if "full_attention" in one.module), rotations[0])
-    spectrum = position.spectrum()
-    stock, exact = rotation.inv_freq.double().numpy(), spectrum.inv_freq
-    if stock.shape != exact.shape:
-        yield f"stock transformers rotates {stock.size} pairs, the claimed chain {exact.size}"
-        return
-    apart = np.abs(stock - exact)
-    wrong = np.flatnonzero(
-        (apart > spectrum_tolerance(spectrum, rotation.rope_type) * exact) | ((stock == 0) != (exact == 0))
-    )
-    if wrong.size:
-        yield f"stock transformers rotates other than the claimed chain at pairs {wrong.tolist()}"
-    if not np.isclose(rotation.attention_scaling, spectrum.attention_scaling, rtol=1e-6):
-        yield f"attention scaling is {rotation.attention_scaling:g}, the claimed chain's {spectrum.attention_scaling:g}"
-
-
-def _card_faults(directory: Path, position: Position) -> Iterator[str]:
+def _card_faults(directory: Path, claim: Claim) -> Iterator[str]:
     card = directory / CARD
     named = re.search(r"^- chain: `(.+?)`", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
-    if named and RopeChain.parse(named.group(1)) != RopeChain.parse(str(position.chain)):
-        yield f"the card names {named.group(1)}, the config {position.chain}"
+    chain = claim.position.chain
+    if named and RopeChain.parse(named.group(1)) != RopeChain.parse(str(chain)):
+        yield f"the card names {named.group(1)}, the config {chain}"
 
 
-def _reference_faults(content: Mapping[str, Any], position: Position) -> Iterator[str]:
-    present = {key: content[key] for key in REFERENCE_KEYS if key in content}
-    if present and not any(step.method in ("cope", "hardclip") for step in position.chain.steps):
-        clip = content.get("cope_clip_n", "N")
+def _reference_faults(claim: Claim) -> Iterator[str]:
+    chain = claim.position.chain
+    if claim.reference_keys and not any(step.method in ("cope", "hardclip") for step in chain.steps):
+        clip = claim.content.get("cope_clip_n", "N")
         yield (
-            f"{present} in config.json are read by CoPE's published code alone; stock engines rotate with "
-            f"{position.chain}: python scripts/export.py repair model=DIR rope=cope{clip} output=NEW_DIR"
+            f"{claim.reference_keys} in config.json are read by CoPE's published code alone; stock engines rotate with "
+            f"{chain}: python scripts/export.py repair model=DIR rope=cope{clip} output=NEW_DIR"
         )
 
 
-def _older_faults(content: Mapping[str, Any], config: PreTrainedConfig) -> Iterator[str]:
-    if METADATA_KEY in content and "rope_type" in config.rope_parameters:
-        expected = older_form(config)
-        missing = [key for key, value in expected.items() if content.get(key) != value]
+def _older_faults(claim: Claim) -> Iterator[str]:
+    if claim.has_metadata and "rope_type" in claim.config.rope_parameters:
+        missing = [key for key, value in older_form(claim.config).items() if claim.content.get(key) != value]
         if missing:
-            read = read_hf_position({**content, "rope_parameters": None})
+            read = read_hf_position({**claim.content, "rope_parameters": None})
             yield (
                 f"{', '.join(missing)} is not as transformers before 5 needs it: it reads base {read.theta:g} and "
                 f"{RopeChain(read.chain)}"
             )
 
 
-def _tokenizer_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:
+def _tokenizer_faults(directory: Path, claim: Claim) -> Iterator[str]:
     if not (directory / "tokenizer.json").is_file():
         yield "no tokenizer.json"
         return
     entries = len(AutoTokenizer.from_pretrained(directory))
-    if entries > config.vocab_size:
-        yield f"the tokenizer has {entries} entries, the model {config.vocab_size} embeddings"
-
-
-def _gguf_faults(directory: Path, config: PreTrainedConfig, position: Position) -> Iterator[str]:
-    for path in sorted(directory.glob("*.gguf")):
-        for fault in position_faults(path, gguf_position(position, config.max_position_embeddings)):
-            yield f"{path.name}: {fault}"
+    if entries > claim.config.vocab_size:
+        yield f"the tokenizer has {entries} entries, the model {claim.config.vocab_size} embeddings"

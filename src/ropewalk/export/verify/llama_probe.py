@@ -1,8 +1,8 @@
-"""Run GGUF files with llama.cpp, unable to import ropewalk.
+"""Probe of llama.cpp: runs GGUF files, unable to import ropewalk.
 
 python -I llama_probe.py JOB.json
 
-JOB.json: {"tokens": TOKENS.npy, "rows": ROWS.npy, "text": text of the tokens, "models": {GGUF file: FOUND.npz}}
+JOB.json: {"tokens": TOKENS.npy, "rows": ROWS.npy, "text": text of the tokens, "models": {GGUF file: ANSWER.npz}}
 """
 
 import sys
@@ -33,10 +33,10 @@ def main(job: str) -> None:
     llama.disable_logging()
     given = json.loads(Path(job).read_text(encoding="utf-8"))
     tokens, rows = np.load(given["tokens"]).tolist(), set(np.load(given["rows"]).tolist())
-    for file, found in given["models"].items():
+    for file, answer in given["models"].items():
         model = Model(path_model=file, params=_model_params(), verbose=False)
         own = model.get_vocab().tokenize(given["text"], False, False)
-        np.savez(found, logits=_logits(model, tokens, rows), tokens=np.array(own, dtype=np.int64))
+        np.savez(answer, logits=_logits(model, tokens, rows), tokens=np.array(own, dtype=np.int64))
     sys.stdout.flush()
     os._exit(0)  # ggml's threads and Python's teardown do not always agree
 
@@ -55,16 +55,16 @@ def _logits(model: Model, tokens: list[int], rows: set[int]) -> np.ndarray:
     params.flash_attn_type = 0  # off: it sums in float16
     params.n_threads = params.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     context = llama.LlamaContext(model, params, verbose=False)
-    found = []
+    logits = []
     for start in range(0, len(tokens), BATCH):
         part = tokens[start : start + BATCH]
         batch = llama.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1)
-        for place, token in enumerate(part):
-            batch.add(token, start + place, [0], start + place in rows)
+        for i, token in enumerate(part):
+            batch.add(token, start + i, [0], start + i in rows)
         context.decode(batch)
-        wanted = [place for place in range(len(part)) if start + place in rows]
-        found += [np.array(context.get_logits_ith(place), dtype=np.float32) for place in wanted]
-    return np.stack(found)
+        wanted = [i for i in range(len(part)) if start + i in rows]
+        logits += [np.array(context.get_logits_ith(i), dtype=np.float32) for i in wanted]
+    return np.stack(logits)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What verifications share: real text, and processes that cannot import ropewalk."""
+"""Probes: engines that run in processes which cannot import ropewalk, and the text that they read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import turtle
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,28 +25,29 @@ from ropewalk.rope.position import position_of
 
 MAX_TOKENS = 4096  # compared, unless the original length asks for more
 MAX_ROWS = 512  # positions whose logits are compared
+# Python's standard library: about 200,000 tokens of a large tokenizer.
+_MODULES = (argparse, inspect, typing, turtle, ast, subprocess, textwrap, tempfile, json)
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What every engine is asked.
+class Passage:
+    """The text that every engine reads.
 
     Attributes:
         text: real text.
         tokens: of its beginning, int64 (n,).
-        rows: positions whose logits are compared, int64 (at most MAX_ROWS,), the last one among them.
     """
 
     text: str
     tokens: NDArray[np.int64]
-    rows: NDArray[np.int64]
 
-    def shortened(self, most: int) -> Probe:
-        """The first ``most`` tokens."""
-        return make_probe(self.text, self.tokens[:most])
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Positions whose logits are compared, spread evenly to the last, int64 (at most MAX_ROWS,)."""
+        return np.unique(np.linspace(0, len(self.tokens) - 1, min(len(self.tokens), MAX_ROWS)).astype(np.int64))
 
 
-def probe_of(directory: Path, tokens: int | None = None) -> Probe:
+def read_passage(directory: Path, tokens: int | None = None) -> Passage:
     """Tokens of Python's standard library, for a Hugging Face directory with a tokenizer.
 
     Args:
@@ -63,58 +63,50 @@ def probe_of(directory: Path, tokens: int | None = None) -> Probe:
         raise Unverifiable("not verified: no tokenizer.json, so no text can be read to it")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text, ids = "", []
-    for module in _modules():
+    for module in _MODULES:
         text += inspect.getsource(module)
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) >= wanted:
             break
-    return make_probe(text, np.array(ids[:wanted], dtype=np.int64))
+    return Passage(text, np.array(ids[:wanted], dtype=np.int64))
 
 
-def _modules() -> list[ModuleType]:
-    """About 200,000 tokens of a large tokenizer."""
-    return [argparse, inspect, typing, turtle, ast, subprocess, textwrap, tempfile, json]
+def stock_logits(directories: list[Path], passage: Passage) -> list[dict[str, NDArray[Any]]]:
+    """Logits (rows, vocabulary) and two rows of frequencies (see stock_probe.py) from stock transformers."""
+    return run_probe("stock_probe.py", "stock transformers", directories, tokens=passage.tokens, rows=passage.rows)
 
 
-def make_probe(text: str, tokens: NDArray[np.int64]) -> Probe:
-    """A probe of these tokens, its rows spread evenly."""
-    rows = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MAX_ROWS)).astype(np.int64))
-    return Probe(text, tokens, rows)
+def llama_logits(files: list[Path], passage: Passage) -> list[dict[str, NDArray[Any]]]:
+    """Logits (rows, vocabulary) and the text's tokens as llama.cpp makes them, for each GGUF file."""
+    return run_probe("llama_probe.py", "llama.cpp", files, tokens=passage.tokens, rows=passage.rows, text=passage.text)
 
 
-def run_probe(name: str, *arguments: str, python: str | None = None) -> str:
-    """Run a probe file of this package by itself; returns what it printed.
+def run_probe(
+    script: str, engine: str, models: list[Path], python: str | None = None, **job: Any
+) -> list[dict[str, NDArray[Any]]]:
+    """The answers of a probe, arrays by name, one for each model.
+
+    Args:
+        script: a file beside this one, run by itself as ``python -I SCRIPT JOB.json``.
+        engine: its name, for JOB.json and errors.
+        models: what it loads; JOB.json's "models" has the file that each answer goes to, in numpy's npz.
+        python: interpreter; None: this one.
+        job: the rest of JOB.json; an array is saved as a .npy file, whose name then stands there.
 
     Raises:
-        RuntimeError: with the end of its errors, where it fails.
+        RuntimeError: with the end of the probe's errors, where it fails.
     """
-    command = [python or sys.executable, "-I", str(Path(__file__).with_name(name)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr.strip()[-2000:] or f"it ended with exit code {done.returncode}")
-    return done.stdout
-
-
-def stock_logits(directories: list[Path], probe: Probe) -> list[dict[str, NDArray[Any]]]:
-    """Logits (rows, vocabulary) and two rows of frequencies (see stock_probe.py) from stock transformers."""
-    return _ask("stock_probe.py", "stock transformers", directories, probe)
-
-
-def llama_logits(files: list[Path], probe: Probe) -> list[dict[str, NDArray[Any]]]:
-    """Logits (rows, vocabulary) and the text's tokens as llama.cpp makes them, for each GGUF file."""
-    return _ask("llama_probe.py", "llama.cpp", files, probe)
-
-
-def _ask(script: str, engine: str, models: list[Path], probe: Probe) -> list[dict[str, NDArray[Any]]]:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        np.save(root / "tokens.npy", probe.tokens)
-        np.save(root / "rows.npy", probe.rows)
-        found = {str(model): str(root / f"{place}.npz") for place, model in enumerate(models)}
-        job = {"tokens": str(root / "tokens.npy"), "rows": str(root / "rows.npy"), "text": probe.text, "models": found}
-        (root / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        try:
-            run_probe(script, str(root / "job.json"))
-        except RuntimeError as error:
-            raise RuntimeError(f"{engine} could not run {', '.join(map(str, models))}:\n{error}") from None
-        return [dict(np.load(path)) for path in found.values()]
+        for name, value in job.items():
+            if isinstance(value, np.ndarray):
+                job[name] = str(root / f"{name}.npy")
+                np.save(job[name], value)
+        answers = {str(model): str(root / f"{i}.npz") for i, model in enumerate(models)}
+        (root / "job.json").write_text(json.dumps({"engine": engine, **job, "models": answers}), encoding="utf-8")
+        command = [python or sys.executable, "-I", str(Path(__file__).with_name(script)), str(root / "job.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = done.stderr.strip()[-2000:] or f"it ended with exit code {done.returncode}"
+            raise RuntimeError(f"{engine} could not run {', '.join(answers)}:\n{reason}")
+        return [dict(np.load(path)) for path in answers.values()]

@@ -1,8 +1,8 @@
-"""Run a Hugging Face directory with stock transformers, unable to import ropewalk.
+"""Probe of stock transformers: runs Hugging Face directories, unable to import ropewalk.
 
 python -I stock_probe.py JOB.json
 
-JOB.json: {"tokens": TOKENS.npy, "rows": ROWS.npy, "models": {Hugging Face directory: FOUND.npz}}
+JOB.json: {"tokens": TOKENS.npy, "rows": ROWS.npy, "models": {Hugging Face directory: ANSWER.npz}}
 """
 
 import sys
@@ -24,14 +24,14 @@ def main(job: str) -> None:
     """
     given = json.loads(Path(job).read_text(encoding="utf-8"))
     ids, rows = torch.from_numpy(np.load(given["tokens"]))[None], torch.from_numpy(np.load(given["rows"]))
-    for directory, found in given["models"].items():
+    for directory, answer in given["models"].items():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         rotary = model.model.rotary_emb
         name = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"
         as_loaded = getattr(rotary, name).clone()
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
-        np.savez(found, logits=logits.numpy(), inv_freq=torch.stack([as_loaded, getattr(rotary, name)]).numpy())
+        np.savez(answer, logits=logits.numpy(), inv_freq=torch.stack([as_loaded, getattr(rotary, name)]).numpy())
 
 
 if __name__ == "__main__":

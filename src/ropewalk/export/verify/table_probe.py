@@ -1,8 +1,11 @@
-"""Ask vLLM or SGLang how it rotates a model's queries, unable to import ropewalk.
+"""Probe of vLLM's and SGLang's rotary tables, read off rotated queries; unable to import ropewalk.
 
-python -I table_probe.py ENGINE DIRECTORY POSITIONS FOUND.npz
+python -I table_probe.py JOB.json
+
+JOB.json: {"engine": "vllm" or "sglang", "positions": how many, "models": {Hugging Face directory: ANSWER.npz}}
 """
 
+import json
 import os
 import sys
 
@@ -15,20 +18,24 @@ import numpy as np
 import torch
 
 
-def main(engine: str, directory: str, positions: str, found: str) -> None:
+def main(job: str) -> None:
     """Write cos and sin, float32 (positions, rotated channels / 2) each, attention scaling included, and the version.
 
     They are read off rotated vectors, whose first half is 1 and whose second half is 0, so that whatever stands between
     the engine's table and its queries (which list is taken, which row) is in them.
     """
-    rope, head_dim, rotated, version = {"vllm": _vllm, "sglang": _sglang}[engine](directory)
-    half = torch.zeros(int(positions), head_dim)
-    half[:, : rotated // 2] = 1
-    # the kernels of a GPU are not asked: the engines' own PyTorch path has the same table
-    rotate: Callable[..., Any] = getattr(rope, "forward_native", rope.forward)
-    queries, _ = rotate(torch.arange(int(positions)), half, half.clone())
-    cos, sin = queries[:, :rotated].float().chunk(2, dim=-1)
-    np.savez(found, cos=cos.numpy(), sin=sin.numpy(), version=version)
+    with open(job, encoding="utf-8") as file:
+        given = json.load(file)
+    positions = given["positions"]
+    for directory, answer in given["models"].items():
+        rope, head_dim, rotated, version = {"vllm": _vllm, "sglang": _sglang}[given["engine"]](directory)
+        half = torch.zeros(positions, head_dim)
+        half[:, : rotated // 2] = 1
+        # the engines' own PyTorch path has the table of their GPU kernels
+        rotate: Callable[..., Any] = getattr(rope, "forward_native", rope.forward)
+        queries, _ = rotate(torch.arange(positions), half, half.clone())
+        cos, sin = queries[:, :rotated].float().chunk(2, dim=-1)
+        np.savez(answer, cos=cos.numpy(), sin=sin.numpy(), version=version)
 
 
 def _vllm(directory: str) -> tuple[Any, int, int, str]:
@@ -75,4 +82,4 @@ def _rotated(head_dim: int, entry: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -34,7 +34,7 @@ def only_writer(output: Path) -> Iterator[None]:
             is_there = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
         except BlockingIOError:
             is_there = False
-        if not is_there:  # or it was deleted between our opening and our locking it, by one who has just finished
+        if not is_there:  # or it was deleted between our opening and our locking it, by a writer that has just finished
             raise UserError(f"another export is writing to {output}; wait for it, or name another with output=DIR")
         try:
             yield
@@ -59,7 +59,7 @@ def check_addable(output: Path, identity: Mapping[str, Any], overwrite: bool) ->
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / SOURCE).is_file():
-        raise UserError(f"{output} is not empty and no earlier export; name another output")
+        raise UserError(f"{output} is not empty and is not an earlier export; name another output")
     present = json.loads((output / SOURCE).read_text())
     if not overwrite and not _same_export(present, identity):
         raise UserError(f"{output} holds another export; name another output or allow it with overwrite=true")
@@ -68,7 +68,7 @@ def check_addable(output: Path, identity: Mapping[str, Any], overwrite: bool) ->
 def begin_adding(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
     """Make ``output`` ready for files of the export that ``identity`` describes, beside those of it that are there.
 
-    GGUF files of another export, and what was found about it, would stand under the new card, so they go.
+    GGUF files of another export and its findings would stand under the new card, so they are deleted.
 
     Raises:
         UserError: from :func:`check_addable`.
@@ -84,8 +84,8 @@ def begin_adding(output: Path, identity: Mapping[str, Any], overwrite: bool) -> 
     write_atomically(source, json.dumps({**identity, "dtype": "gguf"}, indent=2) + "\n")
 
 
-def _same_export(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return {**one, "dtype": None} == {**other, "dtype": None}
+def _same_export(identity: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return {**identity, "dtype": None} == {**other, "dtype": None}
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import pytest
 
-from ropewalk.export.place import begin_adding, check_addable, check_space, only_writer, written_beside
+from ropewalk.export.output import begin_adding, check_addable, check_space, only_writer, written_beside
 
 
 def test_two_exports_at_once(tmp_path):
@@ -48,7 +48,7 @@ def test_files_are_added_to_their_own_export_alone(tmp_path):
     with pytest.raises(ValueError, match="holds another export"):
         check_addable(tmp_path, {"step": 2}, overwrite=False)
     (tmp_path / "export.json").rename(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match="is not empty and no earlier export"):
+    with pytest.raises(ValueError, match="is not empty and is not an earlier export"):
         check_addable(tmp_path, {"step": 2}, overwrite=True)
 
 
