@@ -24,7 +24,7 @@ OTHERS = {
     ("data", "tokenizer"): "of a corpus or a store",
     ("dry_run.py", "tokenizer"): "of a prepared corpus",
     ("dry_run.py", "exports"): "of models without a run, below paths.output_dir",
-    ("run.py", "exports"): "the same, as scripts/export.py makes them",
+    ("command.py", "exports"): "the same, as scripts/export.py makes them",
     ("job.py", "jobs"): "of commands without a run, below paths.output_dir",
 }
 

@@ -80,9 +80,9 @@ def test_every_architecture_trains_and_exports(store_64, tmp_path, model_type):
     exported = resolve_checkpoint(tmp_path)
     found = verify_export(find_checkpoint(tmp_path), exported)
     assert found.passed
-    assert found.spectrum_equal
-    assert found.tokens == 128  # twice the trained length
-    assert found.max_abs_difference < 1e-4 * found.logit_std
+    assert found.numbers["spectrum_equal"]
+    assert found.numbers["tokens"] == 128  # twice the trained length
+    assert found.numbers["max_abs_difference"] < 1e-4 * found.numbers["logit_std"]
 
 
 def test_another_architecture_is_refused_by_name(store_64, tmp_path):
