@@ -1,13 +1,13 @@
-"""Writing so that a killed process or a dead node leaves either the whole file or none."""
+"""Durable writes, which leave the whole file or none, and checksums of files and of JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-
-from blake3 import blake3
+from typing import Any
 
 from ropewalk.errors import UserError
 
@@ -41,8 +41,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_json(content: Any, *, compact: bool = False) -> str:
+    """Hexadecimal SHA-256 of ``content`` as JSON with sorted keys, in ASCII.
+
+    Args:
+        content: what json takes.
+        compact: no space after "," and ":". Hashes that are on disk already were made in one form or the other.
+    """
+    separators = (",", ":") if compact else (", ", ": ")
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=separators).encode()).hexdigest()
+
+
 def blake3_of(path: Path) -> str:
     """Hexadecimal BLAKE3 (256 bits, as of b3sum) of a file's bytes; several times as fast as SHA-256, on every core."""
+    from blake3 import blake3  # late: ropewalk.rope uses this module, and needs numpy alone
+
     digest, buffer = blake3(max_threads=blake3.AUTO), bytearray(2**20)  # it stays in the cache
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

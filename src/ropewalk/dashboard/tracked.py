@@ -6,7 +6,6 @@ same run, so the panels of the dashboard find training and evaluation in one pla
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from typing import Any
@@ -18,7 +17,7 @@ import pandas as pd
 from ropewalk.analysis.figures.style import render
 from ropewalk.config import CompareConfig, TrackerConfig
 from ropewalk.dashboard import metrics
-from ropewalk.files import write_atomically
+from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.report.base import with_bases
 from ropewalk.report.figures import styles_of
 from ropewalk.report.files import drawings
@@ -72,7 +71,7 @@ def _why_not(run: Run, baseline: Run) -> str | None:
 def _digest(run: Run, baseline: Run) -> str:
     """Of the numbers that are logged."""
     numbers = [metrics.rows_of(run, baseline), metrics.summary_of(run)]
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(numbers)
 
 
 def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
