@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ropewalk.evaluation.prefill import Reader, chunk_for
+from ropewalk.evaluation.model_reader import ModelReader, chunk_for
 from ropewalk.model.load import load_for_evaluation
 
 GIB = 2**20  # of the KiB that getrusage counts
@@ -25,7 +25,7 @@ def peak() -> float:
 
 def main(directory: Path, tokens: int, last_alone: bool) -> None:
     """Read and print."""
-    reader = Reader(load_for_evaluation(directory, length=tokens))
+    reader = ModelReader(load_for_evaluation(directory, length=tokens))
     held, chunk, cache = peak(), chunk_for(tokens), reader.new_cache()
     ids = torch.randint(0, 1000, (tokens,), generator=torch.Generator().manual_seed(0))
     if last_alone:

@@ -13,9 +13,9 @@ from ropewalk.runs.launch import release_warnings
 def main(config: EvaluateConfig) -> None:
     """Evaluate one checkpoint."""
     release_warnings()  # nothing is to be saved: finished parts are on the disk, so a job's warning may end it
-    from ropewalk.evaluation.suites import evaluate_suite
+    from ropewalk.evaluation import evaluate
 
-    evaluate_suite(config)
+    evaluate(config)
 
 
 @entry("validate")

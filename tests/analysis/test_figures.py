@@ -28,13 +28,7 @@ from ropewalk.analysis.figures.spectra import spectra_figure
 from ropewalk.analysis.figures.style import PALETTE, house, label, method_styles, render, tokens
 from ropewalk.analysis.figures.textbook import textbook_figure
 from ropewalk.config.analysis import FiguresConfig
-from ropewalk.evaluation.results import (
-    read_document_losses,
-    read_record,
-    read_results,
-    results_table,
-    write_evaluation,
-)
+from ropewalk.evaluation.results import read_results, write_results
 from ropewalk.rope import RopeChain, Spectrum
 
 ABF = {"method": "abf", "theta": 1e7}
@@ -275,10 +269,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         evaluation = root / name / "evaluation"
         results = read_results(evaluation)
         pooled = results[(results["task"] == "needle") & (results["depth"] == 0.5)].assign(
-            task="needle_at_length", depth=np.nan, value=place / 10, ci_low=place / 20, ci_high=place / 5
+            task="needle_at_length", depth=np.nan, value=place * 10, ci_low=place * 5, ci_high=place * 20
         )
-        table = results_table(pd.concat([results, pooled]).to_dict("records"))
-        write_evaluation(evaluation, table, read_document_losses(evaluation), read_record(evaluation))
+        write_results(evaluation, pd.concat([results, pooled]))
     return [str(root / name) for name in chains]
 
 

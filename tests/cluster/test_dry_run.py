@@ -10,7 +10,7 @@ from helpers import alone_environment
 
 from ropewalk.cluster.dry_run import STAGES, dry_run_chain
 from ropewalk.config import CONFIG_DIR
-from ropewalk.evaluation.harness import tasks
+from ropewalk.evaluation.harness.lm_eval import lm_eval_tasks as tasks
 
 ROOT = CONFIG_DIR.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.sh"))
@@ -79,7 +79,7 @@ def test_a_chain_that_does_not_hold_stops_at_its_stage(check, number, changed, m
     ("documents=GIVEN 'lengths=[512]' backend=vlm", "backend=vlm is not known; use one of: transformers, vllm"),
     ("documents=GIVEN 'lengths=[512]' '+test_time.at={512: [{method: yarm}]}'", "yarm"),
     ("suite=ruler 'suite.tasks=[nonsense]'", "suite.tasks: RULER has no task 'nonsense'"),
-    ("suite=ruler suite.data=NOWHERE", "suite.data=NOWHERE is no directory; scripts/fetch_eval_data.sh brings it"),
+    ("suite=ruler suite.data=NOWHERE", "suite.data=NOWHERE is not a directory; scripts/fetch_eval_data.sh brings it"),
     ("suite=paper 'suite.suites=[shrt]'", "there is no suite 'shrt'; did you mean short?"),
     ("suite=helmet suite.helmet.checkout=NOWHERE", "suite.helmet.checkout=NOWHERE holds no eval.py"),
     ("suite=helmet suite.helmet.checkout=. suite.helmet.python=NOWHERE/python",

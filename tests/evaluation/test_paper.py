@@ -6,10 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ropewalk.evaluation.helmet.datasets import CATEGORIES
+from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES
+from ropewalk.evaluation.harness.ruler.ruler_tasks import TASKS
 from ropewalk.evaluation.paper import MEASURES, beside_published, not_measured, read_published
-from ropewalk.evaluation.ruler.tasks import TASKS
-from ropewalk.evaluation.table import NEEDS_JUDGE, tidy_table
+from ropewalk.evaluation.results import NEEDS_JUDGE, results_table
 
 EXPECTED = Path(__file__).parents[2] / "recipes" / "cope_llama3_8b_64k" / "expected.csv"
 YARN = "yarn(factor=4, original_max_position_embeddings=65536)"
@@ -36,7 +36,7 @@ def cell(found: pd.DataFrame, benchmark: str, task: str, length: int | None, sca
 
 
 def test_a_mean_stands_beside_the_papers(published) -> None:
-    table = tidy_table([row(f"niah_single_{i}", value, 65536) for i, value in ((1, 100.0), (2, 90.0), (3, 80.0))])
+    table = results_table([row(f"niah_single_{i}", value, 65536) for i, value in ((1, 100.0), (2, 90.0), (3, 80.0))])
     found = cell(beside_published(table, published), "RULER", "NIAH", 65536)
     assert (found["published"], found["measured"], found["n"]) == (99.67, 90.0, 100)
     assert found["difference"] == pytest.approx(-9.67)
@@ -45,7 +45,7 @@ def test_a_mean_stands_beside_the_papers(published) -> None:
 
 
 def test_a_mean_that_lacks_a_task_is_none(published) -> None:
-    table = tidy_table([row("niah_single_1", 100.0, 65536), row("niah_single_2", None, 65536)])
+    table = results_table([row("niah_single_1", 100.0, 65536), row("niah_single_2", None, 65536)])
     found = cell(beside_published(table, published), "RULER", "NIAH", 65536)
     assert math.isnan(found["measured"])
     assert found["missing"] == "niah_single_2,niah_single_3"
@@ -53,7 +53,7 @@ def test_a_mean_that_lacks_a_task_is_none(published) -> None:
 
 
 def test_beside_another_paper_nothing_is_said_of_its_scaling(published) -> None:
-    table = tidy_table([row(f"niah_single_{i}", 90.0, 65536) for i in (1, 2, 3)])
+    table = results_table([row(f"niah_single_{i}", 90.0, 65536) for i in (1, 2, 3)])
     other = published.assign(source="RoPE-ID, arXiv 2603.18017")
     assert cell(beside_published(table, other), "RULER", "NIAH", 65536)["as_published"] is None
 
@@ -62,7 +62,7 @@ def test_past_the_trained_length_the_paper_scales(published) -> None:
     tasks = [f"niah_multikey_{i}" for i in (1, 2, 3)]
     rows = [row(task, 50.0, 131072) for task in tasks]
     rows += [row(task, 60.0, 131072, test_time_scaling=YARN, chain="c > yarn") for task in tasks]
-    found = beside_published(tidy_table(rows), published)
+    found = beside_published(results_table(rows), published)
     assert not cell(found, "RULER", "MK", 131072)["as_published"]
     scaled = cell(found, "RULER", "MK", 131072, YARN)
     assert (scaled["as_published"], scaled["measured"], scaled["published"]) == (True, 60.0, 59.67)
@@ -77,7 +77,7 @@ def test_helmets_average_is_over_categories_and_three_of_them_at_256k(published)
         r for name, value in (("Summ", 30.0), ("LongQA", 20.0), ("Recall", 40.0)) for r in category(name, value, 262144)
     ]
     rows += [r for name in ("Summ", "LongQA", "Recall") for r in category(name, 50.0, 65536)]
-    found = beside_published(tidy_table(rows), published)
+    found = beside_published(results_table(rows), published)
     assert cell(found, "HELMET", "average", 262144)["measured"] == 30.0  # of three means, whatever their tasks
     assert cell(found, "HELMET", "average", 262144)["published"] == 28.48
     assert math.isnan(cell(found, "HELMET", "average", 65536)["measured"])
@@ -86,20 +86,20 @@ def test_helmets_average_is_over_categories_and_three_of_them_at_256k(published)
 
 def test_a_category_without_its_judge_is_none(published) -> None:
     rows = [row("infbench_sum_eng", None, 8192, harness="helmet", metric=NEEDS_JUDGE, n=0)]
-    found = cell(beside_published(tidy_table(rows), published), "HELMET", "Summ", 8192)
+    found = cell(beside_published(results_table(rows), published), "HELMET", "Summ", 8192)
     assert math.isnan(found["measured"])
     assert found["missing"] == "infbench_sum_eng,multi_lexsum"
 
 
 def test_short_context_has_no_length(published) -> None:
-    table = tidy_table([row("gsm8k", 52.0, None, harness="lm-eval", metric="exact_match,strict-match")])
+    table = results_table([row("gsm8k", 52.0, None, harness="lm-eval", metric="exact_match,strict-match")])
     found = cell(beside_published(table, published), "short-context", "GSM8K", None)
     assert found["difference"] == pytest.approx(-0.46)
     assert found["as_published"]
 
 
 def test_an_unknown_method_is_named(published) -> None:
-    table = tidy_table([row("vt", 1.0, 8192, method="resonance")])
+    table = results_table([row("vt", 1.0, 8192, method="resonance")])
     assert len(beside_published(table, published)) == 0
     assert "no published numbers for resonance; there are some for cope20" in not_measured(table, published)
 

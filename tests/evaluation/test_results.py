@@ -1,24 +1,55 @@
+"""The results table: what is written is read back, mixed numbers are refused, runs are paired by document."""
+
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ropewalk.evaluation import paired_difference, read_document_losses, read_record, read_results
+from ropewalk.evaluation import averages, paired_difference, read_document_losses, read_record, read_results
 from ropewalk.evaluation.results import (
-    COLUMNS,
+    NEEDS_JUDGE,
+    RESULT_COLUMNS,
+    as_shares,
     document_table,
+    read_evaluations,
     results_table,
     writable_directory,
-    write_evaluation,
+    write_record,
+    write_results,
 )
+
+EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier_evaluation"
+SCORE = {
+    "run": "a",
+    "method": "cope20",
+    "chain": "abf(theta=1e7) > cope(clip=20)",
+    "test_time_scaling": "none",
+    "harness": "ruler",
+    "harness_version": "0.4.13",
+    "task": "vt",
+    "category": "aggregation",
+    "context_length": 8192,
+    "metric": "string_match_all",
+    "value": 60.0,
+    "n": 100,
+    "stderr": 3.0,
+    "source_file": "cells/ruler/vt/8192.json",
+}
+
+
+def row(**changes) -> dict:
+    return {**SCORE, **changes}
+
 
 ROWS = [
     {"run": "a", "task": "loss_by_position", "metric": "nll", "context_length": 512, "position_start": 0}
     | {"position_end": 64, "value": 2.5, "ci_low": 2.0, "ci_high": 3.0, "stderr": 0.2, "n": 4},
     {"run": "a", "task": "needle", "metric": "exact_match", "context_length": 512, "depth": 0.5}
-    | {"value": 1.0, "n": 8},
+    | {"value": 100.0, "n": 8},
 ]
 
 
@@ -38,9 +69,10 @@ def sums(offset: float = 0.0, documents: str = "xyz", tokens: int = 64) -> pd.Da
 
 def test_tables_come_back_as_they_were(tmp_path) -> None:
     results, documents = results_table(ROWS), sums()
-    write_evaluation(tmp_path, results, documents, {"run": "a"})
+    write_results(tmp_path, results, documents)
+    write_record(tmp_path, {"run": "a"})
     back = read_results(tmp_path)
-    assert list(back.columns) == list(COLUMNS)
+    assert list(back.columns) == list(RESULT_COLUMNS)
     pd.testing.assert_frame_equal(back, results)
     pd.testing.assert_frame_equal(read_document_losses(tmp_path), documents)
     assert read_record(tmp_path) == {"run": "a"}
@@ -50,10 +82,10 @@ def test_tables_come_back_as_they_were(tmp_path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "documents.parquet",
         "evaluation.json",
-        "results.csv",
-        "results.parquet",
+        "table.csv",
+        "table.parquet",
     ]
-    assert (tmp_path / "results.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert (tmp_path / "table.csv").read_text().splitlines()[0] == ",".join(RESULT_COLUMNS)
 
 
 def test_a_column_outside_the_table_is_refused() -> None:
@@ -61,12 +93,83 @@ def test_a_column_outside_the_table_is_refused() -> None:
         results_table([{"run": "a", "mood": "good"}])
 
 
-def test_an_interrupted_write_leaves_no_finished_evaluation(tmp_path) -> None:
-    write_evaluation(tmp_path, results_table(ROWS), sums(), {"run": "old"})
+def test_losses_without_their_record_are_unfinished(tmp_path) -> None:
+    own = [row | {"harness": "ropewalk", "harness_version": "1"} for row in ROWS]
+    (tmp_path / "evaluation").mkdir()
+    write_results(tmp_path / "evaluation", results_table([*own, SCORE]), sums())
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_evaluation(tmp_path, results_table(ROWS), sums(), {"value": math.nan})
+        write_record(tmp_path / "evaluation", {"value": math.nan})
     with pytest.raises(ValueError, match="holds no finished evaluation"):
+        read_record(tmp_path / "evaluation")
+    unfinished = read_evaluations(tmp_path)
+    assert (unfinished.results["harness"].tolist(), len(unfinished.documents)) == (["ruler"], 0)
+    write_record(tmp_path / "evaluation", {"run": "a"})
+    finished = read_evaluations(tmp_path)
+    assert (len(finished.results), len(finished.documents), finished.record) == (3, 6, {"run": "a"})
+
+
+def test_evaluations_inside_training_are_not_those_of_the_run(tmp_path) -> None:
+    for name in ("evaluation", "evaluation_long/ruler", "evaluations/step-00000004"):
+        (tmp_path / name).mkdir(parents=True)
+        write_results(tmp_path / name, results_table([row(task=name)]))
+    assert read_evaluations(tmp_path).results["task"].tolist() == ["evaluation", "evaluation_long/ruler"]
+    assert read_evaluations(tmp_path / "evaluations" / "step-00000004").results["task"].tolist() == [
+        "evaluations/step-00000004"
+    ]
+
+
+def test_a_number_that_two_evaluations_hold_is_refused(tmp_path) -> None:
+    for name in ("evaluation", "evaluation_b"):
+        (tmp_path / name).mkdir()
+        write_results(tmp_path / name, results_table([row()]))
+    with pytest.raises(ValueError, match=r"holds ruler's vt \(string_match_all\) at 8192 tokens twice; move one"):
+        read_evaluations(tmp_path)
+
+
+def test_a_table_of_other_columns_is_named(tmp_path) -> None:
+    pd.DataFrame({"run": ["a"]}).to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=r"table\.parquet lacks the columns method, chain, .*; write it again with"):
         read_results(tmp_path)
+
+
+def test_an_evaluation_of_an_earlier_ropewalk_is_read() -> None:
+    """tests/fixtures/earlier_evaluation was written by the version that had results.parquet beside table.parquet."""
+    results = read_results(EARLIER)
+    earlier = pd.read_parquet(EARLIER / "results.parquet")
+    is_loss = earlier["metric"].isin(["nll", "answer_nll", "answer_nll_shuffled"])
+    for column in ("value", "ci_low", "ci_high", "stderr"):
+        expected = earlier[column].where(is_loss, earlier[column] * 100)
+        pd.testing.assert_series_equal(results[column], expected, check_names=False)
+    places = ["task", "context_length", "position_start", "position_end", "depth", "metric", "n"]
+    pd.testing.assert_frame_equal(results[places], earlier[places], check_dtype=False)
+    yarn = "yarn(factor=4, original_max_position_embeddings=256)"
+    scalings = results[["context_length", "test_time_scaling"]].drop_duplicates().to_numpy().tolist()
+    assert scalings == [[256, "none"], [128, "none"], [512, yarn]]
+    assert list(results.columns) == list(RESULT_COLUMNS)
+    evaluations = read_evaluations(EARLIER)
+    pd.testing.assert_frame_equal(evaluations.results, results)
+    assert len(evaluations.documents) == 3 * (3 + 4)  # documents, and buckets up to 256 and to 512
+    assert evaluations.record["trained_length"] == 256
+
+
+def test_an_evaluation_inside_the_training_of_an_earlier_ropewalk_is_read(tmp_path) -> None:
+    """It had no table.parquet, and no scaling."""
+    shutil.copy(EARLIER / "results.parquet", tmp_path)
+    assert set(read_results(tmp_path)["test_time_scaling"]) == {"none"}
+
+
+def test_scores_of_an_earlier_ropewalk_are_read(tmp_path) -> None:
+    """Its table had neither positions nor intervals."""
+    table = results_table([row(), row(task="cwe")])
+    earlier = table.drop(columns=["position_start", "position_end", "ci_low", "ci_high"])
+    earlier.to_parquet(tmp_path / "table.parquet", index=False)
+    pd.testing.assert_frame_equal(read_results(tmp_path), table)
+
+
+def test_shares_are_hundredths_of_percent_and_losses_stay() -> None:
+    shares = as_shares(results_table(ROWS))
+    assert shares["value"].tolist() == [2.5, 1.0]
+    assert shares["ci_low"].tolist()[0] == 2.0
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path) -> None:
@@ -103,3 +206,71 @@ def test_mixed_passes_are_refused() -> None:
     twice = pd.concat([sums(), sums()])
     with pytest.raises(ValueError, match="several rows for one bucket"):
         paired_difference(twice, sums())
+
+
+def test_the_columns_are_those_that_other_tools_rely_on() -> None:
+    first = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "task", "category"]
+    second = ["context_length", "position_start", "position_end", "depth", "metric", "value", "ci_low", "ci_high"]
+    assert list(RESULT_COLUMNS) == [*first, *second, "stderr", "n", "source_file"]
+
+
+def test_parquet_and_csv_hold_the_same_numbers(tmp_path) -> None:
+    table = results_table([row(), row(task="mmlu", context_length=None), row(task="n", depth=0.25)])
+    write_results(tmp_path, table)
+    pd.testing.assert_frame_equal(read_results(tmp_path), table)
+    csv = pd.read_csv(tmp_path / "table.csv", dtype={"harness_version": str}).astype(RESULT_COLUMNS)
+    pd.testing.assert_frame_equal(csv, table)
+    assert table["context_length"].isna().tolist() == [False, True, False]
+
+
+def test_a_number_that_could_not_be_had_is_null_and_no_zero(tmp_path) -> None:
+    table = results_table([row(task="summ", metric=NEEDS_JUDGE, value=None, n=None, stderr=None)])
+    write_results(tmp_path, table)
+    assert math.isnan(read_results(tmp_path)["value"][0])
+    assert read_results(tmp_path)["n"][0] == 0
+
+
+def test_an_average_names_its_tasks_and_what_it_lacks() -> None:
+    table = results_table(
+        [
+            row(task="vt", value=60.0, stderr=3.0),
+            row(task="cwe", value=80.0, stderr=4.0),
+            row(task="vt", value=10.0, context_length=16384),
+            row(task="cwe", value=None, stderr=None, metric=NEEDS_JUDGE, context_length=16384),
+            row(task="other", value=0.0),
+        ]
+    )
+    found = averages(table, ["vt", "cwe", "fwe"]).set_index("context_length")
+    assert found.loc[8192, "value"] == 70.0
+    assert found.loc[8192, "stderr"] == pytest.approx(2.5)  # sqrt(3^2 + 4^2) / 2
+    assert found.loc[8192, ["tasks", "missing"]].tolist() == ["vt,cwe", "fwe"]
+    assert found.loc[16384, "value"] == 10.0
+    assert found.loc[16384, ["tasks", "missing"]].tolist() == ["vt", "cwe,fwe"]
+
+
+def test_an_average_over_two_metrics_of_a_task_is_refused() -> None:
+    table = results_table([row(metric="acc"), row(metric="acc_norm")])
+    with pytest.raises(ValueError, match="vt has several rows in one average"):
+        averages(table, ["vt"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "cwe", "harness_version": "0.4.12"}, r"run a has numbers of ruler 0.4.12 and 0.4.13"),
+        ({"value": 61.0}, r"run a has ruler's vt \(string_match_all\) at 8192 twice"),
+        ({"task": "cwe", "note": "x"}, "columns note are not of the table"),
+    ],
+)
+def test_mixed_results_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        results_table([row(), row(**changes)])
+
+
+def test_the_same_task_under_two_scalings_is_two_rows() -> None:
+    assert len(results_table([row(), row(test_time_scaling="yarn(factor=4)", chain="x")])) == 2
+
+
+def test_a_directory_without_a_table_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"holds no table.parquet; run scripts/evaluate.py"):
+        read_results(tmp_path)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +18,7 @@ from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
 from ropewalk.config.groups import NeedleConfig, RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import read_document_losses, read_results
-from ropewalk.evaluation.cells import Cell, CellStore
-from ropewalk.evaluation.suites import evaluate_suite, flattened
-from ropewalk.evaluation.table import read_table
+from ropewalk.evaluation.suites import evaluate, flattened
 from ropewalk.training import train
 
 pytest.importorskip("lm_eval")
@@ -44,7 +41,7 @@ def config(checkpoint, tmp_path) -> EvaluateConfig:
 
 
 def test_ruler_through_lm_eval_ends_in_the_table(config, tmp_path, capsys) -> None:
-    table = evaluate_suite(config)
+    table = evaluate(config)
     assert table["context_length"].tolist() == [2200, 2600]
     assert set(table["harness"]) == {"ruler"}
     assert set(table["harness_version"]) == {"lm-eval 0.4.13"}
@@ -61,54 +58,54 @@ def test_ruler_through_lm_eval_ends_in_the_table(config, tmp_path, capsys) -> No
 
 
 def test_finished_cells_are_kept_and_new_lengths_added(config, monkeypatch, capsys) -> None:
-    evaluate_suite(replace(config, lengths=[2200]))
+    evaluate(replace(config, lengths=[2200]))
     with monkeypatch.context() as patch:
-        patch.setattr("ropewalk.evaluation.subject.load_for_evaluation", None)  # must not be needed
-        evaluate_suite(replace(config, lengths=[2200]))
-    assert evaluate_suite(config)["context_length"].tolist() == [2200, 2600]
+        patch.setattr("ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation", None)  # must not be needed
+        evaluate(replace(config, lengths=[2200]))
+    assert evaluate(config)["context_length"].tolist() == [2200, 2600]
     assert "ruler at 2,200: 1 of 1 tasks kept" in capsys.readouterr().out
 
 
 def test_another_setting_is_not_mixed_in(config) -> None:
     config = replace(config, lengths=[2200])
-    before = evaluate_suite(config)
+    before = evaluate(config)
     config.suite = replace(config.suite, samples=3)
-    with pytest.raises(ValueError, match=r"measured with another samples \(samples: 2 there, 3 now\).*overwrite=true"):
-        evaluate_suite(config)
-    pd.testing.assert_frame_equal(read_table(config.output), before)
+    with pytest.raises(ValueError, match=r"measured with samples=2, not 3, .*overwrite=true"):
+        evaluate(config)
+    pd.testing.assert_frame_equal(read_results(config.output), before)
     config.overwrite = True
-    assert evaluate_suite(config)["n"].tolist() == [3]
+    assert evaluate(config)["n"].tolist() == [3]
 
 
 def test_results_of_another_version_are_not_mixed_in(config, tmp_path) -> None:
     config = replace(config, lengths=[2200])
-    evaluate_suite(config)
+    evaluate(config)
     path = next((tmp_path / "evaluation" / "cells").rglob("*.json"))
     cell = json.loads(path.read_text())
     cell["rows"][0]["harness_version"] = "lm-eval 0.4.12"
     path.write_text(json.dumps(cell))
     config.lengths = [2200, 2600]
     with pytest.raises(ValueError, match=r"numbers of ruler lm-eval 0.4.12 and lm-eval 0.4.13, which do not compare"):
-        evaluate_suite(config)
+        evaluate(config)
 
 
 def test_nothing_is_measured_beside_another_version(config, tmp_path) -> None:
     config = replace(config, lengths=[2200])
-    evaluate_suite(config)
+    evaluate(config)
     path = next((tmp_path / "evaluation" / "cells").rglob("*.json"))
     cell = json.loads(path.read_text())
     cell["identity"]["harness_version"] = "0.4.12"
     path.write_text(json.dumps(cell))
     config.lengths = [2600]
-    with pytest.raises(ValueError, match=r"was measured with ruler 0\.4\.12, and this is 0\.4\.13"):
-        evaluate_suite(config)
+    with pytest.raises(ValueError, match=r"was measured with harness_version=0\.4\.12, not 0\.4\.13,"):
+        evaluate(config)
     assert list((tmp_path / "evaluation" / "cells").rglob("*.json")) == [path]
 
 
 def test_with_and_without_scaling_past_the_trained_length(config) -> None:
     config.suite = replace(config.suite, unscaled_too=True)
     config.lengths = [2200]
-    table = evaluate_suite(config)
+    table = evaluate(config)
     assert table["test_time_scaling"].tolist() == ["none", "yarn(factor=4, original_max_position_embeddings=256)"]
 
 
@@ -119,7 +116,7 @@ def test_published_numbers_are_written_beside_the_runs(config, tmp_path, capsys)
         "source,table,benchmark,method,task,context_length,value\np,2,RULER,pretrained,13-task average,2200,80.0\n"
     )
     config.suite = replace(config.suite, published=str(published))
-    evaluate_suite(config)
+    evaluate(config)
     beside = pd.read_csv(tmp_path / "evaluation" / "paper.csv")
     assert beside[["run", "published", "n"]].values.tolist() == [["mine", 80.0, 2]]
     assert beside["measured"].isna().all()  # of 13 tasks, one was run
@@ -127,20 +124,26 @@ def test_published_numbers_are_written_beside_the_runs(config, tmp_path, capsys)
     assert "13-task average" in capsys.readouterr().out
     config.suite.published = "nowhere.csv"
     with pytest.raises(ValueError, match=r"suite.published=nowhere.csv is not a file"):
-        evaluate_suite(config)
+        evaluate(config)
 
 
 def test_quick_ends_in_the_same_table(config, documents, tmp_path) -> None:
     config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [128, 512]
     config.needle = NeedleConfig(depths=[0.0, 1.0], samples=1)
-    table, results = evaluate_suite(config), read_results(tmp_path / "evaluation")
-    assert len(table) == len(results)
-    assert set(table["source_file"]) == {"results.parquet"}
+    table = evaluate(config)
+    assert {Path(file).parts[:3] for file in table["source_file"]} == {
+        ("cells", "ropewalk", "loss"),
+        ("cells", "ropewalk", "needle"),
+    }
+    assert all((tmp_path / "evaluation" / file).is_file() for file in table["source_file"])
+    documents = read_document_losses(tmp_path / "evaluation")
+    second_half = documents[(documents["context_length"] == 128) & (documents["position_start"] == 64)]
     losses = table[table["task"] == "loss_at_length"].set_index("context_length")["value"]
-    expected = results[results["task"] == "loss_at_length"].set_index("context_length")["value"]
-    assert losses.to_dict() == expected.to_dict()
-    buckets = [task for task in table["task"] if task.startswith("loss_by_position")]
-    assert "loss_by_position[64,128)" in buckets
+    assert losses[128] == second_half["nll_sum"].sum() / second_half["tokens"].sum()
+    curve = table[(table["task"] == "loss_by_position") & (table["context_length"] == 512)]
+    assert curve[["position_start", "position_end"]].to_numpy().tolist() == [[0, 64], [64, 128], [128, 256], [256, 512]]
+    assert (curve["ci_low"] <= curve["value"]).all()
+    assert (curve["value"] <= curve["ci_high"]).all()
     exact = table[(table["task"] == "needle") & (table["metric"] == "exact_match")]
     assert exact["value"].isin([0.0, 100.0]).all()
     assert dict(zip(table["context_length"], table["test_time_scaling"], strict=True))[128] == "none"
@@ -161,14 +164,15 @@ def test_quick_ends_in_the_same_table(config, documents, tmp_path) -> None:
             "suite.tasks is each part's own, and suite=x is made",
         ),
         (SuiteConfig("x", "suites", suites=["long", "ruler"], overflow="middle"), "suite.overflow is .*suite=long"),
+        (SuiteConfig(unscaled_too=True), "suite.unscaled_too=true would measure the losses of suite=quick twice"),
         (SuiteConfig(), "documents is not set, and suite=quick reads held-out documents"),
     ],
 )
 def test_mistakes_end_before_a_model_is_loaded(config, monkeypatch, suite: SuiteConfig, message: str) -> None:
-    monkeypatch.setattr("ropewalk.evaluation.subject.load_for_evaluation", None)
-    config.suite = suite
+    monkeypatch.setattr("ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation", None)
+    config.suite, config.documents = suite, "d" if suite.unscaled_too else None
     with pytest.raises(ValueError, match=message):
-        evaluate_suite(config)
+        evaluate(config)
 
 
 def test_what_a_suite_of_suites_says_goes_down_to_its_parts() -> None:
@@ -183,30 +187,13 @@ def test_what_a_suite_of_suites_says_goes_down_to_its_parts() -> None:
 def test_lm_eval_that_is_not_installed_is_named(config, monkeypatch) -> None:
     monkeypatch.setattr("ropewalk.evaluation.suites.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"suite=ruler runs through lm-eval, which is not installed; pip install"):
-        evaluate_suite(config)
+        evaluate(config)
 
 
 def test_a_length_beyond_rulers_is_refused(config) -> None:
     config.lengths = [1_000_000]
     with pytest.raises(ValueError, match="lengths=1000000: RULER has prompts of 512 to 524288 tokens"):
-        evaluate_suite(config)
-
-
-def test_a_full_disk_keeps_what_was_finished(tmp_path) -> None:
-    store = CellStore(tmp_path, overwrite=False)
-    row = {"run": "a", "chain": "rope", "test_time_scaling": "none", "harness": "ruler", "harness_version": "1"}
-    row |= {"task": "vt", "metric": "m", "value": 1.0, "n": 1, "context_length": 1024}
-    store.write(Cell("ruler", "vt", 1024, "none"), {}, [row], {})
-    kept = read_table(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(ValueError, match=r"cannot be written .*every cell finished before is kept: make room"):
-            store.write(Cell("ruler", "cwe", 1024, "none"), {}, [row | {"task": "cwe"}], {"text": "x" * 100_000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    pd.testing.assert_frame_equal(read_table(tmp_path), kept)
-    assert not store.is_finished(Cell("ruler", "cwe", 1024, "none"), {})
+        evaluate(config)
 
 
 def test_every_shipped_suite_composes() -> None:
@@ -235,20 +222,20 @@ def two_processes(config: EvaluateConfig, output: Path, *overrides: str) -> None
 def test_two_processes_share_the_samples(config, tmp_path) -> None:
     """torchrun's two ranks give what one process gives, answer by answer."""
     config.lengths, config.suite = [2200], replace(config.suite, samples=3)
-    evaluate_suite(config)
+    evaluate(config)
     shared = tmp_path / "shared"
     two_processes(config, shared, "suite=ruler", "suite.tasks=[vt]", "suite.samples=3", "test_time=auto")
-    assert read_table(shared)["value"].tolist() == read_table(config.output)["value"].tolist()
+    assert read_results(shared)["value"].tolist() == read_results(config.output)["value"].tolist()
     one, two = (sorted(Path(where).rglob("*.samples.jsonl"))[0].read_text() for where in (config.output, shared))
     assert one == two
-    assert not math.isnan(read_table(shared)["stderr"][0])
+    assert not math.isnan(read_results(shared)["stderr"][0])
 
 
 @pytest.mark.slow
 def test_two_processes_share_documents_and_needles(config, documents, tmp_path) -> None:
     config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [128, 512]
     config.needle = NeedleConfig(depths=[0.0, 1.0], samples=3)
-    evaluate_suite(config)
+    evaluate(config)
     shared = tmp_path / "shared"
     needle = ["needle.depths=[0.0,1.0]", "needle.samples=3"]
     two_processes(config, shared, f"documents={documents}", "test_time=auto", *needle)

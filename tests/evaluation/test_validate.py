@@ -30,7 +30,7 @@ from ropewalk.report import compare
 from ropewalk.rope import Position, RopeChain
 
 DYNAMIC = {"method": "dynamic_ntk", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
-LOADER = "ropewalk.evaluation.run.load_for_evaluation"
+LOADER = "ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation"
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def test_another_validation_in_the_output_is_not_replaced_unasked(config, monkey
     config.seed = 1
     with monkeypatch.context() as patched:
         patched.setattr(LOADER, None)
-        with pytest.raises(ValueError, match="before holds an evaluation that differs in: settings"):
+        with pytest.raises(ValueError, match=r"before/cells/.* was measured with seed=0, not 1"):
             validate(config)
     config.overwrite = True
     validate(config)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ropewalk.evaluation.results import document_table, results_table, write_evaluation
+from ropewalk.evaluation import results
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -144,8 +144,9 @@ def write_fake_evaluation(directory: Path, run: FakeRun) -> None:
             "run": run.name,
             "method": run.name,
             "chain": chain,
-            "test_time": "auto",
+            "test_time_scaling": "none" if chain == run.chain else yarn,
             "harness": "ropewalk",
+            "harness_version": "1",
         }
         rows += [identity | row for row in [*_loss_rows(run, lengths), *_needle_rows(run, lengths)]]
         documents += _document_rows(run, setting, lengths[-1])
@@ -157,7 +158,8 @@ def write_fake_evaluation(directory: Path, run: FakeRun) -> None:
             for setting, chain, lengths in settings
         ],
     }
-    write_evaluation(directory, results_table(rows), document_table(documents), record)
+    results.write_results(directory, results.results_table(rows), results.document_table(documents))
+    results.write_record(directory, record)
 
 
 def benchmark_row(run: str, harness: str, task: str, length: int | None, value: float | None, **more: Any) -> dict:
@@ -168,10 +170,12 @@ def benchmark_row(run: str, harness: str, task: str, length: int | None, value: 
 
 
 def write_table(directory: Path, rows: list[dict[str, Any]]) -> None:
-    """The table.parquet of an evaluation, in the columns and dtypes of the evaluator's."""
+    """Add rows to the results table of an evaluation."""
     directory.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(rows).astype({"context_length": "Int64", "value": "float64", "stderr": "float64"})
-    table.to_parquet(directory / "table.parquet", index=False)
+    table = results.results_table(rows)
+    if (directory / "table.parquet").is_file():
+        table = pd.concat([results.read_results(directory), table])
+    results.write_results(directory, table)
 
 
 def bucket_loss(run: FakeRun, start: int, end: int) -> float:
@@ -228,6 +232,8 @@ def _needle_rows(run: FakeRun, lengths: list[int]) -> list[dict[str, Any]]:
                 "answer_nll": 2.3 * (1 - exact),
                 "answer_nll_shuffled": 2.4,
             }
-            place = {"task": "needle", "context_length": length, "depth": depth, "n": 4, "stderr": 0.2}
-            rows += [place | {"metric": metric, "value": value} for metric, value in scores.items()]
+            cell = {"task": "needle", "context_length": length, "depth": depth, "n": 4}
+            for metric, value in scores.items():
+                scale = 1 if results.is_loss(metric) else 100
+                rows.append(cell | {"metric": metric, "value": scale * value, "stderr": scale * 0.2})
     return rows

@@ -148,11 +148,11 @@ def _export(config: ExportConfig) -> Stage:
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
-    from ropewalk.evaluation.harness.tasks import check_scorers
+    from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import check_scorers
     from ropewalk.evaluation.settings import check_chains
-    from ropewalk.evaluation.suites import checked_suites
+    from ropewalk.evaluation.suites import validate_suites
 
-    suites = checked_suites(config)
+    suites = validate_suites(config)
     for suite in suites:
         try:
             check_scorers(suite)

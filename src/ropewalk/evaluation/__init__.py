@@ -1,16 +1,19 @@
-"""Evaluation: loss by position and the needle grid, into one tidy results table."""
+"""Evaluation: every harness, from loss by position to HELMET, into one results table."""
 
+from ropewalk.evaluation import results as table  # the earlier path of averages, ropewalk.evaluation.table.averages
 from ropewalk.evaluation.in_training import TrainingEvaluation
-from ropewalk.evaluation.results import paired_difference, read_document_losses, read_record, read_results
-from ropewalk.evaluation.run import evaluate
+from ropewalk.evaluation.results import averages, paired_difference, read_document_losses, read_record, read_results
+from ropewalk.evaluation.suites import evaluate
 from ropewalk.evaluation.validate import validate
 
 __all__ = [
     "TrainingEvaluation",
+    "averages",
     "evaluate",
     "paired_difference",
     "read_document_losses",
     "read_record",
     "read_results",
+    "table",
     "validate",
 ]

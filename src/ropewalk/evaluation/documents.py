@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ropewalk.errors import UserError
+from ropewalk.files import sha256_of_json
 
 TEXT_SUFFIXES = (".txt", ".md")
+SHORTEST = 64  # tokens; a shorter context has no bucket of positions of its own
 
 
 class Document(NamedTuple):
@@ -37,6 +40,16 @@ class Windows:
     tokens: dict[str, torch.Tensor]
     too_short: dict[str, int]
     beyond_limit: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of every window's name and tokens."""
+        return sha256_of_json({name: ids.tolist() for name, ids in self.tokens.items()})
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """SHA-256 of each document's first tokens: two evaluations with the same ones read the same text and tokens."""
+        return {name: sha256_of_json(ids[:SHORTEST].tolist()) for name, ids in self.tokens.items()}
 
     def counts(self) -> dict[str, Any]:
         """The counts for evaluation.json."""

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.helmet.datasets import CATEGORIES
-from ropewalk.evaluation.ruler.tasks import TASKS
+from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES
+from ropewalk.evaluation.harness.ruler.ruler_tasks import TASKS
 
 COLUMNS = ["source", "table", "benchmark", "method", "task", "context_length", "value"]
 COPE = "2602.05258"  # the paper's number on arXiv

@@ -1,39 +1,45 @@
-"""The tidy results table and what is written beside it."""
+"""The results table: a row for each number, with what it was measured on, by and under; and the losses by document.
+
+Scores are percentages (0 to 100), as papers print them; losses are nats per token. A number that could not be measured
+(a judge is needed, the inputs were never published) is a row with a null value and ``n`` of 0, and its metric says why.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference
 from ropewalk.files import replace_atomically, write_atomically
 
-COLUMNS = {
+RESULT_COLUMNS = {
     "run": "str",
     "method": "str",  # rope name
     "chain": "str",  # printed chain, test-time part included
-    "test_time": "str",  # name of the test_time group
-    "harness": "str",
+    "test_time_scaling": "str",  # printed test-time part of the chain at this length, or none
+    "harness": "str",  # ropewalk, ruler, lm-eval, helmet
     "harness_version": "str",
     "task": "str",
     "category": "str",
-    "context_length": "Int64",  # tokens
-    "position_start": "Int64",  # first position of the bucket; null where the task has none
+    "context_length": "Int64",  # tokens; null: the task has no length of its own (short-context tasks)
+    "position_start": "Int64",  # first position that a loss is over; null for scores
     "position_end": "Int64",  # one past the last
-    "depth": "float64",  # share of the context before the needle; NaN where the task has none
+    "depth": "float64",  # share of the context before the needle; NaN: the task has none
     "metric": "str",
-    "value": "float64",
-    "ci_low": "float64",  # 95% interval
+    "value": "float64",  # percent or nats; NaN: the metric says why there is none
+    "ci_low": "float64",  # 95% interval; NaN: unknown
     "ci_high": "float64",
-    "stderr": "float64",
-    "n": "int64",  # documents or prompts
-    "source": "str",  # file the row was made from
+    "stderr": "float64",  # of the value, over documents, prompts or samples; NaN: unknown
+    "n": "int64",  # documents, prompts or samples
+    "source_file": "str",  # the harness's own file that the row was made from
 }
 DOCUMENT_COLUMNS = {
     "run": "str",
@@ -46,69 +52,234 @@ DOCUMENT_COLUMNS = {
     "tokens": "int64",
 }
 BUCKET = ["position_start", "position_end"]
-RESULTS_CSV = "results.csv"
-RESULTS = "results.parquet"
-DOCUMENTS = "documents.parquet"
-RECORD = "evaluation.json"
+ESTIMATE = ["value", "ci_low", "ci_high", "stderr"]
+TABLE, DOCUMENTS, RECORD = "table.parquet", "documents.parquet", "evaluation.json"
+EARLIER = "results.parquet"  # losses and needles of an evaluation by an earlier ropewalk
+ADDED = (*BUCKET, "ci_low", "ci_high")  # columns that its table of the other harnesses lacked
+OWN_HARNESS = "ropewalk"  # of the losses and needles
+LOSS_METRICS = ("nll", "answer_nll")  # nats; every other metric is a percentage
+NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
+UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
+KEY = ["run", "chain", "test_time_scaling", "harness", "task", "context_length", *BUCKET, "depth", "metric"]
+GROUP = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "context_length"]
+IN_TRAINING = "evaluations"  # of a run directory; each step there is an evaluation of its own
 
 
 def results_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as the results table: its columns in their order and dtypes, absent ones null.
 
     Raises:
-        UserError: for a column that the table does not have.
+        UserError: for a column that the table does not have, a number twice, or a run measured by two versions of
+            one harness.
     """
-    return _table(rows, COLUMNS)
+    table = typed_table(({"n": 0} | {k: v for k, v in row.items() if v is not None} for row in rows), RESULT_COLUMNS)
+    check_unmixed(table)
+    return table
 
 
 def document_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows as the table of per-document sums.
+    """Rows as the table of losses by document: NLL sums in nats for each document and bucket of positions."""
+    return typed_table(rows, DOCUMENT_COLUMNS)
+
+
+def typed_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Rows as a table of ``columns`` (name -> dtype), in their order, absent ones null.
 
     Raises:
-        UserError: for a column that the table does not have.
+        UserError: for a column that is not among them.
     """
-    return _table(rows, DOCUMENT_COLUMNS)
+    table = pd.DataFrame(list(rows))
+    unknown = [name for name in table.columns if name not in columns]
+    if unknown:
+        raise UserError(f"columns {', '.join(unknown)} are not of the table; it has: {', '.join(columns)}")
+    return table.reindex(columns=list(columns)).astype(dict(columns))
 
 
-def write_evaluation(output: Path, results: pd.DataFrame, documents: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Write results.csv, results.parquet, documents.parquet and, last, evaluation.json into ``output``.
+def check_unmixed(table: pd.DataFrame) -> None:
+    """Raise UserError if one run has numbers of two versions of a harness, or one number twice."""
+    for (run, harness), rows in table.groupby(["run", "harness"]):
+        versions = sorted(set(rows["harness_version"]))
+        if len(versions) > 1:
+            raise UserError(
+                f"run {run} has numbers of {harness} {' and '.join(versions)}, which do not compare; measure them "
+                "again with one version (overwrite=true), or name another output"
+            )
+    twice = table[table.duplicated(KEY)]
+    if len(twice):
+        row = twice.iloc[0]
+        raise UserError(
+            f"run {row['run']} has {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} "
+            "twice; keep the results of one setting, or give the other run another name"
+        )
 
-    Each file is written beside and renamed. An earlier evaluation.json goes first, so that where one stands,
-    the tables beside it are its own.
-    """
-    (output / RECORD).unlink(missing_ok=True)
-    replace_atomically(output / RESULTS_CSV, lambda path: results.to_csv(path, index=False))
-    replace_atomically(output / RESULTS, lambda path: results.to_parquet(path, index=False))
-    replace_atomically(output / DOCUMENTS, lambda path: documents.to_parquet(path, index=False))
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write_atomically(output / RECORD, text)
+
+def write_table(directory: Path, name: str, table: pd.DataFrame) -> None:
+    """Write ``name``.csv and ``name``.parquet, each beside and renamed."""
+    replace_atomically(directory / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+    replace_atomically(directory / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+
+
+def write_results(output: Path, results: pd.DataFrame, documents: pd.DataFrame | None = None) -> None:
+    """Write table.csv, table.parquet and, of losses, documents.parquet; each is written beside and renamed."""
+    write_table(output, Path(TABLE).stem, results)
+    if documents is not None:
+        replace_atomically(output / DOCUMENTS, lambda path: documents.to_parquet(path, index=False))
+
+
+def write_record(output: Path, record: Mapping[str, Any]) -> None:
+    """Write evaluation.json: the losses and needles beside it are finished."""
+    write_atomically(output / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def read_results(directory: str | Path) -> pd.DataFrame:
-    """The results table of a finished evaluation, columns and dtypes as in ``COLUMNS``.
+    """The results table of an evaluation, columns and dtypes as in ``RESULT_COLUMNS``.
+
+    An evaluation by an earlier ropewalk, which kept losses and needles apart in results.parquet, is read as well.
 
     Raises:
-        UserError: where ``directory`` holds no finished evaluation.
+        UserError: for a directory that holds none.
     """
-    return pd.read_parquet(_finished(directory) / RESULTS).astype(COLUMNS)[list(COLUMNS)]
+    directory = Path(directory)
+    if (directory / EARLIER).is_file():
+        return _read_earlier(directory)
+    if not (directory / TABLE).is_file():
+        raise UserError(f"{directory} holds no {TABLE}; run scripts/evaluate.py with output={directory}")
+    return _read_typed(directory / TABLE, RESULT_COLUMNS, ADDED)
 
 
 def read_document_losses(directory: str | Path) -> pd.DataFrame:
-    """The per-document sums of a finished evaluation, columns and dtypes as in ``DOCUMENT_COLUMNS``.
+    """The losses by document of an evaluation, columns and dtypes as in ``DOCUMENT_COLUMNS``.
 
     Raises:
-        UserError: where ``directory`` holds no finished evaluation.
+        UserError: for a directory that holds none.
     """
-    return pd.read_parquet(_finished(directory) / DOCUMENTS).astype(DOCUMENT_COLUMNS)[list(DOCUMENT_COLUMNS)]
+    path = Path(directory) / DOCUMENTS
+    if not path.is_file():
+        raise UserError(f"{directory} holds no {DOCUMENTS}; run scripts/evaluate.py suite=quick output={directory}")
+    return _read_typed(path, DOCUMENT_COLUMNS)
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
-    """evaluation.json of a finished evaluation.
+    """evaluation.json: the checkpoint, the documents and the spectra of an evaluation's losses and needles.
 
     Raises:
-        UserError: where ``directory`` holds no finished evaluation.
+        UserError: for a directory that holds none, so that its losses and needles are not finished, or a damaged one.
     """
-    return json.loads((_finished(directory) / RECORD).read_text(encoding="utf-8"))
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        raise UserError(
+            f"{directory} holds no finished evaluation (no {RECORD}); run scripts/evaluate.py with output={directory}"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} must hold a JSON object; write it again, or move it away to do without")
+    return record
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluations:
+    """Every evaluation of a run directory; without any, empty tables and an empty record.
+
+    Attributes:
+        results: the results tables in one; losses and needles of finished evaluations alone.
+        documents: the losses by document.
+        record: evaluation.json of the first finished evaluation.
+    """
+
+    results: pd.DataFrame
+    documents: pd.DataFrame
+    record: dict[str, Any]
+
+
+def read_evaluations(run_directory: Path) -> Evaluations:
+    """The evaluations at ``run_directory``: what evaluate.py wrote there itself, or in ``evaluation*/`` of a run.
+
+    Raises:
+        UserError: for a damaged file, or a number that two of the evaluations hold.
+    """
+    results: list[pd.DataFrame] = []
+    documents: list[pd.DataFrame] = []
+    record: dict[str, Any] = {}
+    for directory in evaluation_directories(run_directory):
+        table = read_results(directory)
+        if (directory / RECORD).is_file():
+            record = record or read_record(directory)
+            documents += [read_document_losses(directory)] if (directory / DOCUMENTS).is_file() else []
+        else:
+            table = table[table["harness"] != OWN_HARNESS]
+        results.append(table)
+    whole = pd.concat([typed_table([], RESULT_COLUMNS), *results], ignore_index=True)
+    twice = whole[whole.duplicated(KEY)]
+    if len(twice):
+        row = twice.iloc[0]
+        raise UserError(
+            f"{run_directory} holds {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} "
+            "tokens twice; move one of its evaluations away"
+        )
+    losses = pd.concat([typed_table([], DOCUMENT_COLUMNS), *documents], ignore_index=True)
+    return Evaluations(whole, losses, record)
+
+
+def evaluation_directories(run_directory: Path) -> list[Path]:
+    """Directories with a results table: ``run_directory`` itself, and those in ``evaluation*/`` below it.
+
+    Evaluations inside training are not among them: each measures the run at another step.
+    """
+    tables = [path for path in (run_directory / TABLE, run_directory / EARLIER) if path.is_file()]
+    for name in (TABLE, EARLIER):
+        tables += sorted(run_directory.glob(f"evaluation*/**/{name}"))
+    inside = run_directory / IN_TRAINING
+    return list(dict.fromkeys(path.parent for path in tables if inside not in path.parents))
+
+
+def as_shares(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows with accuracies as shares of 1 in place of percent; losses stay nats per token."""
+    shares = results.copy()
+    shares.loc[~shares["metric"].map(is_loss).astype(bool), ESTIMATE] /= 100
+    return shares
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is in nats per token; every other is an accuracy or score."""
+    return metric.removesuffix("_shuffled") in LOSS_METRICS
+
+
+def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROUP) -> pd.DataFrame:
+    """The mean over ``tasks`` of each group, with the tasks that it is over.
+
+    Only rows of these tasks without a depth count, with one metric a task: choose among several metrics first. A group
+    that lacks a task gets a mean of the others, and ``missing`` names what it lacks.
+
+    Returns:
+        the columns ``by``, value, stderr (of the mean of independent tasks), n_tasks, tasks and missing (both
+        comma-separated, in the order of ``tasks``).
+
+    Raises:
+        UserError: for a group with several rows of one task.
+    """
+    chosen = table[table["task"].isin(tasks) & table["depth"].isna()]
+    rows = []
+    for key, group in chosen.groupby(list(by), dropna=False):
+        if group["task"].duplicated().any():
+            name = group["task"][group["task"].duplicated()].iloc[0]
+            raise UserError(f"{name} has several rows in one average; choose one metric a task first")
+        known = group.dropna(subset="value").set_index("task")
+        present = [task for task in tasks if task in known.index]
+        errors = known["stderr"].to_numpy()
+        rows.append(
+            {
+                **dict(zip(by, key, strict=True)),
+                "value": known["value"].mean(),
+                "stderr": float(np.sqrt((errors**2).sum()) / len(known)) if len(known) else np.nan,
+                "n_tasks": len(present),
+                "tasks": ",".join(present),
+                "missing": ",".join(task for task in tasks if task not in present),
+            }
+        )
+    return pd.DataFrame(rows, columns=[*by, "value", "stderr", "n_tasks", "tasks", "missing"])
 
 
 def paired_difference(
@@ -120,7 +291,7 @@ def paired_difference(
     Losses per token compare only between runs with one tokenizer.
 
     Args:
-        documents_a: per-document sums of one run under one setting: document, position_start, position_end,
+        documents_a: losses by document of one run under one setting: document, position_start, position_end,
             nll_sum and tokens at least.
         documents_b: those of the other.
         seed: of the bootstrap over documents.
@@ -128,10 +299,10 @@ def paired_difference(
 
     Returns:
         position_start, position_end, value, ci_low, ci_high (nats per token), n (documents that both scored).
-        Negative where a predicts better; the interval is NaN with one document; no rows where none is shared.
+        Negative: a predicts better. The interval is NaN with one document; no rows: no document is shared.
 
     Raises:
-        UserError: where a document has two rows for one bucket, so that settings or runs are mixed.
+        UserError: for a document with two rows for one bucket, so that settings or runs are mixed.
     """
     both = documents_a.merge(documents_b, on=["document", *BUCKET], suffixes=("_a", "_b")).sort_values("document")
     if both.duplicated(["document", *BUCKET]).any():
@@ -151,7 +322,7 @@ def writable_directory(name: str, path: str) -> Path:
     """The directory at ``path``, made if absent, after a file has been written in it and removed.
 
     Raises:
-        UserError: where that fails.
+        UserError: it cannot be written.
     """
     directory = Path(path)
     try:
@@ -163,18 +334,24 @@ def writable_directory(name: str, path: str) -> Path:
     return directory
 
 
-def _table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
-    table = pd.DataFrame(list(rows))
-    unknown = [name for name in table.columns if name not in columns]
-    if unknown:
-        raise UserError(f"columns {', '.join(unknown)} are not of the table; it has: {', '.join(columns)}")
+def _read_typed(path: Path, columns: Mapping[str, str], absent: Collection[str] = ()) -> pd.DataFrame:
+    """The table at ``path`` with these columns alone; those of ``absent`` may be missing and are null then."""
+    table = pd.read_parquet(path)
+    missing = [name for name in columns if name not in table.columns and name not in absent]
+    if missing:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
     return table.reindex(columns=list(columns)).astype(dict(columns))
 
 
-def _finished(directory: str | Path) -> Path:
-    path = Path(directory)
-    if not (path / RECORD).is_file():
-        raise UserError(
-            f"{path} holds no finished evaluation (no {RECORD}); run scripts/evaluate.py with output={path}"
-        )
-    return path
+def _read_earlier(directory: Path) -> pd.DataFrame:
+    """The results of an earlier ropewalk: losses and needles (in shares of 1) apart from the other harnesses' table."""
+    table = typed_table([], RESULT_COLUMNS)
+    if (directory / TABLE).is_file():
+        table = _read_typed(directory / TABLE, RESULT_COLUMNS, ADDED)
+    own = pd.read_parquet(directory / EARLIER).rename(columns={"source": "source_file"})
+    is_own = table["harness"] == OWN_HARNESS  # the same numbers, without intervals and positions
+    scalings = dict(zip(table[is_own]["context_length"], table[is_own]["test_time_scaling"], strict=True))
+    own["test_time_scaling"] = [scalings.get(length, "none") for length in own["context_length"]]
+    own.loc[~own["metric"].map(is_loss).astype(bool), ESTIMATE] *= 100
+    own = own.reindex(columns=list(RESULT_COLUMNS)).astype(RESULT_COLUMNS)
+    return pd.concat([table[~is_own], own], ignore_index=True)

@@ -21,22 +21,31 @@ from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import existing_directory
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import beginning, encode, find_documents
-from ropewalk.evaluation.plan import load_tokenizer, make_plan
-from ropewalk.evaluation.results import read_document_losses, read_record, read_results
-from ropewalk.evaluation.run import evaluate, is_finished
+from ropewalk.evaluation.evaluated_checkpoint import load_tokenizer, open_checkpoint
+from ropewalk.evaluation.harness.held_out import passes_of, read_windows, unfinished_cells, validate_held_out
+from ropewalk.evaluation.results import (
+    as_shares,
+    read_document_losses,
+    read_record,
+    read_results,
+    writable_directory,
+    write_table,
+)
+from ropewalk.evaluation.results_store import ResultsStore
 from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.evaluation.suites import evaluate
 from ropewalk.evaluation.validate_report import AFTER, BEFORE, Measured, sentences, tables, validation_table
 from ropewalk.export import resolve_checkpoint
-from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.files import write_atomically
 from ropewalk.model.load import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
 from ropewalk.rope.chain import clip_of, in_words
+from ropewalk.training.distributed import Ranks
 
 FIRST_CLIP = 10
 RECORD = "validate.json"
-TABLE = "validate.parquet"
-TABLE_CSV = "validate.csv"
+TABLE = "validate"  # .csv and .parquet
 UNCHANGED = TestTimeConfig(name="none")
 
 
@@ -107,7 +116,7 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
     _check_arms(arms)
     print(_announce(config, position, arms, lengths, left_out), flush=True)
     for evaluation in {arm.directory: arm.config for arm in arms}.values():
-        evaluate(evaluation)
+        evaluate(evaluation, Ranks())
     table = validation_table([_measured(arm) for arm in arms], lengths, config.tolerance, config.seed)
     documents = read_record(arms[0].directory)["documents"]
     found = sentences(table, config.tolerance, documents["too_short"])
@@ -245,10 +254,14 @@ def _make_arms(
 
 def _check_arms(arms: Sequence[Arm]) -> None:
     """Check documents, needle and device, and that no arm's directory holds another evaluation."""
-    plan = make_plan(arms[0].config)
+    validate_held_out(arms[0].config)
+    checkpoint = open_checkpoint(arms[0].config)
+    windows = read_windows(checkpoint)
     for arm in arms:
-        # Same checkpoint, same windows: an arm's plan is the first's with its own settings.
-        is_finished(replace(plan, config=arm.config, output=arm.directory, settings=arm.settings))
+        store = ResultsStore(writable_directory("output", arm.config.output), arm.config.overwrite)
+        of_arm = replace(checkpoint, config=arm.config)  # same checkpoint, same windows
+        for setting in passes_of(of_arm, UNCHANGED):
+            unfinished_cells(of_arm, windows, setting, store)
 
 
 def _spectra(arm: Arm) -> list[tuple[Any, ...]]:
@@ -262,7 +275,7 @@ def _measured(arm: Arm) -> Measured:
         for setting in arm.settings
         for length in setting.lengths
     }
-    return Measured(arm.name, arm.chain, arm.directory.name, passes, read_results(arm.directory))
+    return Measured(arm.name, arm.chain, arm.directory.name, passes, as_shares(read_results(arm.directory)))
 
 
 def _announce(
@@ -299,8 +312,7 @@ def _short_context(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def _write(output: Path, table: pd.DataFrame, record: dict[str, Any]) -> None:
     (output / RECORD).unlink(missing_ok=True)  # where it stands, the tables beside it are its own
-    replace_atomically(output / TABLE_CSV, lambda path: table.to_csv(path, index=False))
-    replace_atomically(output / TABLE, lambda path: table.to_parquet(path, index=False))
+    write_table(output, TABLE, table)
     write_atomically(output / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 

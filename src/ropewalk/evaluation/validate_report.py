@@ -14,21 +14,16 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS, ratio
-from ropewalk.evaluation.loss_by_position import per_document
-from ropewalk.evaluation.results import BUCKET, paired_difference
+from ropewalk.evaluation.harness.loss_by_position import per_document
+from ropewalk.evaluation.results import BUCKET, RESULT_COLUMNS, paired_difference, typed_table
 
+# Those of the results table, and the arm's. Metrics: nll, nll_difference (arm minus before), answer_nll, and
+# exact_match as a share of 1.
 COLUMNS = {
     "arm": "str",  # before, after or clip<n>
-    "chain": "str",  # printed chain, the model's own part included
+    "chain": RESULT_COLUMNS["chain"],
     "evaluation": "str",  # directory below the output that holds the evaluation
-    "metric": "str",  # nll, nll_difference (arm minus before), exact_match or answer_nll
-    "context_length": "Int64",  # tokens
-    "position_start": "Int64",  # first position of the range; null for the needle
-    "position_end": "Int64",  # one past the last
-    "value": "float64",
-    "ci_low": "float64",  # 95% interval
-    "ci_high": "float64",
-    "n": "int64",  # documents or prompts
+    **{name: RESULT_COLUMNS[name] for name in ("metric", "context_length", *BUCKET, "value", "ci_low", "ci_high", "n")},
     "verdict": "str",  # of nll_difference; else empty
 }
 BEFORE, AFTER = "before", "after"
@@ -46,7 +41,7 @@ class Measured:
         chain: printed chain.
         evaluation: name of the directory that holds its evaluation.
         documents: context length -> per-document NLL sums of the pass that serves it.
-        results: its results table; the needle's part is read.
+        results: its results table, accuracies as shares of 1; the needle's part is read.
     """
 
     name: str
@@ -68,11 +63,11 @@ def validation_table(arms: Sequence[Measured], lengths: Sequence[int], tolerance
         seed: of the bootstrap.
     """
     rows = [
-        {"arm": arm.name, "chain": arm.chain, "evaluation": arm.evaluation, **row}
+        {"arm": arm.name, "chain": arm.chain, "evaluation": arm.evaluation, "verdict": "", **row}
         for arm in arms
         for row in [*_loss_rows(arm, arms[0], lengths, tolerance, seed), *_needle_rows(arm)]
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).fillna({"verdict": ""}).astype(COLUMNS)
+    return typed_table(rows, COLUMNS)
 
 
 def _loss_rows(

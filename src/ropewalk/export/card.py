@@ -167,7 +167,7 @@ def _metrics(source: Source) -> list[str]:
     rows = [row for row in read_metrics(source.run_dir) if row["step"] <= source.identity["step"]]
     if rows:
         lines.append(f"- training loss at step {rows[-1]['step']:,}: {rows[-1]['loss']:.4f} nats per token")
-    lines += _evaluated(RunDirectory(source.run_dir).evaluation / "results.parquet")
+    lines += _evaluated(RunDirectory(source.run_dir).evaluation / "table.parquet")
     return lines if len(lines) > 2 else [*lines, "None were recorded."]
 
 
@@ -180,7 +180,7 @@ def _evaluated(path: Path) -> Iterator[str]:
     for _, row in table.sort_values("context_length").iterrows():
         spread = f" ± {row['stderr']:.4f}" if np.isfinite(row["stderr"]) else ""
         yield (
-            f"- held-out loss at {int(row['context_length']):,} tokens, test-time scaling {row['test_time']}: "
+            f"- held-out loss at {int(row['context_length']):,} tokens, test-time scaling {row['test_time_scaling']}: "
             f"{row['value']:.4f}{spread} nats per token ({int(row['n'])} documents)"
         )
 

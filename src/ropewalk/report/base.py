@@ -8,15 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.report.runs import (
-    DOCUMENT_COLUMNS,
-    METRIC_COLUMNS,
-    RESULT_COLUMNS,
-    TABLE_COLUMNS,
-    Run,
-    holds_run,
-    load_run,
-)
+from ropewalk.evaluation.results import document_table, results_table
+from ropewalk.report.runs import METRIC_COLUMNS, Run, holds_run, load_run
 from ropewalk.runs.directory import RunDirectory
 
 MODEL_PATH = "model.path"
@@ -77,13 +70,14 @@ def _look_up(path: str) -> Run:
     for place in (directory.parent, directory) if is_export else (directory,):
         if holds_run(place):
             return load_run(place)
-    empty = {name: pd.DataFrame(columns=list(columns)) for name, columns in _COLUMNS.items()}
-    return Run(name=path, directory=directory, config={}, record={}, evaluation={}, verification={}, **empty)
-
-
-_COLUMNS = {
-    "metrics": METRIC_COLUMNS,
-    "results": RESULT_COLUMNS,
-    "documents": DOCUMENT_COLUMNS,
-    "table": TABLE_COLUMNS,
-}
+    return Run(
+        name=path,
+        directory=directory,
+        config={},
+        record={},
+        metrics=pd.DataFrame(columns=list(METRIC_COLUMNS)),
+        table=results_table([]),
+        documents=document_table([]),
+        evaluation={},
+        verification={},
+    )

@@ -16,36 +16,11 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ropewalk.errors import UserError
+from ropewalk.evaluation.results import OWN_HARNESS, as_shares, evaluation_directories, read_evaluations
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_rows
 
 METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
-PLACE_COLUMNS = ("task", "context_length", "position_start", "position_end", "depth")
-RESULT_COLUMNS = ("run", "chain", *PLACE_COLUMNS, "metric", "value", "ci_low", "ci_high", "stderr", "n")
-TABLE_COLUMNS = (
-    "run", "chain", "test_time_scaling", "harness", "task", "category", "context_length", "depth", "metric", "value",
-    "n", "stderr",
-)  # fmt: skip
-# What tells the rows of a table apart.
-NUMBER = [
-    "run",
-    "chain",
-    "test_time_scaling",
-    "harness",
-    "task",
-    "context_length",
-    "depth",
-    "metric",
-]
-DOCUMENT_COLUMNS = (
-    "setting",
-    "context_length",
-    "document",
-    "position_start",
-    "position_end",
-    "nll_sum",
-    "tokens",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +33,9 @@ class Run:
         config: resolved TrainConfig, dotted key -> value.
         record: run.json.
         metrics: one row for each logged step, ascending.
-        results: evaluation/results.parquet, tidy.
-        documents: evaluation/documents.parquet, NLL sums per document and position bucket.
-        table: rows of every harness's table.parquet below the run's evaluations; scores in percent.
-        evaluation: evaluation/evaluation.json.
+        table: the results tables of the run's evaluations in one; scores in percent.
+        documents: losses by document and bucket of positions.
+        evaluation: evaluation.json, the record of the losses and needles.
         verification: export/verification.json.
         is_base: whether the other runs were continued from it.
     """
@@ -71,12 +45,21 @@ class Run:
     config: dict[str, Any]
     record: dict[str, Any]
     metrics: pd.DataFrame
-    results: pd.DataFrame
-    documents: pd.DataFrame
     table: pd.DataFrame
+    documents: pd.DataFrame
     evaluation: dict[str, Any]
     verification: dict[str, Any]
     is_base: bool = False
+
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """The rows of losses and needles; accuracies as shares of 1."""
+        return as_shares(self.table[self.table["harness"] == OWN_HARNESS])
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """The rows of the other harnesses, in percent."""
+        return self.table[self.table["harness"] != OWN_HARNESS]
 
     @cached_property
     def trained_length(self) -> int | None:
@@ -137,8 +120,8 @@ class Run:
 def holds_run(directory: Path) -> bool:
     """Whether anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
     run = RunDirectory(directory)
-    tables = [folder / name for folder in (directory, run.evaluation) for name in ("results.parquet", "table.parquet")]
-    return any(path.is_file() for path in (run.config, run.record, run.metrics, *tables))
+    of_training = any(path.is_file() for path in (run.config, run.record, run.metrics))
+    return of_training or bool(evaluation_directories(directory))
 
 
 def load_runs(directories: Sequence[str]) -> list[Run]:
@@ -170,33 +153,24 @@ def load_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise UserError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
     run = RunDirectory(directory)
-    # What evaluate.py wrote may also be named itself: a model that was evaluated without any training here.
-    evaluation = directory if (directory / "results.parquet").is_file() else run.evaluation
-    if not (evaluation / "evaluation.json").is_file():  # written last: without it the tables may be of two evaluations
-        evaluation = directory / "no finished evaluation"
     config = _config(run.config)
     record = _json(run.record)
     metrics = _metrics(run.metrics)
-    results = _table(evaluation / "results.parquet", RESULT_COLUMNS)
-    documents = _table(evaluation / "documents.parquet", DOCUMENT_COLUMNS)
-    table = _tables(directory)
-    parts = (config, record, len(metrics), len(results), len(documents), len(table))
-    if not any(parts):
+    evaluations = read_evaluations(directory)
+    if not any((config, record, len(metrics), len(evaluations.results))):
         raise UserError(
-            f"runs: {directory} holds none of config.yaml, run.json, metrics.jsonl, evaluation/results.parquet, "
-            "evaluation/documents.parquet and evaluation/table.parquet; give a directory that train.py or "
-            "scripts/evaluate.py wrote"
+            f"runs: {directory} holds none of config.yaml, run.json, metrics.jsonl and evaluation/table.parquet; give "
+            "a directory that train.py or scripts/evaluate.py wrote"
         )
     return Run(
-        name=_name(directory, pd.concat([results["run"], table["run"]]), record, config),
+        name=_name(directory, evaluations.results["run"], record, config),
         directory=directory,
         config=config,
         record=record,
         metrics=metrics,
-        results=results,
-        documents=documents,
-        table=table,
-        evaluation=_json(evaluation / "evaluation.json"),
+        table=evaluations.results,
+        documents=evaluations.documents,
+        evaluation=evaluations.record,
         verification=_json(run.export / "verification.json"),
     )
 
@@ -245,31 +219,6 @@ def _metrics(path: Path) -> pd.DataFrame:
     _require(path, frame, METRIC_COLUMNS)
     # A run that was killed logs the steps since its last checkpoint again: the later record is what it kept.
     return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
-
-
-def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    if not path.is_file():
-        return pd.DataFrame(columns=list(columns))
-    frame = pd.read_parquet(path)
-    _require(path, frame, columns)
-    return frame
-
-
-def _tables(directory: Path) -> pd.DataFrame:
-    """The tables of all harnesses, from the directory itself or from the evaluations in it."""
-    paths = [directory / "table.parquet", *sorted(directory.glob("evaluation*/**/table.parquet"))]
-    found = [_table(path, TABLE_COLUMNS)[list(TABLE_COLUMNS)] for path in paths if path.is_file()]
-    if not found:
-        return pd.DataFrame(columns=list(TABLE_COLUMNS))
-    table = pd.concat(found, ignore_index=True)
-    twice = table[table.duplicated(NUMBER)]
-    if len(twice):
-        row = twice.iloc[0]
-        raise UserError(
-            f"{directory} holds {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} tokens "
-            "twice; move one of its evaluations away"
-        )
-    return table
 
 
 def _require(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> None:

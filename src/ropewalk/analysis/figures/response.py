@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,13 +43,16 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
     Raises:
         UserError: where a directory holds no finished evaluation, or no run has a clip.
     """
-    from ropewalk.evaluation import read_results  # torch, for which the other figures need not wait
+    # late: torch, for which the other figures need not wait
+    from ropewalk.evaluation.results import as_shares, read_evaluations
 
     rows, left_out = [], []
     for directory in map(Path, directories):
-        evaluation = directory if (directory / "results.parquet").is_file() else RunDirectory(directory).evaluation
-        results = read_results(evaluation)
-        chain = RopeChain.parse(_trained_chain(directory, evaluation))
+        evaluations = read_evaluations(directory)
+        if not evaluations.record:
+            raise UserError(f"results: {directory} holds no finished evaluation; scripts/evaluate.py writes one")
+        results = as_shares(evaluations.results)
+        chain = RopeChain.parse(_trained_chain(directory, evaluations.record))
         family = family_and_clip(chain)
         if family is None:
             left_out.append(f"{directory.name} ({chain})")
@@ -82,13 +86,13 @@ def family_and_clip(chain: RopeChain) -> tuple[str, int] | None:
     return ", ".join([step["method"], *options]), step["clip"]
 
 
-def _trained_chain(directory: Path, evaluation: Path) -> str:
+def _trained_chain(directory: Path, evaluation: Mapping[str, Any]) -> str:
     record = RunDirectory(directory).record
     if record.is_file():
         chain = json.loads(record.read_text(encoding="utf-8")).get("chain")
         if isinstance(chain, str):
             return chain
-    return str(json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))["settings"][0]["chain"])
+    return str(evaluation["settings"][0]["chain"])
 
 
 def panels_of(responses: pd.DataFrame) -> list[tuple[str, str]]:

@@ -17,8 +17,8 @@ from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import existing_directory, one_of, require_device
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES
 from ropewalk.errors import UserError
-from ropewalk.evaluation.documents import make_windows
-from ropewalk.evaluation.plan import SHORTEST, load_tokenizer
+from ropewalk.evaluation.documents import SHORTEST, make_windows
+from ropewalk.evaluation.evaluated_checkpoint import load_tokenizer
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ropewalk.evaluation.results import typed_table, write_table
 from ropewalk.files import replace_atomically, write_atomically
 
 COLUMNS = {
@@ -48,7 +49,7 @@ STATISTICS = {
     "sink_key_norm": "Euclidean norm of the key at position 0",
     "other_key_norm": "mean Euclidean norm of the keys at positions 1 and later",
 }
-TABLE, TABLE_CSV, RECORD = "geometry.parquet", "geometry.csv", "geometry.json"
+TABLE, RECORD = "geometry", "geometry.json"  # the table as .parquet and .csv
 KEY_SCORES, CLOUDS = "key_scores.parquet", "pca.parquet"
 
 
@@ -90,7 +91,7 @@ def is_of_keys(statistic: str) -> bool:
 
 def geometry_table(means: Means) -> pd.DataFrame:
     """The table; keys of ``means`` are all columns but the value, in their order."""
-    return pd.DataFrame([(*key, value) for key, value in means.items()], columns=list(COLUMNS)).astype(COLUMNS)
+    return typed_table((dict(zip(COLUMNS, (*key, value), strict=True)) for key, value in means.items()), COLUMNS)
 
 
 def key_scores(means: Means) -> list[KeyScores]:
@@ -116,8 +117,7 @@ def write_tables(
     output: Path, table: pd.DataFrame, scores: pd.DataFrame, clouds: pd.DataFrame, record: Mapping[str, Any]
 ) -> None:
     """Write the tables and, last, geometry.json; each file is written beside and renamed."""
-    replace_atomically(output / TABLE_CSV, lambda path: table.to_csv(path, index=False))
-    replace_atomically(output / TABLE, lambda path: table.to_parquet(path, index=False))
+    write_table(output, TABLE, table)
     replace_atomically(output / KEY_SCORES, lambda path: scores.to_parquet(path, index=False))
     replace_atomically(output / CLOUDS, lambda path: clouds.to_parquet(path, index=False))
     write_atomically(output / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")

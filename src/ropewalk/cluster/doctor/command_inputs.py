@@ -25,12 +25,12 @@ GB = 1e9
 
 def check_evaluated(config: EvaluateConfig) -> Iterator[Finding]:
     """The checkpoint is whole, and fits on the device beside the longest context's keys and values."""
-    from ropewalk.evaluation.plan import checked_checkpoint
+    from ropewalk.evaluation.evaluated_checkpoint import check_checkpoint
     from ropewalk.export.source import committed_checkpoint
 
     directory = Path(config.checkpoint)
     if list(directory.glob("*.safetensors")):
-        directory = checked_checkpoint(config.checkpoint)
+        directory = check_checkpoint(config.checkpoint)
     else:  # the evaluation exports it; its config.json stands in the checkpoint too
         directory = committed_checkpoint(directory)
     model_config = AutoConfig.from_pretrained(directory)
@@ -74,10 +74,10 @@ def _installed(package: str, why: str) -> Finding:
 def check_suite(config: EvaluateConfig) -> Iterator[Finding]:
     """Every part of the suite finds its harness and its data."""
     from ropewalk.evaluation.documents import find_documents
-    from ropewalk.evaluation.harness.tasks import check_scorers
-    from ropewalk.evaluation.suites import checked_suites
+    from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import check_scorers
+    from ropewalk.evaluation.suites import validate_suites
 
-    for suite in checked_suites(config):
+    for suite in validate_suites(config):
         check_scorers(suite)
         if suite.harness == "quick":
             count = sum(1 for _ in find_documents(Path(str(config.documents))))

@@ -1,1 +1,1 @@
-"""lm-eval as a harness: its tasks, our model."""
+"""The harnesses: one module or folder for each kind of measurement, every one of which fills the same table."""

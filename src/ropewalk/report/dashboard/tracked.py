@@ -81,7 +81,7 @@ def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
     rows = metrics.rows_of(run, baseline)
     for number, row in enumerate(rows, start=1):
         live.log(row, **_at(run, last + number))
-    tables = {metrics.TABLES["results"]: run.results, metrics.TABLES["scores"]: run.table}
+    tables = {metrics.TABLES["results"]: run.results, metrics.TABLES["scores"]: run.scores}
     shown: dict[str, Any] = {
         name: tracker.Table(dataframe=_plain(frame)) for name, frame in tables.items() if len(frame)
     }

@@ -1,0 +1,213 @@
+"""The checkpoint under evaluation, checked before a model is loaded, and loaded under one spectrum at a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
+from ropewalk.config.rules import one_of, require_device
+from ropewalk.errors import UserError
+from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.export import resolve_checkpoint
+from ropewalk.export.portable import place_portable, write_portable_config
+from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.model.load import load_for_evaluation, read_position
+from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.position import METADATA_KEY, position_of
+from ropewalk.runs.directory import RunDirectory
+
+DEVICES = ("cuda", "cpu", "auto")
+
+
+@dataclass(frozen=True)
+class EvaluatedCheckpoint:
+    """A checkpoint and the settings that it is evaluated under.
+
+    Attributes:
+        config: of the evaluation.
+        directory: Hugging Face directory.
+        position: how it rotates.
+    """
+
+    config: EvaluateConfig
+    directory: Path
+    position: Position
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside it, checked against its vocabulary."""
+        return load_tokenizer(self.directory)
+
+    @property
+    def run(self) -> str:
+        """Name of the run: the configured one, else that of its directory, of which an export is a part."""
+        resolved = self.directory.resolve()
+        return (
+            self.config.name or (resolved.parent if resolved == RunDirectory(resolved.parent).export else resolved).name
+        )
+
+    @property
+    def method(self) -> str:
+        """The checkpoint's method, or the ``rope`` group's if one is applied; both if there are two."""
+        own, applied = self.position, self.config.rope
+        if not applied.chain:
+            return own.name
+        return f"{own.name}+{applied.name}" if own.chain.steps else applied.name
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens that it was trained at."""
+        return self.position.trained_length
+
+    def settings(self, lengths: list[int], test_time: TestTimeConfig) -> dict[int, Setting]:
+        """The spectrum of each length on its own, by length.
+
+        Raises:
+            UserError: from a method that does not fit, or a length beyond what its spectrum is defined for.
+        """
+        return {n: settings_by_length(self.position, self.config.rope, test_time, [n])[0] for n in lengths}
+
+    def load(self, setting: Setting, length: int, device: str) -> Any:
+        """The model, a stock transformers one, under a setting's spectrum at ``length`` tokens."""
+        return load_for_evaluation(
+            self.directory, extra=setting.extra, length=length, dtype=self.config.dtype, device=device
+        )
+
+    def columns(self, setting: Setting) -> dict[str, str]:
+        """The columns of the results table that every row under ``setting`` shares."""
+        return {
+            "run": self.run,
+            "method": self.method,
+            "chain": str(setting.chain),
+            "test_time_scaling": scaling_name(setting, self.config.rope),
+        }
+
+    def identity(self, setting: Setting, length: int) -> dict[str, Any]:
+        """What a number depends on besides its task: weights, spectrum at ``length`` and number format."""
+        spectrum = [setting.spectrum.inv_freq.tolist(), setting.spectrum.attention_scaling]
+        return {
+            "checkpoint": checkpoint_sha256(self.directory),
+            "chain": str(setting.chain),
+            "spectrum": sha256_of_json(spectrum),
+            "length": length,
+            "dtype": self.config.dtype,
+            "backend": self.config.backend,
+            "seed": self.config.seed,
+        }
+
+
+def open_checkpoint(config: EvaluateConfig) -> EvaluatedCheckpoint:
+    """Resolve and check the checkpoint, its tokenizer and the ways to run it.
+
+    Raises:
+        UserError: naming the value, the rule and the fix.
+    """
+    validate_engine(config)
+    require_device("device", config.device)
+    directory = check_checkpoint(config.checkpoint)
+    checkpoint = EvaluatedCheckpoint(config, directory, read_position(directory))
+    _ = checkpoint.tokenizer  # read now, before any model: every suite needs it
+    return checkpoint
+
+
+def validate_engine(config: EvaluateConfig) -> None:
+    """Raise UserError for a number format, device or backend that is not known."""
+    one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    one_of("device", config.device, DEVICES)
+    one_of("backend", config.backend, ("transformers", "vllm"))
+
+
+def scaling_name(setting: Setting, rope: RopeConfig) -> str:
+    """The printed test-time part of a setting's chain; the steps that the ``rope`` group appended are the method's."""
+    steps = setting.extra[len(rope.chain) :]
+    return str(RopeChain(steps)) if steps else "none"
+
+
+def check_checkpoint(path: str) -> Path:
+    """The Hugging Face directory of a checkpoint, every weight file whole.
+
+    Raises:
+        UserError: ``path`` is not a checkpoint, or a shard of it is missing or cut short.
+    """
+    directory = resolve_checkpoint(path)
+    index = directory / "model.safetensors.index.json"
+    shards = {file.name for file in directory.glob("*.safetensors")}
+    if index.is_file():
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(wanted - shards):
+            raise UserError(
+                f"checkpoint={directory} lacks {', '.join(missing[:3])} ({len(missing)} of {len(wanted)} weight files)"
+                "; copy it again, whole"
+            )
+    for name in sorted(shards):
+        try:
+            with safe_open(directory / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"checkpoint={directory}: {name} is damaged ({error}); copy it again, whole") from error
+    return directory
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """SHA-256 of a checkpoint's config, the record of its export, and the sizes of its weights."""
+    weights = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
+    described = [directory / name for name in ("config.json", "export.json")]
+    return sha256_of_json([[path.read_text() for path in described if path.exists()], weights])
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        UserError: there is none, or it has tokens that the model has no embedding for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint={directory} has no tokenizer that transformers reads; copy the files of the one it "
+            "was trained with (tokenizer.json, tokenizer_config.json) into it"
+        ) from error
+    vocab_size = AutoConfig.from_pretrained(directory).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"the tokenizer of checkpoint={directory} has {len(tokenizer)} tokens, but the model embeds "
+            f"{vocab_size}; put the tokenizer that the model was trained with beside it"
+        )
+    return tokenizer
+
+
+def scaled_copy(directory: Path, target: Path, setting: Setting, length: int) -> Path:
+    """Links to the files of ``directory`` in ``target``, and a config.json compiled for ``setting`` at ``length``.
+
+    For engines that read nothing but files. The entry is written as an export's is, in both forms: an engine's own
+    transformers of version 4 would take base 10,000 and no scaling from the new form alone. Our metadata is left out,
+    because it would describe the checkpoint without the scaling.
+
+    Args:
+        directory: Hugging Face directory.
+        target: directory, made if absent.
+        setting: spectrum of the length.
+        length: tokens that the copy serves at least.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    position = position_of(config)
+    place_portable(config, position, max(config.max_position_embeddings, length), setting.extra, length)
+    delattr(config, METADATA_KEY)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in directory.iterdir():
+        link = target / file.name
+        if file.name != "config.json" and file.is_file():
+            link.unlink(missing_ok=True)  # of another checkpoint, maybe
+            link.symlink_to(file.resolve())
+    write_portable_config(config, target)
+    write_atomically(target / "scaling.txt", f"{setting.chain} at {length} tokens\n")
+    return target

@@ -1,0 +1,282 @@
+"""Held-out text as a harness (``suite=quick``): loss by position and the needle grid, one model for each spectrum.
+
+The cells are (loss, length), for one pass over the documents that serves every length of its spectrum, and
+(needle, length).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
+from ropewalk.config.groups import TestTimeConfig
+from ropewalk.config.rules import existing_directory
+from ropewalk.data.prepare.retrieval import number_of_keys
+from ropewalk.errors import UserError
+from ropewalk.evaluation.documents import SHORTEST, Windows, make_windows
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, validate_engine
+from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
+from ropewalk.evaluation.harness.needle_retrieval import Prompt, build_grid, chance_levels, needle_rows, score_prompts
+from ropewalk.evaluation.model_reader import ModelScorer, Scorer, chunk_for
+from ropewalk.evaluation.results import (
+    ESTIMATE,
+    OWN_HARNESS,
+    RECORD,
+    as_shares,
+    document_table,
+    is_loss,
+    write_record,
+)
+from ropewalk.evaluation.results_store import Cell, ResultsStore
+from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.training.distributed import Ranks, gather
+
+LOSS, NEEDLE = "loss", "needle"  # tasks of the cells
+
+
+def validate_held_out(config: EvaluateConfig) -> None:
+    """Check the settings of suite=quick by themselves, without the machine, the checkpoint and the documents.
+
+    Raises:
+        UserError: naming the value, the rule and the fix.
+    """
+    lengths, needle = config.lengths, config.needle
+    if config.documents is None:
+        raise UserError(
+            "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
+            " wrote, or one of text files"
+        )
+    if not lengths or min(lengths) < SHORTEST:
+        raise UserError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
+    if lengths != sorted(set(lengths)):
+        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+    if config.max_documents is not None and config.max_documents < 1:
+        raise UserError(f"max_documents={config.max_documents} must be 1 or more, or null for all")
+    if not needle.depths or not all(0 <= depth <= 1 for depth in needle.depths):
+        raise UserError(f"needle.depths={needle.depths} must be shares between 0 and 1; try [0.0,0.5,1.0]")
+    if len(set(needle.depths)) != len(needle.depths):
+        raise UserError(f"needle.depths={needle.depths} must differ; name each depth once")
+    if needle.samples < 0 or len(needle.depths) * needle.samples == 1:
+        raise UserError(
+            f"needle.samples={needle.samples} over {len(needle.depths)} depths: the shuffled-answer control "
+            "needs at least two prompts of a length; set needle.samples=2 or more, or 0 for no needle grid"
+        )
+    if needle.digits < 1 or not 0 <= needle.distractors < number_of_keys(needle.digits):
+        raise UserError(
+            f"needle.digits={needle.digits} must be 1 or more, and needle.distractors={needle.distractors} 0 "
+            "or more but fewer than there are keys of so many digits; the passkey test has 5 and 0"
+        )
+    validate_engine(config)
+
+
+def run_held_out(
+    checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, test_time: TestTimeConfig, store: ResultsStore, ranks: Ranks
+) -> None:
+    """Measure the cells that are not finished; one model is in memory at a time.
+
+    Raises:
+        UserError: for documents or a context length that do not fit, before a model is loaded.
+    """
+    passes = passes_of(checkpoint, test_time)
+    windows = read_windows(checkpoint)
+    todo = [(setting, unfinished_cells(checkpoint, windows, setting, store)) for setting in passes]
+    print(_announce(checkpoint, windows, passes), flush=True)
+    if any(cells for _, cells in todo):
+        if ranks.rank == 0:
+            (store.output / RECORD).unlink(missing_ok=True)  # until these cells are finished, too
+        measurement = _Measurement(checkpoint, windows, [cell for _, cells in todo for cell in cells], store, ranks)
+        for setting, cells in todo:
+            measurement.run(setting, cells)
+    else:
+        print(f"{store.output} holds this evaluation already", flush=True)
+    if ranks.rank == 0:
+        write_record(store.output, _record(checkpoint, windows, passes))
+
+
+def passes_of(checkpoint: EvaluatedCheckpoint, test_time: TestTimeConfig) -> list[Setting]:
+    """The passes over the documents: lengths that share a spectrum are one, to the longest of them."""
+    config = checkpoint.config
+    return settings_by_length(checkpoint.position, config.rope, test_time, config.lengths)
+
+
+def read_windows(checkpoint: EvaluatedCheckpoint) -> Windows:
+    """The documents of an evaluation, each as many tokens as its longest context has."""
+    config = checkpoint.config
+    documents = existing_directory("documents", str(config.documents), "write one with data_prep/prepare.py")
+    return make_windows(documents, checkpoint.tokenizer, config.lengths[-1], config.max_documents)
+
+
+def unfinished_cells(
+    checkpoint: EvaluatedCheckpoint, windows: Windows, setting: Setting, store: ResultsStore
+) -> dict[Cell, dict[str, Any]]:
+    """The cells of one pass that ``store`` does not hold, with the identity of each: the losses first.
+
+    Raises:
+        UserError: the store holds one of them under other settings, and it may not be replaced.
+    """
+    config, scaling = checkpoint.config, checkpoint.columns(setting)["test_time_scaling"]
+    shared = {
+        "backend": "transformers",  # whichever the other harnesses run on
+        "run": checkpoint.run,
+        "method": checkpoint.method,
+        "harness_version": version("ropewalk"),
+        "lengths": list(config.lengths),  # of the buckets
+        "windows": windows.sha256,
+    }
+    cells = {Cell(OWN_HARNESS, LOSS, setting.longest, scaling): checkpoint.identity(setting, setting.longest) | shared}
+    for length in setting.lengths if config.needle.samples else ():
+        identity = checkpoint.identity(setting, length) | shared | {"needle": asdict(config.needle)}
+        cells[Cell(OWN_HARNESS, NEEDLE, length, scaling)] = identity
+    return {cell: identity for cell, identity in cells.items() if not store.is_finished(cell, identity)}
+
+
+class _Measurement:
+    """The measurement of cells, shared among ranks."""
+
+    def __init__(
+        self,
+        checkpoint: EvaluatedCheckpoint,
+        windows: Windows,
+        cells: Sequence[Cell],
+        store: ResultsStore,
+        ranks: Ranks,
+    ) -> None:
+        self.checkpoint, self.windows, self.store, self.ranks = checkpoint, windows, store, ranks
+        self.config, self.edges = checkpoint.config, bucket_edges(checkpoint.config.lengths)
+        self.prompts: dict[int, list[Prompt]] = {
+            length: build_grid(checkpoint.tokenizer, windows, length, self.config.needle, self.config.seed)
+            for length in self.config.lengths
+        }
+        self.progress = Progress(sum(self._tokens(cell) for cell in cells) // ranks.world_size)
+
+    def _tokens(self, cell: Cell) -> int:
+        length = int(cell.length or 0)
+        return length * len(self.windows.tokens if cell.task == LOSS else self.prompts[length])
+
+    def run(self, setting: Setting, cells: Mapping[Cell, Mapping[str, Any]]) -> None:
+        """Measure and write the cells of one pass."""
+
+        @functools.cache  # one model, and none if every cell is finished
+        def scorer() -> Scorer:
+            model = self.checkpoint.load(setting, setting.longest, self.ranks.local_device(self.config.device))
+            return ModelScorer(model, prefill_chunk=self.config.prefill_chunk or chunk_for(setting.longest))
+
+        columns = self.checkpoint.columns(setting)
+        for cell, identity in cells.items():
+            documents, samples = None, []
+            if cell.task == LOSS:
+                documents = self._documents(setting, scorer())
+                rows, about = loss_rows(documents, setting, self.config.seed), {"documents": self.windows.counts()}
+            else:
+                scores = self._scores(int(cell.length or 0), scorer())
+                rows, about = needle_rows(scores, self.config.seed), {"chance": chance_levels(self.config.needle)}
+                samples = scores.to_dict("records")
+            if self.ranks.rank == 0:
+                table = [table_row(row, columns) for row in rows]
+                self.store.write(cell, identity, table, about, samples, documents)
+
+    def _documents(self, setting: Setting, scorer: Scorer) -> pd.DataFrame:
+        """The losses of every document, in order; each rank reads its share of them."""
+        columns = {"run": self.checkpoint.run, "setting": setting.name, "context_length": setting.longest}
+        share: dict[int, list[dict[str, Any]]] = {}
+        numbered = list(enumerate(self.windows.tokens.items()))
+        for number, (name, ids) in numbered[self.ranks.rank :: self.ranks.world_size]:
+            losses = scorer.token_losses(ids[: setting.longest])
+            share[number] = [columns | row for row in document_rows(name, losses, self.edges)]
+            self.progress.advance(setting.longest, f"loss to {setting.longest}, document {number + 1}/{len(numbered)}")
+        return document_table(row for rows in in_order(gather(share)) for row in rows)
+
+    def _scores(self, length: int, scorer: Scorer) -> pd.DataFrame:
+        """The scores of every prompt, in order; each rank answers its share of every depth."""
+        prompts, samples = self.prompts[length], self.config.needle.samples
+        share: dict[int, pd.DataFrame] = {}
+        for first in range(0, len(prompts), samples):
+            numbers = range(first, first + samples)[self.ranks.rank :: self.ranks.world_size]
+            share |= {number: score_prompts(scorer, [prompts[number]]) for number in numbers}
+            self.progress.advance(length * len(numbers), f"needle at {length}, depth {prompts[first].depth:g}")
+        return pd.concat(in_order(gather(share)), ignore_index=True)
+
+
+def in_order(shares: Iterable[Mapping[int, Any]]) -> list[Any]:
+    """What the ranks measured, by its number, each once."""
+    numbered = {number: item for share in shares for number, item in share.items()}
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A loss or accuracy (share of 1) as a row of the results table, which holds percentages."""
+    scale = 1.0 if is_loss(row["metric"]) else 100.0
+    own = {"harness": OWN_HARNESS, "harness_version": version("ropewalk"), "category": "long_context"}
+    return {**columns, **own, **row, **{name: row[name] * scale for name in ESTIMATE}}
+
+
+def summarize_held_out(table: pd.DataFrame) -> str:
+    """Loss and needle scores by context length, for the terminal."""
+    at_length = as_shares(table[table["task"].isin(["loss_at_length", "needle_at_length"])])
+    at_length = at_length[~at_length["metric"].str.endswith("_shuffled")]
+    columns = {"index": "context_length", "columns": "metric", "values": "value"}
+    return at_length.pivot_table(**columns, aggfunc="first", sort=False).to_string(float_format="{:.4f}".format)
+
+
+def _record(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[Setting]) -> dict[str, Any]:
+    """evaluation.json: what was evaluated, under which spectra, and which documents were left out."""
+    return {
+        "run": checkpoint.run,
+        "method": checkpoint.method,
+        "checkpoint": str(checkpoint.directory),
+        "config": asdict(checkpoint.config),
+        "pretrained_length": checkpoint.position.pretrained_length,
+        "trained_length": checkpoint.trained_length,
+        "settings": [
+            {
+                "setting": setting.name,
+                "chain": str(setting.chain),
+                "chain_sha256": setting.chain.sha256,
+                "lengths": list(setting.lengths),
+                "inv_freq": setting.spectrum.inv_freq.tolist(),
+                "attention_scaling": setting.spectrum.attention_scaling,
+            }
+            for setting in passes
+        ],
+        "documents": windows.counts(),
+        "document_prefixes": windows.prefixes,
+        "needle_chance": chance_levels(checkpoint.config.needle),
+    }
+
+
+def _announce(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[Setting]) -> str:
+    counts = windows.counts()
+    settings = "; ".join(f"{', '.join(map(str, s.lengths))} under {s.chain}" for s in passes)
+    return (
+        f"evaluate {checkpoint.run}, trained at {checkpoint.trained_length} tokens: {settings}\n"
+        f"documents: {counts['used']} of {counts['window']} tokens; left out: {counts['too_short']} shorter, "
+        f"{counts['beyond_max_documents']} beyond max_documents"
+    )
+
+
+class Progress:
+    """Share of the work done and the time left, judged by tokens.
+
+    Args:
+        total: tokens of all forward passes to come.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.started = time.perf_counter()
+
+    def advance(self, tokens: int, what: str) -> None:
+        """Count ``tokens`` as done and print a line."""
+        self.done += tokens
+        elapsed = time.perf_counter() - self.started
+        left = timedelta(seconds=round(elapsed * (self.total - self.done) / self.done))
+        print(f"evaluate {self.done / self.total:4.0%}  ETA {left}  {what}", flush=True)

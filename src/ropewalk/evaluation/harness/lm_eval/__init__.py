@@ -1,0 +1,1 @@
+"""lm-eval as a harness: its tasks, our model."""

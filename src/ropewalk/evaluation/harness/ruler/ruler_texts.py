@@ -1,0 +1,261 @@
+"""The texts of RULER's tasks as lm-eval writes them, each as a function of its size.
+
+lm-eval's own sizing is not used: it makes 500 samples whatever is asked for, never ends where a length is too short
+for vt or cwe, lets fwe run past its length by the answer, leaves cwe's worked example out of the prompt, and shuffles
+SQuAD's paragraphs in place once all of them are used, after which questions and paragraphs no longer belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ropewalk.errors import UserError
+from ropewalk.evaluation.harness.ruler.ruler_tasks import RulerTask
+
+Written = tuple[str, list[str]]  # prompt and references
+WORDS_SUFFICE = 65_536  # tokens; to about here lm-eval's own words fill cwe's list
+
+
+class Text(ABC):
+    """A task's text. Its size is in units of its own: words, sentences, documents.
+
+    Attributes:
+        fewest: units that a sample needs at least.
+        most: units that there are, None for no end.
+        samples: different samples that there are, None for no end.
+    """
+
+    fewest: int = 1
+    most: int | None = None
+    samples: int | None = None
+
+    @abstractmethod
+    def write(self, units: int, index: int) -> Written:
+        """Prompt and references of sample ``index``, from the random state as it is."""
+
+    def fewest_for(self, index: int) -> int:
+        """Units that sample ``index`` needs at least."""
+        return self.fewest
+
+
+class Niah(Text):
+    """Needles in a haystack of noise, essays or other needles."""
+
+    def __init__(self, task: RulerTask, data: Path | None) -> None:
+        _find_sentences(data)
+        # builds 6 million adjective-noun pairs: 1.5 GB and tens of seconds, so only where it is asked for
+        from lm_eval.tasks.ruler import niah_utils, prepare_niah
+
+        self.prepare, self.template = prepare_niah, niah_utils.TEMPLATE
+        options = {"num_needle_k": 1, "num_needle_v": 1, "num_needle_q": 1, **task.options}
+        self.options = options
+        self.fewest = options["num_needle_k"] * options["num_needle_v"]
+        if options["type_haystack"] == "essay":
+            self.haystack: Any = _essay_words(data) if data else prepare_niah.get_haystack("essay")
+            self.most = len(self.haystack)
+        else:
+            self.haystack = prepare_niah.get_haystack(options["type_haystack"])
+
+    def write(self, units: int, index: int) -> Written:
+        """The haystack with its needles, the question, and the beginning of the answer."""
+        text, answers, _ = self.prepare.generate_input_output(
+            units, self.haystack, template=self.template, **self.options
+        )
+        if units != getattr(self, "_last_units", None):
+            self.prepare.cached_sent_tokenize.cache_clear()  # it would keep 1024 haystacks
+            self._last_units = units
+        asked = re.search(r"What (is|are all) the (.*)\?$", text)
+        if asked is None:
+            raise RuntimeError(f"lm-eval's needle prompt ends otherwise than expected: {text[-200:]!r}")
+        return f"{text} The {asked[2]} {asked[1].split()[0]}", answers
+
+
+class VariableTracking(Text):
+    """Chains of assignments among noise, after one worked example."""
+
+    fewest = 6  # lines of noise: more than there are links in a chain
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        from lm_eval.tasks.ruler import vt_utils
+
+        self.vt = vt_utils
+        np.random.seed(0)
+        random.seed(0)
+        lines = largest(lambda n: count(self._chain(n, True)[0]) <= 500 - 30, 6, 64)
+        text, variables = self._chain(lines, True)
+        self.example = f"{text} {' '.join(variables)}\n\n"
+
+    def _chain(self, lines: int, is_example: bool) -> Written:
+        return self.vt.generate_input_output(lines, 1, 4, is_icl=is_example)
+
+    def write(self, units: int, index: int) -> Written:
+        """The example with variables of its own, then the chain that is asked for."""
+        text, variables = self._chain(units, False)
+        return f"{self.vt.randomize_icl(self.example)}\n\n{text}".rstrip(), variables
+
+
+class CommonWords(Text):
+    """A numbered list of words, ten of them common, after one worked example."""
+
+    fewest = 12  # ten are common
+
+    def __init__(self, length: int, data: Path | None) -> None:
+        from lm_eval.tasks.ruler import cwe_utils
+
+        self.cwe, self.length = cwe_utils, length
+        self.words = list(cwe_utils.WORDS)
+        needs_more = data is not None and length > WORDS_SUFFICE
+        self.more = _more_words(data, tuple(self.words)) if needs_more else self.words
+        self.most = len(self.more)
+
+    def write(self, units: int, index: int) -> Written:
+        """The example, then the list; past lm-eval's own words, also those of the essays and of SQuAD."""
+        self.cwe.RNG.seed(random.getrandbits(32))
+        self.cwe.WORDS = self.words if units <= len(self.words) else self.more
+        example, text, common = self.cwe.generate_input_output(units, self.length)
+        return f"{example}\n{text}", common
+
+
+class FrequentWords(Text):
+    """Coded words whose frequencies follow a zeta distribution; the three most frequent are asked for."""
+
+    fewest = 50
+
+    def __init__(self, length: int, new_tokens: int) -> None:
+        from lm_eval.tasks.ruler import fwe_utils
+
+        self.fwe, self.vocabulary = fwe_utils, max((length - new_tokens) // 50, 8)
+
+    def write(self, units: int, index: int) -> Written:
+        """The coded text, never shortened by lm-eval itself."""
+        text, common, _ = self.fwe.generate_input_output(
+            2**62, lambda _: _NO_TOKENS, num_words=units, vocab_size=self.vocabulary
+        )
+        return text, common
+
+
+class Questions(Text):
+    """A question about one of many paragraphs."""
+
+    def __init__(self, source: str, data: Path | None) -> None:
+        from lm_eval.tasks.ruler import qa_utils
+
+        self.qa = qa_utils
+        read = {"squad": qa_utils.read_squad, "hotpotqa": qa_utils.read_hotpotqa}[source]
+        self.questions, self.paragraphs = _from_file(read, data / f"{source}.json") if data else read()
+        self.most, self.samples = len(self.paragraphs), len(self.questions)
+
+    def fewest_for(self, index: int) -> int:
+        """The paragraphs that the answer stands in."""
+        return len(self.questions[index]["context"])
+
+    def write(self, units: int, index: int) -> Written:
+        """The paragraphs and question ``index``."""
+        paragraphs = list(self.paragraphs)  # a list of all of them is shuffled in place
+        text, answers = self.qa.generate_input_output(index, units, qas=self.questions, docs=paragraphs)
+        return f"{text} Answer:", answers
+
+
+class _NoTokens:
+    input_ids: tuple[int, ...] = ()
+
+
+_NO_TOKENS = _NoTokens()
+
+
+def make_text(task: RulerTask, length: int, count: Callable[[str], int], data: Path | None) -> Text:
+    """The text of ``task`` for prompts of ``length`` tokens.
+
+    Args:
+        task: which.
+        length: tokens of prompt and answer together.
+        count: tokens of a text.
+        data: directory with PaulGrahamEssays.json, squad.json, hotpotqa.json and nltk_data; None: the hub.
+
+    Raises:
+        UserError: where a file is missing there.
+    """
+    if task.kind == "niah":
+        return Niah(task, data)
+    if task.kind == "vt":
+        return VariableTracking(count)
+    if task.kind == "cwe":
+        return CommonWords(length, data)
+    if task.kind == "fwe":
+        return FrequentWords(length, task.new_tokens)
+    return Questions(task.options["data"], data)
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int | None) -> int:
+    """The largest size that fits, or ``low`` where none does: doubled from ``low``, then halved in between.
+
+    Args:
+        fits: true up to some size and false after it, or nearly so.
+        low: the smallest.
+        high: the largest, None for no end.
+    """
+    step = low
+    while (high is None or step * 2 <= high) and fits(step * 2):
+        step *= 2
+    if high is not None and step * 2 > high and fits(high):
+        return high
+    above = step * 2 if high is None else min(step * 2, high)
+    while above - step > max(1, step // 256):
+        middle = (step + above) // 2
+        step, above = (middle, above) if fits(middle) else (step, middle)
+    return step
+
+
+def _find_sentences(data: Path | None) -> None:
+    """Let nltk find its sentence splitter in the offline data, before lm-eval looks for it and would download it."""
+    if data is not None and str(data / "nltk_data") not in (paths := _nltk_paths()):
+        paths.insert(0, str(data / "nltk_data"))
+
+
+def _nltk_paths() -> list[str]:
+    import nltk
+
+    return nltk.data.path
+
+
+def _essay_words(data: Path) -> list[str]:
+    return re.sub(r"\s+", " ", _read_json(data / "PaulGrahamEssays.json")["text"]).split(" ")
+
+
+@cache
+def _more_words(data: Path, known: tuple[str, ...]) -> list[str]:
+    """``known``, then every other lower-case word of the essays and of SQuAD, in their order."""
+    words = dict.fromkeys(known)
+    for name in ("PaulGrahamEssays.json", "squad.json"):
+        text = json.dumps(_read_json(data / name), ensure_ascii=False)
+        words |= dict.fromkeys(re.findall(r"(?<![\w\\])[a-z]{4,14}(?!\w)", text))
+    return list(words)
+
+
+def _from_file(read: Callable[..., Any], path: Path) -> Any:
+    """lm-eval's reader of a question set, given a file in place of what it would download."""
+    from lm_eval.tasks.ruler import qa_utils
+
+    content, download = _read_json(path), qa_utils.download_json
+    qa_utils.download_json = lambda url: content
+    try:
+        return read(str(path))
+    finally:
+        qa_utils.download_json = download
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; scripts/fetch_eval_data.sh ruler writes it, or set suite.data=null for the hub"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

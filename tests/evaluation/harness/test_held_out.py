@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoConfig, LlamaForCausalLM
+
+from ropewalk.cli import register_schemas, to_object
+from ropewalk.config import CONFIG_DIR
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
+from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
+from ropewalk.evaluation.documents import make_windows
+from ropewalk.model.load import load_for_evaluation
+
+YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
+
+
+@pytest.fixture
+def config(checkpoint, documents, tmp_path) -> EvaluateConfig:
+    return EvaluateConfig(
+        checkpoint=str(checkpoint),
+        documents=str(documents),
+        output=str(tmp_path / "evaluation"),
+        lengths=[128, 256, 512],
+        device="cpu",
+        dtype="float32",
+        needle=NeedleConfig(depths=[0.0, 1.0], samples=0),
+        rope=RopeConfig(name="default"),
+        test_time=AtTestTime(name="auto", beyond=[YARN]),
+    )
+
+
+def stock_loss(checkpoint: Path, ids: torch.Tensor, start: int, rope_parameters: dict[str, Any]) -> float:
+    """Mean NLL of positions from ``start`` on, by transformers alone."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.rope_parameters = rope_parameters
+    model = LlamaForCausalLM.from_pretrained(checkpoint, config=config).eval()
+    labels = ids.clone()
+    labels[:, :start] = -100
+    with torch.no_grad():
+        return float(model(ids, labels=labels).loss)
+
+
+def test_losses_are_those_of_stock_transformers(config, checkpoint, documents, tokenizer, capsys) -> None:
+    results = evaluate(config)
+    windows = torch.stack(list(make_windows(documents, tokenizer, 512).tokens.values()))
+    default = {"rope_type": "default", "rope_theta": 1e4}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    expected = {
+        128: stock_loss(checkpoint, windows[:, :128], 64, default),
+        256: stock_loss(checkpoint, windows[:, :256], 128, default),
+        512: stock_loss(checkpoint, windows, 256, yarn),
+    }
+    at_length = results[results["task"] == "loss_at_length"].set_index("context_length")["value"]
+    assert at_length.to_dict() == pytest.approx(expected, abs=2e-5)
+    assert stock_loss(checkpoint, windows, 256, default) != pytest.approx(expected[512], abs=1e-2)
+    printed = capsys.readouterr().out
+    assert "left out: 1 shorter, 0 beyond max_documents" in printed
+    assert "100%  ETA 0:00:00" in printed
+
+
+def test_what_is_written_says_how_it_was_made(config, tmp_path) -> None:
+    evaluate(config)
+    results, record = read_results(tmp_path / "evaluation"), read_record(tmp_path / "evaluation")
+    assert set(results["run"]) == {"tiny"}  # of .../tiny/export
+    assert set(results["method"]) == {"pretrained"}
+    beyond = results[results["context_length"] == 512]
+    assert set(beyond["chain"]) == {"yarn(factor=4, original_max_position_embeddings=256)"}
+    assert record["trained_length"] == 256
+    assert [setting["lengths"] for setting in record["settings"]] == [[128, 256], [512]]
+    np.testing.assert_allclose(record["settings"][0]["inv_freq"], 1e4 ** (-np.arange(8) / 8), rtol=1e-12)
+    assert record["settings"][1]["attention_scaling"] == pytest.approx(0.1 * math.log(4) + 1)
+    assert record["config"]["lengths"] == [128, 256, 512]
+    assert record["documents"]["too_short"] == 1
+    sums = read_document_losses(tmp_path / "evaluation")
+    assert sums.groupby("setting")["document"].nunique().to_dict() == dict.fromkeys(set(sums["setting"]), 3)
+    assert sums.groupby("setting")["tokens"].sum().sort_values().tolist() == [3 * 255, 3 * 511]
+
+
+def test_a_model_that_knows_nothing_scores_the_log_of_its_vocabulary(config, checkpoint, tmp_path) -> None:
+    blind = tmp_path / "blind"
+    shutil.copytree(checkpoint, blind)
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    model.lm_head.weight.data.zero_()
+    model.save_pretrained(blind)
+    config.checkpoint, config.name, config.lengths = str(blind), "named", [256, 512]
+    config.needle.samples = 2
+    results = evaluate(config)
+    assert set(results["run"]) == {"named"}
+    nll = results[results["metric"].isin(["nll", "answer_nll", "answer_nll_shuffled"])]
+    for column in ("value", "ci_low", "ci_high"):
+        assert nll[column].to_numpy() == pytest.approx(np.full(len(nll), math.log(258)), rel=1e-6)
+    cells = results[results["task"] == "needle"]
+    assert sorted(set(zip(cells["context_length"], cells["depth"], strict=True))) == [
+        (256, 0.0),
+        (256, 1.0),
+        (512, 0.0),
+        (512, 1.0),
+    ]
+    assert set(cells["n"]) == {2}
+
+
+def test_the_rope_group_is_applied_without_training(config) -> None:
+    config.lengths, config.test_time = [128], AtTestTime(name="none")
+    plain = evaluate(config)
+    config.rope = RopeConfig("hardclip4", [{"method": "hardclip", "clip": 4}])
+    with pytest.raises(ValueError, match=r"with chain=rope, not hardclip\(clip=4\); method=.*; name another output"):
+        evaluate(config)
+    config.overwrite = True
+    clipped = evaluate(config)
+    assert set(clipped["method"]) == {"hardclip4"}
+    assert set(clipped["chain"]) == {"hardclip(clip=4)"}
+    assert abs(plain["value"].iloc[-1] - clipped["value"].iloc[-1]) > 1e-4
+
+
+def test_a_finished_evaluation_is_kept(config, monkeypatch, capsys) -> None:
+    config.lengths = [128]
+    made = evaluate(config)
+    monkeypatch.setattr("ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation", None)  # must not be needed
+    again = evaluate(config)
+    assert "holds this evaluation already" in capsys.readouterr().out
+    assert again["value"].tolist() == made["value"].tolist()
+
+
+def test_one_model_is_in_memory_at_a_time(config, monkeypatch) -> None:
+    loaded: list[weakref.ref] = []
+
+    def load(*arguments, **options):
+        assert not any(reference() for reference in loaded)
+        model = load_for_evaluation(*arguments, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation", load)
+    evaluate(config)
+    assert len(loaded) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": [32, 128]}, r"lengths=\[32, 128\] must name contexts of 64 tokens or more"),
+        ({"lengths": []}, r"lengths=\[\] must name"),
+        ({"lengths": [256, 128, 128]}, r"must ascend without repeats; write \[128, 256\]"),
+        ({"lengths": [128, 99_999]}, "lengths=99999 is longer than every document"),
+        ({"max_documents": 0}, "max_documents=0 must be 1 or more"),
+        ({"documents": "nowhere"}, "documents=nowhere is not a directory"),
+        ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"dtype": "float16"}, "dtype=float16 is not known"),
+        ({"device": "tpu"}, "device=tpu is not known"),
+        ({"needle": NeedleConfig(depths=[0.5, 1.5])}, r"needle.depths=\[0.5, 1.5\] must be shares"),
+        ({"needle": NeedleConfig(depths=[0.5, 0.5])}, r"needle.depths=\[0.5, 0.5\] must differ"),
+        ({"needle": NeedleConfig(depths=[0.5], samples=1)}, "needs at least two prompts"),
+        ({"needle": NeedleConfig(digits=1, distractors=9)}, "needle.distractors=9"),
+        ({"needle": NeedleConfig(), "lengths": [64, 128]}, "lengths=64 leaves no room for a haystack"),
+    ],
+)
+def test_mistakes_end_before_a_model_is_loaded(config, monkeypatch, changes: dict, message: str) -> None:
+    monkeypatch.setattr("ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation", None)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        evaluate(config)
+
+
+def test_cuda_without_a_device_is_refused(config, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config.device = "cuda"
+    with pytest.raises(ValueError, match="device=cuda, but torch"):
+        evaluate(config)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(config, checkpoint, tmp_path) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(checkpoint, small)
+    fields = json.loads((small / "config.json").read_text()) | {"vocab_size": 200}
+    (small / "config.json").write_text(json.dumps(fields))
+    config.checkpoint = str(small)
+    with pytest.raises(ValueError, match="has 258 tokens, but the model embeds 200"):
+        evaluate(config)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(config, checkpoint, tmp_path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, bare / name)
+    config.checkpoint = str(bare)
+    with pytest.raises(ValueError, match="has no tokenizer that transformers reads"):
+        evaluate(config)
+
+
+def test_an_incomplete_checkpoint_is_refused(config, checkpoint, tmp_path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(checkpoint, half)
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config.checkpoint = str(half)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged .*copy it again, whole"):
+        evaluate(config)
+    shards = {"a": "model.safetensors", "b": "model-00002.safetensors", "c": "model-00003.safetensors"}
+    (half / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"lacks model-00002.safetensors, model-00003.safetensors \(2 of 3 weight"):
+        evaluate(config)
+
+
+def test_a_foreign_directory_is_refused(config, tmp_path) -> None:
+    config.checkpoint = str(tmp_path)
+    with pytest.raises(ValueError, match="neither a run directory with a committed checkpoint, nor a checkpoint, nor"):
+        evaluate(config)
+
+
+def test_the_shipped_configuration_composes() -> None:
+    register_schemas()
+    overrides = [
+        "checkpoint=c",
+        "documents=d",
+        "output=o",
+        "lengths=[512,1024]",
+        "device=cpu",
+        "dtype=float32",
+    ]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = to_object(compose("evaluate", overrides))
+    assert isinstance(composed, EvaluateConfig)
+    assert composed.lengths == [512, 1024]
+    assert composed.test_time.beyond[0]["original_max_position_embeddings"] == "trained_length"

@@ -1,0 +1,176 @@
+"""The store of finished cells: a killed evaluation goes on, other settings are refused or replaced."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
+from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
+from ropewalk.evaluation.harness import held_out
+from ropewalk.evaluation.results_store import CELLS, Cell, ResultsStore
+
+EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier_evaluation"
+ROW = {"run": "a", "chain": "rope", "test_time_scaling": "none", "harness": "ruler", "harness_version": "1"}
+ROW |= {"task": "vt", "metric": "m", "value": 1.0, "n": 1, "context_length": 1024}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def config(checkpoint, documents, tmp_path) -> EvaluateConfig:
+    return EvaluateConfig(
+        checkpoint=str(checkpoint),
+        documents=str(documents),
+        output=str(tmp_path / "evaluation"),
+        lengths=[128, 256],
+        device="cpu",
+        dtype="float32",
+        needle=NeedleConfig(depths=[0.0, 1.0], samples=1),
+        rope=RopeConfig(name="default"),
+        test_time=AtTestTime(name="none"),
+    )
+
+
+def kill_at(monkeypatch, name: str, count: int) -> None:
+    """End the evaluation in the ``count``-th call of ``name``."""
+    original, calls = getattr(held_out, name), []
+
+    def counted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == count:
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(held_out, name, counted)
+
+
+def cells(config: EvaluateConfig) -> list[str]:
+    root = Path(config.output) / CELLS / "ropewalk"
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.json"))
+
+
+def test_a_killed_evaluation_goes_on_from_its_finished_cells(config, tmp_path, monkeypatch) -> None:
+    whole = evaluate(config)
+    config.output = str(tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        kill_at(patch, "score_prompts", 3)  # the losses and the needles at 128 are done
+        with pytest.raises(Killed):
+            evaluate(config)
+    assert cells(config) == ["loss/256.none.json", "needle/128.none.json"]
+    with pytest.raises(ValueError, match="holds no finished evaluation"):
+        read_record(config.output)
+    with monkeypatch.context() as patch:
+        kill_at(patch, "document_rows", 1)  # must not be measured again
+        kill_at(patch, "score_prompts", 3)  # 256 alone
+        again = evaluate(config)
+    pd.testing.assert_frame_equal(again, whole)
+    pd.testing.assert_frame_equal(read_document_losses(config.output), read_document_losses(tmp_path / "evaluation"))
+
+
+def test_cells_of_other_settings_are_refused_by_name(config, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, "score_prompts", 3)
+        with pytest.raises(Killed):
+            evaluate(config)
+    config.seed = 1
+    with monkeypatch.context() as patch:
+        kill_at(patch, "document_rows", 1)
+        with pytest.raises(ValueError, match=r"with seed=0, not 1, and.*overwrite=true"):
+            evaluate(config)
+    config.overwrite = True
+    with monkeypatch.context() as patch:
+        kill_at(patch, "document_rows", 1)  # is measured again
+        with pytest.raises(Killed):
+            evaluate(config)
+
+
+def test_the_needle_alone_is_measured_again_with_more_prompts(config, monkeypatch) -> None:
+    losses = evaluate(config).query("metric == 'nll'")
+    config.needle = NeedleConfig(depths=[0.0, 1.0], samples=2)
+    with pytest.raises(ValueError, match=r"needle/128.none.json was measured with needle=.*'samples': 1"):
+        evaluate(config)
+    config.overwrite = True
+    kill_at(monkeypatch, "document_rows", 1)  # must not be measured again
+    table = evaluate(config)
+    assert set(table.query("task == 'needle'")["n"]) == {2}
+    assert table.query("metric == 'nll'")["value"].tolist() == losses["value"].tolist()
+
+
+def test_losses_of_other_documents_are_not_kept_beside_new_ones(config) -> None:
+    """Windows are as long as the longest context, so a length more means other documents and other buckets."""
+    evaluate(config)
+    config.lengths = [128, 512]
+    with pytest.raises(ValueError, match=r"with lengths=\[128, 256\], not \[128, 512\]; windows="):
+        evaluate(config)
+    config.overwrite = True
+    table = evaluate(config)
+    assert cells(config) == ["loss/512.none.json", "needle/128.none.json", "needle/512.none.json"]
+    assert set(table["context_length"]) == {128, 512}
+    assert set(read_document_losses(config.output)["context_length"]) == {512}
+
+
+def test_another_name_is_another_evaluation(config) -> None:
+    evaluate(config)
+    config.name = "other"
+    with pytest.raises(ValueError, match=r"with run=tiny, not other,"):
+        evaluate(config)
+
+
+def test_an_evaluation_of_an_earlier_ropewalk_is_refused_or_replaced(config, tmp_path) -> None:
+    shutil.copytree(EARLIER, config.output)
+    with pytest.raises(ValueError, match=r"results.parquet holds losses and needles as an earlier ropewalk wrote them"):
+        evaluate(config)
+    config.overwrite = True
+    table = evaluate(config)
+    assert not (Path(config.output) / "results.parquet").exists()
+    assert set(table["context_length"]) == {128, 256}
+    assert cells(config) == ["loss/256.none.json", "needle/128.none.json", "needle/256.none.json"]
+
+
+def test_other_harnesses_are_added_to_an_evaluation_of_an_earlier_ropewalk(tmp_path) -> None:
+    shutil.copytree(EARLIER, tmp_path / "out")
+    losses = read_results(tmp_path / "out")
+    ResultsStore(tmp_path / "out", overwrite=False).write(Cell("ruler", "vt", 1024, "none"), {}, [ROW], {})
+    table = read_results(tmp_path / "out")
+    assert table[table["harness"] == "ruler"]["value"].tolist() == [1.0]
+    pd.testing.assert_frame_equal(table[table["harness"] == "ropewalk"].reset_index(drop=True), losses)
+
+
+def test_tables_are_in_the_order_of_tasks_and_lengths(tmp_path) -> None:
+    store = ResultsStore(tmp_path, overwrite=False)
+    for length in (8192, 16384, 1024):
+        store.write(Cell("ruler", "vt", length, "none"), {}, [ROW | {"context_length": length}], {})
+    assert read_results(tmp_path)["context_length"].tolist() == [1024, 8192, 16384]
+
+
+def test_a_damaged_cell_is_named(tmp_path) -> None:
+    store, cell = ResultsStore(tmp_path, overwrite=False), Cell("ruler", "vt", 1024, "none")
+    store.write(cell, {}, [ROW], {})
+    (tmp_path / cell.file).write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match=r"1024.none.json is damaged .*; delete it, and it is measured again"):
+        store.is_finished(cell, {})
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path) -> None:
+    store = ResultsStore(tmp_path, overwrite=False)
+    store.write(Cell("ruler", "vt", 1024, "none"), {}, [ROW], {})
+    kept = read_results(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written .*every cell finished before is kept: make room"):
+            store.write(Cell("ruler", "cwe", 1024, "none"), {}, [ROW | {"task": "cwe"}], {"text": "x" * 100_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    pd.testing.assert_frame_equal(read_results(tmp_path), kept)
+    assert not store.is_finished(Cell("ruler", "cwe", 1024, "none"), {})
