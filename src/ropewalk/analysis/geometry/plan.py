@@ -27,9 +27,8 @@ from ropewalk.evaluation.plan import SHORTEST, load_tokenizer
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
+from ropewalk.figures.figure import check_formats
 from ropewalk.model import read_position
-
-FORMATS = ("png", "pdf", "svg")
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def _validate(config: GeometryConfig) -> None:
     for name, least in (("max_documents", 1), ("pca_heads", 0), ("cluster_samples", 2), ("seed", 0)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be {least} or more")
-    for name in config.formats:
-        one_of("formats", name, FORMATS)
+    if config.formats:
+        check_formats("formats", config.formats)
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
     one_of("device", config.device, ("cuda", "cpu"))
     require_device("device", config.device)
