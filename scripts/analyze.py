@@ -51,7 +51,7 @@ def figure(name: str) -> Callable[[], None]:
     """The command that draws one figure."""
 
     def main(config: FiguresConfig) -> None:
-        from ropewalk.analysis.figures import draw
+        from ropewalk.analysis.spectrum_figures import draw
 
         draw(name, config)
 

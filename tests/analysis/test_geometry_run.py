@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ropewalk.analysis.geometry import geometry
 from ropewalk.analysis.geometry import run as run_room
 from ropewalk.analysis.geometry.capture import LayerHeads, observe
-from ropewalk.analysis.geometry.figures import FIGURES
-from ropewalk.analysis.geometry.layer_figures import LayerTable
 from ropewalk.analysis.geometry.table import COLUMNS, STATISTICS, is_of_keys
 from ropewalk.config.analysis import GeometryConfig
 from ropewalk.evaluation.documents import make_windows
+from ropewalk.figures.geometry import GEOMETRY_FIGURES
 from ropewalk.model.load import load_for_evaluation, read_position
 
 LAYERS, HEADS, KEY_HEADS = 2, 4, 2
@@ -122,7 +121,7 @@ def test_what_is_written_is_what_is_returned(measured) -> None:
     assert [entry["model"] for entry in record["models"]] == ["plain", "clipped"]
     assert record["config"]["lengths"] == LENGTHS
     assert record["models"][1]["passes"][0]["inv_freq"][-4:] == [0.0] * 4
-    for name in FIGURES:
+    for name in GEOMETRY_FIGURES:
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -200,34 +199,11 @@ def test_before_rope_attention_differs_by_the_rotation_alone(config, checkpoints
     np.testing.assert_allclose(norms[1] / norms[0], 0.1 * np.log(4) + 1, rtol=1e-5)
 
 
-def test_curves_are_means_over_heads(measured) -> None:
-    rows = measured[(measured["model"] == "plain") & (measured["statistic"] == "sink_weight")]
-    rows = rows[(rows["length"] == 96) & (rows["rope"] == "after")]
-    expected = [np.mean([row.value for row in rows.itertuples() if row.layer == layer]) for layer in range(LAYERS)]
-    found = LayerTable(measured).over_heads("sink_weight", "plain", 96, "after")
-    np.testing.assert_allclose(found["mean"], expected)
-
-
-def test_a_title_says_which_way_a_statistic_went() -> None:
-    rows = [
-        (model, "rope", 0, pd.NA, 0, length, rope, "intra_cosine_keys", value)
-        for model, values in {"a": (0.8, 0.6, 0.4), "b": (0.8, 0.7, 0.9)}.items()
-        for rope, length, value in zip(
-            ["before", "before", "after", "after"], [64, 96] * 2, [values[0]] * 2 + list(values[1:]), strict=True
-        )
-    ]
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    one, other = (LayerTable(table[table["model"] == model]).reading("intra_cosine_keys") for model in "ab")
-    assert one == "falls under RoPE: a from 0.80 to 0.60 at 64 and 0.40 at 96"
-    assert other == "rises under RoPE: b from 0.80 to 0.70 at 64 and 0.90 at 96"
-    assert LayerTable(table).reading("intra_cosine_keys").startswith("changes under RoPE: a from")
-
-
 def test_snapshots_and_maps_may_be_left_out(config) -> None:
     config.pca_heads, config.attention_heads, config.formats = 0, [], ["svg"]
     geometry(config)
     drawn = {path.stem for path in Path(config.output).glob("*.svg")}
-    assert drawn == set(FIGURES) - {"geometry_pca", "geometry_attention"}
+    assert drawn == set(GEOMETRY_FIGURES) - {"geometry_pca", "geometry_attention"}
     assert pd.read_parquet(Path(config.output) / "pca.parquet").empty
 
 

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropewalk.analysis.geometry import attention_scores as scores_room
 from ropewalk.analysis.geometry.attention_scores import attention_scores
-from ropewalk.analysis.geometry.canvas import log_bins
-from ropewalk.analysis.geometry.pca import fit_basis, sample_heads, sample_positions
+from ropewalk.analysis.geometry.pca import basis_table, fit_basis, sample_heads, sample_positions
+from ropewalk.figures.geometry.key_clouds import log_bins
 
 HEADS, KEY_HEADS, TOKENS, DIM = 4, 2, 90, 8
 LENGTHS = [10, 64, 90]
@@ -114,3 +114,15 @@ def test_bins_cover_every_position_once() -> None:
     assert list(places[:8]) == list(means[:8]) == list(range(8))
     np.testing.assert_allclose(means[8:], (edges[:-1] + edges[1:] - 1) / 2)
     assert edges[-1] == 500
+
+
+def test_a_basis_is_a_row_with_its_share_and_the_zero_vector() -> None:
+    """Points on one line through 5 along the first axis: all variance, and the zero vector 5 to one side."""
+    points = np.zeros((11, 4))
+    points[:, 0] = np.linspace(4, 6, 11)
+    rows = basis_table({(1, 1): fit_basis(points), (0, 1): fit_basis(points)})
+    assert list(zip(rows["layer"], rows["kv_head"], strict=True)) == [(0, 1), (1, 1)]
+    np.testing.assert_allclose(rows["share"], 1)
+    np.testing.assert_allclose(rows["origin_pc1"], -5)
+    np.testing.assert_allclose(rows["origin_pc2"], 0, atol=1e-12)
+    assert basis_table({}).empty

@@ -6,14 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
+from figures.drawings import axes_of, curve, marked
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
-from ropewalk.report.benchmarks import HELMET, LONG, RULER, Suite, benchmark_table
-from ropewalk.report.effective import Thresholds, effective_length, effective_table, longest_falling
-from ropewalk.report.figures import benchmark_figure, run_styles
+from ropewalk.figures.benchmark_averages import benchmark_figure
+from ropewalk.figures.style import method_styles
+from ropewalk.report.benchmarks import HELMET, LONG, RULER, Suite, benchmark_table, short_context_table
+from ropewalk.report.figure_tables import average_table, trained_lengths
+from ropewalk.report.results_table import Thresholds, effective_length, effective_table, longest_falling
 from ropewalk.report.runs import Run, load_run
-from ropewalk.report.short_context import short_context_table
-from ropewalk.report.table import Block, Table
+from ropewalk.report.section import Block, Section
 
 YARN = "yarn(factor=4)"
 
@@ -32,7 +34,7 @@ def cells(block: Block) -> dict[str, list[str]]:
     return {name: [cell.main for cell in row] for name, row in block.rows}
 
 
-def table(runs: list[Run], suite: Suite) -> Table:
+def table(runs: list[Run], suite: Suite) -> Section:
     found = benchmark_table(runs, suite)
     assert found is not None
     return found
@@ -48,12 +50,11 @@ def test_an_average_names_its_tasks_and_leaves_out_those_that_not_all_have(tmp_p
     )  # fmt: skip
     found = table([a, b], RULER)
     (block,) = found.blocks
-    assert block.title == "Average over 2 tasks: vt and cwe"
+    assert block.title == "Average over 2 tasks: vt, cwe"
     assert cells(block) == {"a": ["70.0", "40.0"], "b": ["70.0", "50.0"]}
     # two tasks with a standard error of 1 each: sqrt(1 + 1) / 2
     assert block.rows[0][1][0].detail == f"± {math.sqrt(2) / 2:.1f}"
-    assert found.reading.startswith("Average over 2 tasks at 8,192 tokens, from the lowest: a 40.0 and b 50.0.")
-    assert found.reading.endswith("has one number of them: fwe.")
+    assert found.missing == ["In no average, as not every row and length has one number of them: fwe."]
     assert [one.title for one in found.folded] == ["vt (score)", "cwe (score)", "fwe (score)"]
     assert [[cell.beyond for cell in row] for _, row in block.rows] == [[True, True]] * 2  # trained at 2,048
 
@@ -83,8 +84,8 @@ def test_a_needed_judge_is_named_and_no_zero(tmp_path: Path) -> None:
     found = table([with_rows(tmp_path, "a", *helmet, judged)], HELMET)
     assert {block.title: cells(block)["a"] for block in found.blocks} == {
         "recall: average over json_kv": ["80.0"],
-        "rag: average over nq and hotpotqa": ["45.0"],
-        "Average over the 2 categories above: recall and rag": ["62.5"],  # (80 + 45) / 2
+        "rag: average over nq, hotpotqa": ["45.0"],
+        "Average over the 2 categories above: recall, rag": ["62.5"],  # (80 + 45) / 2
     }
     assert "No number, as only a judge model scores it: narrativeqa." in found.missing
     assert "0.0" not in [cell.main for block in found.blocks for _, row in block.rows for cell in row]
@@ -102,15 +103,17 @@ def test_a_task_with_two_metrics_is_in_no_average(tmp_path: Path) -> None:
 def test_the_figure_draws_the_averages_of_the_table(tmp_path: Path) -> None:
     rows = [ruler(task, length, value) for task, value in (("vt", 80), ("cwe", 60)) for length in (2048, 4096)]
     run = with_rows(tmp_path, "a", *rows)
-    figure = benchmark_figure([run], RULER, run_styles(["a"]))
+    averages, tasks = average_table([run], RULER)
+    figure = benchmark_figure("RULER", averages, tasks, trained_lengths([run]), method_styles(["a"]))
     assert figure is not None
-    band, line = figure.rows[0].panels[0].plot.data
-    assert list(line.x) == [2048, 4096]
-    assert list(line.y) == [70, 70]
-    assert max(band.y) == pytest.approx(70 + 1.96 * math.sqrt(2) / 2)
-    assert [shape.x0 for shape in figure.rows[0].panels[0].plot.layout.shapes] == [2048]  # trained
-    assert "vt, cwe" in figure.rows[0].panels[0].note
-    assert benchmark_figure([run], HELMET, run_styles(["a"])) is None
+    (axes,) = axes_of(figure)
+    assert [values.tolist() for values in curve(axes, "a")] == [[2048, 4096], [70, 70]]
+    assert averages["value"].tolist() == [70, 70]
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(70 + 1.96 * math.sqrt(2) / 2)
+    assert marked(axes, "length 2048")[0] == 2048  # trained
+    assert "vt, cwe" in figure.panels[0].note
+    assert benchmark_figure("HELMET", *average_table([run], HELMET), trained_lengths([run]), {}) is None
 
 
 def test_short_context_compares_with_the_base_task_by_task(tmp_path: Path) -> None:
@@ -125,16 +128,14 @@ def test_short_context_compares_with_the_base_task_by_task(tmp_path: Path) -> No
     rows = dict(found.blocks[0].rows)
     mmlu, gsm = rows["mmlu (acc)"][1], rows["gsm8k (acc)"][1]
     # 2 x sqrt(0.3^2 + 0.4^2) = 1.0, which 1.0 does not exceed; 2 x sqrt(2) = 2.83
-    assert (mmlu.main, mmlu.detail, mmlu.worse) == ("59.0", "± 0.4 (-1.0)", False)
+    assert (mmlu.main, mmlu.detail, mmlu.decided) == ("59.0", "± 0.4 (-1.0)", False)
     assert not gsm.decided
     assert mmlu.noise == "training noise unknown"
     assert rows["piqa (acc)"][1].detail == "± 1.0"
-    assert "arm: of 2 tasks, worse on none" in found.reading
     worse = with_rows(tmp_path, "worse", score("mmlu", 58.9, 0.4))
     lost = short_context_table([base, worse], base)
     assert lost is not None
-    assert lost.blocks[0].rows[0][1][1].worse
-    assert "worse: of 1 task, worse on mmlu (acc)" in lost.reading
+    assert lost.blocks[0].rows[0][1][1].decided
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,7 @@ def test_effective_context_states_its_thresholds(tmp_path: Path) -> None:
     assert (loss.main, loss.detail) == ("≥ 8,192", "the longest measured")  # the fake loss falls everywhere
     assert of_ruler.main == "2,048"
     assert dict(found.blocks[0].rows)["b"][3].main == "< 1,024"
-    assert "RULER: average ≥ 85.6%: 2,048 a; < 1,024 b." in found.reading
-    assert found.reading.endswith("RULER's average is over 1 task: vt.")
+    assert found.legend == "RULER's average is over vt."
 
 
 def test_one_number_twice_is_an_error(tmp_path: Path) -> None:
@@ -180,3 +180,13 @@ def test_one_number_twice_is_an_error(tmp_path: Path) -> None:
         write_table(directory / name, [ruler("vt", 4096, 80) | {"run": "a"}])
     with pytest.raises(ValueError, match=r"holds ruler's vt \(score\) at 4096 tokens twice; move one"):
         load_run(directory)
+
+
+def test_each_setting_of_a_run_has_a_dash_of_its_own(tmp_path: Path) -> None:
+    rows = [ruler("vt", length, 80, test_time_scaling=scaling) for length in (2048, 4096) for scaling in ("none", YARN)]
+    run = with_rows(tmp_path, "a", *rows)
+    averages, tasks = average_table([run], RULER)
+    figure = benchmark_figure("RULER", averages, tasks, trained_lengths([run]), method_styles(["a"]))
+    lines = [line for line in axes_of(figure)[0].lines if line.get_label() == "a"]
+    assert len({line.get_linestyle() for line in lines}) == 2
+    assert len({line.get_color() for line in lines}) == 1

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 from report.fake_runs import DOCUMENTS, FakeRun, write_run
 
-from ropewalk.report.differences import Difference, Unpaired, at_length, by_position
-from ropewalk.report.needle import EXACT_MATCH, Pooled, is_at_chance, pooled
-from ropewalk.report.passes import OWN, passes
-from ropewalk.report.results_table import results_table
+from ropewalk.figures.loss_curves import OWN
+from ropewalk.figures.needle_grid import EXACT_MATCH
+from ropewalk.report.differences import Difference, Unpaired, at_length, by_position, passes
+from ropewalk.report.results_table import Pooled, is_at_chance, pooled, results_table
 from ropewalk.report.runs import Run, flatten, load_run
 from ropewalk.report.runs_table import facts
-from ropewalk.report.table import Table
+from ropewalk.report.section import Section
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return {fake.name: load_run(write_run(root / fake.name, fake)) for fake in fakes}
 
 
-def cells(table: Table, title: str) -> dict[str, list[tuple[str, str]]]:
+def cells(table: Section, title: str) -> dict[str, list[tuple[str, str]]]:
     block = next(block for block in table.blocks if block.title.startswith(title))
     return {name: [(cell.main, cell.detail) for cell in row] for name, row in block.rows}
 
@@ -44,7 +44,6 @@ def test_losses_are_those_of_the_results_in_order_of_loss(runs: dict[str, Run]) 
     table = results_table(list(runs.values()), runs["rope"])
     losses = cells(table, "Loss")
     assert list(losses) == ["cope", "rope", "base"]  # at 8,192: 0.1 - 0.3, 0, 0.2 above the common curve
-    assert table.reading.startswith("Rows from the lowest loss at 8,192 tokens.")
     middles = [384, 768, 1536, 3072, 6144]
     assert [main for main, _ in losses["rope"]] == [f"{loss_at(middle):.3f}" for middle in middles]
     assert losses["rope"][0] == ("2.464", "[2.414, 2.514]")

@@ -16,7 +16,7 @@ MODEL_PATH = "model.path"
 
 
 def with_bases(runs: list[Run], given: str | None) -> list[Run]:
-    """The runs and, after them, the model that each was continued from, where it is not one of them already.
+    """The runs and, after them, the model that each was continued from, unless it is one of them already.
 
     A base that was never evaluated, or cannot be found here (a hub id), is a run without numbers, so that its row
     says so.
@@ -36,10 +36,10 @@ def with_bases(runs: list[Run], given: str | None) -> list[Run]:
         if at is not None:
             rows[at] = replace(rows[at], is_base=True)
             continue
-        found = load_run(Path(path)) if given is not None else _look_up(path)
-        if any(run.name == found.name for run in rows):
-            found = replace(found, name=path)
-        rows.append(replace(found, is_base=True))
+        base = load_run(Path(path)) if given is not None else _look_up(path)
+        if any(run.name == base.name for run in rows):
+            base = replace(base, name=path)
+        rows.append(replace(base, is_base=True))
     return rows
 
 
@@ -58,18 +58,18 @@ def _started_from(runs: list[Run]) -> list[str]:
 
 def _is_at(run: Run, path: str) -> bool:
     """Whether ``run`` is the model at ``path``: its directory, its export, or an evaluation of it."""
-    own = [str(run.directory), str(RunDirectory(run.directory).export)]
-    own += [str(run.evaluation["checkpoint"])] if "checkpoint" in run.evaluation else []
-    return Path(path).resolve() in {Path(one).resolve() for one in own}
+    paths = [str(run.directory), str(RunDirectory(run.directory).export)]
+    paths += [str(run.evaluation["checkpoint"])] if "checkpoint" in run.evaluation else []
+    return Path(path).resolve() in {Path(candidate).resolve() for candidate in paths}
 
 
 def _look_up(path: str) -> Run:
     """The run whose export lies at ``path``; a run without numbers where there is none."""
     directory = Path(path)
     is_export = directory == RunDirectory(directory.parent).export
-    for place in (directory.parent, directory) if is_export else (directory,):
-        if holds_run(place):
-            return load_run(place)
+    for candidate in (directory.parent, directory) if is_export else (directory,):
+        if holds_run(candidate):
+            return load_run(candidate)
     return Run(
         name=path,
         directory=directory,

@@ -1,4 +1,4 @@
-"""Benchmarks by context length: RULER, HELMET and others, every average with the tasks that it is over."""
+"""Benchmarks: RULER, HELMET and others by context length, and short context against the base, task by task."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from ropewalk.report.runs import Run
-from ropewalk.report.table import EMPTY, Block, Cell, Table, block_of
-from ropewalk.report.text import counted, listed, ranked, tokens
+from ropewalk.report.section import Block, Cell, Section, block_of
+from ropewalk.report.seeds import Arm, arms, noise_words
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,17 @@ LONG = Suite("lm-eval", "Other long-context tasks")
 SUITES = (RULER, HELMET, LONG)
 # Metric of a row without a value -> why it has none.
 REASONS = {"needs_judge": "only a judge model scores it", "inputs_unpublished": "its inputs were never published"}
+SHORT_HARNESS = "lm-eval"
+SHORT_LEGEND = (
+    "Percent ± standard error over samples; in brackets, the difference to the base. Bold: by more than two standard "
+    "errors over samples (chance alone: one task in twenty). No average, as the tasks measure different things."
+)
 SCALE = "Percent; shaded: longer than the run was trained at; ± is the standard error over samples, not training noise."
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one run has of a suite under one test-time setting.
+    """Scores of one run in a suite under one test-time setting.
 
     Attributes:
         run: the run.
@@ -76,14 +81,14 @@ class Scores:
 
 
 def scores(runs: list[Run], suite: Suite) -> list[Scores]:
-    """What the runs have of a suite; a setting that changes with the length is one, as each length has its own."""
-    found = []
+    """Scores of the runs in a suite; a setting that changes with the length is one, as each length has its own."""
+    all_scores = []
     for run in runs:
         rows = run.harness(suite.harness)
         rows = rows[rows["context_length"].notna()]
         for scalings, part in _by_setting(rows):
-            found.append(Scores(run, scalings, part))
-    return found
+            all_scores.append(Scores(run, scalings, part))
+    return all_scores
 
 
 def _by_setting(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -95,133 +100,212 @@ def _by_setting(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(str(name), part) for name, part in rows.groupby("test_time_scaling", sort=True)]
 
 
-def named(one: Scores, found: list[Scores]) -> str:
+def named(score: Scores, all_scores: list[Scores]) -> str:
     """The run's name, with its setting where the run has several."""
-    several = sum(other.run is one.run for other in found) > 1
-    return f"{one.run.name}, {'no scaling' if one.scaling == 'none' else one.scaling}" if several else one.run.name
+    several = sum(other.run is score.run for other in all_scores) > 1
+    return (
+        f"{score.run.name}, {'no scaling' if score.scaling == 'none' else score.scaling}" if several else score.run.name
+    )
 
 
-def lengths_of(found: list[Scores]) -> list[int]:
+def lengths_of(all_scores: list[Scores]) -> list[int]:
     """Context lengths of any score, ascending."""
-    return sorted({int(length) for one in found for length in one.rows["context_length"]})
+    return sorted({int(length) for score in all_scores for length in score.rows["context_length"]})
 
 
-def common_tasks(found: list[Scores]) -> list[str]:
-    """Tasks that all of ``found`` have, with one number each, at every length at which they have any."""
+def common_tasks(all_scores: list[Scores]) -> list[str]:
+    """Tasks that all of ``all_scores`` have, with one number each, at every length at which they have any."""
     sets = []
-    for one in found:
-        for length in lengths_of([one]):
-            counts = one.at(length)["task"].value_counts()
+    for score in all_scores:
+        for length in lengths_of([score]):
+            counts = score.at(length)["task"].value_counts()
             sets += [set(counts[counts == 1].index)] if len(counts) else []
     shared = set.intersection(*sets) if sets else set()
-    return [task for task in all_tasks(found) if task in shared]
+    return [task for task in all_tasks(all_scores) if task in shared]
 
 
-def all_tasks(found: list[Scores]) -> list[str]:
+def all_tasks(all_scores: list[Scores]) -> list[str]:
     """Every task with a number, in order of appearance."""
-    return list(dict.fromkeys(str(task) for one in found for task in one.known["task"]))
+    return list(dict.fromkeys(str(task) for score in all_scores for task in score.known["task"]))
 
 
-def benchmark_table(runs: list[Run], suite: Suite) -> Table | None:
+def benchmark_table(runs: list[Run], suite: Suite) -> Section | None:
     """The table of a suite; None where no run has any of it."""
-    found = scores(runs, suite)
-    if not found:
+    all_scores = scores(runs, suite)
+    if not all_scores:
         return None
-    lengths = lengths_of(found)
-    blocks = _categories(found, lengths) if suite.by_category else _whole(found, suite, lengths)
-    folded = [block for task in all_tasks(found) for block in _task_blocks(found, task, lengths)]
-    missing = [f"{run.name}: no {suite.title} in its results." for run in runs if run not in [s.run for s in found]]
-    missing += _without_number(found)
-    reading = f"{ranking(found, lengths, blocks)} {_how_to_read(found)}"
-    title, columns = f"{suite.title} by context length", [tokens(length) for length in lengths]
-    return Table(title, reading, columns, blocks, missing=missing, folded=folded)
+    lengths = lengths_of(all_scores)
+    blocks = _categories(all_scores, suite, lengths) if suite.by_category else _whole(all_scores, suite, lengths)
+    folded = [block for task in all_tasks(all_scores) for block in _task_blocks(all_scores, task, lengths)]
+    scored = [score.run for score in all_scores]
+    missing = [f"{run.name}: no {suite.title} in its results." for run in runs if run not in scored]
+    missing += [*_without_number(all_scores), *_left_out(all_scores)]
+    title, columns = f"{suite.title} by context length", [f"{length:,}" for length in lengths]
+    return Section(title, SCALE, columns, blocks, missing=missing, folded=folded)
 
 
-def _whole(found: list[Scores], suite: Suite, lengths: list[int]) -> list[Block]:
-    tasks = common_tasks(found)
-    number = f"all {suite.whole} tasks" if len(tasks) == suite.whole else counted(len(tasks), "task")
-    return block_of(f"Average over {number}: {listed(tasks)}", _rows(found, tasks, lengths)) if tasks else []
+def categories(all_scores: list[Scores], suite: Suite) -> dict[str, list[Scores]]:
+    """Category -> the scores of it; of a suite without categories all in one called ""."""
+    if not suite.by_category:
+        return {"": all_scores}
+    names = dict.fromkeys(str(name) for score in all_scores for name in score.known["category"])
+    return {name: [part for score in all_scores if len((part := score.only("category", name)).known)] for name in names}
 
 
-def _categories(found: list[Scores], lengths: list[int]) -> list[Block]:
+def _whole(all_scores: list[Scores], suite: Suite, lengths: list[int]) -> list[Block]:
+    tasks = common_tasks(all_scores)
+    number = f"all {suite.whole} tasks" if len(tasks) == suite.whole else _counted(len(tasks))
+    rows = _rows(all_scores, tasks, lengths)
+    return block_of(f"Average over {number}: {', '.join(tasks)}", rows) if tasks else []
+
+
+def _counted(count: int) -> str:
+    return "1 task" if count == 1 else f"{count} tasks"
+
+
+def _categories(all_scores: list[Scores], suite: Suite, lengths: list[int]) -> list[Block]:
     """A block for each category over its common tasks, then the mean of those categories."""
     blocks: list[Block] = []
     used: dict[str, list[str]] = {}
-    for category in dict.fromkeys(str(name) for one in found for name in one.known["category"]):
-        parts = [part for one in found if len((part := one.only("category", category)).known)]
+    for category, parts in categories(all_scores, suite).items():
         if tasks := common_tasks(parts):
             used[category] = tasks
-            blocks += block_of(f"{category}: average over {listed(tasks)}", _rows(parts, tasks, lengths, found))
+            rows = _rows(parts, tasks, lengths, all_scores)
+            blocks += block_of(f"{category}: average over {', '.join(tasks)}", rows)
     if len(used) > 1:
-        rows = [(named(one, found), [_over_categories(one, used, length) for length in lengths]) for one in found]
-        blocks += block_of(f"Average over the {len(used)} categories above: {listed(used)}", rows)
+        rows = [
+            (named(score, all_scores), [_over_categories(score, used, length) for length in lengths])
+            for score in all_scores
+        ]
+        blocks += block_of(f"Average over the {len(used)} categories above: {', '.join(used)}", rows)
     return blocks
 
 
-def _over_categories(one: Scores, used: dict[str, list[str]], length: int) -> Cell:
-    values = [one.average(tasks, length) for tasks in used.values()]
+def _over_categories(score: Scores, used: dict[str, list[str]], length: int) -> Cell:
+    values = [score.average(tasks, length) for tasks in used.values()]
     known = [value[0] for value in values if value is not None]
     if len(known) < len(values):
         return Cell(hint="not every category was scored at this length")
-    return Cell(f"{sum(known) / len(known):.1f}", beyond=one.run.is_beyond(length))
+    return Cell(f"{sum(known) / len(known):.1f}", beyond=score.run.is_beyond(length))
 
 
 def _rows(
-    found: list[Scores], tasks: list[str], lengths: list[int], among: list[Scores] | None = None
+    all_scores: list[Scores], tasks: list[str], lengths: list[int], among: list[Scores] | None = None
 ) -> list[tuple[str, list[Cell]]]:
-    names = [next(named(other, among or found) for other in (among or found) if _same(one, other)) for one in found]
-    return [(name, [_cell(one, tasks, n) for n in lengths]) for name, one in zip(names, found, strict=True)]
+    names = [
+        next(named(other, among or all_scores) for other in (among or all_scores) if _same(score, other))
+        for score in all_scores
+    ]
+    return [(name, [_cell(score, tasks, n) for n in lengths]) for name, score in zip(names, all_scores, strict=True)]
 
 
-def _same(one: Scores, other: Scores) -> bool:
-    return one.run is other.run and one.scaling == other.scaling
+def _same(score: Scores, other: Scores) -> bool:
+    return score.run is other.run and score.scaling == other.scaling
 
 
-def _cell(one: Scores, tasks: list[str], length: int) -> Cell:
-    value = one.average(tasks, length)
+def _cell(score: Scores, tasks: list[str], length: int) -> Cell:
+    value = score.average(tasks, length)
     if value is None:
         return Cell()
-    rows = one.at(length)
+    rows = score.at(length)
     rows = rows[rows["task"].isin(tasks)]
     hint = f"{'; '.join(dict.fromkeys(rows['chain'].astype(str)))}; {int(rows['n'].sum()):,} samples; ± standard error"
     detail = "" if math.isnan(value[1]) else f"± {value[1]:.1f}"
-    return Cell(f"{value[0]:.1f}", detail, one.run.is_beyond(length), hint=hint)
+    return Cell(f"{value[0]:.1f}", detail, score.run.is_beyond(length), hint=hint)
 
 
-def _task_blocks(found: list[Scores], task: str, lengths: list[int]) -> list[Block]:
+def _task_blocks(all_scores: list[Scores], task: str, lengths: list[int]) -> list[Block]:
     """A block for each metric of a task."""
-    parts = [one.only("task", task) for one in found]
-    metrics = list(dict.fromkeys(str(name) for one in parts for name in one.known["metric"]))
+    parts = [score.only("task", task) for score in all_scores]
+    metrics = list(dict.fromkeys(str(name) for score in parts for name in score.known["metric"]))
     blocks = []
     for metric in metrics:
-        rows = _rows([one.only("metric", metric) for one in parts], [task], lengths, found)
+        rows = _rows([score.only("metric", metric) for score in parts], [task], lengths, all_scores)
         blocks += block_of(f"{task} ({metric})", rows)
     return blocks
 
 
-def _without_number(found: list[Scores]) -> list[str]:
+def _without_number(all_scores: list[Scores]) -> list[str]:
     reasons: dict[str, list[str]] = {}
-    for one in found:
-        for row in one.rows[one.rows["value"].isna()].itertuples():
+    for score in all_scores:
+        for row in score.rows[score.rows["value"].isna()].itertuples():
             reason = REASONS.get(str(row.metric), str(row.metric))
             reasons.setdefault(reason, []).append(str(row.task))
-    return [f"No number, as {reason}: {listed(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
+    return [f"No number, as {reason}: {', '.join(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
 
 
-def ranking(found: list[Scores], lengths: list[int], blocks: list[Block]) -> str:
-    """The last block, an average, at the longest length that all rows have."""
-    last = blocks[-1] if blocks and len(blocks[-1].rows) == len(found) else None
-    full = [i for i in range(len(lengths)) if last and all(cells[i].main != EMPTY for _, cells in last.rows)]
-    if last is None or not full:
-        return "The rows share no length with the same tasks, so there is no average to rank."
-    at = full[-1]
-    words = ranked(((float(cells[at].main), name) for name, cells in last.rows), ".1f")
-    return f"{last.title.partition(':')[0]} at {lengths[at]:,} tokens, from the lowest: {words}."
+def _left_out(all_scores: list[Scores]) -> list[str]:
+    tasks = common_tasks(all_scores)
+    others = [task for task in all_tasks(all_scores) if task not in tasks]
+    words = "In no average, as not every row and length has one number of them"
+    return [f"{words}: {', '.join(others)}."] if others else []
 
 
-def _how_to_read(found: list[Scores]) -> str:
-    tasks = common_tasks(found)
-    left_out = [task for task in all_tasks(found) if task not in tasks]
-    if not left_out:
-        return SCALE
-    return f"{SCALE} In no average, as not every row and length has one number of them: {listed(left_out)}."
+@dataclass(frozen=True)
+class Score:
+    """Percent, with its standard error over samples (nan: unknown) and their number."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+Key = tuple[str, str, str]  # task, metric, test-time scaling
+
+
+def short_scores(run: Run) -> dict[Key, Score]:
+    """Scores of the tasks that have no context length of their own."""
+    rows = run.harness(SHORT_HARNESS)
+    rows = rows[rows["context_length"].isna() & rows["value"].notna()]
+    return {
+        (str(row.task), str(row.metric), str(row.test_time_scaling)): Score(
+            float(row.value), float(row.stderr), int(row.n)
+        )
+        for row in rows.itertuples()
+    }
+
+
+def short_context_table(runs: list[Run], baseline: Run) -> Section | None:
+    """Scores by task and run, each with its difference to the base; None where no run has any.
+
+    The base is the model before continued pretraining where it is known, else the baseline.
+    """
+    all_scores = {run.name: short_scores(run) for run in runs}
+    keys = list(dict.fromkeys(key for known in all_scores.values() for key in known))
+    if not keys:
+        return None
+    base = next((run for run in runs if run.is_base), baseline)
+    columns = [base, *(run for run in runs if run is not base)]
+    all_arms = arms(runs)
+    rows = [(_label(key, keys), [_short_cell(key, run, base, all_scores, all_arms) for run in columns]) for key in keys]
+    names = [f"{run.name} (base)" if run.is_base else run.name for run in columns]
+    missing = [f"{name}: no short-context tasks in its results." for name, known in all_scores.items() if not known]
+    return Section(
+        "Short context", SHORT_LEGEND, names, block_of(f"Difference to {base.name}", rows), "task", missing=missing
+    )
+
+
+def _short_cell(key: Key, run: Run, base: Run, all_scores: dict[str, dict[Key, Score]], all_arms: list[Arm]) -> Cell:
+    score, reference = all_scores[run.name].get(key), all_scores[base.name].get(key)
+    if score is None:
+        return Cell()
+    main = f"{score.value:.1f}"
+    detail = "" if math.isnan(score.stderr) else f"± {score.stderr:.1f}"
+    hint = f"{score.n:,} samples"
+    if run is base or reference is None:
+        return Cell(main, detail, hint=hint)
+    difference = score.value - reference.value
+    decided = abs(difference) > 2 * math.hypot(score.stderr, reference.stderr)  # false where an error is unknown
+    noise = noise_words(run, base, all_arms, lambda member: _value(all_scores, member, key), digits=1)
+    return Cell(main, f"{detail} ({difference:+.1f})".lstrip(), decided=decided, hint=hint, noise=noise)
+
+
+def _value(all_scores: dict[str, dict[Key, Score]], run: Run, key: Key) -> float | None:
+    score = all_scores[run.name].get(key)
+    return None if score is None else score.value
+
+
+def _label(key: Key, keys: list[Key]) -> str:
+    task, metric, scaling = key
+    several = len({other[2] for other in keys if other[:2] == key[:2]}) > 1 or scaling != "none"
+    return f"{task} ({metric})" + (f", {scaling}" if several else "")

@@ -1,17 +1,74 @@
-"""Paired differences of loss between a run and the baseline, on the same documents and positions."""
+"""Losses of forward passes, and their paired differences to the baseline on the same documents and positions.
+
+All context lengths that share a spectrum come from one pass over the documents, to the longest of them; a pass is
+known by that length.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ropewalk.evaluation import paired_difference
-from ropewalk.report.passes import Pass, passes
+from ropewalk.figures.loss_curves import NONE
 from ropewalk.report.runs import Run
 
 BOOTSTRAP_SEED = 0
 BUCKET = ["position_start", "position_end"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass.
+
+    Attributes:
+        length: tokens of the pass.
+        chain: printed chain, test-time part included.
+        setting: the part that evaluation appended, printed, or "none".
+        kind: OWN for the spectrum used up to the trained length; else the methods that the setting adds to it
+            without arguments: yarn from 512 tokens and yarn from 2,048, each right for its run, are alike.
+        curve: rows of loss by position, ascending.
+    """
+
+    length: int
+    chain: str
+    setting: str
+    kind: str
+    curve: pd.DataFrame
+
+
+def passes(run: Run) -> list[Pass]:
+    """The passes of a run, shortest first."""
+    rows = run.task("loss_by_position", "nll")
+    settings = _settings(run)
+    own = _own_setting(run, settings)
+    made = []
+    for (length, chain), curve in rows.groupby(["context_length", "chain"]):
+        setting = settings.get(int(length), chain)
+        made.append(Pass(int(length), chain, setting, _kind(setting, own), curve.sort_values("position_start")))
+    return made
+
+
+def _settings(run: Run) -> dict[int, str]:
+    """Length of each pass -> its setting, from the evaluation's record, else from the per-document table."""
+    recorded = {max(entry["lengths"]): str(entry["setting"]) for entry in run.evaluation.get("settings", [])}
+    pairs = run.documents[["context_length", "setting"]].drop_duplicates()
+    return recorded or {int(length): str(setting) for length, setting in pairs.itertuples(index=False)}
+
+
+def _own_setting(run: Run, settings: dict[int, str]) -> str:
+    lengths = run.task("loss_at_length", "nll")["context_length"]
+    starts_beyond = not lengths.empty and run.is_beyond(int(lengths.min()))
+    return NONE if starts_beyond or not settings else settings[min(settings)]
+
+
+def _kind(setting: str, own: str) -> str:
+    steps, own_steps = setting.split(" > "), own.split(" > ")
+    if steps[: len(own_steps)] == own_steps:
+        steps = steps[len(own_steps) :]
+    return re.sub(r"\([^)]*\)", "", " > ".join(steps))
 
 
 @dataclass(frozen=True)
@@ -31,7 +88,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """Why two runs have no difference."""
+    """The reason why two runs have no difference."""
 
     reason: str
 
@@ -45,29 +102,29 @@ def at_length(run: Run, baseline: Run, length: int) -> Difference | Unpaired:
     return Difference(float(row["value"]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
 
 
-def by_position(run: Run, ours: Pass, baseline: Run, theirs: Pass) -> pd.DataFrame | Unpaired:
+def by_position(run: Run, run_pass: Pass, baseline: Run, baseline_pass: Pass) -> pd.DataFrame | Unpaired:
     """Differences in every position bucket that two passes share.
 
     Returns:
         Columns position_start, position_end, value, ci_low, ci_high, n, ascending.
     """
-    return _paired(run, _documents(run, ours), baseline, _documents(baseline, theirs))
+    return _paired(run, _documents(run, run_pass), baseline, _documents(baseline, baseline_pass))
 
 
-def _paired(run: Run, ours: pd.DataFrame, baseline: Run, theirs: pd.DataFrame) -> pd.DataFrame | Unpaired:
-    for side, sums in ((run, ours), (baseline, theirs)):
-        if sums.empty:
+def _paired(run: Run, sums: pd.DataFrame, baseline: Run, baseline_sums: pd.DataFrame) -> pd.DataFrame | Unpaired:
+    for side, part in ((run, sums), (baseline, baseline_sums)):
+        if part.empty:
             return Unpaired(f"{side.name} has no per-document losses at those positions")
     shared = run.document_prefixes.keys() & baseline.document_prefixes.keys()
     if any(run.document_prefixes[name] != baseline.document_prefixes[name] for name in shared):
         return Unpaired(f"{run.name} and {baseline.name} read other text, or other tokens, under the same names")
-    rows = paired_difference(ours, theirs, BOOTSTRAP_SEED)
+    rows = paired_difference(sums, baseline_sums, BOOTSTRAP_SEED)
     return Unpaired("no document was scored by both") if rows.empty else rows.sort_values("position_start")
 
 
-def _documents(run: Run, one: Pass) -> pd.DataFrame:
+def _documents(run: Run, made: Pass) -> pd.DataFrame:
     documents = run.documents
-    return documents[(documents["context_length"] == one.length) & (documents["setting"] == one.setting)]
+    return documents[(documents["context_length"] == made.length) & (documents["setting"] == made.setting)]
 
 
 def _second_half(run: Run, length: int) -> pd.DataFrame:
@@ -77,7 +134,7 @@ def _second_half(run: Run, length: int) -> pd.DataFrame:
     """
     rows = run.task("loss_at_length", "nll")
     rows = rows[rows["context_length"] == length]
-    reaching = [one for one in passes(run) if one.length >= length and one.chain in set(rows["chain"])]
+    reaching = [made for made in passes(run) if made.length >= length and made.chain in set(rows["chain"])]
     if not reaching:
         return run.documents.iloc[:0]
     start, end = int(rows["position_start"].iloc[0]), int(rows["position_end"].iloc[0])

@@ -13,19 +13,21 @@ import pandas as pd
 
 from ropewalk.evaluation.paper import measured_beside, published_of
 from ropewalk.report.runs import Run
-from ropewalk.report.table import Cell, Table, block_of
-from ropewalk.report.text import counted, listed, tokens
+from ropewalk.report.section import Cell, Section, block_of
 
 DECIMALS = {"nll": 3, "tokens/s a GPU": 0, "GPU-hours": 0, "GiB a GPU": 1}  # of scores: 1
-LOWER_IS_BETTER = ("nll", "GPU-hours", "GiB a GPU")
-# What counts as apart where no error is known: nats per token, points of a score, and of training a share.
+# Apart without a known error: nats per token, points of a score, and of training a share.
 NATS, POINTS, SHARE = 0.05, 2.0, 0.1
+LEGEND = (
+    "In brackets, the published number and how far the run's is above it. Bold: more than two standard errors over "
+    f"samples apart; where no error is known, more than {NATS} nats, {POINTS:.0f} points or, of training, {SHARE:.0%}."
+)
 STRETCH = re.compile(r"loss over positions (\d+)-(\d+)")
 SECOND_HALF = "loss over the second half"
 
 
 @dataclass(frozen=True)
-class Found:
+class Measured:
     """A published number that stands beside a run.
 
     Attributes:
@@ -54,17 +56,12 @@ class Found:
 
     @property
     def is_apart(self) -> bool:
-        """Whether the difference exceeds two standard errors, or where none is known a share or number that is told."""
+        """Whether the difference exceeds two standard errors, or without a known one what the legend states."""
         if self.has_error:
             return abs(self.difference) > 2 * self.stderr
         if self.row["benchmark"] == "training":
             return abs(self.difference) > SHARE * abs(float(self.row["value"]))
         return abs(self.difference) > (NATS if self.row["task"] == "nll" else POINTS)
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether it is apart, and on the side that nobody wants."""
-        return self.is_apart and (self.difference > 0) == (self.row["task"] in LOWER_IS_BETTER)
 
     @property
     def title(self) -> str:
@@ -86,43 +83,37 @@ class Found:
         return None if pd.isna(length) else int(length)
 
 
-def published_table(runs: list[Run], published: pd.DataFrame) -> Table:
+def published_table(runs: list[Run], published: pd.DataFrame) -> Section:
     """One block for each published table and benchmark, each cell a measured number with the published one.
 
     Args:
         runs: of the report.
         published: as :func:`ropewalk.evaluation.paper.read_published` gives it.
     """
-    found = [one for run in runs for one in _beside(run, published)]
-    known = [one for one in found if not math.isnan(one.measured)]
-    lengths = list(dict.fromkeys(sorted((one.length for one in known), key=lambda n: (n is None, n or 0))))
+    pairs = [pair for run in runs for pair in _beside(run, published)]
+    known = [pair for pair in pairs if not math.isnan(pair.measured)]
+    lengths = list(dict.fromkeys(sorted((pair.length for pair in known), key=lambda n: (n is None, n or 0))))
     blocks = []
-    for title in dict.fromkeys(one.title for one in known):
-        of_block = [one for one in known if one.title == title]
-        cells = {(one.name, one.length): _cell(one) for one in of_block}
-        names = dict.fromkeys(one.name for one in of_block)
+    for title in dict.fromkeys(pair.title for pair in known):
+        of_block = [pair for pair in known if pair.title == title]
+        cells = {(pair.name, pair.length): _cell(pair) for pair in of_block}
+        names = dict.fromkeys(pair.name for pair in of_block)
         blocks += block_of(title, [(name, [cells.get((name, n), Cell()) for n in lengths]) for name in names])
-    columns = ["no length" if n is None else tokens(n) for n in lengths]
-    return Table(
-        "Beside published numbers",
-        _reading(published, known),
-        columns,
-        blocks,
-        missing=_missing(found, published),
-        on_terminal=True,
-    )
+    columns = ["no length" if n is None else f"{n:,}" for n in lengths]
+    missing = _missing(pairs, published)
+    return Section("Beside published numbers", LEGEND, columns, blocks, missing=missing, on_terminal=True)
 
 
-def _beside(run: Run, published: pd.DataFrame) -> Iterator[Found]:
+def _beside(run: Run, published: pd.DataFrame) -> Iterator[Measured]:
     """Every published number of the run's method, measured or not."""
     method = run.record.get("method", run.evaluation.get("method"))
     rows = published_of(published, run.name, method)
     for _, row in rows.iterrows():
-        scores = [one for one in measured_beside(row, run.table) if not math.isnan(one["measured"])]
-        for one in scores:
-            yield Found(row, run, one["measured"], one["stderr"], one["test_time_scaling"])
+        scores = [score for score in measured_beside(row, run.table) if not math.isnan(score["measured"])]
+        for score in scores:
+            yield Measured(row, run, score["measured"], score["stderr"], score["test_time_scaling"])
         if not scores:
-            yield Found(row, run, _of_run(run, row))
+            yield Measured(row, run, _of_run(run, row))
 
 
 def _of_run(run: Run, row: pd.Series) -> float:
@@ -165,46 +156,24 @@ def _training(run: Run, task: str, length: Any) -> float:
     return math.nan
 
 
-def _cell(one: Found) -> Cell:
-    digits = DECIMALS.get(str(one.row["task"]), 1)
-    published = float(one.row["value"])
-    difference = round(one.difference, digits) + 0.0  # no -0.000
-    error = "" if math.isnan(one.stderr) else f" ± {one.stderr:.1f}"
+def _cell(pair: Measured) -> Cell:
+    digits = DECIMALS.get(str(pair.row["task"]), 1)
+    published = float(pair.row["value"])
+    difference = round(pair.difference, digits) + 0.0  # no -0.000
+    error = "" if math.isnan(pair.stderr) else f" ± {pair.stderr:.1f}"
     return Cell(
-        f"{one.measured:,.{digits}f}",
+        f"{pair.measured:,.{digits}f}",
         f"{error} (published {published:,.{digits}f}, {difference:+,.{digits}f})".lstrip(),
-        beyond=one.length is not None and one.run.is_beyond(one.length),
-        decided=one.is_apart,
-        worse=one.is_worse,
-        hint=f"published for {one.row['method']}",
+        beyond=pair.length is not None and pair.run.is_beyond(pair.length),
+        decided=pair.is_apart,
+        hint=f"published for {pair.row['method']}",
     )
 
 
-def _reading(published: pd.DataFrame, known: list[Found]) -> str:
-    numbers = len({one.row.name for one in known})
-    words = f"Of {counted(len(published), 'published number')}, {numbers} were measured in these runs."
-    told = f"{NATS} nats, {POINTS:.0f} points or of training {SHARE:.0%}"
-    for which, past, has_error in (
-        ("with a standard error over samples", "two of them", True),
-        ("whose error is not known", told, False),
-    ):
-        ones = [one for one in known if one.has_error == has_error]
-        apart = [
-            f"{one.name}{'' if one.length is None else f' at {tokens(one.length)}'}" for one in ones if one.is_apart
-        ]
-        if ones:
-            shown = [*apart[:4], *([f"{len(apart) - 4} more"] if len(apart) > 4 else [])]
-            words += (
-                f" Of {len(ones)} {which}, {len(apart)} {'is' if len(apart) == 1 else 'are'} more than {past} apart"
-            )
-            words += f": {listed(shown)}." if apart else "."
-    return words + " In brackets, the published number and how far the run's is above it."
-
-
-def _missing(found: list[Found], published: pd.DataFrame) -> list[str]:
-    """What of the published numbers stands nowhere, by benchmark and method."""
-    measured = {one.row.name for one in found if not math.isnan(one.measured)}
-    of_runs = {one.row.name for one in found}
+def _missing(pairs: list[Measured], published: pd.DataFrame) -> list[str]:
+    """Published numbers that stand nowhere in the table, counted by benchmark and method."""
+    measured = {pair.row.name for pair in pairs if not math.isnan(pair.measured)}
+    of_runs = {pair.row.name for pair in pairs}
     words = []
     for text, rows in (
         ("not measured in these runs", published[published.index.isin(of_runs - measured)]),
@@ -213,5 +182,5 @@ def _missing(found: list[Found], published: pd.DataFrame) -> list[str]:
         counts = Counter(zip(rows["benchmark"], rows["method"], strict=True))
         if counts:
             parts = [f"{count} of {benchmark} ({method})" for (benchmark, method), count in counts.items()]
-            words.append(f"Published and {text}: {listed(parts)}.")
+            words.append(f"Published and {text}: {', '.join(parts)}.")
     return words

@@ -1,48 +1,84 @@
-"""The results table: loss, its differences and needle accuracies by context length."""
+"""Results by context length: losses, paired differences, needle accuracies, and how far each run's context reaches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 
+import pandas as pd
+
+from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
+from ropewalk.figures.style import interval
 from ropewalk.report.base import how_to_evaluate
+from ropewalk.report.benchmarks import RULER, Scores, common_tasks, lengths_of, named, scores
 from ropewalk.report.differences import Unpaired, at_length
-from ropewalk.report.needle import EXACT_MATCH, TOKEN_ACCURACY, needle_lengths, pooled
 from ropewalk.report.runs import Run
+from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
-from ropewalk.report.table import Block, Cell, Table, block_of
-from ropewalk.report.text import counted, interval, tokens
 
 SEEDS_TO_DECIDE = 6  # by chance alone the differences of n seeds have one sign with probability 2^(1-n): 1/32
-LEGEND = "*, shaded: longer than the run was trained at. Bold differences: the interval leaves out zero."
+LEGEND = (
+    "Rows from the lowest loss at the longest length that all runs share. *, shaded: longer than the run was trained "
+    "at. Bold differences: the interval leaves out zero."
+)
 
 
-def results_table(runs: list[Run], baseline: Run) -> Table:
+@dataclass(frozen=True)
+class Pooled:
+    """A needle metric over some cells of the grid, beside its control scored against shuffled answers."""
+
+    value: float
+    control: float  # nan where the control was not measured
+    n: int  # prompts
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether an accuracy is within two standard errors of its control (0 where there is none).
+
+        The standard error is the binomial one of ``n`` prompts, the largest that values in 0..1 can have.
+        """
+        control = 0.0 if math.isnan(self.control) else self.control
+        variance = self.value * (1 - self.value) + control * (1 - control)
+        return self.value - control <= 2 * math.sqrt(variance / max(self.n, 1))
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """In percent: of exact match in the needle grid, and of RULER's average."""
+
+    needle: float
+    ruler: float
+
+
+def results_table(runs: list[Run], baseline: Run) -> Section:
     """Losses, paired differences and needle accuracies of all runs, rows from the lowest loss; arms over seeds."""
     lengths = sorted(
         {length for run in runs for length in losses(run)} | {n for run in runs for n in needle_lengths(run)}
     )
-    ordered, order = order_by_loss(runs)
-    found = arms(runs)
+    ordered, all_arms = order_by_loss(runs), arms(runs)
 
     def block(title: str, rows: list[Run], cell: Callable[[Run, int], Cell]) -> list[Block]:
         return block_of(title, [(run.name, [cell(run, length) for length in lengths]) for run in rows])
 
     blocks = [
-        *block("Loss (nats/token) over the second half of the context, 95% interval over documents", ordered, _loss),
+        *block(
+            "Loss (nats/token) over the second half of the context, 95% interval over documents", ordered, loss_cell
+        ),
         *block(
             f"Difference to {baseline.name} (nats/token), paired by document, 95% interval",
             [run for run in ordered if run is not baseline],
-            lambda run, length: _difference(run, baseline, found, length),
+            lambda run, length: difference_cell(run, baseline, all_arms, length),
         ),
-        *_over_seeds(found, baseline, lengths),
+        *_over_seeds(all_arms, baseline, lengths),
         *block("Needle: exact match, beside shuffled answers", ordered, _accuracy(EXACT_MATCH)),
         *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
-    reading = f"Rows {order}. {LEGEND}" if blocks else ""
-    return Table("Results", reading, [tokens(length) for length in lengths], blocks, missing=missing, on_terminal=True)
+    columns, legend = [f"{length:,}" for length in lengths], LEGEND if blocks else ""
+    return Section("Results", legend, columns, blocks, missing=missing, on_terminal=True)
 
 
 def loss_at(length: int) -> Quantity:
@@ -56,75 +92,114 @@ def losses(run: Run) -> dict[int, float]:
     return {int(length): float(value) for length, value in zip(rows["context_length"], rows["value"], strict=True)}
 
 
-def order_by_loss(runs: list[Run]) -> tuple[list[Run], str]:
+def shared_lengths(runs: list[Run]) -> list[int]:
+    """Context lengths at which every run with a loss has one, ascending."""
+    evaluated = [set(losses(run)) for run in runs if losses(run)]
+    return sorted(set.intersection(*evaluated)) if evaluated else []
+
+
+def order_by_loss(runs: list[Run]) -> list[Run]:
     """Runs from the lowest loss at the longest length that all evaluated ones share, then the others."""
-    evaluated = [run for run in runs if losses(run)]
-    shared = set.intersection(*(set(losses(run)) for run in evaluated)) if evaluated else set()
+    shared = shared_lengths(runs)
     if not shared:
-        return list(runs), "as given, since the runs share no context length"
-    longest = max(shared)
-    found = sorted(evaluated, key=lambda run: losses(run)[longest])
-    return [
-        *found,
-        *(run for run in runs if run not in evaluated),
-    ], f"from the lowest loss at {longest:,} tokens"
+        return list(runs)
+    evaluated = sorted((run for run in runs if losses(run)), key=lambda run: losses(run)[shared[-1]])
+    return [*evaluated, *(run for run in runs if run not in evaluated)]
 
 
-def _over_seeds(found: list[Arm], baseline: Run, lengths: list[int]) -> list[Block]:
+def needle_lengths(run: Run) -> list[int]:
+    """Context lengths of the run's needle grid, ascending."""
+    return sorted({int(length) for length in run.results.loc[run.results["task"] == "needle", "context_length"]})
+
+
+def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
+    """``metric`` averaged over depths (and lengths, where ``length`` is None), weighted by prompts."""
+    rows, control = needle_rows(run, metric), needle_rows(run, f"{metric}_shuffled")
+    if length is not None:
+        rows, control = rows[rows["context_length"] == length], control[control["context_length"] == length]
+    if rows.empty:
+        return None
+    return Pooled(_mean(rows), _mean(control), int(rows["n"].sum()))
+
+
+def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
+    """Whether the run's whole grid is at chance; None where there is no grid."""
+    whole = pooled(run, metric)
+    return None if whole is None else whole.at_chance
+
+
+def needle_rows(run: Run, metric: str) -> pd.DataFrame:
+    """The evaluator's own pooling over depths, which weights by answer tokens; else the cells."""
+    rows = run.task("needle_at_length", metric)
+    return run.task("needle", metric) if rows.empty else rows
+
+
+def _mean(rows: pd.DataFrame) -> float:
+    weight = rows["n"].sum()
+    return float((rows["value"] * rows["n"]).sum() / weight) if weight else math.nan
+
+
+def _over_seeds(all_arms: list[Arm], baseline: Run, lengths: list[int]) -> list[Block]:
     """Means over seeds with their range, and differences of means, where any arm has more than one seed."""
-    if all(arm.seeds < 2 for arm in found):
+    if all(arm.seeds < 2 for arm in all_arms):
         return []
-    own = arm_of(baseline, found)
-    means = [(_arm_name(arm), [_mean(arm, length) for length in lengths]) for arm in found]
+    reference = arm_of(baseline, all_arms)
+    means = [(_arm_name(arm), [_mean_cell(arm, length) for length in lengths]) for arm in all_arms]
     differences = [
-        (_arm_name(arm), [_mean_difference(arm, own, found, length) for length in lengths])
-        for arm in found
-        if arm is not own
+        (_arm_name(arm), [_mean_difference(arm, reference, all_arms, length) for length in lengths])
+        for arm in all_arms
+        if arm is not reference
     ]
     return [
         *block_of("Loss of each arm: mean over its seeds [lowest, highest seed]", means),
         *block_of(
-            f"Difference to the arm {own.name}: mean over seeds [lowest, highest seed], seed by seed",
+            f"Difference to the arm {reference.name}: mean over seeds [lowest, highest seed], seed by seed",
             differences,
         ),
     ]
 
 
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
 def _arm_name(arm: Arm) -> str:
-    return f"{arm.name} ({counted(arm.seeds, 'seed')})" if arm.is_trained else arm.name
+    return f"{arm.name} ({_seeds(arm.seeds)})" if arm.is_trained else arm.name
 
 
-def _mean(arm: Arm, length: int) -> Cell:
+def _mean_cell(arm: Arm, length: int) -> Cell:
     values = arm.values(loss_at(length))
     if not values:
         return Cell()
     detail = interval(min(values), max(values)) if len(values) > 1 else ""
     mean = sum(values) / len(values)
-    return Cell(f"{mean:.3f}", detail, arm.runs[0].is_beyond(length), hint=f"{counted(len(values), 'seed')}")
+    return Cell(f"{mean:.3f}", detail, arm.runs[0].is_beyond(length), hint=_seeds(len(values)))
 
 
-def _mean_difference(arm: Arm, own: Arm, found: list[Arm], length: int) -> Cell:
-    ours, theirs, beyond = arm.values(loss_at(length)), own.values(loss_at(length)), arm.runs[0].is_beyond(length)
-    if not ours or not theirs:
+def _mean_difference(arm: Arm, reference: Arm, all_arms: list[Arm], length: int) -> Cell:
+    quantity, beyond = loss_at(length), arm.runs[0].is_beyond(length)
+    values, reference_values = arm.values(quantity), reference.values(quantity)
+    if not values or not reference_values:
         return Cell()
-    differences = paired(arm, own, loss_at(length))
+    noise = noise_words(arm.runs[0], reference.runs[0], all_arms, quantity, digits=4)
+    differences = paired(arm, reference, quantity)
     if differences:
         mean, count = sum(differences) / len(differences), len(differences)
         if count == 1:
-            noise = noise_words(arm.runs[0], own.runs[0], found, loss_at(length), digits=4)
             return Cell(f"{mean:+.4f}", "one seed in common", beyond, noise=noise)
         detail = interval(min(differences), max(differences), signed=True)
         decided = count >= SEEDS_TO_DECIDE and (min(differences) > 0 or max(differences) < 0)
         hint = f"lowest and highest of {count} seeds that both arms have"
-        return Cell(f"{mean:+.4f}", detail, beyond, decided, decided and mean > 0, hint, f"range over {count} seeds")
-    difference = sum(ours) / len(ours) - sum(theirs) / len(theirs)
-    apart = min(ours) > max(theirs) or max(ours) < min(theirs)
-    detail = ("all seeds apart" if apart else "seeds overlap") if len(ours) > 1 and len(theirs) > 1 else ""
-    noise = noise_words(arm.runs[0], own.runs[0], found, loss_at(length), digits=4)
+        return Cell(f"{mean:+.4f}", detail, beyond, decided, hint, f"range over {count} seeds")
+    difference = sum(values) / len(values) - sum(reference_values) / len(reference_values)
+    apart = min(values) > max(reference_values) or max(values) < min(reference_values)
+    several = len(values) > 1 and len(reference_values) > 1
+    detail = ("all seeds apart" if apart else "seeds overlap") if several else ""
     return Cell(f"{difference:+.4f}", detail, beyond, noise=noise)
 
 
-def _loss(run: Run, length: int) -> Cell:
+def loss_cell(run: Run, length: int) -> Cell:
+    """Loss over the second half of ``length`` tokens, with its interval."""
     rows = run.task("loss_at_length", "nll")
     rows = rows[rows["context_length"] == length]
     if rows.empty:
@@ -134,25 +209,120 @@ def _loss(run: Run, length: int) -> Cell:
     return Cell(f"{row['value']:.3f}", interval(row["ci_low"], row["ci_high"]), run.is_beyond(length), hint=hint)
 
 
-def _difference(run: Run, baseline: Run, arms_found: list[Arm], length: int) -> Cell:
+def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -> Cell:
+    """Loss less the baseline's over the second half of ``length`` tokens, with its interval."""
     if length not in losses(run) or length not in losses(baseline):
         return Cell()
-    found = at_length(run, baseline, length)
-    if isinstance(found, Unpaired):
-        return Cell(hint=found.reason)
-    hint = f"{found.n} documents that both scored"
-    detail = interval(found.low, found.high, signed=True)
-    noise = noise_words(run, baseline, arms_found, loss_at(length), digits=4)
-    worse = found.is_decided and found.value > 0
-    return Cell(f"{found.value:+.4f}", detail, run.is_beyond(length), found.is_decided, worse, hint, noise)
+    difference = at_length(run, baseline, length)
+    if isinstance(difference, Unpaired):
+        return Cell(hint=difference.reason)
+    hint = f"{difference.n} documents that both scored"
+    detail = interval(difference.low, difference.high, signed=True)
+    noise = noise_words(run, baseline, all_arms, loss_at(length), digits=4)
+    return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), difference.is_decided, hint, noise)
+
+
+def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
+    """A needle accuracy beside its control; ``length`` None: over the whole grid."""
+    share = pooled(run, metric, length)
+    if share is None:
+        return Cell()
+    control = "" if math.isnan(share.control) else f"({share.control:.2f})"
+    beyond = length is not None and run.is_beyond(length)
+    return Cell(f"{share.value:.2f}", control, beyond, hint=f"{share.n} prompts")
 
 
 def _accuracy(metric: str) -> Callable[[Run, int], Cell]:
-    def cell(run: Run, length: int) -> Cell:
-        found = pooled(run, metric, length)
-        if found is None:
-            return Cell()
-        control = "" if math.isnan(found.control) else f"({found.control:.2f})"
-        return Cell(f"{found.value:.2f}", control, run.is_beyond(length), hint=f"{found.n} prompts")
+    return lambda run, length: accuracy_cell(run, metric, length)
 
-    return cell
+
+def effective_length(values: Mapping[int, float], threshold: float) -> int | None:
+    """The longest length up to which every measured length is at ``threshold`` or above; None where none is.
+
+    A length that recovers after one that failed does not count: nobody would serve it.
+    """
+    held = None
+    for length in sorted(values):
+        if values[length] < threshold:
+            break
+        held = length
+    return held
+
+
+def longest_falling(values: Mapping[int, float]) -> int | None:
+    """The longest length up to which the loss falls at every step to a longer context; None without two lengths."""
+    lengths = sorted(values)
+    if len(lengths) < 2:
+        return None
+    held = lengths[0]
+    for shorter, longer in pairwise(lengths):
+        if values[longer] >= values[shorter]:
+            break
+        held = longer
+    return held
+
+
+def effective_table(runs: list[Run], thresholds: Thresholds) -> Section | None:
+    """Effective context, a row for each run; None where nothing was measured at a length."""
+    ruler = scores(runs, RULER)
+    tasks = common_tasks(ruler)
+    columns: dict[str, Callable[[Run], list[Cell]]] = {
+        "trained length": lambda run: [_trained(run)],
+        f"needle: exact match ≥ {thresholds.needle:g}%": lambda run: [_needle_reach(run, thresholds.needle)],
+        "loss falls with every step to": lambda run: [_loss_reach(run)],
+    }
+    if tasks:
+        columns[f"RULER: average ≥ {thresholds.ruler:g}%"] = lambda run: _ruler_reach(
+            run, ruler, tasks, thresholds.ruler
+        )
+    rows = [(run.name, [_joined(cells(run)) for cells in columns.values()]) for run in runs]
+    if not any(cell.hint for _, cells in rows for cell in cells):
+        return None
+    blocks = block_of("Longest length, tokens, up to which every measured length is at the threshold or above", rows)
+    legend = f"RULER's average is over {', '.join(tasks)}." if tasks else ""
+    return Section("Effective context", legend, list(columns), blocks, "run")
+
+
+def _joined(cells: list[Cell]) -> Cell:
+    """Several settings of one run in one cell."""
+    if len(cells) < 2:
+        return cells[0] if cells else Cell()
+    return Cell("; ".join(f"{cell.main} {cell.detail}" for cell in cells), hint=cells[0].hint)
+
+
+def _trained(run: Run) -> Cell:
+    return Cell() if run.trained_length is None else Cell(f"{run.trained_length:,}")
+
+
+def _needle_reach(run: Run, threshold: float) -> Cell:
+    shares = {length: pooled(run, EXACT_MATCH, length) for length in needle_lengths(run)}
+    values = {length: 100 * share.value for length, share in shares.items() if share is not None}
+    return _reach(effective_length(values, threshold), values, run)
+
+
+def _loss_reach(run: Run) -> Cell:
+    values = losses(run)
+    return _reach(longest_falling(values), values, run) if len(values) > 1 else Cell()
+
+
+def _ruler_reach(run: Run, ruler: list[Scores], tasks: list[str], threshold: float) -> list[Cell]:
+    cells = []
+    for score in ruler:
+        if score.run is run:
+            averages = {length: score.average(tasks, length) for length in lengths_of([score])}
+            values = {length: value[0] for length, value in averages.items() if value is not None}
+            cell = _reach(effective_length(values, threshold), values, run)
+            scaling = named(score, ruler).removeprefix(run.name).lstrip(", ")
+            cells.append(Cell(cell.main, scaling and f"({scaling})", cell.beyond, hint=cell.hint))
+    return cells
+
+
+def _reach(held: int | None, values: Mapping[int, float], run: Run) -> Cell:
+    if not values:
+        return Cell()
+    measured = sorted(values)
+    hint = ", ".join(f"{length:,}: {values[length]:.3g}" for length in measured)
+    if held is None:
+        return Cell(f"< {measured[0]:,}", hint=hint)
+    detail = "the longest measured" if held == measured[-1] else ""
+    return Cell(f"{'≥ ' if detail else ''}{held:,}", detail, run.is_beyond(held), hint=hint)

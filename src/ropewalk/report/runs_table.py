@@ -1,4 +1,4 @@
-"""The runs table: what was run, and every configuration key in which the runs differ."""
+"""The runs table: chains, lengths, provenance, and every configuration key in which the runs differ."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ropewalk.figures.style import amount
 from ropewalk.report.runs import Run
 from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT
-from ropewalk.report.text import amount
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
@@ -17,7 +17,7 @@ HASH_DIGITS = 12
 
 @dataclass(frozen=True)
 class PropertyRow:
-    """One property of every run: (value, whether it is to be highlighted) in the order of the runs."""
+    """One property of every run: (value, whether it is marked) in the order of the runs."""
 
     name: str
     cells: list[tuple[str, bool]]
@@ -46,8 +46,8 @@ def facts(runs: list[Run]) -> list[PropertyRow]:
 def differences(runs: list[Run], baseline: Run) -> list[PropertyRow]:
     """The configuration keys whose values are not the same in all runs that have a config.yaml.
 
-    A value is highlighted where it is not the baseline's and may change what is trained. run_name and
-    run_dir name the run and are left out.
+    A value is marked if it is not the baseline's and may change what is trained. run_name and run_dir name the run and
+    are left out.
     """
     with_config = [run for run in runs if run.config]
     reference = baseline if baseline.config else with_config[0] if with_config else baseline
@@ -105,11 +105,11 @@ def _throughput(run: Run) -> str:
 
 
 def _export(run: Run) -> str:
-    found = run.verification
-    if not found:
+    check = run.verification
+    if not check:
         return "not verified"
-    verdict = "passed" if found.get("passed") else "FAILED"
+    verdict = "passed" if check.get("passed") else "FAILED"
     return (
-        f"{verdict}: largest logit difference {found.get('max_abs_difference', float('nan')):.2g} "
-        f"(logit std {found.get('logit_std', float('nan')):.2g}, {found.get('tokens', 0):,} tokens)"
+        f"{verdict}: largest logit difference {check.get('max_abs_difference', float('nan')):.2g} "
+        f"(logit std {check.get('logit_std', float('nan')):.2g}, {check.get('tokens', 0):,} tokens)"
     )

@@ -1,4 +1,4 @@
-"""Arms trained over several seeds: which runs are one arm, and how far its seeds lie apart.
+"""Arms trained over several seeds, and how far the seeds of an arm lie apart.
 
 Intervals over documents say nothing of this: two seeds of one arm score the same documents and still differ.
 """
@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ropewalk.figures.style import Style, series_styles
 from ropewalk.report.runs import Run
-from ropewalk.report.text import listed
 
 UNKNOWN_NOISE = "training noise unknown"
 SEED = "trainer.seed"
-# Of a run's configuration, what names it, tells where things lie, or says how often it is written down or saved.
+# Of a run's configuration, what names it, locates it, or sets how often it is logged or saved.
 WITHOUT_EFFECT = {
     "run_name", "run_dir", SEED, "data.verify", "data.cache_dir", "data.cache_gib", "trainer.log_every",
     "trainer.checkpoint_every", "trainer.keep_last", "trainer.keep_every", "trainer.stop_after",
@@ -49,12 +49,12 @@ class Arm:
 
     def by_seed(self, quantity: Quantity) -> dict[str, float]:
         """Seed -> the quantity of the first run of it that has one."""
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for run in self.runs:
             value = quantity(run)
             if value is not None:
-                found.setdefault(str(run.config.get(SEED)), value)
-        return found
+                values.setdefault(str(run.config.get(SEED)), value)
+        return values
 
     def values(self, quantity: Quantity) -> list[float]:
         """The quantity of one run for each seed that has it, in order."""
@@ -71,19 +71,25 @@ def arms(runs: Sequence[Run]) -> list[Arm]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_key(run), []).append(run)
-    found = [Arm(_name(group), group) for group in groups.values()]
-    names = Counter([arm.name for arm in found] + [run.name for run in runs])  # an arm of one run counts twice
-    return [arm if len(arm.runs) == 1 or names[arm.name] == 1 else replace(arm, name=arm.runs[0].name) for arm in found]
+    named = [Arm(_name(group), group) for group in groups.values()]
+    names = Counter([arm.name for arm in named] + [run.name for run in runs])  # an arm of one run counts twice
+    return [arm if len(arm.runs) == 1 or names[arm.name] == 1 else replace(arm, name=arm.runs[0].name) for arm in named]
 
 
-def one_run_each(found: Sequence[Arm]) -> list[Run]:
+def one_run_each(all_arms: Sequence[Arm]) -> list[Run]:
     """A run for each arm, by the arm's name: for what seeds do not change, such as a spectrum."""
-    return [replace(arm.runs[0], name=arm.name) for arm in found]
+    return [replace(arm.runs[0], name=arm.name) for arm in all_arms]
 
 
-def arm_of(run: Run, found: Sequence[Arm]) -> Arm:
-    """The one of the arms that ``run`` is of."""
-    return next(arm for arm in found if any(one is run for one in arm.runs))
+def arm_of(run: Run, all_arms: Sequence[Arm]) -> Arm:
+    """The arm of ``run``."""
+    return next(arm for arm in all_arms if any(member is run for member in arm.runs))
+
+
+def styles_of(all_arms: Sequence[Arm]) -> dict[str, Style]:
+    """A style for each run and arm: the seeds of an arm share its colour and marker, and differ in their dash."""
+    styles = series_styles([[run.name for run in arm.runs] for arm in all_arms])
+    return styles | {arm.name: styles[arm.runs[0].name] for arm in all_arms}
 
 
 def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
@@ -92,33 +98,22 @@ def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs] if arm.is_trained and other.is_trained else []
 
 
-def noise_words(run: Run, baseline: Run, found: Sequence[Arm], quantity: Quantity, digits: int = 3) -> str:
-    """What is to stand beside a difference of ``quantity``: how it varies over seeds, or that this is unknown.
+def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quantity, digits: int = 3) -> str:
+    """The note beside a difference of ``quantity``: how it varies over seeds, or that this is unknown.
 
     Two runs of one seed share their data order, so theirs is the range of the same difference over the seeds that both
     arms have; else it is the larger spread of the two arms. The base, and a model that was only evaluated, is one
     fixed checkpoint that all arms share; of every other arm in the difference it takes two seeds to know anything.
     """
-    arm, other = arm_of(run, found), arm_of(baseline, found)
+    arm, other = arm_of(run, all_arms), arm_of(baseline, all_arms)
     differences = paired(arm, other, quantity)
     if arm is not other and len(differences) > 1 and run.config.get(SEED) == baseline.config.get(SEED):
         return f"over {len(differences)} seeds {min(differences):+.{digits}f} to {max(differences):+.{digits}f}"
-    spreads = [one.spread(quantity) for one in (arm, other) if one.is_trained]
+    spreads = [side.spread(quantity) for side in (arm, other) if side.is_trained]
     known = [spread for spread in spreads if spread is not None]
     if not known or len(known) < len(spreads):
         return UNKNOWN_NOISE
     return f"seeds differ by up to {max(known):.{digits}f}"
-
-
-def noise_sentence(found: Sequence[Arm]) -> str:
-    """Which arms have seeds to tell training noise by, for the reading under a figure of differences."""
-    trained = [arm for arm in found if arm.is_trained]
-    several = [f"{arm.name} ({arm.seeds} seeds)" for arm in trained if arm.seeds > 1]
-    single = [arm.name for arm in trained if arm.seeds == 1]
-    parts = [f"Trained over seeds: {listed(several)}."] if several else []
-    if single:
-        parts.append(f"One seed, so {UNKNOWN_NOISE}: {listed(single)}.")
-    return " ".join(parts)
 
 
 def _key(run: Run) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ropewalk.analysis.geometry.attention_scores import attention_scores
 from ropewalk.analysis.geometry.capture import ROPE, LayerHeads
+from ropewalk.analysis.geometry.geometry_plan import Plan, Subject
 from ropewalk.analysis.geometry.pca import POINTS, Basis, fit_basis, sample_positions
-from ropewalk.analysis.geometry.plan import Plan, Subject
 from ropewalk.analysis.geometry.statistics import (
     davies_bouldin,
     frobenius_norm,
@@ -28,29 +28,7 @@ from ropewalk.analysis.geometry.statistics import (
 )
 from ropewalk.analysis.geometry.table import Means, is_of_keys
 from ropewalk.evaluation.settings import Setting
-
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """Attention of one head over the longest prefix of the first document.
-
-    Attributes:
-        model: label.
-        layer: index.
-        head: query head.
-        rope: before or after.
-        tokens: of the prefix.
-        weights: float32 (cells, cells), mean softmax weight of each cell, NaN where causality leaves nothing.
-        sink: float32 (tokens,), weight of every query on position 0.
-    """
-
-    model: str
-    layer: int
-    head: int
-    rope: str
-    tokens: int
-    weights: NDArray[np.float32]
-    sink: NDArray[np.float32]
+from ropewalk.figures.geometry import AttentionMap
 
 
 @dataclass

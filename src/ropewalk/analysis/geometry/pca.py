@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 POINTS = 500  # positions of a snapshot, at most
@@ -42,6 +44,19 @@ def fit_basis(points: NDArray[np.floating]) -> Basis:
     largest = np.abs(axes).argmax(axis=1)
     axes = axes * np.sign(axes[np.arange(2), largest])[:, None]
     return Basis(center, axes, variance[:2] / variance.sum())
+
+
+def basis_table(bases: Mapping[tuple[int, int], Basis]) -> pd.DataFrame:
+    """A row for each (layer, key head), ascending.
+
+    Returns:
+        layer, kv_head, share (of the variance along both directions), origin_pc1, origin_pc2 (the zero vector).
+    """
+    rows = []
+    for (layer, kv_head), basis in sorted(bases.items()):
+        origin = basis.project(np.zeros((1, basis.center.size)))[0]
+        rows.append((layer, kv_head, basis.share.sum(), *origin))
+    return pd.DataFrame(rows, columns=["layer", "kv_head", "share", "origin_pc1", "origin_pc2"])
 
 
 def sample_positions(length: int, count: int, seed: int) -> NDArray[np.int64]:

@@ -7,24 +7,26 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ropewalk.analysis.geometry.capture import LayerHeads, observe
-from ropewalk.analysis.geometry.figures import FIGURES, draw_all
+from ropewalk.analysis.geometry.geometry_plan import Plan, Subject, make_plan
 from ropewalk.analysis.geometry.measure import Findings, LayerMeasurement
-from ropewalk.analysis.geometry.plan import FORMATS, Plan, Subject, make_plan
+from ropewalk.analysis.geometry.pca import basis_table
 from ropewalk.analysis.geometry.table import (
     RECORD,
     STATISTICS,
     geometry_table,
     key_score_table,
-    key_scores,
     write_tables,
 )
 from ropewalk.config.analysis import GeometryConfig
 from ropewalk.evaluation.settings import Setting
+from ropewalk.figures.figure import FORMATS, write_figure
+from ropewalk.figures.geometry import GEOMETRY_FIGURES, geometry_figures
 from ropewalk.model.load import load_for_evaluation
 
 PACKAGES = ("ropewalk", "torch", "transformers", "numpy")
@@ -52,11 +54,11 @@ def geometry(config: GeometryConfig) -> pd.DataFrame:
         for setting in subject.settings:
             _measure(plan, subject, setting, findings, progress)
     table = geometry_table(findings.statistics)
-    scores = key_scores(findings.key_scores)
+    scores = key_score_table(findings.key_scores)
     clouds = pd.concat(findings.clouds, ignore_index=True) if findings.clouds else pd.DataFrame()
     _remove_earlier(plan)
-    paths = draw_all(plan, table, scores, clouds, findings)
-    write_tables(plan.output, table, key_score_table(scores), clouds, _record(plan, findings))
+    paths = _draw(plan, table, scores, clouds, findings)
+    write_tables(plan.output, table, scores, clouds, _record(plan, findings))
     print(f"wrote {len(table):,} rows and {len(paths)} figures to {plan.output}", flush=True)
     return table
 
@@ -96,8 +98,20 @@ class _Progress:
 
 def _remove_earlier(plan: Plan) -> None:
     """An earlier record goes first, so that where one stands, the tables and figures beside it are its own."""
-    for name in (RECORD, *(f"{figure}.{suffix}" for figure in FIGURES for suffix in FORMATS)):
+    for name in (RECORD, *(f"{figure}.{suffix}" for figure in GEOMETRY_FIGURES for suffix in FORMATS)):
         (plan.output / name).unlink(missing_ok=True)
+
+
+def _draw(
+    plan: Plan, table: pd.DataFrame, scores: pd.DataFrame, clouds: pd.DataFrame, findings: Findings
+) -> list[Path]:
+    """Write every figure in every format (formats=[]: none); returns the paths."""
+    if not plan.config.formats:
+        return []
+    figures = geometry_figures(
+        table, scores, clouds, basis_table(findings.bases), findings.maps, plan.shape.head_dim
+    )  # fmt: skip
+    return [path for figure in figures for path in write_figure(figure, plan.output, plan.config.formats)]
 
 
 def _announce(plan: Plan) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from ropewalk.evaluation.results import typed_table, write_table
 from ropewalk.files import replace_atomically, write_atomically
@@ -53,19 +51,6 @@ TABLE, RECORD = "geometry", "geometry.json"  # the table as .parquet and .csv
 KEY_SCORES, CLOUDS = "key_scores.parquet", "pca.parquet"
 
 
-@dataclass(frozen=True)
-class KeyScores:
-    """Mean softmax weight of each key over the queries that see it, mean over a layer's heads and over documents.
-
-    Attributes:
-        where: model, chain, layer, length, rope.
-        values: float32 (length,).
-    """
-
-    where: Mapping[str, Any]
-    values: NDArray[np.float32]
-
-
 class Means:
     """Means over documents, of numbers or arrays, by key; nothing of a document is kept but its part of the sums."""
 
@@ -94,22 +79,24 @@ def geometry_table(means: Means) -> pd.DataFrame:
     return typed_table((dict(zip(COLUMNS, (*key, value), strict=True)) for key, value in means.items()), COLUMNS)
 
 
-def key_scores(means: Means) -> list[KeyScores]:
-    """Scores of every key; keys of ``means`` are model, chain, layer, length, rope."""
+def key_score_table(means: Means) -> pd.DataFrame:
+    """One row for each position: model, chain, layer, length, rope, position, value.
+
+    The value is the mean softmax weight of a key over the queries that see it, over a layer's heads and documents.
+
+    Args:
+        means: float32 (length,) by model, chain, layer, length, rope.
+    """
     names = ("model", "chain", "layer", "length", "rope")
-    return [KeyScores(dict(zip(names, key, strict=True)), values) for key, values in means.items()]
-
-
-def key_score_table(scores: list[KeyScores]) -> pd.DataFrame:
-    """One row for each position: model, chain, layer, length, rope, position, value."""
-    counts = [entry.values.size for entry in scores]
+    keys, arrays = zip(*means.items(), strict=True)
+    counts = [values.size for values in arrays]
     columns: dict[str, Any] = {}
-    for name in scores[0].where:
-        column = pd.Series([entry.where[name] for entry in scores])
+    for i, name in enumerate(names):
+        column = pd.Series([key[i] for key in keys])
         column = column.astype("category") if name in ("model", "chain", "rope") else column
         columns[name] = column.repeat(counts).reset_index(drop=True)
     columns["position"] = np.concatenate([np.arange(count) for count in counts])
-    columns["value"] = np.concatenate([entry.values for entry in scores])
+    columns["value"] = np.concatenate(arrays)
     return pd.DataFrame(columns)
 
 

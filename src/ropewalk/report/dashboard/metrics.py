@@ -10,13 +10,12 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, lengths_of, scores
-from ropewalk.report.differences import by_position
-from ropewalk.report.needle import EXACT_MATCH, TOKEN_ACCURACY, needle_lengths, pooled
-from ropewalk.report.passes import OWN, Pass, passes
-from ropewalk.report.results_table import losses
+from ropewalk.figures.loss_curves import OWN
+from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
+from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, lengths_of, scores, short_scores
+from ropewalk.report.differences import Pass, by_position, passes
+from ropewalk.report.results_table import losses, needle_lengths, pooled
 from ropewalk.report.runs import Run
-from ropewalk.report.short_context import short_scores
 
 TOKENS, POSITION, LENGTH = "tokens", "eval/position", "eval/length"
 LOSS, DIFFERENCE = "eval/loss/", "eval/difference/"

@@ -14,19 +14,14 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 
-from ropewalk.analysis.figures.style import render
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.config.train import TrackerConfig
+from ropewalk.figures.figure import compose, render
 from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.report.base import with_bases
 from ropewalk.report.dashboard import metrics
-from ropewalk.report.figures import styles_of
-from ropewalk.report.files import drawings
-from ropewalk.report.page import find_baseline
+from ropewalk.report.page import find_baseline, sections_of
 from ropewalk.report.runs import Run, load_runs
-from ropewalk.report.sections import sections_of
-from ropewalk.report.seeds import arms
-from ropewalk.report.table import Table
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.tracker import wandb_mode
 
@@ -136,15 +131,13 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
 def _figures(config: CompareConfig, run: Run, baseline: Run, tracker: Any) -> dict[str, Any]:
     """The run's own figures as images with their captions: the first of a section by its name, then _2, _3."""
     alone = [run] if run is baseline else [run, baseline]
-    styles = styles_of(arms(alone))
-    found: dict[str, Any] = {}
-    for section in sections_of(config, alone, baseline, styles):
-        if isinstance(section, Table):
-            continue
+    images: dict[str, Any] = {}
+    for section in sections_of(config, alone, baseline):
         key = metrics.FIGURES + metrics.word(section.title.lower())
-        for number, (_, drawing, caption) in enumerate(drawings([section], styles), start=1):
-            found[key if number == 1 else f"{key}_{number}"] = tracker.Image(_pixels(drawing), caption=caption)
-    return found
+        for number, figure in enumerate(section.figures, start=1):
+            pixels = _pixels(compose(figure, words=False))
+            images[key if number == 1 else f"{key}_{number}"] = tracker.Image(pixels, caption=figure.words)
+    return images
 
 
 def _pixels(drawing: Any) -> np.ndarray:

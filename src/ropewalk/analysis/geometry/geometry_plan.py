@@ -1,0 +1,218 @@
+"""What a geometry run measures, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ropewalk.analysis.geometry.pca import sample_heads
+from ropewalk.analysis.geometry.table import RECORD
+from ropewalk.config.analysis import GeometryConfig
+from ropewalk.config.groups import RopeConfig, TestTimeConfig
+from ropewalk.config.rules import existing_directory, one_of, require_device
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES
+from ropewalk.errors import UserError
+from ropewalk.evaluation.documents import SHORTEST, make_windows
+from ropewalk.evaluation.evaluated_checkpoint import load_tokenizer
+from ropewalk.evaluation.results import writable_directory
+from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.export import resolve_checkpoint
+from ropewalk.figures.figure import check_formats
+from ropewalk.model.load import head_dim, read_position, sliding_window
+from ropewalk.runs.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint: its label, its directory, and which lengths run under which spectrum.
+
+    A chain that does not depend on the input's length has one setting, so one pass a document; one that does has a
+    pass for each length.
+    """
+
+    name: str
+    directory: Path
+    settings: list[Setting]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What checkpoints side by side must share."""
+
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a geometry run measures.
+
+    Attributes:
+        config: as given.
+        subjects: checkpoints, in the order of ``models``.
+        shape: of all of them.
+        layers: to measure, ascending.
+        map_heads: (layer, query head) whose attention map is drawn.
+        pca_heads: (layer, key head) of the PCA snapshots.
+        documents: name -> LongTensor (longest length,).
+        counts: of documents used and left out.
+        output: directory.
+    """
+
+    config: GeometryConfig
+    subjects: list[Subject]
+    shape: Shape
+    layers: list[int]
+    map_heads: list[tuple[int, int]]
+    pca_heads: list[tuple[int, int]]
+    documents: dict[str, torch.Tensor]
+    counts: dict[str, Any]
+    output: Path
+
+
+def make_plan(config: GeometryConfig) -> Plan:
+    """Check the configuration, read the models' configs and tokenize the documents.
+
+    Raises:
+        UserError: naming the value, the rule and the mend.
+    """
+    _validate(config)
+    documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
+    _refuse_existing(config)
+    directories = {_label(model): resolve_checkpoint(model) for model in _distinct(config.models)}
+    shape = _shared_shape(directories, config.lengths[-1])
+    layers = _layers(config, shape)
+    tokens, counts = _shared_tokens(directories, documents, config)
+    return Plan(
+        config=config,
+        subjects=[Subject(name, path, _settings(path, config.lengths)) for name, path in directories.items()],
+        shape=shape,
+        layers=layers,
+        map_heads=[_map_head(text, layers, shape) for text in config.attention_heads],
+        pca_heads=sample_heads(layers, shape.key_heads, config.pca_heads, config.seed),
+        documents=tokens,
+        counts=counts,
+        output=writable_directory("output", config.output),
+    )
+
+
+def _validate(config: GeometryConfig) -> None:
+    lengths = config.lengths
+    if not config.models:
+        raise UserError("models=[] names no checkpoint; name one or more directories")
+    if not lengths or min(lengths) < SHORTEST:
+        raise UserError(f"lengths={lengths} must name {SHORTEST} tokens or more; try [1024,4096,8192]")
+    if lengths != sorted(set(lengths)):
+        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+    for name, least in (("max_documents", 1), ("pca_heads", 0), ("cluster_samples", 2), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}={getattr(config, name)} must be {least} or more")
+    if config.formats:
+        check_formats("formats", config.formats)
+    one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    one_of("device", config.device, ("cuda", "cpu"))
+    require_device("device", config.device)
+
+
+def _refuse_existing(config: GeometryConfig) -> None:
+    if (Path(config.output) / RECORD).exists() and not config.overwrite:
+        raise UserError(
+            f"output={config.output} holds a geometry already; name another, or replace it with overwrite=true"
+        )
+
+
+def _distinct(models: list[str]) -> list[str]:
+    labels = [_label(model) for model in models]
+    if len(set(labels)) < len(labels):
+        raise UserError(
+            f"models={models} are named {labels} in the figures, some alike; reach one through a symbolic link of "
+            "another name"
+        )
+    return models
+
+
+def _label(model: str) -> str:
+    """Name of the run, or of the directory; with the step where a checkpoint of a run is named."""
+    path = Path(model).absolute()
+    run = RunDirectory(path.parent.parent)
+    if path.parent in (run.checkpoints, run.exports):
+        return f"{run.root.name} {path.name}"
+    return (path.parent if path == RunDirectory(path.parent).export else path).name
+
+
+def _settings(directory: Path, lengths: list[int]) -> list[Setting]:
+    return settings_by_length(read_position(directory), RopeConfig("native"), TestTimeConfig("none"), lengths)
+
+
+def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
+    shapes = {name: _shape(path, longest) for name, path in directories.items()}
+    first = next(iter(shapes.values()))
+    for name, shape in shapes.items():
+        if shape != first:
+            raise UserError(
+                f"models: {name} has {shape} and {next(iter(shapes))} has {first}; checkpoints are compared head by "
+                "head, so measure differently shaped ones in runs of their own"
+            )
+    return first
+
+
+def _shape(directory: Path, longest: int) -> Shape:
+    config = AutoConfig.from_pretrained(directory)
+    one_of(f"model_type of {directory}", config.model_type, SUPPORTED_MODEL_TYPES)
+    window = sliding_window(config)
+    if window is not None and window < longest:
+        raise UserError(
+            f"lengths={longest} is past the sliding_window={window} of {directory}, where the sink token is out of "
+            f"sight; measure up to {window} tokens, or set sliding_window: null in its config.json"
+        )
+    heads = config.num_attention_heads
+    return Shape(config.num_hidden_layers, heads, config.num_key_value_heads, head_dim(config))
+
+
+def _layers(config: GeometryConfig, shape: Shape) -> list[int]:
+    if config.layers is None:
+        return list(range(shape.layers))
+    if not config.layers or not all(0 <= layer < shape.layers for layer in config.layers):
+        raise UserError(
+            f"layers={config.layers} must be within 0..{shape.layers - 1} of the model; name some, or null for all"
+        )
+    return sorted(set(config.layers))
+
+
+def _map_head(text: str, layers: list[int], shape: Shape) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if match is None:
+        raise UserError(f"attention_heads={text} is not LAYER.HEAD; write one like '3.10', in quotes")
+    layer, head = int(match[1]), int(match[2])
+    if layer not in layers or head >= shape.heads:
+        raise UserError(
+            f"attention_heads={text}: the layer must be one of the measured {layers}, and the head within "
+            f"0..{shape.heads - 1}"
+        )
+    return layer, head
+
+
+def _shared_tokens(
+    directories: dict[str, Path], documents: Path, config: GeometryConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The documents' tokens, which must be the same for all checkpoints."""
+    found = {
+        name: make_windows(documents, load_tokenizer(path), config.lengths[-1], config.max_documents)
+        for name, path in directories.items()
+    }
+    first, windows = next(iter(found.items()))
+    for name, other in found.items():
+        same = windows.tokens.keys() == other.tokens.keys()
+        if not same or not all(torch.equal(ids, other.tokens[of]) for of, ids in windows.tokens.items()):
+            raise UserError(
+                f"models: {name} and {first} read the documents as different tokens; checkpoints side by side need "
+                "one tokenizer"
+            )
+    return windows.tokens, windows.counts()

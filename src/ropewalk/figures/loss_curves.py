@@ -1,0 +1,132 @@
+"""Loss by position in the context, and its paired difference to a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ropewalk.figures.figure import Figure, Panel, file_name, rows_of
+from ropewalk.figures.style import Style, draw_curve, interval, label, mark_lengths, tokens_axis
+from ropewalk.figures.training_curves import each_run
+
+TITLE = "Loss by position"
+OWN, NONE = "", "none"  # the kind of what a run was trained with; the setting that adds nothing
+PAIRED = "Differences are paired by document; below 0: lower loss than the baseline."
+
+
+def position_figures(
+    curves: pd.DataFrame,
+    differences: pd.DataFrame,
+    trained_lengths: Mapping[str, int | None],
+    styles: Mapping[str, Style],
+    baseline: str,
+) -> list[Figure]:
+    """Loss curves for each kind of test-time setting and, beside them, the differences to the baseline.
+
+    Args:
+        curves: a row for each run, pass and bucket of positions, ascending: run, kind (what test time adds without its
+            arguments, "" for nothing), setting (in full, or "none"), length (tokens of the pass), position_start,
+            position_end (tokens), value, ci_low, ci_high (nats per token), n (documents).
+        differences: run less baseline over the buckets that both have: run, kind, position_start, position_end, value,
+            ci_low, ci_high, n, and noise (what is known of training noise, in words).
+        trained_lengths: run -> tokens.
+        styles: run -> style.
+        baseline: a run.
+    """
+    kinds = sorted(dict.fromkeys(curves["kind"]), key=lambda kind: kind != OWN)
+    parts = ((kind, curves[curves["kind"] == kind], differences[differences["kind"] == kind]) for kind in kinds)
+    return [_figure(kind, losses, paired, trained_lengths, styles, baseline) for kind, losses, paired in parts]
+
+
+def kind_title(kind: str) -> str:
+    """The heading of a kind of test-time setting."""
+    return f"With {'the spectrum used up to the trained length' if kind == OWN else f'{kind} at test time'}"
+
+
+def _figure(
+    kind: str,
+    losses: pd.DataFrame,
+    differences: pd.DataFrame,
+    trained_lengths: Mapping[str, int | None],
+    styles: Mapping[str, Style],
+    baseline: str,
+) -> Figure:
+    trained = [length for name, length in trained_lengths.items() if length and name in set(losses["run"])]
+    losses, differences = _placed(losses), _placed(differences)
+    draw = partial(_draw, rows=losses, y_label="loss (nats/token)", trained=trained, styles=styles)
+    panels = [Panel(draw, "Loss, 95% interval over documents", _settings(losses))]
+    if len(differences):
+        draw = partial(
+            _draw_differences, rows=differences, trained=trained, styles=styles, zero=styles[baseline]
+        )  # fmt: skip
+        panels.append(Panel(draw, f"Difference to {baseline}"))
+    of_runs = {name: styles[name] for name, _ in each_run(losses)}
+    name = file_name(f"{TITLE} {kind_title(kind)}")
+    numbers, caption = _numbers(losses, differences, baseline), PAIRED if len(differences) else ""
+    return Figure(name, kind_title(kind), rows_of(panels), caption, of_runs, numbers)
+
+
+def _placed(rows: pd.DataFrame) -> pd.DataFrame:
+    """With x, the mean position of a bucket's tokens, which gives [0, 64) a place on a logarithmic axis."""
+    return rows.assign(x=(rows["position_start"].astype(float) + rows["position_end"].astype(float)) / 2)
+
+
+def _settings(losses: pd.DataFrame) -> str:
+    """Which runs read under which test-time setting."""
+    by_setting = losses.groupby("setting", sort=False)["run"].unique()
+    return "; ".join(f"{', '.join(names)}: {setting}" for setting, names in by_setting.items() if setting != NONE)
+
+
+def _draw(axes: Axes, rows: pd.DataFrame, y_label: str, trained: Iterable[int], styles: Mapping[str, Style]) -> None:
+    signed = y_label.startswith("difference")
+    for name, of_run in each_run(rows):
+        for _, part in of_run.groupby("length" if "length" in of_run else "run"):
+            draw_curve(axes, name, styles[name], part, _tips(part, signed=signed))
+    low, high = float(rows["x"].min()), float(rows["position_end"].max())
+    tokens_axis(axes, low / 1.2, high * 1.4, "position (tokens)")
+    mark_lengths(axes, trained, low, high)
+    axes.set_ylabel(label(y_label))
+
+
+def _draw_differences(
+    axes: Axes, rows: pd.DataFrame, trained: Iterable[int], styles: Mapping[str, Style], zero: Style
+) -> None:
+    axes.axhline(0, color=zero.color, linestyle=zero.dash, linewidth=1.5, gid="baseline")
+    _draw(axes, rows, "difference (nats/token)", trained, styles)
+
+
+def _tips(rows: pd.DataFrame, *, signed: bool) -> list[str]:
+    sign = "+" if signed else ""
+    return [
+        f"positions {int(row.position_start):,} to {int(row.position_end):,}, "
+        f"{row.value:{sign}.3f} {interval(row.ci_low, row.ci_high, signed=signed)}, n={int(row.n)}"
+        for row in rows.itertuples()
+    ]
+
+
+def _numbers(losses: pd.DataFrame, differences: pd.DataFrame, baseline: str) -> pd.DataFrame | None:
+    """Loss and difference of each run over the last bucket of positions that all runs share; None: they share none."""
+    buckets = [set(zip(part["position_start"], part["position_end"], strict=True)) for _, part in each_run(losses)]
+    shared = set.intersection(*buckets)
+    if not shared:
+        return None
+    start, end = max(shared)
+    loss, difference = f"loss, positions {int(start):,} to {int(end):,}", f"difference to {baseline}"
+    table = pd.DataFrame("", index=[name for name, _ in each_run(losses)], columns=[loss])
+    for name, rows in each_run(_at(losses, start, end)):
+        row = rows.iloc[-1]
+        table.loc[name, loss] = f"{row['value']:.3f} {interval(row['ci_low'], row['ci_high'])}".rstrip()
+    if len(differences):
+        table[[difference, "training noise"]] = ""
+        for name, rows in each_run(_at(differences, start, end)):
+            row = rows.iloc[-1]
+            text = f"{row['value']:+.4f} {interval(row['ci_low'], row['ci_high'], signed=True)}".rstrip()
+            table.loc[name, [difference, "training noise"]] = text, row["noise"]
+    return table
+
+
+def _at(rows: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
+    return rows[(rows["position_start"] == start) & (rows["position_end"] == end)]

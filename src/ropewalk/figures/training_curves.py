@@ -1,0 +1,184 @@
+"""Training curves: loss against tokens seen, as a whole, by domain and by position in the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ropewalk.figures.figure import ALONE, PANEL, Figure, Panel, file_name, rows_of
+from ropewalk.figures.style import (
+    Style,
+    amount,
+    draw_curve,
+    draw_line,
+    tokens,
+    tokens_axis,
+    tokens_seen_axis,
+)
+
+TITLE = "Training curves"
+DOMAIN, POSITION = "loss/domain/", "loss/position/"
+FINAL_SHARE = 0.1  # of the logged steps, whose mean stands for the end of a curve
+END = "Numbers: mean of the last tenth of the logged steps, nats per token."
+
+
+def training_figures(metrics: pd.DataFrame, styles: Mapping[str, Style]) -> list[Figure]:
+    """Loss against tokens seen with a panel for each trained length, then by domain and by position in the context.
+
+    Args:
+        metrics: rows of logged steps, ascending in each run: run, trained_length (tokens; NA: not recorded), tokens
+            (seen so far), loss and, where logged, ``loss/domain/NAME`` and ``loss/position/END``, nats per token.
+        styles: run -> style.
+    """
+    if metrics.empty:
+        return []
+    lengths = metrics["trained_length"].astype("Int64")
+    keys = sorted(lengths.drop_duplicates(), key=lambda length: 0 if pd.isna(length) else int(length))
+    groups = [
+        (_title(key), metrics[lengths.isna() if pd.isna(key) else (lengths == key).fillna(False)]) for key in keys
+    ]
+    panels = [Panel(partial(_draw_smoothed, rows=rows, styles=styles), title) for title, rows in groups]
+    caption = "Bold: mean of the last fiftieth of the steps; faint: each step." if _is_smoothed(metrics) else ""
+    whole = Figure(
+        file_name(TITLE), TITLE, rows_of(panels), f"{caption} {END}".lstrip(), _of_runs(metrics, styles),
+        _numbers(metrics, ["loss"]), size=ALONE if len(panels) == 1 else PANEL,
+    )  # fmt: skip
+    parts = [
+        figure
+        for title, rows in groups
+        for figure in (*_by_domain(title, rows, styles), *_by_position(title, rows, styles))
+    ]
+    return [whole, *parts]
+
+
+def _of_runs(metrics: pd.DataFrame, styles: Mapping[str, Style]) -> dict[str, Style]:
+    return {name: styles[name] for name in dict.fromkeys(metrics["run"])}
+
+
+def _title(length: object) -> str:
+    return "Trained length not recorded" if pd.isna(length) else f"Trained at {int(length):,} tokens"  # type: ignore[call-overload]
+
+
+def each_run(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each run's name and rows, in order of appearance."""
+    for name, part in rows.groupby("run", sort=False):
+        yield str(name), part
+
+
+def final_mean(rows: pd.DataFrame, column: str) -> float:
+    """Mean of a column over the last tenth of the rows that have it; nan where none has."""
+    if column not in rows:
+        return math.nan
+    values = rows[column].dropna().to_numpy(dtype=float)
+    return float(values[-max(1, round(FINAL_SHARE * len(values))) :].mean()) if len(values) else math.nan
+
+
+def _numbers(rows: pd.DataFrame, columns: list[str], heads: list[str] | None = None) -> pd.DataFrame:
+    """Tokens seen, and the end of every column, for each run."""
+    cells = {
+        name: [amount(part["tokens"].iloc[-1]), *(_number(final_mean(part, column)) for column in columns)]
+        for name, part in each_run(rows)
+    }
+    return pd.DataFrame.from_dict(cells, orient="index", columns=["tokens seen", *(heads or columns)])
+
+
+def _number(value: float, form: str = ".3f") -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def _smoothed(losses: pd.Series) -> pd.Series | None:
+    window = len(losses) // 50
+    return losses.rolling(window, min_periods=1).mean() if window > 1 else None
+
+
+def _is_smoothed(metrics: pd.DataFrame) -> bool:
+    return any(_smoothed(part["loss"]) is not None for _, part in each_run(metrics))
+
+
+def _draw_smoothed(axes: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    for name, part in each_run(rows):
+        smooth = _smoothed(part["loss"])
+        if smooth is not None:
+            draw_line(axes, name, styles[name], part["tokens"], part["loss"], faint=True)
+        draw_line(axes, name, styles[name], part["tokens"], part["loss"] if smooth is None else smooth)
+    _dress(axes)
+
+
+def _draw_column(axes: Axes, rows: pd.DataFrame, column: str, styles: Mapping[str, Style]) -> None:
+    for name, part in each_run(rows.dropna(subset=[column])):
+        draw_line(axes, name, styles[name], part["tokens"], part[column])
+    _dress(axes)
+
+
+def _dress(axes: Axes) -> None:
+    tokens_seen_axis(axes)
+    axes.set_ylabel("loss (nats/token)")
+
+
+def _logged(rows: pd.DataFrame, prefix: str) -> list[str]:
+    """What stands behind ``prefix`` in the names of columns that any of the runs logged."""
+    return [
+        str(name).removeprefix(prefix) for name in rows if str(name).startswith(prefix) and rows[name].notna().any()
+    ]
+
+
+def _by_domain(length: str, rows: pd.DataFrame, styles: Mapping[str, Style]) -> list[Figure]:
+    """A panel for each domain; no figure where no run logged any."""
+    domains = sorted(_logged(rows, DOMAIN))
+    if not domains:
+        return []
+    columns = [DOMAIN + domain for domain in domains]
+    panels = [
+        Panel(partial(_draw_column, rows=rows, column=column, styles=styles), domain)
+        for domain, column in zip(domains, columns, strict=True)
+    ]
+    return [_part(f"{length}, by domain", panels, rows, styles, _numbers(rows, columns, domains), END)]
+
+
+def _by_position(length: str, rows: pd.DataFrame, styles: Mapping[str, Style]) -> list[Figure]:
+    """Loss by context at the end of training, and over training in the first, a middle and the last bucket."""
+    edges = sorted(map(int, _logged(rows, POSITION)))
+    if not edges:
+        return []
+    ends = Panel(partial(_draw_ends, rows=rows, edges=edges, styles=styles), "At the end of training")
+    panels = [ends] + [
+        Panel(
+            partial(_draw_column, rows=rows, column=f"{POSITION}{edge}", styles=styles),
+            f"Contexts of up to {tokens(edge)}",
+        )
+        for edge in dict.fromkeys([edges[0], edges[len(edges) // 2], edges[-1]])
+    ]
+    numbers = _numbers(rows, [f"{POSITION}{edge}" for edge in edges], [f"to {edge:,}" for edge in edges])
+    if len(edges) > 1:
+        numbers[f"to {edges[-1]:,} less to {edges[-2]:,}"] = [
+            _number(final_mean(part, f"{POSITION}{edges[-1]}") - final_mean(part, f"{POSITION}{edges[-2]}"), "+.3f")
+            for _, part in each_run(rows)
+        ]
+    caption = f"A bucket holds contexts of up to so many tokens, from the bucket before on. {END}"
+    return [_part(f"{length}, by position in the context", panels, rows, styles, numbers, caption)]
+
+
+def _part(
+    title: str, panels: list[Panel], rows: pd.DataFrame, styles: Mapping[str, Style], numbers: pd.DataFrame, words: str
+) -> Figure:
+    name = file_name(f"{TITLE} {title}")
+    return Figure(name, title, rows_of(panels), words, _of_runs(rows, styles), numbers)
+
+
+def _draw_ends(axes: Axes, rows: pd.DataFrame, edges: list[int], styles: Mapping[str, Style]) -> None:
+    for name, part in each_run(rows):
+        ends = [(edge, final_mean(part, f"{POSITION}{edge}")) for edge in edges]
+        curve = pd.DataFrame(ends, columns=["x", "value"]).dropna().assign(ci_low=math.nan, ci_high=math.nan)
+        draw_curve(
+            axes,
+            name,
+            styles[name],
+            curve,
+            [f"up to {edge:,} tokens, {value:.3f}" for edge, value in ends if not math.isnan(value)],
+        )
+    tokens_axis(axes, edges[0] / 1.3, edges[-1] * 1.3, "context so far (tokens)")
+    axes.set_ylabel("loss (nats/token)")

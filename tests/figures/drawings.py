@@ -1,0 +1,46 @@
+"""Spectra to draw, and what a drawing shows, read back from its artists."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ropewalk.figures.figure import Figure, compose
+from ropewalk.rope import RopeChain, Spectrum
+
+ABF = {"method": "abf", "theta": 1e7}
+YARN = {"method": "yarn", "factor": 4, "original_max_position_embeddings": 65536}
+CHAINS: dict[str, list[dict]] = {
+    "rope": [ABF],
+    "hardclip20": [ABF, {"method": "hardclip", "clip": 20}],
+    "cope20": [ABF, {"method": "cope", "clip": 20}],
+    "cope20+yarn4": [ABF, {"method": "cope", "clip": 20}, YARN],
+}
+FACTS = {"head_dim": 128, "theta": 5e5, "pretrained_length": 8192, "trained_length": 65536}
+LENGTHS = {"train_length": 65536, "target_length": 262144}
+ROPE = 1e7 ** (-np.arange(64) / 64)
+COPE = ROPE * np.append(np.ones(44), (1 + np.cos(np.pi * np.arange(20) / 19)) / 2)
+
+
+def sample_spectra() -> dict[str, Spectrum]:
+    return {name: RopeChain(chain).spectrum(**FACTS) for name, chain in CHAINS.items()}
+
+
+def axes_of(figure: Figure) -> list[Axes]:
+    """The axes of a figure as files have it, in the order of its panels, without colour bars."""
+    return [axes for axes in compose(figure).axes if axes.get_label() != "<colorbar>"]
+
+
+def curve(axes: Axes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The one line called ``name``; not a faint one behind it, nor a ring or a mark."""
+    (line,) = (one for one in axes.lines if one.get_label() == name and one.get_alpha() is None and not one.get_gid())
+    return np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
+
+
+def marked(axes: Axes, gid: str) -> tuple[float, float]:
+    (line,) = (one for one in axes.lines if one.get_gid() == gid)
+    return float(np.asarray(line.get_xdata())[0]), float(np.asarray(line.get_ydata())[0])
+
+
+def has_mark(axes: Axes, gid: str) -> bool:
+    return any(one.get_gid() == gid for one in axes.lines)
