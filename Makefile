@@ -50,6 +50,7 @@ check: lint types
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 lint-shell:
 	@git ls-files '*.sh' .ci/run | while read -r script; do bash -n "$$script" || exit 1; done
