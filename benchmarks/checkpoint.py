@@ -23,7 +23,8 @@ from demo import demo_config, packed_batch
 from ropewalk.files import fsync_path
 from ropewalk.model import training_config
 from ropewalk.training.checkpoint import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
-from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
 from ropewalk.training.loop import accumulate
 
 

@@ -68,7 +68,8 @@ def step(case: Case) -> None:
     from ropewalk.config import GuardConfig
     from ropewalk.data.batches import Batch
     from ropewalk.model import training_config
-    from ropewalk.training.engine import start_engine, start_processes
+    from ropewalk.training.distributed import start_processes
+    from ropewalk.training.engine import start_engine
     from ropewalk.training.guards import Guard, watch_gradients
     from ropewalk.training.loop import take_step
     from ropewalk.training.parallel import shard

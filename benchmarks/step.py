@@ -24,14 +24,8 @@ from demo import demo_config, packed_batch, told
 from ropewalk.attention import Documents
 from ropewalk.config import TrainConfig
 from ropewalk.model import build_for_training, training_config
-from ropewalk.training.engine import (
-    LossModel,
-    Ranks,
-    parameter_groups,
-    start_engine,
-    start_processes,
-    zero_config,
-)
+from ropewalk.training.distributed import Ranks, start_processes
+from ropewalk.training.engine import LossModel, parameter_groups, start_engine, zero_config
 from ropewalk.training.guards import Guard
 from ropewalk.training.loop import no_boundary, take_step
 from ropewalk.training.metrics import Meter

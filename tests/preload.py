@@ -2,7 +2,7 @@
 
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from ropewalk.training.engine import import_deepspeed
+from ropewalk.training.distributed import import_deepspeed
 from ropewalk.training.loop import train  # noqa: F401
 
 import_deepspeed("cpu")

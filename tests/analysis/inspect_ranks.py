@@ -5,7 +5,7 @@ from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropewalk.analysis.inspection import describe, rotations
-from ropewalk.training.engine import end_processes
+from ropewalk.training.distributed import end_processes
 
 distributed.init_process_group("gloo")
 model = LlamaForCausalLM(

@@ -14,7 +14,8 @@ from helpers import tiny_run
 
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model import training_config
-from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
 from ropewalk.training.loop import accumulate, micro_batches
 
 

@@ -1,19 +1,16 @@
 """What rank 0 alone cannot write ends both ranks with the same line, before they would wait for it."""
 
-import json
 import shutil
 
 import pytest
-import torch.distributed as dist
 from helpers import composed
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.files import blake3_of
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.agreement import by_rank_zero, together
-from ropewalk.training.checkpoint import SaveFailed, checkpoint_directory
+from ropewalk.training.checkpoint import checkpoint_directory
+from ropewalk.training.distributed import start_processes
 from ropewalk.training.elastic import make_universal
-from ropewalk.training.engine import start_processes
 from ropewalk.training.record import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -125,13 +122,3 @@ def test_a_log_on_a_full_disk(store_64, tmp_path):
                      fault="rank_zero_prints_to_a_full_disk") as ranks:  # fmt: skip
         assert ranks.wait(60) == [0, 0], ranks.output()
     assert len(read_metrics(tmp_path / "run")) == 4
-
-
-def test_one_rank_alone():
-    start_processes("cpu")
-    assert dist.get_world_size() == 1
-    assert together(lambda a, b: a + b, 1, 2) == by_rank_zero(lambda: 3) == 3
-    with pytest.raises(ValueError, match=r"^Expecting value"):
-        together(json.loads, "")
-    with pytest.raises(SaveFailed, match=r"^rank 0: .*No such file"):
-        together(open, "/nowhere/at/all", failure=SaveFailed)

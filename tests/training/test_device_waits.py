@@ -8,7 +8,8 @@ import torch
 from helpers import tiny_run
 
 from ropewalk.model import training_config
-from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import micro_batches, open_data
 from ropewalk.training.loop import take_step

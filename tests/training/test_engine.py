@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model import training_config
-from ropewalk.training.engine import parameter_groups, start_engine, start_processes, zero_config
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import parameter_groups, start_engine, zero_config
 from ropewalk.training.loop import accumulate, micro_batches
 
 HERE = Path(__file__).parent

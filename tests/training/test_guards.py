@@ -12,7 +12,8 @@ from ranks import start_ranks, tiny_arguments
 from ropewalk.config import GuardConfig
 from ropewalk.model import training_config
 from ropewalk.training import find_checkpoint, loop, train
-from ropewalk.training.engine import start_engine, start_processes
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard, StepResult, TrainingStopped, watch_gradients
 from ropewalk.training.loop import micro_batches, open_data, take_step
 from ropewalk.training.record import read_metrics

@@ -19,7 +19,8 @@ from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum
 from ropewalk.training import find_checkpoint, loop, train
 from ropewalk.training.checkpoint import load_checkpoint
-from ropewalk.training.engine import place_spectrum, start_engine, start_processes
+from ropewalk.training.distributed import start_processes
+from ropewalk.training.engine import place_spectrum, start_engine
 from ropewalk.training.guards import Guard
 from ropewalk.training.loop import micro_batches, open_data, take_step
 from ropewalk.training.record import read_metrics

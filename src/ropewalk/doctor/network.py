@@ -15,7 +15,7 @@ from ropewalk.config import ClusterConfig
 from ropewalk.doctor.disk import SKEW
 from ropewalk.doctor.findings import Finding, fail, ok, warn
 from ropewalk.files import write_atomically
-from ropewalk.training.agreement import by_rank_zero
+from ropewalk.training.distributed import by_rank_zero, gather
 
 PATIENCE = timedelta(minutes=3)  # of a collective; a dead link then ends the doctor, not a run hours later
 SIZE = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}  # bytes that are added up
@@ -23,11 +23,6 @@ ROUNDS = 5
 SLOW_SHARE = 0.3  # of what the cluster group says of its links
 VISIBLE_WITHIN = 60.0  # seconds; NFS may remember for so long that a file is not there
 GB = 1e9
-
-
-def join() -> None:
-    """Join the other ranks over gloo, which findings go through: it needs no GPU, and waits for slow disks."""
-    dist.init_process_group("gloo")
 
 
 def links(device: torch.device) -> dist.ProcessGroup:
@@ -86,9 +81,8 @@ def _settle(device: torch.device, group: dist.ProcessGroup | None) -> None:
 
 def check_clocks() -> Iterator[Finding]:
     """The nodes' clocks against each other. Collective."""
-    clocks: list[float] = [0.0] * dist.get_world_size()
     dist.barrier()
-    dist.all_gather_object(clocks, time.time())
+    clocks = gather(time.time())
     spread = max(clocks) - min(clocks)
     if spread > SKEW:
         yield warn("clock", f"the nodes' clocks are {spread:.0f} s apart; have them follow one NTP server")

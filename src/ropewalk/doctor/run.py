@@ -16,12 +16,13 @@ from ropewalk.doctor.disk import check_file_system, check_space, make_directory
 from ropewalk.doctor.findings import Finding, guarded, screen, warn
 from ropewalk.doctor.inputs import check_evaluated, check_runs, check_sources, check_suite
 from ropewalk.doctor.machine import check_data, check_device, check_kernels, check_model
-from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, join, links
+from ropewalk.doctor.network import check_all_reduce, check_clocks, check_shared, links
 from ropewalk.errors import UserError
 from ropewalk.launch import take_place
 from ropewalk.model import count_parameters, training_config
 from ropewalk.planner.cost import checkpoints_kept
 from ropewalk.training.checkpoint import MANIFEST, find_checkpoint
+from ropewalk.training.distributed import gather, join_launched
 
 
 def examine(config: TrainConfig) -> int:
@@ -32,26 +33,18 @@ def examine(config: TrainConfig) -> int:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     gpus = int(os.environ.get("SLURM_NTASKS_PER_NODE") or config.cluster.gpus_per_node)  # one task a GPU
     findings = guarded("device", lambda: check_device(config.trainer.device, gpus, local_rank))
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if together:
-        join()
+    ranks = join_launched()  # over gloo, which needs no GPU, and waits for slow disks
+    together = ranks.world_size > 1
     findings += _of_this_rank(config, device)
     of_ranks = _together(config, device, findings) if together else [(_node(), [*findings, *_alone(device)])]
     nodes = len({name for name, _ in of_ranks})
     text, failed = screen(f"doctor: {config.run_name}, {len(of_ranks)} ranks on {nodes} nodes", of_ranks)
-    if not together or dist.get_rank() == 0:
+    if ranks.is_main:
         print(text, flush=True)
     if together:
         dist.barrier()
         dist.destroy_process_group()
     return failed
-
-
-def _gathered(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
-    """Each rank's node and findings. Collective."""
-    of_ranks: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, (_node(), findings))
-    return of_ranks
 
 
 def examine_evaluation(config: EvaluateConfig) -> int:
@@ -128,13 +121,13 @@ def _together(config: TrainConfig, device: torch.device, findings: list[Finding]
         "clock": check_clocks,
         "shared": lambda: check_shared(make_directory(Path(config.run_dir))),
     }
-    of_ranks = _gathered(findings)
+    of_ranks = gather((_node(), findings))
     for subject, check in checks.items():
         if any(finding.level == "FAIL" for _, of_rank in of_ranks for finding in of_rank):
             findings = [*findings, warn(subject, "not looked at, since something was found before")]
         else:
             findings = findings + guarded(subject, check)
-        of_ranks = _gathered(findings)
+        of_ranks = gather((_node(), findings))
     return of_ranks
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from ropewalk.config import EvaluateConfig, TrainConfig
@@ -22,7 +21,7 @@ from ropewalk.evaluation.results import RECORD, document_table, results_table, w
 from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.training.engine import Ranks
+from ropewalk.training.distributed import Ranks, gather
 from ropewalk.training.terminal import tell
 
 # (task, metric) of a result -> its name in evaluations.jsonl and in the tracker
@@ -87,12 +86,11 @@ class TrainingEvaluation:
             losses = scorer.token_losses(self.windows.tokens[names[index]])
             documents[index] = list(document_rows(names[index], losses, edges))
         scores = {index: score_prompts(scorer, [self.prompts[index]]) for index in self._dealt(self.prompts)}
-        gathered: list[tuple[dict[int, Any], dict[int, Any]]] = [({}, {})] * self.ranks.world_size
-        dist.all_gather_object(gathered, (documents, scores))
+        shares = gather((documents, scores))
         if not self.ranks.is_main:
             return {}
-        rows = [row for rows in in_order(share for share, _ in gathered) for row in rows]
-        return self._report(step, rows, in_order(share for _, share in gathered))
+        rows = [row for rows in in_order(losses for losses, _ in shares) for row in rows]
+        return self._report(step, rows, in_order(grades for _, grades in shares))
 
     def _dealt(self, items: Sequence[Any]) -> list[int]:
         """Numbers of this rank's items; as many on every rank, the first ones again where they run out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from ropewalk.evaluation.harness.lm_eval.lm_eval_suite import run_lm_eval
 from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import check_scorers, check_tasks
 from ropewalk.evaluation.harness.ruler.ruler_suite import run_ruler, validate_ruler
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import averages, read_results, writable_directory
 from ropewalk.evaluation.results_store import ResultsStore
 from ropewalk.files import replace_atomically
+from ropewalk.training.distributed import Ranks, gather, join_launched, rank_zero_first
 
+PATIENCE = timedelta(days=7)  # one rank's long prompts may keep the others waiting for hours
 PAPER_CSV = "paper.csv"
 UNSCALED = TestTimeConfig(name="none")
 HARNESSES = {"quick": run_held_out, "ruler": run_ruler, "lm_eval": run_lm_eval, "helmet": run_helmet}
@@ -53,20 +55,19 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
     for suite in suites:
         check_scorers(suite)
     published = None if config.suite.published is None else read_published(config.suite.published)
-    ranks = ranks or Ranks.launched()
-    checkpoint = ranks.first_alone(lambda: open_checkpoint(config))  # it may export the run
+    ranks = ranks or join_launched(timeout=PATIENCE)
+    checkpoint = rank_zero_first(lambda: open_checkpoint(config))  # it may export the run
     output = writable_directory("output", config.output)
     store = ResultsStore(output, config.overwrite)
     for suite in suites:
         for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
             HARNESSES[suite.harness](checkpoint, suite, test_time, store, ranks)
-    ranks.gather(None)
+    gather(None)
     if ranks.rank == 0:
         store.write_tables()
         print(summarize(read_results(output), suites), flush=True)
         if published is not None:
             print(compare_published(output, published), flush=True)
-    ranks.close()
     return read_results(output)
 
 

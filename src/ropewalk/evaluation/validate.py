@@ -21,7 +21,6 @@ from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import beginning, encode, find_documents
 from ropewalk.evaluation.evaluated_checkpoint import load_tokenizer, open_checkpoint
 from ropewalk.evaluation.harness.held_out import passes_of, read_windows, unfinished_cells, validate_held_out
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import (
     as_shares,
     read_document_losses,
@@ -40,6 +39,7 @@ from ropewalk.model import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
 from ropewalk.rope.cautions import clip_of, in_words
+from ropewalk.training.distributed import Ranks
 
 FIRST_CLIP = 10
 RECORD = "validate.json"
@@ -114,7 +114,7 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
     _check_arms(arms)
     print(_announce(config, position, arms, lengths, left_out), flush=True)
     for evaluation in {arm.directory: arm.config for arm in arms}.values():
-        evaluate(evaluation, Ranks.alone())
+        evaluate(evaluation, Ranks())
     table = validation_table([_measured(arm) for arm in arms], lengths, config.tolerance, config.seed)
     documents = read_record(arms[0].directory)["documents"]
     found = sentences(table, config.tolerance, documents["too_short"])

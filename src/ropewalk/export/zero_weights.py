@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ropewalk.errors import UserError
 from ropewalk.training.checkpoint import ZERO, verify_checkpoint
-from ropewalk.training.engine import import_deepspeed
+from ropewalk.training.distributed import import_deepspeed
 
 _PREFIX = "lm."  # LossModel's attribute
 _OPTIMIZER = "optimizer_state_dict"

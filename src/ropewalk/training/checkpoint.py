@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
 from ropewalk.model import write_config
-from ropewalk.training.agreement import together
 from ropewalk.training.background import Work, snapshot
+from ropewalk.training.distributed import gather, together
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -255,8 +255,7 @@ def _commit(
     state: Mapping[str, Any],
     mine: dict[str, Any],
 ) -> None:
-    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)  # every rank's files are durable by now
+    shares = gather(mine)  # every rank's files are durable by now
     if dist.get_rank() != 0:
         return
     manifest = {
@@ -264,7 +263,7 @@ def _commit(
         **facts,
         "contract": dict(contract),
         "state": dict(state),
-        "files": {name: entry for files in gathered for name, entry in sorted(files.items())},
+        "files": {name: entry for files in shares for name, entry in sorted(files.items())},
     }
     fsync_path(directory / ZERO)
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
-from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
 from ropewalk.training.background import Work
 from ropewalk.training.checkpoint import MANIFEST, ZERO
+from ropewalk.training.distributed import by_rank_zero, first_problem, together, writing
 from ropewalk.training.terminal import tell
 
 SOURCE = "source.json"

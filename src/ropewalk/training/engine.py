@@ -1,156 +1,23 @@
-"""The DeepSpeed engine: process group, ZeRO configuration, optimizer, and the model whose output is the loss."""
+"""The DeepSpeed engine: ZeRO configuration, optimizer, and the model whose output is the loss."""
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import logging
-import os
-import time
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.attention import Documents
 from ropewalk.config import DeepSpeedConfig, TrainConfig, TrainerConfig
-from ropewalk.errors import UserError
-from ropewalk.launch import take_place
 from ropewalk.loss import tiled_linear_cross_entropy
 from ropewalk.model import build_for_training
 from ropewalk.rope.position import position_of
 from ropewalk.rotary import assert_spectrum, install_spectrum
 from ropewalk.training.activations import place_activations
+from ropewalk.training.distributed import Ranks, import_deepspeed
 from ropewalk.training.parallel import sequence_groups
-
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the others.
-
-    Attributes:
-        rank: 0 to world_size - 1.
-        world_size: processes of the run.
-        device: where this one computes.
-        sequence: neighbouring ranks that share each row of tokens (parallel.sequence).
-        group: those ranks; None where there is no other.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    sequence: int = 1
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the ``data_size`` shares of the global batch this rank works on."""
-        return self.rank // self.sequence
-
-    @property
-    def data_size(self) -> int:
-        """Shares that the global batch is divided in."""
-        return self.world_size // self.sequence
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank prints and writes the run's record."""
-        return self.rank == 0
-
-
-def world_size() -> int:
-    """Ranks that the launcher, srun or torchrun, has announced, before any of them is joined.
-
-    Raises:
-        UserError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
-            node: each would be a run of its own in the same directory.
-    """
-    take_place()
-    if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        raise UserError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start_processes(device: str, sequence: int = 1) -> Ranks:
-    """Join the process group that srun or torchrun describes; alone, make one of a single process.
-
-    Args:
-        device: cpu or cuda.
-        sequence: neighbouring ranks that share a row of tokens.
-    """
-    deepspeed = import_deepspeed(device)
-    if not dist.is_initialized():
-        _join(deepspeed, device)
-    where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-    _, group = sequence_groups(sequence)
-    return Ranks(dist.get_rank(), dist.get_world_size(), where, sequence, group)
-
-
-def _join(deepspeed: Any, device: str) -> None:
-    if "RANK" not in os.environ:
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",  # any free one: found by the store itself, so that no other process takes it meanwhile
-        }
-        os.environ.update(alone)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
-    atexit.register(end_processes)
-
-
-def end_processes() -> None:
-    """Leave the process group and let its threads come to rest; called at exit.
-
-    A gloo thread lets go of a collective's tensors a moment after the collective is done, and takes the interpreter's
-    lock for that. If the interpreter is ending by then, Python ends the thread inside a C++ destructor and the process
-    aborts with "terminate called without an active exception". Destroying the group would join the threads, but
-    DeepSpeed's parameters keep it alive; sleeping leaves them the lock, and without a collective they never want it
-    again.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    time.sleep(GLOO_THREADS_REST)
-
-
-def import_deepspeed(device: str) -> Any:
-    """DeepSpeed, told which accelerator is meant and kept from compiling what is not used.
-
-    On CPU the first init would build the shared-memory collective, for minutes; only inference calls it.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device)
-    # DeepSpeed 0.19 calls torch.distributed names that torch 2.13 deprecates, twice a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.logger.setLevel(logging.WARNING)
-    if device == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _return_freed_memory()
-    return deepspeed
-
-
-def _return_freed_memory() -> None:
-    """Have glibc give large freed blocks back to the system at once.
-
-    Left alone it raises its own threshold to 32 MB, and ZeRO-3's small gathered weights then pin freed activations in
-    the heap: a forward pass with activation checkpointing grew by 2.2 GiB where 0.2 GiB was alive.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def accumulation_steps(trainer: TrainerConfig, data_size: int) -> int:

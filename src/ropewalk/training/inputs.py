@@ -16,7 +16,7 @@ from ropewalk.data.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.remote import open_stores
 from ropewalk.data.tokenizer import check_same_vocabulary
 from ropewalk.errors import UserError
-from ropewalk.training.engine import Ranks
+from ropewalk.training.distributed import Ranks
 from ropewalk.training.parallel import shard
 
 

@@ -19,19 +19,11 @@ from ropewalk.data.batches import Batch
 from ropewalk.data.prefetch import prefetched
 from ropewalk.model import training_config
 from ropewalk.rope.position import Position, position_of
-from ropewalk.training.agreement import by_rank_zero
 from ropewalk.training.checkpoint import load_checkpoint
 from ropewalk.training.contract import contract
+from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, launched_world_size, start_processes
 from ropewalk.training.elastic import make_universal, require_stage
-from ropewalk.training.engine import (
-    Ranks,
-    averaging_ranks,
-    place_spectrum,
-    restore_settings,
-    start_engine,
-    start_processes,
-    world_size,
-)
+from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
 from ropewalk.training.guards import (
     Guard,
     StepResult,
@@ -48,7 +40,7 @@ from ropewalk.training.resume import Origin, find_origin, require_writable
 from ropewalk.training.saving import Saver
 from ropewalk.training.schedule import learning_rate
 from ropewalk.training.scoring import EngineScorer
-from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested, control_group
+from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested
 from ropewalk.training.start import Start, find_start, prepare_start, write_start
 from ropewalk.training.terminal import tell
 from ropewalk.training.watchdog import Watchdog
@@ -78,7 +70,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     """
     trainer = config.trainer
     require_device("trainer.device", trainer.device)
-    validate_train(config, world_size())
+    validate_train(config, launched_world_size())
     store, mixture = open_data(config)
     ranks = start_processes(trainer.device, config.parallel.sequence)
     start = find_start(config)

@@ -18,8 +18,7 @@ from ropewalk.data import Mixture, PackedStore
 from ropewalk.model import count_parameters
 from ropewalk.provenance import recorded_config
 from ropewalk.rope.position import Position, position_of
-from ropewalk.training.agreement import by_rank_zero, writing
-from ropewalk.training.engine import Ranks
+from ropewalk.training.distributed import Ranks, by_rank_zero, writing
 from ropewalk.training.guards import StepResult
 from ropewalk.training.metrics import Meter
 from ropewalk.training.record import EVALUATIONS, MetricsFile, Progress, copy_tokenizer, write_record

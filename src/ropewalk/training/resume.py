@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ropewalk.config import ResumeConfig
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path
-from ropewalk.training.agreement import by_rank_zero, first_problem, together, writing
 from ropewalk.training.checkpoint import MANIFEST, read_manifest, verify_checkpoint
 from ropewalk.training.contract import check_contract
+from ropewalk.training.distributed import by_rank_zero, first_problem, together, writing
 from ropewalk.training.terminal import tell
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from ropewalk.config import TrainConfig
 from ropewalk.provenance import recorded_config
 from ropewalk.training.checkpoint import SaveFailed, StartedSave, start_save
+from ropewalk.training.distributed import control_group
 from ropewalk.training.observer import Observer
 from ropewalk.training.retention import prune_checkpoints
-from ropewalk.training.signals import EXIT_REQUEUE, control_group
+from ropewalk.training.signals import EXIT_REQUEUE
 
 
 class Saver:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ropewalk.data.batches import IGNORE_INDEX, Batch
-from ropewalk.training.engine import Ranks
+from ropewalk.training.distributed import Ranks
 from ropewalk.training.inputs import on_device
 from ropewalk.training.parallel import shard
 

@@ -109,8 +109,3 @@ class StopFlag:
 
 def _noted_elsewhere(number: int, frame: FrameType | None) -> None:
     """Keep the default action from being taken; the thread has the signal already."""
-
-
-def control_group(device: str) -> dist.ProcessGroup | None:
-    """A process group for words between the ranks' CPUs; None (the default group) where that one is gloo already."""
-    return dist.new_group(backend="gloo") if device == "cuda" else None

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ropewalk.config import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
-from ropewalk.training.agreement import by_rank_zero, first_problem, writing
 from ropewalk.training.checkpoint import (
     MANIFEST,
     find_checkpoint,
@@ -26,6 +25,7 @@ from ropewalk.training.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
+from ropewalk.training.distributed import by_rank_zero, first_problem, writing
 from ropewalk.training.elastic import make_universal, require_stage
 from ropewalk.training.terminal import tell
 

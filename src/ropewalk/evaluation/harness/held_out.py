@@ -24,7 +24,6 @@ from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, valida
 from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.harness.needle_retrieval import Prompt, build_grid, chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.model_reader import ModelScorer, Scorer, chunk_for
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results import (
     ESTIMATE,
     OWN_HARNESS,
@@ -36,6 +35,7 @@ from ropewalk.evaluation.results import (
 )
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.evaluation.settings import Setting, settings_by_length
+from ropewalk.training.distributed import Ranks, gather
 
 LOSS, NEEDLE = "loss", "needle"  # tasks of the cells
 
@@ -153,7 +153,7 @@ class _Measurement:
             length: build_grid(checkpoint.tokenizer, windows, length, self.config.needle, self.config.seed)
             for length in self.config.lengths
         }
-        self.progress = Progress(sum(self._tokens(cell) for cell in cells) // ranks.size)
+        self.progress = Progress(sum(self._tokens(cell) for cell in cells) // ranks.world_size)
 
     def _tokens(self, cell: Cell) -> int:
         length = int(cell.length or 0)
@@ -164,7 +164,7 @@ class _Measurement:
 
         @functools.cache  # one model, and none if every cell is finished
         def scorer() -> Scorer:
-            model = self.checkpoint.load(setting, setting.longest, self.ranks.device(self.config.device))
+            model = self.checkpoint.load(setting, setting.longest, self.ranks.local_device(self.config.device))
             return ModelScorer(model, prefill_chunk=self.config.prefill_chunk or chunk_for(setting.longest))
 
         columns = self.checkpoint.columns(setting)
@@ -185,22 +185,22 @@ class _Measurement:
         """The losses of every document, in order; each rank reads its share of them."""
         columns = {"run": self.checkpoint.run, "setting": setting.name, "context_length": setting.longest}
         share: dict[int, list[dict[str, Any]]] = {}
-        total = len(self.windows.tokens)
-        for number, (name, ids) in list(enumerate(self.windows.tokens.items()))[self.ranks.rank :: self.ranks.size]:
+        numbered = list(enumerate(self.windows.tokens.items()))
+        for number, (name, ids) in numbered[self.ranks.rank :: self.ranks.world_size]:
             losses = scorer.token_losses(ids[: setting.longest])
             share[number] = [columns | row for row in document_rows(name, losses, self.edges)]
-            self.progress.advance(setting.longest, f"loss to {setting.longest}, document {number + 1}/{total}")
-        return document_table(row for rows in in_order(self.ranks.gather(share)) for row in rows)
+            self.progress.advance(setting.longest, f"loss to {setting.longest}, document {number + 1}/{len(numbered)}")
+        return document_table(row for rows in in_order(gather(share)) for row in rows)
 
     def _scores(self, length: int, scorer: Scorer) -> pd.DataFrame:
         """The scores of every prompt, in order; each rank answers its share of every depth."""
         prompts, samples = self.prompts[length], self.config.needle.samples
         share: dict[int, pd.DataFrame] = {}
         for first in range(0, len(prompts), samples):
-            numbers = range(first, first + samples)[self.ranks.rank :: self.ranks.size]
+            numbers = range(first, first + samples)[self.ranks.rank :: self.ranks.world_size]
             share |= {number: score_prompts(scorer, [prompts[number]]) for number in numbers}
             self.progress.advance(length * len(numbers), f"needle at {length}, depth {prompts[first].depth:g}")
-        return pd.concat(in_order(self.ranks.gather(share)), ignore_index=True)
+        return pd.concat(in_order(gather(share)), ignore_index=True)
 
 
 def in_order(shares: Iterable[Mapping[int, Any]]) -> list[Any]:

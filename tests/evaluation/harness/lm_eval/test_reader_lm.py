@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ropewalk.evaluation.model_reader import ModelReader
-from ropewalk.evaluation.ranks import Ranks
+from ropewalk.training.distributed import Ranks
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -17,7 +17,7 @@ from ropewalk.evaluation.harness.lm_eval.reader_lm import ReaderLM, before_first
 
 @pytest.fixture
 def lm(model, tokenizer) -> ReaderLM:
-    return ReaderLM(ModelReader(model, 32), tokenizer, 200, "error", Ranks.alone())
+    return ReaderLM(ModelReader(model, 32), tokenizer, 200, "error", Ranks())
 
 
 def asked(kind: str, *arguments) -> Instance:

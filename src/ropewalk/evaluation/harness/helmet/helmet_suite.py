@@ -18,10 +18,10 @@ from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, scaled
 from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES, LENGTHS, Category, Dataset, with_samples
 from ropewalk.evaluation.harness.helmet.helmet_inputs import rebuild
 from ropewalk.evaluation.harness.helmet.helmet_scores import JUDGED, score_rows, unpublished_row
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.evaluation.settings import Setting
 from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.training.distributed import Ranks
 
 HARNESS = "helmet"
 LAUNCHER = Path(__file__).with_name("helmet_launcher.py")
@@ -36,7 +36,7 @@ def run_helmet(
     Raises:
         UserError: for a checkout that is none, a category that HELMET does not have, or a run of it that failed.
     """
-    if ranks.size > 1:
+    if ranks.world_size > 1:
         raise UserError("suite=helmet runs HELMET's own process; start scripts/evaluate.py without torchrun for it")
     checkout = check_checkout(suite)
     version = helmet_version(checkout)

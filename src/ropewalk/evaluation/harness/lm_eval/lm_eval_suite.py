@@ -15,9 +15,9 @@ from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import (
     task_spec,
 )
 from ropewalk.evaluation.model_reader import ModelReader
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.evaluation.settings import Setting
+from ropewalk.training.distributed import Ranks, gather
 
 HARNESS = "lm-eval"
 
@@ -51,7 +51,7 @@ def run_lm_eval(
                 print(f"begun: {cell}", flush=True)
             lm.cut = Counter()
             results = run_task(lm, specs[task], suite.few_shot.get(task), suite.samples, checkpoint.config.seed, at)
-            cut = sum((Counter(part) for part in ranks.gather(dict(lm.cut))), Counter())
+            cut = sum((Counter(part) for part in gather(dict(lm.cut))), Counter())
             if results is not None:
                 common = {
                     **columns,
@@ -74,7 +74,7 @@ def language_model(checkpoint: EvaluatedCheckpoint, setting: Setting, length: in
         return load_vllm(checkpoint, setting, length, overflow)
     from ropewalk.evaluation.harness.lm_eval.reader_lm import ReaderLM  # imports lm-eval, an extra
 
-    model = checkpoint.load(setting, length, ranks.device(config.device))
+    model = checkpoint.load(setting, length, ranks.local_device(config.device))
     return ReaderLM(ModelReader(model, config.prefill_chunk), checkpoint.tokenizer, length, overflow, ranks)
 
 

@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.model_reader import ModelReader
-from ropewalk.evaluation.ranks import Ranks
+from ropewalk.training.distributed import Ranks, gather
 
 Item = TypeVar("Item")
 LOG_EVERY = 30.0  # seconds
@@ -45,9 +45,8 @@ class ReaderLM(TemplateLM):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.overflow = overflow
-        self.ranks = ranks
         self.cut: Counter[str] = Counter()
-        self._rank, self._world_size, self._device = ranks.rank, ranks.size, torch.device("cpu")
+        self._rank, self._world_size, self._device = ranks.rank, ranks.world_size, torch.device("cpu")
 
     @property
     def eot_token_id(self) -> int:
@@ -132,15 +131,15 @@ class ReaderLM(TemplateLM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """A number of each rank, in order."""
-        return torch.tensor(self.ranks.gather(int(tensor)))
+        return torch.tensor(gather(int(tensor)))
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
         """An object of each rank, in order."""
-        return self.ranks.gather(obj)
+        return gather(obj)
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        self.ranks.gather(None)
+        gather(None)
 
 
 def before_first(text: str, stops: Iterable[str]) -> str:

@@ -14,8 +14,8 @@ from ropewalk.evaluation.harness.lm_eval.lm_eval_suite import language_model
 from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import harness_version, run_task
 from ropewalk.evaluation.harness.ruler.ruler_prompts import Sample, build_samples, check_length
 from ropewalk.evaluation.harness.ruler.ruler_tasks import PUBLISHED_SAMPLES, SCORES, TASKS, RulerTask, cleaned
-from ropewalk.evaluation.ranks import Ranks
 from ropewalk.evaluation.results_store import Cell, ResultsStore
+from ropewalk.training.distributed import Ranks
 
 HARNESS = "ruler"
 WELL_FILLED = 0.9  # of the length; a prompt that is shorter on average is said to be

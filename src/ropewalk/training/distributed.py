@@ -1,0 +1,266 @@
+"""Ranks: the processes of a run, how they join and leave their group, and how they agree.
+
+What one rank fails at, all ranks fail at: none waits in a collective for another that has given up. Every function here
+is for the default process group; a process without one is alone, and each collective is then a plain call.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from ropewalk.errors import UserError
+from ropewalk.launch import take_place
+from ropewalk.training.parallel import sequence_groups
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
+CPU = torch.device("cpu")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others; ``Ranks()`` is a process alone.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: processes that share the work.
+        device: where this one trains.
+        sequence: neighbouring ranks that share each row of tokens (parallel.sequence).
+        group: those ranks; None if there is no other.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+    sequence: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's share of the global batch, 0 to data_size - 1."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        """Shares that the global batch is divided in."""
+        return self.world_size // self.sequence
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that prints and writes the run's record."""
+        return self.rank == 0
+
+    def local_device(self, kind: str) -> str:
+        """This process's own device: ``cuda`` becomes ``cuda:<local rank>`` among several processes.
+
+        Raises:
+            UserError: for ``auto`` among several processes, each of which would take all GPUs.
+        """
+        if kind == "auto" and self.world_size > 1:
+            raise UserError("device=auto spreads one model over all GPUs; start one process, without torchrun")
+        if kind != "cuda" or self.world_size == 1:
+            return kind
+        return f"cuda:{self.rank % torch.cuda.device_count()}"
+
+
+def launched_world_size() -> int:
+    """Ranks that the launcher, srun or torchrun, has announced, before any of them is joined.
+
+    Raises:
+        UserError: where srun started several tasks that do not know where to meet, or a rank lacks its place on the
+            node: each would be a run of its own in the same directory.
+    """
+    take_place()
+    if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        raise UserError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_launched(timeout: timedelta | None = None) -> Ranks:
+    """Join the processes that torchrun or slurm/rank.py started, over gloo, to exchange results; no engine follows.
+
+    A process that was started alone forms no group.
+
+    Args:
+        timeout: of a collective; None: torch's default for gloo, half an hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timeout)
+        atexit.register(end_processes)
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def start_processes(device: str, sequence: int = 1) -> Ranks:
+    """Join the process group that the engine works in; a process alone makes one of a single process.
+
+    Args:
+        device: cpu or cuda.
+        sequence: neighbouring ranks that share a row of tokens.
+    """
+    deepspeed = import_deepspeed(device)
+    if not dist.is_initialized():
+        _join(deepspeed, device)
+    own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else CPU
+    _, group = sequence_groups(sequence)
+    return Ranks(dist.get_rank(), dist.get_world_size(), own, sequence, group)
+
+
+def _join(deepspeed: Any, device: str) -> None:
+    if "RANK" not in os.environ:
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",  # any free one: found by the store itself, so that no other process takes it meanwhile
+        }
+        os.environ.update(alone)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    atexit.register(end_processes)
+
+
+def end_processes() -> None:
+    """Leave the process group and let its threads come to rest; called at exit.
+
+    A gloo thread lets go of a collective's tensors a moment after the collective is done, and takes the interpreter's
+    lock for that. If the interpreter is ending by then, Python ends the thread inside a C++ destructor and the process
+    aborts with "terminate called without an active exception". Destroying the group would join the threads, but
+    DeepSpeed's parameters keep it alive; sleeping leaves them the lock, and without a collective they never want it
+    again.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(GLOO_THREADS_REST)
+
+
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed, set to the accelerator that is meant and kept from compiling what is not used.
+
+    On CPU the first init would build the shared-memory collective, for minutes; only inference calls it.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    # DeepSpeed 0.19 calls torch.distributed names that torch 2.13 deprecates, twice a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _return_freed_memory()
+    return deepspeed
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give large freed blocks back to the system at once.
+
+    Left alone it raises its own threshold to 32 MB, and ZeRO-3's small gathered weights then pin freed activations in
+    the heap: a forward pass with activation checkpointing grew by 2.2 GiB where 0.2 GiB was alive.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+
+
+def control_group(device: str) -> dist.ProcessGroup | None:
+    """A gloo group for agreement between the ranks' CPUs; None (the default group) if that one is gloo. Collective."""
+    return dist.new_group(backend="gloo") if device == "cuda" else None
+
+
+def gather(item: T) -> list[T]:
+    """The item of every rank, in their order, on every rank. Collective."""
+    if not dist.is_initialized():
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def first_problem(problem: T | None) -> T | None:
+    """The lowest rank's problem, on every rank; None if no rank has one. Collective."""
+    return next((problem for problem in gather(problem) if problem is not None), None)
+
+
+def together(work: Callable[..., T], *arguments: Any, failure: type[Exception] = UserError) -> T:
+    """Do this rank's part of something, and return its result. Collective.
+
+    Raises:
+        failure: on every rank, with the same words, if any rank's part raised OSError or UserError; for a ``failure``
+            of another type, also if it raised any other ValueError.
+        Exception: if a part raised anything else, which is a fault of the program: itself on its own rank, RuntimeError
+            on the others.
+    """
+    problem, result, cause = None, None, None
+    expected = (OSError, UserError if failure is UserError else ValueError, SafetensorError)
+    try:
+        result = work(*arguments)
+    except Exception as error:
+        words = str(error) if isinstance(error, UserError) else f"rank {_rank()}: {error}"
+        problem, cause = (words, not isinstance(error, expected)), error
+    problem = first_problem(problem)
+    if problem is not None:
+        words, is_fault = problem
+        if is_fault:
+            raise cause or RuntimeError(words)
+        raise failure(words) from cause
+    return cast(T, result)
+
+
+def by_rank_zero(work: Callable[..., T], *arguments: Any) -> T:
+    """Have rank 0 do something; its result, on every rank. Collective.
+
+    Raises:
+        UserError: on every rank, if it raised OSError or UserError; of other exceptions see :func:`together`.
+    """
+    results = [together(lambda: work(*arguments) if _rank() == 0 else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(results)
+    return cast(T, results[0])
+
+
+def rank_zero_first(work: Callable[[], T]) -> T:
+    """Do something on rank 0 before the others: it may write what they then read. Each returns its own. Collective.
+
+    Raises:
+        UserError: on every rank, if it raised OSError or UserError on rank 0; of other exceptions see :func:`together`.
+    """
+    if not dist.is_initialized():
+        return work()
+    result = together(lambda: work() if _rank() == 0 else None)
+    return cast(T, result) if _rank() == 0 else work()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Make an OSError of writing into a run's directory a UserError that names the directory and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir={run_dir} cannot be written ({error}); free space there, or choose another run_dir or "
+            "paths.output_dir"
+        ) from error

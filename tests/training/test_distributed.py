@@ -1,0 +1,110 @@
+"""Ranks join, gather and agree: no rank waits for one that failed."""
+
+import json
+import socket
+import subprocess
+import sys
+from ast import literal_eval
+from contextlib import closing
+
+import pytest
+import torch.distributed as dist
+from helpers import alone_environment
+
+from ropewalk.training.checkpoint import SaveFailed
+from ropewalk.training.distributed import by_rank_zero, gather, join_launched, start_processes, together
+
+JOIN = """
+from ropewalk.launch import take_place
+
+take_place()
+"""
+CODE = """
+from ropewalk.training.distributed import gather, join_launched
+
+ranks = join_launched()
+print(ranks.world_size, gather(ranks.rank))
+"""
+
+
+def two_ranks(code: str) -> list[str]:
+    """Output of two processes with what srun and the job script give them, and nothing of torchrun's."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = str(taken.getsockname()[1])
+    given = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN + code],
+            env={**alone_environment(), **given, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    return [process.communicate(timeout=120)[0] for process in started]
+
+
+def test_tasks_of_srun_share_the_work() -> None:
+    assert two_ranks(CODE) == ["2 [0, 1]\n"] * 2
+
+
+def test_one_process_shares_with_nobody(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ranks = join_launched()
+    assert (ranks.rank, ranks.world_size, gather("item")) == (0, 1, ["item"])
+    assert [ranks.local_device(kind) for kind in ("cpu", "cuda", "auto")] == ["cpu", "cuda", "auto"]
+
+
+FAULTS = """
+from ropewalk.errors import UserError
+from ropewalk.training.distributed import by_rank_zero, gather, join_launched, rank_zero_first, together
+
+ranks = join_launched()
+outcomes = []
+
+
+def fail(error):
+    raise error
+
+
+def part(error):
+    return fail(error) if ranks.rank == 1 else "done"
+
+
+for error in (UserError("no room"), OSError("full"), ValueError("a bug"), KeyError("a key"), MemoryError("none left")):
+    for call in (together, by_rank_zero, lambda work, error: rank_zero_first(lambda: work(error))):
+        try:
+            outcomes.append(call(part if call is together else fail, error))
+        except Exception as raised:
+            outcomes.append(f"{type(raised).__name__}({raised})")
+print(outcomes)
+print(by_rank_zero(lambda: ranks.rank), rank_zero_first(lambda: ranks.rank))
+"""
+
+
+def test_no_rank_waits_for_one_that_failed() -> None:
+    """What a user can fix is the same error on all ranks; a fault of the program keeps its type on its own rank."""
+    outputs = two_ranks(FAULTS)
+    zero, one = (literal_eval(output.splitlines()[0]) for output in outputs)
+    assert (
+        zero[:6]
+        == one[:6]
+        == ["UserError(no room)"] * 3 + ["UserError(rank 1: full)"] + ["UserError(rank 0: full)"] * 2
+    )
+    faults = {"ValueError": "a bug", "KeyError": "'a key'", "MemoryError": "none left"}
+    for number, (kind, words) in enumerate(faults.items(), 2):
+        together_0, *by_zero_0 = zero[3 * number : 3 * number + 3]
+        together_1, *by_zero_1 = one[3 * number : 3 * number + 3]
+        assert (together_0, together_1) == (f"RuntimeError(rank 1: {words})", f"{kind}({words})")
+        assert (by_zero_0, by_zero_1) == ([f"{kind}({words})"] * 2, [f"RuntimeError(rank 0: {words})"] * 2)
+    assert [output.splitlines()[1] for output in outputs] == ["0 0", "0 1"]
+
+
+def test_one_rank_in_a_group_of_its_own():
+    start_processes("cpu")
+    assert dist.get_world_size() == 1
+    assert together(lambda a, b: a + b, 1, 2) == by_rank_zero(lambda: 3) == 3
+    with pytest.raises(ValueError, match=r"^Expecting value"):
+        together(json.loads, "")
+    with pytest.raises(SaveFailed, match=r"^rank 0: .*No such file"):
+        together(open, "/nowhere/at/all", failure=SaveFailed)
