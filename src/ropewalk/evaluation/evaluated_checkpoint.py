@@ -20,6 +20,7 @@ from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.model import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.position import METADATA_KEY, position_of
+from ropewalk.runs.directory import RunDirectory
 
 DEVICES = ("cuda", "cpu", "auto")
 
@@ -47,7 +48,8 @@ class EvaluatedCheckpoint:
     def run(self) -> str:
         """Name of the run: the configured one, else that of its directory, of which an export is a part."""
         resolved = self.directory.resolve()
-        return self.config.name or (resolved.parent if resolved.name == "export" else resolved).name
+        is_export = resolved == RunDirectory(resolved.parent).export
+        return self.config.name or (resolved.parent if is_export else resolved).name
 
     @property
     def method(self) -> str:

@@ -1,4 +1,4 @@
-"""What a run directory holds, read once; every part but the directory itself may be missing."""
+"""The content of run directories, read once; every part but the directory itself may be missing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.results import OWN_HARNESS, as_shares, evaluation_directories, read_evaluations
+from ropewalk.runs.directory import RunDirectory
 
 METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
 
@@ -117,8 +118,9 @@ class Run:
 
 def holds_run(directory: Path) -> bool:
     """Whether anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
-    of_training = any((directory / part).is_file() for part in ("config.yaml", "run.json", "metrics.jsonl"))
-    return of_training or bool(evaluation_directories(directory))
+    run = RunDirectory(directory)
+    is_trained = any(path.is_file() for path in (run.config, run.record, run.metrics))
+    return is_trained or bool(evaluation_directories(directory))
 
 
 def load_runs(directories: Sequence[str]) -> list[Run]:
@@ -149,9 +151,10 @@ def load_run(directory: Path) -> Run:
     """
     if not directory.is_dir():
         raise UserError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
-    config = _config(directory / "config.yaml")
-    record = _json(directory / "run.json")
-    metrics = _metrics(directory / "metrics.jsonl")
+    run = RunDirectory(directory)
+    config = _config(run.config)
+    record = _json(run.record)
+    metrics = _metrics(run.metrics)
     evaluations = read_evaluations(directory)
     if not any((config, record, len(metrics), len(evaluations.results))):
         raise UserError(
@@ -167,7 +170,7 @@ def load_run(directory: Path) -> Run:
         table=evaluations.results,
         documents=evaluations.documents,
         evaluation=evaluations.record,
-        verification=_json(directory / "export" / "verification.json"),
+        verification=_json(run.export / "verification.json"),
     )
 
 
