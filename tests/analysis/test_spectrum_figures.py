@@ -87,7 +87,7 @@ def test_draw_writes_and_names_every_figure(
 
 def test_two_runs_give_equal_bytes_without_date_or_path(tmp_path: Path) -> None:
     program = (
-        "import sys; from ropewalk.config import FiguresConfig\n"
+        "import sys; from ropewalk.config.analysis import FiguresConfig\n"
         "from ropewalk.analysis.spectrum_figures import draw\n"
         "draw('spectra', FiguresConfig(methods=['rope', 'a $x_1$: cope20'], output=sys.argv[1], "
         "formats=['png', 'pdf', 'svg']))\n"

@@ -279,7 +279,7 @@ def test_the_sweep_alone_where_the_chain_is_empty(config, tmp_path, capsys) -> N
     config.rope, config.clips = RopeConfig("default"), None
     validate(config)
     printed = capsys.readouterr().out
-    assert "rope=default changes nothing, so there is no after: the sweep alone is run" in printed
+    assert "rope=default changes nothing, so only the sweep runs" in printed
     assert re.findall(r"^evaluate (\w+), trained", printed, re.MULTILINE) == [
         "before",
         "clip8",

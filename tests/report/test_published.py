@@ -140,7 +140,7 @@ def test_what_was_not_measured_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_name_with_a_comma_must_be_quoted(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"suite\.published=.*is no table: .*saw 9"):
+    with pytest.raises(ValueError, match=r"suite\.published=.*is not a table: .*saw 9"):
         published(tmp_path, "Paper,1,RULER,a,,NIAH,1024,55", "Paper,1,RULER,a,,NIAH, x=1,1024,55")
     with pytest.raises(ValueError, match="context_length must be whole numbers"):
         published(tmp_path, "Paper,1,RULER,a,,NIAH,long,55")

@@ -190,7 +190,7 @@ def evaluation_words(site: Site, name: str) -> list[str]:
 
 
 def evaluation(site: Site) -> Scenario:
-    """As a recipe submits it, with two tasks; its limit comes near after the first part was measured."""
+    """As a recipe submits it, with two tasks; its limit comes near after the first cell was measured."""
     yield from until(Paced(lambda: "straight" in site.jobs), PATIENCE, "submission of straight")
     yield from done(site, "straight")
     site.records["evaluation"] = site.output / "jobs" / "evaluation"
@@ -205,8 +205,8 @@ def evaluation(site: Site) -> Scenario:
     try:
         yield from until(lambda: said.read_text().endswith("\n"), PATIENCE, "submission of the evaluation")
         site.jobs["evaluation"] = said.read_text().strip()
-        parts = site.run_dir("evaluation") / "partial"
-        yield from until(lambda: list(parts.glob("*/loss-*.parquet")), PATIENCE, "the first part of the evaluation")
+        losses = site.run_dir("evaluation") / "cells" / "ropewalk" / "loss"
+        yield from until(lambda: list(losses.glob("*.json")), PATIENCE, "the first cell of the evaluation")
         yield from warned(site, "evaluation")
         assert waiting.poll() is None, f"sbatch --wait ended with {waiting.returncode} at the requeue"
         yield from done(site, "evaluation")

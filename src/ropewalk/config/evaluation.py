@@ -51,7 +51,7 @@ class EvaluateConfig:
     """``python scripts/evaluate.py``."""
 
     checkpoint: str = MISSING  # Hugging Face directory, training checkpoint or run directory
-    name: str | None = None  # of the row in the results; null: the checkpoint's run name
+    name: str | None = None  # of the run in the results; null: the checkpoint's run name
     output: str = MISSING  # directory
     # of suite=quick: held-out documents, a directory that prepare.py wrote, or one of text files
     documents: str | None = None
@@ -88,7 +88,7 @@ class ValidateConfig:
     seed: int = 0
     device: str = "cuda"
     dtype: str = "bfloat16"
-    overwrite: bool = False  # measure every arm again, whatever `output` holds
+    overwrite: bool = False  # replace arms of other settings in `output`
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 

@@ -16,7 +16,7 @@ Z = 1.959963984540054  # of the standard normal at 97.5%
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval and standard error over ``n`` independent units, NaN where n is 1."""
+    """A value with its 95% interval and standard error over ``n`` independent units; NaN if n is 1."""
 
     value: float
     ci_low: float
@@ -73,13 +73,13 @@ def paired_ratio_difference(
 def proportion(successes: int, n: int) -> Estimate:
     """``successes`` of ``n`` with Wilson's interval.
 
-    At 0 and at n it has a width, where the bootstrap has none.
+    At 0 and at n it has a width; the bootstrap has none there.
     """
     share = successes / n
     scale = 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / scale
     half = Z / scale * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    # Rounding may leave the bound a hair inside the share at 0 and at n, where it equals it exactly.
+    # Rounding may leave the bound a hair inside the share at 0 and at n; there it equals it exactly.
     low, high = min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
     return Estimate(share, low, high, math.sqrt(share * (1 - share) / n), n)
 

@@ -27,13 +27,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """The first ``length`` tokens of each document that has them, and what became of the others.
+    """The first ``length`` tokens of each document that has them, and a count of the others.
 
     Attributes:
-        length: tokens of every window, the beginning-of-sequence token included where the tokenizer has one.
+        length: tokens of every window, the beginning-of-sequence token included if the tokenizer has one.
         tokens: document name -> LongTensor (length,).
         too_short: document name -> its tokens, for documents left out because they have fewer.
-        beyond_limit: documents left out because ``max_documents`` were found before them; not tokenized.
+        beyond_limit: documents left out because ``max_documents`` came before them; not tokenized.
     """
 
     length: int
@@ -68,18 +68,18 @@ def find_documents(directory: Path) -> Iterator[Document]:
     Text files are read in sorted order, subdirectories included, and named by their path below ``directory``.
 
     Raises:
-        UserError: where there are none, a line of the jsonl is not a document, or two share a name.
+        UserError: there are none, a line of the jsonl is not a document, or two share a name.
     """
-    seen: set[str] = set()
+    names: set[str] = set()
     for document in _read(directory):
-        if document.name in seen:
+        if document.name in names:
             raise UserError(
                 f"documents={directory} has two documents named {document.name!r}; runs are compared "
                 "document by document, so give each its own name"
             )
-        seen.add(document.name)
+        names.add(document.name)
         yield document
-    if not seen:
+    if not names:
         raise UserError(
             f"documents={directory} holds no document: neither heldout/documents.jsonl, nor documents.jsonl, "
             f"nor {' or '.join(TEXT_SUFFIXES)} files; write held-out documents with data_prep/prepare.py "
@@ -91,7 +91,7 @@ def make_windows(directory: Path, tokenizer: Any, length: int, max_documents: in
     """One window for each document: its first ``length`` tokens.
 
     Raises:
-        UserError: where no document is long enough.
+        UserError: no document is long enough.
     """
     tokens: dict[str, torch.Tensor] = {}
     too_short: dict[str, int] = {}
@@ -115,7 +115,7 @@ def make_windows(directory: Path, tokenizer: Any, length: int, max_documents: in
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token, or nothing where the tokenizer has none."""
+    """The beginning-of-sequence token, or nothing if the tokenizer has none."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 

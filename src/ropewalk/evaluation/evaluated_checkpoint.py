@@ -50,9 +50,8 @@ class EvaluatedCheckpoint:
     def run(self) -> str:
         """Name of the run: the configured one, else that of its directory, of which an export is a part."""
         resolved = self.directory.resolve()
-        return (
-            self.config.name or (resolved.parent if resolved == RunDirectory(resolved.parent).export else resolved).name
-        )
+        is_export = resolved == RunDirectory(resolved.parent).export
+        return self.config.name or (resolved.parent if is_export else resolved).name
 
     @property
     def method(self) -> str:

@@ -45,12 +45,12 @@ class TrainingEvaluation:
 
         Args:
             config: of the run; ``evaluation.every`` and ``evaluation.documents`` are set.
-            store: what the run trains on; its tokenizer is used.
+            store: of the run's data; its tokenizer is used.
             position: how the model rotates; lengths up to the trained one run under it as it is.
             ranks: this process among the others.
 
         Raises:
-            UserError: for settings or documents that do not fit, as scripts/evaluate.py says it.
+            UserError: for settings or documents that do not fit, in the words of scripts/evaluate.py.
         """
         settings, trainer = config.evaluation, config.trainer
         self.lengths = sorted(set(settings.lengths)) or [config.data.sequence_length]
@@ -93,7 +93,7 @@ class TrainingEvaluation:
         return self._report(step, rows, in_order(grades for _, grades in shares))
 
     def _dealt(self, items: Sequence[Any]) -> list[int]:
-        """Numbers of this rank's items; as many on every rank, the first ones again where they run out."""
+        """Numbers of this rank's items; as many on every rank, the first ones again when they run out."""
         share, shares = self.ranks.data_rank, self.ranks.data_size
         rounds = -(-len(items) // shares)
         return [(turn * shares + share) % len(items) for turn in range(rounds)]

@@ -32,7 +32,7 @@ class ModelReader:
 
     Args:
         model: in evaluation mode, with stock attention.
-        chunk: tokens of one forward pass; None: what :func:`chunk_for` says for each prompt.
+        chunk: tokens of one forward pass; None: chosen by :func:`chunk_for` for each prompt.
     """
 
     def __init__(self, model: Any, chunk: int | None = None) -> None:
@@ -50,7 +50,7 @@ class ModelReader:
         Args:
             ids: LongTensor (n,).
             keep: positions from the end, 1 to n.
-            cache: of what was read before ``ids``; ``ids`` are added to it. None: nothing was, and none is kept.
+            cache: keys and values of the tokens before ``ids``, to which theirs are added; None: there are none before.
         """
         n = ids.numel()
         before = 0 if cache is None else cache.get_seq_length()
@@ -75,7 +75,7 @@ class ModelReader:
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 logits of hidden states, (..., width) -> (..., vocabulary)."""
-        logits = self.head(states).to(self.device).float()  # where the layers are spread, the head is elsewhere
+        logits = self.head(states).to(self.device).float()  # with the layers spread over devices, the head is elsewhere
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.inference_mode()
@@ -104,7 +104,7 @@ class ModelReader:
         return scored
 
     def _continue(self, cache: DynamicCache, group: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hidden states of right-padded continuations; what follows a token, padding too, does not change it."""
+        """Hidden states of right-padded continuations; the padding after a token does not change it."""
         fed = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in group], batch_first=True).to(self.device)
         copied = copy.deepcopy(cache)
         copied.batch_repeat_interleave(len(group))
@@ -130,10 +130,10 @@ class ModelReader:
 
 
 class Scorer(Protocol):
-    """What the evaluations need of a model."""
+    """A model as the losses and needles use it."""
 
     def token_losses(self, ids: torch.Tensor) -> NDArray[np.float32]:
-        """Negative log-likelihood, nats, of ids[1:] given what stands before each; float32 (n - 1,)."""
+        """Negative log-likelihood, nats, of ids[1:] given the tokens before each; float32 (n - 1,)."""
         ...
 
     def score(self, prompt_ids: torch.Tensor, answer_ids: torch.Tensor) -> torch.Tensor:

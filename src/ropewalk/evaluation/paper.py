@@ -29,7 +29,7 @@ COMMON_SENSE = {"ARC-C": "arc_challenge", "HellaSwag": "hellaswag", "PIQA": "piq
 
 @dataclass(frozen=True)
 class Measure:
-    """What a published cell is the mean of: groups of tasks, the mean of each first, then the mean of those.
+    """The tasks that a published number is the mean of: first over each group, then over the groups.
 
     Attributes:
         harness: as in the table.
@@ -44,7 +44,7 @@ def _ruler(*names: str) -> Measure:
     return Measure("ruler", ({name: TASKS[name].metric for name in names},))
 
 
-def _one(harness: str, task: str, metric: str) -> Measure:
+def _single(harness: str, task: str, metric: str) -> Measure:
     return Measure(harness, ({task: metric},))
 
 
@@ -56,17 +56,17 @@ MEASURES = {
     ("RULER", "NIAH"): _ruler("niah_single_1", "niah_single_2", "niah_single_3"),
     ("RULER", "MK"): _ruler("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
     ("RULER", "13-task average"): _ruler(*TASKS),
-    ("InfiniteBench", "KV"): _one("lm-eval", "infinitebench_kv_retrieval", "score"),
-    ("InfiniteBench", "Math.Find"): _one("lm-eval", "infinitebench_math_find", "score"),
-    ("short-context", "MMLU"): _one("lm-eval", "mmlu", "acc"),
-    ("short-context", "MMLU-Pro"): _one("lm-eval", "mmlu_pro", "exact_match,custom-extract"),
-    ("short-context", "GPQA"): _one("lm-eval", "gpqa_main_zeroshot", "acc_norm"),
-    ("short-context", "BBH"): _one("lm-eval", "bbh", "exact_match,get-answer"),
-    ("short-context", "GSM8K"): _one("lm-eval", "gsm8k", "exact_match,strict-match"),
-    **{("short-context", theirs): _one("lm-eval", ours, "acc_norm") for theirs, ours in COMMON_SENSE.items()},
+    ("InfiniteBench", "KV"): _single("lm-eval", "infinitebench_kv_retrieval", "score"),
+    ("InfiniteBench", "Math.Find"): _single("lm-eval", "infinitebench_math_find", "score"),
+    ("short-context", "MMLU"): _single("lm-eval", "mmlu", "acc"),
+    ("short-context", "MMLU-Pro"): _single("lm-eval", "mmlu_pro", "exact_match,custom-extract"),
+    ("short-context", "GPQA"): _single("lm-eval", "gpqa_main_zeroshot", "acc_norm"),
+    ("short-context", "BBH"): _single("lm-eval", "bbh", "exact_match,get-answer"),
+    ("short-context", "GSM8K"): _single("lm-eval", "gsm8k", "exact_match,strict-match"),
+    **{("short-context", column): _single("lm-eval", task, "acc_norm") for column, task in COMMON_SENSE.items()},
     ("short-context", "average"): Measure("lm-eval", (dict.fromkeys(COMMON_SENSE.values(), "acc_norm"),)),
     ("LongBench", "14-task average"): Measure("lm-eval", ({f"longbench_{name}": "score" for name in LONGBENCH},)),
-    **{("HELMET", theirs): _helmet(ours) for theirs, ours in HELMET_NAMES.items()},
+    **{("HELMET", column): _helmet(category) for column, category in HELMET_NAMES.items()},
     ("HELMET", "average"): _helmet(*HELMET_NAMES.values()),
 }
 
@@ -77,14 +77,14 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
     A column ``run`` may name the run that a number is to stand beside; without it, it is every run of the method.
 
     Raises:
-        UserError: where the file is missing, is no table, or lacks a column.
+        UserError: the file is missing, is not a table, or lacks a column.
     """
     if not Path(path).is_file():
         raise UserError(f"{key}={path} is not a file; the paper's is recipes/cope_llama3_8b_64k/expected.csv")
     try:
         published = pd.read_csv(path)
     except ValueError as error:
-        raise UserError(f"{key}={path} is no table: {' '.join(str(error).split())}; mend it") from error
+        raise UserError(f"{key}={path} is not a table: {' '.join(str(error).split())}; correct it") from error
     if missing := [name for name in COLUMNS if name not in published.columns]:
         raise UserError(f"{key}={path} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}")
     if "run" not in published.columns:
@@ -99,7 +99,7 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
 
 
 def published_of(published: pd.DataFrame, run: str, method: str | None) -> pd.DataFrame:
-    """The rows that stand beside a run: those that name it, and those of its method that name none."""
+    """The rows to set beside a run: those that name it, and those of its method that name none."""
     named = published["run"] == run
     return published[(named | (published["run"].isna() & (published["method"] == method))).fillna(False)]
 
@@ -116,7 +116,7 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
     Returns:
         benchmark, task, context_length, method, run, test_time_scaling, as_published (whether the scaling is the CoPE
         paper's at that length; null beside other papers), published, measured, difference, stderr (of the measured one
-        over samples; null where a task has none), n (least samples of a task), tasks, missing.
+        over samples; null if a task has none), n (least samples of a task), tasks, missing.
     """
     rows = []
     for (run, method), of_run in table.groupby(["run", "method"]):
@@ -142,7 +142,7 @@ def measured_beside(cell: pd.Series, of_run: pd.DataFrame) -> list[dict[str, Any
 
 
 def not_measured(table: pd.DataFrame, published: pd.DataFrame) -> str:
-    """Which methods of the table have no published number, in words; empty where all have some."""
+    """A sentence that names the methods of the table without a published number; empty if all have some."""
     pairs = table[["run", "method"]].drop_duplicates().itertuples(index=False)
     unknown = sorted({method for run, method in pairs if published_of(published, run, method).empty})
     if not unknown:
@@ -160,18 +160,18 @@ def _measure(cell: pd.Series) -> Measure | None:
 def _row(cell: pd.Series, measure: Measure, rows: pd.DataFrame) -> dict[str, Any]:
     means, variances, counts, missing = [], [], [], []
     for group in measure.groups:
-        found, errors = {}, []
+        values, errors = {}, []
         for task, metric in group.items():
             match = rows[(rows["task"] == task) & (rows["metric"] == metric)].dropna(subset="value")
             if len(match):
-                found[task] = float(match["value"].iloc[0])
+                values[task] = float(match["value"].iloc[0])
                 errors.append(float(match["stderr"].iloc[0]))
                 counts.append(int(match["n"].iloc[0]))
             else:
                 missing.append(task)
-        if found:
-            means.append(sum(found.values()) / len(found))
-            variances.append(sum(error**2 for error in errors) / len(found) ** 2)
+        if values:
+            means.append(sum(values.values()) / len(values))
+            variances.append(sum(error**2 for error in errors) / len(values) ** 2)
     measured = sum(means) / len(means) if means and not missing else math.nan
     scaled = rows["test_time_scaling"].iloc[0] != "none"
     beyond = not pd.isna(cell["context_length"]) and cell["context_length"] > PAPER_LENGTH

@@ -19,6 +19,7 @@ import pandas as pd
 from ropewalk.errors import UserError
 from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference
 from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.runs.directory import RunDirectory
 
 RESULT_COLUMNS = {
     "run": "str",
@@ -62,7 +63,6 @@ NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
 UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
 KEY = ["run", "chain", "test_time_scaling", "harness", "task", "context_length", *BUCKET, "depth", "metric"]
 GROUP = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "context_length"]
-IN_TRAINING = "evaluations"  # of a run directory; each step there is an evaluation of its own
 
 
 def results_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -231,8 +231,8 @@ def evaluation_directories(run_directory: Path) -> list[Path]:
     tables = [path for path in (run_directory / TABLE, run_directory / EARLIER) if path.is_file()]
     for name in (TABLE, EARLIER):
         tables += sorted(run_directory.glob(f"evaluation*/**/{name}"))
-    inside = run_directory / IN_TRAINING
-    return list(dict.fromkeys(path.parent for path in tables if inside not in path.parents))
+    in_training = RunDirectory(run_directory).evaluations
+    return list(dict.fromkeys(path.parent for path in tables if in_training not in path.parents))
 
 
 def as_shares(results: pd.DataFrame) -> pd.DataFrame:

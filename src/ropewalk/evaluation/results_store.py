@@ -123,7 +123,8 @@ class ResultsStore:
         rows = [{"source_file": cell.file.as_posix(), **row} for row in rows]
         record = {"cell": str(cell), "identity": dict(identity), "about": dict(about), "rows": rows}
         try:
-            self._remove_unlike(cell, identity)
+            if self.overwrite:
+                self._remove_unlike(cell, identity)
             path.parent.mkdir(parents=True, exist_ok=True)
             if samples:
                 lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
@@ -139,7 +140,7 @@ class ResultsStore:
             ) from error
 
     def _remove_unlike(self, cell: Cell, identity: Mapping[str, Any]) -> None:
-        """Delete the cells of a harness that one table cannot hold beside ``cell``; ``overwrite`` allowed it."""
+        """Delete the cells of a harness that one table cannot hold beside ``cell``."""
         if cell.harness == OWN_HARNESS and (self.output / EARLIER).is_file():
             shutil.rmtree(self.output / CELLS / OWN_HARNESS, ignore_errors=True)
             for name in (EARLIER, "results.csv", RECORD):

@@ -1,4 +1,4 @@
-"""Which spectrum serves which context length."""
+"""Settings: one spectrum each, and the context lengths that run under it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.chain import Steps
 
-LENGTH_RATIO = "length_over_trained"  # what a chain says for a factor that follows the length under evaluation
+LENGTH_RATIO = "length_over_trained"  # in a chain: a factor that follows the length under evaluation
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def settings_by_length(
 ) -> list[Setting]:
     """Group ``lengths`` (ascending) by the spectrum that each one runs under.
 
-    ``rope`` is appended to the checkpoint's chain at every length; then ``test_time.at`` where it names the length,
-    else ``test_time.within`` up to the trained length and ``test_time.beyond`` past it. Neighbouring lengths
-    share a setting where spectrum and attention scaling are equal; a length-dependent chain gets one for each length.
+    ``rope`` is appended to the checkpoint's chain at every length. Then follows ``test_time.at`` if it has the length,
+    else ``test_time.within`` up to the trained length and ``test_time.beyond`` past it. Neighbouring lengths share a
+    setting if spectrum and attention scaling are equal; a length-dependent chain gets one for each length.
 
     Raises:
         UserError: from the chain, for a method that does not fit.

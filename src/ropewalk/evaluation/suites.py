@@ -49,8 +49,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
         the table of everything measured into ``config.output`` so far.
 
     Raises:
-        UserError: for a wrong configuration, checkpoint, document, task or file, before a model is loaded where
-            possible.
+        UserError: for a wrong configuration, checkpoint, document, task or file; if possible, before a model is
+            loaded.
     """
     suites = validate_suites(config)
     for suite in suites:
@@ -73,9 +73,9 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
 
 
 def flattened(suite: SuiteConfig, data_dir: str) -> Iterator[SuiteConfig]:
-    """The suites that a suite is made of, itself where it is one.
+    """The suites that a suite is made of; itself if it is not a suite of suites.
 
-    Its samples and data, where set, its helmet and unscaled_too go down to them.
+    Its samples and data, if set, its helmet and its unscaled_too go down to them.
 
     Raises:
         UserError: for a harness or suite that is not known, or a field that a suite of suites does not have.
@@ -102,7 +102,7 @@ def read_suite(name: str, data_dir: str) -> SuiteConfig:
     """The suite of a file of configs/suite.
 
     Raises:
-        UserError: where there is no such file.
+        UserError: there is no such file.
     """
     path = CONFIG_DIR / "suite" / f"{name}.yaml"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The check of a training-free change of the spectrum: ``python scripts/evaluate.py validate``.
+"""Validation of a training-free change of the spectrum: ``python scripts/evaluate.py validate``.
 
 Each arm (before, after, and one for each clip of the sweep) is an evaluation of its own below the output, so a
 finished one is kept, and ``scripts/compare.py`` reads them all.
@@ -119,32 +119,34 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
         evaluate(evaluation, Ranks())
     table = validation_table([_measured(arm) for arm in arms], lengths, config.tolerance, config.seed)
     documents = read_record(arms[0].directory)["documents"]
-    found = sentences(table, config.tolerance, documents["too_short"])
+    findings = sentences(table, config.tolerance, documents["too_short"])
     record = {
         "config": asdict(config),
         "checkpoint": str(directory),
         "trained_length": position.trained_length,
         "lengths": lengths,
-        "left_out": [asdict(one) for one in left_out],
+        "left_out": [asdict(length) for length in left_out],
         "recommended_clip": recommended_clip(position.spectrum()) if clip_of(position.chain) is None else None,
         "documents": documents,
         "arms": {arm.name: {"evaluation": arm.directory.name, "chain": arm.chain} for arm in arms},
         "short_context": _short_context(table),
-        "sentences": found,
+        "sentences": findings,
     }
     _write(Path(config.output), table, record)
-    print("\n".join(["", tables(table), "", *found, *map(str, left_out), "", _how_to_draw(config, arms)]), flush=True)
+    print(
+        "\n".join(["", tables(table), "", *findings, *map(str, left_out), "", _how_to_draw(config, arms)]), flush=True
+    )
     return table
 
 
 def sweep_clips(spectrum: Spectrum, clips: Sequence[int] | None) -> list[int]:
     """The clips of the sweep, in the order they are measured.
 
-    None: 10 first (all pairs where there are fewer), then the recommended clip, half of it, and all pairs whose period
+    None: 10 first (all pairs if there are fewer), then the recommended clip, half of it, and all pairs whose period
     exceeds the trained length; without repeats, and without 1 and 0, which change nothing.
 
     Raises:
-        UserError: for a clip that the model has not the pairs for.
+        UserError: for a clip of more pairs than the model has.
     """
     pairs = spectrum.inv_freq.size
     if clips is None:
@@ -183,7 +185,7 @@ def _check_values(config: ValidateConfig) -> None:
 
 
 def _clips_to_sweep(config: ValidateConfig, position: Position) -> list[int]:
-    """The clips of the sweep; none on a model that is clipped, where each would clip what the first has left."""
+    """The clips of the sweep; none on a model that is clipped already, since each would clip what its own has left."""
     own, rope = clip_of(position.chain), config.rope
     position.extended(rope.chain)  # refuses a second clip
     if own is None:
@@ -291,7 +293,7 @@ def _announce(
         *map(str, left_out),
     ]
     if not config.rope.chain:
-        lines.append(f"rope={config.rope.name} changes nothing, so there is no after: the sweep alone is run")
+        lines.append(f"rope={config.rope.name} changes nothing, so only the sweep runs")
     if own := clip_of(position.chain):
         lines.append(f"the model is clipped already ({own}), so no clip is swept over: it would be a second one")
     for arm in arms:
@@ -301,17 +303,17 @@ def _announce(
 
 
 def _short_context(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """arm -> verdict, difference in nats per token and its interval (null where there is none), documents."""
+    """arm -> verdict, difference in nats per token and its interval (null: there is none), documents."""
     rows = table[(table["metric"] == "nll_difference") & (table["position_start"] == 0)]
-    found = rows[["arm", "verdict", "value", "ci_low", "ci_high", "n"]].to_dict("records")
+    verdicts = rows[["arm", "verdict", "value", "ci_low", "ci_high", "n"]].to_dict("records")
     return {
         row.pop("arm"): {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        for row in found
+        for row in verdicts
     }
 
 
 def _write(output: Path, table: pd.DataFrame, record: dict[str, Any]) -> None:
-    (output / RECORD).unlink(missing_ok=True)  # where it stands, the tables beside it are its own
+    (output / RECORD).unlink(missing_ok=True)  # if it is there, the tables beside it are its own
     write_table(output, TABLE, table)
     write_atomically(output / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""What a validation found: its tidy table, the verdicts, and the sentences and tables of the terminal.
+"""The findings of a validation: its table, the verdicts, and the sentences and tables of the terminal.
 
 Everything here works on tables, so it is checked on tables made by hand; the models are run by
 :mod:`ropewalk.evaluation.validate`.
@@ -74,17 +74,17 @@ def _loss_rows(
     arm: Measured, before: Measured, lengths: Sequence[int], tolerance: float, seed: int
 ) -> Iterator[dict[str, Any]]:
     for start, end in zip([0, *lengths], lengths, strict=False):
-        place = {"context_length": end, "position_start": start, "position_end": end}
-        ours, theirs = (_of_range(side.documents[end], start, end) for side in (arm, before))
-        loss = ratio(ours["nll_sum"], ours["tokens"], seed)
+        span = {"context_length": end, "position_start": start, "position_end": end}
+        losses, reference = (_of_range(side.documents[end], start, end) for side in (arm, before))
+        loss = ratio(losses["nll_sum"], losses["tokens"], seed)
         interval = {"ci_low": loss.ci_low, "ci_high": loss.ci_high}
-        yield {**place, "metric": "nll", "value": loss.value, **interval, "n": loss.n}
+        yield {**span, "metric": "nll", "value": loss.value, **interval, "n": loss.n}
         if arm is before:
             continue
-        found = paired_difference(ours, theirs, seed).iloc[0][["value", "ci_low", "ci_high", "n"]].to_dict()
-        bounds = (found["value"], found["ci_low"], found["ci_high"])
+        change = paired_difference(losses, reference, seed).iloc[0][["value", "ci_low", "ci_high", "n"]].to_dict()
+        bounds = (change["value"], change["ci_low"], change["ci_high"])
         verdict = beyond_verdict(*bounds) if start else short_context_verdict(*bounds, tolerance)
-        yield {**place, "metric": "nll_difference", **found, "verdict": verdict}
+        yield {**span, "metric": "nll_difference", **change, "verdict": verdict}
 
 
 def _of_range(documents: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
@@ -102,7 +102,7 @@ def short_context_verdict(value: float, low: float, high: float, tolerance: floa
     """Whether a loss difference with its 95% interval keeps within ``tolerance``, nats per token.
 
     An unknown interval, as of one document, decides nothing. A loss that is not finite is its own verdict: no number
-    of documents would mend it.
+    of documents would change it.
     """
     if not math.isfinite(value):
         return NOT_FINITE
@@ -129,15 +129,15 @@ def sentences(table: pd.DataFrame, tolerance: float, too_short: int = 0) -> list
         tolerance: nats per token that short context may lose.
         too_short: documents left out because the longest context does not fit them.
     """
-    found = []
+    findings = []
     after = table[(table["arm"] == AFTER) & (table["metric"] == "nll_difference")]
     for row in after.to_dict("records"):
-        found.append(_beyond(row) if row["position_start"] else _short_context(row, tolerance, too_short))
-    found += _needle(table)
+        findings.append(_beyond(row) if row["position_start"] else _short_context(row, tolerance, too_short))
+    findings += _needle(table)
     sweep = table[table["arm"].str.startswith("clip") & (table["metric"] == "nll_difference")]
     for start, of_range in sweep.groupby("position_start"):
-        found.append(_sweep(of_range.to_dict("records"), is_short_context=start == 0))
-    return found
+        findings.append(_sweep(of_range.to_dict("records"), is_short_context=start == 0))
+    return findings
 
 
 def _short_context(row: Mapping[str, Any], tolerance: float, too_short: int) -> str:
@@ -202,7 +202,7 @@ def tables(table: pd.DataFrame) -> str:
     blocks = {
         "loss, nats/token, and needle, exact matches/prompts": losses
         | {(a, f"needle {at}"): t for (a, at), t in needle.items()},
-        "loss less that of before, paired by document, 95% interval": differences,
+        "loss difference to before, paired by document, 95% interval": differences,
     }
     return "\n\n".join(f"{title}\n{_block(arms, cells)}" for title, cells in blocks.items() if cells)
 
@@ -220,7 +220,7 @@ def _value(row: Mapping[str, Any]) -> str:
 
 
 def difference(row: Mapping[str, Any]) -> str:
-    """``+0.0012 [-0.0003, +0.0027]``; the value alone where there is no interval."""
+    """``+0.0012 [-0.0003, +0.0027]``; the value alone if there is no interval."""
     interval = "" if math.isnan(row["ci_low"]) else f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
     return f"{row['value']:+.4f}{interval}"
 
@@ -231,7 +231,7 @@ def share(row: Mapping[str, Any]) -> str:
 
 
 def _range(row: Mapping[str, Any]) -> str:
-    """``256-512``, a needle's context length where there are no positions."""
+    """``256-512``, a needle's context length, which has no positions."""
     if pd.isna(row["position_start"]):
         return f"{row['context_length']:,}"
     return f"{row['position_start']:,}-{row['position_end']:,}"

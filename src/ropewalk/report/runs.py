@@ -1,4 +1,4 @@
-"""What a run directory holds, read once; every part but the directory itself may be missing."""
+"""The content of run directories, read once; every part but the directory itself may be missing."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ class Run:
 def holds_run(directory: Path) -> bool:
     """Whether anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
     run = RunDirectory(directory)
-    of_training = any(path.is_file() for path in (run.config, run.record, run.metrics))
-    return of_training or bool(evaluation_directories(directory))
+    is_trained = any(path.is_file() for path in (run.config, run.record, run.metrics))
+    return is_trained or bool(evaluation_directories(directory))
 
 
 def load_runs(directories: Sequence[str]) -> list[Run]:

@@ -30,8 +30,8 @@ def progress_of(kind: str, path: str | Path, **share: Any) -> int | None:
 
     Args:
         kind: "steps": of the newest committed checkpoint, None before the first. "files": results in a directory; it
-            grows with each part of an evaluation, and falls where parts become one table. "file": when the one result
-            was written (ns since 1970), None before. "share": the finished tasks of one share of a preparation.
+            grows with each finished cell of an evaluation. "file": when the one result was written (ns since 1970),
+            None before. "share": the finished tasks of one share of a preparation.
         path: run directory, output directory or output file.
         share: of a preparation: stage, shard and n_shards.
     """

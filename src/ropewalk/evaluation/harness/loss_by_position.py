@@ -64,7 +64,7 @@ def loss_rows(sums: pd.DataFrame, setting: Setting, seed: int) -> Iterator[dict[
     """Rows of the results table for one setting.
 
     The whole curve, one row for each bucket (``loss_by_position``), and for each context length L of the
-    setting the loss of positions L/2 to L (``loss_at_length``), where that much context is in use.
+    setting the loss of positions L/2 to L (``loss_at_length``), which have that much context.
 
     Args:
         sums: the rows of :func:`document_rows` of every document under this setting.

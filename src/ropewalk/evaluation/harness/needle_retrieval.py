@@ -43,8 +43,8 @@ class Prompt:
 def build_grid(tokenizer: Any, windows: Windows, length: int, config: NeedleConfig, seed: int) -> list[Prompt]:
     """The prompts of one context length, depth by depth.
 
-    Each depends on (seed, length, depth, sample) and the windows alone, so runs that share a tokenizer and
-    the lengths of their evaluation are asked the same questions.
+    Each depends on (seed, length, depth, sample) and the windows alone, so runs that share a tokenizer and the lengths
+    of their evaluation get the same questions.
 
     Args:
         tokenizer: of the checkpoint.
@@ -54,7 +54,7 @@ def build_grid(tokenizer: Any, windows: Windows, length: int, config: NeedleConf
         seed: of keys, names and haystacks.
 
     Raises:
-        UserError: where facts and question leave no room for a haystack.
+        UserError: facts and question leave no room for a haystack.
     """
     prompts = [
         _prompt(tokenizer, windows, config, (length, depth), random.Random(f"{seed}/{length}/{depth}/{sample}"))
@@ -83,7 +83,7 @@ class Grade:
 
 
 def chance_levels(config: NeedleConfig) -> dict[str, float]:
-    """What uniform guesses among the keys score: share of exact matches, and NLL of a whole key in nats.
+    """Scores of uniform guesses among the keys: share of exact matches, and NLL of a whole key in nats.
 
     The first digit of a key is never 0, so there are 9 * 10^(digits - 1).
 
@@ -117,7 +117,7 @@ def score_prompts(scorer: Scorer, prompts: Iterable[Prompt]) -> pd.DataFrame:
     """One row for each prompt: its cell, its grade, and the grade of the same logits on the control's answer.
 
     Args:
-        scorer: the model, or a script in its place.
+        scorer: the model.
         prompts: of :func:`build_grid`.
     """
     rows = []
@@ -142,7 +142,7 @@ def needle_rows(scores: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
         yield from _metric_rows(of_length, {"task": "needle_at_length", "context_length": length}, seed)
 
 
-def _metric_rows(scores: pd.DataFrame, place: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+def _metric_rows(scores: pd.DataFrame, cell: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     for suffix in ("", SHUFFLED):
         tokens = scores[f"tokens{suffix}"]
         estimates = {
@@ -151,7 +151,7 @@ def _metric_rows(scores: pd.DataFrame, place: dict[str, Any], seed: int) -> Iter
             "answer_nll": ratio(scores[f"nll{suffix}"], tokens, seed),
         }
         for metric, estimate in estimates.items():
-            yield {**place, "metric": f"{metric}{suffix}", **estimate.columns()}
+            yield {**cell, "metric": f"{metric}{suffix}", **estimate.columns()}
 
 
 def _prompt(
@@ -183,7 +183,7 @@ def _prompt(
 def _question_and_answer(tokenizer: Any, question: str, key: str) -> tuple[list[int], list[int]]:
     """Question and key tokenized together, as training text is, and split where the key begins to show.
 
-    Where a token spans the border (" 4" after "is"), it belongs to the answer.
+    If a token spans the border (" 4" after "is"), it belongs to the answer.
     """
     alone, together = encode(tokenizer, question), encode(tokenizer, question + key)
     shared = 0
@@ -193,7 +193,7 @@ def _question_and_answer(tokenizer: Any, question: str, key: str) -> tuple[list[
 
 
 def _filler(windows: Windows, tokens: int, begin: int, rng: random.Random) -> list[int]:
-    """A run of held-out tokens from a random place of a random window, without its first ``begin`` tokens."""
+    """A run of held-out tokens from a random position of a random window, without its first ``begin`` tokens."""
     window = windows.tokens[rng.choice(sorted(windows.tokens))]
     start = rng.randint(begin, windows.length - tokens)
     return window[start : start + tokens].tolist()

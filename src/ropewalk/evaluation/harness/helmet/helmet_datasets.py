@@ -39,7 +39,7 @@ class Dataset:
     rebuilt: bool = False
 
     def size(self, length: int) -> int | None:
-        """``{size}`` at a length, None where the dataset has none."""
+        """``{size}`` at a length; None: the dataset has none."""
         if length in REBUILT_PAIRS and self.name == "json_kv":
             return REBUILT_PAIRS[length]
         return self.sizes[LENGTHS.index(length)] if self.sizes else None

@@ -1,9 +1,8 @@
 """HELMET's synthetic inputs at lengths that were never published: json_kv, and the RULER tasks of its Recall category.
 
-json_kv's form is that of the published files as HELMET's data.py reads them: context, question, answer, demos, num_kvs,
-depth; six depths, keys and values random UUIDs, the pairs as one JSON object, a line
-each (as in Lost in the Middle). Which random pairs its authors would have
-drawn nobody knows, so a number on these is of the same task, not of the same inputs.
+json_kv has the form of the published files as HELMET's data.py reads them: context, question, answer, demos, num_kvs,
+depth. There are six depths; keys and values are random UUIDs, the pairs one JSON object with a line each (as in Lost in
+the Middle). The authors' own random pairs are not known, so a number on these is of the same task, not the same inputs.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ def json_kv(pairs: int, samples: int, seed: int) -> Iterator[dict[str, Any]]:
         rng = random.Random(f"{seed}/{pairs}/{index}")
         entries = [(_uuid(rng), _uuid(rng)) for _ in range(pairs)]
         depth = index % DEPTHS / (DEPTHS - 1)
-        place = round(depth * (pairs - 1))
-        others = [entries[i] for i in rng.sample([i for i in range(pairs) if i != place], min(DEMOS, pairs - 1))]
-        key, value = entries[place]
+        position = round(depth * (pairs - 1))
+        others = [entries[i] for i in rng.sample([i for i in range(pairs) if i != position], min(DEMOS, pairs - 1))]
+        key, value = entries[position]
         yield {
             "context": "JSON data:\n" + json.dumps(dict(entries)).replace('", "', '",\n "'),
             "question": key,
@@ -56,13 +55,13 @@ def json_kv(pairs: int, samples: int, seed: int) -> Iterator[dict[str, Any]]:
 def ruler_rows(samples: list[Sample]) -> Iterator[dict[str, Any]]:
     """RULER needle prompts in the form that HELMET writes its own prompts from."""
     for sample in samples:
-        found = _PARTS.search(sample.prompt)
-        if found is None:
+        parts = _PARTS.search(sample.prompt)
+        if parts is None:
             raise RuntimeError(f"a RULER needle prompt reads otherwise than expected: {sample.prompt[:200]!r}")
         yield {
-            "context": found["context"],
-            "query": found["query"],
-            "type_needle_v": found["kind"],
+            "context": parts["context"],
+            "query": parts["query"],
+            "type_needle_v": parts["kind"],
             "outputs": sample.references,
         }
 

@@ -1,7 +1,7 @@
-"""Run by HELMET's own python: its eval.py, with the attention of the in-process model as told.
+"""Launcher of HELMET's eval.py, run by HELMET's own python, with a given attention of the in-process model.
 
-``python launch.py CHECKOUT ATTENTION --config ...``. HELMET's HFModel asks for flash_attention_2 unless its caller says
-otherwise, and eval.py has no option for it. Nothing here imports ropewalk.
+``python helmet_launcher.py CHECKOUT ATTENTION --config ...``. HELMET's HFModel takes flash_attention_2 if its caller
+sets no other, and eval.py has no option for it. Nothing here imports ropewalk.
 """
 
 import runpy

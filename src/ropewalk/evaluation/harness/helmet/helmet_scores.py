@@ -19,7 +19,7 @@ PERCENT_OF = {
 
 
 def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one dataset at one length: its scores, or a row without a value that says why there are none.
+    """The rows of one dataset at one length: its scores, or a row without a value whose metric says why.
 
     Args:
         dataset: which.
@@ -28,7 +28,7 @@ def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str,
         common: columns that all rows share.
 
     Raises:
-        UserError: where eval.py wrote no score for a dataset that it scores.
+        UserError: eval.py wrote no score for a dataset that it scores.
     """
     task = dataset.name
     row = {**common, "task": task, "context_length": length}
@@ -51,18 +51,18 @@ def find_output(dataset: Dataset, length: int, output: Path) -> Path:
     """The JSON of outputs that eval.py wrote for a dataset at a length.
 
     Raises:
-        UserError: where there is none, or several of different settings.
+        UserError: there is none, or several of different settings.
     """
     tail = dataset.at(length)["datasets"]
-    found = sorted(output.glob(f"{tail}_*_in{length}_*.json"))
-    found = [path for path in found if not path.name.endswith(JUDGED)]
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
+    outputs = sorted(output.glob(f"{tail}_*_in{length}_*.json"))
+    outputs = [path for path in outputs if not path.name.endswith(JUDGED)]
+    if len(outputs) != 1:
+        names = ", ".join(path.name for path in outputs) or "none"
         raise UserError(
             f"{output} must hold one output of HELMET for {tail} at {length}, and holds: {names}; delete what other "
             "settings left there, or look into its log"
         )
-    return found[0]
+    return outputs[0]
 
 
 def _scored(dataset: Dataset, source: Path, stem: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -84,7 +84,7 @@ def _scored(dataset: Dataset, source: Path, stem: Path, row: Mapping[str, Any]) 
 
 
 def _stderr(values: list[float]) -> float | None:
-    """Standard error, in percent, of the mean of per-sample scores of 0 to 1; None where there are none."""
+    """Standard error, in percent, of the mean of per-sample scores of 0 to 1; None: there are fewer than two."""
     n = len(values)
     if n < 2:
         return None

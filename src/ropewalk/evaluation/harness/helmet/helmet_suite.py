@@ -35,7 +35,7 @@ def run_helmet(
     """Run the categories of ``suite`` that are not finished at each length.
 
     Raises:
-        UserError: for a checkout that is none, a category that HELMET does not have, or a run of it that failed.
+        UserError: for a directory that is not a checkout, a category that HELMET does not have, or a run that failed.
     """
     if ranks.world_size > 1:
         raise UserError("suite=helmet runs HELMET's own process; start scripts/evaluate.py without torchrun for it")
@@ -47,7 +47,8 @@ def run_helmet(
         for name in suite.tasks:
             category = with_samples(CATEGORIES[name], suite.samples)
             cell = Cell(HARNESS, name, length, columns["test_time_scaling"])
-            identity = {**checkpoint.identity(setting, length), "harness_version": version, **_asked(suite, category)}
+            identity = checkpoint.identity(setting, length) | {"harness_version": version}
+            identity |= _task_identity(suite, category)
             work = work_directory(store.output, cell, identity)
             identity["judged"] = sorted(path.name for path in (work / name).glob(f"*{JUDGED}"))
             if store.is_finished(cell, identity):
@@ -59,7 +60,7 @@ def run_helmet(
 
 
 def check_checkout(suite: SuiteConfig) -> Path:
-    """HELMET's checkout, after the suite was found runnable.
+    """HELMET's checkout, after a check of what the suite needs of it.
 
     Raises:
         UserError: naming what is missing.
@@ -82,18 +83,18 @@ def check_checkout(suite: SuiteConfig) -> Path:
 
 
 def helmet_version(checkout: Path) -> str:
-    """The commit of the checkout, marked where files differ from it; ``unknown`` where git cannot say."""
+    """The commit of the checkout, marked if files differ from it; ``unknown`` if git gives none."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
 
 
 def work_directory(output: Path, cell: Cell, identity: dict[str, Any]) -> Path:
-    """Where HELMET runs: one directory for each length, scaling and identity, since it keeps outputs that it finds."""
+    """HELMET's directory for a length, scaling and identity: one for each, since it keeps outputs of earlier runs."""
     return output / HARNESS / f"{cell.file.stem}.{sha256_of_json(identity)[:8]}"
 
 
-def _asked(suite: SuiteConfig, category: Category) -> dict[str, Any]:
+def _task_identity(suite: SuiteConfig, category: Category) -> dict[str, Any]:
     engine = "endpoint" if suite.helmet.endpoint else f"transformers {suite.helmet.attention}"
     return {"samples": category.samples, "engine": engine, "arguments": list(suite.helmet.arguments)}
 
@@ -101,11 +102,11 @@ def _asked(suite: SuiteConfig, category: Category) -> dict[str, Any]:
 def _run_category(
     checkpoint: EvaluatedCheckpoint,
     suite: SuiteConfig,
-    what: tuple[Category, int, Setting],
+    part: tuple[Category, int, Setting],
     work: Path,
     common: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    category, length, setting = what
+    category, length, setting = part
     runnable = [dataset for dataset in category.datasets if published(dataset, length)]
     rows = [unpublished_row(dataset, length, common) for dataset in category.datasets if dataset not in runnable]
     if not runnable:
@@ -118,7 +119,7 @@ def _run_category(
     data = Path(suite.helmet.data or Path(suite.helmet.checkout or "") / "data").resolve()
     config = work / f"{category.name}.yaml"
     if checkpoint.tokenizer.chat_template is None:
-        category = replace(category, chat=False)  # a base model is asked without one
+        category = replace(category, chat=False)  # a base model gets no template
     write_yaml(config, helmet_yaml(category, runnable, length, data, made.resolve()))
     results = work / category.name
     command = helmet_command(checkpoint, suite, config, results, work / "model", (length, setting))
@@ -193,22 +194,22 @@ def helmet_command(
 
 def _program(name: str) -> str:
     """A python's path from any directory. A link stays one: by it a venv's python knows its venv."""
-    found = shutil.which(name) or name
-    return os.path.abspath(found) if os.sep in found else found
+    program = shutil.which(name) or name
+    return os.path.abspath(program) if os.sep in program else program
 
 
-def run_process(command: list[str], where: Path, log: Path) -> None:
+def run_process(command: list[str], directory: Path, log: Path) -> None:
     """Run HELMET with its output in ``log``.
 
     Raises:
-        UserError: where it cannot be started or fails, with the end of its log.
+        UserError: it cannot be started or fails; with the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as out:
         out.write(" ".join(command) + "\n")
         out.flush()
         try:
-            ended = subprocess.run(command, cwd=where, stdout=out, stderr=subprocess.STDOUT, check=False)
+            ended = subprocess.run(command, cwd=directory, stdout=out, stderr=subprocess.STDOUT, check=False)
         except OSError as error:
             raise UserError(
                 f"suite.helmet.python={command[0]} cannot be started ({error.strerror}); name the python of HELMET's "

@@ -26,7 +26,7 @@ HARNESS = "lm-eval"
 def run_lm_eval(
     checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, test_time: TestTimeConfig, store: ResultsStore, ranks: Ranks
 ) -> None:
-    """Run what is not finished of ``suite``, one model in memory at a time.
+    """Run the tasks of ``suite`` that are not finished, one model in memory at a time.
 
     Raises:
         UserError: for an unknown task or unreadable data, before and between models; finished cells are kept.
@@ -39,7 +39,7 @@ def run_lm_eval(
         todo = {}
         for task in suite.tasks:
             cell = Cell(HARNESS, task, at, columns["test_time_scaling"])
-            identity = {**checkpoint.identity(setting, length), **_asked(task, suite)}
+            identity = {**checkpoint.identity(setting, length), **_task_identity(task, suite)}
             if store.is_finished(cell, identity):
                 print(f"kept: {cell}", flush=True)
             else:
@@ -79,8 +79,7 @@ def language_model(checkpoint: EvaluatedCheckpoint, setting: Setting, length: in
     return ReaderLM(ModelReader(model, config.prefill_chunk), checkpoint.tokenizer, length, overflow, ranks)
 
 
-def _asked(task: str, suite: SuiteConfig) -> dict[str, Any]:
-    """What a task's numbers depend on besides the model."""
+def _task_identity(task: str, suite: SuiteConfig) -> dict[str, Any]:
     return {
         "harness_version": harness_version(),
         "few_shot": suite.few_shot.get(task),

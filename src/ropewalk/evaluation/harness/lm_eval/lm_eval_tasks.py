@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found by name, given offline data, run, and read back as rows of the table."""
+"""lm-eval's tasks: looked up by name, given offline data, run, and read back as rows of the results table."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def harness_version() -> str:
 
 @cache
 def task_manager(metadata: str = "{}") -> Any:
-    """lm-eval's index of tasks, which are told ``metadata`` (JSON); reading it takes some ten seconds."""
+    """lm-eval's index of tasks, which get ``metadata`` (JSON); reading it takes some ten seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(metadata=json.loads(metadata))
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """What to say of a task that is not among ``names``."""
+    """A hint for a task that is not among ``names``."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there are {len(names)}, such as {', '.join(names[:5])}"
 
 
 def check_tasks(suite: SuiteConfig) -> None:
-    """Raise UserError for a task that lm-eval does not have, whatever the suite says of it."""
+    """Raise UserError for a task that lm-eval does not have, under any key of the suite."""
     known = task_manager().all_tasks
     for key in ("tasks", "few_shot", "datasets", "metrics"):
         for task in getattr(suite, key):
@@ -66,10 +66,10 @@ def check_scorers(suite: SuiteConfig) -> None:
 
 
 def task_spec(name: str, suite: SuiteConfig) -> str | dict[str, Any]:
-    """What lm-eval is given for a task: its name, or its configuration with the suite's data in place of the hub's.
+    """A task for lm-eval: its name, or its configuration with the suite's data in place of the hub's.
 
     Raises:
-        UserError: where a data file is missing.
+        UserError: a data file is missing.
     """
     fields = suite.datasets.get(name)
     if not fields:
@@ -102,13 +102,13 @@ def run_task(
     Args:
         lm: lm-eval's model.
         spec: a name, a configuration or a task.
-        few_shot: examples before each question; None: as the task says. A task fixed at none stays there.
+        few_shot: examples before each question; None: the task's own number. A task fixed at none stays there.
         samples: questions of each task; None: all.
         seed: of the choice of examples.
-        length: tokens, for the tasks that are told.
+        length: tokens, for the tasks that need it.
 
     Raises:
-        UserError: where the data cannot be had.
+        UserError: the data cannot be read.
     """
     import httpx
     from lm_eval.api.task import Task
@@ -139,15 +139,15 @@ def run_task(
 
 
 def _metadata(spec: Any, length: int | None) -> str:
-    """What a task is told of the length, as JSON: BABILong the size of its set, by name."""
-    is_told = isinstance(spec, str) and spec.startswith("babilong") and length is not None
-    return json.dumps({"max_seq_lengths": f"{length // BABILONG_UNIT}k"} if is_told and length else {})
+    """Metadata of a task, as JSON: for BABILong the size of its set, by name."""
+    needs_length = isinstance(spec, str) and spec.startswith("babilong") and length is not None
+    return json.dumps({"max_seq_lengths": f"{length // BABILONG_UNIT}k"} if needs_length and length else {})
 
 
 def rows_of(results: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of the table for every task and group in lm-eval's results.
 
-    A group's row is lm-eval's own aggregate and says so in its category; what it is over are the rows beside it.
+    A group's row is lm-eval's own aggregate over the rows beside it, and its category is ``group``.
     """
     groups = results.get("groups", {})
     for name, metrics in results["results"].items():
@@ -177,7 +177,7 @@ def _counts(results: Mapping[str, Any], group: str) -> Iterator[int]:
 
 
 def samples_of(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What was asked, answered and scored, one JSON object a question."""
+    """Question by question, a JSON object with target, answers and scores."""
     for task, samples in results.get("samples", {}).items():
         for sample in samples:
             yield {

@@ -1,4 +1,4 @@
-"""The checkpoint as lm-eval sees it: long prompts in bounded memory, and no prompt cut in silence."""
+"""The checkpoint as a model of lm-eval's: long prompts in bounded memory, and no prompt cut in silence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG_EVERY = 30.0  # seconds
 class ReaderLM(TemplateLM):
     """lm-eval's language model over a :class:`ModelReader`.
 
-    Texts are tokenized as the checkpoint's tokenizer does by itself, with a beginning-of-sequence token where it adds
+    Texts are tokenized as the checkpoint's tokenizer does by itself, with a beginning-of-sequence token if it adds
     one. Greedy decoding only. A prompt that does not fit ``max_length`` with its answer is an error, or, with
     ``overflow="middle"``, loses its middle, as InfiniteBench and LongBench themselves do, and is counted.
 
@@ -55,12 +55,12 @@ class ReaderLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a continuation that has no context: the beginning-of-sequence token, else the end's."""
+        """The token before a continuation that has no context: beginning of sequence, else end of sequence."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of ``string``; no second beginning-of-sequence token where the text starts with one."""
+        """Token ids of ``string``; no second beginning-of-sequence token if the text starts with one."""
         bos = self.tokenizer.bos_token
         starts = bos is not None and string.startswith(bos)
         special = not starts if add_special_tokens is None else add_special_tokens
@@ -72,8 +72,8 @@ class ReaderLM(TemplateLM):
         """Log-likelihood and greediness of each continuation; neighbours of one context share its pass."""
         results: list[tuple[float, bool]] = []
         groups = groupby(requests, key=lambda request: request[1])
-        asked = [(context, [continuation for _, _, continuation in group]) for context, group in groups]
-        for context, continuations in self._logged(asked, "contexts"):
+        contexts = [(context, [continuation for _, _, continuation in group]) for context, group in groups]
+        for context, continuations in self._logged(contexts, "contexts"):
             room = self.max_length - max(map(len, continuations))
             fitted = self._fit(context, room, "likelihood")
             results += self.reader.continuations(torch.tensor(fitted), [torch.tensor(c) for c in continuations])

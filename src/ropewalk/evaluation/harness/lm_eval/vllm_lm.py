@@ -19,7 +19,7 @@ def load_vllm(checkpoint: EvaluatedCheckpoint, setting: Setting, length: int, ov
     """lm-eval's vLLM model under a setting's spectrum, every visible GPU holding a part of it.
 
     Raises:
-        UserError: where vLLM is not installed, or prompts are to be cut in the middle, which only we do.
+        UserError: vLLM is not installed, or prompts are to be cut in the middle, which it does not do.
     """
     if overflow != "error":
         raise UserError(f"backend=vllm cuts no prompts, and suite.overflow={overflow}; use backend=transformers")
@@ -31,20 +31,20 @@ def load_vllm(checkpoint: EvaluatedCheckpoint, setting: Setting, length: int, ov
     from lm_eval.models.vllm_causallms import VLLM
 
     class CheckedVLLM(VLLM):
-        """vLLM that refuses what lm-eval's own class would cut from the left."""
+        """vLLM that refuses prompts that lm-eval's own class would cut from the left."""
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             for request in requests:
                 text, options = request.args
-                require_room(len(self.tok_encode(text)) + int(options.get("max_gen_toks", self.max_gen_toks)))
+                check_room(len(self.tok_encode(text)) + int(options.get("max_gen_toks", self.max_gen_toks)))
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
             for _, context, continuation in requests:
-                require_room(len(context) + len(continuation))
+                check_room(len(context) + len(continuation))
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
 
-    def require_room(tokens: int) -> None:
+    def check_room(tokens: int) -> None:
         if tokens > length:
             raise UserError(
                 f"a prompt takes {tokens} tokens with its answer, length {length} is less; use a greater one"

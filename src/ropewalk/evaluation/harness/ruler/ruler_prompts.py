@@ -39,7 +39,7 @@ class Sample:
 
 
 def check_length(length: int) -> None:
-    """Raise UserError where RULER has no prompts of ``length`` tokens."""
+    """Raise UserError for a length that RULER has no prompts of."""
     if not SHORTEST <= length <= LONGEST:
         raise UserError(f"lengths={length}: RULER has prompts of {SHORTEST} to {LONGEST} tokens; choose within")
 
@@ -51,14 +51,14 @@ def build_samples(
 
     Args:
         task: which.
-        count: tokens of a text, a beginning-of-sequence token included where the model gets one.
+        count: tokens of a text, a beginning-of-sequence token included if the model gets one.
         length: tokens of prompt and answer together.
         samples: how many.
         seed: of all of them.
         data: offline data, None for the hub.
 
     Raises:
-        UserError: where the data has not so many samples, or the smallest does not fit.
+        UserError: the data has fewer samples, or the smallest does not fit.
     """
     check_length(length)
     text = make_text(task, length, count, data)

@@ -19,7 +19,7 @@ from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks
 
 HARNESS = "ruler"
-WELL_FILLED = 0.9  # of the length; a prompt that is shorter on average is said to be
+WELL_FILLED = 0.9  # of the length; prompts that are shorter on average are reported
 
 
 def validate_ruler(suite: SuiteConfig, lengths: list[int]) -> None:
@@ -27,8 +27,8 @@ def validate_ruler(suite: SuiteConfig, lengths: list[int]) -> None:
     for name in suite.tasks:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"they are: {', '.join(TASKS)}"
-            raise UserError(f"suite.tasks: RULER has no task {name!r}; {mend}")
+            hint = f"did you mean {near[0]}?" if near else f"they are: {', '.join(TASKS)}"
+            raise UserError(f"suite.tasks: RULER has no task {name!r}; {hint}")
     for length in lengths:
         check_length(length)
     if suite.samples is not None and suite.samples < 1:
@@ -154,6 +154,6 @@ def _write(
 
 
 def _depth(sample: Sample) -> float | None:
-    """Share of the prompt before its first reference, None where no reference stands in it."""
-    place = sample.prompt.find(sample.references[0])
-    return None if place < 0 else place / len(sample.prompt)
+    """Share of the prompt before its first reference; None: the prompt does not hold it."""
+    start = sample.prompt.find(sample.references[0])
+    return None if start < 0 else start / len(sample.prompt)

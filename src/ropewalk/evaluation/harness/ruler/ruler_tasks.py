@@ -18,7 +18,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True)
 class RulerTask:
-    """One of the 13.
+    """A task.
 
     Attributes:
         name: RULER's own.
@@ -73,7 +73,7 @@ def string_match_all(answer: str, references: Sequence[str]) -> float:
 
 
 def string_match_part(answer: str, references: Sequence[str]) -> float:
-    """100 where the answer holds any of the references, letter case ignored, else 0."""
+    """100 if the answer holds any of the references, letter case ignored, else 0."""
     return 100.0 * any(reference.lower() in answer.lower() for reference in references)
 
 

@@ -1,8 +1,8 @@
 """The texts of RULER's tasks as lm-eval writes them, each as a function of its size.
 
-lm-eval's own sizing is not used: it makes 500 samples whatever is asked for, never ends where a length is too short
-for vt or cwe, lets fwe run past its length by the answer, leaves cwe's worked example out of the prompt, and shuffles
-SQuAD's paragraphs in place once all of them are used, after which questions and paragraphs no longer belong together.
+lm-eval's own sizing is not used. It makes 500 samples in any case, and never ends if a length is too short for vt or
+cwe. It lets fwe run past its length by the answer, and leaves cwe's worked example out of the prompt. Once all of
+SQuAD's paragraphs are used, it shuffles them in place, and questions and paragraphs no longer belong together.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Niah(Text):
 
     def __init__(self, task: RulerTask, data: Path | None) -> None:
         _find_sentences(data)
-        # builds 6 million adjective-noun pairs: 1.5 GB and tens of seconds, so only where it is asked for
+        # builds 6 million adjective-noun pairs: 1.5 GB and tens of seconds, so only for this task
         from lm_eval.tasks.ruler import niah_utils, prepare_niah
 
         self.prepare, self.template = prepare_niah, niah_utils.TEMPLATE
@@ -73,10 +73,10 @@ class Niah(Text):
         if units != getattr(self, "_last_units", None):
             self.prepare.cached_sent_tokenize.cache_clear()  # it would keep 1024 haystacks
             self._last_units = units
-        asked = re.search(r"What (is|are all) the (.*)\?$", text)
-        if asked is None:
+        question = re.search(r"What (is|are all) the (.*)\?$", text)
+        if question is None:
             raise RuntimeError(f"lm-eval's needle prompt ends otherwise than expected: {text[-200:]!r}")
-        return f"{text} The {asked[2]} {asked[1].split()[0]}", answers
+        return f"{text} The {question[2]} {question[1].split()[0]}", answers
 
 
 class VariableTracking(Text):
@@ -98,7 +98,7 @@ class VariableTracking(Text):
         return self.vt.generate_input_output(lines, 1, 4, is_icl=is_example)
 
     def write(self, units: int, index: int) -> Written:
-        """The example with variables of its own, then the chain that is asked for."""
+        """The example with variables of its own, then the chain of the question."""
         text, variables = self._chain(units, False)
         return f"{self.vt.randomize_icl(self.example)}\n\n{text}".rstrip(), variables
 
@@ -126,7 +126,7 @@ class CommonWords(Text):
 
 
 class FrequentWords(Text):
-    """Coded words whose frequencies follow a zeta distribution; the three most frequent are asked for."""
+    """Coded words whose frequencies follow a zeta distribution; the answer is the three most frequent."""
 
     fewest = 50
 
@@ -182,7 +182,7 @@ def make_text(task: RulerTask, length: int, count: Callable[[str], int], data: P
         data: directory with PaulGrahamEssays.json, squad.json, hotpotqa.json and nltk_data; None: the hub.
 
     Raises:
-        UserError: where a file is missing there.
+        UserError: a file is missing there.
     """
     if task.kind == "niah":
         return Niah(task, data)
@@ -196,7 +196,7 @@ def make_text(task: RulerTask, length: int, count: Callable[[str], int], data: P
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int | None) -> int:
-    """The largest size that fits, or ``low`` where none does: doubled from ``low``, then halved in between.
+    """The largest size that fits, or ``low`` if none does: doubled from ``low``, then halved in between.
 
     Args:
         fits: true up to some size and false after it, or nearly so.
