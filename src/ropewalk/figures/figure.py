@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from ropewalk.errors import UserError
-from ropewalk.figures.style import GREY, Style, house, in_house_style, label
+from ropewalk.figures.style import GREY, HEADROOM, Style, house, in_house_style, label
 from ropewalk.files import replace_atomically
 
 PANEL, ALONE = (4.6, 2.9), (6.6, 3.8)  # inches, of one panel among others and of one by itself
@@ -230,8 +230,7 @@ def _draw_panels(drawing: Drawing, figure: Figure) -> list[Axes]:
             together = {"row": first, "all": drawn[0] if drawn else None}.get(figure.share or "")
             axes = drawing.add_subplot(grid[i, j * span : (j + 1) * span], sharey=together)
             panel.draw(axes)
-            pad = 16 if any(text.get_gid() == "above" for text in axes.texts) else 5
-            axes.set_title(label(panel.title, int(13 * figure.size[0] * columns / len(row))), pad=pad)
+            axes.set_title(label(panel.title, int(13 * figure.size[0] * columns / len(row))), pad=HEADROOM.get(axes, 5))
             first = first or axes
             drawn.append(axes)
     if figure.share:
