@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Drawing
 
 from ropewalk.figures.figure import Figure, compose
+from ropewalk.figures.style import house
 from ropewalk.rope import RopeChain, Spectrum
 
 ABF = {"method": "abf", "theta": 1e7}
@@ -44,3 +47,18 @@ def marked(axes: Axes, gid: str) -> tuple[float, float]:
 
 def has_mark(axes: Axes, gid: str) -> bool:
     return any(one.get_gid() == gid for one in axes.lines)
+
+
+def covered_titles(drawing: Drawing) -> list[str]:
+    """Titles of panels that some text or legend of theirs lies over."""
+    canvas = FigureCanvasAgg(drawing)
+    with house():
+        canvas.draw()
+    renderer, covered = canvas.get_renderer(), []
+    for axes in drawing.axes:
+        title = axes.title if axes.title.get_text() else axes._left_title
+        box = title.get_window_extent(renderer)
+        parts = [*axes.texts, *([axes.get_legend()] if axes.get_legend() else [])]
+        if title.get_text() and any(box.overlaps(part.get_window_extent(renderer)) for part in parts):
+            covered.append(title.get_text())
+    return covered

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from figures.drawings import LENGTHS, sample_spectra
+from figures.drawings import LENGTHS, covered_titles, sample_spectra
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ropewalk.figures.figure import Figure, Panel, check_formats, compose, file_name, render, rows_of, write_figure
@@ -53,6 +53,7 @@ def test_no_text_leaves_the_figure_or_overlaps(spectra: dict[str, Spectrum], nam
             width = min(first.x1, second.x1) - max(first.x0, second.x0)
             height = min(first.y1, second.y1) - max(first.y0, second.y0)
             assert min(width, height) <= 1.5  # pixels of rounding
+    assert covered_titles(drawing) == []
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])

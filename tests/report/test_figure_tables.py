@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from figures.drawings import axes_of, curve, has_mark
+from figures.drawings import axes_of, covered_titles, curve, has_mark
 from report.fake_runs import FakeRun, write_run
 
+from ropewalk.figures.figure import compose
 from ropewalk.figures.loss_curves import position_figures
 from ropewalk.figures.needle_grid import needle_figures
 from ropewalk.figures.spectrum.spectra import spectra_figure
@@ -179,6 +180,15 @@ def test_throughput_reads_the_median_step(runs: list[Run]) -> None:
         "tokens/s": "5.02k", "TFLOP/s a device": "0.02", "data (s)": "0.1", "forward (s)": "0.5", "backward (s)": "1",
         "GiB": "1.00",
     }  # fmt: skip
+
+
+def test_no_mark_or_legend_lies_over_a_title(runs: list[Run]) -> None:
+    """Two trained lengths side by side take turns in height, and the phases of a step have a legend of their own."""
+    styles = styles_of(arms(runs))
+    curves, (differences, _) = curve_table(runs), difference_table(runs, runs[1])
+    figures = [*position_figures(curves, differences, trained_lengths(runs), styles, "rope")]
+    for figure in (*figures, throughput_figure(metrics_table(runs), styles)):
+        assert covered_titles(compose(figure, words=False)) == []
 
 
 def test_unequal_training_is_seen_in_the_numbers(tmp_path: Path) -> None:

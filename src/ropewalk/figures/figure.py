@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from ropewalk.errors import UserError
-from ropewalk.figures.style import GREY, Style, house, in_house_style, label
+from ropewalk.figures.style import GREY, HEADROOM, Style, house, in_house_style, label
 from ropewalk.files import replace_atomically
 
 PANEL, ALONE = (4.6, 2.9), (6.6, 3.8)  # inches, of one panel among others and of one by itself
@@ -110,10 +110,10 @@ class Figure:
         return [panel for row in self.rows for panel in row if panel is not None]
 
     @property
-    def words(self) -> str:
-        """Title, caption and the notes of the panels in one paragraph."""
-        notes = dict.fromkeys(panel.note for panel in self.panels if panel.note)
-        return " ".join(part for part in (f"{self.title}.", self.caption, *notes) if part)
+    def explanation(self) -> str:
+        """The caption and the different notes of the panels in one paragraph."""
+        notes = dict.fromkeys(panel.note for panel in self.panels)
+        return " ".join(part for part in (self.caption, *notes) if part)
 
 
 def rows_of(panels: Sequence[Panel], columns: int | None = None) -> list[list[Panel | None]]:
@@ -184,7 +184,7 @@ def compose(figure: Figure, *, words: bool = True) -> Drawing:
     columns = max(len(row) for row in figure.rows)
     body = (max(width * columns, NARROWEST if words else 0), height * len(figure.rows))
     heading = _wrapped(figure.title, body[0], TITLE_SIZE * 1.06) if words else ""
-    caption = _wrapped(" ".join([figure.caption, *_notes(figure)]), body[0], CAPTION_SIZE) if words else ""
+    caption = _wrapped(figure.explanation, body[0], CAPTION_SIZE) if words else ""
     head = _Head(figure, body[0], words=words)
     over = _lines(heading, TITLE_SIZE) + head.height + (2 if words else 1) * MARGIN
     under = _lines(caption, CAPTION_SIZE) + 1.5 * MARGIN if words else 0.0
@@ -230,8 +230,7 @@ def _draw_panels(drawing: Drawing, figure: Figure) -> list[Axes]:
             together = {"row": first, "all": drawn[0] if drawn else None}.get(figure.share or "")
             axes = drawing.add_subplot(grid[i, j * span : (j + 1) * span], sharey=together)
             panel.draw(axes)
-            pad = 16 if any(text.get_gid() == "above" for text in axes.texts) else 5
-            axes.set_title(label(panel.title, int(13 * figure.size[0] * columns / len(row))), pad=pad)
+            axes.set_title(label(panel.title, int(13 * figure.size[0] * columns / len(row))), pad=HEADROOM.get(axes, 5))
             first = first or axes
             drawn.append(axes)
     if figure.share:
@@ -307,10 +306,6 @@ def _cells(numbers: pd.DataFrame | None) -> list[list[str]]:
     head = ["", *(textwrap.fill(str(column), 24) for column in numbers.columns)]
     rows = numbers.itertuples(name=None)
     return [head, *([textwrap.fill(str(row[0]), 44), *map(str, row[1:])] for row in rows)]
-
-
-def _notes(figure: Figure) -> Iterable[str]:
-    return dict.fromkeys(panel.note for panel in figure.panels if panel.note)
 
 
 def _wrapped(text: str, width: float, size: float) -> str:

@@ -56,6 +56,7 @@ HOUSE = {
     "svg.hashsalt": "ropewalk",
 }
 TIPS: WeakKeyDictionary[Artist, tuple[str, ...]] = WeakKeyDictionary()
+HEADROOM: WeakKeyDictionary[Axes, float] = WeakKeyDictionary()  # points between axes and their title
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 FloatArray = NDArray[np.float64]
@@ -152,6 +153,11 @@ def with_tips(artist: Artist, tips: Iterable[str]) -> None:
     TIPS[artist] = tuple(tips)
 
 
+def reserve_headroom(axes: Axes, points: float) -> None:
+    """Keep the title of ``axes`` so far above them: for names of marks, or a legend."""
+    HEADROOM[axes] = max(points, HEADROOM.get(axes, 0))
+
+
 def positive(values: FloatArray) -> FloatArray:
     """``values`` with nan where they are 0 or less, which a logarithmic axis leaves out."""
     return np.where(values > 0, values, np.nan)
@@ -205,8 +211,8 @@ def mark_length(axes: Axes, length: int, text: str = "trained", side: str = "cen
         va="bottom",
         fontsize=8,
         color=GREY,
-        gid="above",
     )
+    reserve_headroom(axes, 16 + 10 * turn)
 
 
 def mark_lengths(axes: Axes, lengths: Iterable[float], low: float, high: float) -> None:

@@ -11,7 +11,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ropewalk.figures.figure import Figure, Panel, rows_of
-from ropewalk.figures.style import PALETTE, Style, amount, draw_line, label, tokens_seen_axis, with_tips
+from ropewalk.figures.style import (
+    PALETTE,
+    Style,
+    amount,
+    draw_line,
+    label,
+    reserve_headroom,
+    tokens_seen_axis,
+    with_tips,
+)
 from ropewalk.figures.training_curves import each_run
 
 TITLE = "Throughput"
@@ -100,4 +109,5 @@ def _draw_phases(axes: Axes, rows: pd.DataFrame, phases: list[str]) -> None:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("seconds")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0, handlelength=1.2)
+    reserve_headroom(axes, 6 + 14 * -(-len(phases) // 4))

@@ -205,7 +205,7 @@ def write_figures(sections: Sequence[Section], directory: Path, formats: Sequenc
     written, captions = [], []
     for name, figure in _named_figures(sections):
         written += write_figure(figure, directory, formats, words=False, name=name)
-        captions.append(f"**{name}** {figure.words}\n")
+        captions.append(f"**{name}** {figure.title}. {figure.explanation}\n")
         if figure.numbers is not None:
             captions.append(_markdown(figure.numbers))
     write_atomically(directory / CAPTIONS, "\n".join(captions))

@@ -21,6 +21,7 @@ from ropewalk.figures.style import (
     method_styles,
     nested,
     pairs_axis,
+    reserve_headroom,
     tokens,
     tokens_axis,
 )
@@ -121,7 +122,8 @@ def _shade_blend(axes: Axes, original: FloatArray, *, named: bool) -> None:
             ((first + last) / 2, "center", "blended"),
             (last, "left", " divided by 8"),
         ):
-            axes.annotate(words, (place, 1.005), ha=side, gid="above", **top)
+            axes.annotate(words, (place, 1.005), ha=side, **top)
+        reserve_headroom(axes, 16)
 
 
 def decay_figure(spectra: Mapping[str, Spectrum], *, train_length: int, target_length: int) -> Figure:

@@ -136,7 +136,9 @@ def _figures(config: CompareConfig, run: Run, baseline: Run, tracker: Any) -> di
         key = metrics.FIGURES + metrics.word(section.title.lower())
         for number, figure in enumerate(section.figures, start=1):
             pixels = _pixels(compose(figure, words=False))
-            images[key if number == 1 else f"{key}_{number}"] = tracker.Image(pixels, caption=figure.words)
+            images[key if number == 1 else f"{key}_{number}"] = tracker.Image(
+                pixels, caption=f"{figure.title}. {figure.explanation}"
+            )
     return images
 
 
