@@ -102,7 +102,7 @@ class Trainer:
         summed_loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             for hook in self.hooks:
-                hook.before_micro_batch()  # the one place that is left on request
+                hook.before_micro_batch()  # the only place where the loop is left on request
             token_losses = meter.token_losses(micro_batch)
             with meter.time("forward"):
                 loss = engine(**on_device(micro_batch, self.ranks), token_losses=token_losses)
