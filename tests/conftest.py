@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 # the repository without what a run or an installation adds: data/, outputs/, .venv/
 CLONED = (
-    "Makefile", "benchmarks", "configs", "data_prep", "docs", "recipes", "scripts", "slurm", "src", "tests", "train.py",
+    "Makefile", "benchmarks", "configs", "data_prep", "docs", "pyproject.toml", "recipes", "requirements-docs.lock",
+    "requirements.lock", "scripts", "slurm", "src", "tests", "train.py",
 )  # fmt: skip
 
 
