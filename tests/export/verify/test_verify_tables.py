@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -31,6 +32,42 @@ def test_the_table_is_transformers_own(exported_arm, arm):
     lost = compare_tables(table, table, ["it does not rotate with its chain"])
     assert lost.passed is False
     assert str(lost).endswith("positions; it does not rotate with its chain")
+
+
+STAND_IN = """
+import torch
+
+def get_rope(head_dim, rotary_dim, max_position, base, rope_scaling, dtype):
+    inv_freq = 1 / base ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+
+    class Rope:
+        def forward(self, positions, query, key):
+            angles = torch.outer(positions.float(), inv_freq)
+            first, second = query.chunk(2, dim=-1)
+            cos, sin = angles.cos(), angles.sin()
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1), key
+
+    return Rope()
+"""
+
+
+def test_a_stand_in_of_sglang_is_read_by_the_probe(tmp_path):
+    """The real engines are not installed with the tests; this one rotates by RoFormer's equation 34, in its own way."""
+    layers = tmp_path / "packages" / "sglang" / "srt" / "layers"
+    layers.mkdir(parents=True)
+    (layers / "rotary_embedding.py").write_text(STAND_IN)
+    (tmp_path / "packages" / "sglang" / "__init__.py").write_text('__version__ = "0.0.stand-in"')
+    python = tmp_path / "python"
+    run = f"import runpy, sys; sys.path.insert(0, '{tmp_path}/packages'); sys.argv = sys.argv[2:]; "
+    run += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{run}" "$@"\n')
+    python.chmod(0o755)
+    found = verify_table("sglang", save_tiny(tmp_path / "model"), str(python))
+    assert found.passed
+    assert "of version 0.0.stand-in" in str(found)
+    assert found.numbers["positions"] == 64
+    with pytest.raises(Unverifiable, match=r"vllm could not build its table here \(ModuleNotFoundError"):
+        verify_table("vllm", tmp_path / "model", str(python))
 
 
 @pytest.fixture(params=["vllm", "sglang"])
