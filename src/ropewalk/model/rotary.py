@@ -197,18 +197,3 @@ def _llama3_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[Float
     theta_error = stock_tolerances(spectrum, {**entry, "rope_type": "default"})
     error = ((theta_error + 3 * _HALF_ULP) * turns + _HALF_ULP * low) / (high - low)
     return (turns - low) / (high - low), error
-
-
-def spectrum_tolerance(spectrum: Spectrum, rope_type: str) -> float:
-    """One tolerance for all pairs of a rotary module whose entry is not known, relative.
-
-    Every slowed pair counts as one on the steepest published ramp, llama3's, where turns / (high - low) is at most 4/3.
-    """
-    plain = float(stock_tolerances(spectrum, {"rope_type": "default", "rope_theta": spectrum.theta}).max())
-    if rope_type not in ("yarn", "llama3"):
-        return plain
-    turning = spectrum.inv_freq > 0
-    slowed = float(
-        (geometric(spectrum.theta, spectrum.head_dim)[turning] / spectrum.inv_freq[turning]).max(initial=1.0)
-    )
-    return plain + 3 * _HALF_ULP + (plain + 4 * _HALF_ULP) * 4 / 3 * slowed
