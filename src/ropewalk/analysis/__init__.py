@@ -1,4 +1,4 @@
-"""What a spectrum does: advice, inspection, figures, and the geometry of real queries and keys."""
+"""Analysis of a spectrum: advice, inspection, figures, and the geometry of real queries and keys."""
 
 from ropewalk.analysis.advice import print_advice
 

@@ -90,7 +90,7 @@ class EvaluatedCheckpoint:
         }
 
     def identity(self, setting: Setting, length: int) -> dict[str, Any]:
-        """What a number depends on besides its task: weights, spectrum at ``length`` and number format."""
+        """Everything that a number depends on besides its task: weights, spectrum at ``length`` and number format."""
         spectrum = [setting.spectrum.inv_freq.tolist(), setting.spectrum.attention_scaling]
         return {
             "checkpoint": checkpoint_sha256(self.directory),

@@ -243,7 +243,7 @@ def as_shares(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_loss(metric: str) -> bool:
-    """Whether a metric is in nats per token; every other is an accuracy or score."""
+    """True if a metric is in nats per token; every other is an accuracy or score."""
     return metric.removesuffix("_shuffled") in LOSS_METRICS
 
 

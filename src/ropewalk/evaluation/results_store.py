@@ -61,7 +61,7 @@ class ResultsStore:
         self.overwrite = overwrite
 
     def is_finished(self, cell: Cell, identity: Mapping[str, Any]) -> bool:
-        """Whether ``cell`` was measured under this very identity.
+        """True if ``cell`` was measured under this very identity.
 
         Raises:
             UserError: it was measured under another one and may not be replaced, or lies beside cells of its harness
@@ -80,7 +80,7 @@ class ResultsStore:
     def _differing(
         self, path: Path, known: Mapping[str, Any], identity: Mapping[str, Any], names: Collection[str]
     ) -> list[str]:
-        """Which of ``names`` differ; an error unless they may be replaced."""
+        """Those of ``names`` that differ; an error unless they may be replaced."""
         differing = sorted(name for name in names if known.get(name) != identity.get(name))
         if differing and not self.overwrite:
             both = "; ".join(f"{name}={known.get(name)}, not {identity.get(name)}" for name in differing)

@@ -74,7 +74,7 @@ class Arm:
         return str(self.settings[0].chain)
 
     def measures_as(self, other: Arm) -> bool:
-        """Whether both rotate alike at every length."""
+        """True if both rotate alike at every length."""
         return _spectra(self) == _spectra(other)
 
 

@@ -99,7 +99,7 @@ def _needle_rows(arm: Measured) -> Iterator[dict[str, Any]]:
 
 
 def short_context_verdict(value: float, low: float, high: float, tolerance: float) -> str:
-    """Whether a loss difference with its 95% interval keeps within ``tolerance``, nats per token.
+    """Verdict: a loss difference with its 95% interval keeps within ``tolerance``, nats per token.
 
     An unknown interval, as of one document, decides nothing. A loss that is not finite is its own verdict: no number
     of documents would change it.
@@ -110,14 +110,14 @@ def short_context_verdict(value: float, low: float, high: float, tolerance: floa
 
 
 def beyond_verdict(value: float, low: float, high: float) -> str:
-    """Whether the interval of a loss difference leaves out zero, and on which side."""
+    """Verdict: the interval of a loss difference leaves out zero, and on which side."""
     if not math.isfinite(value):
         return NOT_FINITE
     return GAIN if high < 0 else WORSE if low > 0 else UNDECIDED
 
 
 def needle_verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Whether the intervals of two exact-match rows lie apart; stricter than a paired test, which needs each prompt."""
+    """Verdict: two exact-match rows have intervals apart; stricter than a paired test, which needs each prompt."""
     return GAIN if after["ci_low"] > before["ci_high"] else WORSE if after["ci_high"] < before["ci_low"] else UNDECIDED
 
 

@@ -75,7 +75,7 @@ def _placed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(losses: pd.DataFrame) -> str:
-    """Which runs read under which test-time setting."""
+    """Runs by the test-time setting that they read under."""
     by_setting = losses.groupby("setting", sort=False)["run"].unique()
     return "; ".join(f"{', '.join(names)}: {setting}" for setting, names in by_setting.items() if setting != NONE)
 

@@ -149,7 +149,7 @@ def interval(low: float, high: float, *, signed: bool = False) -> str:
 
 
 def with_tips(artist: Artist, tips: Iterable[str]) -> None:
-    """What the page shows for each marker, bar or cell of ``artist``, in their order."""
+    """Text that the page shows for each marker, bar or cell of ``artist``, in their order."""
     TIPS[artist] = tuple(tips)
 
 

@@ -120,7 +120,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _logged(rows: pd.DataFrame, prefix: str) -> list[str]:
-    """What stands behind ``prefix`` in the names of columns that any of the runs logged."""
+    """Ends of the names that begin with ``prefix`` among the columns that any of the runs logged."""
     return [
         str(name).removeprefix(prefix) for name in rows if str(name).startswith(prefix) and rows[name].notna().any()
     ]

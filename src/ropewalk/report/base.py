@@ -26,7 +26,7 @@ def with_bases(runs: list[Run], given: str | None) -> list[Run]:
         given: directory of the base or of its evaluation; None: from model.path of the runs.
 
     Raises:
-        UserError: where ``given`` is no run directory.
+        UserError: where ``given`` is not a run directory.
     """
     if given is not None and not Path(given).is_dir():
         raise UserError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
@@ -57,7 +57,7 @@ def _started_from(runs: list[Run]) -> list[str]:
 
 
 def _is_at(run: Run, path: str) -> bool:
-    """Whether ``run`` is the model at ``path``: its directory, its export, or an evaluation of it."""
+    """True if ``run`` is the model at ``path``: its directory, its export, or an evaluation of it."""
     paths = [str(run.directory), str(RunDirectory(run.directory).export)]
     paths += [str(run.evaluation["checkpoint"])] if "checkpoint" in run.evaluation else []
     return Path(path).resolve() in {Path(candidate).resolve() for candidate in paths}

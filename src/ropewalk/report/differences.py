@@ -82,7 +82,7 @@ class Difference:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the interval leaves out zero; an unknown interval decides nothing."""
+        """True if the interval leaves out zero; an unknown interval decides nothing."""
         return self.low > 0 or self.high < 0
 
 

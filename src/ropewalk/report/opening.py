@@ -93,7 +93,7 @@ def other_settings(runs: list[Run], baseline: Run) -> dict[str, list[str]]:
 
 
 def limits(runs: list[Run], baseline: Run) -> list[str]:
-    """What the numbers cannot show, one paragraph each."""
+    """Limits of the numbers, one paragraph each."""
     trained = [arm for arm in arms(runs) if arm.is_trained]
     words = [DOCUMENTS] if any(len(run.task("loss_at_length", "nll")) for run in runs) else []
     words += [] if trained else [NOT_TRAINED]

@@ -51,12 +51,12 @@ class Measured:
 
     @property
     def has_error(self) -> bool:
-        """Whether the standard error of what was measured is known."""
+        """True if the standard error of what was measured is known."""
         return not math.isnan(self.stderr)
 
     @property
     def is_apart(self) -> bool:
-        """Whether the difference exceeds two standard errors, or without a known one what the legend states."""
+        """True if the difference exceeds two standard errors, or without a known one what the legend states."""
         if self.has_error:
             return abs(self.difference) > 2 * self.stderr
         if self.row["benchmark"] == "training":

@@ -35,7 +35,7 @@ class Pooled:
 
     @property
     def at_chance(self) -> bool:
-        """Whether an accuracy is within two standard errors of its control (0 where there is none).
+        """True if an accuracy is within two standard errors of its control (0 where there is none).
 
         The standard error is the binomial one of ``n`` prompts, the largest that values in 0..1 can have.
         """
@@ -123,7 +123,7 @@ def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
 
 
 def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
-    """Whether the run's whole grid is at chance; None where there is no grid."""
+    """True if the run's whole grid is at chance; None: there is no grid."""
     whole = pooled(run, metric)
     return None if whole is None else whole.at_chance
 

@@ -94,7 +94,7 @@ class Run:
         return self.table[(self.table["harness"] == name) & self.table["depth"].isna()]
 
     def is_called(self, name: str) -> bool:
-        """Whether ``name`` means this run: its name, its run_name, or its directory or the end of that."""
+        """True if ``name`` means this run: its name, its run_name, or its directory or the end of that."""
         return name in (
             self.name,
             self.record.get("run_name"),
@@ -104,7 +104,7 @@ class Run:
 
     @property
     def is_trained_here(self) -> bool:
-        """Whether train.py made it; else it was only evaluated."""
+        """True if train.py made it; else it was only evaluated."""
         return bool(self.record) or len(self.metrics) > 0
 
     @property
@@ -113,12 +113,12 @@ class Run:
         return self.evaluation.get("document_prefixes", {})
 
     def is_beyond(self, length: int) -> bool:
-        """Whether ``length`` tokens is past the run's trained length."""
+        """True if ``length`` tokens is past the run's trained length."""
         return self.trained_length is not None and length > self.trained_length
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
+    """True if anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
     run = RunDirectory(directory)
     is_trained = any(path.is_file() for path in (run.config, run.record, run.metrics))
     return is_trained or bool(evaluation_directories(directory))

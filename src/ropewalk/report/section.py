@@ -40,7 +40,7 @@ class Block:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no cell has a number or says why there is none."""
+        """True if no cell has a number or says why there is none."""
         return not any(cell.main != EMPTY or cell.hint for _, cells in self.rows for cell in cells)
 
 

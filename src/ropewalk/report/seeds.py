@@ -44,7 +44,7 @@ class Arm:
 
     @property
     def is_trained(self) -> bool:
-        """Whether it was trained here, and not what others were trained from."""
+        """True if it was trained here, and is not what others were trained from."""
         return any(run.is_trained_here and not run.is_base for run in self.runs)
 
     def by_seed(self, quantity: Quantity) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _key(run: Run) -> str:
 
 
 def _name(runs: list[Run]) -> str:
-    """What all names begin with, less a trailing ``-s``, ``_seed`` or the like; else the first name."""
+    """Beginning of all names, less a trailing ``-s``, ``_seed`` or the like; else the first name."""
     first, *others = [run.name for run in runs]
     if not others:
         return first

@@ -1,4 +1,4 @@
-"""What softmax makes of queries and keys, a block of queries at a time: the whole matrix of a head never exists."""
+"""Attention weights from queries and keys, a block of queries at a time: the whole matrix of a head never exists."""
 
 from __future__ import annotations
 

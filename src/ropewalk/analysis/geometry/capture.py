@@ -58,7 +58,7 @@ def observe(model: PreTrainedModel, ids: Tensor, layers: Collection[int], observ
         observer: gets each layer's queries and keys.
 
     Raises:
-        RuntimeError: where *after* is no rotation of *before*, so that the model was not read right.
+        RuntimeError: where *after* is not a rotation of *before*, so that the model was not read right.
     """
     AttentionInterface.register(NAME, _observed_attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
@@ -115,7 +115,7 @@ def _observed_attention(
 
 @contextmanager
 def _unrotated(decoder: Any, layers: Collection[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
-    """What the last module before the rotation puts out, by layer and side, (heads, tokens, head_dim) each.
+    """Output of the last module before the rotation, by layer and side, (heads, tokens, head_dim) each.
 
     That is the norm of the heads where there is one (Qwen3), else the projection, whose bias (Qwen2) is part of it.
     """

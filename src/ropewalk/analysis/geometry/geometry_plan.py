@@ -1,4 +1,4 @@
-"""What a geometry run measures, checked before a model is loaded."""
+"""Plan of a geometry run, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Shape:
-    """What checkpoints side by side must share."""
+    """Shape that checkpoints side by side must share."""
 
     layers: int
     heads: int
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a geometry run measures.
+    """Everything that a geometry run measures.
 
     Attributes:
         config: as given.
@@ -81,7 +81,7 @@ def make_plan(config: GeometryConfig) -> Plan:
     """Check the configuration, read the models' configs and tokenize the documents.
 
     Raises:
-        UserError: naming the value, the rule and the mend.
+        UserError: naming the value, the rule and the fix.
     """
     _validate(config)
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")

@@ -33,7 +33,7 @@ from ropewalk.figures.geometry import AttentionMap
 
 @dataclass
 class Findings:
-    """What the passes have shown so far."""
+    """Results of the passes so far."""
 
     statistics: Means = field(default_factory=Means)  # as table.geometry_table takes them
     key_scores: Means = field(default_factory=Means)  # as table.key_scores takes them

@@ -70,7 +70,7 @@ class Means:
 
 
 def is_of_keys(statistic: str) -> bool:
-    """Whether a statistic has one value for each key head, and no query head."""
+    """True if a statistic has one value for each key head, and none for a query head."""
     return statistic.endswith(("_keys", "_key_norm"))
 
 

@@ -49,7 +49,7 @@ def exports(environment: Mapping[str, str]) -> list[str]:
     """Shell lines that export the cluster's variables.
 
     Raises:
-        UserError: for a name that is no variable's.
+        UserError: for what is not the name of a variable.
     """
     for name in environment:
         if not VARIABLE.fullmatch(name):

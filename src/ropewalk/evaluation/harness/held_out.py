@@ -206,7 +206,7 @@ class _Measurement:
 
 
 def in_order(shares: Iterable[Mapping[int, Any]]) -> list[Any]:
-    """What the ranks measured, by its number, each once."""
+    """Measurements of the ranks, by number, each once."""
     numbered = {number: item for share in shares for number, item in share.items()}
     return [numbered[number] for number in sorted(numbered)]
 

@@ -65,7 +65,7 @@ class Claim:
 
     @property
     def has_metadata(self) -> bool:
-        """Whether the chain is named in the config, not only read off the stock entry."""
+        """True if the chain is named in the config, not only read off the stock entry."""
         return bool(self.content.get(METADATA_KEY))
 
     @property

@@ -129,7 +129,7 @@ def judge(
 
 
 def lost_position(position: GgufPosition) -> GgufPosition:
-    """What an engine that misses the method rotates with: plain RoPE at the same base; for plain RoPE, which has
+    """Rotation of an engine that misses the method: plain RoPE at the same base; for plain RoPE, which has
     nothing else to lose, another base.
     """
     is_plain = position.factors is None and not position.scaling and position.attn_factor is None

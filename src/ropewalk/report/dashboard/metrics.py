@@ -1,4 +1,4 @@
-"""What an evaluation is called in a tracker: the names that the panels show and the logger writes.
+"""Names of an evaluation in a tracker: the ones that the panels show and the logger writes.
 
 The trainer's own metrics (train/...) are logged by :mod:`ropewalk.training.tracker`, over the axis ``tokens``.
 """
@@ -39,7 +39,7 @@ def rows_of(run: Run, baseline: Run) -> list[Row]:
 
 
 def summary_of(run: Run) -> Row:
-    """What has no axis: short-context scores, percent."""
+    """Numbers without an axis: short-context scores, percent."""
     scores_of = short_scores(run)
     return {f"{SHORT}{word(task)}/{word(metric)}": one.value for (task, metric, _), one in scores_of.items()}
 

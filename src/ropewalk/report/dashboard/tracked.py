@@ -87,7 +87,7 @@ def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
 
 
 def _at(run: Run, step: int) -> dict[str, int]:
-    """Where trackio puts a row; W&B counts rows by itself, and drops those whose step it has passed."""
+    """Step at which trackio puts a row; W&B counts rows by itself, and drops those whose step it has passed."""
     return {"step": step} if run.config["tracker.name"] == "trackio" else {}
 
 

@@ -221,7 +221,7 @@ def run_process(command: list[str], directory: Path, log: Path) -> None:
 
 
 def published(dataset: Dataset, length: int) -> bool:
-    """Whether the inputs of ``dataset`` at ``length`` are HELMET's own, or can be made anew."""
+    """True if the inputs of ``dataset`` at ``length`` are HELMET's own, or can be made anew."""
     return length in LENGTHS or dataset.rebuilt
 
 
