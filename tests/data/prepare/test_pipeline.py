@@ -347,7 +347,7 @@ def test_too_few_long_documents_are_counted(fixture_corpus, fixture_tokenizer, t
         ({"shard": 2, "n_shards": 2}, "shard=2 must be 0 to n_shards - 1 = 1"),
         ({"shard_mb": 0}, "shard_mb=0 and workers=None must be positive"),
         ({"engine": "fast"}, "corpus.engine=fast is not known; use one of: auto"),
-        ({"chat_template": "nowhere.jinja"}, r"corpus.chat_template=nowhere.jinja is no file"),
+        ({"chat_template": "nowhere.jinja"}, r"corpus.chat_template=nowhere.jinja is not a file"),
         ({"chat_date": "26 Jul 2024"}, r"corpus.chat_date=26 Jul 2024 is not a date; write it as 2024-07-26"),
         ({"domains": {"books": DomainConfig()}}, "corpus.domains names books, which no source has"),
         (

@@ -237,7 +237,7 @@ def test_paths_are_not_followed_outside(root, file):
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     content["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()
     (root / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is no path in the store"):
+    with pytest.raises(ValueError, match="is not a path in the store"):
         PackedStore(root)
 
 

@@ -69,7 +69,7 @@ def test_a_task_on_offline_data_ends_in_the_table(config, capsys) -> None:
     assert accuracy["value"] in [100 * k / 6 for k in range(7)]
     assert accuracy["stderr"] == pytest.approx(100 * math.sqrt(share * (1 - share) / 5))
     assert "all, scaling none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"measured with another samples \(samples: None there, 2 now\)"):
+    with pytest.raises(ValueError, match=r"measured with samples=None, not 2, and the two do not compare"):
         evaluate(replace(config, suite=replace(config.suite, samples=2)))
 
 
