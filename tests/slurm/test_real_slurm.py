@@ -217,8 +217,8 @@ def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
     assert first["Reason"].startswith("told to leave")
     assert (second["State"], [rank["code"] for rank in second["Ranks"]]) == ("COMPLETED", [0, 0])
     begun = site.record("evaluation", 1, "begin.json")
-    written = 4  # the cell, its documents, and the two tables
-    assert begun["progress"] == site.record("evaluation", 0, "begin.json")["progress"] + written
+    written = begun["progress"] - site.record("evaluation", 0, "begin.json")["progress"]
+    assert 2 <= written <= 4  # the cell and its documents; the two tables, if the signal came after them
     assert site.log("evaluation").count("0 to fix") == 2  # the doctor, each time, on one of two tasks
     _, again = site.log("evaluation").split("start 2, on")
     assert "loss to 256" not in again
