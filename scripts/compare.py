@@ -13,7 +13,7 @@ def main(config: CompareConfig) -> None:
 
     compare(config)
     if config.track:
-        from ropewalk.report.dashboard import track
+        from ropewalk.report.tracked import track
 
         track(config)
 

@@ -9,8 +9,8 @@ import torch
 from helpers import TINY, save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ropewalk.analysis.geometry.attention_scores import attention_scores
-from ropewalk.analysis.geometry.capture import LayerHeads, observe
+from ropewalk.analysis.capture import LayerHeads, observe
+from ropewalk.analysis.statistics import attention_scores
 from ropewalk.model.load import load_for_evaluation
 
 TOKENS, HEADS, KEY_HEADS, DIM = 50, 4, 2, 16

@@ -14,13 +14,13 @@ from helpers import composed, save_tiny
 from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ropewalk.analysis import geometry as geometry_module
+from ropewalk.analysis.capture import LayerHeads, observe
 from ropewalk.analysis.geometry import geometry
-from ropewalk.analysis.geometry import run as run_room
-from ropewalk.analysis.geometry.capture import LayerHeads, observe
-from ropewalk.analysis.geometry.table import COLUMNS, STATISTICS, is_of_keys
+from ropewalk.analysis.measure import COLUMNS, STATISTICS, is_of_keys
 from ropewalk.config.analysis import GeometryConfig
 from ropewalk.evaluation.documents import make_windows
-from ropewalk.figures.geometry import GEOMETRY_FIGURES
+from ropewalk.figures.key_clouds import GEOMETRY_FIGURES
 from ropewalk.model.load import load_for_evaluation, read_position
 
 LAYERS, HEADS, KEY_HEADS = 2, 4, 2
@@ -227,7 +227,7 @@ def test_snapshots_share_one_basis(config, checkpoints) -> None:
 
 def test_an_existing_output_stays_unless_it_may_be_replaced(config, monkeypatch) -> None:
     geometry(config)
-    monkeypatch.setattr(run_room, "load_for_evaluation", None)  # refused before a model is loaded
+    monkeypatch.setattr(geometry_module, "load_for_evaluation", None)  # refused before a model is loaded
     with pytest.raises(ValueError, match="overwrite=true"):
         geometry(config)
 
@@ -253,7 +253,7 @@ def test_an_existing_output_stays_unless_it_may_be_replaced(config, monkeypatch)
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(config, field, value, message, monkeypatch) -> None:
-    monkeypatch.setattr(run_room, "load_for_evaluation", None)
+    monkeypatch.setattr(geometry_module, "load_for_evaluation", None)
     setattr(config, field, value)
     with pytest.raises(ValueError, match=message):
         geometry(config)

@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ropewalk.analysis.geometry import attention_scores as scores_room
-from ropewalk.analysis.geometry.attention_scores import attention_scores
-from ropewalk.analysis.geometry.pca import basis_table, fit_basis, sample_heads, sample_positions
-from ropewalk.figures.geometry.key_clouds import log_bins
+from ropewalk.analysis import statistics
+from ropewalk.analysis.statistics import attention_scores, basis_table, fit_basis, sample_heads, sample_positions
+from ropewalk.figures.key_clouds import log_bins
 
 HEADS, KEY_HEADS, TOKENS, DIM = 4, 2, 90, 8
 LENGTHS = [10, 64, 90]
@@ -44,7 +43,7 @@ def test_blocks_make_up_the_whole_attention(vectors, block) -> None:
 
 
 def test_a_map_holds_the_mean_of_the_pairs_that_causality_allows(vectors, monkeypatch) -> None:
-    monkeypatch.setattr(scores_room, "GRID", 20)  # cells of ceil(90 / 20) = 5 tokens
+    monkeypatch.setattr(statistics, "GRID", 20)  # cells of ceil(90 / 20) = 5 tokens
     found = attention_scores(*vectors, LENGTHS, DIM**-0.5, map_heads=[1, 2], block=1000)
     assert set(found.maps) == {1, 2}
     for head in (1, 2):

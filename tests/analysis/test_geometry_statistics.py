@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import davies_bouldin_score, silhouette_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from ropewalk.analysis.geometry import statistics
+from ropewalk.analysis import statistics
 
 TOKENS, DIM = 60, 16
 

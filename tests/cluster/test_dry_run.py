@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers import alone_environment
+from ropewalk.evaluation.harness.lm_eval import lm_eval_tasks as tasks
 
 from ropewalk.cluster.dry_run import STAGES, dry_run_chain
 from ropewalk.config import CONFIG_DIR
-from ropewalk.evaluation.harness.lm_eval import lm_eval_tasks as tasks
 
 ROOT = CONFIG_DIR.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.sh"))

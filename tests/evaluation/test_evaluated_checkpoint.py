@@ -9,8 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
-from ropewalk.evaluation.evaluated_checkpoint import scaled_copy
-from ropewalk.evaluation.settings import settings_by_length
+from ropewalk.evaluation.evaluated_checkpoint import scaled_copy, settings_by_length
 from ropewalk.rope.position import position_of
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}

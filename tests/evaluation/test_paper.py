@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES
-from ropewalk.evaluation.harness.ruler.ruler_tasks import TASKS
+from ropewalk.evaluation.harness.ruler_tasks import TASKS
 from ropewalk.evaluation.paper import MEASURES, beside_published, not_measured, read_published
 from ropewalk.evaluation.results import NEEDS_JUDGE, results_table
 

@@ -5,7 +5,7 @@ import pytest
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
-from ropewalk.evaluation.settings import settings_by_length
+from ropewalk.evaluation.evaluated_checkpoint import settings_by_length
 from ropewalk.rope import RopeChain
 from ropewalk.rope.position import Position
 

@@ -9,7 +9,7 @@ import pytest
 from figures.drawings import axes_of, curve, marked
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
-from ropewalk.figures.benchmark_averages import benchmark_figure
+from ropewalk.figures.evaluation_curves import benchmark_figure
 from ropewalk.figures.style import method_styles
 from ropewalk.report.benchmarks import HELMET, LONG, RULER, Suite, benchmark_table, short_context_table
 from ropewalk.report.figure_tables import average_table, trained_lengths

@@ -11,12 +11,11 @@ import pytest
 from figures.drawings import axes_of, covered_titles, curve, has_mark
 from report.fake_runs import FakeRun, write_run
 
+from ropewalk.figures.evaluation_curves import position_figures
 from ropewalk.figures.figure import compose
-from ropewalk.figures.loss_curves import position_figures
 from ropewalk.figures.needle_grid import needle_figures
 from ropewalk.figures.spectrum.spectra import spectra_figure
-from ropewalk.figures.throughput import throughput_figure
-from ropewalk.figures.training_curves import training_figures
+from ropewalk.figures.training_curves import throughput_figure, training_figures
 from ropewalk.report.figure_tables import (
     curve_table,
     difference_table,

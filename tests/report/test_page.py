@@ -14,9 +14,9 @@ from report.fake_runs import FakeRun, write_config, write_fake_evaluation, write
 
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.report import compare
-from ropewalk.report.opening import DOCUMENTS, NOT_TRAINED, ONE_SEED, SEEDS, opening_table
 from ropewalk.report.page import check_files, sections_of, write_figures
 from ropewalk.report.runs import load_runs
+from ropewalk.report.runs_table import DOCUMENTS, NOT_TRAINED, ONE_SEED, SEEDS, opening_table
 from ropewalk.report.section import Section
 
 HOSTILE = '<b>x</b> & "q" </script><script src="http://e.example/a.js">'

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from report.fake_runs import FakeRun, write_run
 
-from ropewalk.report.base import with_bases
 from ropewalk.report.results_table import loss_at, results_table
-from ropewalk.report.runs import Run, load_run
+from ropewalk.report.runs import Run, load_run, with_bases
 from ropewalk.report.runs_table import differences
 from ropewalk.report.seeds import UNKNOWN_NOISE, arm_of, arms, noise_words, one_run_each, styles_of
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from report.fake_runs import DOCUMENTS, FakeRun, write_run
 
-from ropewalk.figures.loss_curves import OWN
+from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.report.differences import Difference, Unpaired, at_length, by_position, passes
 from ropewalk.report.results_table import Pooled, is_at_chance, pooled, results_table

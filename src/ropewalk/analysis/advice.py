@@ -46,7 +46,7 @@ def describe(advice: Advice) -> str:
             f"{advice.critical_dimension} of {position.head_dim} channels, at base {base} and "
             f"{position.pretrained_length:,} tokens",
         ),
-        *(("" if place else "never finish a turn", str(beyond)) for place, beyond in enumerate(advice.beyond)),
+        *(("" if number else "never finish a turn", str(beyond)) for number, beyond in enumerate(advice.beyond)),
         ("recommended clip", _clip(advice)),
         ("YaRN", _yarn(advice)),
     ]

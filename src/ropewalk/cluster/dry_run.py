@@ -148,8 +148,8 @@ def _export(config: ExportConfig) -> Stage:
 
 
 def _evaluate(config: EvaluateConfig) -> Stage:
-    from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import check_scorers
-    from ropewalk.evaluation.settings import check_chains
+    from ropewalk.evaluation.evaluated_checkpoint import check_chains
+    from ropewalk.evaluation.harness.lm_eval_suite import check_scorers
     from ropewalk.evaluation.suites import validate_suites
 
     suites = validate_suites(config)

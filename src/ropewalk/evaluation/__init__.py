@@ -1,6 +1,5 @@
 """Evaluation: every harness, from loss by position to HELMET, into one results table."""
 
-from ropewalk.evaluation import results as table  # the earlier path of averages, ropewalk.evaluation.table.averages
 from ropewalk.evaluation.in_training import TrainingEvaluation
 from ropewalk.evaluation.results import averages, paired_difference, read_document_losses, read_record, read_results
 from ropewalk.evaluation.suites import evaluate
@@ -14,6 +13,5 @@ __all__ = [
     "read_document_losses",
     "read_record",
     "read_results",
-    "table",
     "validate",
 ]

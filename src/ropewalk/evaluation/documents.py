@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,20 @@ class Windows:
             "beyond_max_documents": self.beyond_limit,
             "window": self.length,
         }
+
+    def __str__(self) -> str:
+        return (
+            f"documents: {len(self.tokens)} of {self.length:,} tokens; left out: {len(self.too_short)} shorter, "
+            f"{self.beyond_limit} beyond max_documents"
+        )
+
+
+def validate_lengths(lengths: Sequence[int]) -> None:
+    """Raise UserError unless ``lengths`` (tokens) ascend without repeats and each has a bucket of positions."""
+    if not lengths or min(lengths) < SHORTEST:
+        raise UserError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
+    if list(lengths) != sorted(set(lengths)):
+        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
 
 
 def find_documents(directory: Path) -> Iterator[Document]:

@@ -1,13 +1,18 @@
-"""The checkpoint under evaluation, checked before a model is loaded, and loaded under one spectrum at a time."""
+"""The checkpoint under evaluation, checked before a model is loaded, and the settings that it runs under.
+
+A setting is one spectrum and the context lengths that run under it; one model is loaded at a time.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
@@ -15,14 +20,103 @@ from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import one_of, require_device
 from ropewalk.errors import UserError
-from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.model.load import load_for_evaluation, read_position
-from ropewalk.rope import Position, RopeChain
+from ropewalk.rope import Position, RopeChain, Spectrum
+from ropewalk.rope.chain import Steps
 from ropewalk.rope.position import METADATA_KEY, position_of
 from ropewalk.runs.directory import RunDirectory
+
+LENGTH_RATIO = "length_over_trained"  # in a chain: a factor that follows the length under evaluation
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One spectrum and the context lengths that run under it.
+
+    Attributes:
+        extra: methods appended to the checkpoint's own chain, words such as ``trained_length`` resolved.
+        chain: the whole chain.
+        spectrum: its spectrum at each of ``lengths``.
+        lengths: tokens, ascending; one forward pass at the last serves them all, since the model is causal.
+    """
+
+    extra: tuple[dict[str, Any], ...]
+    chain: RopeChain
+    spectrum: Spectrum
+    lengths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The printed extra chain, or ``none``."""
+        return str(RopeChain(self.extra)) if self.extra else "none"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the pass."""
+        return self.lengths[-1]
+
+    def record(self) -> dict[str, Any]:
+        """The setting as JSON: chain, lengths in tokens, inverse frequencies in radians per token."""
+        return {
+            "chain": str(self.chain),
+            "chain_sha256": self.chain.sha256,
+            "lengths": list(self.lengths),
+            "inv_freq": self.spectrum.inv_freq.tolist(),
+            "attention_scaling": self.spectrum.attention_scaling,
+        }
+
+
+def settings_by_length(
+    position: Position, rope: RopeConfig, test_time: TestTimeConfig, lengths: Sequence[int]
+) -> list[Setting]:
+    """Group ``lengths`` (ascending) by the spectrum that each one runs under.
+
+    ``rope`` is appended to the checkpoint's chain at every length. Then follows ``test_time.at`` if it has the length,
+    else ``test_time.within`` up to the trained length and ``test_time.beyond`` past it. Neighbouring lengths share a
+    setting if spectrum and attention scaling are equal; a length-dependent chain gets one for each length.
+
+    Raises:
+        UserError: from the chain, for a method that does not fit.
+    """
+    settings: list[Setting] = []
+    for length in lengths:
+        ruled = test_time.within if length <= position.trained_length else test_time.beyond
+        test = _follow(test_time.at.get(length, ruled), length / position.trained_length)
+        setting = _setting(position, [*rope.chain, *test], length)
+        if settings and _same_spectrum(settings[-1].spectrum, setting.spectrum):
+            settings[-1] = replace(settings[-1], lengths=(*settings[-1].lengths, length))
+        else:
+            settings.append(setting)
+    return settings
+
+
+def check_chains(rope: RopeConfig, test_time: TestTimeConfig) -> None:
+    """Check every chain that an evaluation may append, without the checkpoint that it would follow.
+
+    Raises:
+        UserError: from the chain, for a method or an argument that is not known.
+    """
+    for steps in (rope.chain, test_time.within, test_time.beyond, *test_time.at.values()):
+        RopeChain(_follow(steps, 2.0))  # whatever the ratio
+
+
+def _follow(steps: Steps, ratio: float) -> list[dict[str, Any]]:
+    """``steps`` with the ratio of the length to the trained one in place of the word for it."""
+    return [{name: ratio if value == LENGTH_RATIO else value for name, value in step.items()} for step in steps]
+
+
+def _setting(position: Position, extra: Steps, length: int) -> Setting:
+    extended = position.extended(extra)
+    resolved = extended.chain.to_list()[len(position.chain.steps) :]
+    return Setting(tuple(resolved), extended.chain, extended.spectrum(length=length), (length,))
+
+
+def _same_spectrum(a: Spectrum, b: Spectrum) -> bool:
+    return np.array_equal(a.inv_freq, b.inv_freq) and a.attention_scaling == b.attention_scaling
+
 
 DEVICES = ("cuda", "cpu", "auto")
 

@@ -14,12 +14,12 @@ from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.evaluation.documents import make_windows
+from ropewalk.evaluation.evaluated_checkpoint import Setting
 from ropewalk.evaluation.harness.held_out import in_order, table_row, validate_held_out
 from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.harness.needle_retrieval import build_grid, chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.model_reader import Scorer
 from ropewalk.evaluation.results import RECORD, document_table, results_table, write_record, write_results
-from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import Ranks, gather, log

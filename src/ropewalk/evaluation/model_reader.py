@@ -6,7 +6,9 @@ The logits of a whole window never exist at once.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,3 +187,23 @@ class ModelScorer:
         if self.reader.chunk is not None and ids.numel() > self.reader.chunk:
             return self.reader.read(ids, ids.numel())
         return self.decoder(input_ids=ids[None].to(self.device), use_cache=False).last_hidden_state[0]
+
+
+class Progress:
+    """Share of the work done and the time left, a line for each piece.
+
+    Args:
+        command: that works.
+        total: work to come, in any unit that time is proportional to, such as tokens.
+    """
+
+    def __init__(self, command: str, total: int) -> None:
+        self.command, self.total, self.done = command, total, 0
+        self.started = time.perf_counter()
+
+    def advance(self, work: int, what: str) -> None:
+        """Count ``work`` as done and print a line."""
+        self.done += work
+        left = (time.perf_counter() - self.started) * (self.total - self.done) / self.done
+        line = f"{self.command} {self.done / self.total:4.0%}  ETA {timedelta(seconds=round(left))}  {what}"
+        print(line, flush=True)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES
-from ropewalk.evaluation.harness.ruler.ruler_tasks import TASKS
+from ropewalk.evaluation.harness.ruler_tasks import TASKS
 
 COLUMNS = ["source", "table", "benchmark", "method", "task", "context_length", "value"]
 COPE = "2602.05258"  # the paper's number on arXiv

@@ -170,13 +170,24 @@ def read_record(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{directory} holds no finished evaluation (no {RECORD}); run scripts/evaluate.py with output={directory}"
         )
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
-    if not isinstance(record, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object; write it again, or move it away to do without")
-    return record
+    return content
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,8 @@ from ropewalk.errors import UserError
 from ropewalk.evaluation.evaluated_checkpoint import open_checkpoint, validate_engine
 from ropewalk.evaluation.harness.held_out import run_held_out, summarize_held_out, validate_held_out
 from ropewalk.evaluation.harness.helmet.helmet_suite import check_checkout, run_helmet
-from ropewalk.evaluation.harness.lm_eval.lm_eval_suite import run_lm_eval
-from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import check_scorers, check_tasks
-from ropewalk.evaluation.harness.ruler.ruler_suite import run_ruler, validate_ruler
+from ropewalk.evaluation.harness.lm_eval_suite import check_scorers, check_tasks, run_lm_eval
+from ropewalk.evaluation.harness.ruler_suite import run_ruler, validate_ruler
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
 from ropewalk.evaluation.results import averages, read_results, writable_directory
 from ropewalk.evaluation.results_store import ResultsStore

@@ -21,7 +21,7 @@ from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import existing_directory
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import beginning, encode, find_documents
-from ropewalk.evaluation.evaluated_checkpoint import load_tokenizer, open_checkpoint
+from ropewalk.evaluation.evaluated_checkpoint import Setting, load_tokenizer, open_checkpoint, settings_by_length
 from ropewalk.evaluation.harness.held_out import passes_of, read_windows, unfinished_cells, validate_held_out
 from ropewalk.evaluation.results import (
     as_shares,
@@ -32,9 +32,8 @@ from ropewalk.evaluation.results import (
     write_table,
 )
 from ropewalk.evaluation.results_store import ResultsStore
-from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.evaluation.suites import evaluate
-from ropewalk.evaluation.validate_report import AFTER, BEFORE, Measured, sentences, tables, validation_table
+from ropewalk.evaluation.validate_report import AFTER, BEFORE, Measured, tables, validation_table
 from ropewalk.export import resolve_checkpoint
 from ropewalk.files import write_atomically
 from ropewalk.model.load import read_position
@@ -119,7 +118,6 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
         evaluate(evaluation, Ranks())
     table = validation_table([_measured(arm) for arm in arms], lengths, config.tolerance, config.seed)
     documents = read_record(arms[0].directory)["documents"]
-    findings = sentences(table, config.tolerance, documents["too_short"])
     record = {
         "config": asdict(config),
         "checkpoint": str(directory),
@@ -130,12 +128,10 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
         "documents": documents,
         "arms": {arm.name: {"evaluation": arm.directory.name, "chain": arm.chain} for arm in arms},
         "short_context": _short_context(table),
-        "sentences": findings,
     }
     _write(Path(config.output), table, record)
-    print(
-        "\n".join(["", tables(table), "", *findings, *map(str, left_out), "", _how_to_draw(config, arms)]), flush=True
-    )
+    shown = tables(table, config.tolerance, documents["too_short"])
+    print("\n".join(["", shown, "", *map(str, left_out), "", _how_to_draw(config, arms)]), flush=True)
     return table
 
 
@@ -281,11 +277,7 @@ def _measured(arm: Arm) -> Measured:
 
 
 def _announce(
-    config: ValidateConfig,
-    position: Position,
-    arms: Sequence[Arm],
-    lengths: Sequence[int],
-    left_out: Sequence[LeftOut],
+    config: ValidateConfig, position: Position, arms: Sequence[Arm], lengths: Sequence[int], left_out: Sequence[LeftOut]
 ) -> str:
     at = ", ".join(f"{length:,}" for length in lengths)
     lines = [

@@ -1,4 +1,4 @@
-"""The findings of a validation: its table, the verdicts, and the sentences and tables of the terminal.
+"""The results of a validation: its table with the verdicts, and the tables of the terminal.
 
 Everything here works on tables, so it is checked on tables made by hand; the models are run by
 :mod:`ropewalk.evaluation.validate`.
@@ -116,95 +116,32 @@ def beyond_verdict(value: float, low: float, high: float) -> str:
     return GAIN if high < 0 else WORSE if low > 0 else UNDECIDED
 
 
-def needle_verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Verdict: two exact-match rows have intervals apart; stricter than a paired test, which needs each prompt."""
-    return GAIN if after["ci_low"] > before["ci_high"] else WORSE if after["ci_high"] < before["ci_low"] else UNDECIDED
-
-
-def sentences(table: pd.DataFrame, tolerance: float, too_short: int = 0) -> list[str]:
-    """The findings in words: of ``after`` in full, of the sweep its verdicts and the lowest loss of each range.
+def tables(table: pd.DataFrame, tolerance: float, too_short: int = 0) -> str:
+    """Loss and needle of each arm, and below them its differences to before with their verdicts, for the terminal.
 
     Args:
         table: of :func:`validation_table`.
         tolerance: nats per token that short context may lose.
         too_short: documents left out because the longest context does not fit them.
     """
-    findings = []
-    after = table[(table["arm"] == AFTER) & (table["metric"] == "nll_difference")]
-    for row in after.to_dict("records"):
-        findings.append(_beyond(row) if row["position_start"] else _short_context(row, tolerance, too_short))
-    findings += _needle(table)
-    sweep = table[table["arm"].str.startswith("clip") & (table["metric"] == "nll_difference")]
-    for start, of_range in sweep.groupby("position_start"):
-        findings.append(_sweep(of_range.to_dict("records"), is_short_context=start == 0))
-    return findings
-
-
-def _short_context(row: Mapping[str, Any], tolerance: float, too_short: int) -> str:
-    verdict = row["verdict"]
-    if verdict == UNDECIDED:
-        others = f" (another {too_short} are too short for the longest multiple)" if too_short else ""
-        verdict = f"{UNDECIDED}: more documents needed than {row['n']}{others}"
-    return (
-        f"Short context, positions below {row['position_end']:,}: {verdict}. The loss changes by {_against(row)}; "
-        f"tolerance {tolerance:g}."
-    )
-
-
-def _beyond(row: Mapping[str, Any]) -> str:
-    verdict = f"{UNDECIDED}: more documents needed" if row["verdict"] == UNDECIDED else row["verdict"]
-    return f"Positions {_range(row)}: {verdict}. The loss changes by {_against(row)}."
-
-
-def _against(row: Mapping[str, Any]) -> str:
-    few = ", few enough that the interval itself is rough" if 1 < row["n"] < FEW_DOCUMENTS else ""
-    documents = f"{row['n']} documents" if row["n"] > 1 else "1 document, which gives no interval"
-    return f"{difference(row)} nats/token over {documents}{few}"
-
-
-def _needle(table: pd.DataFrame) -> Iterator[str]:
-    rows = {(r["arm"], r["metric"], r["context_length"]): r for r in table.to_dict("records")}
-    for arm, metric, length in rows:
-        if (arm, metric) != (AFTER, "exact_match"):
-            continue
-        (exact_before, exact), (nll_before, nll) = (
-            [rows[side, metric, length] for side in (BEFORE, AFTER)] for metric in ("exact_match", "answer_nll")
-        )
-        verdict = needle_verdict(exact_before, exact)
-        why = "the 95% intervals overlap" if verdict == UNDECIDED else "the 95% intervals lie apart"
-        yield (
-            f"Needle at {length:,}: exact match {share(exact_before)} -> {share(exact)}, answer NLL "
-            f"{nll_before['value']:.3f} -> {nll['value']:.3f} nats/token; {verdict}, {why}."
-        )
-
-
-def _sweep(rows: Sequence[dict[str, Any]], is_short_context: bool) -> str:
-    if is_short_context:
-        words = [f"{row['arm'].removeprefix('clip')} {row['verdict']} ({row['value']:+.4f})" for row in rows]
-        return f"Sweep, short context by clip: {'; '.join(words)}."
-    finite = [row for row in rows if row["verdict"] != NOT_FINITE]
-    if not finite:
-        return f"Sweep, positions {_range(rows[0])}: no clip gives a finite loss."
-    best = min(finite, key=lambda row: row["value"])
-    return (
-        f"Sweep, positions {_range(best)}: clip {best['arm'].removeprefix('clip')} has the lowest loss, "
-        f"{difference(best)} against before ({best['verdict']}); chosen on these documents, so confirm it on others."
-    )
-
-
-def tables(table: pd.DataFrame) -> str:
-    """Loss and needle of each arm, and below them its differences to before, for the terminal."""
     losses, differences, needle = (
         {(row["arm"], _range(row)): text(row) for row in table[table["metric"] == metric].to_dict("records")}
-        for metric, text in (("nll", _value), ("nll_difference", difference), ("exact_match", share))
+        for metric, text in (("nll", _value), ("nll_difference", _difference), ("exact_match", _share))
     )
+    losses |= {(arm, f"needle {length}"): text for (arm, length), text in needle.items()}
     arms = dict.fromkeys(table["arm"])
-    blocks = {
-        "loss, nats/token, and needle, exact matches/prompts": losses
-        | {(a, f"needle {at}"): t for (a, at), t in needle.items()},
-        "loss difference to before, paired by document, 95% interval": differences,
-    }
-    return "\n\n".join(f"{title}\n{_block(arms, cells)}" for title, cells in blocks.items() if cells)
+    blocks = [f"loss, nats/token, and needle, exact matches/prompts\n{_block(arms, losses)}"]
+    if differences:
+        documents = table.loc[table["metric"] == "nll_difference", "n"].max()
+        legend = (
+            f"{documents} documents ({too_short} more are too short for the longest multiple; the interval of fewer "
+            f"than {FEW_DOCUMENTS} is rough, one has none). Below the trained length: {NO_REGRESSION} if the interval "
+            f"ends by +{tolerance:g}, {REGRESSION} if it begins past it. Beyond: {GAIN} or {WORSE} if it leaves out "
+            f"zero. {UNDECIDED}: more documents needed. A clip chosen here needs other documents to confirm it."
+        )
+        title = "loss difference to before, nats/token, paired by document, 95% interval, verdict"
+        blocks.append(f"{title}\n{_block(arms, differences)}\n{legend}")
+    return "\n\n".join(blocks)
 
 
 def _block(arms: Mapping[str, Any], cells: Mapping[tuple[str, str], str]) -> str:
@@ -219,14 +156,12 @@ def _value(row: Mapping[str, Any]) -> str:
     return f"{row['value']:.4f}"
 
 
-def difference(row: Mapping[str, Any]) -> str:
-    """``+0.0012 [-0.0003, +0.0027]``; the value alone if there is no interval."""
+def _difference(row: Mapping[str, Any]) -> str:
     interval = "" if math.isnan(row["ci_low"]) else f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
-    return f"{row['value']:+.4f}{interval}"
+    return f"{row['value']:+.4f}{interval} {row['verdict']}"
 
 
-def share(row: Mapping[str, Any]) -> str:
-    """``3/20``."""
+def _share(row: Mapping[str, Any]) -> str:
     return f"{round(row['value'] * row['n'])}/{row['n']}"
 
 

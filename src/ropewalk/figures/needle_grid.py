@@ -57,11 +57,7 @@ def needle_figures(
 
 
 def _figure(
-    cells: pd.DataFrame,
-    metric: str,
-    scale: ColorScale,
-    pooled: pd.DataFrame,
-    trained_lengths: Mapping[str, int | None],
+    cells: pd.DataFrame, metric: str, scale: ColorScale, pooled: pd.DataFrame, trained_lengths: Mapping[str, int | None]
 ) -> Figure:
     rows = cells[cells["metric"] == metric]
     panels = [

@@ -218,8 +218,8 @@ def mark_length(axes: Axes, length: int, text: str = "trained", side: str = "cen
 def mark_lengths(axes: Axes, lengths: Iterable[float], low: float, high: float) -> None:
     """Mark every length within low..high that some run was trained at; names of neighbours take turns."""
     within = sorted({int(length) for length in lengths if low <= length <= high})
-    for place, length in enumerate(within):
-        mark_length(axes, length, turn=place % 2)
+    for number, length in enumerate(within):
+        mark_length(axes, length, turn=number % 2)
 
 
 def draw_line(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ropewalk.evaluation import paired_difference
-from ropewalk.figures.loss_curves import NONE
+from ropewalk.figures.evaluation_curves import NONE
 from ropewalk.report.runs import Run
 
 BOOTSTRAP_SEED = 0

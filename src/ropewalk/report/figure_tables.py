@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from ropewalk.figures.loss_curves import kind_title
+from ropewalk.figures.evaluation_curves import kind_title
 from ropewalk.figures.needle_grid import ANSWER_NLL, EXACT_MATCH, NAMES
 from ropewalk.report.benchmarks import Suite, categories, common_tasks, lengths_of, scores
 from ropewalk.report.differences import Unpaired, by_position, passes

@@ -13,24 +13,21 @@ from markupsafe import Markup
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.paper import read_published
-from ropewalk.figures.benchmark_averages import benchmark_figure
+from ropewalk.figures.evaluation_curves import benchmark_figure, position_figures
 from ropewalk.figures.figure import Figure, Panel, check_formats, write_figure
-from ropewalk.figures.loss_curves import position_figures
 from ropewalk.figures.needle_grid import needle_figures
 from ropewalk.figures.page_svg import panel_svg
 from ropewalk.figures.spectrum.attention_kernel import kernel_figure, semantic_figure
 from ropewalk.figures.spectrum.spectra import coverage_figure, spectra_figure
 from ropewalk.figures.style import Style
-from ropewalk.figures.throughput import throughput_figure
-from ropewalk.figures.training_curves import training_figures
+from ropewalk.figures.training_curves import throughput_figure, training_figures
 from ropewalk.files import write_atomically
 from ropewalk.report import figure_tables, runs_table
-from ropewalk.report.base import with_bases
 from ropewalk.report.benchmarks import SUITES, Suite, benchmark_table, short_context_table
-from ropewalk.report.opening import limits, opening_table
 from ropewalk.report.published import published_table
 from ropewalk.report.results_table import Thresholds, effective_table, results_table
-from ropewalk.report.runs import Run, load_runs
+from ropewalk.report.runs import Run, load_runs, with_bases
+from ropewalk.report.runs_table import limits, opening_table
 from ropewalk.report.section import Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
 

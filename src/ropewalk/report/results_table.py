@@ -11,10 +11,9 @@ import pandas as pd
 
 from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
 from ropewalk.figures.style import interval
-from ropewalk.report.base import how_to_evaluate
 from ropewalk.report.benchmarks import RULER, Scores, common_tasks, lengths_of, named, scores
 from ropewalk.report.differences import Unpaired, at_length
-from ropewalk.report.runs import Run
+from ropewalk.report.runs import Run, how_to_evaluate
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 
@@ -153,8 +152,7 @@ def _over_seeds(all_arms: list[Arm], baseline: Run, lengths: list[int]) -> list[
     return [
         *block_of("Loss of each arm: mean over its seeds [lowest, highest seed]", means),
         *block_of(
-            f"Difference to the arm {reference.name}: mean over seeds [lowest, highest seed], seed by seed",
-            differences,
+            f"Difference to the arm {reference.name}: mean over seeds [lowest, highest seed], seed by seed", differences
         ),
     ]
 

@@ -1,11 +1,13 @@
-"""The content of run directories, read once; every part but the directory itself may be missing."""
+"""The content of run directories, read once, and the base: the model that the runs were continued from.
+
+Every part of a run but the directory itself may be missing.
+"""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,15 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.results import OWN_HARNESS, as_shares, evaluation_directories, read_evaluations
+from ropewalk.evaluation.results import (
+    OWN_HARNESS,
+    as_shares,
+    document_table,
+    evaluation_directories,
+    read_evaluations,
+    read_object,
+    results_table,
+)
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_rows
 
@@ -95,12 +105,7 @@ class Run:
 
     def is_called(self, name: str) -> bool:
         """True if ``name`` means this run: its name, its run_name, or its directory or the end of that."""
-        return name in (
-            self.name,
-            self.record.get("run_name"),
-            str(self.directory),
-            self.directory.resolve().name,
-        )
+        return name in (self.name, self.record.get("run_name"), str(self.directory), self.directory.resolve().name)
 
     @property
     def is_trained_here(self) -> bool:
@@ -154,7 +159,7 @@ def load_run(directory: Path) -> Run:
         raise UserError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
     run = RunDirectory(directory)
     config = _config(run.config)
-    record = _json(run.record)
+    record = read_object(run.record)
     metrics = _metrics(run.metrics)
     evaluations = read_evaluations(directory)
     if not any((config, record, len(metrics), len(evaluations.results))):
@@ -171,7 +176,7 @@ def load_run(directory: Path) -> Run:
         table=evaluations.results,
         documents=evaluations.documents,
         evaluation=evaluations.record,
-        verification=_json(run.export / "verification.json"),
+        verification=read_object(run.export / "verification.json"),
     )
 
 
@@ -183,18 +188,6 @@ def _name(directory: Path, run_column: pd.Series, record: dict[str, Any], config
             "directory is one run; evaluate each into a directory of its own (scripts/evaluate.py output=...)"
         )
     return str((names or [record.get("run_name") or config.get("run_name") or directory.resolve().name])[0])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object; write it again, or move it away to do without")
-    return content
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -216,12 +209,79 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 def _metrics(path: Path) -> pd.DataFrame:
     rows = read_rows(path)
     frame = pd.DataFrame(rows, columns=None if rows else list(METRIC_COLUMNS))
-    _require(path, frame, METRIC_COLUMNS)
+    missing = [column for column in METRIC_COLUMNS if column not in frame.columns]
+    if missing:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
     # A run that was killed logs the steps since its last checkpoint again: the later record is what it kept.
     return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
-def _require(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
+MODEL_PATH = "model.path"
+
+
+def with_bases(runs: list[Run], given: str | None) -> list[Run]:
+    """The runs and, after them, the model that each was continued from, unless it is one of them already.
+
+    A base that was never evaluated, or cannot be found here (a hub id), is a run without numbers, so that its row
+    says so.
+
+    Args:
+        runs: as given by the user.
+        given: directory of the base or of its evaluation; None: from model.path of the runs.
+
+    Raises:
+        UserError: where ``given`` is not a run directory.
+    """
+    if given is not None and not Path(given).is_dir():
+        raise UserError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
+    rows = list(runs)
+    for path in [given] if given is not None else _started_from(runs):
+        at = next((i for i, run in enumerate(rows) if _is_at(run, path)), None)
+        if at is not None:
+            rows[at] = replace(rows[at], is_base=True)
+            continue
+        base = load_run(Path(path)) if given is not None else _look_up(path)
+        if any(run.name == base.name for run in rows):
+            base = replace(base, name=path)
+        rows.append(replace(base, is_base=True))
+    return rows
+
+
+def how_to_evaluate(run: Run) -> str:
+    """For a base without numbers, the command that makes them."""
+    return (
+        f"{run.name} was not evaluated here: python scripts/evaluate.py checkpoint={run.directory} output=DIR ..., "
+        "then base=DIR."
+    )
+
+
+def _started_from(runs: list[Run]) -> list[str]:
+    """Different starting models of the runs, in order; a run from random weights has none."""
+    return list(dict.fromkeys(str(run.config[MODEL_PATH]) for run in runs if run.config.get(MODEL_PATH)))
+
+
+def _is_at(run: Run, path: str) -> bool:
+    """True if ``run`` is the model at ``path``: its directory, its export, or an evaluation of it."""
+    paths = [str(run.directory), str(RunDirectory(run.directory).export)]
+    paths += [str(run.evaluation["checkpoint"])] if "checkpoint" in run.evaluation else []
+    return Path(path).resolve() in {Path(candidate).resolve() for candidate in paths}
+
+
+def _look_up(path: str) -> Run:
+    """The run whose export lies at ``path``; a run without numbers where there is none."""
+    directory = Path(path)
+    is_export = directory == RunDirectory(directory.parent).export
+    for candidate in (directory.parent, directory) if is_export else (directory,):
+        if holds_run(candidate):
+            return load_run(candidate)
+    return Run(
+        name=path,
+        directory=directory,
+        config={},
+        record={},
+        metrics=pd.DataFrame(columns=list(METRIC_COLUMNS)),
+        table=results_table([]),
+        documents=document_table([]),
+        evaluation={},
+        verification={},
+    )

@@ -94,8 +94,10 @@ def styles_of(all_arms: Sequence[Arm]) -> dict[str, Style]:
 
 def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
     """Differences of two arms seed by seed, of the seeds that both have: the same data order and random numbers."""
-    ours, theirs = arm.by_seed(quantity), other.by_seed(quantity)
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs] if arm.is_trained and other.is_trained else []
+    if not (arm.is_trained and other.is_trained):
+        return []
+    values, others = arm.by_seed(quantity), other.by_seed(quantity)
+    return [values[seed] - others[seed] for seed in values if seed in others]
 
 
 def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quantity, digits: int = 3) -> str:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ropewalk.evaluation.evaluated_checkpoint import Setting
 from ropewalk.evaluation.harness.loss_by_position import bucket_edges, bucket_sums, document_rows, loss_rows
-from ropewalk.evaluation.settings import Setting
 from ropewalk.rope import RopeChain
 
 

@@ -8,9 +8,8 @@ import pytest
 from figures.drawings import axes_of
 
 from ropewalk.figures.figure import compose
-from ropewalk.figures.geometry import AttentionMap, geometry_figures
-from ropewalk.figures.geometry.key_clouds import attention_figure, key_score_figure, pca_figure
-from ropewalk.figures.geometry.layer_curves import LayerTable, cosine_figure, singular_value_figure
+from ropewalk.figures.key_clouds import AttentionMap, attention_figure, geometry_figures, key_score_figure, pca_figure
+from ropewalk.figures.layer_curves import LayerTable, cosine_figure, singular_value_figure
 
 COLUMNS = ["model", "layer", "head", "kv_head", "length", "rope", "statistic", "value"]
 MODELS, LENGTHS, LAYERS = ("plain", "clipped"), (64, 96), 3

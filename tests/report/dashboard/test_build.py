@@ -20,8 +20,8 @@ from helpers import alone_environment
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
 from ropewalk.config.evaluation import DashboardConfig
-from ropewalk.report.dashboard import dashboard, metrics
-from ropewalk.report.dashboard.build import COLUMNS
+from ropewalk.report import tracked
+from ropewalk.report.dashboard import COLUMNS, dashboard
 from ropewalk.report.runs import load_run
 from ropewalk.training.meter import CONVENTIONS, PHASES
 
@@ -86,8 +86,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     rows += [benchmark_row("b", "lm-eval", "mmlu", None, 60, metric="acc")]
     write_table(directory / "evaluation", rows)
     run = load_run(directory)
-    names = {name for row in metrics.rows_of(run, baseline) for name in row}
-    return names | set(metrics.summary_of(run)) | set(TRAINED) | {metrics.TOKENS}
+    names = {name for row in tracked.rows_of(run, baseline) for name in row}
+    return names | set(tracked.summary_of(run)) | set(TRAINED) | {tracked.TOKENS}
 
 
 def panels_of(workspace: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,9 +108,9 @@ def test_every_line_plot_finds_what_runs_log(workspace: dict[str, Any], logged: 
 def test_every_evaluated_metric_has_a_panel_over_its_axis(workspace: dict[str, Any], logged: set[str]) -> None:
     plots = [panel["config"] for panel in panels_of(workspace) if panel["viewType"] == "Run History Line Plot"]
     bars = [name for panel in panels_of(workspace) for name in panel["config"].get("metrics", [])]
-    axes = {pattern: axis for axis, patterns in metrics.AXES.items() for pattern in patterns}
+    axes = {pattern: axis for axis, patterns in tracked.AXES.items() for pattern in patterns}
     for name in logged:
-        if not name.startswith("eval/") or name in metrics.AXES:
+        if not name.startswith("eval/") or name in tracked.AXES:
             continue
         axis = next((axes[p] for p in axes if re.fullmatch(p.replace("*", ".+"), name)), None)
         over = {p["xAxis"] for p in plots if name in p["metrics"] or re.search(p.get("metricRegex", "$^"), name)}

@@ -13,8 +13,9 @@ import pytest
 from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
 from ropewalk.config.evaluation import CompareConfig
-from ropewalk.report.dashboard import metrics, track
+from ropewalk.report import tracked
 from ropewalk.report.runs import load_run
+from ropewalk.report.tracked import track
 
 
 def made(root: Path, name: str, tracker: str, **fake: Any) -> Path:
@@ -28,18 +29,18 @@ def made(root: Path, name: str, tracker: str, **fake: Any) -> Path:
 def test_rows_are_the_reports_numbers(tmp_path: Path) -> None:
     baseline = load_run(made(tmp_path, "a", "none"))
     run = load_run(made(tmp_path, "b", "none", offset=0.1, exact=lambda length, depth: depth))
-    rows = metrics.rows_of(run, baseline)
-    over_position = [row for row in rows if metrics.POSITION in row]
+    rows = tracked.rows_of(run, baseline)
+    over_position = [row for row in rows if tracked.POSITION in row]
     assert {"eval/loss/trained", "eval/loss/yarn"} < {name for row in over_position for name in row}
     assert all(row["eval/difference/yarn"] == pytest.approx(0.1) for row in over_position if "eval/loss/yarn" in row)
-    assert [row[metrics.POSITION] for row in over_position if "eval/loss/trained" in row][:2] == [32, 96]
-    at = {row[metrics.LENGTH]: row for row in rows if metrics.LENGTH in row}
+    assert [row[tracked.POSITION] for row in over_position if "eval/loss/trained" in row][:2] == [32, 96]
+    at = {row[tracked.LENGTH]: row for row in rows if tracked.LENGTH in row}
     assert sorted(at) == [512, 1024, 2048, 4096, 8192]
     assert at[512]["eval/needle/exact_match"] == 50  # depths 0, 1/4, 1/2, 3/4, 1
     assert at[4096]["eval/ruler/average"] == 70
     assert at[4096]["eval/ruler/vt"] == 80
     assert "eval/ruler/average" not in at[512]
-    assert metrics.summary_of(run) == {"eval/short/mmlu/acc": 61}
+    assert tracked.summary_of(run) == {"eval/short/mmlu/acc": 61}
 
 
 def test_runs_without_a_tracker_or_an_evaluation_are_left_out(
@@ -76,7 +77,7 @@ def test_an_offline_wandb_run_goes_on_and_wandbs_own_reader_finds_it(tmp_path: P
     defined = {metric["glob_name"]: metric["step_metric"] for metric in globs}
     history = [record["history"]["item"] for record in records if "history" in record]
     again = load_run(directory)
-    expected = metrics.rows_of(again, again)
+    expected = tracked.rows_of(again, again)
     assert [{k: v for k, v in row.items() if k.startswith("eval/")} for row in history[: len(expected)]] == expected
     assert [row["_step"] for row in history] == list(range(len(expected) + 1))  # W&B's own count: nothing is dropped
     shown = history[len(expected)]
@@ -87,5 +88,5 @@ def test_an_offline_wandb_run_goes_on_and_wandbs_own_reader_finds_it(tmp_path: P
     assert len(json.loads((files / shown["tables/results.path"]).read_text())["data"]) == len(again.results)
     for name in ("figures/loss_by_position", "figures/needle_in_a_haystack", "figures/what_the_spectra_do_3"):
         assert (files / shown[f"{name}.path"]).read_bytes().startswith(b"\x89PNG")
-    assert defined["eval/loss/*"] == metrics.POSITION
-    assert defined["eval/ruler/*"] == metrics.LENGTH
+    assert defined["eval/loss/*"] == tracked.POSITION
+    assert defined["eval/ruler/*"] == tracked.LENGTH

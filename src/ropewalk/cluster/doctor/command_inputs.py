@@ -74,7 +74,7 @@ def _installed(package: str, why: str) -> Finding:
 def check_suite(config: EvaluateConfig) -> Iterator[Finding]:
     """Every part of the suite finds its harness and its data."""
     from ropewalk.evaluation.documents import find_documents
-    from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import check_scorers
+    from ropewalk.evaluation.harness.lm_eval_suite import check_scorers
     from ropewalk.evaluation.suites import validate_suites
 
     for suite in validate_suites(config):

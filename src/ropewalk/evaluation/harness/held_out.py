@@ -7,10 +7,8 @@ The cells are (loss, length), for one pass over the documents that serves every 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -21,22 +19,13 @@ from ropewalk.config.groups import TestTimeConfig
 from ropewalk.config.rules import existing_directory
 from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.errors import UserError
-from ropewalk.evaluation.documents import SHORTEST, Windows, make_windows
-from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, validate_engine
+from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, settings_by_length, validate_engine
 from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.harness.needle_retrieval import Prompt, build_grid, chance_levels, needle_rows, score_prompts
-from ropewalk.evaluation.model_reader import ModelScorer, Scorer, chunk_for
-from ropewalk.evaluation.results import (
-    ESTIMATE,
-    OWN_HARNESS,
-    RECORD,
-    as_shares,
-    document_table,
-    is_loss,
-    write_record,
-)
+from ropewalk.evaluation.model_reader import ModelScorer, Progress, Scorer, chunk_for
+from ropewalk.evaluation.results import ESTIMATE, OWN_HARNESS, RECORD, as_shares, document_table, is_loss, write_record
 from ropewalk.evaluation.results_store import Cell, ResultsStore
-from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.training.distributed import Ranks, gather
 
 LOSS, NEEDLE = "loss", "needle"  # tasks of the cells
@@ -48,16 +37,13 @@ def validate_held_out(config: EvaluateConfig) -> None:
     Raises:
         UserError: naming the value, the rule and the fix.
     """
-    lengths, needle = config.lengths, config.needle
+    needle = config.needle
     if config.documents is None:
         raise UserError(
             "documents is not set, and suite=quick reads held-out documents; name a directory that data_prep/prepare.py"
             " wrote, or one of text files"
         )
-    if not lengths or min(lengths) < SHORTEST:
-        raise UserError(f"lengths={lengths} must name contexts of {SHORTEST} tokens or more; try [512,1024]")
-    if lengths != sorted(set(lengths)):
-        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+    validate_lengths(config.lengths)
     if config.max_documents is not None and config.max_documents < 1:
         raise UserError(f"max_documents={config.max_documents} must be 1 or more, or null for all")
     if not needle.depths or not all(0 <= depth <= 1 for depth in needle.depths):
@@ -155,7 +141,7 @@ class _Measurement:
             length: build_grid(checkpoint.tokenizer, windows, length, self.config.needle, self.config.seed)
             for length in self.config.lengths
         }
-        self.progress = Progress(sum(self._tokens(cell) for cell in cells) // ranks.world_size)
+        self.progress = Progress("evaluate", sum(self._tokens(cell) for cell in cells) // ranks.world_size)
 
     def _tokens(self, cell: Cell) -> int:
         length = int(cell.length or 0)
@@ -235,17 +221,7 @@ def _record(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[
         "config": asdict(checkpoint.config),
         "pretrained_length": checkpoint.position.pretrained_length,
         "trained_length": checkpoint.trained_length,
-        "settings": [
-            {
-                "setting": setting.name,
-                "chain": str(setting.chain),
-                "chain_sha256": setting.chain.sha256,
-                "lengths": list(setting.lengths),
-                "inv_freq": setting.spectrum.inv_freq.tolist(),
-                "attention_scaling": setting.spectrum.attention_scaling,
-            }
-            for setting in passes
-        ],
+        "settings": [{"setting": setting.name, **setting.record()} for setting in passes],
         "documents": windows.counts(),
         "document_prefixes": windows.prefixes,
         "needle_chance": chance_levels(checkpoint.config.needle),
@@ -253,30 +229,5 @@ def _record(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[
 
 
 def _announce(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[Setting]) -> str:
-    counts = windows.counts()
     settings = "; ".join(f"{', '.join(map(str, s.lengths))} under {s.chain}" for s in passes)
-    return (
-        f"evaluate {checkpoint.run}, trained at {checkpoint.trained_length} tokens: {settings}\n"
-        f"documents: {counts['used']} of {counts['window']} tokens; left out: {counts['too_short']} shorter, "
-        f"{counts['beyond_max_documents']} beyond max_documents"
-    )
-
-
-class Progress:
-    """Share of the work done and the time left, judged by tokens.
-
-    Args:
-        total: tokens of all forward passes to come.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self.started = time.perf_counter()
-
-    def advance(self, tokens: int, what: str) -> None:
-        """Count ``tokens`` as done and print a line."""
-        self.done += tokens
-        elapsed = time.perf_counter() - self.started
-        left = timedelta(seconds=round(elapsed * (self.total - self.done) / self.done))
-        print(f"evaluate {self.done / self.total:4.0%}  ETA {left}  {what}", flush=True)
+    return f"evaluate {checkpoint.run}, trained at {checkpoint.trained_length} tokens: {settings}\n{windows}"

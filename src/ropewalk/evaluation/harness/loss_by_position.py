@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from ropewalk.evaluation.bootstrap import ratio
-from ropewalk.evaluation.settings import Setting
+from ropewalk.evaluation.evaluated_checkpoint import Setting
 
 FIRST_EDGE = 64  # tokens; the buckets double from here
 
@@ -51,13 +51,7 @@ def bucket_sums(losses: ArrayLike, edges: Sequence[int]) -> tuple[NDArray[np.flo
 def document_rows(document: str, losses: ArrayLike, edges: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The rows of documents.parquet for one document under one setting, less run and setting."""
     for start, end, nll_sum, tokens in zip(edges, edges[1:], *bucket_sums(losses, edges), strict=False):
-        yield {
-            "document": document,
-            "position_start": start,
-            "position_end": end,
-            "nll_sum": nll_sum,
-            "tokens": tokens,
-        }
+        yield {"document": document, "position_start": start, "position_end": end, "nll_sum": nll_sum, "tokens": tokens}
 
 
 def loss_rows(sums: pd.DataFrame, setting: Setting, seed: int) -> Iterator[dict[str, Any]]:

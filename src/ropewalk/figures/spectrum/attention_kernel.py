@@ -66,9 +66,11 @@ def kernel_panels(
     spectra: Mapping[str, Spectrum], styles: Mapping[str, Style], length: int, train_length: int
 ) -> tuple[list[Panel], list[float]]:
     """A panel with the banded kernel of each method on one scale, and the lowest value of each kernel."""
-    kernels = {name: kernel(one.inv_freq, length, one.attention_scaling) for name, one in spectra.items()}
+    kernels = {
+        name: kernel(spectrum.inv_freq, length, spectrum.attention_scaling) for name, spectrum in spectra.items()
+    }
     bands = {name: banded(values) for name, values in kernels.items()}
-    low, high = min(one.low.min() for one in bands.values()), max(one.high.max() for one in bands.values())
+    low, high = min(band.low.min() for band in bands.values()), max(band.high.max() for band in bands.values())
     margin = 0.05 * (high - low)
     draws = {
         name: partial(
@@ -112,7 +114,7 @@ def semantic_figure(
         A figure with two panels: bucket means, and the running minimum with the first distance at or below 0.
     """
     looks = {name: (styles or method_styles(spectra))[name] for name in spectra}
-    advantages = {name: semantic_advantage(one.inv_freq, target_length) for name, one in spectra.items()}
+    advantages = {name: semantic_advantage(spectrum.inv_freq, target_length) for name, spectrum in spectra.items()}
     crossings = {name: first_not_positive(values) for name, values in advantages.items()}
     earliest = min((distance for distance in crossings.values() if distance is not None), default=target_length)
     start = 1 << (max(1, min(train_length // 16, target_length // 64, earliest // 2)).bit_length() - 1)

@@ -18,17 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ropewalk.figures.figure import Figure, Panel
 from ropewalk.figures.spectrum.clip_leakage import compared_clip
 from ropewalk.figures.spectrum.kernels import kernel
-from ropewalk.figures.style import (
-    DASHES,
-    GREY,
-    FloatArray,
-    label,
-    method_styles,
-    nested,
-    pairs_axis,
-    positive,
-    tokens,
-)
+from ropewalk.figures.style import DASHES, GREY, FloatArray, label, method_styles, nested, pairs_axis, positive, tokens
 from ropewalk.rope import Spectrum
 from ropewalk.rope.methods.windows import TaperDomain, Window
 from ropewalk.rope.registry import get_method
@@ -48,11 +38,7 @@ UNCLIPPED = ""  # family of the runs without a clip, with which every line begin
 
 
 def clips_figure(
-    spectra: Mapping[str, Spectrum],
-    *,
-    train_length: int,
-    target_length: int,
-    responses: pd.DataFrame | None = None,
+    spectra: Mapping[str, Spectrum], *, train_length: int, target_length: int, responses: pd.DataFrame | None = None
 ) -> Figure:
     """Spectra and lowest kernel values as the clip grows, for a hard cut, CoPE and the other windows.
 

@@ -70,8 +70,10 @@ def textbook_figure(spectra: Mapping[str, Spectrum], *, train_length: int, targe
     panels = [Panel(partial(_draw_frequencies, drawn=drawn, styles=styles), "frequency")]
     panels.append(Panel(partial(_draw_ratios, drawn=drawn, styles=styles), "frequency over the original"))
     original = drawn["original"]
-    kept = {name: int(np.sum(one == original)) for name, one in drawn.items()}
-    divided = {name: int(np.sum(np.isclose(one, original / FACTOR, rtol=1e-12))) for name, one in drawn.items()}
+    kept = {name: int(np.sum(inv_freq == original)) for name, inv_freq in drawn.items()}
+    divided = {
+        name: int(np.sum(np.isclose(inv_freq, original / FACTOR, rtol=1e-12))) for name, inv_freq in drawn.items()
+    }
     numbers = pd.DataFrame(
         {
             "pairs kept": [str(count) for count in kept.values()],
@@ -117,12 +119,12 @@ def _shade_blend(axes: Axes, original: FloatArray, *, named: bool) -> None:
     axes.axvspan(first, last, color=GREY, alpha=0.12, linewidth=0, zorder=0, gid="blend")
     if named:
         top: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": GREY, "va": "bottom"}
-        for place, side, words in (
+        for x, side, words in (
             (first, "right", "kept "),
             ((first + last) / 2, "center", "blended"),
             (last, "left", " divided by 8"),
         ):
-            axes.annotate(words, (place, 1.005), ha=side, **top)
+            axes.annotate(words, (x, 1.005), ha=side, **top)
         reserve_headroom(axes, 16)
 
 
@@ -141,8 +143,8 @@ def decay_figure(spectra: Mapping[str, Spectrum], *, train_length: int, target_l
     points = 1 + int(PER_OCTAVE * np.log2(target_length / SHORTEST))
     lengths = np.unique(np.append(np.geomspace(SHORTEST, target_length, points).astype(int), target_length))
     ratios = {
-        name: np.array([first_singular_value_ratio(one.inv_freq, int(length)) for length in lengths])
-        for name, one in drawn.items()
+        name: np.array([first_singular_value_ratio(spectrum.inv_freq, int(length)) for length in lengths])
+        for name, spectrum in drawn.items()
     }
     styles = method_styles(drawn)
     head_dim = next(iter(drawn.values())).head_dim

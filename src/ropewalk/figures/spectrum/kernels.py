@@ -113,9 +113,9 @@ def unseen_phases(inv_freq: FloatArray, train_length: int, target_length: int) -
         share of the circle, which is small for pairs that hardly move. A pair that does not rotate has the one phase
         0, which is seen: both are 0.
     """
-    seen = np.minimum(train_length * inv_freq / (2 * np.pi), 1)
+    covered = np.minimum(train_length * inv_freq / (2 * np.pi), 1)
     needed = np.minimum(target_length * inv_freq / (2 * np.pi), 1)
-    unseen = np.maximum(needed - seen, 0)
+    unseen = np.maximum(needed - covered, 0)
     return np.where(needed > 0, unseen / np.where(needed > 0, needed, 1), 0.0), unseen
 
 
@@ -193,9 +193,9 @@ def many_pair_kernel(distance: FloatArray, theta: float, kept: float, taper: str
     if taper == "cut":
         return head
     nodes, weights = np.polynomial.legendre.leggauss(SMOOTH_NODES)
-    place = (nodes + 1) / 2  # 0 at the onset, 1 at the last pair
-    window = raised_cosine(place)
-    frequency = theta ** -(kept + (1 - kept) * place)
+    offset = (nodes + 1) / 2  # 0 at the onset, 1 at the last pair
+    window = raised_cosine(offset)
+    frequency = theta ** -(kept + (1 - kept) * offset)
     speed, share = (frequency * window, 1.0) if taper == "frequency" else (frequency, window)
     return head + np.cos(np.outer(distance, speed)) @ (share * weights * (1 - kept) / 2)
 

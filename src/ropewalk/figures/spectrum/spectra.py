@@ -59,13 +59,13 @@ def spectra_figure(
     draw = partial(_draw_spectra, spectra=spectra, styles=looks, lengths=lengths)
     numbers = pd.DataFrame(
         {
-            "pairs": [str(one.inv_freq.size) for one in spectra.values()],
+            "pairs": [str(spectrum.inv_freq.size) for spectrum in spectra.values()],
             **{
-                f"under one turn in {tokens(n)}": [str(_slow(one, n)) for one in spectra.values()]
+                f"under one turn in {tokens(n)}": [str(_slow(spectrum, n)) for spectrum in spectra.values()]
                 for n in sorted(lengths)
             },
-            "first changed pair": [_onset_text(one) for one in spectra.values()],
-            "stopped": [str(int(np.sum(one.inv_freq == 0))) for one in spectra.values()],
+            "first changed pair": [_onset_text(spectrum) for spectrum in spectra.values()],
+            "stopped": [str(int(np.sum(spectrum.inv_freq == 0))) for spectrum in spectra.values()],
         },
         index=list(spectra),
     )
@@ -106,8 +106,8 @@ def _draw_spectra(
         )  # fmt: skip
         with_tips(marks, (f"{name}: pair {pair} does not rotate" for pair in stopped))
         _ring_onset(axes, strip, name, spectrum, styles[name], row)
-    for place, (length, text) in enumerate(sorted(lengths.items())):
-        frequency, above = 2 * np.pi / length, place < len(lengths) - 1 or len(lengths) == 1
+    for number, (length, text) in enumerate(sorted(lengths.items())):
+        frequency, above = 2 * np.pi / length, number < len(lengths) - 1 or len(lengths) == 1
         axes.axhline(frequency, color=GREY, linestyle=LEVEL_DASH, linewidth=1, gid=f"length {length}")
         axes.annotate(
             f"one turn in {tokens(length)} ({text})", (0, frequency), (2, 3 if above else -3),
@@ -159,17 +159,17 @@ def coverage_figure(
     and use: a method that is added at test time was not trained with. Arguments as in :func:`spectra_figure`.
     """
     looks = styles or method_styles(spectra)
-    phases = {name: unseen_phases(one.inv_freq, train_length, target_length) for name, one in spectra.items()}
+    phases = {name: unseen_phases(spectrum.inv_freq, train_length, target_length) for name, spectrum in spectra.items()}
     panels = [
-        Panel(partial(_draw_coverage, name=name, spectrum=one, style=looks[name], phases=phases[name]), name)
-        for name, one in spectra.items()
+        Panel(partial(_draw_coverage, name=name, spectrum=spectrum, style=looks[name], phases=phases[name]), name)
+        for name, spectrum in spectra.items()
     ]
     numbers = pd.DataFrame(
         {
             "phases never met, mean share": [f"{share.mean():.0%}" for share, _ in phases.values()],
             "pairs beyond training": [str(int(np.sum(share > 0))) for share, _ in phases.values()],
             "circles, all pairs": [f"{circle.sum():.2f}" for _, circle in phases.values()],
-            "stopped pairs": [str(int(np.sum(one.inv_freq == 0))) for one in spectra.values()],
+            "stopped pairs": [str(int(np.sum(spectrum.inv_freq == 0))) for spectrum in spectra.values()],
         },
         index=list(spectra),
     )
@@ -221,7 +221,10 @@ def phases_figure(spectra: Mapping[str, Spectrum], *, train_length: int, target_
     ]
     kernels, _ = kernel_panels(spectra, styles, lengths[-1], train_length)
     numbers = pd.DataFrame(
-        {f"short of one turn after {tokens(n)}": [str(_slow(one, n)) for one in spectra.values()] for n in lengths},
+        {
+            f"short of one turn after {tokens(n)}": [str(_slow(spectrum, n)) for spectrum in spectra.values()]
+            for n in lengths
+        },
         index=list(spectra),
     )
     caption = (

@@ -12,11 +12,9 @@ from ropewalk.config.evaluation import EvaluateConfig, HelmetConfig, SuiteConfig
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate
-from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES, LENGTHS
-from ropewalk.evaluation.harness.helmet.helmet_inputs import json_kv, ruler_rows
-from ropewalk.evaluation.harness.helmet.helmet_scores import score_rows
-from ropewalk.evaluation.harness.helmet.helmet_suite import helmet_yaml
-from ropewalk.evaluation.harness.ruler.ruler_prompts import Sample
+from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES, LENGTHS, json_kv, ruler_rows
+from ropewalk.evaluation.harness.helmet.helmet_suite import helmet_yaml, score_rows
+from ropewalk.evaluation.harness.ruler_prompts import Sample
 from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "helmet"

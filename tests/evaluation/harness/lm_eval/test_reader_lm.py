@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from ropewalk.evaluation.harness.lm_eval.reader_lm import ReaderLM, before_first, logged
+from ropewalk.evaluation.harness.reader_lm import ReaderLM, before_first, logged
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from ropewalk.evaluation.harness.lm_eval.vllm_lm import load_vllm
+from ropewalk.evaluation.harness.lm_eval_suite import load_vllm
 
 
 def test_prompts_that_would_be_cut_are_refused():

@@ -8,9 +8,8 @@ from collections import Counter
 
 import pytest
 
-from ropewalk.evaluation.harness.ruler.ruler_prompts import build_samples
-from ropewalk.evaluation.harness.ruler.ruler_tasks import TASKS, RulerTask
-from ropewalk.evaluation.harness.ruler.ruler_texts import largest
+from ropewalk.evaluation.harness.ruler_prompts import build_samples, largest
+from ropewalk.evaluation.harness.ruler_tasks import TASKS, RulerTask
 
 pytest.importorskip("lm_eval")
 LENGTH = 3000  # bytes, with the tokenizer below
@@ -148,8 +147,8 @@ def test_needles_are_in_their_haystacks(tmp_path) -> None:
     program = """
 import json, sys
 from pathlib import Path
-from ropewalk.evaluation.harness.ruler.ruler_prompts import build_samples
-from ropewalk.evaluation.harness.ruler.ruler_tasks import TASKS
+from ropewalk.evaluation.harness.ruler_prompts import build_samples
+from ropewalk.evaluation.harness.ruler_tasks import TASKS
 names = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 count = lambda text: len(text.encode()) + 1
 made = {n: [s.record() for s in build_samples(TASKS[n], count, 4096, 4, 42, Path(sys.argv[1]))] for n in names}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ropewalk.evaluation.harness.ruler.ruler_tasks import SCORES, cleaned
+from ropewalk.evaluation.harness.ruler_tasks import SCORES, cleaned
 
 UPSTREAM = json.loads((Path(__file__).parents[3] / "fixtures/ruler/scores.json").read_text())
 

@@ -1,8 +1,25 @@
-"""HELMET's datasets at each length, as its scripts/generate_configs.py and collect_results.py (4526dfbd) have them."""
+"""HELMET's datasets at each length, and its synthetic inputs at lengths that were never published.
+
+The datasets are those of its scripts/generate_configs.py and collect_results.py (4526dfbd). json_kv has the form of the
+published files as HELMET's data.py reads them: context, question, answer, demos, num_kvs, depth. There are six depths;
+keys and values are random UUIDs, the pairs one JSON object with a line each (as in Lost in the Middle). The
+authors' own pairs are not known, so a number on these is of the same task, not the same inputs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import random
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropewalk.evaluation.harness.ruler_prompts import Sample, build_samples
+from ropewalk.evaluation.harness.ruler_tasks import TASKS
+from ropewalk.files import write_atomically
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 LONGEST_PUBLISHED = LENGTHS[-1]
@@ -187,6 +204,81 @@ CATEGORIES = {
 }
 
 
-def with_samples(category: Category, samples: int | None) -> Category:
-    """The category with another count of samples; None: as published."""
-    return category if samples is None else replace(category, samples=samples)
+DEPTHS = 6  # the dep6 of the files' names
+DEMOS = 3  # worked examples that a row carries; HELMET takes as many as its shots
+_PARTS = re.compile(
+    r"afterwards\.\n(?P<context>.*)\nWhat (?:is|are all) the special magic (?P<kind>\w+) for (?P<query>.*?) mentioned",
+    re.S,
+)
+
+
+def json_kv(pairs: int, samples: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows of the key-value task.
+
+    Args:
+        pairs: in each JSON object.
+        samples: rows; depth by depth in turn.
+        seed: of all.
+    """
+    for index in range(samples):
+        rng = random.Random(f"{seed}/{pairs}/{index}")
+        entries = [(_uuid(rng), _uuid(rng)) for _ in range(pairs)]
+        depth = index % DEPTHS / (DEPTHS - 1)
+        position = round(depth * (pairs - 1))
+        others = [entries[i] for i in rng.sample([i for i in range(pairs) if i != position], min(DEMOS, pairs - 1))]
+        key, value = entries[position]
+        yield {
+            "context": "JSON data:\n" + json.dumps(dict(entries)).replace('", "', '",\n "'),
+            "question": key,
+            "answer": value,
+            "demos": [list(pair) for pair in others],
+            "num_kvs": pairs,
+            "depth": depth,
+        }
+
+
+def ruler_rows(samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    """RULER needle prompts in the form that HELMET writes its own prompts from."""
+    for sample in samples:
+        parts = _PARTS.search(sample.prompt)
+        if parts is None:
+            raise RuntimeError(f"a RULER needle prompt reads otherwise than expected: {sample.prompt[:200]!r}")
+        yield {
+            "context": parts["context"],
+            "query": parts["query"],
+            "type_needle_v": parts["kind"],
+            "outputs": sample.references,
+        }
+
+
+def rebuild(
+    dataset: Dataset, target: Path, length: int, samples: int, tokenizer: Any, seed: int, data: str | None
+) -> None:
+    """Write the inputs of a dataset at ``length``, which HELMET does not publish, unless they are there.
+
+    Args:
+        dataset: one that is ``rebuilt``.
+        target: JSON lines.
+        length: tokens, counted by ``tokenizer``.
+        samples: rows.
+        tokenizer: of the checkpoint.
+        seed: of all rows.
+        data: RULER's offline data, None for the hub.
+    """
+    if target.is_file():
+        return
+    if dataset.name == "json_kv":
+        rows = json_kv(dataset.size(length) or 0, samples, seed)
+    else:
+        task, offline = TASKS[target.parent.name], None if data is None else Path(data)
+
+        def count(text: str) -> int:
+            return len(tokenizer.encode(text, verbose=False))
+
+        rows = ruler_rows(build_samples(task, count, length, samples, seed, offline))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _uuid(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))

@@ -1,11 +1,12 @@
-"""HELMET's own eval.py, run as a process of the user's environment for each category and length."""
+"""HELMET's own eval.py, run as a process of the user's environment for each category and length, and its scores."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,26 @@ import yaml
 from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
-from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, scaled_copy
-from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES, LENGTHS, Category, Dataset, with_samples
-from ropewalk.evaluation.harness.helmet.helmet_inputs import rebuild
-from ropewalk.evaluation.harness.helmet.helmet_scores import JUDGED, score_rows, unpublished_row
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, scaled_copy
+from ropewalk.evaluation.harness.helmet.helmet_datasets import (
+    CATEGORIES,
+    LENGTHS,
+    Category,
+    Dataset,
+    rebuild,
+)
+from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED
 from ropewalk.evaluation.results_store import Cell, ResultsStore
-from ropewalk.evaluation.settings import Setting
 from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.training.distributed import Ranks
 
 HARNESS = "helmet"
 LAUNCHER = Path(__file__).with_name("helmet_launcher.py")
+JUDGED = "-gpt4eval_o.json"  # what HELMET's own judge scripts write beside the outputs
+PERCENT_OF = {
+    "gpt-4-f1": 100.0,
+    "gpt-4-score": 100.0 / 3,
+}  # of what those hold; .score files are in percent
 MISROUTED = ("gpt", "claude", "gemini", "togetherapi")  # words in a path that HELMET takes for the name of an API
 
 
@@ -45,7 +55,8 @@ def run_helmet(
         columns = checkpoint.columns(setting)
         common = {**columns, "harness": HARNESS, "harness_version": version}
         for name in suite.tasks:
-            category = with_samples(CATEGORIES[name], suite.samples)
+            category = CATEGORIES[name]
+            category = replace(category, samples=suite.samples or category.samples)
             cell = Cell(HARNESS, name, length, columns["test_time_scaling"])
             identity = checkpoint.identity(setting, length) | {"harness_version": version}
             identity |= _task_identity(suite, category)
@@ -107,7 +118,7 @@ def _run_category(
     common: dict[str, Any],
 ) -> list[dict[str, Any]]:
     category, length, setting = part
-    runnable = [dataset for dataset in category.datasets if published(dataset, length)]
+    runnable = [dataset for dataset in category.datasets if length in LENGTHS or dataset.rebuilt]
     rows = [unpublished_row(dataset, length, common) for dataset in category.datasets if dataset not in runnable]
     if not runnable:
         return [{**row, "source_file": ""} for row in rows]
@@ -115,12 +126,14 @@ def _run_category(
     for dataset in runnable:
         if length not in LENGTHS:
             target = made / str(dataset.at(length)["test_files"])
-            rebuild_inputs(checkpoint, suite, dataset, target, length, category.samples)
+            rebuild(dataset, target, length, category.samples, checkpoint.tokenizer, checkpoint.config.seed, suite.data)
     data = Path(suite.helmet.data or Path(suite.helmet.checkout or "") / "data").resolve()
     config = work / f"{category.name}.yaml"
     if checkpoint.tokenizer.chat_template is None:
         category = replace(category, chat=False)  # a base model gets no template
-    write_yaml(config, helmet_yaml(category, runnable, length, data, made.resolve()))
+    content = helmet_yaml(category, runnable, length, data, made.resolve())
+    config.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config, yaml.safe_dump(content, sort_keys=False))
     results = work / category.name
     command = helmet_command(checkpoint, suite, config, results, work / "model", (length, setting))
     run_process(command, Path(suite.helmet.checkout or ""), work / f"{category.name}.log")
@@ -133,23 +146,6 @@ def _below(work: Path, results: Path, row: dict[str, Any]) -> str:
     """The path of a row's score file below the output of the evaluation, two levels above ``work``."""
     name = row.get("source_file")
     return (results / name).relative_to(work.parents[1]).as_posix() if name else ""
-
-
-def rebuild_inputs(
-    checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, dataset: Dataset, target: Path, length: int, samples: int
-) -> None:
-    """Make the inputs of a dataset at a length that HELMET does not publish."""
-    tokenizer = checkpoint.tokenizer
-    rebuild(
-        dataset.name,
-        target,
-        length,
-        samples,
-        dataset.size(length) if dataset.name == "json_kv" else None,
-        lambda text: len(tokenizer.encode(text, verbose=False)),
-        checkpoint.config.seed,
-        None if suite.data is None else Path(suite.data),
-    )
 
 
 def helmet_command(
@@ -172,23 +168,12 @@ def helmet_command(
     path = scaled_copy(checkpoint.directory, model.resolve(), setting, length)
     if word := next((word for word in MISROUTED if word in str(path)), None):
         raise UserError(f"{path} holds {word!r}, by which HELMET would call an API; name another output")
-    options = [
-        "--config",
-        str(config.resolve()),
-        "--model_name_or_path",
-        str(path),
-        "--output_dir",
-        str(results.resolve()),
-    ]
-    options += ["--tag", "ropewalk", "--seed", "42"]
+    options = ["--config", str(config.resolve()), "--model_name_or_path", str(path)]
+    options += ["--output_dir", str(results.resolve()), "--tag", "ropewalk", "--seed", "42"]
     if suite.helmet.endpoint:
         options += ["--use_tgi_or_vllm_serving", "--endpoint_url", suite.helmet.endpoint]
-    launch = [
-        _program(suite.helmet.python),
-        str(LAUNCHER),
-        str(Path(suite.helmet.checkout or "").resolve()),
-        suite.helmet.attention,
-    ]
+    checkout = str(Path(suite.helmet.checkout or "").resolve())
+    launch = [_program(suite.helmet.python), str(LAUNCHER), checkout, suite.helmet.attention]
     return [*launch, *options, *suite.helmet.arguments]
 
 
@@ -220,11 +205,6 @@ def run_process(command: list[str], directory: Path, log: Path) -> None:
         raise UserError(f"HELMET ended with code {ended.returncode}: {last[:300]}; all of it is in {log}")
 
 
-def published(dataset: Dataset, length: int) -> bool:
-    """True if the inputs of ``dataset`` at ``length`` are HELMET's own, or can be made anew."""
-    return length in LENGTHS or dataset.rebuilt
-
-
 def helmet_yaml(category: Category, datasets: Sequence[Dataset], length: int, data: Path, made: Path) -> dict[str, Any]:
     """The content of a YAML: parallel comma-separated lists, one entry for each dataset.
 
@@ -250,7 +230,75 @@ def helmet_yaml(category: Category, datasets: Sequence[Dataset], length: int, da
     }
 
 
-def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    """Write a configuration that eval.py's ``--config`` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(content, sort_keys=False))
+def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one dataset at one length: its scores, or a row without a value whose metric says why.
+
+    Args:
+        dataset: which.
+        length: tokens.
+        output: directory that eval.py wrote into.
+        common: columns that all rows share.
+
+    Raises:
+        UserError: eval.py wrote no score for a dataset that it scores.
+    """
+    task = dataset.name
+    row = {**common, "task": task, "context_length": length}
+    stem = find_output(dataset, length, output)
+    judged = stem.with_name(stem.name.removesuffix(".json") + JUDGED)
+    if dataset.judge and not judged.is_file():
+        return [{**row, "metric": NEEDS_JUDGE, "value": None, "n": 0, "source_file": stem.name}]
+    source = judged if dataset.judge else stem.with_name(stem.name + ".score")
+    if not source.is_file():
+        raise UserError(f"{output}: HELMET wrote no score for {task} at {length}; its log says why ({stem.name})")
+    return list(_scored(dataset, source, stem, row))
+
+
+def unpublished_row(dataset: Dataset, length: int, common: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a dataset whose inputs at ``length`` nobody can rebuild."""
+    return {**common, "task": dataset.name, "context_length": length, "metric": UNPUBLISHED, "value": None, "n": 0}
+
+
+def find_output(dataset: Dataset, length: int, output: Path) -> Path:
+    """The JSON of outputs that eval.py wrote for a dataset at a length.
+
+    Raises:
+        UserError: there is none, or several of different settings.
+    """
+    tail = dataset.at(length)["datasets"]
+    outputs = sorted(output.glob(f"{tail}_*_in{length}_*.json"))
+    outputs = [path for path in outputs if not path.name.endswith(JUDGED)]
+    if len(outputs) != 1:
+        names = ", ".join(path.name for path in outputs) or "none"
+        raise UserError(
+            f"{output} must hold one output of HELMET for {tail} at {length}, and holds: {names}; delete what other "
+            "settings left there, or look into its log"
+        )
+    return outputs[0]
+
+
+def _scored(dataset: Dataset, source: Path, stem: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    scores = json.loads(source.read_text(encoding="utf-8"))
+    scores = scores.get("averaged_metrics", scores)
+    outputs = json.loads(stem.read_text(encoding="utf-8"))
+    for metric in dataset.metrics:
+        if metric not in scores:
+            raise UserError(f"{source} has no {metric}; it holds: {', '.join(scores)}")
+        values = outputs.get("metrics", {}).get(metric, [])
+        yield {
+            **row,
+            "metric": metric,
+            "value": scores[metric] * PERCENT_OF.get(metric, 1.0),
+            "n": len(outputs["data"]),
+            "stderr": _stderr(values),
+            "source_file": source.name,
+        }
+
+
+def _stderr(values: list[float]) -> float | None:
+    """Standard error, in percent, of the mean of per-sample scores of 0 to 1; None: there are fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    return float(100 * (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5)

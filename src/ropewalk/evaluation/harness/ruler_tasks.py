@@ -25,7 +25,7 @@ class RulerTask:
         kind: niah, vt, cwe, fwe or qa: which text it is made of.
         category: as the paper groups them.
         new_tokens: of the answer.
-        metric: of :mod:`ropewalk.evaluation.harness.ruler.ruler_tasks`.
+        metric: of :mod:`ropewalk.evaluation.harness.ruler_tasks`.
         options: of the text.
     """
 

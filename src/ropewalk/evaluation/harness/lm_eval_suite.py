@@ -1,4 +1,4 @@
-"""lm-eval's tasks: looked up by name, given offline data, run, and read back as rows of the results table."""
+"""lm-eval's tasks as a harness: one cell for each task, and for each length if the tasks are run at lengths."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import difflib
 import json
 import math
 import random
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -17,7 +19,12 @@ import numpy as np
 import torch
 
 from ropewalk.config.evaluation import SuiteConfig
+from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, scaled_copy
+from ropewalk.evaluation.model_reader import ModelReader
+from ropewalk.evaluation.results_store import Cell, ResultsStore
+from ropewalk.training.distributed import Ranks, gather
 
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "score")  # 0 to 1 in lm-eval; so is every metric named *_score
 OF_LONGBENCH = ("jieba", "fuzzywuzzy", "rouge")  # packages that its tasks import
@@ -188,3 +195,121 @@ def samples_of(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "answers": [str(answer) for answer in sample["filtered_resps"]],
                 **{metric: sample[metric] for metric in sample["metrics"] if isinstance(sample[metric], (int, float))},
             }
+
+
+HARNESS = "lm-eval"
+
+
+def run_lm_eval(
+    checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, test_time: TestTimeConfig, store: ResultsStore, ranks: Ranks
+) -> None:
+    """Run the tasks of ``suite`` that are not finished, one model in memory at a time.
+
+    Raises:
+        UserError: for an unknown task or unreadable data, before and between models; finished cells are kept.
+    """
+    specs = {task: task_spec(task, suite) for task in suite.tasks}
+    lengths = checkpoint.config.lengths if suite.needs_length else [checkpoint.trained_length]
+    for length, setting in checkpoint.settings(lengths, test_time).items():
+        columns = checkpoint.columns(setting)
+        at = length if suite.needs_length else None
+        todo = {}
+        for task in suite.tasks:
+            cell = Cell(HARNESS, task, at, columns["test_time_scaling"])
+            identity = {**checkpoint.identity(setting, length), **_task_identity(task, suite)}
+            if store.is_finished(cell, identity):
+                print(f"kept: {cell}", flush=True)
+            else:
+                todo[task] = (cell, identity)
+        if not todo:
+            continue
+        lm = language_model(checkpoint, setting, length, suite.overflow, ranks)
+        for task, (cell, identity) in todo.items():
+            if ranks.rank == 0:
+                print(f"begun: {cell}", flush=True)
+            lm.cut = Counter()
+            results = run_task(lm, specs[task], suite.few_shot.get(task), suite.samples, checkpoint.config.seed, at)
+            cut = sum((Counter(part) for part in gather(dict(lm.cut))), Counter())
+            if results is not None:
+                common = {
+                    **columns,
+                    "harness": HARNESS,
+                    "harness_version": harness_version(),
+                    "category": suite.name,
+                    "context_length": at,
+                }
+                about = {"few_shot": _few_shot(results), "prompts_cut_in_the_middle": dict(cut)}
+                store.write(cell, identity, list(rows_of(results, common)), about, list(samples_of(results)))
+                print(f"done: {cell}{f'; cut in the middle: {sum(cut.values())} prompts' if cut else ''}", flush=True)
+
+
+def language_model(checkpoint: EvaluatedCheckpoint, setting: Setting, length: int, overflow: str, ranks: Ranks) -> Any:
+    """The model as lm-eval takes it, in process or in vLLM, for prompts of ``length`` tokens, answer included."""
+    config = checkpoint.config
+    if config.backend == "vllm":
+        return load_vllm(checkpoint, setting, length, overflow)
+    from ropewalk.evaluation.harness.reader_lm import ReaderLM  # imports lm-eval, an extra
+
+    model = checkpoint.load(setting, length, ranks.local_device(config.device))
+    return ReaderLM(ModelReader(model, config.prefill_chunk), checkpoint.tokenizer, length, overflow, ranks)
+
+
+def _task_identity(task: str, suite: SuiteConfig) -> dict[str, Any]:
+    return {
+        "harness_version": harness_version(),
+        "few_shot": suite.few_shot.get(task),
+        "samples": suite.samples,
+        "overflow": suite.overflow,
+        "dataset": suite.datasets.get(task, {}),
+    }
+
+
+def _few_shot(results: Any) -> dict[str, int]:
+    return {task: count for task, count in results.get("n-shot", {}).items() if isinstance(count, int)}
+
+
+def load_vllm(checkpoint: EvaluatedCheckpoint, setting: Setting, length: int, overflow: str) -> Any:
+    """lm-eval's vLLM model under a setting's spectrum, every visible GPU holding a part of it.
+
+    Raises:
+        UserError: vLLM is not installed, or prompts are to be cut in the middle, which it does not do.
+    """
+    if overflow != "error":
+        raise UserError(f"backend=vllm cuts no prompts, and suite.overflow={overflow}; use backend=transformers")
+    if find_spec("vllm") is None:
+        raise UserError(
+            "backend=vllm, but vllm is not installed; install it on the GPU machine, or use backend=transformers"
+        )
+    import torch
+    from lm_eval.models.vllm_causallms import VLLM
+
+    class CheckedVLLM(VLLM):
+        """vLLM that refuses prompts that lm-eval's own class would cut from the left."""
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            for request in requests:
+                text, options = request.args
+                check_room(len(self.tok_encode(text)) + int(options.get("max_gen_toks", self.max_gen_toks)))
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            for _, context, continuation in requests:
+                check_room(len(context) + len(continuation))
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
+
+    def check_room(tokens: int) -> None:
+        if tokens > length:
+            raise UserError(
+                f"a prompt takes {tokens} tokens with its answer, length {length} is less; use a greater one"
+            )
+
+    scratch = tempfile.TemporaryDirectory(prefix="ropewalk-vllm-")
+    model = CheckedVLLM(
+        pretrained=str(scaled_copy(checkpoint.directory, Path(scratch.name), setting, length)),
+        dtype=checkpoint.config.dtype,
+        tensor_parallel_size=max(1, torch.cuda.device_count()),
+        max_model_len=length,
+        seed=checkpoint.config.seed,
+    )
+    model.scratch = scratch  # kept as long as the model
+    return model

@@ -62,13 +62,13 @@ def built(config: DashboardConfig) -> tuple[Any, Any]:
         raise UserError(
             f"{error.name} is not installed, which builds W&B dashboards; pip install 'ropewalk[dashboard]'"
         ) from error
-    from ropewalk.report.dashboard.panels import fixed_id, sections
+    from ropewalk.report.panels import fixed_id, sections
 
     workspace = ws.Workspace(
         entity=config.entity or "",
         project=config.project,
         name=config.title,
-        sections=[ws.Section(name=one.name, panels=one.panels, is_open=True) for one in sections()],
+        sections=[ws.Section(name=section.name, panels=section.panels, is_open=True) for section in sections()],
         settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=50),
         runset_settings=ws.RunsetSettings(
             groupby=[expr.Config(METHOD)], pinned_columns=[_column(name) for name in COLUMNS]
@@ -88,7 +88,7 @@ def built(config: DashboardConfig) -> tuple[Any, Any]:
 
 def _blocks(section: Any, wr: Any) -> list[Any]:
     """Heading, reading and grid of a section of the report; the runs are those of the report's own project."""
-    from ropewalk.report.dashboard.panels import fixed_id
+    from ropewalk.report.panels import fixed_id
 
     runs = wr.Runset(name="All runs", groupby=[f"config.{METHOD}"], visible_columns=[_column(name) for name in COLUMNS])
     runs._id = fixed_id(f"report {section.name}")
@@ -114,13 +114,13 @@ def push(workspace: Any, report: Any, output: Path) -> None:
     try:
         if not workspace.entity:
             workspace.entity = report.entity = wandb.Api().default_entity
-        place = f"{workspace.entity}/{workspace.project}"
-        known = known if known.get("place") == place else {}
+        project = f"{workspace.entity}/{workspace.project}"
+        known = known if known.get("place") == project else {}
         if known:
             workspace._internal_name, workspace._internal_id = known["workspace"]
             report.id = known.get("report", "")
         workspace.save()
-        saved = {**known, "place": place, "workspace": [workspace._internal_name, workspace._internal_id]}
+        saved = {**known, "place": project, "workspace": [workspace._internal_name, workspace._internal_id]}
         write_atomically(pushed, json.dumps(saved) + "\n")  # at once: a report that fails leaves no second workspace
         report.save()
         write_atomically(pushed, json.dumps({**saved, "report": report.id}) + "\n")

@@ -11,10 +11,9 @@ from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint
-from ropewalk.evaluation.harness.lm_eval.lm_eval_suite import language_model
-from ropewalk.evaluation.harness.lm_eval.lm_eval_tasks import harness_version, run_task
-from ropewalk.evaluation.harness.ruler.ruler_prompts import Sample, build_samples, check_length
-from ropewalk.evaluation.harness.ruler.ruler_tasks import PUBLISHED_SAMPLES, SCORES, TASKS, RulerTask, cleaned
+from ropewalk.evaluation.harness.lm_eval_suite import harness_version, language_model, run_task
+from ropewalk.evaluation.harness.ruler_prompts import Sample, build_samples, check_length
+from ropewalk.evaluation.harness.ruler_tasks import PUBLISHED_SAMPLES, SCORES, TASKS, RulerTask, cleaned
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks
 

@@ -1,9 +1,11 @@
-"""All statistics of a layer's queries and keys, collected over layers, lengths and documents."""
+"""Measurement of a layer's queries and keys, and the tidy table of the statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,23 +14,123 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ropewalk.analysis.geometry.attention_scores import attention_scores
-from ropewalk.analysis.geometry.capture import ROPE, LayerHeads
-from ropewalk.analysis.geometry.geometry_plan import Plan, Subject
-from ropewalk.analysis.geometry.pca import POINTS, Basis, fit_basis, sample_positions
-from ropewalk.analysis.geometry.statistics import (
+from ropewalk.analysis.capture import ROPE, LayerHeads
+from ropewalk.analysis.geometry_plan import RECORD, Plan, Subject
+from ropewalk.analysis.statistics import (
+    POINTS,
+    Basis,
+    attention_scores,
     davies_bouldin,
+    fit_basis,
     frobenius_norm,
     fsv_share,
     inter_dot,
     intra_dot,
+    sample_positions,
     silhouette,
     stable_rank,
     unit,
 )
-from ropewalk.analysis.geometry.table import Means, is_of_keys
-from ropewalk.evaluation.settings import Setting
-from ropewalk.figures.geometry import AttentionMap
+from ropewalk.evaluation.evaluated_checkpoint import Setting
+from ropewalk.evaluation.results import typed_table, write_table
+from ropewalk.figures.key_clouds import AttentionMap
+from ropewalk.files import replace_atomically, write_atomically
+
+COLUMNS = {
+    "model": "str",
+    "chain": "str",  # printed
+    "layer": "int64",
+    "head": "Int64",  # query head; null for a statistic of keys alone
+    "kv_head": "int64",
+    "length": "int64",  # tokens: the first so many of the document
+    "rope": "str",  # before or after; before, attention is what these vectors would give without rotation
+    "statistic": "str",
+    "value": "float64",  # mean over documents
+}
+# What each statistic is; those named *_keys or *_key_norm are of key heads, all others of query heads.
+STATISTICS = {
+    "intra_cosine_queries": "mean cosine between a head's queries",
+    "intra_cosine_keys": "mean cosine between a key head's keys",
+    "inter_cosine": "mean cosine between a head's queries and its keys",
+    "intra_dot_queries": "mean dot product between queries",
+    "intra_dot_keys": "mean dot product between keys",
+    "inter_dot": "mean dot product of queries and keys, causal or not",
+    "frobenius_queries": "Frobenius norm of the queries",
+    "frobenius_keys": "Frobenius norm of the keys",
+    "fsv_share_queries": "first singular value over Frobenius norm, queries",
+    "fsv_share_keys": "first singular value over Frobenius norm, keys",
+    "fsv_ratio_queries": "fsv_share_queries after RoPE over before",
+    "fsv_ratio_keys": "fsv_share_keys after RoPE over before",
+    "stable_rank_queries": "squared Frobenius norm over squared first singular value, queries",
+    "stable_rank_keys": "squared Frobenius norm over squared first singular value, keys",
+    "silhouette": "mean silhouette of queries against keys, Euclidean",
+    "davies_bouldin": "Davies-Bouldin index of queries against keys",
+    "sink_weight": "mean softmax weight on position 0 over queries 1 and later",
+    "max_dot": "largest q.k of a query and a key it sees, before any scaling of the logits",
+    "sink_key_norm": "Euclidean norm of the key at position 0",
+    "other_key_norm": "mean Euclidean norm of the keys at positions 1 and later",
+}
+TABLE = "geometry"  # as .parquet and .csv
+KEY_SCORES, CLOUDS = "key_scores.parquet", "pca.parquet"
+
+
+class Means:
+    """Means over documents, of numbers or arrays, by key; nothing of a document is kept but its part of the sums."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[Any, ...], Any] = {}
+        self.counts: dict[tuple[Any, ...], int] = {}
+
+    def add(self, key: tuple[Any, ...], value: Any) -> None:
+        """Count one document's value."""
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def items(self) -> Iterator[tuple[tuple[Any, ...], Any]]:
+        """Each key and its mean, in the order of first arrival."""
+        for key, total in self.sums.items():
+            yield key, total / self.counts[key]
+
+
+def is_of_keys(statistic: str) -> bool:
+    """True if a statistic has one value for each key head, and none for a query head."""
+    return statistic.endswith(("_keys", "_key_norm"))
+
+
+def geometry_table(means: Means) -> pd.DataFrame:
+    """The table; keys of ``means`` are all columns but the value, in their order."""
+    return typed_table((dict(zip(COLUMNS, (*key, value), strict=True)) for key, value in means.items()), COLUMNS)
+
+
+def key_score_table(means: Means) -> pd.DataFrame:
+    """One row for each position: model, chain, layer, length, rope, position, value.
+
+    The value is the mean softmax weight of a key over the queries that see it, over a layer's heads and documents.
+
+    Args:
+        means: float32 (length,) by model, chain, layer, length, rope.
+    """
+    names = ("model", "chain", "layer", "length", "rope")
+    keys, arrays = zip(*means.items(), strict=True)
+    counts = [values.size for values in arrays]
+    columns: dict[str, Any] = {}
+    for i, name in enumerate(names):
+        column = pd.Series([key[i] for key in keys])
+        column = column.astype("category") if name in ("model", "chain", "rope") else column
+        columns[name] = column.repeat(counts).reset_index(drop=True)
+    columns["position"] = np.concatenate([np.arange(count) for count in counts])
+    columns["value"] = np.concatenate(arrays)
+    return pd.DataFrame(columns)
+
+
+def write_tables(
+    output: Path, table: pd.DataFrame, scores: pd.DataFrame, clouds: pd.DataFrame, record: Mapping[str, Any]
+) -> None:
+    """Write the tables and, last, geometry.json; each file is written beside and renamed."""
+    write_table(output, TABLE, table)
+    replace_atomically(output / KEY_SCORES, lambda path: scores.to_parquet(path, index=False))
+    replace_atomically(output / CLOUDS, lambda path: clouds.to_parquet(path, index=False))
+    write_atomically(output / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 @dataclass
@@ -65,8 +167,8 @@ class LayerMeasurement:
         for rope in ROPE:
             self._attention(heads, rope)
             for kv_head, queries, keys in groups(heads, rope):
-                found = list(cluster_values(queries, keys, self.setting.lengths, self._sampled))
-                self._record(found, heads, rope, kv_head)
+                measured = list(cluster_values(queries, keys, self.setting.lengths, self._sampled))
+                self._record(measured, heads, rope, kv_head)
         self._ratios(heads)
         if self.first_document:
             self._snapshots(heads)
@@ -78,10 +180,10 @@ class LayerMeasurement:
         """Model, chain and layer."""
         return self.subject.name, str(self.setting.chain), heads.layer
 
-    def _record(self, found: list[tuple[str, int, Tensor]], heads: LayerHeads, rope: str, kv_head: int) -> None:
+    def _record(self, measured: list[tuple[str, int, Tensor]], heads: LayerHeads, rope: str, kv_head: int) -> None:
         """Rows of values that come as one for each query head of the group, or one for its key head."""
         group = heads.queries[rope].shape[0] // heads.keys[rope].shape[0]
-        for statistic, length, values in found:
+        for statistic, length, values in measured:
             for i, value in enumerate(values.tolist()):
                 head = None if is_of_keys(statistic) else kv_head * group + i
                 key = (*self._where(heads), head, kv_head, length, rope, statistic)
@@ -105,8 +207,8 @@ class LayerMeasurement:
                     self._record([(statistic, length, group)], heads, rope, kv_head)
         for head, weights in scores.maps.items():
             arrays = weights.cpu().numpy(), scores.sink_by_query[head].cpu().numpy()
-            found = AttentionMap(self.subject.name, heads.layer, head, rope, self.setting.longest, *arrays)
-            self.findings.maps.append(found)
+            attention_map = AttentionMap(self.subject.name, heads.layer, head, rope, self.setting.longest, *arrays)
+            self.findings.maps.append(attention_map)
 
     def _ratios(self, heads: LayerHeads) -> None:
         """First singular value share after RoPE over before; the attention scaling is in neither."""
@@ -119,10 +221,10 @@ class LayerMeasurement:
     def _snapshots(self, heads: LayerHeads) -> None:
         early = self.plan.config.lengths[0]
         for kv_head, queries, keys in groups(heads, "before"):
-            place = (heads.layer, kv_head)
-            if place in self.plan.pca_heads and place not in self.findings.bases:
+            key_head = (heads.layer, kv_head)
+            if key_head in self.plan.pca_heads and key_head not in self.findings.bases:
                 points = torch.cat([queries[:, :early].flatten(0, 1), keys[0, :early]])
-                self.findings.bases[place] = fit_basis(points.float().cpu().numpy())
+                self.findings.bases[key_head] = fit_basis(points.float().cpu().numpy())
         of = dict(zip(("model", "chain", "layer"), self._where(heads), strict=True))
         for rope in ROPE:
             for kv_head, queries, keys in groups(heads, rope):
@@ -159,7 +261,7 @@ def cluster_values(
         q, k = queries[:, :length], keys[:, :length]
         places = torch.from_numpy(sampled(length)).to(q.device)
         some_q, some_k = q[:, places], k[:, places]
-        found: dict[str, Tensor] = {
+        clusters: dict[str, Tensor] = {
             "intra_cosine_queries": intra_dot(unit_queries[:, :length]),
             "intra_cosine_keys": intra_dot(unit_keys[:, :length]),
             "inter_cosine": inter_dot(unit_queries[:, :length], unit_keys[:, :length]),
@@ -172,12 +274,12 @@ def cluster_values(
             "other_key_norm": norms[:, 1:length].mean(-1),
         }
         for name, cloud in (("queries", q), ("keys", k)):
-            found |= {
+            clusters |= {
                 f"frobenius_{name}": frobenius_norm(cloud),
                 f"fsv_share_{name}": fsv_share(cloud),
                 f"stable_rank_{name}": stable_rank(cloud),
             }
-        for statistic, values in found.items():
+        for statistic, values in clusters.items():
             yield statistic, length, values
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 
-from ropewalk.report.dashboard import metrics
+from ropewalk.report import tracked
 
 TRAIN = "train/"
 WIDTH, HEIGHT, COLUMNS = 8, 6, 3  # of a panel, in units of which a row has 24; panels in a row
@@ -54,9 +54,9 @@ def _over(axis: str, axis_title: str, *, log: bool) -> Callable[..., Any]:
     return plot
 
 
-over_tokens = _over(metrics.TOKENS, "tokens seen", log=False)
-over_positions = _over(metrics.POSITION, "position (tokens)", log=True)
-over_lengths = _over(metrics.LENGTH, "context length (tokens)", log=True)
+over_tokens = _over(tracked.TOKENS, "tokens seen", log=False)
+over_positions = _over(tracked.POSITION, "position (tokens)", log=True)
+over_lengths = _over(tracked.LENGTH, "context length (tokens)", log=True)
 NATS, PERCENT = "nats/token", "percent"
 
 
@@ -87,9 +87,9 @@ def _position() -> PanelSection:
         "Held-out documents. trained: the spectrum of training; other names: what test time adds. Differences are "
         "paired by document; their intervals are in report.html.",
         [
-            over_positions("Loss by position", regex=_all(metrics.LOSS), unit=NATS),
-            over_positions("Difference to the baseline", regex=_all(metrics.DIFFERENCE), unit=NATS),
-            over_lengths("Loss over the second half of the context", metrics.LOSS_AT_LENGTH, unit=NATS),
+            over_positions("Loss by position", regex=_all(tracked.LOSS), unit=NATS),
+            over_positions("Difference to the baseline", regex=_all(tracked.DIFFERENCE), unit=NATS),
+            over_lengths("Loss over the second half of the context", tracked.LOSS_AT_LENGTH, unit=NATS),
         ],
     )
 
@@ -99,8 +99,8 @@ def _needle() -> PanelSection:
         "Needle in a haystack",
         "Means over depths; the heat maps are among the figures.",
         [
-            over_lengths("Exact match", f"{metrics.NEEDLE}exact_match", unit=PERCENT, range_y=(0, 100)),
-            over_lengths("Answer-token accuracy", f"{metrics.NEEDLE}answer_token_accuracy", unit=PERCENT),
+            over_lengths("Exact match", f"{tracked.NEEDLE}exact_match", unit=PERCENT, range_y=(0, 100)),
+            over_lengths("Answer-token accuracy", f"{tracked.NEEDLE}answer_token_accuracy", unit=PERCENT),
         ],
     )
 
@@ -110,21 +110,21 @@ def _ruler() -> PanelSection:
         "RULER",
         "The average is over the tasks of the panel beside it. Names in between are test-time settings.",
         [
-            over_lengths("Average", regex=rf"^{metrics.RULER_SCORE}(.+/)?{metrics.AVERAGE}$", unit=PERCENT),
-            over_lengths("By task", regex=_all(metrics.RULER_SCORE), unit=PERCENT),
-            wr.WeavePanelSummaryTable(table_name=metrics.TABLES["scores"]),
+            over_lengths("Average", regex=rf"^{tracked.RULER_SCORE}(.+/)?{tracked.AVERAGE}$", unit=PERCENT),
+            over_lengths("By task", regex=_all(tracked.RULER_SCORE), unit=PERCENT),
+            wr.WeavePanelSummaryTable(table_name=tracked.TABLES["scores"]),
         ],
     )
 
 
 def _helmet() -> PanelSection:
-    panel = over_lengths("By category", regex=_all(metrics.HELMET_SCORE), unit=PERCENT)
+    panel = over_lengths("By category", regex=_all(tracked.HELMET_SCORE), unit=PERCENT)
     return PanelSection("HELMET", "Each category is the mean of its tasks that were scored at every length.", [panel])
 
 
 def _short() -> PanelSection:
     tasks = ("mmlu/acc", "gsm8k/exact_match", "arc_challenge/acc_norm", "hellaswag/acc_norm", "piqa/acc_norm")
-    names = [f"{metrics.SHORT}{task}" for task in tasks]
+    names = [f"{tracked.SHORT}{task}" for task in tasks]
     panel = wr.BarPlot(title="Short-context tasks", metrics=names, title_x=PERCENT)
     return PanelSection("Short context", "What training cost; the table of scores has every task.", [panel])
 
@@ -149,9 +149,9 @@ def _figures() -> PanelSection:
     parts = ("", "_2", "_3", "_4")  # of a section with several figures
     panels: list[Any] = [
         wr.MediaBrowser(
-            title=name.replace("_", " "), num_columns=2, media_keys=[f"{metrics.FIGURES}{name}{part}" for part in parts]
+            title=name.replace("_", " "), num_columns=2, media_keys=[f"{tracked.FIGURES}{name}{part}" for part in parts]
         )
         for name in names
     ]
-    panels.append(wr.WeavePanelSummaryTable(table_name=metrics.TABLES["results"]))
+    panels.append(wr.WeavePanelSummaryTable(table_name=tracked.TABLES["results"]))
     return PanelSection("Figures", "Each run's own, as scripts/compare.py draws them, and its results.", panels)

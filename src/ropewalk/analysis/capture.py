@@ -119,7 +119,7 @@ def _unrotated(decoder: Any, layers: Collection[int]) -> Iterator[dict[int, dict
 
     That is the norm of the heads where there is one (Qwen3), else the projection, whose bias (Qwen2) is part of it.
     """
-    found: dict[int, dict[str, Tensor]] = {}
+    outputs: dict[int, dict[str, Tensor]] = {}
     hooks = []
     for layer in layers:
         attention = decoder.layers[layer].self_attn
@@ -128,11 +128,11 @@ def _unrotated(decoder: Any, layers: Collection[int]) -> Iterator[dict[int, dict
 
             def keep(_module: nn.Module, _args: Any, out: Tensor, layer: int = layer, side: str = side) -> None:
                 head_dim = decoder.layers[layer].self_attn.head_dim
-                found.setdefault(layer, {})[side] = out[0].view(out.shape[1], -1, head_dim).transpose(0, 1)
+                outputs.setdefault(layer, {})[side] = out[0].view(out.shape[1], -1, head_dim).transpose(0, 1)
 
             hooks.append(module.register_forward_hook(keep))
     try:
-        yield found
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import gc
-import time
 from dataclasses import asdict
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ropewalk.analysis.geometry.capture import LayerHeads, observe
-from ropewalk.analysis.geometry.geometry_plan import Plan, Subject, make_plan
-from ropewalk.analysis.geometry.measure import Findings, LayerMeasurement
-from ropewalk.analysis.geometry.pca import basis_table
-from ropewalk.analysis.geometry.table import (
-    RECORD,
+from ropewalk.analysis.capture import LayerHeads, observe
+from ropewalk.analysis.geometry_plan import RECORD, Plan, Subject, make_plan
+from ropewalk.analysis.measure import (
     STATISTICS,
+    Findings,
+    LayerMeasurement,
     geometry_table,
     key_score_table,
     write_tables,
 )
+from ropewalk.analysis.statistics import basis_table
 from ropewalk.config.analysis import GeometryConfig
-from ropewalk.evaluation.settings import Setting
+from ropewalk.evaluation.evaluated_checkpoint import Setting
+from ropewalk.evaluation.model_reader import Progress
 from ropewalk.figures.figure import FORMATS, write_figure
-from ropewalk.figures.geometry import GEOMETRY_FIGURES, geometry_figures
+from ropewalk.figures.key_clouds import GEOMETRY_FIGURES, geometry_figures
 from ropewalk.model.load import load_for_evaluation
 
 PACKAGES = ("ropewalk", "torch", "transformers", "numpy")
@@ -49,7 +48,7 @@ def geometry(config: GeometryConfig) -> pd.DataFrame:
     plan = make_plan(config)
     print(_announce(plan), flush=True)
     findings = Findings()
-    progress = _Progress(plan)
+    progress = Progress("geometry", _work(plan))
     for subject in plan.subjects:
         for setting in subject.settings:
             _measure(plan, subject, setting, findings, progress)
@@ -63,37 +62,28 @@ def geometry(config: GeometryConfig) -> pd.DataFrame:
     return table
 
 
-def _measure(plan: Plan, subject: Subject, setting: Setting, findings: Findings, progress: _Progress) -> None:
+def _measure(plan: Plan, subject: Subject, setting: Setting, findings: Findings, progress: Progress) -> None:
     config = plan.config
     model = load_for_evaluation(
         subject.directory, setting.extra, length=setting.longest, dtype=config.dtype, device=config.device
     )
-    for number, ids in enumerate(plan.documents.values()):
+    for number, ids in enumerate(plan.windows.tokens.values()):
         measurement = LayerMeasurement(plan, subject, setting, number == 0, findings)
 
         def observer(heads: LayerHeads, measurement: LayerMeasurement = measurement, number: int = number) -> None:
             measurement(heads)
-            what = f"document {number + 1}/{len(plan.documents)}, layer {heads.layer}"
-            progress.advance(setting.longest, f"{subject.name} to {setting.longest:,} tokens, {what}")
+            what = f"document {number + 1}/{len(plan.windows.tokens)}, layer {heads.layer}"
+            progress.advance(setting.longest**2, f"{subject.name} to {setting.longest:,} tokens, {what}")
 
         observe(model, ids[: setting.longest], plan.layers, observer)
     del model
     gc.collect()  # hooks and modules refer to each other; two models would not fit
 
 
-class _Progress:
-    """A line for each layer, with the time left; work is judged by squared tokens."""
-
-    def __init__(self, plan: Plan) -> None:
-        passes = sum(setting.longest**2 for subject in plan.subjects for setting in subject.settings)
-        self.total = passes * len(plan.documents) * len(plan.layers)
-        self.done = 0
-        self.started = time.perf_counter()
-
-    def advance(self, tokens: int, what: str) -> None:
-        self.done += tokens**2
-        left = (time.perf_counter() - self.started) * (self.total - self.done) / self.done
-        print(f"geometry {self.done / self.total:4.0%}  ETA {timedelta(seconds=round(left))}  {what}", flush=True)
+def _work(plan: Plan) -> int:
+    """Squared tokens of all passes, layers and documents."""
+    passes = sum(setting.longest**2 for subject in plan.subjects for setting in subject.settings)
+    return passes * len(plan.windows.tokens) * len(plan.layers)
 
 
 def _remove_earlier(plan: Plan) -> None:
@@ -119,10 +109,7 @@ def _announce(plan: Plan) -> str:
     for subject in plan.subjects:
         passes = "; ".join(f"{', '.join(f'{n:,}' for n in s.lengths)} under {s.chain}" for s in subject.settings)
         lines.append(f"{subject.name}: {passes}")
-    lines.append(
-        f"documents: {plan.counts['used']} of {plan.counts['window']:,} tokens; left out: {plan.counts['too_short']} "
-        f"shorter, {plan.counts['beyond_max_documents']} beyond max_documents"
-    )
+    lines.append(str(plan.windows))
     maps = ", ".join(f"layer {layer} head {head}" for layer, head in plan.map_heads)
     snapshots = ", ".join(f"layer {layer} key head {head}" for layer, head in plan.pca_heads)
     return "\n".join([*lines, f"attention maps: {maps or 'none'}; PCA: {snapshots or 'none'}"])
@@ -136,22 +123,13 @@ def _record(plan: Plan, findings: Findings) -> dict[str, Any]:
             {
                 "model": subject.name,
                 "checkpoint": str(subject.directory),
-                "passes": [
-                    {
-                        "chain": str(setting.chain),
-                        "chain_sha256": setting.chain.sha256,
-                        "lengths": list(setting.lengths),
-                        "inv_freq": setting.spectrum.inv_freq.tolist(),
-                        "attention_scaling": setting.spectrum.attention_scaling,
-                    }
-                    for setting in subject.settings
-                ],
+                "passes": [setting.record() for setting in subject.settings],
             }
             for subject in plan.subjects
         ],
         "shape": asdict(plan.shape),
         "layers": plan.layers,
-        "documents": {"names": list(plan.documents), **plan.counts},
+        "documents": {"names": list(plan.windows.tokens), **plan.windows.counts()},
         "pca": [
             {"layer": layer, "kv_head": head, "variance_share": basis.share.tolist()}
             for (layer, head), basis in sorted(findings.bases.items())

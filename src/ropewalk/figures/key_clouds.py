@@ -1,4 +1,4 @@
-"""Single heads and single keys: PCA snapshots, key scores by position, attention maps."""
+"""Single heads and single keys (PCA snapshots, key scores by position, attention maps), and all figures of geometry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from ropewalk.figures.figure import ColorScale, Figure, Panel
-from ropewalk.figures.geometry.layer_curves import SIDES, LayerTable, entry, length_colors
+from ropewalk.figures.layer_curves import (
+    SIDES,
+    LayerTable,
+    cluster_figure,
+    cosine_figure,
+    dot_figure,
+    entry,
+    length_colors,
+    singular_value_figure,
+    sink_figure,
+)
 from ropewalk.figures.style import GREY, INK, PAGE, PALETTE, label, tokens
 
 CLOUDS = {"key": PALETTE[0], "query": PALETTE[1]}
@@ -238,3 +248,46 @@ def _draw_map(axes: Axes, shown: AttentionMap, name: str) -> None:
     axes.grid(visible=False)
     axes.set_xlabel("key position (tokens)")
     axes.set_ylabel(name)
+
+
+GEOMETRY_FIGURES = (
+    "geometry_cosine",
+    "geometry_dot",
+    "geometry_singular_values",
+    "geometry_clusters",
+    "geometry_sink",
+    "geometry_pca",
+    "geometry_key_scores",
+    "geometry_attention",
+)
+
+
+def geometry_figures(
+    table: pd.DataFrame,
+    scores: pd.DataFrame,
+    clouds: pd.DataFrame,
+    bases: pd.DataFrame,
+    maps: Sequence[AttentionMap],
+    head_dim: int,
+) -> list[Figure]:
+    """Every figure that there is something for, named as in ``GEOMETRY_FIGURES``.
+
+    Args:
+        table: of :class:`ropewalk.figures.key_clouds.layer_curves.LayerTable`.
+        scores: of :func:`ropewalk.figures.key_clouds.key_score_figure`.
+        clouds: of :func:`ropewalk.figures.key_clouds.pca_figure`.
+        bases: of the same; empty: no snapshots.
+        maps: of chosen heads; empty: no maps.
+        head_dim: channels of a head.
+    """
+    layers = LayerTable(table)
+    figures = [
+        cosine_figure(layers),
+        dot_figure(layers),
+        singular_value_figure(layers, head_dim),
+        cluster_figure(layers),
+        sink_figure(layers),
+        key_score_figure(scores),
+    ]
+    figures += [pca_figure(clouds, bases, layers)] if len(bases) else []
+    return figures + ([attention_figure(maps)] if maps else [])

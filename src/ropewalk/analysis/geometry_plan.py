@@ -5,26 +5,25 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from ropewalk.analysis.geometry.pca import sample_heads
-from ropewalk.analysis.geometry.table import RECORD
+from ropewalk.analysis.statistics import sample_heads
 from ropewalk.config.analysis import GeometryConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import existing_directory, one_of, require_device
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES
 from ropewalk.errors import UserError
-from ropewalk.evaluation.documents import SHORTEST, make_windows
-from ropewalk.evaluation.evaluated_checkpoint import load_tokenizer
+from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
+from ropewalk.evaluation.evaluated_checkpoint import Setting, load_tokenizer, settings_by_length
 from ropewalk.evaluation.results import writable_directory
-from ropewalk.evaluation.settings import Setting, settings_by_length
 from ropewalk.export import resolve_checkpoint
 from ropewalk.figures.figure import check_formats
 from ropewalk.model.load import head_dim, read_position, sliding_window
 from ropewalk.runs.directory import RunDirectory
+
+RECORD = "geometry.json"
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class Plan:
         layers: to measure, ascending.
         map_heads: (layer, query head) whose attention map is drawn.
         pca_heads: (layer, key head) of the PCA snapshots.
-        documents: name -> LongTensor (longest length,).
-        counts: of documents used and left out.
+        windows: the documents, each as many tokens as the longest length.
         output: directory.
     """
 
@@ -72,8 +70,7 @@ class Plan:
     layers: list[int]
     map_heads: list[tuple[int, int]]
     pca_heads: list[tuple[int, int]]
-    documents: dict[str, torch.Tensor]
-    counts: dict[str, Any]
+    windows: Windows
     output: Path
 
 
@@ -89,7 +86,6 @@ def make_plan(config: GeometryConfig) -> Plan:
     directories = {_label(model): resolve_checkpoint(model) for model in _distinct(config.models)}
     shape = _shared_shape(directories, config.lengths[-1])
     layers = _layers(config, shape)
-    tokens, counts = _shared_tokens(directories, documents, config)
     return Plan(
         config=config,
         subjects=[Subject(name, path, _settings(path, config.lengths)) for name, path in directories.items()],
@@ -97,20 +93,15 @@ def make_plan(config: GeometryConfig) -> Plan:
         layers=layers,
         map_heads=[_map_head(text, layers, shape) for text in config.attention_heads],
         pca_heads=sample_heads(layers, shape.key_heads, config.pca_heads, config.seed),
-        documents=tokens,
-        counts=counts,
+        windows=_shared_windows(directories, documents, config),
         output=writable_directory("output", config.output),
     )
 
 
 def _validate(config: GeometryConfig) -> None:
-    lengths = config.lengths
     if not config.models:
         raise UserError("models=[] names no checkpoint; name one or more directories")
-    if not lengths or min(lengths) < SHORTEST:
-        raise UserError(f"lengths={lengths} must name {SHORTEST} tokens or more; try [1024,4096,8192]")
-    if lengths != sorted(set(lengths)):
-        raise UserError(f"lengths={lengths} must ascend without repeats; write {sorted(set(lengths))}")
+    validate_lengths(config.lengths)
     for name, least in (("max_documents", 1), ("pca_heads", 0), ("cluster_samples", 2), ("seed", 0)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be {least} or more")
@@ -199,20 +190,18 @@ def _map_head(text: str, layers: list[int], shape: Shape) -> tuple[int, int]:
     return layer, head
 
 
-def _shared_tokens(
-    directories: dict[str, Path], documents: Path, config: GeometryConfig
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _shared_windows(directories: dict[str, Path], documents: Path, config: GeometryConfig) -> Windows:
     """The documents' tokens, which must be the same for all checkpoints."""
-    found = {
+    by_label = {
         name: make_windows(documents, load_tokenizer(path), config.lengths[-1], config.max_documents)
         for name, path in directories.items()
     }
-    first, windows = next(iter(found.items()))
-    for name, other in found.items():
+    first, windows = next(iter(by_label.items()))
+    for name, other in by_label.items():
         same = windows.tokens.keys() == other.tokens.keys()
         if not same or not all(torch.equal(ids, other.tokens[of]) for of, ids in windows.tokens.items()):
             raise UserError(
                 f"models: {name} and {first} read the documents as different tokens; checkpoints side by side need "
                 "one tokenizer"
             )
-    return windows.tokens, windows.counts()
+    return windows

@@ -1,1 +1,0 @@
-"""lm-eval as a harness: its tasks, our model."""

@@ -1,0 +1,230 @@
+"""Evaluations in the runs of a tracker: the names of their metrics, and what is logged under them.
+
+The trainer's own metrics (train/...) are logged by :mod:`ropewalk.training.tracker`, over the axis ``tokens``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+
+from ropewalk.config.evaluation import CompareConfig
+from ropewalk.config.train import TrackerConfig
+from ropewalk.figures.evaluation_curves import OWN
+from ropewalk.figures.figure import compose, render
+from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
+from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, lengths_of, scores, short_scores
+from ropewalk.report.differences import Pass, by_position, passes
+from ropewalk.report.page import find_baseline, sections_of
+from ropewalk.report.results_table import losses, needle_lengths, pooled
+from ropewalk.report.runs import Run, load_runs, with_bases
+from ropewalk.runs.directory import RunDirectory
+from ropewalk.training.tracker import wandb_mode
+
+TOKENS, POSITION, LENGTH = "tokens", "eval/position", "eval/length"
+LOSS, DIFFERENCE = "eval/loss/", "eval/difference/"
+LOSS_AT_LENGTH = "eval/loss_at_length"
+NEEDLE, RULER_SCORE, HELMET_SCORE = "eval/needle/", "eval/ruler/", "eval/helmet/"
+SHORT = "eval/short/"
+AVERAGE = "average"
+# Axis -> the metrics over it, as define_metric takes them.
+AXES = {
+    POSITION: (f"{LOSS}*", f"{DIFFERENCE}*"),
+    LENGTH: (LOSS_AT_LENGTH, f"{NEEDLE}*", f"{RULER_SCORE}*", f"{HELMET_SCORE}*"),
+}
+TABLES = {"results": "tables/results", "scores": "tables/scores"}
+FIGURES = "figures/"
+Row = dict[str, float]
+
+
+def rows_of(run: Run, baseline: Run) -> list[Row]:
+    """The evaluation as history: rows over the position in the context, then rows over the context length."""
+    return [*_by_position(run, baseline), *_by_length(run)]
+
+
+def summary_of(run: Run) -> Row:
+    """Numbers without an axis: short-context scores, percent."""
+    scores_of = short_scores(run)
+    return {f"{SHORT}{word(task)}/{word(metric)}": score.value for (task, metric, _), score in scores_of.items()}
+
+
+def word(text: str) -> str:
+    """A name from data as one level of a metric's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_")
+
+
+def _by_position(run: Run, baseline: Run) -> Iterator[Row]:
+    reference = {run_pass.kind: run_pass for run_pass in passes(baseline)}
+    for run_pass in passes(run):
+        name = "trained" if run_pass.kind == OWN else word(run_pass.kind)
+        rows: dict[tuple[int, int], Row] = {}
+        for row in run_pass.curve.itertuples():
+            rows[int(row.position_start), int(row.position_end)] = {LOSS + name: float(row.value)}
+        for bucket, difference in _differences(run, run_pass, baseline, reference.get(run_pass.kind)):
+            rows.setdefault(bucket, {})[DIFFERENCE + name] = difference
+        for (start, end), values in sorted(rows.items()):
+            yield {POSITION: (start + end) / 2, **values}
+
+
+def _differences(
+    run: Run, run_pass: Pass, baseline: Run, other: Pass | None
+) -> Iterator[tuple[tuple[int, int], float]]:
+    differences = by_position(run, run_pass, baseline, other) if other is not None and run is not baseline else None
+    if isinstance(differences, pd.DataFrame):
+        for row in differences.itertuples():
+            yield (int(row.position_start), int(row.position_end)), float(row.value)
+
+
+def _by_length(run: Run) -> Iterator[Row]:
+    rows: dict[int, Row] = {}
+    for length, loss in losses(run).items():
+        rows.setdefault(length, {})[LOSS_AT_LENGTH] = loss
+    for length in needle_lengths(run):
+        for metric in (EXACT_MATCH, TOKEN_ACCURACY):
+            if (whole := pooled(run, metric, length)) is not None:
+                rows.setdefault(length, {})[NEEDLE + metric] = 100 * whole.value
+    for score in scores([run], RULER):
+        tasks = common_tasks([score])
+        _add(rows, score, RULER_SCORE, {AVERAGE: tasks, **{task: [task] for task in tasks}})
+    for score in scores([run], HELMET):
+        names = dict.fromkeys(str(name) for name in score.known["category"])
+        _add(rows, score, HELMET_SCORE, {name: common_tasks([score.only("category", name)]) for name in names})
+    for length, values in sorted(rows.items()):
+        yield {LENGTH: length, **values}
+
+
+def _add(rows: dict[int, Row], score: Scores, prefix: str, averages: dict[str, list[str]]) -> None:
+    """Averages over tasks at each length; a setting that the run has beside others is part of the name."""
+    several = len(scores([score.run], RULER if prefix == RULER_SCORE else HELMET)) > 1
+    setting = f"{word(score.scaling)}/" if several else ""
+    for name, tasks in averages.items():
+        for length in lengths_of([score]):
+            if (value := score.average(tasks, length)) is not None:
+                rows.setdefault(length, {})[f"{prefix}{setting}{word(name)}"] = value[0]
+
+
+def track(config: CompareConfig) -> list[str]:
+    """Log the evaluation of each run into its tracker's run; print what was done with each.
+
+    Returns:
+        Names of the runs that were logged now.
+
+    Raises:
+        UserError: for runs that :func:`ropewalk.report.compare` refuses.
+    """
+    runs = with_bases(load_runs(config.runs), config.base)
+    baseline = find_baseline(runs, config.baseline)
+    logged = []
+    for run in runs:
+        refusal = _why_not(run, baseline)
+        if refusal is None:
+            _log(config, run, baseline)
+            write_atomically(RunDirectory(run.directory).tracked, json.dumps({"sha256": _digest(run, baseline)}) + "\n")
+            logged.append(run.name)
+        print(f"tracker: {run.name}: {refusal or 'evaluation logged'}", flush=True)
+    return logged
+
+
+def _why_not(run: Run, baseline: Run) -> str | None:
+    """Why a run is not logged; None where it is to be."""
+    tracker = run.config.get("tracker.name", "none")
+    if tracker not in ("wandb", "trackio"):
+        return "not logged, as it was trained without a tracker"
+    if tracker == "wandb" and not RunDirectory(run.directory).tracker.is_file():
+        return "not logged, as it has no tracker.json with the id of its W&B run"
+    if run.results.empty and run.table.empty:
+        return "not logged, as it has no finished evaluation"
+    known = RunDirectory(run.directory).tracked
+    if known.is_file() and json.loads(known.read_text())["sha256"] == _digest(run, baseline):
+        return "logged before"
+    return None
+
+
+def _digest(run: Run, baseline: Run) -> str:
+    """Of the numbers that are logged."""
+    numbers = [rows_of(run, baseline), summary_of(run)]
+    return sha256_of_json(numbers)
+
+
+def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
+    """History after the last step of training, then tables, figures and the summary."""
+    tracker, live = _opened(run)
+    last = int(run.metrics["step"].max()) if len(run.metrics) else 0
+    rows = rows_of(run, baseline)
+    for number, row in enumerate(rows, start=1):
+        live.log(row, **_at(run, last + number))
+    tables = {TABLES["results"]: run.results, TABLES["scores"]: run.scores}
+    shown: dict[str, Any] = {
+        name: tracker.Table(dataframe=_plain(frame)) for name, frame in tables.items() if len(frame)
+    }
+    shown |= _figures(config, run, baseline, tracker)
+    shown |= summary_of(run)
+    live.log(shown, **_at(run, last + len(rows) + 1))
+    live.finish()
+
+
+def _at(run: Run, step: int) -> dict[str, int]:
+    """Step at which trackio puts a row; W&B counts rows by itself, and drops those whose step it has passed."""
+    return {"step": step} if run.config["tracker.name"] == "trackio" else {}
+
+
+def _opened(run: Run) -> tuple[Any, Any]:
+    """The tracker's module, and its run for the training run, opened again."""
+    settings = TrackerConfig(
+        name=run.config["tracker.name"], project=run.config["tracker.project"], group=run.config.get("tracker.group")
+    )
+    name = str(run.config.get("run_name", run.name))
+    if settings.name == "trackio":
+        import trackio
+
+        quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        return trackio, trackio.init(settings.project, name=name, group=settings.group, resume="allow", **quiet)
+    import wandb
+
+    live = wandb.init(
+        project=settings.project,
+        name=name,
+        group=settings.group,
+        id=json.loads(RunDirectory(run.directory).tracker.read_text())["wandb_id"],
+        resume="allow",
+        dir=run.directory,
+        mode=wandb_mode(),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    for axis, names in AXES.items():
+        live.define_metric(axis, hidden=True)
+        for name in names:
+            live.define_metric(name, step_metric=axis)
+    return wandb, live
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table without pandas' own null, which trackers do not know."""
+    return frame.astype(object).where(frame.notna(), None)
+
+
+def _figures(config: CompareConfig, run: Run, baseline: Run, tracker: Any) -> dict[str, Any]:
+    """The run's own figures as images with their captions: the first of a section by its name, then _2, _3."""
+    alone = [run] if run is baseline else [run, baseline]
+    images: dict[str, Any] = {}
+    for section in sections_of(config, alone, baseline):
+        key = FIGURES + word(section.title.lower())
+        for number, figure in enumerate(section.figures, start=1):
+            pixels = _pixels(compose(figure, words=False))
+            images[key if number == 1 else f"{key}_{number}"] = tracker.Image(
+                pixels, caption=f"{figure.title}. {figure.explanation}"
+            )
+    return images
+
+
+def _pixels(drawing: Any) -> np.ndarray:
+    """uint8 (height, width, 4)."""
+    return (matplotlib.image.imread(io.BytesIO(render(drawing, "png", crop=True))) * 255).astype(np.uint8)
