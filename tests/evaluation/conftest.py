@@ -9,6 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ropewalk.config.evaluation import EvaluateConfig
+from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
+
 TRAINED_LENGTH = 256
 VOCAB_SIZE = 258  # 256 bytes, bos, eos
 
@@ -66,3 +70,19 @@ def documents(tmp_path) -> Path:
     texts = {f"doc-{i}": words(600, i) for i in range(3)} | {"short": words(20, 9)}
     path.write_text("".join(json.dumps({"name": n, "text": t}) + "\n" for n, t in texts.items()))
     return tmp_path / "prepared"
+
+
+@pytest.fixture
+def config(checkpoint, documents, tmp_path) -> EvaluateConfig:
+    """Of the checkpoint at half its trained length and at all of it, with the fewest needles."""
+    return EvaluateConfig(
+        checkpoint=str(checkpoint),
+        documents=str(documents),
+        output=str(tmp_path / "evaluation"),
+        lengths=[128, 256],
+        device="cpu",
+        dtype="float32",
+        needle=NeedleConfig(depths=[0.0, 1.0], samples=1),
+        rope=RopeConfig(name="default"),
+        test_time=AtTestTime(name="none"),
+    )

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 
 from ropewalk.config.evaluation import EvaluateConfig
-from ropewalk.config.groups import NeedleConfig, RopeConfig
-from ropewalk.config.groups import TestTimeConfig as AtTestTime
+from ropewalk.config.groups import NeedleConfig
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.harness import held_out
 from ropewalk.evaluation.results_store import CELLS, Cell, ResultsStore
@@ -24,21 +23,6 @@ ROW |= {"task": "vt", "metric": "m", "value": 1.0, "n": 1, "context_length": 102
 
 class Killed(Exception):
     pass
-
-
-@pytest.fixture
-def config(checkpoint, documents, tmp_path) -> EvaluateConfig:
-    return EvaluateConfig(
-        checkpoint=str(checkpoint),
-        documents=str(documents),
-        output=str(tmp_path / "evaluation"),
-        lengths=[128, 256],
-        device="cpu",
-        dtype="float32",
-        needle=NeedleConfig(depths=[0.0, 1.0], samples=1),
-        rope=RopeConfig(name="default"),
-        test_time=AtTestTime(name="none"),
-    )
 
 
 def kill_at(monkeypatch, name: str, count: int) -> None:

@@ -93,7 +93,7 @@ class _Handover:
             attention_scaling=self.attention_scaling,
             logit_scaling=logit_scaling,
         )
-        _assert_rotation(heads)
+        _check_rotation(heads)
         self.observer(heads)
 
 
@@ -138,7 +138,7 @@ def _unrotated(decoder: Any, layers: Collection[int]) -> Iterator[dict[int, dict
             hook.remove()
 
 
-def _assert_rotation(heads: LayerHeads) -> None:
+def _check_rotation(heads: LayerHeads) -> None:
     for name, side in (("queries", heads.queries), ("keys", heads.keys)):
         before, after = (torch.linalg.vector_norm(side[rope].double()).item() for rope in ROPE)
         expected = before * heads.attention_scaling

@@ -82,7 +82,7 @@ def make_plan(config: GeometryConfig) -> Plan:
     """
     _validate(config)
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
-    _refuse_existing(config)
+    _check_unused(config)
     directories = {_label(model): resolve_checkpoint(model) for model in _distinct(config.models)}
     shape = _shared_shape(directories, config.lengths[-1])
     layers = _layers(config, shape)
@@ -112,7 +112,7 @@ def _validate(config: GeometryConfig) -> None:
     require_device("device", config.device)
 
 
-def _refuse_existing(config: GeometryConfig) -> None:
+def _check_unused(config: GeometryConfig) -> None:
     if (Path(config.output) / RECORD).exists() and not config.overwrite:
         raise UserError(
             f"output={config.output} holds a geometry already; name another, or replace it with overwrite=true"

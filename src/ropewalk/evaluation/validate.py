@@ -106,7 +106,7 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
         UserError: for a wrong configuration, model, chain or document, or an output that holds another validation,
             before a model is loaded.
     """
-    _check_values(config)
+    _validate_values(config)
     directory = resolve_checkpoint(config.model.path)
     position = read_position(directory)
     clips = _clips_to_sweep(config, position)
@@ -156,7 +156,7 @@ def sweep_clips(spectrum: Spectrum, clips: Sequence[int] | None) -> list[int]:
     return list(clips)
 
 
-def _check_values(config: ValidateConfig) -> None:
+def _validate_values(config: ValidateConfig) -> None:
     multiples, clips, needle = config.multiples, config.clips, config.needle
     if not multiples or multiples[0] != 1 or multiples != sorted(set(multiples)):
         raise UserError(

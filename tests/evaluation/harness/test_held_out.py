@@ -26,18 +26,10 @@ YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "tr
 
 
 @pytest.fixture
-def config(checkpoint, documents, tmp_path) -> EvaluateConfig:
-    return EvaluateConfig(
-        checkpoint=str(checkpoint),
-        documents=str(documents),
-        output=str(tmp_path / "evaluation"),
-        lengths=[128, 256, 512],
-        device="cpu",
-        dtype="float32",
-        needle=NeedleConfig(depths=[0.0, 1.0], samples=0),
-        rope=RopeConfig(name="default"),
-        test_time=AtTestTime(name="auto", beyond=[YARN]),
-    )
+def config(config) -> EvaluateConfig:
+    config.lengths, config.needle.samples = [128, 256, 512], 0
+    config.test_time = AtTestTime(name="auto", beyond=[YARN])
+    return config
 
 
 def stock_loss(checkpoint: Path, ids: torch.Tensor, start: int, rope_parameters: dict[str, Any]) -> float:

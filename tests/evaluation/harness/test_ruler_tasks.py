@@ -7,7 +7,7 @@ import pytest
 
 from ropewalk.evaluation.harness.ruler_tasks import SCORES, cleaned
 
-UPSTREAM = json.loads((Path(__file__).parents[3] / "fixtures/ruler/scores.json").read_text())
+UPSTREAM = json.loads((Path(__file__).parents[2] / "fixtures/ruler/scores.json").read_text())
 
 
 @pytest.mark.parametrize("metric", ["string_match_all", "string_match_part"])

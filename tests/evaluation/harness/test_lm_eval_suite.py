@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from ropewalk.evaluation.harness.lm_eval import lm_eval_tasks as tasks
 
 from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate
+from ropewalk.evaluation.harness import lm_eval_suite as tasks
 from ropewalk.evaluation.harness.lm_eval_suite import (
     check_scorers,
     check_tasks,

@@ -1,6 +1,6 @@
 """The W&B workspace and report: their JSON against golden files, and against what runs log.
 
-golden/*.json were written by ``python scripts/dashboard.py project=ropewalk output=tests/dashboard/golden`` with
+golden/*.json were written by ``python scripts/dashboard.py project=ropewalk output=tests/report/golden`` with
 wandb-workspaces 0.4.13, and read through once by eye. No server has seen them.
 """
 
