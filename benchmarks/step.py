@@ -120,7 +120,7 @@ def against_trainer(steps: int, tokens: int) -> None:
         "weight_decay": trainer.weight_decay,
         "torch_adam": True,
     }
-    zero = zero_config(trainer, config.deepspeed, ranks.world_size)
+    zero = zero_config(trainer, config.deepspeed, accumulation_steps=1)
     zero["optimizer"] = {"type": "AdamW", "params": adam}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),

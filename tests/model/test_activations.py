@@ -112,7 +112,7 @@ def test_offloaded_inputs_leave_the_device(tmp_path, offload):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["trainer.offload_activations=true"], "offload_activations=true moves what activation checkpointing keeps"),
     (["trainer.mlp_chunk_size=0"], "trainer.mlp_chunk_size=0 must be positive"),
-    (["trainer.z_loss=-1"], r"trainer\.z_loss=-1\.0 must not be negative"),
+    (["trainer.z_loss=-1"], r"trainer\.z_loss=-1\.0 must be 0 or more"),
 ])  # fmt: skip
 def test_values_that_make_no_sense_are_refused(store_64, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):

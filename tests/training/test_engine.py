@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 
+from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
 from ropewalk.training.distributed import start_processes
@@ -185,7 +186,7 @@ def test_nccl_and_cuda_kernels_agree_with_each_document_alone(tmp_path, store_64
 
 def test_gradients_add_up_and_travel_in_fp32():
     config = composed("train", "+experiment=cope20")
-    settings = zero_config(config.trainer, config.deepspeed, data_size=8)
+    settings = zero_config(config.trainer, config.deepspeed, batching(config, 8).accumulation_steps)
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
     assert settings["communication_data_type"] == "fp32"
     assert settings["bf16"] == {"enabled": True}

@@ -1,52 +1,117 @@
-"""Rules of a training run that no type can state, and checks that several commands share."""
+"""Rules that no type can state: ranges of numbers, those of a training run, and checks that several commands share."""
 
 from __future__ import annotations
 
+import math
+import sys
 import time
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES, DataConfig, GuardConfig, InTrainingConfig, TrainConfig
+from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
+from ropewalk.config.train import (
+    SUPPORTED_MODEL_TYPES,
+    AssumptionConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    GuardConfig,
+    InTrainingConfig,
+    ModelConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from ropewalk.errors import UserError
-from ropewalk.rope import RopeChain
 
 STORE_FIX = "make one with data_prep/prepare.py and name it with data=packed data.store=DIR data.sequence_length=N"
-POSITIVE = (
-    "max_steps",
-    "global_batch_size",
-    "micro_batch_size",
-    "learning_rate",
-    "gradient_clipping",
-    "loss_chunk_size",
-    "mlp_chunk_size",
-    "log_every",
-    "peak_flops",
-    "checkpoint_every",
-    "keep_last",
-    "keep_every",
-    "stop_after",
-)
 
 
-def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True) -> None:
-    """Check everything about a training run that can be known before a model is built.
+class Range(NamedTuple):
+    """Numbers that a key may have; nan is never among them."""
+
+    lowest: float
+    highest: float
+    words: str
+    is_open: bool = False  # without ``lowest`` itself
+
+    def holds(self, value: float) -> bool:
+        """True if the value is in the range."""
+        return (self.lowest < value if self.is_open else self.lowest <= value) and value <= self.highest
+
+
+MOST = sys.float_info.max  # finite
+POSITIVE = Range(0, MOST, "must be positive and finite", is_open=True)
+NOT_NEGATIVE = Range(0, MOST, "must be 0 or more, and finite")
+SHARE = Range(0, 1, "is a share; set it between 0 and 1")
+BELOW_ONE = Range(0, math.nextafter(1, 0), "must be 0 or more, and less than 1")
+FINITE = Range(-MOST, MOST, "must be a finite number")
+# Every number of a configuration is finite; those named here, by dataclass, are in these ranges as well.
+RANGES: dict[type, dict[Range, str]] = {
+    ModelConfig: {POSITIVE: "theta head_dim pretrained_length"},
+    DataConfig: {POSITIVE: "sequence_length cache_gib"},
+    TrainerConfig: {
+        NOT_NEGATIVE: "adam_eps weight_decay z_loss profile_steps",
+        POSITIVE: "max_steps global_batch_size micro_batch_size learning_rate loss_chunk_size mlp_chunk_size log_every "
+        "peak_flops checkpoint_every keep_last keep_every stop_after",
+        POSITIVE._replace(highest=math.inf, words="must be positive; inf clips nothing"): "gradient_clipping",
+        SHARE: "warmup_ratio min_lr_ratio",
+        BELOW_ONE: "adam_beta1 adam_beta2",
+    },
+    DeepSpeedConfig: {NOT_NEGATIVE: "param_persistence_threshold"},
+    GuardConfig: {
+        POSITIVE: "max_refused spike_deviations stuck_seconds stuck_batch_seconds",
+        Range(8, MOST, "is too few losses for a median and a deviation; set 8 or more, or null"): "spike_window",
+        Range(1, MOST, "must exceed 1; the default is 10", is_open=True): "stuck_multiple",
+    },
+    InTrainingConfig: {POSITIVE: "every lengths max_documents"},
+    NeedleConfig: {SHARE: "depths", POSITIVE: "digits", NOT_NEGATIVE: "samples distractors"},
+    ParallelConfig: {POSITIVE: "sequence"},
+    SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
+    ClusterConfig: {
+        POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
+        NOT_NEGATIVE: "price_per_gpu_hour",
+    },
+    AssumptionConfig: {
+        POSITIVE: "hash_gb_s",
+        NOT_NEGATIVE: "step_overhead context_gib nccl_gib fragmentation",
+        Range(0, 1, "is a share of the peak; 0.28 is usual at 64k", is_open=True): "utilisation",
+    },
+    PlanConfig: {POSITIVE: "nodes kv_lengths"},
+}
+
+
+def validate_numbers(config: Any, prefix: str = "") -> None:
+    """Check that every number of a configuration is finite and in its range, those in its groups and lists included.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    ranges = {name: range_ for range_, names in RANGES.get(type(config), {}).items() for name in names.split()}
+    for field in fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            validate_numbers(value, f"{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            allowed = ranges.get(field.name, FINITE)
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not allowed.holds(number):
+                raise UserError(f"{name}={number} {allowed.words}")
+
+
+def validate_train(config: TrainConfig, world_size: int) -> None:
+    """Check everything about a training run that can be known from its configuration alone.
 
     Args:
         config: of the run.
         world_size: ranks.
-        stores: whether the data must be there already.
 
     Raises:
         UserError: naming the value, the rule and the fix.
     """
-    trainer, data = config.trainer, config.data
-    for name in POSITIVE:
-        value = getattr(trainer, name)
-        if value is not None and value <= 0:
-            raise UserError(f"trainer.{name}={value} must be positive")
-    for name in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(trainer, name) <= 1:
-            raise UserError(f"trainer.{name}={getattr(trainer, name)} is a share; set it between 0 and 1")
+    validate_numbers(config)
+    trainer = config.trainer
     one_of("trainer.device", trainer.device, ("cuda", "cpu"))
     one_of("trainer.dtype", trainer.dtype, ("bfloat16", "float32"))
     if trainer.device == "cuda" and trainer.dtype == "float32":
@@ -54,8 +119,6 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
             "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
         )
-    if trainer.z_loss < 0:
-        raise UserError(f"trainer.z_loss={trainer.z_loss} must not be negative; 0 leaves it out, 1e-4 is common")
     if trainer.offload_activations and not trainer.activation_checkpointing:
         raise UserError(
             "trainer.offload_activations=true moves what activation checkpointing keeps, and "
@@ -67,7 +130,8 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
         )
     one_of("tracker.name", config.tracker.name, ("wandb", "trackio", "none"))
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
-    _validate_shares(config, world_size)
+    batching(config, world_size)
+    one_of("guards.spike_action", config.guards.spike_action, ("skip", "stop"))
     one_of("start_from.optimizer", config.start_from.optimizer, ("keep", "drop"))
     if not _has_weights(config) and "model_type" not in config.model.architecture:
         raise UserError(
@@ -79,26 +143,19 @@ def validate_train(config: TrainConfig, world_size: int, *, stores: bool = True)
             f"trainer.keep_every={trainer.keep_every} without trainer.keep_last: nothing is deleted then; set "
             "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
-    _validate_guards(config.guards)
     _validate_evaluation(config)
     _validate_chain(config)
-    if stores:
-        _validate_stores(data)
-        _validate_documents(config.evaluation)
+    _validate_stores(config.data)
 
 
 def _validate_stores(data: DataConfig) -> None:
     for name, where in {"data.store": data.store, **{f"data.stores.{k}": v for k, v in data.stores.items()}}.items():
-        if not is_remote(where):
-            existing_directory(name, where, STORE_FIX)
-        elif data.cache_dir is None:
+        if is_remote(where) and data.cache_dir is None:
             raise UserError(
                 f"{name}={where} is a URL and data.cache_dir is null; set data.cache_dir=DIR, on local disk"
             )
     if "" in data.stores or any("/" in name for name in data.stores):
         raise UserError(f"data.stores has the names {list(data.stores)}; give each one that is not empty and has no /")
-    if data.cache_gib <= 0:
-        raise UserError(f"data.cache_gib={data.cache_gib} must be positive; it has to hold the largest token file")
 
 
 def is_remote(where: str) -> bool:
@@ -106,37 +163,15 @@ def is_remote(where: str) -> bool:
     return "://" in where
 
 
-def _validate_guards(guards: GuardConfig) -> None:
-    one_of("guards.spike_action", guards.spike_action, ("skip", "stop"))
-    if guards.max_refused < 1:
-        raise UserError(f"guards.max_refused={guards.max_refused} must be positive; 1 stops at the first refused step")
-    if guards.spike_window is not None and guards.spike_window < 8:
-        raise UserError(
-            f"guards.spike_window={guards.spike_window}: a median and a deviation of so few losses mean little; set 8 "
-            "or more, or null"
-        )
-    if guards.stuck_multiple <= 1 or min(guards.stuck_seconds, guards.stuck_batch_seconds) <= 0:
-        raise UserError(
-            f"guards.stuck_multiple={guards.stuck_multiple} must exceed 1, guards.stuck_seconds={guards.stuck_seconds} "
-            f"and guards.stuck_batch_seconds={guards.stuck_batch_seconds} must be positive; the defaults are 10, 60 "
-            "and 480"
-        )
-    if guards.spike_deviations <= 0:
-        raise UserError(f"guards.spike_deviations={guards.spike_deviations} must be positive; 6 is cautious")
-
-
-def _validate_documents(evaluation: InTrainingConfig) -> None:
-    if evaluation.every is not None:
-        fix = "write held-out documents with data_prep/prepare.py, or leave evaluation.every=null"
-        existing_directory("evaluation.documents", evaluation.documents or "null", fix)
-
-
 def _validate_evaluation(config: TrainConfig) -> None:
     evaluation, longest, sequence = config.evaluation, config.data.sequence_length, config.parallel.sequence
     if evaluation.every is None:
         return
-    if evaluation.every < 1:
-        raise UserError(f"evaluation.every={evaluation.every} must be positive; null for no evaluation while training")
+    if evaluation.documents is None:
+        raise UserError(
+            "evaluation.documents=null is not a directory; write held-out documents with data_prep/prepare.py, or "
+            "leave evaluation.every=null"
+        )
     for length in evaluation.lengths:
         if length > longest:
             raise UserError(
@@ -147,7 +182,19 @@ def _validate_evaluation(config: TrainConfig) -> None:
             raise UserError(f"evaluation.lengths has {length}, which parallel.sequence={sequence} does not divide")
 
 
-def _validate_shares(config: TrainConfig, world_size: int) -> None:
+class Batching(NamedTuple):
+    """The division of a global batch among ranks and micro batches."""
+
+    accumulation_steps: int  # micro batches that each rank adds up for one step
+    tokens_per_step: int  # of the global batch
+
+
+def batching(config: TrainConfig, world_size: int) -> Batching:
+    """The division of a step's global batch over ``world_size`` ranks.
+
+    Raises:
+        UserError: it does not divide.
+    """
     trainer, sequence = config.trainer, config.parallel.sequence
     if sequence < 1 or world_size % sequence:
         raise UserError(
@@ -167,6 +214,8 @@ def _validate_shares(config: TrainConfig, world_size: int) -> None:
             f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size="
             f"{trainer.micro_batch_size} x {over} = {per_step}; set it to {near}"
         )
+    tokens = trainer.global_batch_size * config.data.sequence_length
+    return Batching(trainer.global_batch_size // per_step, tokens)
 
 
 def _has_weights(config: TrainConfig) -> bool:
@@ -175,6 +224,8 @@ def _has_weights(config: TrainConfig) -> bool:
 
 
 def _validate_chain(config: TrainConfig) -> None:
+    from ropewalk.rope import RopeChain  # late: composing a configuration loads no numpy
+
     chain = RopeChain(config.rope.chain)
     if _has_weights(config) and not chain.rebuilds:
         return  # it follows the checkpoint's own chain: both are run when that one's config is read
@@ -215,7 +266,7 @@ def existing_directory(name: str, path: str, fix: str) -> Path:
     return directory
 
 
-def require_device(name: str, device: str) -> None:
+def validate_device(name: str, device: str) -> None:
     """Raise UserError where CUDA is asked for and there is none. Imports torch."""
     import torch
 

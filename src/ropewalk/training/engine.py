@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ropewalk.config.rules import batching
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.model.activations import place_activations
 from ropewalk.model.attention import Documents
@@ -19,12 +20,9 @@ from ropewalk.rope.position import position_of
 from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
 
 
-def accumulation_steps(trainer: TrainerConfig, data_size: int) -> int:
-    """Micro batches that each rank adds up for one step."""
-    return trainer.global_batch_size // (trainer.micro_batch_size * data_size)
-
-
-def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, data_size: int, sequence: int = 1) -> dict[str, Any]:
+def zero_config(
+    trainer: TrainerConfig, zero: DeepSpeedConfig, accumulation_steps: int, sequence: int = 1
+) -> dict[str, Any]:
     """DeepSpeed's own configuration. Gradients add up and travel in fp32, whatever the model's dtype."""
     zero_optimization: dict[str, Any] = {
         "stage": zero.stage,
@@ -36,7 +34,7 @@ def zero_config(trainer: TrainerConfig, zero: DeepSpeedConfig, data_size: int, s
         zero_optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": trainer.device == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(trainer, data_size),
+        "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": trainer.gradient_clipping,
         "bf16": {"enabled": trainer.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -111,7 +109,8 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     from transformers.integrations import HfDeepSpeedConfig
 
     trainer = config.trainer
-    settings = zero_config(trainer, config.deepspeed, ranks.data_size, ranks.sequence)
+    steps = batching(config, ranks.world_size).accumulation_steps
+    settings = zero_config(trainer, config.deepspeed, steps, ranks.sequence)
     partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
     lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)

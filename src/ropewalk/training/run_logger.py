@@ -11,14 +11,14 @@ from statistics import mean
 from types import TracebackType
 from typing import Any, Self
 
+from ropewalk.config.rules import batching
 from ropewalk.model.attention import attention_kernel
 from ropewalk.model.load import count_parameters
-from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.directory import RunDirectory, writing
 from ropewalk.runs.metrics_file import MetricsFile
-from ropewalk.runs.provenance import recorded_config
-from ropewalk.runs.record import copy_tokenizer, write_record
+from ropewalk.runs.record import copy_tokenizer, recorded_config, write_record
 from ropewalk.training.checkpoint.resume import ResumePoint
-from ropewalk.training.distributed import by_rank_zero, log, log_once, writing
+from ropewalk.training.distributed import by_rank_zero, log, log_once
 from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs
 from ropewalk.training.meter import CONVENTIONS, Meter, StepWork, WorkCounter, known_peak
@@ -36,8 +36,8 @@ class RunLogger(Hook):
         """
         config, ranks = inputs.config, inputs.ranks
         self.config, self.ranks = config, ranks
-        self.tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
-        self.meter = Meter(ranks.device, sorted(inputs.mixture.store.domains), config.data.sequence_length)
+        self.tokens_per_step = batching(config, ranks.world_size).tokens_per_step
+        self.meter = Meter(ranks.device, sorted(inputs.mixture.store.domains), inputs.mixture.store.sequence_length)
         self.clock = time.monotonic()  # at the last row, moved on by what is left out of the steps' speed
         self.logged_step = resume_point.step
         if ranks.is_main:

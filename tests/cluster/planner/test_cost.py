@@ -8,7 +8,6 @@ from helpers import composed, tiny_run
 
 from ropewalk.cluster.planner import Setting, lead_seconds, make_plan, shape_of
 from ropewalk.cluster.planner.cost import (
-    accumulation_steps,
     checkpoint_bytes,
     checkpoints_kept,
     communication_seconds,
@@ -17,7 +16,8 @@ from ropewalk.cluster.planner.cost import (
     run_time,
 )
 from ropewalk.config import CONFIG_DIR
-from ropewalk.config.train import AssumptionConfig
+from ropewalk.config.rules import batching
+from ropewalk.config.train import AssumptionConfig, ParallelConfig
 from ropewalk.training import find_checkpoint, train
 
 
@@ -39,7 +39,7 @@ def test_flops_of_llama3_8b_at_64k(shape):
 
 def test_the_papers_hours_come_out(config, shape):
     """CoPE reports 1,996 H100-hours for 20.97B tokens, ProLong about 2,200: at 28% of the peak, within 10%."""
-    time = run_time(shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=0.28))
+    time = run_time(shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=0.28), 2)
     assert 32 * time.training / 3600 == pytest.approx(1996, rel=0.1)
 
 
@@ -60,7 +60,7 @@ def test_time_by_hand(config, shape):
     per_token = sum(flops_per_token(shape, 65536).__dict__[name] for name in ("linear", "causal"))
     utilisation = 2000 * per_token / 989.4e12
     time = run_time(
-        shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=utilisation)
+        shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=utilisation), 2
     )
     assert time.tokens_per_second_per_gpu == pytest.approx(2000)
     assert time.step == pytest.approx(2 * 65536 / 2000)
@@ -69,9 +69,11 @@ def test_time_by_hand(config, shape):
 
 
 def test_accumulation(config):
-    assert accumulation_steps(Setting(32, 65536), 64) == 2
-    assert accumulation_steps(Setting(32, 65536, sequence=8), 64) == 16
-    assert accumulation_steps(Setting(8, 65536, micro_batch=2), 64) == 4
+    assert batching(config, 32) == (2, 64 * 65536)
+    shared = replace(config, parallel=ParallelConfig(sequence=8))
+    assert batching(shared, 32).accumulation_steps == 16
+    two = replace(config, trainer=replace(config.trainer, micro_batch_size=2))
+    assert batching(two, 8).accumulation_steps == 4
 
 
 def test_kv_cache_is_the_published_size(shape):
@@ -94,7 +96,7 @@ def test_the_cache_is_shown_at_the_runs_own_length_too():
     (250, 1, 500, 2), (100, 2, 500, 3),
 ])  # fmt: skip
 def test_checkpoints_on_disk(config, every, last, keep_every, kept):
-    """1,000 steps: at multiples of ``every`` and at the end; as retention.py keeps them."""
+    """1,000 steps: at multiples of ``every`` and at the end; as prune_checkpoints keeps them."""
     trainer = replace(config.trainer, max_steps=1000, checkpoint_every=every, keep_last=last, keep_every=keep_every)
     assert checkpoints_kept(trainer) == kept
 

@@ -92,11 +92,11 @@ def test_a_length_is_planned_where_it_is_trained(length, micro, sequence):
              f"parallel.sequence={sequence}"]  # fmt: skip
     config = composed("plan", *given)
     if micro * length % sequence == 0:
-        validate_train(config, 8, stores=False)
+        validate_train(config, 8)
         degree, size = make_plan(config).smallest or (1, 1)
         assert size * length % degree == 0
     else:
-        for refuse in (lambda: validate_train(config, 8, stores=False), lambda: make_plan(config)):
+        for refuse in (lambda: validate_train(config, 8), lambda: make_plan(config)):
             with pytest.raises(ValueError, match=f"data.sequence_length = {micro * length} tokens do not divide over"):
                 refuse()
 
@@ -134,7 +134,7 @@ def test_numbers_that_no_machine_has_are_refused(key, value):
 
 
 def test_a_length_of_the_cache_is_positive():
-    with pytest.raises(ValueError, match="kv_lengths: a length=0 must be positive"):
+    with pytest.raises(ValueError, match="kv_lengths=0 must be positive"):
         planned("+experiment=cope20", "kv_lengths=[8192,0]")
 
 

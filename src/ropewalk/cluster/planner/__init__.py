@@ -2,8 +2,7 @@
 
 from ropewalk.cluster.planner.cost import lead_seconds
 from ropewalk.cluster.planner.memory import Allowances, Memory, Setting, memory
-from ropewalk.cluster.planner.plan import Plan, make_plan
-from ropewalk.cluster.planner.plan_page import print_plan
+from ropewalk.cluster.planner.plan import Plan, make_plan, print_plan
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
 
 __all__ = [

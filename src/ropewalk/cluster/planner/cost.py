@@ -51,11 +51,6 @@ def flops_per_token(shape: ModelShape, length: int) -> Flops:
     return Flops(linear / length, causal / length, full / length)
 
 
-def accumulation_steps(setting: Setting, global_batch: int) -> int:
-    """Micro batches that each rank adds up for one step."""
-    return global_batch // (setting.micro_batch * (setting.ranks // setting.sequence))
-
-
 def checkpoint_bytes(shape: ModelShape) -> float:
     """Master weights and both moments, in fp32."""
     return 3.0 * FP32 * shape.parameters
@@ -96,13 +91,18 @@ def communication_seconds(shape: ModelShape, setting: Setting, cluster: ClusterC
 
 
 def run_time(
-    shape: ModelShape, setting: Setting, trainer: TrainerConfig, cluster: ClusterConfig, assume: AssumptionConfig
+    shape: ModelShape,
+    setting: Setting,
+    trainer: TrainerConfig,
+    cluster: ClusterConfig,
+    assume: AssumptionConfig,
+    accumulation_steps: int,
 ) -> Time:
     """How long the run takes if ``assume.utilisation`` of the peak is reached, and nothing fails."""
     flops = flops_per_token(shape, setting.length)
     speed = assume.utilisation * cluster.peak_tflops * 1e12 / (flops.linear + flops.causal)
     micro_step = setting.tokens / speed
-    step = accumulation_steps(setting, trainer.global_batch_size) * micro_step + assume.step_overhead
+    step = accumulation_steps * micro_step + assume.step_overhead
     every = trainer.checkpoint_every
     saves = math.ceil(trainer.max_steps / every) if every else 0
     saving = saves * checkpoint_seconds(shape, setting, cluster, assume)

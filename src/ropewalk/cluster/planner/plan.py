@@ -1,21 +1,23 @@
-"""One run planned: memory, time, money, disk."""
+"""One run planned: memory, time, money, disk; as data and as a page of text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ropewalk.cluster.planner import cost
-from ropewalk.cluster.planner.assumptions import check_inputs
 from ropewalk.cluster.planner.fit import Capacity, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
-from ropewalk.config.rules import validate_train
+from ropewalk.config.rules import Batching, batching, validate_numbers, validate_train
 from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
 
 DAY, HOUR = 86_400, 3_600
+GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,15 @@ def make_plan(config: PlanConfig) -> Plan:
         UserError: for a run that could not be started on these machines whatever its memory, a model of unknown size,
             or numbers of machines that no machine has.
     """
-    check_inputs(config)
+    validate_numbers(config)
     setting, trainer, cluster = setting_of(config), config.trainer, config.cluster
-    validate_train(config, setting.ranks, stores=False)
+    if trainer.device != cluster.device:
+        raise UserError(
+            f"trainer.device={trainer.device} on cluster={cluster.name}, whose device is {cluster.device}; set "
+            f"trainer.device={cluster.device} or choose another cluster"
+        )
+    validate_train(config, setting.ranks)
+    division = batching(config, setting.ranks)
     shape = shape_of(config.model)
     degrees = sequence_degrees(shape, setting, cluster.gpus_per_node, trainer.global_batch_size)
     if setting.sequence not in degrees:
@@ -118,7 +126,7 @@ def make_plan(config: PlanConfig) -> Plan:
     fits = capacity.has_room(needed, setting)
     batch = trainer.global_batch_size
     changes = [] if fits else cheapest_changes(shape, setting, capacity, batch, degrees, config.nodes)
-    time = cost.run_time(shape, setting, trainer, cluster, config.assume)
+    time = cost.run_time(shape, setting, trainer, cluster, config.assume, division.accumulation_steps)
     save = cost.checkpoint_seconds(shape, setting, cluster, config.assume)
     return Plan(
         fits=fits,
@@ -129,21 +137,22 @@ def make_plan(config: PlanConfig) -> Plan:
         smallest=smallest_fit(shape, setting, capacity, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
         lead_seconds=cost.lead_seconds(time.micro_step + config.assume.step_overhead, save),
-        entries=_entries(config, shape, setting, time, save),
+        entries=_entries(config, shape, setting, division, time, save),
     )
 
 
 def _ways(shape: ModelShape, setting: Setting, capacity: Capacity) -> dict[str, Variant]:
-    found = {}
+    variants = {}
     for name, way in other_ways(setting).items():
         needed = memory(shape, way, capacity.allowances)
-        found[name] = Variant(needed.device_total, needed.host_total, capacity.has_room(needed, way), way == setting)
-    return found
+        variants[name] = Variant(needed.device_total, needed.host_total, capacity.has_room(needed, way), way == setting)
+    return variants
 
 
-def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost.Time, save: float) -> dict[str, Any]:
+def _entries(
+    config: PlanConfig, shape: ModelShape, setting: Setting, division: Batching, time: cost.Time, save: float
+) -> dict[str, Any]:
     trainer, cluster = config.trainer, config.cluster
-    tokens = trainer.global_batch_size * setting.length
     hours = time.training / HOUR * setting.ranks
     kept = cost.checkpoints_kept(trainer)
     size = cost.checkpoint_bytes(shape)
@@ -155,10 +164,9 @@ def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost
         "parameters": shape.parameters,
         "gflops_per_token": {name: value / 1e9 for name, value in asdict(flops).items()},
         "gpu_memory_gib": cluster.gpu_memory_gib,
-        "accumulation_steps": cost.accumulation_steps(setting, trainer.global_batch_size),
-        "tokens_per_step": tokens,
+        **division._asdict(),
         "steps": trainer.max_steps,
-        "tokens": tokens * trainer.max_steps,
+        "tokens": division.tokens_per_step * trainer.max_steps,
         "utilisation": config.assume.utilisation,
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
         "micro_step_seconds": time.micro_step,
@@ -179,3 +187,128 @@ def _entries(config: PlanConfig, shape: ModelShape, setting: Setting, time: cost
 def gib(size: float) -> str:
     """Bytes in GiB, as people read them."""
     return f"{size / GIB:,.1f} GiB"
+
+
+def print_plan(config: PlanConfig) -> bool:
+    """Print the plan, or the one entry ``config.print``; returns whether it fits, or need not, or was not asked.
+
+    Raises:
+        UserError: as of make_plan, and for a ``print`` that names no entry.
+    """
+    plan = make_plan(config)
+    content = plan.to_json()
+    if config.output is not None:
+        path = Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    if config.print is None:
+        print(summary(plan, config) if config.brief else "\n".join(lines(plan, config)))
+        return plan.fits or config.advisory
+    if config.print not in content:
+        raise UserError(f"print={config.print} is not an entry of a plan; use one of: {', '.join(content)}")
+    print(json.dumps(content[config.print]))
+    return True
+
+
+def summary(plan: Plan, config: PlanConfig) -> str:
+    """The plan in one line."""
+    e, capacity = plan.entries, config.cluster.gpu_memory_gib
+    return (
+        f"plan: {e['run_name']} on {e['gpus']} x {e['cluster']} {'fits' if plan.fits else 'DOES NOT FIT'} "
+        f"({plan.memory.device_total / GIB:.1f} of {capacity} GiB), {_duration(e['seconds'])}, "
+        f"{_hours(e['gpu_hours'])} GPU-hours, {e['cost']:,.0f} at the cluster's price"
+        + "".join(f"; would fit: {' '.join(chosen)}" for chosen in plan.changes[:1])
+    )
+
+
+def lines(plan: Plan, config: PlanConfig) -> list[str]:
+    """The page, line by line."""
+    e = plan.entries
+    return [
+        f"{e['run_name']}: {_count(e['parameters'])} parameters, {plan.setting.length:,} tokens a sequence, "
+        f"{e['gpus']} x {e['cluster']}",
+        "",
+        *_memory_lines(plan, config),
+        "",
+        *_time_lines(plan, e),
+        "",
+        *_disk_lines(plan, e),
+    ]
+
+
+def _memory_lines(plan: Plan, config: PlanConfig) -> list[str]:
+    capacity, total = config.cluster.gpu_memory_gib, plan.memory.device_total
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    at = {"loss": "in the loss", "layer": "in the backward pass of a layer"}
+    at |= {"reduce": "at the end of the backward pass", "step": "in the optimizer's step"}
+    page = [
+        f"memory of a GPU: {gib(total)} of {capacity} GiB ({total / GIB / capacity:.0%}): {verdict}; "
+        f"the peak is {at[plan.memory.phase]}",
+        *(f"  {name:<22} {gib(size):>12}" for name, size in plan.memory.parts.items() if size >= 2**20),
+    ]
+    ranks = min(plan.setting.ranks, config.cluster.gpus_per_node)
+    if plan.memory.host:
+        per_node = plan.memory.host_total * ranks
+        page.append(f"memory of a host: {gib(per_node)} of {config.cluster.host_memory_gib:,} GiB")
+    page.append("the same run with                  GPU         host")
+    for name, way in plan.ways.items():
+        note = ("" if way.fits else "  does not fit") + ("  (configured)" if way.configured else "")
+        page.append(f"  {name:<24} {gib(way.device_total):>12} {gib(way.host_total * ranks):>12}{note}")
+    if plan.smallest is None:
+        page.append("no sequence-parallel degree fits with a micro batch of 1")
+    else:
+        page.append(
+            f"smallest that fits: parallel.sequence={plan.smallest[0]}, there up to "
+            f"trainer.micro_batch_size={plan.smallest[1]}"
+        )
+    if not plan.fits:
+        page.append("cheapest changes that would fit:" if plan.changes else "no change known here would make it fit")
+        page += [f"  {' '.join(chosen)}" for chosen in plan.changes]
+    return page
+
+
+def _time_lines(plan: Plan, e: Any) -> list[str]:
+    flops = {name: _count(1e9 * value) for name, value in e["gflops_per_token"].items()}
+    return [
+        f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; "
+        f"{e['steps']:,} steps, {_count(e['tokens'])} tokens",
+        f"work: {flops['linear']} FLOPs a token in linear layers, {flops['causal']} in causal attention "
+        f"({flops['full']} counted in full)",
+        f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
+        "reached (assume.utilisation)",
+        f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, "
+        f"{_hours(e['gpu_hours'])} GPU-hours, "
+        f"{e['cost']:,.0f} at the cluster's price",
+        f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if "
+        "none of it is hidden",
+    ]
+
+
+def _disk_lines(plan: Plan, e: Any) -> list[str]:
+    kv = ", ".join(f"{size / GIB:.1f} at {length:,}" for length, size in e["kv_bytes"].items())
+    return [
+        f"checkpoint: {e['checkpoint_bytes'] / GB:,.1f} GB, written in {_duration(e['checkpoint_seconds'])}; "
+        f"{e['checkpoints_kept']} are kept, {e['storage_bytes'] / GB:,.0f} GB for the run at its end",
+        f"SLURM's signal: {plan.lead_seconds} s before the time limit (--signal=B:USR1@{plan.lead_seconds})",
+        f"to serve: weights {gib(e['weights_bytes'])} in bf16, KV cache of one sequence in GiB: {kv}",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 2 * HOUR:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / HOUR:.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:.1f} days"
+
+
+def _count(number: float) -> str:
+    """A number as 8.03B, 134.5M or 12.3K."""
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= factor:
+            return f"{number / factor:,.2f}{letter}"
+    return f"{number:,.0f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
