@@ -16,7 +16,7 @@ from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.train import TrainConfig
 
 
-@entry("train")
+@entry("train", reads_inputs=False)
 def train(config: TrainConfig) -> None:
     """Look at the machine, the data and the file system for one run."""
     from ropewalk.cluster.doctor import examine
@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> None:
     sys.exit(examine(config) > 0)
 
 
-@entry("evaluate")
+@entry("evaluate", reads_inputs=False)
 def evaluate(config: EvaluateConfig) -> None:
     """Look at what one evaluation needs."""
     from ropewalk.cluster.doctor import examine_evaluation
@@ -32,7 +32,7 @@ def evaluate(config: EvaluateConfig) -> None:
     sys.exit(examine_evaluation(config) > 0)
 
 
-@entry("prepare")
+@entry("prepare", reads_inputs=False)
 def prepare(config: PrepareConfig) -> None:
     """Look at what one preparation, or a stage of it, needs."""
     from ropewalk.cluster.doctor import examine_preparation
@@ -40,7 +40,7 @@ def prepare(config: PrepareConfig) -> None:
     sys.exit(examine_preparation(config) > 0)
 
 
-@entry("compare")
+@entry("compare", reads_inputs=False)
 def compare(config: CompareConfig) -> None:
     """Look at what a comparison needs."""
     from ropewalk.cluster.doctor import examine_comparison

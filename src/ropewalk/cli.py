@@ -19,8 +19,10 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ropewalk.cluster.requirements import COMMANDS, check_requirements
 from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
+from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
 
 DRY_RUN = "--dry-run="
@@ -43,16 +45,16 @@ def choices(*groups: str) -> str:
     """The options of config groups, a line each: ``tracker: none, wandb``; those of subfolders with their folder."""
     folders = [(group, CONFIG_DIR / group) for group in groups]
     options = {group: sorted(file.relative_to(folder) for file in folder.rglob("*.yaml")) for group, folder in folders}
-    return "\n".join(f"{g}: {', '.join(str(one.with_suffix('')) for one in names)}" for g, names in options.items())
+    return "\n".join(f"{g}: {', '.join(str(name.with_suffix('')) for name in names)}" for g, names in options.items())
 
 
-def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate ``main(config)`` as a command: compose ``configs/<config_name>.yaml``, run, report errors.
 
     ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
-    called; ropewalk.cluster.dry_run checks the configuration and its paths instead. A UserError, or anything wrong with
-    the configuration itself, ends the process with one line on stderr and exit code 2; every other exception keeps its
-    traceback.
+    called; ropewalk.cluster.dry_run checks the configuration and its paths instead. Else the paths that the command
+    reads are checked first, unless ``reads_inputs`` is false. A UserError, or anything wrong with the configuration
+    itself, ends the process with one line on stderr and exit code 2; every other exception keeps its traceback.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
@@ -65,11 +67,14 @@ def entry(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], No
         def with_object(composed: DictConfig) -> None:
             try:
                 config_object = to_object(composed)
+                validate_numbers(config_object)
                 if ledgers:
                     from ropewalk.cluster.dry_run import dry_run
 
                     dry_run(config_name, config_object, Path(ledgers[-1]))
                 else:
+                    if reads_inputs and config_name in COMMANDS:
+                        check_requirements(config_name, config_object)
                     main(config_object)
             except UserError as error:  # here, so that Hydra adds no line of its own
                 sys.exit(_report(error))

@@ -9,7 +9,8 @@ import pytest
 from helpers import alone_environment
 from ropewalk.evaluation.harness.lm_eval import lm_eval_tasks as tasks
 
-from ropewalk.cluster.dry_run import STAGES, dry_run_chain
+from ropewalk.cluster.dry_run import dry_run_chain
+from ropewalk.cluster.requirements import COMMANDS
 from ropewalk.config import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
@@ -133,7 +134,7 @@ def test_what_is_given_counts(check):
 def test_an_entry_without_a_description_is_refused(check):
     code, _, errors = check(["data_prep/inspect_store.py store=x"])
     assert code == 2
-    assert f"no dry run is described for inspect_store; there is one for: {', '.join(STAGES)}" in errors
+    assert f"no dry run is described for inspect_store; there is one for: {', '.join(COMMANDS)}" in errors
 
 
 def test_a_plan_that_does_not_fit_stops_the_chain(check):

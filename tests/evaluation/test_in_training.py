@@ -12,10 +12,11 @@ from ranks import run_ranks, tiny_arguments
 from ropewalk.config.rules import validate_train
 from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_losses, read_record, read_results
 from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.launch import EXIT_REQUEUE
 from ropewalk.runs.metrics_file import read_metrics, read_rows
 from ropewalk.training import find_checkpoint, train
+from ropewalk.training.hooks import HANDLED, StopFlag
 from ropewalk.training.saver import Saver
-from ropewalk.training.signals import EXIT_REQUEUE, HANDLED, StopFlag
 
 DEPTHS, LENGTHS = "[0.0,1.0]", "[128,256]"
 ASKED = [
@@ -125,7 +126,7 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
 @pytest.mark.parametrize(("override", "message"), [
     ("evaluation.every=0", "evaluation.every=0 must be positive"),
     ("evaluation.lengths=[512]", r"evaluation.lengths has 512, past data.sequence_length=256"),
-    ("evaluation.documents=nowhere", "evaluation.documents=nowhere is not a directory"),
+    ("evaluation.documents=nowhere", "documents=nowhere holds no document"),
     ("evaluation.documents=null", "evaluation.documents=null is not a directory"),
     ("evaluation.lengths=[32]", "must name contexts of 64 tokens or more"),
     ("evaluation.needle.samples=-1", "needle.samples=-1"),

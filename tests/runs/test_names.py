@@ -22,8 +22,8 @@ COUNTED = re.compile(r"(universal-|damaged-)?step-.*|rank[_-].*")  # names with 
 # Folders and files of the same name that are not a run's.
 OTHERS = {
     ("data", "tokenizer"): "of a corpus or a store",
-    ("dry_run.py", "tokenizer"): "of a prepared corpus",
-    ("dry_run.py", "exports"): "of models without a run, below paths.output_dir",
+    ("requirements.py", "tokenizer"): "of a prepared corpus",
+    ("requirements.py", "exports"): "of models without a run, below paths.output_dir",
     ("command.py", "exports"): "the same, as scripts/export.py makes them",
     ("job.py", "jobs"): "of commands without a run, below paths.output_dir",
 }

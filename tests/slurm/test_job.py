@@ -12,7 +12,7 @@ import pytest
 from helpers import composed
 
 from ropewalk.cluster.slurm.job import begin, end
-from ropewalk.runs import provenance
+from ropewalk.runs import record as provenance
 
 KEY = secrets.token_hex(16)  # drawn, so that changes.diff cannot hold it with this very file
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -133,7 +133,8 @@ def test_an_evaluation_gets_on_by_what_it_has_measured(jobs, tmp_path):
 
 def test_a_warning_ends_an_evaluation_which_goes_on_later(tmp_path):
     """Sent while its rank begins. The rank dies of it, as srun sees it, and the verdict is a requeue."""
-    words = ["checkpoint=nowhere", f"output={tmp_path / 'out'}", "documents=nowhere"]
+    (tmp_path / "config.json").write_text("{}")  # to be found by the check of its inputs
+    words = [f"checkpoint={tmp_path}", f"output={tmp_path / 'out'}", f"documents={tmp_path}"]
     config = composed("evaluate", *words, f"paths.output_dir={tmp_path}")
     (tmp_path / "script").write_text("")
     record = begin("evaluate", config, words, tmp_path / "script", {**JOB, "SLURM_NTASKS": "1"})

@@ -17,18 +17,21 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ropewalk.cluster.doctor import (
     checkup,
-    command_inputs,
-    disk,
     examine,
     examine_comparison,
     examine_evaluation,
     examine_preparation,
     machine,
 )
-from ropewalk.cluster.doctor.command_inputs import check_evaluated, check_room_for_tokens
-from ropewalk.cluster.doctor.disk import check_file_system, check_space
-from ropewalk.cluster.doctor.machine import check_data, check_device, check_kernels
-from ropewalk.cluster.doctor.network import SIZE
+from ropewalk.cluster.doctor.checkup import check_evaluated, check_room_for_tokens
+from ropewalk.cluster.doctor.machine import (
+    SIZE,
+    check_data,
+    check_device,
+    check_file_system,
+    check_kernels,
+    check_space,
+)
 from ropewalk.cluster.doctor.screen import fail, guarded, ok, screen
 from ropewalk.config import CONFIG_DIR
 from ropewalk.training import train
@@ -77,7 +80,7 @@ def test_a_rename_that_leaves_two_files_is_told(tmp_path, monkeypatch):
         path.write_text(text)
         path.with_name(path.name + ".partial").write_text(text)
 
-    monkeypatch.setattr(disk, "write_atomically", copied)
+    monkeypatch.setattr(machine, "write_atomically", copied)
     assert levels(check_file_system(tmp_path))["file system"] == "FAIL"
 
 
@@ -137,7 +140,7 @@ def test_a_checkpoint_is_as_large_as_said(store_64, tmp_path):
     (checkpoint,) = tmp_path.glob("checkpoints/step-*")
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     parameters = 2 * 8192 * 32  # embedding and head; the layers are small beside them
-    assert disk.FP32_STATES * parameters == pytest.approx(size, rel=0.25)
+    assert machine.FP32_STATES * parameters == pytest.approx(size, rel=0.25)
 
 
 def test_kernels_and_data(store_64, tmp_path):
@@ -279,7 +282,7 @@ def test_room_for_tokens_is_four_bytes_for_four(tmp_path, monkeypatch):
     words = ["corpus=files", f"corpus.paths=[{tmp_path / 'texts'}]", "sequence_lengths=[64,128]",
              f"output={tmp_path / 'out'}"]  # fmt: skip
     for free, level in ((8_999_999, "warn"), (9_000_000, "ok")):
-        monkeypatch.setattr(command_inputs, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
+        monkeypatch.setattr(checkup, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
         (finding,) = check_room_for_tokens(composed("prepare", *words))
         assert finding.level == level
 
@@ -327,8 +330,8 @@ def two_ranks(tmp_path, on_rank_1, *arguments):
         "import os, sys, runpy\n"
         "os.environ.update(LOCAL_RANK='0', SLURMD_NODENAME='n' + os.environ['RANK'])\n"
         "from datetime import timedelta\n"
-        "from ropewalk.cluster.doctor import checkup, network\n"
-        "network.PATIENCE = timedelta(seconds=5)\n"
+        "from ropewalk.cluster.doctor import checkup, machine\n"
+        "machine.PATIENCE = timedelta(seconds=5)\n"
         f"if os.environ['RANK'] == '1':\n    {on_rank_1}\n"
         "sys.argv[0] = 'scripts/doctor.py'\n"
         "runpy.run_path('scripts/doctor.py', run_name='__main__')\n"

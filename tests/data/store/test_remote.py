@@ -254,7 +254,6 @@ class TestConfiguration:
 
     @pytest.mark.parametrize(("changes", "message"), [
         ({"stores": {"x/y": "."}}, r"data.stores has the names \['x/y'\]"),
-        ({"stores": {"x": "nowhere"}}, "data.stores.x=nowhere is not a directory"),
         ({"cache_gib": 0.0}, r"data.cache_gib=0\.0 must be positive"),
     ])  # fmt: skip
     def test_bad_settings_are_refused(self, store_64, tmp_path, changes, message):
@@ -263,6 +262,11 @@ class TestConfiguration:
             setattr(config.data, name, value)
         with pytest.raises(ValueError, match=message):
             validate_train(config, 1)
+
+    def test_a_store_that_is_not_there_is_refused(self, store_64):
+        config = DataConfig(store=str(store_64.root), sequence_length=64, stores={"x": "nowhere"})
+        with pytest.raises(ValueError, match=r"data\.stores\.x=nowhere is not a directory"):
+            open_stores(config)
 
     def test_the_main_store_has_the_training_length(self, store_64):
         config = DataConfig(store=str(store_64.root), sequence_length=128)

@@ -1,4 +1,4 @@
-"""All checks for one command: of training on every rank that it was started with, of the others on the one they use."""
+"""The doctor's checks for each command: of training on every rank that it was started with, of the others on one."""
 
 from __future__ import annotations
 
@@ -6,25 +6,42 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import disk_usage
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
 
-from ropewalk.cluster.doctor.command_inputs import check_evaluated, check_runs, check_sources, check_suite
-from ropewalk.cluster.doctor.disk import check_file_system, check_space, make_directory
-from ropewalk.cluster.doctor.machine import check_data, check_device, check_kernels, check_model
-from ropewalk.cluster.doctor.network import check_all_reduce, check_clocks, check_shared, links
-from ropewalk.cluster.doctor.screen import Finding, guarded, screen, warn
+from ropewalk.cluster.doctor.machine import (
+    check_all_reduce,
+    check_clocks,
+    check_data,
+    check_device,
+    check_file_system,
+    check_kernels,
+    check_model,
+    check_shared,
+    check_space,
+    links,
+    make_directory,
+)
+from ropewalk.cluster.doctor.screen import Finding, fail, guarded, ok, screen, warn
 from ropewalk.cluster.planner.cost import checkpoints_kept
+from ropewalk.cluster.requirements import check_requirements
 from ropewalk.config.data import PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.train import TrainConfig
-from ropewalk.errors import UserError
-from ropewalk.model.load import count_parameters, training_config
-from ropewalk.runs.directory import checkpoint_at
+from ropewalk.model.load import count_parameters, head_dim, training_config
+from ropewalk.runs.directory import RunDirectory, checkpoint_at
 from ropewalk.runs.launch import take_place
 from ropewalk.training.distributed import gather, join_launched
+
+ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes
+GB = 1e9
 
 
 def examine(config: TrainConfig) -> int:
@@ -55,20 +72,26 @@ def examine_evaluation(config: EvaluateConfig) -> int:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = "cpu" if config.device == "cpu" else "cuda"
     findings = guarded("device", lambda: check_device(device, gpus, local_rank))
-    findings += guarded("model", lambda: check_evaluated(config))
-    findings += guarded("suite", lambda: check_suite(config))
+    findings += guarded("model", lambda: _after_inputs("evaluate", config, check_evaluated(config), "model"))
+    findings += guarded("suite", lambda: _after_inputs("evaluate", config, check_suite(config), "documents"))
     return _print(config.name or config.checkpoint, findings, Path(config.output))
 
 
 def examine_preparation(config: PrepareConfig) -> int:
     """Check one stage of a preparation: its sources or plan, tokenizer, room and output."""
-    findings = guarded("sources", lambda: check_sources(config))
+    findings = guarded("sources", lambda: _after_inputs("prepare", config, check_sources(config)))
     return _print(f"{config.corpus.name}, stage={config.stage}", findings, Path(config.output))
 
 
 def examine_comparison(config: CompareConfig) -> int:
     """Check a comparison: its runs and its output."""
     return _print(config.title, guarded("runs", lambda: check_runs(config)), Path(config.output).parent)
+
+
+def _after_inputs(command: str, config: Any, checks: Iterator[Finding], *kinds: str) -> Iterator[Finding]:
+    """The findings of ``checks``, which reads the command's inputs of these kinds, once they are known to be there."""
+    check_requirements(command, config, *kinds)
+    yield from checks
 
 
 def _print(title: str, findings: list[Finding], output: Path) -> int:
@@ -90,26 +113,24 @@ def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:
     findings = guarded("kernels", lambda: check_kernels(device, dtype, trainer.loss_chunk_size))
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return findings  # the rest is the node's, and once is enough
-    findings += guarded("data", lambda: check_data(config))
+    findings += guarded("data", lambda: _after_inputs("train", config, check_data(config), "store"))
     findings += guarded("file system", lambda: check_file_system(make_directory(run_dir)))
-    return findings + guarded("model", lambda: _model_and_space(config, run_dir))
+    return findings + guarded(
+        "model", lambda: _after_inputs("train", config, _model_and_space(config, run_dir), "model", "run")
+    )
 
 
 def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
     rope, run = config.rope, config.start_from.run
-    start = json.loads((_checkpoint_of(run) / "config.json").read_text()) if run is not None else None
+    record, start = RunDirectory(run_dir).start_record, None
+    if record.is_file():  # chosen in an earlier session; the other run may be gone
+        start = json.loads(record.read_text())["config"]
+    elif run is not None:
+        start = json.loads((Path(str(checkpoint_at(run))) / "config.json").read_text())
     model_config = training_config(config.model, rope.name, rope.chain, config.data.sequence_length, start=start)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, run or config.model.path)
     yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer), config.trainer.max_steps)
-
-
-def _checkpoint_of(run: str) -> Path:
-    """The checkpoint that ``start_from.run`` names, by itself or as the newest of its run."""
-    checkpoint = checkpoint_at(run)
-    if checkpoint is None:
-        raise UserError(f"start_from.run={run} holds no committed checkpoint; name a run directory that does")
-    return checkpoint
 
 
 def _together(config: TrainConfig, device: torch.device, findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
@@ -137,3 +158,122 @@ def _alone(device: torch.device) -> Iterator[Finding]:
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         start = f"torchrun --nproc-per-node {torch.cuda.device_count()} scripts/doctor.py ..."
         yield warn("all-reduce", f"not measured by one process; {start}")
+
+
+def check_evaluated(config: EvaluateConfig) -> Iterator[Finding]:
+    """The checkpoint is whole, and fits on the device beside the longest context's keys and values."""
+    from ropewalk.evaluation.evaluated_checkpoint import check_checkpoint
+    from ropewalk.export.source import committed_checkpoint
+
+    directory = Path(config.checkpoint)
+    if list(directory.glob("*.safetensors")):
+        directory = check_checkpoint(config.checkpoint)
+    else:  # the evaluation exports it; its config.json stands in the checkpoint too
+        directory = committed_checkpoint(directory)
+    model_config = AutoConfig.from_pretrained(directory)
+    parameters = count_parameters(model_config)
+    yield ok("model", f"{model_config.model_type}, {parameters / 1e9:.3g} billion parameters, {directory}")
+    if config.backend == "vllm":
+        yield _installed("vllm", "backend=vllm")
+        return
+    longest = max(config.lengths, default=0)
+    need = ELEMENT[config.dtype] * (parameters + longest * _cached_per_token(model_config))
+    free = _free_memory(config.device)
+    summary = f"{need / GB:,.1f} GB for weights and the cache of {longest:,} tokens, {free / GB:,.1f} GB free"
+    if need > free and getattr(model_config.get_text_config(), "sliding_window", None):
+        yield warn("memory", f"{summary}; layers with a window keep less, so it may still fit")
+    elif need > free:
+        yield fail("memory", f"{summary}; set fewer lengths, device=auto over several GPUs, or backend=vllm")
+    else:
+        yield ok("memory", summary)
+
+
+def _cached_per_token(model_config: Any) -> int:
+    """Elements of keys and values that a token leaves in the cache."""
+    text = model_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_dim(text))
+
+
+def _free_memory(device: str) -> int:
+    if device == "cpu" or not torch.cuda.is_available():
+        return int(psutil.virtual_memory().available)
+    each = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    return sum(each) if device == "auto" else each[0]
+
+
+def _installed(package: str, why: str) -> Finding:
+    if find_spec(package) is None:
+        return fail(package, f"{why}, and {package} is not installed in this environment; install it")
+    return ok(package, "is installed")
+
+
+def check_suite(config: EvaluateConfig) -> Iterator[Finding]:
+    """Every part of the suite finds its harness and its data."""
+    from ropewalk.evaluation.documents import find_documents
+    from ropewalk.evaluation.harness.lm_eval_suite import check_scorers
+    from ropewalk.evaluation.suites import validate_suites
+
+    for suite in validate_suites(config):
+        check_scorers(suite)
+        if suite.harness == "quick":
+            count = sum(1 for _ in find_documents(Path(str(config.documents))))
+            yield ok("documents", f"{count:,} in {config.documents}")
+        else:
+            yield ok("data", f"{suite.name}: {suite.data or 'from the hub'}")
+
+
+def check_sources(config: PrepareConfig) -> Iterator[Finding]:
+    """Every source and the tokenizer can be opened; of the later stages, the plan and the tokenizer beside it."""
+    from ropewalk.data.prepare.pipeline import PREPARED, validate_prepare
+    from ropewalk.data.prepare.sources import corpus_sources
+    from ropewalk.data.prepare.stages import Plan, open_encoders
+    from ropewalk.data.prepare.tokenizer import load_tokenizer
+
+    validate_prepare(config)
+    if (Path(config.output) / PREPARED).is_file():
+        yield ok("plan", f"{config.output} is finished already")
+        return
+    if config.stage not in ("all", "plan"):
+        plan = Plan.load(Path(config.output))
+        open_encoders(plan)
+        yield ok("plan", f"{plan.shards} shards, {len(plan.sources)} sources, {plan.vocab_size:,} tokens")
+        return
+    sources = corpus_sources(config.corpus)
+    yield ok("sources", ", ".join(source.name for source in sources))
+    if config.corpus.tokenizer is None:
+        yield ok("tokenizer", f"a BPE of {config.corpus.vocab_size:,} tokens is trained")
+    else:
+        load_tokenizer(config.corpus.tokenizer, config.corpus.engine, config.corpus.bos, config.corpus.eos)
+        yield ok("tokenizer", config.corpus.tokenizer)
+    yield from check_room_for_tokens(config)
+
+
+def check_room_for_tokens(config: PrepareConfig) -> Iterator[Finding]:
+    """Room for the tokens of local sources, once as token files and once in each store.
+
+    A token takes four bytes, about as many as its text has.
+    """
+    paths = [*config.corpus.paths, *(source.path for source in config.corpus.sources)]
+    text = sum(_size(Path(path)) for path in paths)
+    need = text * (1 + len(config.sequence_lengths))
+    free = disk_usage(make_directory(Path(config.output))).free
+    summary = f"{text / GB:,.1f} GB of files, about {need / GB:,.1f} GB to write, {free / GB:,.1f} GB free"
+    yield (warn if need > free else ok)("space", summary + ("; free some, or set output" if need > free else ""))
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names)
+
+
+def check_runs(config: CompareConfig) -> Iterator[Finding]:
+    """Every run to compare can be read."""
+    from ropewalk.report.runs import load_runs
+
+    runs = load_runs(config.runs)
+    yield ok("runs", ", ".join(run.name for run in runs))
+    for run in runs:
+        if run.results.empty and run.table.empty:
+            yield warn("runs", f"{run.name} has no evaluation; the report shows its training alone")

@@ -60,18 +60,18 @@ def screen(title: str, of_ranks: Sequence[tuple[str, Sequence[Finding]]]) -> tup
         The text, and how many distinct findings are FAIL. Equal findings are one line; one that was not made on every
         node names those where it was.
     """
-    seen: dict[Finding, list[str]] = {}
+    nodes_of: dict[Finding, list[str]] = {}
     for node, findings in of_ranks:
         for finding in findings:
-            seen.setdefault(finding, []).append(node)
+            nodes_of.setdefault(finding, []).append(node)
     everywhere = {node for node, _ in of_ranks}
-    order = list(dict.fromkeys(finding.subject for finding in seen))
+    order = list(dict.fromkeys(finding.subject for finding in nodes_of))
     lines = [title]
-    for finding in sorted(seen, key=lambda one: order.index(one.subject)):
-        nodes = seen[finding]
+    for finding in sorted(nodes_of, key=lambda finding: order.index(finding.subject)):
+        nodes = nodes_of[finding]
         where = "" if set(nodes) == everywhere else f"  [{_few(nodes)}]"
         lines.append(f"  {finding.level:<4} {finding.subject:<12} {finding.text}{where}")
-    counts = {level: sum(finding.level == level for finding in seen) for level in LEVELS}
+    counts = {level: sum(finding.level == level for finding in nodes_of) for level in LEVELS}
     lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} to fix")
     return "\n".join(lines), counts["FAIL"]
 
