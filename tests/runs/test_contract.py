@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropewalk.runs.contract import check_contract
+from ropewalk.runs.record import check_contract
 
 
 def test_contract_names_what_differs():

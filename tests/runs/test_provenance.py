@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from ropewalk.runs import provenance
+from ropewalk.runs import record as provenance
 
 DRAWN = f"a1{secrets.token_hex(16)}"
 

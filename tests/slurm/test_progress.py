@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers import composed
 
-from ropewalk.cluster.slurm.job_progress import got_on, progress_of, work_of
+from ropewalk.cluster.slurm.job import got_on, progress_of, work_of
 from ropewalk.data.prepare.pipeline import prepare
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

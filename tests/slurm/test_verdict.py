@@ -2,8 +2,7 @@
 
 import pytest
 
-from ropewalk.cluster.slurm.verdict import EXIT_REQUEUE, FRUITLESS_SESSIONS, Ending, ending_of, judge
-from ropewalk.training import signals
+from ropewalk.cluster.slurm.verdict import FRUITLESS_SESSIONS, Ending, ending_of, judge
 from ropewalk.training.guards import TrainingStopped
 
 
@@ -112,10 +111,6 @@ ENDS = RUNS.replace("RUNNING", "COMPLETING")
 ])  # fmt: skip
 def test_what_slurm_does_to_a_job_is_read_from_its_words(shown, terminated, ending):
     assert ending_of(shown, 1, terminated=terminated) is ending
-
-
-def test_the_exit_code_is_trainings():
-    assert EXIT_REQUEUE == signals.EXIT_REQUEUE
 
 
 def test_the_first_error_is_told():

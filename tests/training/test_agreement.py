@@ -10,7 +10,7 @@ from ropewalk.files import blake3_of
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.checkpoint.elastic import make_universal
+from ropewalk.training.checkpoint.resume import make_universal
 from ropewalk.training.distributed import start_processes
 
 pytestmark = pytest.mark.slow

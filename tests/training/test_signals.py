@@ -8,10 +8,10 @@ import pytest
 from helpers import tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
-from ropewalk.runs.launch import hold_warnings
+from ropewalk.runs.launch import EXIT_REQUEUE, hold_warnings
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train, verify_checkpoint
-from ropewalk.training.signals import BURST, EXIT_REQUEUE, StopFlag
+from ropewalk.training.hooks import BURST, StopFlag
 
 STEPS = 12  # of four micro batches a rank
 SIZE = [

@@ -18,6 +18,7 @@ from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
 from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope.position import position_of
+from ropewalk.runs.launch import EXIT_REQUEUE
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint import resume
@@ -25,10 +26,9 @@ from ropewalk.training.checkpoint.save import load_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import place_spectrum, start_engine
 from ropewalk.training.guards import Guard
-from ropewalk.training.hooks import Hook
+from ropewalk.training.hooks import Hook, StopRequested
 from ropewalk.training.inputs import micro_batches, open_data, step_batch
 from ropewalk.training.meter import Meter
-from ropewalk.training.signals import EXIT_REQUEUE, StopRequested
 from ropewalk.training.trainer import Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"

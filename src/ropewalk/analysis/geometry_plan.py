@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from ropewalk.analysis.statistics import sample_heads
 from ropewalk.config.analysis import GeometryConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
-from ropewalk.config.rules import existing_directory, one_of, require_device
+from ropewalk.config.rules import existing_directory, one_of, validate_device
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
@@ -109,7 +109,7 @@ def _validate(config: GeometryConfig) -> None:
         check_formats("formats", config.formats)
     one_of("dtype", config.dtype, ("bfloat16", "float32"))
     one_of("device", config.device, ("cuda", "cpu"))
-    require_device("device", config.device)
+    validate_device("device", config.device)
 
 
 def _check_unused(config: GeometryConfig) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
-from ropewalk.config.rules import one_of, require_device
+from ropewalk.config.rules import one_of, validate_device
 from ropewalk.errors import UserError
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
@@ -204,7 +204,7 @@ def open_checkpoint(config: EvaluateConfig) -> EvaluatedCheckpoint:
         UserError: naming the value, the rule and the fix.
     """
     validate_engine(config)
-    require_device("device", config.device)
+    validate_device("device", config.device)
     directory = check_checkpoint(config.checkpoint)
     checkpoint = EvaluatedCheckpoint(config, directory, read_position(directory))
     _ = checkpoint.tokenizer  # read now, before any model: every suite needs it

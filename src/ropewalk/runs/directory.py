@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(f"{path} has format {manifest.get('format')}; this version reads {MANIFEST_FORMAT}")
     return manifest
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Make an OSError of writing into a run's directory a UserError that names the directory and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir={run_dir} cannot be written ({error}); free space there, or choose another run_dir or "
+            "paths.output_dir"
+        ) from error

@@ -1,20 +1,135 @@
-"""The record of a run: its resolved configuration, what it is made of, and its tokenizer."""
+"""The record of a run, and its contract: what it is made of, and what a resumed run must share with it."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ropewalk.config.train import TrainConfig
-from ropewalk.data import PackedStore
+from ropewalk.config.train import GuardConfig, TrainConfig
+from ropewalk.data import Mixture, PackedStore
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.runs.provenance import git_commit, recorded_config, versions
+
+PACKAGES = (
+    "ropewalk",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "flash-attn",
+)
+# Variables that change what a job does. Everything else stays out: keys and tokens live in the environment.
+RECORDED = re.compile(
+    r"(SLURM_|SLURMD_|NCCL_|CUDA_|OMP_|MKL_|TORCH_|PYTORCH_|TRITON_|DS_|HYDRA_|GLOO_|TP_)\w+"
+    r"|HF_HOME|HF_HUB_OFFLINE|WANDB_MODE|MASTER_ADDR|MASTER_PORT|TMPDIR|LD_LIBRARY_PATH|HOSTNAME"
+)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE", re.IGNORECASE)
+MASKED = "***"
+# In scripts and patches: a name with such a part, then what separates it from a literal value on the same line. A name
+# in capitals is a variable of the environment, and any value of it is masked. Of other names only values of letters
+# and digits are, so that `token: str` and `key = digest(text)` stay as they are.
+_PART = r"(?:keys?|apikey|tokens?|secrets?|passw\w*|credentials?|jwt|auth|authorization|cookies?|pat)"
+_NAME = rf"(?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_-])*{_PART}(?:[_-][A-Za-z0-9]+)*(?![A-Za-z0-9_-])"
+_BETWEEN = r"(?:[\"'\])]*[ \t]*[:=]|[\"'][ \t]*,)[ \t]*[\"']?(?:bearer[ \t]+)?"
+_LITERAL = r"[^\s\"',;()\[\]{}$]"
+ASSIGNED = re.compile(
+    rf"((?i:{_NAME}{_BETWEEN}))(?=\S*\d)(?=\S*[A-Za-z])({_LITERAL}{{8,}}+)(?!\()"
+    rf"|((?<![a-z])(?=[A-Z0-9_-]+\b)(?i:{_NAME}{_BETWEEN}))(?=\S*[A-Za-z])({_LITERAL}++)(?!\()"
+)
+# Prefixes of keys that some services issue.
+ISSUED = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}")
+SHORTEST_SECRET = 8  # characters; a shorter value of the environment may stand in a text by chance
+ENVIRONMENT_WORD = re.compile(r"[+~]*cluster\b.*\benvironment\b")  # an override of cluster.slurm.environment
+TREE = Path(__file__).parent
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with "+changes" if files differ from it; None outside a checkout."""
+    commit = (_git("rev-parse", "HEAD") or "").strip() or None
+    return f"{commit}+changes" if commit and _git("status", "--porcelain") else commit
+
+
+def git_changes(secrets: Collection[str] = ()) -> str:
+    """Masked patch from the commit to the files, and names of files that git does not track; "" outside a checkout."""
+    patch, untracked = _git("diff", "HEAD", "--binary"), _git("ls-files", "--others", "--exclude-standard", ":/")
+    return masked(patch or "", secrets) + "".join(f"# not in git: {name}\n" for name in (untracked or "").splitlines())
+
+
+def masked(text: str, secrets: Collection[str] = ()) -> str:
+    """A script or patch without the secrets that are given, and without text that is written like one.
+
+    A secret under an unusual name stays: secrets belong in the environment.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, MASKED)
+    text = ASSIGNED.sub(lambda match: f"{match[1] or match[3]}{MASKED}", text)
+    return ISSUED.sub(MASKED, text)
+
+
+def secrets_in(environment: Mapping[str, str]) -> set[str]:
+    """Values of the variables that are named like a key or a token, for :func:`masked`."""
+    return {v for k, v in environment.items() if SECRET.search(k) and len(v) >= SHORTEST_SECRET}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that results depend on."""
+    return {name: installed for name in PACKAGES if (installed := _version(name))}
+
+
+def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that steer a job, by a list of names; none that is named like a key or a token."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if RECORDED.fullmatch(name) and not SECRET.search(name)
+    }
+
+
+def recorded_config(config: Any) -> dict[str, Any]:
+    """A resolved configuration for a record: values of ``cluster.slurm.environment`` named like a key are masked."""
+    content = asdict(config)
+    environment = content.get("cluster", {}).get("slurm", {}).get("environment", {})
+    environment.update({name: MASKED for name in environment if SECRET.search(name)})
+    return content
+
+
+def recorded_arguments(arguments: Sequence[str]) -> list[str]:
+    """Overrides for a record: one that gives ``cluster.slurm.environment`` a key or a token is masked."""
+    return [
+        f"{word.partition('=')[0]}={MASKED}" if ENVIRONMENT_WORD.match(word) and SECRET.search(word) else word
+        for word in arguments
+    ]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=TREE, capture_output=True, text=True, errors="replace", check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def write_record(
@@ -58,3 +173,85 @@ def copy_tokenizer(source: Path | None, run_dir: Path) -> None:
     """Keep the tokenizer beside the run, so that an export needs nothing else."""
     if source is not None and source.is_dir():
         shutil.copytree(source, RunDirectory(run_dir).tokenizer, dirs_exist_ok=True)
+
+
+def contract(
+    config: TrainConfig,
+    position: Position,
+    store: PackedStore,
+    mixture: Mixture,
+    start_from: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that changes the numbers of a step, entry by entry.
+
+    Args:
+        config: resolved.
+        position: position encoding of the model.
+        store: packed sequences that it is trained on.
+        mixture: order of the data.
+        start_from: identity of the checkpoint whose weights the run started with; None: it has none.
+    """
+    trainer = config.trainer
+    metadata = position.metadata()
+    return {
+        "position": {
+            **{k: v for k, v in metadata.items() if k not in ("name", "base_model")},
+            "chain": str(position.chain),
+        },
+        "base_model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
+        },
+        "start_from": start_from and {**start_from, "optimizer": config.start_from.optimizer},
+        "tokenizer": dict(store.tokenizer),
+        **mixture.contract(),
+        "overfit_one_batch": trainer.overfit_one_batch,
+        "max_steps": trainer.max_steps,
+        "schedule": {name: getattr(trainer, name) for name in ("learning_rate", "min_lr_ratio", "warmup_ratio")},
+        "optimizer": {
+            name: getattr(trainer, name)
+            for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
+        },
+        "dtype": trainer.dtype,
+        "z_loss": trainer.z_loss,
+        "guards": _refusals(config.guards),
+    }
+
+
+def _refusals(guards: GuardConfig) -> dict[str, Any]:
+    """Settings that decide which steps reach the weights.
+
+    How many refusals end a run, or whether the first spike does, is left out: until it ends, such a run has the losses
+    of one that goes on.
+    """
+    window = guards.spike_window
+    return {"spike_window": window, "spike_deviations": None if window is None else guards.spike_deviations}
+
+
+# Entries that older checkpoints lack; they count as the default.
+DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig())}
+
+
+def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
+    """Raise UserError naming each entry that differs, with both values, and is not accepted by name."""
+    unknown = set(accept) - set(present)
+    if unknown:
+        raise UserError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
+    saved = {**DEFAULTS, **saved}
+    differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
+    if differing:
+        changes = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
+        raise UserError(
+            f"this run is not the one that was saved: {changes}. Restore the settings, choose another run_name, or "
+            f"accept the change by name: resume.accept=[{','.join(differing)}]"
+        )
+
+
+def _changes(name: str, saved: Any, present: Any) -> list[str]:
+    """The leaves in which two contract entries differ, in words; a hash only where nothing else differs."""
+    if not (isinstance(saved, dict) and isinstance(present, dict)):
+        return [f"{name} was {saved!r}, is {present!r}"]
+    differing = [key for key in present if saved.get(key) != present[key]]
+    readable = [key for key in differing if not key.endswith("sha256")]
+    return [line for key in readable or differing for line in _changes(f"{name}.{key}", saved.get(key), present[key])]

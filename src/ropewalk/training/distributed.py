@@ -12,11 +12,10 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -295,15 +294,3 @@ def rank_zero_first(work: Callable[[], T]) -> T:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-@contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Make an OSError of writing into a run's directory a UserError that names the directory and the fix."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"run_dir={run_dir} cannot be written ({error}); free space there, or choose another run_dir or "
-            "paths.output_dir"
-        ) from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ropewalk.config.rules import require_device, validate_train
+from ropewalk.config.rules import validate_device, validate_train
 from ropewalk.config.train import TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
@@ -56,7 +56,7 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     Raises:
         UserError: for a configuration, store or checkpoint that does not fit, before a model is built.
     """
-    require_device("trainer.device", config.trainer.device)
+    validate_device("trainer.device", config.trainer.device)
     validate_train(config, launched_world_size())
     store, mixture = open_data(config)
     ranks = start_processes(config.trainer.device, config.parallel.sequence)

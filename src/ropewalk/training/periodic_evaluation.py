@@ -17,10 +17,9 @@ from torch import Tensor
 from ropewalk.config.train import TrainConfig
 from ropewalk.data.order.batches import IGNORE_INDEX, Batch
 from ropewalk.training.distributed import Ranks, log_once
-from ropewalk.training.hooks import Hook, Step
+from ropewalk.training.hooks import Hook, Step, StopFlag
 from ropewalk.training.inputs import on_device, stretch
 from ropewalk.training.run_logger import RunLogger
-from ropewalk.training.signals import StopFlag
 
 
 class Evaluation(Protocol):

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from ropewalk.config.train import TrackerConfig
 from ropewalk.files import write_atomically
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.runs.provenance import recorded_arguments
+from ropewalk.runs.record import recorded_arguments
 from ropewalk.training.distributed import log
 
 
@@ -158,8 +158,8 @@ def open_tracker(
     config: TrackerConfig, run_name: str, run_dir: Path, details: dict[str, Any], saved_id: str | None
 ) -> Tracker:
     """The tracker that the config names; ``details`` become its config columns, ``saved_id`` is a checkpoint's."""
-    given = list(sys.argv)
-    sys.argv[1:] = recorded_arguments(given[1:])  # W&B keeps the command line, in which a key may stand
+    arguments = list(sys.argv)
+    sys.argv[1:] = recorded_arguments(arguments[1:])  # W&B keeps the command line, in which a key may stand
     try:
         if config.name == "wandb":
             return ForgivingTracker(WandbTracker(config, run_name, run_dir, details, saved_id))
@@ -168,5 +168,5 @@ def open_tracker(
     except Exception as error:  # a node without a network, say: the other ranks are waiting
         log(f"warning: the tracker could not start ({error}); metrics.jsonl goes on")
     finally:
-        sys.argv[:] = given
+        sys.argv[:] = arguments
     return NoTracker(saved_id)

@@ -17,20 +17,20 @@ from ropewalk.config.train import TrainConfig, TrainerConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.order.prefetch import prefetched
 from ropewalk.rope.position import Position
-from ropewalk.runs.contract import contract
 from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.launch import EXIT_REQUEUE
+from ropewalk.runs.record import contract
 from ropewalk.training.checkpoint.resume import check_writable, find_resume_point, prepare_resume
 from ropewalk.training.checkpoint.start import prepare_start, write_start
 from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, log, log_once
 from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
-from ropewalk.training.hooks import Hook, Step
+from ropewalk.training.hooks import Hook, Step, StopFlag, StopRequested
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
 from ropewalk.training.meter import Meter
 from ropewalk.training.periodic_evaluation import Evaluation, PeriodicEvaluation
 from ropewalk.training.run_logger import RunLogger
 from ropewalk.training.saver import Saver
-from ropewalk.training.signals import EXIT_REQUEUE, StopFlag, StopRequested
 from ropewalk.training.watchdog import Watchdog, check_only_writer
 
 Evaluator = Callable[[TrainConfig, PackedStore, Position, Ranks], Evaluation]

@@ -11,7 +11,7 @@ from ranks import run_ranks, start_ranks, tiny_arguments
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, saver, train, verify_checkpoint
-from ropewalk.training.checkpoint.background import Deferred, snapshot
+from ropewalk.training.checkpoint.save import Deferred, snapshot
 
 BACKGROUND = "trainer.save_in_background=true"
 

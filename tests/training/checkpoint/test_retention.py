@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny_run
 
 from ropewalk.training import find_checkpoint, train, verify_checkpoint
-from ropewalk.training.checkpoint.retention import prune_checkpoints
+from ropewalk.training.saver import prune_checkpoints
 
 
 def checkpoint(run_dir, step, *, committed=True, content=b"weights"):

@@ -65,15 +65,15 @@ def minutes(time: str) -> int:
     Raises:
         UserError: for what is not such a time, and for a bare number of 60 or more.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not match:
         raise UserError(f"cluster.slurm.time={time} is not a time limit; write it as 48:00:00 or 2-00:00:00")
     if time.isdigit() and int(time) >= PER_HOUR:
         raise UserError(
             f"cluster.slurm.time={time} is a bare number of {PER_HOUR} or more, as YAML makes of an unquoted 24:00:00; "
             "write hours:minutes:seconds and quote it in YAML: '24:00:00', or '2-00:00:00' for days"
         )
-    days, *parts = found.groups()
+    days, *parts = match.groups()
     a, b, c = (int(part or 0) for part in parts)
     if days is not None or parts[2] is not None:  # days-hours[:minutes[:seconds]], hours:minutes:seconds
         total = int(days or 0) * PER_DAY + a * PER_HOUR + b + (c > 0)
@@ -99,7 +99,7 @@ def lead_seconds(root: DictConfig) -> int:
         assert isinstance(plan, PlanConfig)
         return make_plan(plan).lead_seconds
     except (ValueError, OmegaConfBaseException) as error:
-        _tell_once(f"warning: the lead time is not planned but {USUAL_LEAD} s ({' '.join(str(error).split())})")
+        _warn_once(f"warning: the lead time is not planned but {USUAL_LEAD} s ({' '.join(str(error).split())})")
         return USUAL_LEAD
 
 
@@ -116,7 +116,7 @@ def root() -> str:
 
 
 @cache
-def _tell_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     """The launcher's settings are resolved several times."""
     print(text, file=sys.stderr, flush=True)
 

@@ -57,10 +57,10 @@ def end(folder: str, code: int, answer: str) -> None:
         return
     job = SlurmJobEnvironment().job_id
     try:
-        asked = overrides(folder, seconds=0)
+        combination = overrides(folder, seconds=0)
     except ValueError:  # what it has ended for
-        asked = []
-    result = JobReturn(overrides=asked, status=JobStatus.COMPLETED)
+        combination = []
+    result = JobReturn(overrides=combination, status=JobStatus.COMPLETED)
     if code != 0:
         reason = answer.removeprefix("stop ") or "it ended before its ranks began"
         result.status = JobStatus.FAILED
@@ -82,12 +82,12 @@ def main() -> None:
     ending.add_argument("folder")
     ending.add_argument("code", type=int)
     ending.add_argument("answer")
-    given = parser.parse_args()
-    if given.command == "end":
-        end(given.folder, given.code, given.answer)
+    arguments = parser.parse_args()
+    if arguments.command == "end":
+        end(arguments.folder, arguments.code, arguments.answer)
         return
     try:
-        print(shlex.join(overrides(given.folder)))
+        print(shlex.join(overrides(arguments.folder)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

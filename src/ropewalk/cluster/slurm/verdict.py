@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-EXIT_REQUEUE = 75  # as in training.signals: saved, not finished
+from ropewalk.runs.launch import EXIT_REQUEUE
+
 EXIT_OWN_ERROR = 2  # a configuration error, in one line
 EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit; slurm/common.sh says so with this code
 OWN_ERRORS = ("TrainingStopped",)  # exceptions by which a run ends itself: the guards have had enough
@@ -106,9 +107,9 @@ def judge(
     if ending is Ending.REQUEUE:
         return Verdict(False, "REQUEUED", "SLURM has put the job back into the queue itself")
     saved = EXIT_REQUEUE in (code, *codes)
-    told = saved or warned or ending is not Ending.NONE
-    why = "told to leave" if told else f"{tasks - len(codes)} of {tasks} ranks were killed"
-    if len(codes) == tasks and not told:
+    was_signalled = saved or warned or ending is not Ending.NONE
+    why = "told to leave" if was_signalled else f"{tasks - len(codes)} of {tasks} ranks were killed"
+    if len(codes) == tasks and not was_signalled:
         why = f"a GPU or a link has failed ({_first(ranks)})"
     if not progress and fruitless >= FRUITLESS_SESSIONS:
         return Verdict(False, "FAILED", f"{why}; it and {fruitless} sessions before it have got nothing on")

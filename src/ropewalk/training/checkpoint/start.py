@@ -18,10 +18,10 @@ import torch.distributed as dist
 from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
-from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest
-from ropewalk.training.checkpoint.elastic import check_stage, make_universal
+from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest, writing
+from ropewalk.training.checkpoint.resume import check_stage, make_universal
 from ropewalk.training.checkpoint.save import load_state, verify_checkpoint
-from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, writing
+from ropewalk.training.distributed import by_rank_zero, first_problem, log_once
 
 
 @dataclass(frozen=True)
