@@ -117,15 +117,19 @@ def _export(config: ExportConfig) -> Requirements:
         output = config.output or str(RunDirectory(Path(config.checkpoint)).export)
         return Requirements([Requirement("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
     output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
-    model = Requirement("model", config.model.path, ("model",), hub=True)
-    return Requirements([model], [Promise(output, "model")])
+    reads = [Requirement("model", config.model.path, ("model",), hub=True)] if config.model.path else []
+    return Requirements(reads, [Promise(output, "model")])
 
 
 def _evaluate(config: EvaluateConfig) -> Requirements:
     from ropewalk.evaluation.suites import validate_suites
 
+    try:
+        harnesses = {suite.harness for suite in validate_suites(config)}
+    except UserError:  # the command says so itself
+        harnesses = set()
     reads = [Requirement("checkpoint", config.checkpoint, ("run", "model"))]
-    if config.documents is not None and any(suite.harness == "quick" for suite in validate_suites(config)):
+    if config.documents is not None and "quick" in harnesses:
         kinds = ("heldout", "documents")
         reads.append(Requirement("documents", config.documents, kinds, longest=max(config.lengths)))
     return Requirements(reads, [Promise(config.output, "evaluation")])

@@ -19,7 +19,6 @@ from ropewalk.config.train import (
     GuardConfig,
     InTrainingConfig,
     ModelConfig,
-    ParallelConfig,
     PlanConfig,
     TrainConfig,
     TrainerConfig,
@@ -68,7 +67,6 @@ RANGES: dict[type, dict[Range, str]] = {
     },
     InTrainingConfig: {POSITIVE: "every lengths max_documents"},
     NeedleConfig: {SHARE: "depths", POSITIVE: "digits", NOT_NEGATIVE: "samples distractors"},
-    ParallelConfig: {POSITIVE: "sequence"},
     SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
     ClusterConfig: {
         POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
