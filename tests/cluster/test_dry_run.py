@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from helpers import alone_environment
-from ropewalk.evaluation.harness.lm_eval import lm_eval_tasks as tasks
 
 from ropewalk.cluster.dry_run import dry_run_chain
 from ropewalk.cluster.requirements import COMMANDS
 from ropewalk.config import CONFIG_DIR
+from ropewalk.evaluation.harness import lm_eval_suite as tasks
 
 ROOT = CONFIG_DIR.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.sh"))

@@ -68,8 +68,8 @@ def _validate_prepare(config: PrepareConfig) -> None:
 
 
 def _validate_evaluate(config: EvaluateConfig) -> None:
-    from ropewalk.evaluation.harness.lm_eval_suite import check_scorers
     from ropewalk.evaluation.evaluated_checkpoint import check_chains
+    from ropewalk.evaluation.harness.lm_eval_suite import check_scorers
     from ropewalk.evaluation.suites import validate_suites
 
     for suite in validate_suites(config):
