@@ -57,7 +57,8 @@ def got_on(kind: str, before: int | None, now: int | None) -> bool:
 
 
 def _finished_tasks(output: Path, stage: str, shard: int, n_shards: int) -> int:
-    from ropewalk.data.prepare.stages import Pack, Plan, Tokenize
+    from ropewalk.data.prepare.plan import Plan
+    from ropewalk.data.prepare.stages import Pack, Tokenize
 
     try:
         plan = Plan.load(output)

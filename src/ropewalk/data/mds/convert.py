@@ -14,13 +14,12 @@ from ropewalk.config.data import ConvertConfig
 from ropewalk.config.rules import one_of
 from ropewalk.data.mds.mds_reader import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds.mds_writer import write_mds
-from ropewalk.data.prepare.pool import Processes
+from ropewalk.data.prepare.pipeline import Processes
 from ropewalk.data.prepare.tokenizer import load_tokenizer
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
-from ropewalk.data.store.part_writer import Part, PartWriter, clear_records
 from ropewalk.data.store.reader import PackedSequence, PackedStore
-from ropewalk.data.store.writer import Accounting, commit_store, copy_tokenizer
+from ropewalk.data.store.writer import Accounting, Part, PartWriter, clear_records, commit_store, copy_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 

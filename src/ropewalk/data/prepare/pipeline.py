@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ropewalk.config.data import CorpusConfig, PrepareConfig
+from ropewalk.config.data import PrepareConfig
 from ropewalk.config.rules import one_of
-from ropewalk.data.prepare.corpus import Document, Unit, sample_documents
 from ropewalk.data.prepare.datatrove import run_stages
-from ropewalk.data.prepare.domains import domain_rules
 from ropewalk.data.prepare.engines import ENGINES
-from ropewalk.data.prepare.finish import PREPARED, PREPARING, Report, fill, finish, in_words
-from ropewalk.data.prepare.heldout import choose_heldout, write_heldout
-from ropewalk.data.prepare.pool import Processes
-from ropewalk.data.prepare.sources import Source, corpus_sources, list_units
-from ropewalk.data.prepare.stages import (
-    PLAN,
-    Pack,
-    Plan,
-    Tokenize,
-    open_encoder,
-    open_encoders,
-    work_directory,
-    write_units,
-)
-from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
-from ropewalk.data.store.hashing import canonical_json, sha256_text, stable_key
+from ropewalk.data.prepare.packing import domain_rules
+from ropewalk.data.prepare.plan import PLAN, Plan, Report, Shards, make_plan, work_directory
+from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
+from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, fill, finish, in_words
+from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.tokenizer_files import copy_plain, describe_tokenizer, is_plain, sha256_tokenizer
+from ropewalk.data.store.tokenizer_files import sha256_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
-TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
 STAGES = ("all", "plan", "tokenize", "pack", "finish")
 
-say: Report = partial(print, flush=True)
+Result = TypeVar("Result")
+
+log: Report = partial(print, flush=True)
 
 
-def prepare(config: PrepareConfig, report: Report = say) -> Path:
+def prepare(config: PrepareConfig, report: Report = log) -> Path:
     """Write ``tokenizer/``, ``heldout/`` and ``packed-<length>/`` under ``config.output``.
 
     Finished work of the same configuration and corpus is kept; a killed call goes on with the shards that are missing.
@@ -78,7 +69,7 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
         return output
     if config.stage == "all" and config.executor.kind == "pool":
         _in_pool(config, output, report)
-    elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report):
+    elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report, _no_warm_up):
         pass  # _planned has reported why
     elif config.stage == "all":
         run_stages(output, config.executor)
@@ -99,7 +90,7 @@ def _in_pool(config: PrepareConfig, output: Path, report: Report) -> None:
     streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
     small = not streamed and sum(source.bytes for source in sources) < SMALL_BYTES
     with Processes(1 if small and config.workers is None else config.workers) as processes:
-        if not _planned(config, output, sources, shards, report, processes):
+        if not _planned(config, output, sources, shards, report, partial(processes.start, len(shards))):
             return
         plan = Plan.load(output)
         tokenize = Tokenize(plan)
@@ -111,14 +102,18 @@ def _in_pool(config: PrepareConfig, output: Path, report: Report) -> None:
     finish(plan, report)
 
 
-def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[tuple[int, list[Unit]]]]:
-    """The sources, and the units of each shard with the place of its source.
+def _no_warm_up(*call: object) -> None:
+    """The stages run in other processes than this one's."""
+
+
+def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], Shards]:
+    """The sources, and the shards that their units are dealt to.
 
     Raises:
         UserError: for a corpus without documents, or one that cannot be read.
     """
     sources = corpus_sources(config.corpus)
-    shards = _shards(sources, int(config.shard_mb * 1e6))
+    shards = deal_shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
     skipped = sum((source.skipped for source in sources), Counter[str]())
     report(f"corpus: {sum(s.units for s in sources):,} units, {total / 1e6:.1f} MB; skipped: {in_words(+skipped)}")
@@ -133,138 +128,92 @@ def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[t
 def _planned(
     config: PrepareConfig,
     output: Path,
-    sources: list[Source],
-    shards: list[tuple[int, list[Unit]]],
+    sources: Sequence[Source],
+    shards: Shards,
     report: Report,
-    processes: Processes | None = None,
+    warm_up: Callable[..., None],
 ) -> bool:
-    """Settle the plan, or find that it is settled; False, and it is said, where all work is finished."""
+    """Make the plan unless it is made; False, which is reported, if all work is finished."""
     work = _work(config, sources)
     if _finished(output, work, config.sequence_lengths):
         report(f"{output} holds this work already; remove it to make it again")
         return False
     _begin(output, work)
     if not (work_directory(output) / PLAN).is_file():
-        _make_plan(config, output, sources, shards, report, processes)
+        make_plan(config, sources, shards, report, warm_up)
     return True
 
 
-def _shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list[Unit]]]:
-    """The units of all sources, dealt in order to shards of one source and about ``shard_bytes`` each."""
-    shards: list[tuple[int, list[Unit]]] = []
-    for place, source in enumerate(sources):
-        size = 0
-        for unit in list_units(source, shard_bytes):
-            # Of a share of a streamed dataset no size is known; it may be a whole file of the hub.
-            weight = unit.bytes or (shard_bytes if unit.dataset else 1)
-            if size == 0 or size + weight > shard_bytes:
-                shards.append((place, []))
-                size = 0
-            shards[-1][1].append(unit)
-            size += weight
-    return shards
-
-
-def _make_plan(
-    config: PrepareConfig,
-    output: Path,
-    sources: list[Source],
-    shards: list[tuple[int, list[Unit]]],
-    report: Report,
-    processes: Processes | None,
-) -> None:
-    """Tokenizer, held-out documents, and what each shard reads."""
-    corpus = config.corpus
-    documents: list[Document] = []
-    if corpus.tokenizer is None or corpus.heldout_documents or corpus.retrieval_tokens:
-        documents = sample_documents(_units_of_text(shards))
-    ranks = corpus.tokenizer if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None
-    make_encoder = partial(_make_encoder, corpus, config.seed, documents)
-    if ranks is not None and is_plain(Path(ranks)):
-        copy_plain(Path(ranks), output / TOKENIZER)
-        opened = output / TOKENIZER, corpus.engine, Path(ranks), corpus.bos, corpus.eos
-        if processes is not None:  # they open it while this one does
-            processes.start(len(shards), open_encoder, *opened)
-        make_encoder = partial(_copied_encoder, *opened)
-    encoder, heldout = choose_heldout(documents, corpus.heldout_documents, corpus.heldout_length, make_encoder)
-    if not (output / TOKENIZER).exists():
-        encoder.save(output / TOKENIZER)
-    tokenizer = describe_tokenizer(output / TOKENIZER)
-    report(f"tokenizer: {tokenizer['vocab_size']:,} entries")
-    kept_out = [documents[index] for index in heldout]
-    if heldout:
-        counts = [len(tokens) for tokens in heldout.values()]
-        write_heldout(output / "heldout", kept_out, counts, tokenizer["sha256"])
-        names = ", ".join(document.name for document in kept_out)
-        report(f"held out: {len(heldout)} documents, {sum(counts):,} tokens: {names}")
-    rules = domain_rules(corpus)
-    for number, (_, units) in enumerate(shards):
-        write_units(work_directory(output), number, units)
-    template = None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8")
-    plan = Plan(
-        output=str(output),
-        sources=[{**s.described(), **_date(corpus, s), "skipped": dict(sorted((+s.skipped).items()))} for s in sources],
-        shard_sources=[place for place, _ in shards],
-        ranks=ranks,
-        engine=corpus.engine,
-        bos=corpus.bos,
-        eos=corpus.eos,
-        chat_template=template,
-        chat_date=corpus.chat_date,
-        heldout=[document.name for document in kept_out],
-        rules={name: asdict(rule) for name, rule in rules.items()},
-        sequence_lengths=list(config.sequence_lengths),
-        vocab_size=tokenizer["vocab_size"],
-        seed=config.seed,
-        retrieval_tokens=corpus.retrieval_tokens,
-    )
-    open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
-    plan.save()
-
-
-def _date(corpus: CorpusConfig, source: Source) -> dict[str, str]:
-    """The manifest's entry for the date in a source's conversations."""
-    return {"chat_date": corpus.chat_date} if corpus.chat_date is not None and source.config.chat else {}
-
-
-def _units_of_text(shards: Iterable[tuple[int, list[Unit]]]) -> Iterable[Unit]:
-    return (unit for _, units in shards for unit in units if not unit.chat)
-
-
-def _run_all(stage: Tokenize | Pack, name: str, processes: Processes, report: Report) -> None:
+def _run_all(stage: Stage, name: str, processes: Processes, report: Report) -> None:
     todo = [task for task in range(len(stage)) if not stage.finished(task)]
     report(f"{name}: {len(todo)} shards to do, {len(stage) - len(todo)} finished before")
     todo.sort(key=stage.size, reverse=True)  # a large one begun last would keep one process busy and the others waiting
-    for count, (place, _) in enumerate(processes.each(stage.run, [(task, len(stage)) for task in todo]), 1):
-        report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
+    for count, (index, _) in enumerate(processes.each(stage.run, [(task, len(stage)) for task in todo]), 1):
+        report(f"{name}: shard {todo[index]}, {count} of {len(todo)}")
 
 
-def _copied_encoder(
-    directory: Path, engine: str, ranks: Path, bos: bool, eos: bool, excluded: Collection[int]
-) -> DocumentEncoder:
-    """The plain tokenizer that was copied to ``directory``."""
-    return open_encoder(directory, engine, ranks, bos, eos).unchecked()
+class Processes:
+    """Processes of this machine for independent calls, started as calls need them.
+
+    Args:
+        workers: most processes; None: one for each core that this process may use. With one, calls run in this process.
+    """
+
+    def __init__(self, workers: int | None) -> None:
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def start(self, calls: int, function: Callable[..., object], *arguments: Any) -> None:
+        """Start the processes that ``calls`` calls will need, with a first call that prepares each of them.
+
+        An error of that call is raised again by the calls that need its result.
+        """
+        for _ in range(min(self._workers, calls) if self._workers > 1 and calls > 1 else 0):
+            self._executor().submit(_without_result, function, *arguments)
+
+    def each(self, function: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
+        """The index and the result of ``function(*call)`` for each call, in the order in which they finish.
+
+        Args:
+            function: of a module, so that a process can import it.
+            calls: arguments, begun in this order.
+
+        Raises:
+            Exception: the first that a call raised. Then, or when the caller stops, calls that have not begun are left.
+        """
+        if self._workers == 1 or len(calls) == 1:
+            yield from ((index, function(*call)) for index, call in enumerate(calls))
+            return
+        executor = self._executor()
+        futures = {executor.submit(function, *call): index for index, call in enumerate(calls)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _executor(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of other threads
+            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_one_thread)
+        return self._pool
 
 
-def _make_encoder(
-    config: CorpusConfig, seed: int, documents: Sequence[Document], excluded: Collection[int]
-) -> DocumentEncoder:
-    """The tokenizer that is named, else a BPE trained on a sample of the documents that are not excluded."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, config.engine, config.bos, config.eos).unchecked()
-    parts = [
-        (stable_key("sample", seed, document.name, number), part)
-        for index, document in enumerate(documents)
-        if index not in set(excluded)
-        for number, part in enumerate(document.parts)
-    ]
-    sample, size = [], 0
-    for _, part in sorted(parts):
-        if size >= TOKENIZER_SAMPLE_BYTES:
-            break
-        sample.append(part)
-        size += len(part.encode())
-    return train_tokenizer(sample, config.vocab_size)
+def _without_result(function: Callable[..., object], *arguments: Any) -> None:
+    function(*arguments)
+
+
+def _one_thread() -> None:
+    """One thread in a process: there is a process for each core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def validate_prepare(config: PrepareConfig) -> None:

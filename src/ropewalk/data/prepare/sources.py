@@ -1,11 +1,12 @@
-"""Sources of a corpus: listed as units of work, and the units dealt to shards."""
+"""Sources of a corpus: listed as units, which are dealt to shards and written down for the stages."""
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -101,6 +102,35 @@ def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
     if source.config.revision is not None:
         digest.update(source.config.revision.encode())
     source.digest = digest.hexdigest()
+
+
+def deal_shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list[Unit]]]:
+    """The units of all sources, dealt in order to shards of one source and about ``shard_bytes`` each."""
+    shards: list[tuple[int, list[Unit]]] = []
+    for number, source in enumerate(sources):
+        size = 0
+        for unit in list_units(source, shard_bytes):
+            # Of a share of a streamed dataset no size is known; it may be a whole file of the hub.
+            weight = unit.bytes or (shard_bytes if unit.dataset else 1)
+            if size == 0 or size + weight > shard_bytes:
+                shards.append((number, []))
+                size = 0
+            shards[-1][1].append(unit)
+            size += weight
+    return shards
+
+
+def write_units(work: Path, shard: int, units: list[Unit]) -> None:
+    """Say what a shard reads."""
+    path = work / f"units-{shard:05d}.json"
+    path.write_text(json.dumps([asdict(unit) for unit in units]) + "\n", encoding="utf-8")
+
+
+def read_units(work: Path, shard: int) -> list[Unit]:
+    """Units of a shard."""
+    listed = json.loads((work / f"units-{shard:05d}.json").read_text(encoding="utf-8"))
+    chosen = [{**unit, "files": tuple(unit["files"])} for unit in listed]
+    return [Unit(**{**unit, "dataset": unit["dataset"] and tuple(unit["dataset"])}) for unit in chosen]
 
 
 def _files_of(path: Path) -> list[str]:

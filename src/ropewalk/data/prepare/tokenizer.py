@@ -13,14 +13,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.prepare.engines import PROBE, open_engine, reference_of
+from ropewalk.data.prepare.corpus import Document
+from ropewalk.data.prepare.engines import BOS, EOS, PROBE, CheckedEngine, open_engine, reference_of
 from ropewalk.data.store.hashing import files_signature
 from ropewalk.data.store.tokenizer_files import saved_backend, token_text
 from ropewalk.errors import UserError
 
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
+
+
+class TokenizersEngine:
+    """Hugging Face's tokenizers: every tokenizer.json."""
+
+    name = "tokenizers"
+
+    def __init__(self, backend: Any) -> None:
+        """Take a ``tokenizers.Tokenizer``; from now on it encodes special tokens as text."""
+        self._backend = backend
+        self._backend.encode_special_tokens = True
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """See Engine."""
+        encodings = self._backend.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 class DocumentEncoder:
@@ -57,7 +72,8 @@ class DocumentEncoder:
                 f"{tokenizer.name_or_path} has neither a BOS nor an EOS token to separate documents; set one"
             )
         self.tokenizer = tokenizer
-        self.engine = open_engine(engine, tokenizer.backend_tokenizer, directory)
+        backend = tokenizer.backend_tokenizer
+        self.engine = open_engine(engine, TokenizersEngine(backend), backend, directory)
         ids = tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id if eos else None
         self.head, self.tail = (np.array([] if id_ is None else [id_], dtype=np.uint32) for id_ in ids)
         self._cuts_at_lines = self._tokens_end_at_lines()
@@ -139,6 +155,55 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -> Iterator[tuple[Any, bool]]:
+    """The tokens of documents, a stretch at a time, and whether the document ends with it.
+
+    A few megabytes of text are encoded at once, and no document need be in memory as tokens.
+
+    Raises:
+        FastPathError: where the engine is a checked one, and it differs from its reference.
+    """
+    checked = encoder.engine if isinstance(encoder.engine, CheckedEngine) else None
+    last: list[bool] = []  # of each piece under way: whether its document ends with it
+    watched: list[bool] = []  # of each piece that is not encoded yet: whether its tokens are to be compared
+
+    def pieces() -> Iterator[str]:
+        for place, document in enumerate(documents):
+            watch = checked is not None and checked.watch(document.parts, place == 0)
+            for part in document.parts:
+                for piece in encoder.pieces(part):
+                    last.append(False)
+                    watched.append(watch)
+                    yield piece
+            last[-1] = True
+
+    # A batch may end within a document whose last piece is not known yet, so each waits for the next one to begin.
+    held: list[Any] = []
+    begins = True
+    for batch in batches(pieces()):
+        encoded = encoder.encode_texts(batch)
+        if checked is not None:
+            for text, tokens, watch in zip(batch, encoded, watched, strict=True):
+                if watch:
+                    checked.compare(text.encode(), tokens)
+        watched.clear()
+        held += encoded
+        ready = len(held) - 1
+        for tokens, ends in zip(held[:ready], last[:ready], strict=True):
+            yield _framed(encoder, tokens, begins, ends), ends
+            begins = ends
+        del held[:ready], last[:ready]
+    for tokens in held:
+        yield _framed(encoder, tokens, begins, True), True
+
+
+def _framed(encoder: DocumentEncoder, tokens: Any, begins: bool, ends: bool) -> Any:
+    """A stretch of a document with what begins and ends one; most are neither, and are not copied."""
+    if not begins and not ends:
+        return tokens
+    return np.concatenate([encoder.head if begins else tokens[:0], tokens, encoder.tail if ends else tokens[:0]])
 
 
 def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool = True) -> DocumentEncoder:

@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from ropewalk.files import sha256_of
@@ -44,18 +42,6 @@ def splitmix64(key: int, count: int) -> NDArray[np.uint64]:
 def permutation(count: int, *parts: str | int) -> NDArray[np.int64]:
     """A permutation of ``range(count)``, int64 (count,), that ``parts`` alone determine."""
     return np.argsort(splitmix64(stable_key(*parts), count), kind="stable")
-
-
-def sequence_check(tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32]) -> int:
-    """64 bits of xxh3 over the tokens of a sequence, its packed mask and its ends, each as it is stored.
-
-    Cheap enough to be compared whenever a sequence is read.
-    """
-    digest = xxhash.xxh3_64(np.ascontiguousarray(tokens).data)
-    if mask is not None:
-        digest.update(np.ascontiguousarray(mask).data)
-    digest.update(np.ascontiguousarray(ends, dtype="<i4").data)
-    return digest.intdigest()
 
 
 def canonical_json(content: object) -> str:

@@ -58,7 +58,7 @@ class DomainInfo:
         offsets: int64 .npy (sequences + 1,), where each sequence's pieces start in ``ends``.
         ends: int32 .npy (documents,), where each piece ends in its sequence.
         trained: int32 .npy (sequences,), tokens that each sequence trains; None where there are no loss masks.
-        checks: uint64 .npy (sequences,), see hashing.sequence_check; None in stores of before it was written.
+        checks: uint64 .npy (sequences,), see reader.sequence_check; None in stores of before it was written.
     """
 
     sequences: int
