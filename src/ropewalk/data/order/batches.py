@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ropewalk.data.order.balance import deal
 from ropewalk.data.order.mixture import Mixture, SequenceRef
-from ropewalk.data.store.reader import PackedSequence
+from ropewalk.data.store.reader import JoinedStore, PackedSequence, PackedStore
 from ropewalk.errors import UserError
 
 Item = TypeVar("Item")
@@ -24,17 +24,6 @@ Result = TypeVar("Result")
 
 IGNORE_INDEX = -100
 PADDING = -1  # domain of the document that padding is
-
-
-class Reader(Protocol):
-    """A packed store or a joined one."""
-
-    @property
-    def domains(self) -> Mapping[str, object]:
-        """Domains by name; an id is a place among the sorted names."""
-
-    def read(self, domain: str, index: int, /) -> PackedSequence:
-        """One sequence."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +63,11 @@ def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | Non
     tokens, positions, labels = (np.empty(starts[-1], np.int64) for _ in range(3))
     bounds, domains = [np.zeros(1, np.int64)], []
     for number, sequence in enumerate(sequences):
-        here = slice(starts[number], starts[number + 1])
-        tokens[here] = sequence.tokens
-        _label(labels[here], tokens[here], sequence)
+        row = slice(starts[number], starts[number + 1])
+        tokens[row] = sequence.tokens
+        _label(labels[row], tokens[row], sequence)
         ends, padded = _ends(sequence)
-        _count(positions[here], ends)
+        _count(positions[row], ends)
         bounds.append(starts[number] + ends)
         domain = domain_ids[number] if domain_ids is not None else 0
         domains += [domain] * (len(ends) - padded) + [PADDING] * padded
@@ -118,11 +107,11 @@ def _count(positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
     np.cumsum(positions, out=positions)
 
 
-def read_batch(store: Reader, refs: Sequence[SequenceRef]) -> Batch:
+def read_batch(store: PackedStore | JoinedStore, refs: Sequence[SequenceRef]) -> Batch:
     """Read and collate ``refs``, the rows of each in order."""
-    places = {name: place for place, name in enumerate(sorted(store.domains))}
+    domain_ids_by_name = {name: domain_id for domain_id, name in enumerate(sorted(store.domains))}
     rows = [(ref.domain, row) for ref in refs for row in ref.rows]
-    return collate([store.read(*row) for row in rows], [places[domain] for domain, _ in rows])
+    return collate([store.read(*row) for row in rows], [domain_ids_by_name[domain] for domain, _ in rows])
 
 
 def rank_micro_batches(

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ropewalk.data.store.hashing import permutation, stable_key
+from ropewalk.data.store.hashing import GAMMA, mixed, permutation, stable_key
 from ropewalk.data.store.reader import JoinedStore, PackedStore
 from ropewalk.errors import UserError
 
@@ -152,16 +152,16 @@ class Mixture:
 
     def _drawn(self, segment: _Segment, slot: int) -> dict[str, int]:
         """Sequences drawn from each domain before ``slot`` of a segment, those of earlier segments included."""
-        here = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
-        return {name: segment.drawn.get(name, 0) + here.get(name, 0) for name in {**segment.drawn, **here}}
+        counts = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
+        return {name: segment.drawn.get(name, 0) + counts.get(name, 0) for name in {**segment.drawn, **counts}}
 
     def _rows(self, domains: Sequence[str], owners: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row that each draw of a domain is, rows being drawn one by one."""
         sizes = np.array([self._sizes[name] for name in domains])[owners]
         epochs, positions = np.divmod(draws, sizes)
-        shuffles, which = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
+        shuffles, shuffle_of_draw = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
         keys = [stable_key("order", self.seed, domains[d], epoch) for d, epoch in shuffles.T.tolist()]
-        return permuted(positions, sizes, np.array(keys, np.uint64)[which])
+        return permuted(positions, sizes, np.array(keys, np.uint64)[shuffle_of_draw])
 
 
 def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -225,10 +225,10 @@ class Slots:
 
     def before(self, slot: int) -> NDArray[np.int64]:
         """Slots that each domain has among slots 0 .. slot - 1, int64 (domains,): full periods and a prefix."""
-        number, place = divmod(slot, self.period)
+        number, offset = divmod(slot, self.period)
         counts = np.array(apportioned(self._shares, number * self.period), dtype=np.int64)
-        if place:
-            counts += np.bincount(self._period(number)[:place], minlength=len(counts))
+        if offset:
+            counts += np.bincount(self._period(number)[:offset], minlength=len(counts))
         return counts
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -272,8 +272,6 @@ def apportioned(shares: Sequence[int], slots: int) -> list[int]:
 
 
 ROUNDS = 64
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def permuted(positions: ArrayLike, counts: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
@@ -296,16 +294,9 @@ def permuted(positions: ArrayLike, counts: ArrayLike, keys: ArrayLike) -> NDArra
     count = np.asarray(counts, dtype=np.uint64)
     state = np.atleast_1d(np.asarray(keys, dtype=np.uint64))
     for _ in range(ROUNDS):
-        state = state + _GAMMA
-        partner = _mix(state) % count + count - x
+        state = state + GAMMA
+        partner = mixed(state) % count + count - x
         partner = np.where(partner >= count, partner - count, partner)
-        swaps = _mix(_mix(state ^ _GAMMA) + np.maximum(x, partner)) >> np.uint64(63) == 1
+        swaps = mixed(mixed(state ^ GAMMA) + np.maximum(x, partner)) >> np.uint64(63) == 1
         x = np.where(swaps, partner, x)
     return x.astype(np.int64)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser."""
-    z = (z ^ (z >> np.uint64(30))) * _FIRST
-    z = (z ^ (z >> np.uint64(27))) * _SECOND
-    return z ^ (z >> np.uint64(31))

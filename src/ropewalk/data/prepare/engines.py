@@ -159,11 +159,11 @@ class CheckedEngine:
         (expected,) = self.reference.encode_batch([text])
         if not np.array_equal(tokens, expected):
             shared = min(len(tokens), len(expected))
-            place = int(np.argmin(np.append(tokens[:shared] == expected[:shared], False)))
+            position = int(np.argmin(np.append(tokens[:shared] == expected[:shared], False)))
             raise FastPathError(
-                f"{self.name} differs from {self.reference.name} at token {place} of a text of {len(text)} bytes that "
-                f"begins {text[:40]!r}: {tokens[place : place + 4].tolist()} is not "
-                f"{expected[place : place + 4].tolist()}"
+                f"{self.name} differs from {self.reference.name} at token {position} of a text of {len(text)} bytes, "
+                f"which begins {text[:40]!r}: {tokens[position : position + 4].tolist()} is not "
+                f"{expected[position : position + 4].tolist()}"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any, Protocol
 
@@ -43,6 +43,11 @@ class Pieces:
     def tokens(self) -> int:
         """Tokens of all pieces together."""
         return int(self.length.sum())
+
+    def with_those_of(self, other: Pieces, first: int) -> Pieces:
+        """These pieces, and those of other documents, whose numbers begin at ``first`` from now on."""
+        shifted = other.document + first, other.start, other.length
+        return Pieces(*map(np.concatenate, zip((self.document, self.start, self.length), shifted, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ def pack(lengths: NDArray[np.int64], sequence_length: int, *key: str | int) -> B
         )
     largest_first = np.argsort(-lengths, kind="stable")
     bin_of, n_bins = _best_fit(lengths[largest_first], sequence_length)
-    place = np.empty(n_bins, dtype=np.int64)
-    place[permutation(n_bins, "bins", *key)] = np.arange(n_bins)
-    shuffled = place[bin_of]
+    shuffled_index = np.empty(n_bins, dtype=np.int64)
+    shuffled_index[permutation(n_bins, "bins", *key)] = np.arange(n_bins)
+    shuffled = shuffled_index[bin_of]
     order = largest_first[np.argsort(shuffled, kind="stable")]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(shuffled, minlength=n_bins))])
     return Bins(order, offsets.astype(np.int64))
@@ -186,24 +191,24 @@ def packed_sequences(
 
 
 @dataclass(frozen=True)
-class DomainSource:
+class DomainDocuments:
+    """The documents that came into a domain from its sources, and their loss masks, if they have some."""
+
+    documents: FlatDocuments = field(default_factory=lambda: FlatDocuments([], []))
+    masks: FlatDocuments | None = None
+
+
+@dataclass(frozen=True)
+class PackedDomain:
     """The sequences to be written as one domain."""
 
     sequences: Iterable[PackedSequence]
     accounting: Accounting
 
 
-@dataclass(frozen=True)
-class DomainDocuments:
-    """The documents that came into a domain from its sources, and their loss masks, if they have some."""
-
-    documents: FlatDocuments
-    masks: FlatDocuments | None = None
-
-
 def pack_domains(
-    rules: Mapping[str, DomainConfig], found: Mapping[str, DomainDocuments], length: int, *key: str | int
-) -> dict[str, DomainSource]:
+    rules: Mapping[str, DomainConfig], domains: Mapping[str, DomainDocuments], length: int, *key: str | int
+) -> dict[str, PackedDomain]:
     """Pack the documents of each domain by its rule.
 
     ``long``: documents are cut into sequences of one document each. What fills none, the rest of a document or a
@@ -212,73 +217,48 @@ def pack_domains(
     none of them is cut. ``concat``: documents follow each other and are cut where a sequence is full.
 
     Args:
-        rules: domain -> how it is packed; checked by validate_domains.
-        found: domain -> what its sources gave.
+        rules: domain -> how it is packed; checked by domain_rules.
+        domains: domain -> what its sources gave.
         length: tokens of a sequence.
         key: what the order of packed sequences depends on.
     """
-    pools: dict[str, list[tuple[FlatDocuments, Pieces]]] = {name: [] for name in rules}
-    moved_in = dict.fromkeys(rules, 0)
-    result: dict[str, DomainSource] = {}
-    long = [name for name, rule in rules.items() if rule.packing == "long"]
-    for name in long:  # first, since others take what they leave
-        have = found.get(name)
-        documents = FlatDocuments([], []) if have is None else have.documents
+    remainders: dict[str, list[tuple[FlatDocuments, Pieces]]] = {name: [] for name in rules}
+    packed: dict[str, PackedDomain] = {}
+    for name in sorted(rules, key=lambda name: rules[name].packing != "long"):  # first, as others take what they leave
+        rule, domain = rules[name], domains.get(name, DomainDocuments())
+        documents, masks = domain.documents, domain.masks
+        tokens_in = int(documents.lengths.sum())
+        if rule.packing == "concat":
+            pieces, bins = chunk(documents.lengths, length)
+            sequences = packed_sequences(documents, pieces, bins, length, masks)
+            packed[name] = PackedDomain(sequences, Accounting(tokens_in))
+            continue
         whole, rest = cut(documents.lengths, length)
-        target = rules[name].remainder
-        tokens_in = whole.tokens + rest.tokens
-        if target == DROP:
+        sequences = whole_sequences(documents, whole, masks)
+        if rule.packing == "short":
+            for others, pieces in remainders[name]:
+                rest = rest.with_those_of(pieces, len(documents))
+                documents, tokens_in = documents + others, tokens_in + pieces.tokens
+            bins = pack(rest.length, length, name, *key)
+            sequences = chain(sequences, packed_sequences(documents, rest, bins, length, masks))
+            account = Accounting(tokens_in)
+        elif rule.remainder == DROP:
             cut_off = int(rest.length[rest.start > 0].sum())
             dropped = {"remainder": cut_off, "shorter than a sequence": rest.tokens - cut_off}
             account = Accounting(tokens_in, dropped={reason: count for reason, count in dropped.items() if count})
         else:
-            pools[target].append((documents, rest))
-            moved_in[target] += rest.tokens
-            account = Accounting(tokens_in, moved={target: rest.tokens} if rest.tokens else {})
-        result[name] = DomainSource(whole_sequences(documents, whole), account)
-    for name, rule in rules.items():
-        if name not in long:
-            have = found.get(name, DomainDocuments(FlatDocuments([], [])))
-            account = Accounting(int(have.documents.lengths.sum()) + moved_in[name])
-            pack_it = _concatenated if rule.packing == "concat" else _packed
-            result[name] = DomainSource(pack_it(have, pools[name], length, (name, *key)), account)
-    return {name: result[name] for name in rules}
-
-
-def _concatenated(
-    have: DomainDocuments, pool: list[tuple[FlatDocuments, Pieces]], length: int, key: tuple[str | int, ...]
-) -> Iterator[PackedSequence]:
-    assert not pool, "validate_domains lets no domain hand its remainders to one of packing=concat"
-    pieces, bins = chunk(have.documents.lengths, length)
-    return packed_sequences(have.documents, pieces, bins, length, have.masks)
-
-
-def _packed(
-    have: DomainDocuments, pool: list[tuple[FlatDocuments, Pieces]], length: int, key: tuple[str | int, ...]
-) -> Iterator[PackedSequence]:
-    whole, rest = cut(have.documents.lengths, length)
-    documents: FlatDocuments = have.documents
-    for others, pieces in pool:
-        shifted = Pieces(pieces.document + len(documents), pieces.start, pieces.length)
-        rest = Pieces(*(np.concatenate(pair) for pair in zip(_fields(rest), _fields(shifted), strict=True)))
-        documents = documents + others
-    bins = pack(rest.length, length, *key)
-    masks: Documents | None = have.masks
-    return chain(
-        whole_sequences(documents, whole, masks),
-        packed_sequences(documents, rest, bins, length, masks),
-    )
-
-
-def _fields(pieces: Pieces) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return pieces.document, pieces.start, pieces.length
+            remainders[rule.remainder].append((documents, rest))
+            account = Accounting(tokens_in, moved={rule.remainder: rest.tokens} if rest.tokens else {})
+        packed[name] = PackedDomain(sequences, account)
+    return {name: packed[name] for name in rules}
 
 
 def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
     """How each domain is packed: what ``corpus.domains`` says, else short; stdlib and paths are long and short.
 
     Raises:
-        UserError: for rules that do not fit, or of a domain that no document comes into.
+        UserError: for a domain that no document comes into, or has some with loss masks and some without; an unknown
+            packing; remainders that go to no domain of packing=short, or to or from one with loss masks.
     """
     rules: dict[str, DomainConfig] = {}
     if corpus.stdlib or corpus.paths:
@@ -298,30 +278,17 @@ def domain_rules(corpus: CorpusConfig) -> dict[str, DomainConfig]:
     mixed = [name for name, kinds in chat.items() if len(kinds) > 1 or (True in kinds and name == SPLIT_DOMAIN)]
     if mixed:
         raise UserError(f"the domain {mixed[0]} has sources with chat and without; give them different domains")
-    validate_domains(rules, {name: True in kinds for name, kinds in chat.items()})
-    return rules
-
-
-def validate_domains(rules: Mapping[str, DomainConfig], masked: Mapping[str, bool]) -> None:
-    """Check how domains are packed.
-
-    Args:
-        rules: every domain.
-        masked: domain -> whether its documents have loss masks.
-
-    Raises:
-        UserError: for an unknown packing, remainders that go to no domain of packing=short, or to or from one with
-            loss masks.
-    """
+    masked = {name for name, kinds in chat.items() if True in kinds}
     for name, rule in rules.items():
         one_of(f"corpus.domains.{name}.packing", rule.packing, ("long", "short", "concat"))
     for name, rule in rules.items():
-        if rule.packing != "long" or rule.remainder == DROP:
-            if rule.remainder != DROP:
-                raise UserError(f"corpus.domains.{name}.remainder is for packing=long; leave it out")
-            continue
         where = f"corpus.domains.{name}.remainder={rule.remainder}"
+        if rule.remainder == DROP:
+            continue
+        if rule.packing != "long":
+            raise UserError(f"corpus.domains.{name}.remainder is for packing=long; leave it out")
         if rule.remainder not in rules or rules[rule.remainder].packing != "short":
             raise UserError(f"{where} is not a domain of packing=short; name one, or drop")
-        if masked.get(name) or masked.get(rule.remainder):
+        if masked & {name, rule.remainder}:
             raise UserError(f"{where}: one of the two has loss masks; set it to drop")
+    return rules

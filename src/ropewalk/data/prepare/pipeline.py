@@ -20,9 +20,10 @@ from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.datatrove import run_stages
 from ropewalk.data.prepare.engines import ENGINES
 from ropewalk.data.prepare.packing import domain_rules
-from ropewalk.data.prepare.plan import PLAN, Plan, Report, Shards, make_plan, work_directory
+from ropewalk.data.prepare.plan import PLAN, Plan, Report, make_plan, work_directory
 from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
-from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, fill, finish, in_words
+from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, finish, in_words
+from ropewalk.data.store.describe import domain_table
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
@@ -64,55 +65,28 @@ def prepare(config: PrepareConfig, report: Report = log) -> Path:
         return output
     if config.stage in ("tokenize", "pack"):
         plan = Plan.load(output)
-        stage = Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)
-        stage.run(config.shard, config.n_shards)
+        (Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)).run(config.shard, config.n_shards)
         return output
-    if config.stage == "all" and config.executor.kind == "pool":
-        _in_pool(config, output, report)
-    elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report, _no_warm_up):
-        pass  # _planned has reported why
-    elif config.stage == "all":
+    if config.stage == "finish":
+        finish(Plan.load(output), report)
+    elif _run(config, report) and config.stage == "all" and config.executor.kind != "pool":
         run_stages(output, config.executor)
         if config.executor.kind == "slurm":
             report(f"submitted; {output} is whole when the last job is done")
             return output
-    elif config.stage == "finish":
-        finish(Plan.load(output), report)
     if config.stage != "plan":
-        for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
+        for line in domain_table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
             report(line)
     return output
 
 
-def _in_pool(config: PrepareConfig, output: Path, report: Report) -> None:
-    """All stages, one after the other, in processes of this machine."""
-    sources, shards = _listed(config, report)
-    streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
-    small = not streamed and sum(source.bytes for source in sources) < SMALL_BYTES
-    with Processes(1 if small and config.workers is None else config.workers) as processes:
-        if not _planned(config, output, sources, shards, report, partial(processes.start, len(shards))):
-            return
-        plan = Plan.load(output)
-        tokenize = Tokenize(plan)
-        _run_all(tokenize, "tokenize", processes, report)
-        if not all(map(tokenize.finished, range(len(tokenize)))):
-            report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
-            _run_all(tokenize, "tokenize", processes, report)
-        _run_all(Pack.of(plan), "pack", processes, report)
-    finish(plan, report)
-
-
-def _no_warm_up(*call: object) -> None:
-    """The stages run in other processes than this one's."""
-
-
-def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], Shards]:
-    """The sources, and the shards that their units are dealt to.
+def _run(config: PrepareConfig, report: Report) -> bool:
+    """Make the plan and, with stage=all and executor.kind=pool, do it; False if all work was finished before.
 
     Raises:
-        UserError: for a corpus without documents, or one that cannot be read.
+        UserError: for a corpus without documents, or one that cannot be read; an output that holds other work.
     """
-    sources = corpus_sources(config.corpus)
+    output, sources = Path(config.output), corpus_sources(config.corpus)
     shards = deal_shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
     skipped = sum((source.skipped for source in sources), Counter[str]())
@@ -122,25 +96,27 @@ def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], Shards
             f"the corpus has no documents (skipped: {dict(+skipped)}); set corpus.stdlib=true, corpus.paths=[...] or "
             "corpus.sources=[...]"
         )
-    return sources, shards
-
-
-def _planned(
-    config: PrepareConfig,
-    output: Path,
-    sources: Sequence[Source],
-    shards: Shards,
-    report: Report,
-    warm_up: Callable[..., None],
-) -> bool:
-    """Make the plan unless it is made; False, which is reported, if all work is finished."""
     work = _work(config, sources)
     if _finished(output, work, config.sequence_lengths):
         report(f"{output} holds this work already; remove it to make it again")
         return False
     _begin(output, work)
-    if not (work_directory(output) / PLAN).is_file():
-        make_plan(config, sources, shards, report, warm_up)
+    in_pool = config.stage == "all" and config.executor.kind == "pool"
+    streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
+    small = config.workers is None and not streamed and total < SMALL_BYTES
+    with Processes(1 if small or not in_pool else config.workers) as processes:
+        if not (work_directory(output) / PLAN).is_file():
+            make_plan(config, sources, shards, report, partial(processes.start, len(shards)))
+        if not in_pool:
+            return True
+        plan = Plan.load(output)
+        tokenize = Tokenize(plan)
+        _run_all(tokenize, "tokenize", processes, report)
+        if not all(map(tokenize.finished, range(len(tokenize)))):
+            report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
+            _run_all(tokenize, "tokenize", processes, report)
+        _run_all(Pack.of(plan), "pack", processes, report)
+    finish(plan, report)
     return True
 
 
@@ -258,8 +234,8 @@ def _check_date(day: str) -> None:
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """The identity of the output: everything that its bytes depend on, without paths and numbers of processes."""
-    apart = ("name", "paths", "stdlib", "sources", "chat_template")
-    settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
+    excluded = ("name", "paths", "stdlib", "sources", "chat_template")
+    settings = {key: value for key, value in asdict(config.corpus).items() if key not in excluded}
     if settings["chat_date"] is None:
         del settings["chat_date"]  # outputs from before there was one are still finished
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
@@ -281,9 +257,9 @@ def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int
     path = output / PREPARED
     if not path.exists():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
-    if done["sha256"] != work["sha256"]:
-        changed = [key for key in work if key != "sha256" and done.get(key) != work[key]]
+    prepared = json.loads(path.read_text(encoding="utf-8"))
+    if prepared["sha256"] != work["sha256"]:
+        changed = [key for key in work if key != "sha256" and prepared.get(key) != work[key]]
         raise UserError(
             f"{output} holds work of another configuration or corpus (differs in: {', '.join(changed)}); "
             "remove it or set output=DIRECTORY"
@@ -308,14 +284,3 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
         raise UserError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
     work_directory(output).mkdir(parents=True, exist_ok=True)
     write_atomically(output / PREPARING, json.dumps(work, indent=2) + "\n")
-
-
-def _table(stores: Sequence[PackedStore]) -> list[str]:
-    lines = [f"{'store':<14}{'domain':<12}{'sequences':>10}{'documents':>11}{'tokens':>14}{'trained':>14}{'fill':>9}"]
-    for store in stores:
-        for name, info in store.domains.items():
-            lines.append(
-                f"{store.root.name:<14}{name:<12}{info.sequences:>10,}{info.documents:>11,}{info.tokens:>14,}"
-                f"{info.trained_tokens:>14,}{fill(info.tokens, info.padding):>9}"
-            )
-    return lines

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.config.data import CorpusConfig, PrepareConfig
+from ropewalk.config.data import CorpusConfig, DomainConfig, ExecutorConfig, PrepareConfig, SourceConfig
+from ropewalk.config.groups import PathsConfig
 from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.corpus import Document, Unit, sample_documents
 from ropewalk.data.prepare.packing import domain_rules
@@ -25,7 +26,7 @@ from ropewalk.data.store.tokenizer_files import copy_plain, describe_tokenizer, 
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
-PLAN = "plan.json"
+PLAN = "plan-2.json"  # plan.json was of another form: what was under way is begun again
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 PREFERRED_TOKENS = 65_536  # longer documents are taken last: training needs them most
 BYTES_PER_TOKEN = 4  # for guessing which documents are long enough; counted afterwards
@@ -39,43 +40,35 @@ class Plan:
     """Plan of a preparation, settled before documents are tokenized; the units of each shard lie in files beside it.
 
     Attributes:
-        output: directory of the stores.
-        sources: as a manifest describes them, ``masked`` and ``skipped`` files added.
-        shard_sources: place in ``sources`` of each shard.
-        ranks: directory of the tokenizer's tokenizer.model, where it has one.
-        engine: see CorpusConfig.
-        bos: begin documents with BOS.
-        eos: end them with EOS.
+        config: of the preparation.
+        sources: as a manifest describes them, ``skipped`` files added.
+        shard_sources: index in ``sources`` of each shard's.
         chat_template: text of it, or None.
-        chat_date: that it gets, ISO 8601, or None.
         heldout: names of documents that are left out.
-        rules: domain -> how it is packed.
-        sequence_lengths: one store each.
         vocab_size: entries of the tokenizer.
-        seed: of the order of packed sequences.
-        retrieval_tokens: of synthetic retrieval documents, for each sequence length.
     """
 
-    output: str
+    config: PrepareConfig
     sources: list[dict[str, Any]]
     shard_sources: list[int]
-    ranks: str | None
-    engine: str
-    bos: bool
-    eos: bool
     chat_template: str | None
     heldout: list[str]
-    rules: dict[str, dict[str, str]]
-    sequence_lengths: list[int]
     vocab_size: int
-    seed: int
-    retrieval_tokens: int
-    chat_date: str | None = None
+
+    @property
+    def output(self) -> Path:
+        """Directory of the stores."""
+        return Path(self.config.output)
+
+    @property
+    def rules(self) -> dict[str, DomainConfig]:
+        """How each domain is packed."""
+        return domain_rules(self.config.corpus)
 
     @property
     def work(self) -> Path:
         """Directory of the files that are needed until the stores are whole."""
-        return work_directory(Path(self.output))
+        return work_directory(self.output)
 
     @property
     def shards(self) -> int:
@@ -84,7 +77,7 @@ class Plan:
 
     def store(self, length: int) -> Path:
         """Directory of the store of one sequence length."""
-        return Path(self.output) / f"packed-{length}"
+        return self.output / f"packed-{length}"
 
     def units(self, shard: int) -> list[Unit]:
         """Units of a shard."""
@@ -104,7 +97,13 @@ class Plan:
         path = work_directory(output) / PLAN
         if not path.is_file():
             raise UserError(f"{output} has no plan; run stage=plan first")
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = content.pop("config")
+        corpus, executor = CorpusConfig(**config.pop("corpus")), ExecutorConfig(**config.pop("executor"))
+        corpus.sources = [SourceConfig(**source) for source in map(dict, corpus.sources)]
+        corpus.domains = {name: DomainConfig(**dict(rule)) for name, rule in corpus.domains.items()}
+        paths = PathsConfig(**config.pop("paths"))
+        return cls(PrepareConfig(**config, corpus=corpus, executor=executor, paths=paths), **content)
 
 
 def work_directory(output: Path) -> Path:
@@ -128,10 +127,10 @@ def make_plan(
     documents: list[Document] = []
     if corpus.tokenizer is None or corpus.heldout_documents or corpus.retrieval_tokens:
         documents = sample_documents(unit for _, units in shards for unit in units if not unit.chat)
-    ranks = corpus.tokenizer if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None
-    if ranks is not None and is_plain(Path(ranks)):
-        copy_plain(Path(ranks), output / TOKENIZER)
-        settings = output / TOKENIZER, corpus.engine, Path(ranks), corpus.bos, corpus.eos
+    directory = local_tokenizer(corpus)
+    if directory is not None and is_plain(directory):
+        copy_plain(directory, output / TOKENIZER)
+        settings = output / TOKENIZER, corpus.engine, directory, corpus.bos, corpus.eos
         warm_up(open_encoder, *settings)
         encoder, heldout = choose_heldout(documents, corpus, lambda excluded: open_encoder(*settings).unchecked())
     else:
@@ -149,21 +148,12 @@ def make_plan(
     for number, (_, units) in enumerate(shards):
         write_units(work_directory(output), number, units)
     plan = Plan(
-        output=str(output),
+        config,
         sources=[_described(source, corpus) for source in sources],
         shard_sources=[index for index, _ in shards],
-        ranks=ranks,
-        engine=corpus.engine,
-        bos=corpus.bos,
-        eos=corpus.eos,
         chat_template=None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8"),
-        chat_date=corpus.chat_date,
         heldout=[document.name for document in kept_out],
-        rules={name: asdict(rule) for name, rule in domain_rules(corpus).items()},
-        sequence_lengths=list(config.sequence_lengths),
         vocab_size=tokenizer["vocab_size"],
-        seed=config.seed,
-        retrieval_tokens=corpus.retrieval_tokens,
     )
     open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
     plan.save()
@@ -293,7 +283,12 @@ def _chat_encoder(directory: Path, template: str | None, today: str | None) -> C
 
 def open_encoders(plan: Plan) -> tuple[DocumentEncoder, ChatEncoder | None]:
     """Encoders of documents, and of conversations if there are any; opened once a process."""
-    directory, ranks = Path(plan.output) / TOKENIZER, None if plan.ranks is None else Path(plan.ranks)
-    encoder = open_encoder(directory, plan.engine, ranks, plan.bos, plan.eos)
+    directory, corpus = plan.output / TOKENIZER, plan.config.corpus
+    encoder = open_encoder(directory, corpus.engine, local_tokenizer(corpus), corpus.bos, corpus.eos)
     chat = any(source["chat"] for source in plan.sources)
-    return encoder, _chat_encoder(directory, plan.chat_template, plan.chat_date) if chat else None
+    return encoder, _chat_encoder(directory, plan.chat_template, corpus.chat_date) if chat else None
+
+
+def local_tokenizer(corpus: CorpusConfig) -> Path | None:
+    """``corpus.tokenizer`` where it is a directory, not a hub id."""
+    return Path(corpus.tokenizer) if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None

@@ -7,15 +7,13 @@ call the same function, and what a task writes depends on nothing but the plan. 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from ropewalk.config.data import DomainConfig
@@ -35,9 +33,10 @@ from ropewalk.data.prepare.token_files import (
     read_record,
 )
 from ropewalk.data.prepare.tokenizer import DocumentEncoder, encoded_documents
+from ropewalk.data.store.describe import fill
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store, copy_tokenizer
+from ropewalk.data.store.writer import PartWriter, clear_records, commit_store, copy_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically
 
@@ -175,18 +174,20 @@ class Pack(Stage):
                 f"{len(missing)} shards, the first {missing[0]}, are not tokenized{again or ''}; run stage=tokenize"
             )
         groups: dict[int, list[int]] = {}
-        for shard, before in enumerate(accumulate((record.tokens for record in records if record), initial=0)):
+        for shard, first_token in enumerate(accumulate((record.tokens for record in records if record), initial=0)):
             if shard < plan.shards:
-                groups.setdefault(before // GROUP_TOKENS, []).append(shard)
+                groups.setdefault(first_token // GROUP_TOKENS, []).append(shard)
         return cls(plan, tuple(map(tuple, groups.values())))
 
     def __len__(self) -> int:
-        return len(self.groups) * len(self.plan.sequence_lengths)
+        return len(self.groups) * len(self.plan.config.sequence_lengths)
 
     def finished(self, task: int) -> bool:
         """True if the task is done."""
-        length, _ = self.length_and_group(task)
-        return (self.plan.store(length) / MANIFEST).is_file() or self.accounting(task) is not None
+        length, group = self.length_and_group(task)
+        return (self.plan.store(length) / MANIFEST).is_file() or all(
+            self.writer(length, name).finished(group) for name in self.plan.rules
+        )
 
     def size(self, task: int) -> int:
         """Tokens of the group."""
@@ -196,36 +197,19 @@ class Pack(Stage):
     def task(self, number: int) -> None:
         """Pack one group into sequences of one length."""
         length, group = self.length_and_group(number)
-        accounts = {}
-        rules = {name: DomainConfig(**rule) for name, rule in self.plan.rules.items()}
-        key = (self.plan.seed, *([group] if group else []))
-        for name, domain in pack_domains(rules, self._documents(group), length, *key).items():
+        key = (self.plan.config.seed, *([group] if group else []))
+        for name, domain in pack_domains(self.plan.rules, self._documents(group), length, *key).items():
             writer = self.writer(length, name)
-            writer.record(group, writer.write(group, domain.sequences))
-            accounts[name] = asdict(domain.accounting)
-        write_atomically(self._record(number), json.dumps(accounts) + "\n")
+            writer.record(group, writer.write(group, domain.sequences), domain.accounting)
 
     def length_and_group(self, task: int) -> tuple[int, int]:
         """The sequence length and the group of a task."""
         index, group = divmod(task, len(self.groups))
-        return self.plan.sequence_lengths[index], group
+        return self.plan.config.sequence_lengths[index], group
 
     def writer(self, length: int, domain: str) -> PartWriter:
         """Writes the parts of a domain, one for each group."""
         return PartWriter(self.plan.store(length), domain, length, self.plan.vocab_size)
-
-    def accounting(self, task: int) -> dict[str, Accounting] | None:
-        """Accounting of the tokens of a task's domains; None: it is not finished."""
-        path = self._record(task)
-        length, group = self.length_and_group(task)
-        if not path.is_file() or any(self.writer(length, name).finished(group) is None for name in self.plan.rules):
-            return None
-        accounts = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Accounting(**account) for name, account in accounts.items()}
-
-    def _record(self, task: int) -> Path:
-        length, group = self.length_and_group(task)
-        return self.plan.work / f"packed-{length}-{group:05d}.json"
 
     def _documents(self, group: int) -> Mapping[str, DomainDocuments]:
         """Documents of the shards of a group, by domain."""
@@ -243,7 +227,7 @@ class Pack(Stage):
 
 def finish(plan: Plan, report: Report) -> None:
     """Put the parts together, and clear away what was needed for them."""
-    output, pack = Path(plan.output), Pack.of(plan)
+    output, pack = plan.output, Pack.of(plan)
     records = [read_record(plan.work, shard) for shard in range(plan.shards)]
     sources = _described(plan, [record for record in records if record is not None])
     engines = Counter(record.engine for record in records if record is not None)
@@ -252,10 +236,10 @@ def finish(plan: Plan, report: Report) -> None:
         skipped = in_words(source["skipped"])
         report(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: {skipped}")
     filler: list[Document] = []
-    if plan.retrieval_tokens:
+    if plan.config.corpus.retrieval_tokens:
         units = (unit for shard in range(plan.shards) for unit in plan.units(shard) if not unit.chat)
         filler = [document for document in sample_documents(units) if document.name not in set(plan.heldout)]
-    for length in plan.sequence_lengths:
+    for length in plan.config.sequence_lengths:
         if not (plan.store(length) / MANIFEST).is_file():
             _assemble(plan, pack, length, filler, sources, report)
         _clear(plan, length)
@@ -284,35 +268,30 @@ def _assemble(
     report: Report,
 ) -> None:
     root = plan.store(length)
-    tasks = [task for task in range(len(pack)) if pack.length_and_group(task)[0] == length]
-    accounts: dict[str, Accounting] = dict.fromkeys(plan.rules, Accounting(0))
-    for task in tasks:
-        done = pack.accounting(task)
-        if done is None:
-            raise UserError(f"group {pack.length_and_group(task)[1]} of packed-{length} is not packed; run stage=pack")
-        accounts = {name: account + done[name] for name, account in accounts.items()}
-    domains = {}
+    domains, accounts = {}, {}
     for name in plan.rules:
-        writer = pack.writer(length, name)
-        parts = [writer.finished(pack.length_and_group(task)[1]) for task in tasks]
-        domains[name] = writer.assemble([part for part in parts if part is not None])
+        domains[name], accounts[name] = pack.writer(length, name).assemble_recorded(len(pack.groups))
     if filler:
         writer = pack.writer(length, RETRIEVAL)
         encoder, _ = open_encoders(plan)
         texts = [part for document in filler for part in document.parts]
-        made = list(retrieval_documents(encoder.unchecked(), texts, length, plan.retrieval_tokens, plan.seed))
-        found = {RETRIEVAL: DomainDocuments(FlatDocuments.of(made))}
-        packed = pack_domains({RETRIEVAL: DomainConfig()}, found, length, plan.seed)[RETRIEVAL]
+        documents = list(
+            retrieval_documents(
+                encoder.unchecked(), texts, length, plan.config.corpus.retrieval_tokens, plan.config.seed
+            )
+        )
+        domain_documents = {RETRIEVAL: DomainDocuments(FlatDocuments.of(documents))}
+        packed = pack_domains({RETRIEVAL: DomainConfig()}, domain_documents, length, plan.config.seed)[RETRIEVAL]
         domains[RETRIEVAL] = writer.assemble([writer.write(0, packed.sequences)])
         accounts[RETRIEVAL] = packed.accounting
     for name in [name for name, info in domains.items() if not info.sequences]:
         report(f"{root.name}: no document for the domain {name}; left out")
         del domains[name]
-    tokenizer = copy_tokenizer(Path(plan.output) / TOKENIZER, root / TOKENIZER)
+    tokenizer = copy_tokenizer(plan.output / TOKENIZER, root / TOKENIZER)
     store = commit_store(root, length, tokenizer, domains, accounts, sources)
     for name, info in store.domains.items():
         report(
-            f"{root.name}: {name}: {info.sequences:,} sequences, fill {fill(info.tokens, info.padding)}, "
+            f"{root.name}: {name}: {info.sequences:,} sequences, fill {fill(info)}, "
             f"moved: {in_words(accounts[name].moved)}, dropped: {in_words(accounts[name].dropped)}"
         )
 
@@ -325,11 +304,6 @@ def _clear(plan: Plan, length: int) -> None:
             clear_records(store.root / name)
         elif (store.root / name).exists():
             shutil.rmtree(store.root / name)
-
-
-def fill(tokens: int, padding: int) -> str:
-    """Share of a store's tokens that are not padding, as text."""
-    return f"{tokens / (tokens + padding):.2%}"
 
 
 def in_words(counts: dict[str, int]) -> str:

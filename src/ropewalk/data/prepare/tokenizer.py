@@ -88,21 +88,21 @@ class DocumentEncoder:
             yield part
             return
         while len(part) > BATCH_CHARACTERS:
-            place = _line_start(part, BATCH_CHARACTERS)
-            if place == 0:
+            position = _line_start(part, BATCH_CHARACTERS)
+            if position == 0:
                 break
-            yield part[:place]
-            part = part[place:]
+            yield part[:position]
+            part = part[position:]
         yield part
 
     def _tokens_end_at_lines(self) -> bool:
         """True if text between newlines can be encoded apart; if a space is put before each text, it cannot."""
         whole = np.concatenate(self.encode_texts([PROBE]))
-        apart, rest = [], PROBE
-        while place := _line_start(rest, 1, forward=True):
-            apart.append(rest[:place])
-            rest = rest[place:]
-        return np.array_equal(whole, np.concatenate(self.encode_texts([*apart, rest])))
+        pieces, rest = [], PROBE
+        while position := _line_start(rest, 1, forward=True):
+            pieces.append(rest[:position])
+            rest = rest[position:]
+        return np.array_equal(whole, np.concatenate(self.encode_texts([*pieces, rest])))
 
     def encode_document(self, text: str) -> NDArray[np.uint32]:
         """``[bos] tokens [eos]``, uint32."""
@@ -135,12 +135,12 @@ class DocumentEncoder:
 def _line_start(text: str, near: int, forward: bool = False) -> int:
     """A place before (or after) ``near`` where a line starts and neither side of its newline is a space; 0: none."""
     while True:
-        place = text.find("\n", near) if forward else text.rfind("\n", 0, near)
-        if place <= 0 or place + 1 >= len(text):
+        position = text.find("\n", near) if forward else text.rfind("\n", 0, near)
+        if position <= 0 or position + 1 >= len(text):
             return 0
-        if not text[place - 1].isspace() and not text[place + 1].isspace():
-            return place + 1
-        near = place + 1 if forward else place
+        if not text[position - 1].isspace() and not text[position + 1].isspace():
+            return position + 1
+        near = position + 1 if forward else position
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -170,8 +170,8 @@ def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -
     watched: list[bool] = []  # of each piece that is not encoded yet: whether its tokens are to be compared
 
     def pieces() -> Iterator[str]:
-        for place, document in enumerate(documents):
-            watch = checked is not None and checked.watch(document.parts, place == 0)
+        for position, document in enumerate(documents):
+            watch = checked is not None and checked.watch(document.parts, position == 0)
             for part in document.parts:
                 for piece in encoder.pieces(part):
                     last.append(False)

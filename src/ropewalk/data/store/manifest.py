@@ -133,8 +133,8 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     fix = "make one with data_prep/prepare.py"
     if not path.is_file():
-        what = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
-        raise UserError(f"{root} is not a packed store: {what}; {fix}")
+        problem = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
+        raise UserError(f"{root} is not a packed store: {problem}; {fix}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -131,11 +131,14 @@ class PackedStore:
         """
         for name, info in self.domains.items():
             for stored in info.files:
-                if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
-                    raise UserError(f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again")
+                self._verify_file(stored)
             self._domain(name).check_boundaries()
         if sha256_directory(self.tokenizer_path) != self.tokenizer["sha256"]:
             raise UserError(f"{self.tokenizer_path} is not the tokenizer of this store; write the store again")
+
+    def _verify_file(self, stored: StoredFile) -> None:
+        if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
+            raise UserError(f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again")
 
     def _domain(self, name: str) -> _Domain:
         if name not in self._domains:
@@ -163,11 +166,6 @@ def sequence_check(tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: N
         digest.update(np.ascontiguousarray(mask).data)
     digest.update(np.ascontiguousarray(ends, dtype="<i4").data)
     return digest.intdigest()
-
-
-def mask_bytes(sequence_length: int) -> int:
-    """Bytes of a stored loss mask: one bit a token."""
-    return (sequence_length + 7) // 8
 
 
 class _Domain:
@@ -218,8 +216,8 @@ class _Domain:
         if number not in self._shards:
             self._shards[number] = self._map(shard.file, self._dtype, (shard.sequences, self._length))
             if shard.mask is not None:
-                row_bytes = mask_bytes(self._length)
-                self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), (shard.sequences, row_bytes))
+                shape = shard.sequences, (self._length + 7) // 8  # a bit a token
+                self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), shape)
         tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
         packed = self._masks[number][row] if number in self._masks else None
         if self._checks is not None and sequence_check(tokens, packed, ends) != int(self._checks[index]):

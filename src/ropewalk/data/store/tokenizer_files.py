@@ -33,12 +33,12 @@ def is_plain(directory: Path) -> bool:
     config = directory / "tokenizer_config.json"
     if not config.is_file() or not (directory / "tokenizer.json").is_file():
         return False
-    said = json.loads(config.read_text(encoding="utf-8"))
-    if said.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= said.keys():
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= content.keys():
         return False
     # transformers would add those that tokenizer.json lacks
     added = [
-        json.dumps(token["content"], ensure_ascii=False) for token in said.get("added_tokens_decoder", {}).values()
+        json.dumps(token["content"], ensure_ascii=False) for token in content.get("added_tokens_decoder", {}).values()
     ]
     text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
     return all(token in text for token in added)

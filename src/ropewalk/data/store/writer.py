@@ -79,6 +79,11 @@ class Part:
     trained: NDArray[np.int32]
     checks: NDArray[np.uint64]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.ends[np.cumsum(self.pieces, dtype=np.int64) - 1].sum(dtype=np.int64))
+
 
 class HashedFile:
     """A file of a store while it is written: hashed as it grows, on the disk when closed."""
@@ -138,11 +143,11 @@ class PartWriter:
         pieces, ends, trained, checks = array("i"), array("i"), array("i"), array("Q")
         masks: HashedFile | None = None
         with HashedFile(self.root, name) as tokens, ExitStack() as stack:
-            for place, sequence in enumerate(sequences):
-                where = f"sequence {place} of {name}"
+            for index, sequence in enumerate(sequences):
+                where = f"sequence {index} of {name}"
                 row, mask = self._checked(sequence, where), None
                 tokens.write(row.tobytes())
-                if place == 0 and sequence.loss_mask is not None:
+                if index == 0 and sequence.loss_mask is not None:
                     masks = stack.enter_context(HashedFile(self.root, name.replace("/tokens-", "/mask-")))
                 if (sequence.loss_mask is not None) != (masks is not None):
                     raise UserError(f"{where} and the first one do not both have a loss mask; give it to all or none")
@@ -154,16 +159,17 @@ class PartWriter:
                 trained.append(sequence.trained_tokens)
                 checks.append(sequence_check(row, mask, sequence.ends))
         shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=masks.stored if masks else None)
-        found = zip((pieces, ends, trained, checks), COUNTS.values(), strict=True)
-        return Part(shard, *(np.array(counts, dtype=dtype) for counts, dtype in found))
+        columns = zip((pieces, ends, trained, checks), COUNTS.values(), strict=True)
+        return Part(shard, *(np.array(counts, dtype=dtype) for counts, dtype in columns))
 
-    def record(self, number: int, part: Part) -> None:
-        """Say on disk that part ``number`` is whole."""
+    def record(self, number: int, part: Part, accounting: Accounting) -> None:
+        """Record on disk that part ``number`` is whole, and what became of the tokens that it was made of."""
         counts = {name: getattr(part, name).tolist() for name in COUNTS}
-        write_atomically(self._record(number), json.dumps({"shard": asdict(part.shard), **counts}) + "\n")
+        content = {"shard": asdict(part.shard), "accounting": asdict(accounting), **counts}
+        write_atomically(self._record(number), json.dumps(content) + "\n")
 
-    def finished(self, number: int) -> Part | None:
-        """Part ``number`` where its record says that it is whole and its files still have their sizes."""
+    def finished(self, number: int) -> tuple[Part, Accounting] | None:
+        """Part ``number`` as recorded; None if it is not, or a file of it no longer has its size."""
         record = self._record(number)
         if not record.is_file():
             return None
@@ -173,7 +179,8 @@ class PartWriter:
             file = self.root / stored.file
             if not file.is_file() or file.stat().st_size != stored.bytes:
                 return None
-        return Part(shard, *(np.array(content[name], dtype=dtype) for name, dtype in COUNTS.items()))
+        part = Part(shard, *(np.array(content[name], dtype=dtype) for name, dtype in COUNTS.items()))
+        return part, Accounting(**content["accounting"])
 
     def assemble(self, parts: Sequence[Part]) -> DomainInfo:
         """The index files of the domain and its entry in the manifest.
@@ -210,6 +217,19 @@ class PartWriter:
             trained=self._save("trained.npy", trained.astype("<i4")) if True in masked else None,
             checks=self._save("checks.npy", checks.astype("<u8")),
         )
+
+    def assemble_recorded(self, count: int) -> tuple[DomainInfo, Accounting]:
+        """The domain of the recorded parts 0 .. ``count`` - 1, see assemble, and the sum of their accounting.
+
+        Raises:
+            UserError: where one is not finished, or see assemble.
+        """
+        records = [self.finished(number) for number in range(count)]
+        if None in records:
+            where = f"part {records.index(None)} of {self.root / self.domain}"
+            raise UserError(f"{where} is not packed; run stage=pack, or the conversion, again")
+        parts, accounts = zip(*filter(None, records), strict=True)
+        return self.assemble(parts), sum(accounts, Accounting(0))
 
     def _record(self, number: int) -> Path:
         return self.root / self.domain / f"part-{number:05d}.json"
