@@ -99,11 +99,15 @@ class Plan:
             raise UserError(f"{output} has no plan; run stage=plan first")
         content = json.loads(path.read_text(encoding="utf-8"))
         config = content.pop("config")
-        corpus, executor = CorpusConfig(**config.pop("corpus")), ExecutorConfig(**config.pop("executor"))
-        corpus.sources = [SourceConfig(**source) for source in map(dict, corpus.sources)]
-        corpus.domains = {name: DomainConfig(**dict(rule)) for name, rule in corpus.domains.items()}
-        paths = PathsConfig(**config.pop("paths"))
-        return cls(PrepareConfig(**config, corpus=corpus, executor=executor, paths=paths), **content)
+        corpus, executor, paths = (config.pop(name) for name in ("corpus", "executor", "paths"))
+        corpus["sources"] = [SourceConfig(**source) for source in corpus["sources"]]
+        corpus["domains"] = {name: DomainConfig(**rule) for name, rule in corpus["domains"].items()}
+        groups = {
+            "corpus": CorpusConfig(**corpus),
+            "executor": ExecutorConfig(**executor),
+            "paths": PathsConfig(**paths),
+        }
+        return cls(PrepareConfig(**config, **groups), **content)
 
 
 def work_directory(output: Path) -> Path:

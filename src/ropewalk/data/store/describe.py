@@ -37,22 +37,24 @@ def describe(store: PackedStore, domain: str | None, sequence: int) -> Iterator[
     yield f"{store.root}: sequences of {store.sequence_length:,} tokens, fingerprint {store.fingerprint}"
     yield f"tokenizer: {tokenizer['vocab_size']:,} entries, sha256 {tokenizer['sha256']}"
     yield ""
-    yield from domain_table([store])
+    yield from domain_table([store], named=False)
     for name, info in store.domains.items():
         yield from ("", *_accounting(store, name, info), *_histogram(store, name, info))
     shown = domain or next(name for name, info in store.domains.items() if info.sequences)
     yield from ("", *_decoded(store, shown, sequence))
 
 
-def domain_table(stores: Sequence[PackedStore]) -> Iterator[str]:
-    """The lines of a table of the domains of stores; fill is the share of tokens that are not padding."""
-    yield f"{'domain':<20}{'store':<16}{'sequences':>12}{'pieces':>12}{'tokens':>18}{'trained':>18}{'fill':>10}"
+def domain_table(stores: Sequence[PackedStore], named: bool = True) -> Iterator[str]:
+    """The lines of a table of the domains of stores, the store's name first if ``named``; see fill."""
+    header = f"{'domain':<20}{'sequences':>12}{'pieces':>12}{'tokens':>18}{'trained':>18}{'fill':>10}"
+    yield f"{'store':<14}{header}" if named else header
     for store in stores:
         for name, info in store.domains.items():
-            yield (
-                f"{name:<20}{store.root.name:<16}{info.sequences:>12,}{info.documents:>12,}{info.tokens:>18,}"
-                f"{info.trained_tokens:>18,}{fill(info):>10}"
+            row = (
+                f"{name:<20}{info.sequences:>12,}{info.documents:>12,}{info.tokens:>18,}{info.trained_tokens:>18,}"
+                f"{fill(info):>10}"
             )
+            yield f"{store.root.name:<14}{row}" if named else row
 
 
 def fill(info: DomainInfo) -> str:
