@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from ropewalk.config.rules import one_of
 from ropewalk.data.mds.mds_reader import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds.mds_writer import write_mds
 from ropewalk.data.prepare.pipeline import Processes
-from ropewalk.data.prepare.tokenizer import load_tokenizer
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedSequence, PackedStore
-from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store, copy_tokenizer
+from ropewalk.data.store.tokenizer_files import copy_tokenizer, open_tokenizer
+from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
@@ -200,11 +201,9 @@ def _save_tokenizer(root: Path, name: str) -> dict[str, Any]:
     if Path(name).is_dir():
         return copy_tokenizer(Path(name), root / TOKENIZER)
     scratch = root / "hub-tokenizer"
-    load_tokenizer(name).save(scratch)
+    open_tokenizer(name).save_pretrained(scratch)
     description = copy_tokenizer(scratch, root / TOKENIZER)
-    for path in scratch.iterdir():
-        path.unlink()
-    scratch.rmdir()
+    shutil.rmtree(scratch)
     return description
 
 

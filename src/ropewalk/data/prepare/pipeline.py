@@ -15,19 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ropewalk.config.data import PrepareConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.datatrove import run_stages
 from ropewalk.data.prepare.engines import ENGINES
 from ropewalk.data.prepare.packing import domain_rules
-from ropewalk.data.prepare.plan import PLAN, Plan, Report, make_plan, work_directory
+from ropewalk.data.prepare.plan import PLAN, Plan, Report, local_tokenizer, make_plan, open_encoder, work_directory
 from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
 from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, finish, in_words
 from ropewalk.data.store.describe import domain_table
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.tokenizer_files import sha256_tokenizer
+from ropewalk.data.store.tokenizer_files import bos_mode, is_plain, sha256_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
@@ -213,6 +213,7 @@ def validate_prepare(config: PrepareConfig) -> None:
         )
     one_of("stage", config.stage, STAGES)
     one_of("corpus.engine", config.corpus.engine, ENGINES)
+    bos_mode(config.corpus.bos)
     one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))
     if not 0 <= config.shard < config.n_shards:
         raise UserError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
@@ -241,6 +242,7 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
         settings["tokenizer"] = sha256_tokenizer(Path(tokenizer))
+    settings["bos"] = _begins_with_bos(config.corpus)
     if template is not None:
         settings["chat_template"] = sha256_text(Path(template).read_text(encoding="utf-8"))
     content = {
@@ -251,6 +253,16 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
         "corpus": {**settings, "sources": [source.described() for source in sources]},
     }
     return {**content, "sha256": sha256_text(canonical_json(content))}
+
+
+def _begins_with_bos(corpus: CorpusConfig) -> bool | str:
+    """True or False, as outputs of before there were three modes have it, unless only the tokenizer of a hub knows."""
+    mode, directory = bos_mode(corpus.bos), local_tokenizer(corpus)
+    if mode == "auto" and corpus.tokenizer is not None:
+        if directory is None or not is_plain(directory):
+            return mode
+        return bool(len(open_encoder(directory, "tokenizers", None, mode, corpus.eos).head))
+    return mode != "never"
 
 
 def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache, partial
@@ -16,18 +17,19 @@ from numpy.typing import NDArray
 from ropewalk.config.data import CorpusConfig, DomainConfig, ExecutorConfig, PrepareConfig, SourceConfig
 from ropewalk.config.groups import PathsConfig
 from ropewalk.data.prepare.chat import ChatEncoder
-from ropewalk.data.prepare.corpus import Document, Unit, sample_documents
+from ropewalk.data.prepare.corpus import Document, Unit, read_documents, sample_documents
 from ropewalk.data.prepare.packing import domain_rules
 from ropewalk.data.prepare.sources import Source, read_units, write_units
 from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, open_saved, train_tokenizer
 from ropewalk.data.store.hashing import files_signature, stable_key
 from ropewalk.data.store.manifest import TOKENIZER
-from ropewalk.data.store.tokenizer_files import copy_plain, describe_tokenizer, is_plain
+from ropewalk.data.store.tokenizer_files import check_carries, copy_plain, describe_tokenizer, is_plain
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
 PLAN = "plan-2.json"  # plan.json was of another form: what was under way is begun again
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
+SAMPLE_SHARDS, SAMPLE_CHARACTERS = 16, 10_000  # whose tokens are decoded and compared
 PREFERRED_TOKENS = 65_536  # longer documents are taken last: training needs them most
 BYTES_PER_TOKEN = 4  # for guessing which documents are long enough; counted afterwards
 
@@ -135,6 +137,7 @@ def make_plan(
     if directory is not None and is_plain(directory):
         copy_plain(directory, output / TOKENIZER)
         settings = output / TOKENIZER, corpus.engine, directory, corpus.bos, corpus.eos
+        open_encoder(*settings).mark(output / TOKENIZER)
         warm_up(open_encoder, *settings)
         encoder, heldout = choose_heldout(documents, corpus, lambda excluded: open_encoder(*settings).unchecked())
     else:
@@ -142,7 +145,9 @@ def make_plan(
         encoder, heldout = choose_heldout(documents, corpus, make_encoder)
         encoder.save(output / TOKENIZER)
     tokenizer = describe_tokenizer(output / TOKENIZER)
-    report(f"tokenizer: {tokenizer['vocab_size']:,} entries")
+    begin = "begin with BOS" if len(encoder.head) else "begin without BOS"
+    report(f"tokenizer: {tokenizer['vocab_size']:,} entries; documents {begin}")
+    check_carries(encoder.tokenizer.backend_tokenizer, _texts(shards), f"corpus.tokenizer={corpus.tokenizer}")
     kept_out = [documents[index] for index in heldout]
     if heldout:
         counts = [len(tokens) for tokens in heldout.values()]
@@ -161,6 +166,13 @@ def make_plan(
     )
     open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
     plan.save()
+
+
+def _texts(shards: Shards) -> Iterator[str]:
+    """The beginning of the first document of some shards on this machine."""
+    for _, units in shards[:: max(1, len(shards) // SAMPLE_SHARDS)]:
+        if units[0].dataset is None and (document := next(read_documents(units[0], Counter()), None)) is not None:
+            yield (document.text or "".join(message["content"] for message in document.messages))[:SAMPLE_CHARACTERS]
 
 
 def _described(source: Source, corpus: CorpusConfig) -> dict[str, Any]:
@@ -267,14 +279,14 @@ def write_heldout(directory: Path, documents: Sequence[Document], tokens: Sequen
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool) -> DocumentEncoder:
+def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: str, eos: bool) -> DocumentEncoder:
     """See tokenizer.open_saved; opened once a process, as that can take seconds."""
     return _encoder(files_signature(directory), directory, engine, ranks, bos, eos)
 
 
 @cache
 def _encoder(
-    signature: object, directory: Path, engine: str, ranks: Path | None, bos: bool, eos: bool
+    signature: object, directory: Path, engine: str, ranks: Path | None, bos: str, eos: bool
 ) -> DocumentEncoder:
     return open_saved(directory, engine, ranks, bos, eos)
 

@@ -36,7 +36,8 @@ from ropewalk.data.prepare.tokenizer import DocumentEncoder, encoded_documents
 from ropewalk.data.store.describe import fill
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.writer import PartWriter, clear_records, commit_store, copy_tokenizer
+from ropewalk.data.store.tokenizer_files import copy_tokenizer
+from ropewalk.data.store.writer import PartWriter, clear_records, commit_store
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, write_atomically
 

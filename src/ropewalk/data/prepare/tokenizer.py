@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from ropewalk.data.prepare.corpus import Document
 from ropewalk.data.prepare.engines import BOS, EOS, PROBE, CheckedEngine, open_engine, reference_of
 from ropewalk.data.store.hashing import files_signature
-from ropewalk.data.store.tokenizer_files import saved_backend, token_text
+from ropewalk.data.store.tokenizer_files import (
+    LOST_OF_SENTENCE,
+    SENTENCE,
+    adds_bos,
+    bos_mode,
+    check_carries,
+    open_tokenizer,
+    saved_backend,
+    set_bos,
+    token_text,
+)
 from ropewalk.errors import UserError
 
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
@@ -51,7 +61,7 @@ class DocumentEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, engine: str = "auto", directory: Path | None = None, bos: bool = True, eos: bool = True
+        self, tokenizer: Any, engine: str = "auto", directory: Path | None = None, bos: str = "auto", eos: bool = True
     ) -> None:
         """Wrap ``tokenizer``, a transformers fast tokenizer.
 
@@ -59,11 +69,12 @@ class DocumentEncoder:
             tokenizer: taken over: its backend encodes special tokens as text from now on.
             engine: see engines.open_engine.
             directory: of the tokenizer, where it is one.
-            bos: begin documents with BOS, where the tokenizer has one.
+            bos: begin documents with BOS: auto (where the tokenizer's own encode does), always or never.
             eos: end them with EOS, where the tokenizer has one.
 
         Raises:
-            UserError: for a slow tokenizer, one with neither a BOS nor an EOS token, or an engine that cannot be used.
+            UserError: for a slow tokenizer, one with nothing that separates documents, no BOS with bos=always, or an
+                engine that cannot be used.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
@@ -74,7 +85,16 @@ class DocumentEncoder:
         self.tokenizer = tokenizer
         backend = tokenizer.backend_tokenizer
         self.engine = open_engine(engine, TokenizersEngine(backend), backend, directory)
-        ids = tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id if eos else None
+        mode = bos_mode(bos)
+        begins = mode == "always" or (mode == "auto" and adds_bos(tokenizer))
+        if begins and tokenizer.bos_token_id is None:
+            raise UserError(f"corpus.bos=always, but {tokenizer.name_or_path} has no BOS token; set corpus.bos=auto")
+        if mode == "auto" and eos and not begins and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{tokenizer.name_or_path} has no EOS token and puts no BOS before a text, so nothing separates "
+                "documents; set corpus.bos=always"
+            )
+        ids = tokenizer.bos_token_id if begins else None, tokenizer.eos_token_id if eos else None
         self.head, self.tail = (np.array([] if id_ is None else [id_], dtype=np.uint32) for id_ in ids)
         self._cuts_at_lines = self._tokens_end_at_lines()
 
@@ -124,8 +144,14 @@ class DocumentEncoder:
         return plain
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer so that AutoTokenizer loads it."""
+        """Write the tokenizer so that AutoTokenizer loads it, and its own encode begins as these documents do."""
         self.tokenizer.save_pretrained(directory)
+        self.mark(directory)
+
+    def mark(self, directory: Path) -> None:
+        """Have the tokenizer in ``directory``, a copy of this one, put BOS before a text if documents begin with it."""
+        if adds_bos(self.tokenizer) != bool(len(self.head)):
+            set_bos(directory, bool(len(self.head)))
 
     def _wrapped(self, parts: Iterable[Any]) -> NDArray[np.uint32]:
         pieces = [self.head, *parts, self.tail]
@@ -206,27 +232,13 @@ def _framed(encoder: DocumentEncoder, tokens: Any, begins: bool, ends: bool) -> 
     return np.concatenate([encoder.head if begins else tokens[:0], tokens, encoder.tail if ends else tokens[:0]])
 
 
-def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool = True) -> DocumentEncoder:
-    """Open the tokenizer of a Hugging Face directory or hub id.
-
-    Args:
-        name: directory or hub id.
-        engine: see engines.open_engine.
-        bos: begin documents with BOS.
-        eos: end them with EOS.
+def load_tokenizer(name: str, engine: str = "auto", bos: str = "auto", eos: bool = True) -> DocumentEncoder:
+    """The encoder of a Hugging Face directory or hub id; see DocumentEncoder.
 
     Raises:
-        UserError: where there is none, or documents cannot be separated with it.
+        UserError: see open_tokenizer and DocumentEncoder.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"corpus.tokenizer={name} cannot be opened: {reason}; name a tokenizer directory or a hub id"
-        ) from error
+    tokenizer = open_tokenizer(name, "corpus.tokenizer")
     return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
 
 
@@ -241,17 +253,20 @@ class SavedTokenizer:
     is_fast: bool = True
 
 
-def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = True, eos: bool = True) -> DocumentEncoder:
+def open_saved(
+    directory: Path, engine: str, ranks: Path | None, bos: str = "auto", eos: bool = True
+) -> DocumentEncoder:
     """Open a tokenizer that save_pretrained() wrote, or any plain one.
 
     Args:
         directory: that it was written to.
         engine: see engines.open_engine.
         ranks: directory of its tokenizer.model, where there is one.
-        bos: begin documents with BOS.
-        eos: end them with EOS.
+        bos: see DocumentEncoder.
+        eos: end documents with EOS.
     """
     backend = saved_backend(files_signature(directory), directory)
+    check_carries(backend, [SENTENCE], str(directory), LOST_OF_SENTENCE)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     names = [token_text(config.get(name)) for name in ("bos_token", "eos_token")]
     bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)

@@ -32,7 +32,7 @@ from ropewalk.data.store.manifest import (
     token_dtype,
 )
 from ropewalk.data.store.reader import PackedSequence, PackedStore, sequence_check
-from ropewalk.data.store.tokenizer_files import describe_tokenizer
+from ropewalk.data.store.tokenizer_files import copy_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
@@ -354,18 +354,6 @@ def _parts(writer: PartWriter, sequences: Iterator[PackedSequence], per_part: in
         if following is None:
             return
         yield writer.write(number, chain([following], islice(sequences, per_part - 1)))
-
-
-def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
-    """Copy a tokenizer's files into a store and describe it; see describe_tokenizer."""
-    description = describe_tokenizer(source)
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir()
-    for path in sorted(path for path in source.iterdir() if path.is_file()):
-        fsync_path(Path(shutil.copyfile(path, target / path.name)))
-    fsync_path(target)
-    return description
 
 
 def _check_accounting(name: str, accounting: Accounting, packed: int) -> None:
