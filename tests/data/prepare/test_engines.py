@@ -212,7 +212,7 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     """The whole shard, so that the bytes do not depend on when the difference was met."""
     from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare import plan
+    from ropewalk.data.prepare import prepare_plan
     from ropewalk.data.prepare.pipeline import prepare
 
     lines = []
@@ -226,7 +226,7 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 1)
     encoder = load_tokenizer(str(fixture_tokenizer))
     encoder.engine = CheckedEngine(Wrong(right, b"the"), right)
-    monkeypatch.setattr(plan, "open_encoder", lambda *settings: encoder)
+    monkeypatch.setattr(prepare_plan, "open_encoder", lambda *settings: encoder)
     assert made("checked").fingerprint == expected.fingerprint
     said = capsys.readouterr().err
     assert re.search(r"warning: shard \d+: wrong differs from tokenizers at token", said)
@@ -241,7 +241,7 @@ def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp
     """
     from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare import plan
+    from ropewalk.data.prepare import prepare_plan
     from ropewalk.data.prepare.pipeline import prepare
 
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 2**65)
@@ -261,7 +261,7 @@ def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp
     expected = PackedStore(made("right"))
     encoder = load_tokenizer(str(fixture_tokenizer))
     encoder.engine = CheckedEngine(Wrong(right, b"fault"), right)
-    monkeypatch.setattr(plan, "open_encoder", lambda *settings: encoder)
+    monkeypatch.setattr(prepare_plan, "open_encoder", lambda *settings: encoder)
     lines.clear()
     assert PackedStore(made("checked")).fingerprint == expected.fingerprint
     assert "wrong differed on a shard: what it tokenized is done again without it" in lines

@@ -3,7 +3,7 @@ import pytest
 
 from ropewalk.config.data import CorpusConfig
 from ropewalk.data.prepare.corpus import Document
-from ropewalk.data.prepare.plan import choose_heldout
+from ropewalk.data.prepare.prepare_plan import choose_heldout
 
 
 class Words:

@@ -57,7 +57,7 @@ def got_on(kind: str, before: int | None, now: int | None) -> bool:
 
 
 def _finished_tasks(output: Path, stage: str, shard: int, n_shards: int) -> int:
-    from ropewalk.data.prepare.plan import Plan
+    from ropewalk.data.prepare.prepare_plan import Plan
     from ropewalk.data.prepare.stages import Pack, Tokenize
 
     try:

@@ -20,7 +20,15 @@ from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.datatrove import run_stages
 from ropewalk.data.prepare.engines import ENGINES
 from ropewalk.data.prepare.packing import domain_rules
-from ropewalk.data.prepare.plan import PLAN, Plan, Report, local_tokenizer, make_plan, open_encoder, work_directory
+from ropewalk.data.prepare.prepare_plan import (
+    PLAN,
+    Plan,
+    Report,
+    local_tokenizer,
+    make_plan,
+    open_encoder,
+    work_directory,
+)
 from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
 from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, finish, in_words
 from ropewalk.data.store.describe import domain_table

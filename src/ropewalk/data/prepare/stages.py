@@ -21,7 +21,7 @@ from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.corpus import Document, read_documents, sample_documents
 from ropewalk.data.prepare.engines import CheckedEngine, FastPathError
 from ropewalk.data.prepare.packing import RETRIEVAL, DomainDocuments, pack_domains
-from ropewalk.data.prepare.plan import Plan, Report, open_encoders
+from ropewalk.data.prepare.prepare_plan import Plan, Report, open_encoders
 from ropewalk.data.prepare.retrieval import retrieval_documents
 from ropewalk.data.prepare.token_files import (
     FlatDocuments,
