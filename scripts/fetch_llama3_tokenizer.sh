@@ -15,4 +15,11 @@ trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$directory"
 cp "$scratch/wheel/llama_models/llama3/tokenizer.model" "$directory/"
 cp "$scratch"/wheel/llama_models-*.dist-info/licenses/LICENSE "$directory/LICENSE"
-"$python" -m ropewalk.data.prepare.llama3 "$directory"
+"$python" - "$directory" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from ropewalk.data.prepare.engines import convert_llama3
+
+convert_llama3(Path(sys.argv[1]))
+PYTHON

@@ -46,7 +46,7 @@ class CorpusConfig:
     domains: dict[str, DomainConfig] = field(default_factory=dict)  # of sources; a domain without an entry is short
     tokenizer: str | None = None  # Hugging Face tokenizer directory or hub id; null: train a BPE on the corpus
     engine: str = "auto"  # tokenizers, tiktoken, gigatoken (checked); auto: tiktoken for Llama 3's, else tokenizers
-    bos: bool = True  # begin each document with BOS, where the tokenizer has one
+    bos: str = "auto"  # begin each document with BOS: auto (where the tokenizer's own encode does), always, never
     eos: bool = True  # end each document with EOS, where the tokenizer has one
     chat_template: str | None = None  # Jinja file; null: the tokenizer's own
     chat_date: str | None = None  # YYYY-MM-DD that a template gets which asks for the date; must be given then

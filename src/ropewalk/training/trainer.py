@@ -15,7 +15,7 @@ import torch
 from ropewalk.config.rules import instant
 from ropewalk.config.train import TrainConfig, TrainerConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.order.prefetch import prefetched
+from ropewalk.data.order.batches import prefetched
 from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.launch import EXIT_REQUEUE

@@ -12,7 +12,7 @@ from helpers import composed
 from ropewalk.data import PackedStore, open_mds
 from ropewalk.data.mds.convert import convert, packed_sequence
 from ropewalk.data.mds.mds_writer import write_mds
-from ropewalk.data.store.part_writer import PartWriter
+from ropewalk.data.store.writer import PartWriter
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "mds"
 LENGTH = 64

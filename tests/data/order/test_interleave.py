@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ropewalk.data.order.interleave import Slots, apportioned
+from ropewalk.data.order.mixture import Slots, apportioned
 
 PROLONG = [Fraction(n, 100) for n in (30, 30, 10, 10, 4, 4, 3, 3, 3, 3)]
 

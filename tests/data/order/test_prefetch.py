@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ropewalk.data.order.prefetch import prefetched
+from ropewalk.data.order.batches import prefetched
 
 
 def threads() -> list[threading.Thread]:
@@ -66,13 +66,13 @@ def test_a_depth_of_none_is_refused_at_once():
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise SystemExit(3)", 3), ("raise KeyboardInterrupt", -2)])
 def test_the_process_ends_quietly_in_the_middle(ending, code):
     script = (
-        "import time\nfrom ropewalk.data.order.prefetch import prefetched\n"
+        "import time\nfrom ropewalk.data.order.batches import prefetched\n"
         "results = prefetched(lambda n: time.sleep(0.01) or n, range(10**9))\n"
         f"next(results)\n{ending}\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == code
     assert "Thread" not in done.stderr
-    assert "prefetch" not in done.stderr.replace("ropewalk.data.order.prefetch", "")
+    assert "prefetch" not in done.stderr.replace("ropewalk.data.order.batches", "")
     if code != -2:
         assert done.stderr == ""

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.config.data import DomainConfig
-from ropewalk.data.prepare.domains import DomainDocuments, pack_domains
-from ropewalk.data.prepare.packing import chunk
+from ropewalk.data.prepare.packing import DomainDocuments, chunk, pack_domains
 from ropewalk.data.prepare.token_files import FlatDocuments
 
 LENGTHS = st.lists(st.integers(1, 70), max_size=15)

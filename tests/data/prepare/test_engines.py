@@ -13,14 +13,12 @@ from ropewalk.data.prepare.corpus import Document
 from ropewalk.data.prepare.engines import (
     CheckedEngine,
     FastPathError,
-    TokenizersEngine,
+    convert_llama3,
     has_ranks,
     open_engine,
     read_ranks,
 )
-from ropewalk.data.prepare.llama3 import convert
-from ropewalk.data.prepare.stages import encoded_documents
-from ropewalk.data.prepare.tokenizer import load_tokenizer, open_saved
+from ropewalk.data.prepare.tokenizer import TokenizersEngine, encoded_documents, load_tokenizer, open_saved
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -68,7 +66,7 @@ def test_llama3s_file_becomes_a_tokenizer(llama3, texts, tmp_path):
     from transformers import AutoTokenizer
 
     shutil.copy(llama3 / "tokenizer.model", tmp_path)
-    convert(tmp_path)
+    convert_llama3(tmp_path)
     same(load_tokenizer(str(tmp_path), "tokenizers").engine.encode_batch(texts),
          load_tokenizer(str(llama3), "tokenizers").engine.encode_batch(texts))  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -80,7 +78,7 @@ def test_llama3s_file_becomes_a_tokenizer(llama3, texts, tmp_path):
     assert tokenizer("Hi<|eot_id|>").input_ids[0] == first
     assert tokenizer("Hi<|eot_id|>").input_ids[-1] == first + 9
     with pytest.raises(ValueError, match=r"has no tokenizer.model of tiktoken's form; fetch it"):
-        convert(tmp_path / "elsewhere")
+        convert_llama3(tmp_path / "elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +127,7 @@ def test_ranks_of_another_tokenizer_are_refused(llama3, tmp_path):
 def test_engines_that_cannot_be_used_are_named(fixture_tokenizer, tmp_path):
     backend = load_tokenizer(str(fixture_tokenizer)).tokenizer.backend_tokenizer
     with pytest.raises(ValueError, match=r"engine=tiktoken needs a directory with tokenizer.model"):
-        open_engine("tiktoken", backend, fixture_tokenizer)
+        open_engine("tiktoken", TokenizersEngine(backend), backend, fixture_tokenizer)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")  # a sentencepiece model, as Llama 2's
     assert not has_ranks(tmp_path)
 
@@ -214,7 +212,7 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     """The whole shard, so that the bytes do not depend on when the difference was met."""
     from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare import stages
+    from ropewalk.data.prepare import prepare_plan
     from ropewalk.data.prepare.pipeline import prepare
 
     lines = []
@@ -228,7 +226,7 @@ def test_a_shard_that_differs_is_done_again_with_the_reference(
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 1)
     encoder = load_tokenizer(str(fixture_tokenizer))
     encoder.engine = CheckedEngine(Wrong(right, b"the"), right)
-    monkeypatch.setattr(stages, "open_encoder", lambda *settings: encoder)
+    monkeypatch.setattr(prepare_plan, "open_encoder", lambda *settings: encoder)
     assert made("checked").fingerprint == expected.fingerprint
     said = capsys.readouterr().err
     assert re.search(r"warning: shard \d+: wrong differs from tokenizers at token", said)
@@ -243,7 +241,7 @@ def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp
     """
     from ropewalk.config.data import CorpusConfig, PrepareConfig
     from ropewalk.data import PackedStore
-    from ropewalk.data.prepare import stages
+    from ropewalk.data.prepare import prepare_plan
     from ropewalk.data.prepare.pipeline import prepare
 
     monkeypatch.setattr(module, "CHECKED_ONE_IN", 2**65)
@@ -263,7 +261,7 @@ def test_a_difference_in_the_last_shard_undoes_the_others(fixture_tokenizer, tmp
     expected = PackedStore(made("right"))
     encoder = load_tokenizer(str(fixture_tokenizer))
     encoder.engine = CheckedEngine(Wrong(right, b"fault"), right)
-    monkeypatch.setattr(stages, "open_encoder", lambda *settings: encoder)
+    monkeypatch.setattr(prepare_plan, "open_encoder", lambda *settings: encoder)
     lines.clear()
     assert PackedStore(made("checked")).fingerprint == expected.fingerprint
     assert "wrong differed on a shard: what it tokenized is done again without it" in lines

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from ropewalk.config.data import CorpusConfig
 from ropewalk.data.prepare.corpus import Document
-from ropewalk.data.prepare.heldout import choose_heldout
+from ropewalk.data.prepare.prepare_plan import choose_heldout
 
 
 class Words:
@@ -26,7 +27,9 @@ def choose(documents, count, length):
         made.append(Words(excluded))
         return made[-1]
 
-    encoder, chosen = choose_heldout(documents, count, length, make)
+    encoder, chosen = choose_heldout(
+        documents, CorpusConfig(name="c", heldout_documents=count, heldout_length=length), make
+    )
     assert encoder is made[-1]
     return made, chosen
 

@@ -2,11 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.data.prepare import packing
-from ropewalk.data.prepare.best_fit import best_fit
 from ropewalk.data.prepare.packing import cut, pack, packed_sequences, whole_sequences
 
 lengths_and_capacity = st.integers(1, 40).flatmap(
@@ -26,11 +25,9 @@ def brute_force_rooms(lengths: list[int], capacity: int) -> list[int]:
     return sorted(rooms)
 
 
-@pytest.mark.parametrize("few", [0, packing.FEW_PIECES], ids=["numba", "python"])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None)
 @given(case=lengths_and_capacity)
-def test_pack_is_best_fit_decreasing(monkeypatch, few, case):
-    monkeypatch.setattr(packing, "FEW_PIECES", few)
+def test_pack_is_best_fit_decreasing(case):
     lengths, capacity = case
     bins = pack(np.array(lengths), capacity, "test")
     contents = [bins.order[a:b] for a, b in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)]
@@ -40,15 +37,25 @@ def test_pack_is_best_fit_decreasing(monkeypatch, few, case):
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths_and_capacity)
-def test_few_pieces_are_packed_as_many_are(case):
-    """numba's form and Python's put every piece into the same bin."""
-    lengths, capacity = np.sort(np.array(case[0]))[::-1].copy(), case[1]
-    assert len(lengths) < packing.FEW_PIECES
-    compiled, number = best_fit(lengths, capacity)
-    plain, same = packing._best_fit(lengths, capacity)
-    assert number == same
-    assert compiled.tolist() == plain.tolist()
+@given(case=lengths_and_capacity)
+def test_of_equal_bins_the_one_that_came_to_its_space_last_is_taken(case):
+    """The bytes of stores depend on it."""
+    lengths, capacity = np.sort(np.array(case[0]))[::-1], case[1]
+    bins: list[tuple[int, int]] = []  # space left, when it came to that
+    expected = []
+    for number, length in enumerate(lengths.tolist()):
+        fitting = [(space, -since) for space, since in bins if space >= length]
+        if fitting:
+            space, since = min(fitting)
+            chosen = bins.index((space, -since))
+            bins[chosen] = (space - length, number)
+        else:
+            chosen = len(bins)
+            bins.append((capacity - length, number))
+        expected.append(chosen)
+    bin_of, count = packing._best_fit(lengths, capacity)
+    assert bin_of.tolist() == expected
+    assert count == len(bins)
 
 
 def test_pack_of_a_case_by_hand():

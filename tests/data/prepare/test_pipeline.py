@@ -9,11 +9,10 @@ from helpers import documents_of
 
 from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.prepare.pipeline import prepare
-from ropewalk.data.prepare.pool import Processes
+from ropewalk.data.prepare.pipeline import Processes, prepare
 from ropewalk.data.prepare.token_files import TokenFileWriter
 from ropewalk.data.prepare.tokenizer import load_tokenizer
-from ropewalk.data.store.part_writer import PartWriter
+from ropewalk.data.store.writer import PartWriter
 
 TOKENIZER = Path(__file__).parents[2] / "fixtures/tokenizer"
 
@@ -244,7 +243,7 @@ def test_a_finish_that_is_killed_is_finished_by_the_next(fixture_tokenizer, tmp_
         run(tmp_path / "o", stage)
     packed = set(contents(tmp_path / "o/packed-128"))
     with monkeypatch.context() as patch:
-        patch.setattr(f"ropewalk.data.prepare.finish.{place}", killed)
+        patch.setattr(f"ropewalk.data.prepare.stages.{place}", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "o", "finish")
     run(tmp_path / "o", "finish")

@@ -18,7 +18,7 @@ def encoder(fixture_tokenizer):
 
 
 def test_training_again_gives_the_committed_tokenizer(fixture_corpus, fixture_tokenizer, tmp_path):
-    from ropewalk.data.prepare.pipeline import _make_encoder
+    from ropewalk.data.prepare.prepare_plan import _make_encoder
 
     documents, _ = documents_of(CorpusConfig(paths=[str(fixture_corpus)]))
     for name in ("1", "2"):

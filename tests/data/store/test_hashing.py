@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from ropewalk.data.store.hashing import permutation, splitmix64, stable_key, stable_unit
+from ropewalk.data.store.hashing import permutation, splitmix64, stable_key
 
 
 def test_splitmix64_gives_the_published_values():
@@ -53,10 +53,3 @@ def test_permutations_of_other_keys_are_unrelated():
     """Random permutations agree in one place on average; six or more has a chance of about 1 in 1,700."""
     agree = np.count_nonzero(permutation(1000, "x", 0) == permutation(1000, "x", 1))
     assert agree < 6
-
-
-def test_stable_unit_is_inside_the_open_interval_and_spread():
-    values = np.array([stable_unit("u", n) for n in range(2000)])
-    assert values.min() > 0
-    assert values.max() < 1
-    assert abs(values.mean() - 0.5) < 4 / np.sqrt(12 * 2000)

@@ -166,7 +166,7 @@ def test_stores_of_version_1_are_read(root):
 
 def test_larger_vocabularies_take_32_bits(tmp_path, fixture_tokenizer):
     from ropewalk.data.store.manifest import token_dtype
-    from ropewalk.data.store.part_writer import PartWriter
+    from ropewalk.data.store.writer import PartWriter
 
     assert [token_dtype(size).str for size in (512, 65536, 65537, 128256)] == ["<u2", "<u2", "<u4", "<u4"]
     part = PartWriter(tmp_path, "a", 4, 65537).write(0, [sequence([1, 2, 3, 65536], [4])])

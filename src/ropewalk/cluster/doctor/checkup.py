@@ -225,9 +225,10 @@ def check_suite(config: EvaluateConfig) -> Iterator[Finding]:
 
 def check_sources(config: PrepareConfig) -> Iterator[Finding]:
     """Every source and the tokenizer can be opened; of the later stages, the plan and the tokenizer beside it."""
-    from ropewalk.data.prepare.pipeline import PREPARED, validate_prepare
+    from ropewalk.data.prepare.pipeline import validate_prepare
+    from ropewalk.data.prepare.prepare_plan import Plan, open_encoders
     from ropewalk.data.prepare.sources import corpus_sources
-    from ropewalk.data.prepare.stages import Plan, open_encoders
+    from ropewalk.data.prepare.stages import PREPARED
     from ropewalk.data.prepare.tokenizer import load_tokenizer
 
     validate_prepare(config)

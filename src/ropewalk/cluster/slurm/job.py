@@ -225,7 +225,8 @@ def got_on(kind: str, earlier: int | None, now: int | None) -> bool:
 
 
 def _finished_tasks(output: Path, stage: str, shard: int, n_shards: int) -> int:
-    from ropewalk.data.prepare.stages import Pack, Plan, Tokenize
+    from ropewalk.data.prepare.prepare_plan import Plan
+    from ropewalk.data.prepare.stages import Pack, Tokenize
 
     try:
         plan = Plan.load(output)

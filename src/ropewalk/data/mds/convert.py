@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from ropewalk.config.data import ConvertConfig
 from ropewalk.config.rules import one_of
 from ropewalk.data.mds.mds_reader import INDEX, MdsDataset, MdsShard, open_mds
 from ropewalk.data.mds.mds_writer import write_mds
-from ropewalk.data.prepare.pool import Processes
-from ropewalk.data.prepare.tokenizer import load_tokenizer
+from ropewalk.data.prepare.pipeline import Processes
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
-from ropewalk.data.store.part_writer import Part, PartWriter, clear_records
 from ropewalk.data.store.reader import PackedSequence, PackedStore
-from ropewalk.data.store.writer import Accounting, commit_store, copy_tokenizer
+from ropewalk.data.store.tokenizer_files import copy_tokenizer, open_tokenizer
+from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
@@ -57,26 +57,16 @@ def to_packed(config: ConvertConfig) -> Path:
         return root
     tokenizer = _save_tokenizer(root, config.tokenizer)
     writers = {name: PartWriter(root, name, config.sequence_length, tokenizer["vocab_size"]) for name in sources}
-    parts: dict[tuple[str, int], Part] = {}
-    todo = []
-    for name, dataset in sources.items():
-        for number in range(len(dataset.shards)):
-            done = writers[name].finished(number)
-            if done is None:
-                todo.append((writers[name], dataset.shards[number], number))
-            else:
-                parts[name, number] = done
-    print(f"{root}: {len(todo)} shards to convert, {len(parts)} finished before", flush=True)
+    shards = [(writers[name], *entry) for name, dataset in sources.items() for entry in enumerate(dataset.shards)]
+    todo = [(writer, number, shard) for writer, number, shard in shards if writer.finished(number) is None]
+    print(f"{root}: {len(todo)} shards to convert, {len(shards) - len(todo)} finished before", flush=True)
     with Processes(config.workers) as processes:
-        for count, (place, part) in enumerate(processes.each(_convert_shard, todo), start=1):
-            writer, _, number = todo[place]
-            parts[writer.domain, number] = part
+        for count, (index, _) in enumerate(processes.each(_convert_shard, todo), start=1):
+            writer, number, _ = todo[index]
             print(f"{writer.domain}, shard {number}: {count} of {len(todo)}", flush=True)
-    domains = {
-        name: writer.assemble([parts[name, number] for number in range(len(sources[name].shards))])
-        for name, writer in writers.items()
-    }
-    accounts = {name: Accounting(info.tokens) for name, info in domains.items()}
+    assembled = {name: writer.assemble_recorded(len(sources[name].shards)) for name, writer in writers.items()}
+    domains = {name: domain for name, (domain, _) in assembled.items()}
+    accounts = {name: account for name, (_, account) in assembled.items()}
     store = commit_store(root, config.sequence_length, tokenizer, domains, accounts)
     _clear(root, sources)
     for name, info in store.domains.items():
@@ -211,27 +201,24 @@ def _save_tokenizer(root: Path, name: str) -> dict[str, Any]:
     if Path(name).is_dir():
         return copy_tokenizer(Path(name), root / TOKENIZER)
     scratch = root / "hub-tokenizer"
-    load_tokenizer(name).save(scratch)
+    open_tokenizer(name).save_pretrained(scratch)
     description = copy_tokenizer(scratch, root / TOKENIZER)
-    for path in scratch.iterdir():
-        path.unlink()
-    scratch.rmdir()
+    shutil.rmtree(scratch)
     return description
 
 
-def _convert_shard(writer: PartWriter, shard: MdsShard, number: int) -> Part:
+def _convert_shard(writer: PartWriter, number: int, shard: MdsShard) -> None:
     data = shard.load()
 
     def sequences() -> Iterator[PackedSequence]:
-        for place in range(shard.samples):
+        for index in range(shard.samples):
             try:
-                yield packed_sequence(shard.sample(data, place), writer.sequence_length)
+                yield packed_sequence(shard.sample(data, index), writer.sequence_length)
             except ValueError as error:
-                raise UserError(f"sample {place} of {shard.directory / shard.raw_data.basename}: {error}") from error
+                raise UserError(f"sample {index} of {shard.directory / shard.raw_data.basename}: {error}") from error
 
     try:
         part = writer.write(number, sequences())
     except ValueError as error:
         raise UserError(f"sources.{writer.domain}: {error}") from error
-    writer.record(number, part)
-    return part
+    writer.record(number, part, Accounting(part.tokens))

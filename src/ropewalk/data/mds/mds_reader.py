@@ -70,8 +70,8 @@ class MdsDataset(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number, shard in enumerate(self.shards):
             data = self._data(number)
-            for place in range(shard.samples):
-                yield shard.sample(data, place)
+            for index in range(shard.samples):
+                yield shard.sample(data, index)
 
     def _data(self, number: int) -> memoryview:
         if number in self._open:
@@ -137,16 +137,16 @@ class MdsShard:
             raise UserError(f"{self._path(self.raw_data)} is torn: its sample offsets do not end at its size")
         return data
 
-    def sample(self, data: memoryview, place: int) -> dict[str, Any]:
+    def sample(self, data: memoryview, index: int) -> dict[str, Any]:
         """Sample ``place`` of the shard whose bytes are ``data``."""
-        begin, end = np.frombuffer(data, "<u4", 2, 4 * (1 + place)).tolist()
+        begin, end = np.frombuffer(data, "<u4", 2, 4 * (1 + index)).tolist()
         sizes = list(self.column_sizes)
         for column, size in enumerate(sizes):
             if not size:
                 sizes[column] = int.from_bytes(data[begin : begin + 4], "little")
                 begin += 4
         if begin + sum(size or 0 for size in sizes) != end:
-            raise UserError(f"sample {place} of {self._path(self.raw_data)} does not hold its columns; it is corrupt")
+            raise UserError(f"sample {index} of {self._path(self.raw_data)} does not hold its columns; it is corrupt")
         values = {}
         for name, decode, size in zip(self.column_names, self._decoders, sizes, strict=True):
             values[name] = decode(data[begin : begin + (size or 0)])
@@ -200,7 +200,7 @@ def open_mds(path: str | Path, *, verify: bool = True, decompressed_shards: int 
     root = Path(path)
     file = root / INDEX
     if not file.is_file():
-        below = sorted(str(found.parent.relative_to(root)) for found in root.glob(f"*/{INDEX}"))
+        below = sorted(str(subset.parent.relative_to(root)) for subset in root.glob(f"*/{INDEX}"))
         fix = f"open one of: {', '.join(below)}" if below else "name the directory that holds it"
         raise UserError(f"{root} has no {INDEX}, so it is not an MDS directory; {fix}")
     try:

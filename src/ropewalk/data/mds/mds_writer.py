@@ -35,8 +35,8 @@ def write_mds(directory: Path, samples: Iterable[Mapping[str, Any]]) -> None:
     encoded: list[bytes] = []
     columns = COLUMNS
     size = 0
-    for place, sample in enumerate(samples):
-        if place == 0 and "mask" in sample:
+    for number, sample in enumerate(samples):
+        if number == 0 and "mask" in sample:
             columns = MASKED_COLUMNS
         data = _encode(sample, columns)
         if encoded and size + len(data) + 4 > SHARD_BYTES:

@@ -1,10 +1,13 @@
-"""Micro batches as tensors: sequences flattened into one row, with every document's boundaries."""
+"""Micro batches as tensors: sequences flattened into one row, every document's boundaries kept; and read ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,21 +16,14 @@ from torch import Tensor
 
 from ropewalk.data.order.balance import deal
 from ropewalk.data.order.mixture import Mixture, SequenceRef
-from ropewalk.data.store.reader import PackedSequence
+from ropewalk.data.store.reader import JoinedStore, PackedSequence, PackedStore
+from ropewalk.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 IGNORE_INDEX = -100
 PADDING = -1  # domain of the document that padding is
-
-
-class Reader(Protocol):
-    """A packed store or a joined one."""
-
-    @property
-    def domains(self) -> Mapping[str, object]:
-        """Domains by name; an id is a place among the sorted names."""
-
-    def read(self, domain: str, index: int, /) -> PackedSequence:
-        """One sequence."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,11 @@ def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | Non
     tokens, positions, labels = (np.empty(starts[-1], np.int64) for _ in range(3))
     bounds, domains = [np.zeros(1, np.int64)], []
     for number, sequence in enumerate(sequences):
-        here = slice(starts[number], starts[number + 1])
-        tokens[here] = sequence.tokens
-        _label(labels[here], tokens[here], sequence)
+        row = slice(starts[number], starts[number + 1])
+        tokens[row] = sequence.tokens
+        _label(labels[row], tokens[row], sequence)
         ends, padded = _ends(sequence)
-        _count(positions[here], ends)
+        _count(positions[row], ends)
         bounds.append(starts[number] + ends)
         domain = domain_ids[number] if domain_ids is not None else 0
         domains += [domain] * (len(ends) - padded) + [PADDING] * padded
@@ -111,11 +107,11 @@ def _count(positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
     np.cumsum(positions, out=positions)
 
 
-def read_batch(store: Reader, refs: Sequence[SequenceRef]) -> Batch:
+def read_batch(store: PackedStore | JoinedStore, refs: Sequence[SequenceRef]) -> Batch:
     """Read and collate ``refs``, the rows of each in order."""
-    places = {name: place for place, name in enumerate(sorted(store.domains))}
+    domain_ids_by_name = {name: domain_id for domain_id, name in enumerate(sorted(store.domains))}
     rows = [(ref.domain, row) for ref in refs for row in ref.rows]
-    return collate([store.read(*row) for row in rows], [places[domain] for domain, _ in rows])
+    return collate([store.read(*row) for row in rows], [domain_ids_by_name[domain] for domain, _ in rows])
 
 
 def rank_micro_batches(
@@ -143,3 +139,36 @@ def micro_batch_slots(
     refs = mixture.global_batch(step)
     costs = [sum(mixture.store.attention_cost(ref.domain, row) for row in ref.rows) for ref in refs]
     return [[[refs[i] for i in micro] for micro in slot] for slot in deal(costs, world_size, micro_batch_size)]
+
+
+def prefetched(load: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Generator[Result, None, None]:
+    """``load(item)`` for every item, in order, made up to ``depth`` items ahead of what has been taken.
+
+    One thread loads, one item after the other; at most ``depth`` results wait. An error of ``load`` is raised where
+    its result would have been taken, and nothing is loaded after it is seen. The thread is gone when the iterator is
+    exhausted, closed or dropped, at the latest when the process ends, which waits for the load in progress.
+
+    Args:
+        load: called in the thread.
+        items: consumed in the caller's thread.
+        depth: results ahead, 1 or more.
+
+    Raises:
+        UserError: for a depth below 1.
+    """
+    if depth < 1:
+        raise UserError(f"depth={depth} must be 1 or more; 2 keeps one result ready while another is loaded")
+    return _prefetched(load, iter(items), depth)
+
+
+def _prefetched(load: Callable[[Item], Result], items: Iterator[Item], depth: int) -> Generator[Result, None, None]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        ahead: deque[Future[Result]] = deque(pool.submit(load, item) for item in islice(items, depth))
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(pool.submit(load, item) for item in islice(items, 1))
+            yield result
+            del result  # the caller's to free while the next is loaded
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

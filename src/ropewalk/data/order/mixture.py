@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,11 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ropewalk.data.order.interleave import Slots
-from ropewalk.data.store.concat_store import JoinedStore
-from ropewalk.data.store.hashing import stable_key
-from ropewalk.data.store.reader import PackedStore
+from ropewalk.data.store.hashing import GAMMA, mixed, permutation, stable_key
+from ropewalk.data.store.reader import JoinedStore, PackedStore
 from ropewalk.errors import UserError
 
+PERIOD = 1024  # slots of a period, at most
 ORDER = 2  # version of the function below; a checkpoint of another one sees other data from here on
 
 
@@ -42,7 +42,7 @@ class _Segment:
 class Mixture:
     """Interleaves domains in fixed proportions. It holds no state but a cache: any step costs the same.
 
-    Every slot of the endless row of training sequences belongs to a domain (see :class:`Slots`). A domain of n rows
+    Every slot of the endless row of training sequences belongs to a domain (see Slots). A domain of n rows
     fills its slots from epochs, each a keyed permutation of all n rows, so every row comes once before any comes
     twice. Weights that change at declared steps begin a new row of slots; the domains go on where they were.
     """
@@ -152,16 +152,16 @@ class Mixture:
 
     def _drawn(self, segment: _Segment, slot: int) -> dict[str, int]:
         """Sequences drawn from each domain before ``slot`` of a segment, those of earlier segments included."""
-        here = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
-        return {name: segment.drawn.get(name, 0) + here.get(name, 0) for name in {**segment.drawn, **here}}
+        counts = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
+        return {name: segment.drawn.get(name, 0) + counts.get(name, 0) for name in {**segment.drawn, **counts}}
 
     def _rows(self, domains: Sequence[str], owners: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row that each draw of a domain is, rows being drawn one by one."""
         sizes = np.array([self._sizes[name] for name in domains])[owners]
         epochs, positions = np.divmod(draws, sizes)
-        shuffles, which = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
+        shuffles, shuffle_of_draw = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
         keys = [stable_key("order", self.seed, domains[d], epoch) for d, epoch in shuffles.T.tolist()]
-        return permuted(positions, sizes, np.array(keys, np.uint64)[which])
+        return permuted(positions, sizes, np.array(keys, np.uint64)[shuffle_of_draw])
 
 
 def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -199,9 +199,79 @@ def _normalised(store: JoinedStore, weights: Mapping[str, float]) -> dict[str, F
     return {name: given[name] / total for name in sorted(given) if given[name] > 0}
 
 
+class Slots:
+    """Slots in fixed shares.
+
+    A period holds an integer number of slots for each domain, shuffled by a key of its own. Where the shares have a
+    common denominator of at most 1,024, a period is a multiple of it and every period holds the same numbers; else
+    the numbers differ by one or so from period to period, such that the periods so far are always as near to the
+    shares as whole slots allow (the Webster apportionment).
+    """
+
+    def __init__(self, shares: Sequence[Fraction], *key: str | int) -> None:
+        """Fix the shares.
+
+        Args:
+            shares: positive, of each domain, in any unit.
+            key: what shuffles; a period's number is added to it.
+        """
+        scale = math.lcm(*(share.denominator for share in shares))
+        whole = [int(share * scale) for share in shares]
+        self._shares = tuple(number // math.gcd(*whole) for number in whole)
+        total = sum(self._shares)
+        self.period = PERIOD - PERIOD % total if total <= PERIOD else PERIOD
+        self._key = key
+        self._shuffled: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def before(self, slot: int) -> NDArray[np.int64]:
+        """Slots that each domain has among slots 0 .. slot - 1, int64 (domains,): full periods and a prefix."""
+        number, offset = divmod(slot, self.period)
+        counts = np.array(apportioned(self._shares, number * self.period), dtype=np.int64)
+        if offset:
+            counts += np.bincount(self._period(number)[:offset], minlength=len(counts))
+        return counts
+
+    def between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The domain of each of the slots start .. stop - 1, int64 (stop - start,)."""
+        first, last = start // self.period, (stop - 1) // self.period
+        slots = np.concatenate([self._period(number) for number in range(first, last + 1)])
+        return slots[start - first * self.period : stop - first * self.period]
+
+    def _period(self, number: int) -> NDArray[np.int64]:
+        cached = self._shuffled
+        if cached[0] == number:
+            return cached[1]
+        begin, end = (np.array(apportioned(self._shares, n * self.period)) for n in (number, number + 1))
+        ordered = np.repeat(np.arange(len(self._shares)), end - begin)
+        slots = ordered[permutation(self.period, *self._key, number)]
+        self._shuffled = number, slots
+        return slots
+
+
+def apportioned(shares: Sequence[int], slots: int) -> list[int]:
+    """The first ``slots`` slots divided by Webster's method (Sainte-Lague): slot k of a share s is due at (2k + 1) / s.
+
+    Work grows with the number of shares, not with ``slots``; no count falls as ``slots`` grows, none is further than
+    (1 + shares * its part of the whole) / 2 from exact, and all are exact at multiples of the sum of the shares.
+
+    Args:
+        shares: positive integers.
+        slots: to divide, 0 or more.
+    """
+    total = sum(shares)
+    # Rounded at a moment that lies before slot ``slots`` is due, so that these counts never exceed the true ones.
+    reached = max(0, slots - len(shares))
+    counts = [(2 * share * reached + total) // (2 * total) for share in shares] if reached else [0] * len(shares)
+    due = [(Fraction(2 * count + 1, share), d) for d, (count, share) in enumerate(zip(counts, shares, strict=True))]
+    heapq.heapify(due)
+    for _ in range(slots - sum(counts)):
+        d = due[0][1]
+        counts[d] += 1
+        heapq.heapreplace(due, (Fraction(2 * counts[d] + 1, shares[d]), d))
+    return counts
+
+
 ROUNDS = 64
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def permuted(positions: ArrayLike, counts: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
@@ -224,16 +294,9 @@ def permuted(positions: ArrayLike, counts: ArrayLike, keys: ArrayLike) -> NDArra
     count = np.asarray(counts, dtype=np.uint64)
     state = np.atleast_1d(np.asarray(keys, dtype=np.uint64))
     for _ in range(ROUNDS):
-        state = state + _GAMMA
-        partner = _mix(state) % count + count - x
+        state = state + GAMMA
+        partner = mixed(state) % count + count - x
         partner = np.where(partner >= count, partner - count, partner)
-        swaps = _mix(_mix(state ^ _GAMMA) + np.maximum(x, partner)) >> np.uint64(63) == 1
+        swaps = mixed(mixed(state ^ GAMMA) + np.maximum(x, partner)) >> np.uint64(63) == 1
         x = np.where(swaps, partner, x)
     return x.astype(np.int64)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser."""
-    z = (z ^ (z >> np.uint64(30))) * _FIRST
-    z = (z ^ (z >> np.uint64(27))) * _SECOND
-    return z ^ (z >> np.uint64(31))

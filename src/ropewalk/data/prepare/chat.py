@@ -88,17 +88,17 @@ class ChatEncoder:
     def _added(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         whole = self._render(messages)
         spans = []
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:place], prompt=True) if place else ""
-            after = self._render(messages[: place + 1])
-            if not after.startswith(before) or not whole.startswith(after):
+            prefix = self._render(messages[:index], prompt=True) if index else ""
+            turn = self._render(messages[: index + 1])
+            if not turn.startswith(prefix) or not whole.startswith(turn):
                 raise UserError(
                     "the chat template changes earlier messages when one follows, so what the assistant said cannot be "
                     "told apart; mark it with {% generation %} in a template of your own: corpus.chat_template=FILE"
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(prefix), len(turn)))
         return whole, spans
 
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:

@@ -282,7 +282,7 @@ def _dataset(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
 
     if unit.dataset is None:
         saved = datasets.load_from_disk(unit.root)
-        rows = (saved[place] for place in range(unit.start, unit.stop))
+        rows = (saved[index] for index in range(unit.start, unit.stop))
         first = unit.start
     else:
         subset, split, revision = unit.dataset
@@ -334,11 +334,11 @@ def sample_documents(units: Iterable[Unit]) -> list[Document]:
     chosen: list[tuple[int, int, int, Document]] = []  # a heap, the highest hash first
     size = 0
     skipped: Counter[str] = Counter()  # counted where the corpus is tokenized
-    place = 0
+    index = 0
     for unit in units:
         for document in read_documents(unit, skipped):
-            heapq.heappush(chosen, (-stable_key("sample", document.name), -place, document.bytes, document))
-            place += 1
+            heapq.heappush(chosen, (-stable_key("sample", document.name), -index, document.bytes, document))
+            index += 1
             size += document.bytes
             while size - chosen[0][2] >= SAMPLE_BYTES:
                 size -= heapq.heappop(chosen)[2]

@@ -15,8 +15,8 @@ from typing import Any
 
 from ropewalk.config.data import ExecutorConfig, GatherConfig
 from ropewalk.config.rules import one_of
-from ropewalk.data.prepare.finish import finish
-from ropewalk.data.prepare.stages import Pack, Plan, Tokenize
+from ropewalk.data.prepare.prepare_plan import Plan
+from ropewalk.data.prepare.stages import Pack, Tokenize, finish
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 

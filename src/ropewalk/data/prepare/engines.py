@@ -1,4 +1,4 @@
-"""Engines that turn bytes into tokens: Hugging Face tokenizers, tiktoken, and gigatoken checked against either."""
+"""Faster engines than Hugging Face's tokenizers: tiktoken, and gigatoken, checked against a reference."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from ropewalk.data.store.tokenizer_files import RANKS, has_ranks
 from ropewalk.errors import UserError
 
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
 ENGINES = ("auto", "tokenizers", "tiktoken", "gigatoken")
 CHECKED_ONE_IN = 1000  # documents that gigatoken's tokens are compared of
 LARGE_BYTES = 1_000_000  # of larger documents, a window is compared
@@ -38,22 +40,6 @@ class Engine(Protocol):
 
 class FastPathError(Exception):
     """gigatoken gave other tokens than its reference."""
-
-
-class TokenizersEngine:
-    """Hugging Face's tokenizers: every tokenizer.json."""
-
-    name = "tokenizers"
-
-    def __init__(self, backend: Any) -> None:
-        """Take a ``tokenizers.Tokenizer``; from now on it encodes special tokens as text."""
-        self._backend = backend
-        self._backend.encode_special_tokens = True
-
-    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
-        """See Engine."""
-        encodings = self._backend.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 class TiktokenEngine:
@@ -173,19 +159,20 @@ class CheckedEngine:
         (expected,) = self.reference.encode_batch([text])
         if not np.array_equal(tokens, expected):
             shared = min(len(tokens), len(expected))
-            place = int(np.argmin(np.append(tokens[:shared] == expected[:shared], False)))
+            position = int(np.argmin(np.append(tokens[:shared] == expected[:shared], False)))
             raise FastPathError(
-                f"{self.name} differs from {self.reference.name} at token {place} of a text of {len(text)} bytes that "
-                f"begins {text[:40]!r}: {tokens[place : place + 4].tolist()} is not "
-                f"{expected[place : place + 4].tolist()}"
+                f"{self.name} differs from {self.reference.name} at token {position} of a text of {len(text)} bytes, "
+                f"which begins {text[:40]!r}: {tokens[position : position + 4].tolist()} is not "
+                f"{expected[position : position + 4].tolist()}"
             )
 
 
-def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
+def open_engine(name: str, reference: Engine, backend: Any, directory: Path | None) -> Engine:
     """The engine that ``corpus.engine`` names, for one tokenizer.
 
     Args:
         name: one of ENGINES.
+        reference: what every engine must agree with: Hugging Face's tokenizers.
         backend: the ``tokenizers.Tokenizer``.
         directory: of the tokenizer, where it is one.
 
@@ -193,7 +180,6 @@ def open_engine(name: str, backend: Any, directory: Path | None) -> Engine:
         UserError: for an engine that is not installed, cannot take this tokenizer, or does not give the tokens of
             tokenizer.json on a short text.
     """
-    reference: Engine = TokenizersEngine(backend)
     if name == "tokenizers":
         return reference
     if directory is not None and has_ranks(directory):
@@ -242,3 +228,45 @@ def _window(texts: Sequence[bytes], start: int) -> Iterator[bytes]:
         if start < len(text) and start + WINDOW_BYTES > 0:
             yield text[max(start, 0) : start + WINDOW_BYTES].decode(errors="ignore").encode()
         start -= len(text)
+
+
+# Llama 3.0's list; later releases gave some of the reserved ones names, at the same ids.
+SPECIAL = (
+    BOS,
+    EOS,
+    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|reserved_special_token_4|>",
+    "<|eot_id|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+)
+
+
+def convert_llama3(directory: Path, special: tuple[str, ...] = SPECIAL) -> None:
+    """Write tokenizer.json and tokenizer_config.json beside tokenizer.model; BOS is put before each text, as Meta does.
+
+    Raises:
+        UserError: where there is no tokenizer.model of tiktoken's form.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    if not has_ranks(directory):
+        raise UserError(f"{directory} has no {RANKS} of tiktoken's form; fetch it with fetch_llama3_tokenizer.sh")
+
+    class Converter(TikTokenConverter):
+        """transformers' own, without its need of tiktoken to read the file."""
+
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+            return read_ranks(Path(tiktoken_url))
+
+    tokenizer = Converter(str(directory / RANKS), extra_special_tokens=list(special)).converted()
+    bos = tokenizer.token_to_id(BOS)
+    begin = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS).save_pretrained(directory)

@@ -3,52 +3,52 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.config.rules import one_of
-from ropewalk.data.prepare.corpus import Document, Unit, sample_documents
 from ropewalk.data.prepare.datatrove import run_stages
-from ropewalk.data.prepare.domains import domain_rules
 from ropewalk.data.prepare.engines import ENGINES
-from ropewalk.data.prepare.finish import PREPARED, PREPARING, Report, fill, finish, in_words
-from ropewalk.data.prepare.heldout import choose_heldout, write_heldout
-from ropewalk.data.prepare.pool import Processes
-from ropewalk.data.prepare.sources import Source, corpus_sources, list_units
-from ropewalk.data.prepare.stages import (
+from ropewalk.data.prepare.packing import domain_rules
+from ropewalk.data.prepare.prepare_plan import (
     PLAN,
-    Pack,
     Plan,
-    Tokenize,
+    Report,
+    local_tokenizer,
+    make_plan,
     open_encoder,
-    open_encoders,
     work_directory,
-    write_units,
 )
-from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
-from ropewalk.data.store.hashing import canonical_json, sha256_text, stable_key
+from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
+from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, finish, in_words
+from ropewalk.data.store.describe import domain_table
+from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.tokenizer_files import copy_plain, describe_tokenizer, is_plain, sha256_tokenizer
+from ropewalk.data.store.tokenizer_files import bos_mode, is_plain, sha256_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
-TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
 STAGES = ("all", "plan", "tokenize", "pack", "finish")
 
-say: Report = partial(print, flush=True)
+Result = TypeVar("Result")
+
+log: Report = partial(print, flush=True)
 
 
-def prepare(config: PrepareConfig, report: Report = say) -> Path:
+def prepare(config: PrepareConfig, report: Report = log) -> Path:
     """Write ``tokenizer/``, ``heldout/`` and ``packed-<length>/`` under ``config.output``.
 
     Finished work of the same configuration and corpus is kept; a killed call goes on with the shards that are missing.
@@ -73,52 +73,29 @@ def prepare(config: PrepareConfig, report: Report = say) -> Path:
         return output
     if config.stage in ("tokenize", "pack"):
         plan = Plan.load(output)
-        stage = Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)
-        stage.run(config.shard, config.n_shards)
+        (Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)).run(config.shard, config.n_shards)
         return output
-    if config.stage == "all" and config.executor.kind == "pool":
-        _in_pool(config, output, report)
-    elif config.stage != "finish" and not _planned(config, output, *_listed(config, report), report):
-        pass  # _planned has reported why
-    elif config.stage == "all":
+    if config.stage == "finish":
+        finish(Plan.load(output), report)
+    elif _run(config, report) and config.stage == "all" and config.executor.kind != "pool":
         run_stages(output, config.executor)
         if config.executor.kind == "slurm":
             report(f"submitted; {output} is whole when the last job is done")
             return output
-    elif config.stage == "finish":
-        finish(Plan.load(output), report)
     if config.stage != "plan":
-        for line in _table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
+        for line in domain_table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
             report(line)
     return output
 
 
-def _in_pool(config: PrepareConfig, output: Path, report: Report) -> None:
-    """All stages, one after the other, in processes of this machine."""
-    sources, shards = _listed(config, report)
-    streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
-    small = not streamed and sum(source.bytes for source in sources) < SMALL_BYTES
-    with Processes(1 if small and config.workers is None else config.workers) as processes:
-        if not _planned(config, output, sources, shards, report, processes):
-            return
-        plan = Plan.load(output)
-        tokenize = Tokenize(plan)
-        _run_all(tokenize, "tokenize", processes, report)
-        if not all(map(tokenize.finished, range(len(tokenize)))):
-            report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
-            _run_all(tokenize, "tokenize", processes, report)
-        _run_all(Pack.of(plan), "pack", processes, report)
-    finish(plan, report)
-
-
-def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[tuple[int, list[Unit]]]]:
-    """The sources, and the units of each shard with the place of its source.
+def _run(config: PrepareConfig, report: Report) -> bool:
+    """Make the plan and, with stage=all and executor.kind=pool, do it; False if all work was finished before.
 
     Raises:
-        UserError: for a corpus without documents, or one that cannot be read.
+        UserError: for a corpus without documents, or one that cannot be read; an output that holds other work.
     """
-    sources = corpus_sources(config.corpus)
-    shards = _shards(sources, int(config.shard_mb * 1e6))
+    output, sources = Path(config.output), corpus_sources(config.corpus)
+    shards = deal_shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
     skipped = sum((source.skipped for source in sources), Counter[str]())
     report(f"corpus: {sum(s.units for s in sources):,} units, {total / 1e6:.1f} MB; skipped: {in_words(+skipped)}")
@@ -127,144 +104,100 @@ def _listed(config: PrepareConfig, report: Report) -> tuple[list[Source], list[t
             f"the corpus has no documents (skipped: {dict(+skipped)}); set corpus.stdlib=true, corpus.paths=[...] or "
             "corpus.sources=[...]"
         )
-    return sources, shards
-
-
-def _planned(
-    config: PrepareConfig,
-    output: Path,
-    sources: list[Source],
-    shards: list[tuple[int, list[Unit]]],
-    report: Report,
-    processes: Processes | None = None,
-) -> bool:
-    """Settle the plan, or find that it is settled; False, and it is said, where all work is finished."""
     work = _work(config, sources)
     if _finished(output, work, config.sequence_lengths):
         report(f"{output} holds this work already; remove it to make it again")
         return False
     _begin(output, work)
-    if not (work_directory(output) / PLAN).is_file():
-        _make_plan(config, output, sources, shards, report, processes)
+    in_pool = config.stage == "all" and config.executor.kind == "pool"
+    streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
+    small = config.workers is None and not streamed and total < SMALL_BYTES
+    with Processes(1 if small or not in_pool else config.workers) as processes:
+        if not (work_directory(output) / PLAN).is_file():
+            make_plan(config, sources, shards, report, partial(processes.start, len(shards)))
+        if not in_pool:
+            return True
+        plan = Plan.load(output)
+        tokenize = Tokenize(plan)
+        _run_all(tokenize, "tokenize", processes, report)
+        if not all(map(tokenize.finished, range(len(tokenize)))):
+            report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
+            _run_all(tokenize, "tokenize", processes, report)
+        _run_all(Pack.of(plan), "pack", processes, report)
+    finish(plan, report)
     return True
 
 
-def _shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list[Unit]]]:
-    """The units of all sources, dealt in order to shards of one source and about ``shard_bytes`` each."""
-    shards: list[tuple[int, list[Unit]]] = []
-    for place, source in enumerate(sources):
-        size = 0
-        for unit in list_units(source, shard_bytes):
-            # Of a share of a streamed dataset no size is known; it may be a whole file of the hub.
-            weight = unit.bytes or (shard_bytes if unit.dataset else 1)
-            if size == 0 or size + weight > shard_bytes:
-                shards.append((place, []))
-                size = 0
-            shards[-1][1].append(unit)
-            size += weight
-    return shards
-
-
-def _make_plan(
-    config: PrepareConfig,
-    output: Path,
-    sources: list[Source],
-    shards: list[tuple[int, list[Unit]]],
-    report: Report,
-    processes: Processes | None,
-) -> None:
-    """Tokenizer, held-out documents, and what each shard reads."""
-    corpus = config.corpus
-    documents: list[Document] = []
-    if corpus.tokenizer is None or corpus.heldout_documents or corpus.retrieval_tokens:
-        documents = sample_documents(_units_of_text(shards))
-    ranks = corpus.tokenizer if corpus.tokenizer and Path(corpus.tokenizer).is_dir() else None
-    make_encoder = partial(_make_encoder, corpus, config.seed, documents)
-    if ranks is not None and is_plain(Path(ranks)):
-        copy_plain(Path(ranks), output / TOKENIZER)
-        opened = output / TOKENIZER, corpus.engine, Path(ranks), corpus.bos, corpus.eos
-        if processes is not None:  # they open it while this one does
-            processes.start(len(shards), open_encoder, *opened)
-        make_encoder = partial(_copied_encoder, *opened)
-    encoder, heldout = choose_heldout(documents, corpus.heldout_documents, corpus.heldout_length, make_encoder)
-    if not (output / TOKENIZER).exists():
-        encoder.save(output / TOKENIZER)
-    tokenizer = describe_tokenizer(output / TOKENIZER)
-    report(f"tokenizer: {tokenizer['vocab_size']:,} entries")
-    kept_out = [documents[index] for index in heldout]
-    if heldout:
-        counts = [len(tokens) for tokens in heldout.values()]
-        write_heldout(output / "heldout", kept_out, counts, tokenizer["sha256"])
-        names = ", ".join(document.name for document in kept_out)
-        report(f"held out: {len(heldout)} documents, {sum(counts):,} tokens: {names}")
-    rules = domain_rules(corpus)
-    for number, (_, units) in enumerate(shards):
-        write_units(work_directory(output), number, units)
-    template = None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8")
-    plan = Plan(
-        output=str(output),
-        sources=[{**s.described(), **_date(corpus, s), "skipped": dict(sorted((+s.skipped).items()))} for s in sources],
-        shard_sources=[place for place, _ in shards],
-        ranks=ranks,
-        engine=corpus.engine,
-        bos=corpus.bos,
-        eos=corpus.eos,
-        chat_template=template,
-        chat_date=corpus.chat_date,
-        heldout=[document.name for document in kept_out],
-        rules={name: asdict(rule) for name, rule in rules.items()},
-        sequence_lengths=list(config.sequence_lengths),
-        vocab_size=tokenizer["vocab_size"],
-        seed=config.seed,
-        retrieval_tokens=corpus.retrieval_tokens,
-    )
-    open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
-    plan.save()
-
-
-def _date(corpus: CorpusConfig, source: Source) -> dict[str, str]:
-    """The manifest's entry for the date in a source's conversations."""
-    return {"chat_date": corpus.chat_date} if corpus.chat_date is not None and source.config.chat else {}
-
-
-def _units_of_text(shards: Iterable[tuple[int, list[Unit]]]) -> Iterable[Unit]:
-    return (unit for _, units in shards for unit in units if not unit.chat)
-
-
-def _run_all(stage: Tokenize | Pack, name: str, processes: Processes, report: Report) -> None:
+def _run_all(stage: Stage, name: str, processes: Processes, report: Report) -> None:
     todo = [task for task in range(len(stage)) if not stage.finished(task)]
     report(f"{name}: {len(todo)} shards to do, {len(stage) - len(todo)} finished before")
     todo.sort(key=stage.size, reverse=True)  # a large one begun last would keep one process busy and the others waiting
-    for count, (place, _) in enumerate(processes.each(stage.run, [(task, len(stage)) for task in todo]), 1):
-        report(f"{name}: shard {todo[place]}, {count} of {len(todo)}")
+    for count, (index, _) in enumerate(processes.each(stage.run, [(task, len(stage)) for task in todo]), 1):
+        report(f"{name}: shard {todo[index]}, {count} of {len(todo)}")
 
 
-def _copied_encoder(
-    directory: Path, engine: str, ranks: Path, bos: bool, eos: bool, excluded: Collection[int]
-) -> DocumentEncoder:
-    """The plain tokenizer that was copied to ``directory``."""
-    return open_encoder(directory, engine, ranks, bos, eos).unchecked()
+class Processes:
+    """Processes of this machine for independent calls, started as calls need them.
+
+    Args:
+        workers: most processes; None: one for each core that this process may use. With one, calls run in this process.
+    """
+
+    def __init__(self, workers: int | None) -> None:
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def start(self, calls: int, function: Callable[..., object], *arguments: Any) -> None:
+        """Start the processes that ``calls`` calls will need, with a first call that prepares each of them.
+
+        An error of that call is raised again by the calls that need its result.
+        """
+        for _ in range(min(self._workers, calls) if self._workers > 1 and calls > 1 else 0):
+            self._executor().submit(_without_result, function, *arguments)
+
+    def each(self, function: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
+        """The index and the result of ``function(*call)`` for each call, in the order in which they finish.
+
+        Args:
+            function: of a module, so that a process can import it.
+            calls: arguments, begun in this order.
+
+        Raises:
+            Exception: the first that a call raised. Then, or when the caller stops, calls that have not begun are left.
+        """
+        if self._workers == 1 or len(calls) == 1:
+            yield from ((index, function(*call)) for index, call in enumerate(calls))
+            return
+        executor = self._executor()
+        futures = {executor.submit(function, *call): index for index, call in enumerate(calls)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _executor(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of other threads
+            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_one_thread)
+        return self._pool
 
 
-def _make_encoder(
-    config: CorpusConfig, seed: int, documents: Sequence[Document], excluded: Collection[int]
-) -> DocumentEncoder:
-    """The tokenizer that is named, else a BPE trained on a sample of the documents that are not excluded."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, config.engine, config.bos, config.eos).unchecked()
-    parts = [
-        (stable_key("sample", seed, document.name, number), part)
-        for index, document in enumerate(documents)
-        if index not in set(excluded)
-        for number, part in enumerate(document.parts)
-    ]
-    sample, size = [], 0
-    for _, part in sorted(parts):
-        if size >= TOKENIZER_SAMPLE_BYTES:
-            break
-        sample.append(part)
-        size += len(part.encode())
-    return train_tokenizer(sample, config.vocab_size)
+def _without_result(function: Callable[..., object], *arguments: Any) -> None:
+    function(*arguments)
+
+
+def _one_thread() -> None:
+    """One thread in a process: there is a process for each core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def validate_prepare(config: PrepareConfig) -> None:
@@ -288,6 +221,7 @@ def validate_prepare(config: PrepareConfig) -> None:
         )
     one_of("stage", config.stage, STAGES)
     one_of("corpus.engine", config.corpus.engine, ENGINES)
+    bos_mode(config.corpus.bos)
     one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))
     if not 0 <= config.shard < config.n_shards:
         raise UserError(f"shard={config.shard} must be 0 to n_shards - 1 = {config.n_shards - 1}; correct one of them")
@@ -309,13 +243,14 @@ def _check_date(day: str) -> None:
 
 def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """The identity of the output: everything that its bytes depend on, without paths and numbers of processes."""
-    apart = ("name", "paths", "stdlib", "sources", "chat_template")
-    settings = {key: value for key, value in asdict(config.corpus).items() if key not in apart}
+    excluded = ("name", "paths", "stdlib", "sources", "chat_template")
+    settings = {key: value for key, value in asdict(config.corpus).items() if key not in excluded}
     if settings["chat_date"] is None:
         del settings["chat_date"]  # outputs from before there was one are still finished
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
         settings["tokenizer"] = sha256_tokenizer(Path(tokenizer))
+    settings["bos"] = _begins_with_bos(config.corpus)
     if template is not None:
         settings["chat_template"] = sha256_text(Path(template).read_text(encoding="utf-8"))
     content = {
@@ -328,13 +263,23 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     return {**content, "sha256": sha256_text(canonical_json(content))}
 
 
+def _begins_with_bos(corpus: CorpusConfig) -> bool | str:
+    """True or False, as outputs of before there were three modes have it, unless only the tokenizer of a hub knows."""
+    mode, directory = bos_mode(corpus.bos), local_tokenizer(corpus)
+    if mode == "auto" and corpus.tokenizer is not None:
+        if directory is None or not is_plain(directory):
+            return mode
+        return bool(len(open_encoder(directory, "tokenizers", None, mode, corpus.eos).head))
+    return mode != "never"
+
+
 def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int]) -> bool:
     path = output / PREPARED
     if not path.exists():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
-    if done["sha256"] != work["sha256"]:
-        changed = [key for key in work if key != "sha256" and done.get(key) != work[key]]
+    prepared = json.loads(path.read_text(encoding="utf-8"))
+    if prepared["sha256"] != work["sha256"]:
+        changed = [key for key in work if key != "sha256" and prepared.get(key) != work[key]]
         raise UserError(
             f"{output} holds work of another configuration or corpus (differs in: {', '.join(changed)}); "
             "remove it or set output=DIRECTORY"
@@ -359,14 +304,3 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
         raise UserError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
     work_directory(output).mkdir(parents=True, exist_ok=True)
     write_atomically(output / PREPARING, json.dumps(work, indent=2) + "\n")
-
-
-def _table(stores: Sequence[PackedStore]) -> list[str]:
-    lines = [f"{'store':<14}{'domain':<12}{'sequences':>10}{'documents':>11}{'tokens':>14}{'trained':>14}{'fill':>9}"]
-    for store in stores:
-        for name, info in store.domains.items():
-            lines.append(
-                f"{store.root.name:<14}{name:<12}{info.sequences:>10,}{info.documents:>11,}{info.tokens:>14,}"
-                f"{info.trained_tokens:>14,}{fill(info.tokens, info.padding):>9}"
-            )
-    return lines

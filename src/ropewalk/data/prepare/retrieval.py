@@ -104,12 +104,12 @@ def retrieval_documents(
         UserError: for a sequence length in which one fact and its question do not fit.
     """
     sizes = np.cumsum([len(text) for text in filler])
-    made = number = 0
-    while made < tokens:
+    tokens_so_far = number = 0
+    while tokens_so_far < tokens:
         rng = random.Random(stable_key("retrieval", seed, sequence_length, number))
         draft = _draft(rng, filler, sizes, sequence_length)
         document = _fitted(draft, encoder, sequence_length)
-        made += len(document)
+        tokens_so_far += len(document)
         number += 1
         yield document
 
@@ -121,13 +121,14 @@ class _Draft:
     closing: str
     lines: list[str]
 
-    def text(self) -> str:
-        places = [round(depth * len(self.lines)) for depth in self.depths]
+    def text(self, count: int) -> str:
+        """The document with the first ``count`` lines of filler."""
         pieces, last = [], 0
-        for place, stated in zip(places, self.facts, strict=True):
-            pieces += [*self.lines[last:place], stated, "\n"]
-            last = place
-        return "".join([*pieces, *self.lines[last:], self.closing])
+        for depth, fact_ in zip(self.depths, self.facts, strict=True):
+            position = round(depth * count)
+            pieces += [*self.lines[last:position], fact_, "\n"]
+            last = position
+        return "".join([*pieces, *self.lines[last:count], self.closing])
 
 
 def _draft(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], sequence_length: int) -> _Draft:
@@ -135,11 +136,11 @@ def _draft(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], sequenc
     keys: dict[str, str] = {}
     while len(keys) < count:
         keys[random_name(rng)] = random_key(rng, KEY_DIGITS)
-    asked = _shuffled(list(keys), rng)[: max(1, round(0.75 * count))]
+    names = _shuffled(list(keys), rng)[: max(1, round(0.75 * count))]
     return _Draft(
         facts=[fact(name, key) for name, key in keys.items()],
         depths=sorted(rng.random() for _ in keys),
-        closing="".join(f"{question(name)}{keys[name]}.\n" for name in asked),
+        closing="".join(f"{question(name)}{keys[name]}.\n" for name in names),
         lines=_filler_lines(rng, filler, sizes, CHARACTERS_PER_TOKEN * sequence_length),
     )
 
@@ -150,18 +151,18 @@ def _filler_lines(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], 
     number = int(np.searchsorted(sizes, at, side="right"))
     start = at - int(sizes[number] - len(filler[number]))
     lines = filler[number][start : start + characters].splitlines(keepends=True)[1:]
-    have = sum(map(len, lines))
-    while have < characters:
+    size = sum(map(len, lines))
+    while size < characters:
         number = (number + 1) % len(filler)
-        more = filler[number][: characters - have + 1]
-        have += len(more)
+        more = filler[number][: characters - size + 1]
+        size += len(more)
         lines += more.splitlines(keepends=True)
     return [line if line.endswith("\n") else line + "\n" for line in lines]
 
 
 def _fitted(draft: _Draft, encoder: DocumentEncoder, sequence_length: int) -> NDArray[np.uint32]:
     """The document with as many lines of its filler as fit."""
-    frame = len(encoder.encode_document(_Draft(draft.facts, draft.depths, draft.closing, []).text()))
+    frame = len(encoder.encode_document(draft.text(0)))
     if frame > sequence_length:
         raise UserError(
             f"a retrieval document has at least {frame} tokens here, more than "
@@ -170,9 +171,7 @@ def _fitted(draft: _Draft, encoder: DocumentEncoder, sequence_length: int) -> ND
     counts = np.cumsum([len(ids) for ids in encoder.encode_texts(draft.lines)])
     fitting = int(np.searchsorted(counts, sequence_length - frame, side="right"))
     while True:  # a line's tokens can differ by one or two beside its neighbours, so the whole is what counts
-        document = encoder.encode_document(
-            _Draft(draft.facts, draft.depths, draft.closing, draft.lines[:fitting]).text()
-        )
+        document = encoder.encode_document(draft.text(fitting))
         if len(document) <= sequence_length:
             return document
         fitting -= 1
@@ -183,5 +182,5 @@ def _choice(items: Sequence[Item], rng: Random) -> Item:
 
 
 def _shuffled(items: list[Item], rng: Random) -> list[Item]:
-    keyed = sorted((rng.random(), place) for place in range(len(items)))
-    return [items[place] for _, place in keyed]
+    keyed = sorted((rng.random(), position) for position in range(len(items)))
+    return [items[position] for _, position in keyed]

@@ -1,11 +1,12 @@
-"""Sources of a corpus: listed as units of work, and the units dealt to shards."""
+"""Sources of a corpus: listed as units, which are dealt to shards and written down for the stages."""
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -74,11 +75,11 @@ def corpus_sources(corpus: CorpusConfig) -> list[Source]:
         if source.chat and source.kind == "repositories":
             raise UserError(f"corpus.sources: {source.path} cannot be repositories and chat at once")
         named.append(Source(source, Path(source.path).resolve().name if exists else source.path))
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for source_ in named:
-        seen[source_.name] += 1
-        if seen[source_.name] > 1:
-            source_.name = f"{source_.name}#{seen[source_.name]}"
+        counts[source_.name] += 1
+        if counts[source_.name] > 1:
+            source_.name = f"{source_.name}#{counts[source_.name]}"
     return named
 
 
@@ -103,8 +104,37 @@ def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
     source.digest = digest.hexdigest()
 
 
+def deal_shards(sources: Sequence[Source], shard_bytes: int) -> list[tuple[int, list[Unit]]]:
+    """The units of all sources, dealt in order to shards of one source and about ``shard_bytes`` each."""
+    shards: list[tuple[int, list[Unit]]] = []
+    for number, source in enumerate(sources):
+        size = 0
+        for unit in list_units(source, shard_bytes):
+            # Of a share of a streamed dataset no size is known; it may be a whole file of the hub.
+            weight = unit.bytes or (shard_bytes if unit.dataset else 1)
+            if size == 0 or size + weight > shard_bytes:
+                shards.append((number, []))
+                size = 0
+            shards[-1][1].append(unit)
+            size += weight
+    return shards
+
+
+def write_units(work: Path, shard: int, units: list[Unit]) -> None:
+    """Say what a shard reads."""
+    path = work / f"units-{shard:05d}.json"
+    path.write_text(json.dumps([asdict(unit) for unit in units]) + "\n", encoding="utf-8")
+
+
+def read_units(work: Path, shard: int) -> list[Unit]:
+    """Units of a shard."""
+    listed = json.loads((work / f"units-{shard:05d}.json").read_text(encoding="utf-8"))
+    chosen = [{**unit, "files": tuple(unit["files"])} for unit in listed]
+    return [Unit(**{**unit, "dataset": unit["dataset"] and tuple(unit["dataset"])}) for unit in chosen]
+
+
 def _files_of(path: Path) -> list[str]:
-    return [str(found) for found in sorted(path.rglob("*")) if found.is_file()] if path.is_dir() else [str(path)]
+    return [str(file) for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [str(path)]
 
 
 def _digest(path: str) -> bytes:
@@ -198,16 +228,16 @@ def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
 
 def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str]:
     """The files under ``root``, relative to it, in the order of their paths' parts; some are left out and counted."""
-    found: list[tuple[str, ...]] = []  # the parts of their paths
-    for place, directories, files in os.walk(root, onerror=_unreadable):
-        here = Path(place).relative_to(root).parts
+    paths: list[tuple[str, ...]] = []  # the parts of their paths
+    for folder, directories, files in os.walk(root, onerror=_unreadable):
+        parents = Path(folder).relative_to(root).parts
         kept = [name for name in directories if name not in excluded]
         skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
-        skipped["linked directory"] += sum(os.path.islink(os.path.join(place, name)) for name in kept)
+        skipped["linked directory"] += sum(os.path.islink(os.path.join(folder, name)) for name in kept)
         directories[:] = [name for name in kept if not name.startswith(".")]
-        found.extend((*here, name) for name in files if not name.startswith("."))
+        paths.extend((*parents, name) for name in files if not name.startswith("."))
     resolved = root.resolve()
-    for parts in sorted(found):
+    for parts in sorted(paths):
         path = os.path.join(root, *parts)
         if os.path.islink(path) and not Path(path).resolve().is_relative_to(resolved):
             skipped["link out of the directory"] += 1

@@ -132,9 +132,9 @@ class FlatDocuments:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        which = bisect_right(self._first, index) - 1
-        ends, place = self._ends[which], index - self._first[which]
-        return self._flats[which][int(ends[place - 1]) if place else 0 : int(ends[place])]
+        file = bisect_right(self._first, index) - 1
+        ends, number = self._ends[file], index - self._first[file]
+        return self._flats[file][int(ends[number - 1]) if number else 0 : int(ends[number])]
 
     def __add__(self, other: FlatDocuments) -> FlatDocuments:
         return FlatDocuments([*self._flats, *other._flats], [*self._ends, *other._ends])

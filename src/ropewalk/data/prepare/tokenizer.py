@@ -13,14 +13,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.prepare.engines import PROBE, open_engine, reference_of
+from ropewalk.data.prepare.corpus import Document
+from ropewalk.data.prepare.engines import BOS, EOS, PROBE, CheckedEngine, open_engine, reference_of
 from ropewalk.data.store.hashing import files_signature
-from ropewalk.data.store.tokenizer_files import saved_backend, token_text
+from ropewalk.data.store.tokenizer_files import (
+    LOST_OF_SENTENCE,
+    SENTENCE,
+    adds_bos,
+    bos_mode,
+    check_carries,
+    open_tokenizer,
+    saved_backend,
+    set_bos,
+    token_text,
+)
 from ropewalk.errors import UserError
 
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
+
+
+class TokenizersEngine:
+    """Hugging Face's tokenizers: every tokenizer.json."""
+
+    name = "tokenizers"
+
+    def __init__(self, backend: Any) -> None:
+        """Take a ``tokenizers.Tokenizer``; from now on it encodes special tokens as text."""
+        self._backend = backend
+        self._backend.encode_special_tokens = True
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """See Engine."""
+        encodings = self._backend.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 class DocumentEncoder:
@@ -36,7 +61,7 @@ class DocumentEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, engine: str = "auto", directory: Path | None = None, bos: bool = True, eos: bool = True
+        self, tokenizer: Any, engine: str = "auto", directory: Path | None = None, bos: str = "auto", eos: bool = True
     ) -> None:
         """Wrap ``tokenizer``, a transformers fast tokenizer.
 
@@ -44,11 +69,12 @@ class DocumentEncoder:
             tokenizer: taken over: its backend encodes special tokens as text from now on.
             engine: see engines.open_engine.
             directory: of the tokenizer, where it is one.
-            bos: begin documents with BOS, where the tokenizer has one.
+            bos: begin documents with BOS: auto (where the tokenizer's own encode does), always or never.
             eos: end them with EOS, where the tokenizer has one.
 
         Raises:
-            UserError: for a slow tokenizer, one with neither a BOS nor an EOS token, or an engine that cannot be used.
+            UserError: for a slow tokenizer, one with nothing that separates documents, no BOS with bos=always, or an
+                engine that cannot be used.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
@@ -57,8 +83,18 @@ class DocumentEncoder:
                 f"{tokenizer.name_or_path} has neither a BOS nor an EOS token to separate documents; set one"
             )
         self.tokenizer = tokenizer
-        self.engine = open_engine(engine, tokenizer.backend_tokenizer, directory)
-        ids = tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id if eos else None
+        backend = tokenizer.backend_tokenizer
+        self.engine = open_engine(engine, TokenizersEngine(backend), backend, directory)
+        mode = bos_mode(bos)
+        begins = mode == "always" or (mode == "auto" and adds_bos(tokenizer))
+        if begins and tokenizer.bos_token_id is None:
+            raise UserError(f"corpus.bos=always, but {tokenizer.name_or_path} has no BOS token; set corpus.bos=auto")
+        if mode == "auto" and eos and not begins and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{tokenizer.name_or_path} has no EOS token and puts no BOS before a text, so nothing separates "
+                "documents; set corpus.bos=always"
+            )
+        ids = tokenizer.bos_token_id if begins else None, tokenizer.eos_token_id if eos else None
         self.head, self.tail = (np.array([] if id_ is None else [id_], dtype=np.uint32) for id_ in ids)
         self._cuts_at_lines = self._tokens_end_at_lines()
 
@@ -72,21 +108,21 @@ class DocumentEncoder:
             yield part
             return
         while len(part) > BATCH_CHARACTERS:
-            place = _line_start(part, BATCH_CHARACTERS)
-            if place == 0:
+            position = _line_start(part, BATCH_CHARACTERS)
+            if position == 0:
                 break
-            yield part[:place]
-            part = part[place:]
+            yield part[:position]
+            part = part[position:]
         yield part
 
     def _tokens_end_at_lines(self) -> bool:
         """True if text between newlines can be encoded apart; if a space is put before each text, it cannot."""
         whole = np.concatenate(self.encode_texts([PROBE]))
-        apart, rest = [], PROBE
-        while place := _line_start(rest, 1, forward=True):
-            apart.append(rest[:place])
-            rest = rest[place:]
-        return np.array_equal(whole, np.concatenate(self.encode_texts([*apart, rest])))
+        pieces, rest = [], PROBE
+        while position := _line_start(rest, 1, forward=True):
+            pieces.append(rest[:position])
+            rest = rest[position:]
+        return np.array_equal(whole, np.concatenate(self.encode_texts([*pieces, rest])))
 
     def encode_document(self, text: str) -> NDArray[np.uint32]:
         """``[bos] tokens [eos]``, uint32."""
@@ -108,8 +144,14 @@ class DocumentEncoder:
         return plain
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer so that AutoTokenizer loads it."""
+        """Write the tokenizer so that AutoTokenizer loads it, and its own encode begins as these documents do."""
         self.tokenizer.save_pretrained(directory)
+        self.mark(directory)
+
+    def mark(self, directory: Path) -> None:
+        """Have the tokenizer in ``directory``, a copy of this one, put BOS before a text if documents begin with it."""
+        if adds_bos(self.tokenizer) != bool(len(self.head)):
+            set_bos(directory, bool(len(self.head)))
 
     def _wrapped(self, parts: Iterable[Any]) -> NDArray[np.uint32]:
         pieces = [self.head, *parts, self.tail]
@@ -119,12 +161,12 @@ class DocumentEncoder:
 def _line_start(text: str, near: int, forward: bool = False) -> int:
     """A place before (or after) ``near`` where a line starts and neither side of its newline is a space; 0: none."""
     while True:
-        place = text.find("\n", near) if forward else text.rfind("\n", 0, near)
-        if place <= 0 or place + 1 >= len(text):
+        position = text.find("\n", near) if forward else text.rfind("\n", 0, near)
+        if position <= 0 or position + 1 >= len(text):
             return 0
-        if not text[place - 1].isspace() and not text[place + 1].isspace():
-            return place + 1
-        near = place + 1 if forward else place
+        if not text[position - 1].isspace() and not text[position + 1].isspace():
+            return position + 1
+        near = position + 1 if forward else position
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -141,27 +183,62 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def load_tokenizer(name: str, engine: str = "auto", bos: bool = True, eos: bool = True) -> DocumentEncoder:
-    """Open the tokenizer of a Hugging Face directory or hub id.
+def encoded_documents(documents: Iterator[Document], encoder: DocumentEncoder) -> Iterator[tuple[Any, bool]]:
+    """The tokens of documents, a stretch at a time, and whether the document ends with it.
 
-    Args:
-        name: directory or hub id.
-        engine: see engines.open_engine.
-        bos: begin documents with BOS.
-        eos: end them with EOS.
+    A few megabytes of text are encoded at once, and no document need be in memory as tokens.
 
     Raises:
-        UserError: where there is none, or documents cannot be separated with it.
+        FastPathError: where the engine is a checked one, and it differs from its reference.
     """
-    from transformers import AutoTokenizer
+    checked = encoder.engine if isinstance(encoder.engine, CheckedEngine) else None
+    last: list[bool] = []  # of each piece under way: whether its document ends with it
+    watched: list[bool] = []  # of each piece that is not encoded yet: whether its tokens are to be compared
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"corpus.tokenizer={name} cannot be opened: {reason}; name a tokenizer directory or a hub id"
-        ) from error
+    def pieces() -> Iterator[str]:
+        for position, document in enumerate(documents):
+            watch = checked is not None and checked.watch(document.parts, position == 0)
+            for part in document.parts:
+                for piece in encoder.pieces(part):
+                    last.append(False)
+                    watched.append(watch)
+                    yield piece
+            last[-1] = True
+
+    # A batch may end within a document whose last piece is not known yet, so each waits for the next one to begin.
+    held: list[Any] = []
+    begins = True
+    for batch in batches(pieces()):
+        encoded = encoder.encode_texts(batch)
+        if checked is not None:
+            for text, tokens, watch in zip(batch, encoded, watched, strict=True):
+                if watch:
+                    checked.compare(text.encode(), tokens)
+        watched.clear()
+        held += encoded
+        ready = len(held) - 1
+        for tokens, ends in zip(held[:ready], last[:ready], strict=True):
+            yield _framed(encoder, tokens, begins, ends), ends
+            begins = ends
+        del held[:ready], last[:ready]
+    for tokens in held:
+        yield _framed(encoder, tokens, begins, True), True
+
+
+def _framed(encoder: DocumentEncoder, tokens: Any, begins: bool, ends: bool) -> Any:
+    """A stretch of a document with what begins and ends one; most are neither, and are not copied."""
+    if not begins and not ends:
+        return tokens
+    return np.concatenate([encoder.head if begins else tokens[:0], tokens, encoder.tail if ends else tokens[:0]])
+
+
+def load_tokenizer(name: str, engine: str = "auto", bos: str = "auto", eos: bool = True) -> DocumentEncoder:
+    """The encoder of a Hugging Face directory or hub id; see DocumentEncoder.
+
+    Raises:
+        UserError: see open_tokenizer and DocumentEncoder.
+    """
+    tokenizer = open_tokenizer(name, "corpus.tokenizer")
     return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
 
 
@@ -176,17 +253,20 @@ class SavedTokenizer:
     is_fast: bool = True
 
 
-def open_saved(directory: Path, engine: str, ranks: Path | None, bos: bool = True, eos: bool = True) -> DocumentEncoder:
+def open_saved(
+    directory: Path, engine: str, ranks: Path | None, bos: str = "auto", eos: bool = True
+) -> DocumentEncoder:
     """Open a tokenizer that save_pretrained() wrote, or any plain one.
 
     Args:
         directory: that it was written to.
         engine: see engines.open_engine.
         ranks: directory of its tokenizer.model, where there is one.
-        bos: begin documents with BOS.
-        eos: end them with EOS.
+        bos: see DocumentEncoder.
+        eos: end documents with EOS.
     """
     backend = saved_backend(files_signature(directory), directory)
+    check_carries(backend, [SENTENCE], str(directory), LOST_OF_SENTENCE)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     names = [token_text(config.get(name)) for name in ("bos_token", "eos_token")]
     bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -37,26 +37,39 @@ def describe(store: PackedStore, domain: str | None, sequence: int) -> Iterator[
     yield f"{store.root}: sequences of {store.sequence_length:,} tokens, fingerprint {store.fingerprint}"
     yield f"tokenizer: {tokenizer['vocab_size']:,} entries, sha256 {tokenizer['sha256']}"
     yield ""
-    yield f"{'domain':<20}{'sequences':>12}{'pieces':>12}{'tokens':>18}{'trained':>18}{'fill':>10}"
-    for name, info in store.domains.items():
-        yield (
-            f"{name:<20}{info.sequences:>12,}{info.documents:>12,}{info.tokens:>18,}{info.trained_tokens:>18,}"
-            f"{info.tokens / max(info.tokens + info.padding, 1):>10.2%}"
-        )
+    yield from domain_table([store], named=False)
     for name, info in store.domains.items():
         yield from ("", *_accounting(store, name, info), *_histogram(store, name, info))
     shown = domain or next(name for name, info in store.domains.items() if info.sequences)
     yield from ("", *_decoded(store, shown, sequence))
 
 
+def domain_table(stores: Sequence[PackedStore], named: bool = True) -> Iterator[str]:
+    """The lines of a table of the domains of stores, the store's name first if ``named``; see fill."""
+    header = f"{'domain':<20}{'sequences':>12}{'pieces':>12}{'tokens':>18}{'trained':>18}{'fill':>10}"
+    yield f"{'store':<14}{header}" if named else header
+    for store in stores:
+        for name, info in store.domains.items():
+            row = (
+                f"{name:<20}{info.sequences:>12,}{info.documents:>12,}{info.tokens:>18,}{info.trained_tokens:>18,}"
+                f"{fill(info):>10}"
+            )
+            yield f"{store.root.name:<14}{row}" if named else row
+
+
+def fill(info: DomainInfo) -> str:
+    """Share of the tokens of a domain that are not padding, as text."""
+    return f"{info.tokens / max(info.tokens + info.padding, 1):.2%}"
+
+
 def _accounting(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str]:
     account = store.accounting[name]
     yield f"{name}: {account['tokens_in']:,} tokens came in, {info.tokens:,} packed"
-    for what in ("moved", "dropped"):
-        counts = account[what]
+    for kind in ("moved", "dropped"):
+        counts = account[kind]
         assert isinstance(counts, dict)
         for reason, tokens in counts.items():
-            yield f"  {tokens:,} {what}{' to' if what == 'moved' else ':'} {reason}"
+            yield f"  {tokens:,} {kind}{' to' if kind == 'moved' else ':'} {reason}"
 
 
 def _histogram(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str]:

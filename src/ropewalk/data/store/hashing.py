@@ -6,16 +6,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from ropewalk.files import sha256_of
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
 
 
 def stable_key(*parts: str | int) -> int:
@@ -24,38 +21,24 @@ def stable_key(*parts: str | int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def stable_unit(*parts: str | int) -> float:
-    """A number in the open interval (0, 1) from ``parts``."""
-    return ((stable_key(*parts) >> 12) + 0.5) / 2**52
-
-
 def splitmix64(key: int, count: int) -> NDArray[np.uint64]:
     """The first ``count`` outputs, uint64 (count,), of the splitmix64 generator seeded with ``key``.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    steps = np.arange(1, count + 1, dtype=np.uint64)
-    z = np.uint64(key & _MASK) + steps * np.uint64(_GAMMA)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return mixed(np.uint64(key % 2**64) + np.arange(1, count + 1, dtype=np.uint64) * GAMMA)
+
+
+def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser of each state."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 def permutation(count: int, *parts: str | int) -> NDArray[np.int64]:
     """A permutation of ``range(count)``, int64 (count,), that ``parts`` alone determine."""
     return np.argsort(splitmix64(stable_key(*parts), count), kind="stable")
-
-
-def sequence_check(tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32]) -> int:
-    """64 bits of xxh3 over the tokens of a sequence, its packed mask and its ends, each as it is stored.
-
-    Cheap enough to be compared whenever a sequence is read.
-    """
-    digest = xxhash.xxh3_64(np.ascontiguousarray(tokens).data)
-    if mask is not None:
-        digest.update(np.ascontiguousarray(mask).data)
-    digest.update(np.ascontiguousarray(ends, dtype="<i4").data)
-    return digest.intdigest()
 
 
 def canonical_json(content: object) -> str:
@@ -70,8 +53,8 @@ def sha256_text(text: str) -> str:
 
 def files_signature(directory: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of the files in ``directory``: what a process tells them by without reading them again."""
-    found = ((entry.name, entry.stat()) for entry in os.scandir(directory) if entry.is_file())
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+    entries = ((entry.name, entry.stat()) for entry in os.scandir(directory) if entry.is_file())
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
 
 
 def sha256_directory(directory: Path) -> str:

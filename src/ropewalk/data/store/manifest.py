@@ -58,7 +58,7 @@ class DomainInfo:
         offsets: int64 .npy (sequences + 1,), where each sequence's pieces start in ``ends``.
         ends: int32 .npy (documents,), where each piece ends in its sequence.
         trained: int32 .npy (sequences,), tokens that each sequence trains; None where there are no loss masks.
-        checks: uint64 .npy (sequences,), see hashing.sequence_check; None in stores of before it was written.
+        checks: uint64 .npy (sequences,), see reader.sequence_check; None in stores of before it was written.
     """
 
     sequences: int
@@ -133,8 +133,8 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     fix = "make one with data_prep/prepare.py"
     if not path.is_file():
-        what = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
-        raise UserError(f"{root} is not a packed store: {what}; {fix}")
+        problem = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
+        raise UserError(f"{root} is not a packed store: {problem}; {fix}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

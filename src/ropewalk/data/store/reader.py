@@ -1,8 +1,9 @@
-"""The packed store: sequences of one length, by domain, in flat files that are read by memory map."""
+"""Packed stores, read by memory map: one, and several of them as one."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from ropewalk.data.store.hashing import sequence_check, sha256_directory
+from ropewalk.data.store.hashing import canonical_json, sha256_directory, sha256_text
 from ropewalk.data.store.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of
@@ -129,11 +131,14 @@ class PackedStore:
         """
         for name, info in self.domains.items():
             for stored in info.files:
-                if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
-                    raise UserError(f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again")
+                self._verify_file(stored)
             self._domain(name).check_boundaries()
         if sha256_directory(self.tokenizer_path) != self.tokenizer["sha256"]:
             raise UserError(f"{self.tokenizer_path} is not the tokenizer of this store; write the store again")
+
+    def _verify_file(self, stored: StoredFile) -> None:
+        if sha256_of(stored_path(self.root, stored.file)) != stored.sha256:
+            raise UserError(f"{self.root / stored.file} is corrupt: its SHA-256 differs; write the store again")
 
     def _domain(self, name: str) -> _Domain:
         if name not in self._domains:
@@ -147,13 +152,20 @@ class PackedStore:
         path = stored_path(self.root, stored.file)
         size = path.stat().st_size if path.is_file() else None
         if size != stored.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"{path} {found}, its manifest says {stored.bytes}; copy or write the store again")
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{path} {state}, its manifest says {stored.bytes}; copy or write the store again")
 
 
-def mask_bytes(sequence_length: int) -> int:
-    """Bytes of a stored loss mask: one bit a token."""
-    return (sequence_length + 7) // 8
+def sequence_check(tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32]) -> int:
+    """64 bits of xxh3 over the tokens of a sequence, its packed mask and its ends, each as it is stored.
+
+    Cheap enough to be compared whenever a sequence is read.
+    """
+    digest = xxhash.xxh3_64(np.ascontiguousarray(tokens).data)
+    if mask is not None:
+        digest.update(np.ascontiguousarray(mask).data)
+    digest.update(np.ascontiguousarray(ends, dtype="<i4").data)
+    return digest.intdigest()
 
 
 class _Domain:
@@ -170,23 +182,22 @@ class _Domain:
 
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
-        return np.load(stored_path(self._root, self._info.offsets.file), mmap_mode="r", allow_pickle=False)
+        return self._load(self._info.offsets)
 
     @cached_property
     def _ends(self) -> NDArray[np.int32]:
-        return np.load(stored_path(self._root, self._info.ends.file), mmap_mode="r", allow_pickle=False)
+        return self._load(self._info.ends)
 
     @cached_property
     def _trained(self) -> NDArray[np.int32] | None:
-        if self._info.trained is None:
-            return None
-        return np.load(stored_path(self._root, self._info.trained.file), mmap_mode="r", allow_pickle=False)
+        return None if self._info.trained is None else self._load(self._info.trained)
 
     @cached_property
     def _checks(self) -> NDArray[np.uint64] | None:
-        if self._info.checks is None:
-            return None
-        return np.load(stored_path(self._root, self._info.checks.file), mmap_mode="r", allow_pickle=False)
+        return None if self._info.checks is None else self._load(self._info.checks)
+
+    def _load(self, stored: StoredFile) -> NDArray[Any]:
+        return np.load(stored_path(self._root, stored.file), mmap_mode="r", allow_pickle=False)
 
     def trained_tokens(self, index: int) -> int:
         ends = self.piece_ends(index)
@@ -205,8 +216,8 @@ class _Domain:
         if number not in self._shards:
             self._shards[number] = self._map(shard.file, self._dtype, (shard.sequences, self._length))
             if shard.mask is not None:
-                row_bytes = mask_bytes(self._length)
-                self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), (shard.sequences, row_bytes))
+                shape = shard.sequences, (self._length + 7) // 8  # a bit a token
+                self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), shape)
         tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
         packed = self._masks[number][row] if number in self._masks else None
         if self._checks is not None and sequence_check(tokens, packed, ends) != int(self._checks[index]):
@@ -246,3 +257,88 @@ class _Domain:
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self._info.sequences:
             raise IndexError(f"sequence {index} is outside 0 .. {self._info.sequences - 1}")
+
+
+class JoinedStore:
+    """The domains of one or several stores: those of the store named "" as they are, others as ``NAME/DOMAIN``.
+
+    What a store holds is a row here: a training sequence is made of ``rows(domain)`` of them, one after the other,
+    every document boundary kept.
+    """
+
+    def __init__(self, stores: PackedStore | Mapping[str, PackedStore], sequence_length: int | None = None) -> None:
+        """Join stores.
+
+        Args:
+            stores: one, or several by name.
+            sequence_length: tokens of a training sequence; None: the longest of the stores'.
+
+        Raises:
+            UserError: for no store, a length that does not divide ``sequence_length``, or stores of two tokenizers.
+        """
+        self.stores = dict(stores) if isinstance(stores, Mapping) else {"": stores}
+        if not self.stores:
+            raise UserError("stores={} holds nothing to draw from; name at least one packed store")
+        self.sequence_length = sequence_length or max(store.sequence_length for store in self.stores.values())
+        first = next(iter(self.stores.values()))
+        for store in self.stores.values():
+            if self.sequence_length % store.sequence_length:
+                raise UserError(
+                    f"data.sequence_length={self.sequence_length}, but {store.root} holds sequences of "
+                    f"{store.sequence_length} tokens, which do not divide it; set data.sequence_length to a multiple "
+                    f"of {store.sequence_length} or name another store"
+                )
+            if store.tokenizer["sha256"] != first.tokenizer["sha256"]:
+                raise UserError(
+                    f"{store.root} holds tokens of another tokenizer than {first.root} (sha256 "
+                    f"{store.tokenizer['sha256']}, not {first.tokenizer['sha256']}); prepare both with one"
+                )
+        self._stores = {
+            f"{name}/{domain}" if name else domain: (store, domain)
+            for name, store in self.stores.items()
+            for domain in store.domains
+        }
+
+    @property
+    def domains(self) -> dict[str, DomainInfo]:
+        """Contents of each domain; ``sequences`` are rows."""
+        return {name: store.domains[domain] for name, (store, domain) in self._stores.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the store where there is one, else SHA-256 of all names and fingerprints."""
+        if list(self.stores) == [""]:
+            return self.stores[""].fingerprint
+        return sha256_text(canonical_json({name: store.fingerprint for name, store in self.stores.items()}))
+
+    def rows(self, domain: str) -> int:
+        """Rows of ``domain`` that make up one training sequence."""
+        return self.sequence_length // self._store_of(domain)[0].sequence_length
+
+    def read(self, domain: str, row: int) -> PackedSequence:
+        """One row, of its store's length; see PackedStore.read."""
+        store, name = self._store_of(domain)
+        return store.read(name, row)
+
+    def trained_tokens(self, domain: str, row: int) -> int:
+        """Tokens that a row trains; see PackedStore.trained_tokens."""
+        store, name = self._store_of(domain)
+        return store.trained_tokens(name, row)
+
+    def document_ends(self, domain: str, row: int) -> NDArray[np.int32]:
+        """End of each document of a row; see PackedStore.document_ends."""
+        store, name = self._store_of(domain)
+        return store.document_ends(name, row)
+
+    def attention_cost(self, domain: str, row: int) -> int:
+        """Sum of the squared lengths of a row's documents, padding counted as one, as attention computes it."""
+        store, name = self._store_of(domain)
+        ends = store.document_ends(name, row)
+        bounds = np.concatenate([[0], ends, [store.sequence_length]]).astype(np.int64)
+        lengths: NDArray[np.int64] = np.diff(bounds)
+        return int(lengths @ lengths)
+
+    def _store_of(self, domain: str) -> tuple[PackedStore, str]:
+        if domain not in self._stores:
+            raise UserError(f"the store has no domain {domain!r}; it has: {', '.join(sorted(self._stores))}")
+        return self._stores[domain]

@@ -86,19 +86,12 @@ class RemoteStore(PackedStore):
             except FileNotFoundError:  # deleted by another process before it was opened
                 continue
 
-    def verify(self) -> None:
-        """Copy every file that is not in the cache, and hash all of them.
-
-        Raises:
-            UserError: naming the first file that differs; it is deleted from the cache.
-        """
-        for name, info in self.domains.items():
-            for stored in info.files:
-                path = self.root / stored.file
-                if not self._fetch(stored) and sha256_of(path) != stored.sha256:
-                    path.unlink()
-                    raise UserError(f"{path} was corrupt: its SHA-256 differed; it is deleted, so start again")
-            self._domain(name).check_boundaries()
+    def _verify_file(self, stored: StoredFile) -> None:
+        """Copy a file that is not in the cache, which hashes it; one that differs is deleted from the cache."""
+        path = self.root / stored.file
+        if not self._fetch(stored) and sha256_of(path) != stored.sha256:
+            path.unlink()
+            raise UserError(f"{path} was corrupt: its SHA-256 differed; it is deleted, so start again")
 
     def _domain(self, name: str) -> _Domain:
         with self._open:
@@ -135,9 +128,9 @@ class RemoteStore(PackedStore):
             self.tokenizer_path.mkdir(exist_ok=True)
             if sha256_directory(self.tokenizer_path) == expected:
                 return
-            for found in self._files.ls(f"{self._base}/{TOKENIZER}", detail=False):
-                name = found.rstrip("/").rsplit("/", 1)[-1]
-                (self.tokenizer_path / name).write_bytes(self._files.cat_file(found))
+            for path in self._files.ls(f"{self._base}/{TOKENIZER}", detail=False):
+                name = path.rstrip("/").rsplit("/", 1)[-1]
+                (self.tokenizer_path / name).write_bytes(self._files.cat_file(path))
             if sha256_directory(self.tokenizer_path) != expected:
                 raise UserError(
                     f"{self.url}/{TOKENIZER} is not the tokenizer that its manifest names; copy the store there again"
