@@ -16,8 +16,7 @@ from ropewalk.model.rotations import (
     chain_rotation,
     rotations,  # noqa: F401  documented under this name
 )
-from ropewalk.rope.chain import in_words
-from ropewalk.rope.notation import print_value
+from ropewalk.rope.chain import in_words, print_value
 
 PER_LINE = 8  # frequencies
 

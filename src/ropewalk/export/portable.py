@@ -14,8 +14,7 @@ from ropewalk.model.load import write_config
 from ropewalk.model.rotary import place_position
 from ropewalk.rope.chain import Steps
 from ropewalk.rope.hf_config import rotating_layers
-from ropewalk.rope.position import METADATA_KEY, Position
-from ropewalk.rope.stock import longrope_entry
+from ropewalk.rope.position import METADATA_KEY, Position, longrope_entry
 
 OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
 

@@ -19,9 +19,9 @@ from ropewalk.export.safetensors_files import StoredWeights, weight_faults, weig
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.chain import Steps
-from ropewalk.rope.order import reached_length
-from ropewalk.rope.position import position_of, read_config_json, unreachable
+from ropewalk.rope.chain import Steps, reached_length
+from ropewalk.rope.hf_config import read_config_json, unreachable
+from ropewalk.rope.position import position_of
 from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at, read_manifest
 
 DTYPES = {

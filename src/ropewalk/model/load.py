@@ -25,7 +25,8 @@ from ropewalk.errors import UserError
 from ropewalk.model import attention
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.rope.chain import RopeChain, Steps
-from ropewalk.rope.position import METADATA_KEY, Position, position_of, unreachable
+from ropewalk.rope.hf_config import unreachable
+from ropewalk.rope.position import METADATA_KEY, Position, position_of
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # not in a log file

@@ -15,8 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.hf_config import rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
+from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
-from ropewalk.rope.stock import longrope_entry
 
 # float32 rounding of the factor, of base^x and of their product, relative to the float64 spectrum.
 SPECTRUM_TOLERANCE = 2.4e-7

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.rope import Position
-from ropewalk.rope.stock import stock_factors
+from ropewalk.rope.position import stock_factors
 
 FACTORS = "rope_freqs.weight"
 
