@@ -11,7 +11,7 @@ from ropewalk.analysis.subjects import declared_path, is_declared, locate
 from ropewalk.config.analysis import InspectConfig
 from ropewalk.errors import UserError
 from ropewalk.export.verify.check_export import Claim
-from ropewalk.model.rotations import (
+from ropewalk.model.rotary import (
     Rotation,
     chain_rotation,
     rotations,  # noqa: F401  documented under this name

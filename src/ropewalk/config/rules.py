@@ -175,7 +175,7 @@ def _has_weights(config: TrainConfig) -> bool:
 
 
 def _validate_chain(config: TrainConfig) -> None:
-    chain = RopeChain(config.rope.chain)
+    chain = RopeChain.of(config.rope)
     if _has_weights(config) and not chain.rebuilds:
         return  # it follows the checkpoint's own chain: both are run when that one's config is read
     chain.spectrum(

@@ -62,7 +62,7 @@ def _position(config: RepairConfig, claim: Claim) -> Position:
             f"model={config.model.path} says its method already; check it: python scripts/export.py check "
             f"{config.model.path}"
         )
-    chain = RopeChain(config.rope.chain)
+    chain = RopeChain.of(config.rope)
     if not chain.steps:
         raise UserError("rope is not set; name the method that the model was trained with (rope=cope20)")
     present = claim.position

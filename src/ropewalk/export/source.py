@@ -144,7 +144,7 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
     origin = position_of(config)
     position = origin.continued(
         rope.name if rope.chain else origin.name,
-        RopeChain(rope.chain),
+        RopeChain.of(rope),
         origin.trained_length,
         base_model=origin.base_model or (None if Path(model).is_dir() else model),
     ).extended(test_time)

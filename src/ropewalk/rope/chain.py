@@ -77,6 +77,11 @@ class RopeChain:
         """The chain that ``text`` prints: ``abf(theta=1e7) > cope(clip=20)``, ``rope`` for none."""
         return cls(parse_steps(text))
 
+    @classmethod
+    def of(cls, group: Any) -> RopeChain:
+        """The chain of a configuration's rope group (ropewalk.config.groups.RopeConfig)."""
+        return cls(group.chain)
+
     def extended(self, methods: Steps) -> RopeChain:
         """This chain with more methods after it."""
         return RopeChain([*self.to_list(), *methods])

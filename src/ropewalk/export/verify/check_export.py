@@ -23,7 +23,7 @@ from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
 from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.portable import older_form
 from ropewalk.export.safetensors_files import weight_faults
-from ropewalk.model.rotations import Rotation, chain_rotation, inspect_config
+from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
 from ropewalk.rope.position import METADATA_KEY, position_of

@@ -18,8 +18,7 @@ from ropewalk.export.verify.check_export import Claim
 from ropewalk.export.verify.probing import Passage, read_passage, stock_logits
 from ropewalk.model import attention
 from ropewalk.model.load import build_for_training, read_position
-from ropewalk.model.rotary import assert_spectrum, install_spectrum, stock_tolerances
-from ropewalk.model.rotations import chain_rotation, rotations
+from ropewalk.model.rotary import assert_spectrum, chain_rotation, install_spectrum, rotations, stock_tolerances
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation

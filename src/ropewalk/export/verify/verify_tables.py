@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from ropewalk.export.findings import Finding, Unverifiable, judged
 from ropewalk.export.verify.check_export import Claim
 from ropewalk.export.verify.probing import run_probe
-from ropewalk.model.rotations import chain_rotation, inspect_config
+from ropewalk.model.rotary import chain_rotation, inspect_config
 
 TOLERANCE = 1e-5  # of cos and sin, at the positions compared
 POSITIONS = 65536  # compared at most
