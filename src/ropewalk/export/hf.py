@@ -12,10 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from ropewalk.errors import UserError
-from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, written_beside
+from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, read_json, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.safetensors_files import total_bytes, write_weights
-from ropewalk.export.source import Source, committed_checkpoint, read_json, trained_source
+from ropewalk.export.source import Source, committed_checkpoint, trained_source
 from ropewalk.files import write_atomically
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +208,3 @@ def dtype_name(value: str | None) -> str | None:
     if value is not None and value not in DTYPES:
         raise UserError(f"dtype={value} is not known; use one of: {', '.join(DTYPES)}")
     return None if value is None else DTYPES[value]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
-from ropewalk.export.findings import Finding
 from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
-from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
+from ropewalk.export.gguf.gguf_model import FACTORS, GgufPosition, gguf_position
+from ropewalk.export.output import Finding
 from ropewalk.export.portable import older_form
 from ropewalk.export.safetensors_files import weight_faults
 from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
