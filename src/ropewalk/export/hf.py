@@ -75,7 +75,7 @@ def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
     """The same for a caller that holds the output against others."""
     check_replaceable(output, overwrite)
     weights = source.open()
-    planned = plan_weights(weights.shapes(), weights.dtypes(), dtype or source.dtype)
+    planned = plan_weights(weights.shapes, weights.dtypes, dtype or source.dtype)
     check_space(output, total_bytes(list(planned.values())))
     tokenizer = source_tokenizer(source, planned)
     with written_beside(output) as partial:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
-from ropewalk.export.safetensors_files import StoredWeights, weight_faults, weight_files
+from ropewalk.export.safetensors_files import StoredWeights, Weights, weight_faults, weight_files
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain
@@ -32,21 +31,6 @@ DTYPES = {
     "fp16": "float16",
 }
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
-
-
-class Weights(Protocol):
-    """Weights by name, none of them in memory until it is asked for."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def gather(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One weight in ``dtype``."""
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each weight."""
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each weight as it is kept."""
 
 
 @dataclass(frozen=True)

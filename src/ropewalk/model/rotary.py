@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ _ORIGINAL = "original_max_position_embeddings"
 _READ_LONGROPE_ALONE = ("phi3", "phi4_multimodal")  # beside default; a yarn entry is taken for longrope, others refused
 
 
-def place_position(config: PreTrainedConfig, position: Position, length: int | None = None) -> None:
+def place_position(
+    config: PreTrainedConfig, position: Position, length: int | None = None, refused: Sequence[str] = ()
+) -> None:
     """Put a chain's stock entry into a config; where layers differ (Gemma 3, OLMo 3), the full-attention layers'.
 
     A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays; under
@@ -39,18 +41,25 @@ def place_position(config: PreTrainedConfig, position: Position, length: int | N
         config: its max_position_embeddings is the length that the checkpoint serves, in tokens.
         position: how the model shall rotate.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
+        refused: stock types that readers of the checkpoint differ on; their spectrum is written as longrope factors.
     """
     served, present = config.max_position_embeddings, config.rope_parameters
     layer_type = _layer_types(config)[0]
     entry = position.rope_parameters(served, length)
-    if not _is_read(config, layer_type, entry):
+    if entry["rope_type"] in refused or not _is_read(config, layer_type, entry):
         entry = longrope_entry(position.spectrum(length), served)
-    replaced = present[layer_type] if layer_type else present
+    replaced = rope_entry(config)
     if "partial_rotary_factor" in replaced and replaced.get("rope_type") != "proportional":
         entry["partial_rotary_factor"] = replaced["partial_rotary_factor"]
     config.rope_parameters = {**present, layer_type: entry} if layer_type else entry
     if hasattr(config, _ORIGINAL):
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
+
+
+def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
+    """The stock entry that a chain is about: the only one, or the full-attention layers'."""
+    layer_type = _layer_types(config)[0]
+    return dict(config.rope_parameters[layer_type] if layer_type else config.rope_parameters)
 
 
 def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:

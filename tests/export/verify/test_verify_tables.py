@@ -15,7 +15,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.export.card import cache_bytes
 from ropewalk.export.output import Unverifiable, findings_of
-from ropewalk.export.verify.verify_stock import TABLE_TOLERANCE, compare_tables, engine_table, rotary_table, verify_table
+from ropewalk.export.verify.verify_stock import (
+    TABLE_TOLERANCE,
+    compare_tables,
+    engine_table,
+    rotary_table,
+    verify_table,
+)
 
 
 @pytest.mark.parametrize("arm", ["rope", "cope", "cope_yarn"])

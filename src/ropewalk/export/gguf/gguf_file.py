@@ -77,7 +77,7 @@ def write_gguf(directory: Path, path: Path, wanted: str | None, *, instead: Gguf
     family = family_of(config, own)
     kind, file_type = TYPES[gguf_type(wanted, config)]
     layout, weights = Layout(config, family), StoredWeights(directory)
-    planned = {layout.name(name): (name, shape, kind_of(shape, kind)) for name, shape in weights.shapes().items()}
+    planned = {layout.name(name): (name, shape, kind_of(shape, kind)) for name, shape in weights.shapes.items()}
     check_space(path, sum(_bytes(shape, kind) for _, shape, kind in planned.values()))
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, family.arch)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropewalk.export.output import STOCK, Finding, NotVerified, Unverifiable, judged, record
-from ropewalk.export.portable import rope_entry
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import Source, trained_source
 from ropewalk.export.verify.check_export import Claim
@@ -28,6 +27,7 @@ from ropewalk.model.rotary import (
     chain_rotation,
     inspect_config,
     install_spectrum,
+    rope_entry,
     rotations,
     stock_tolerances,
 )
@@ -135,7 +135,7 @@ def _source_logits(
 
 def _load(model: PreTrainedModel, source: Source, directory: Path) -> None:
     """Each weight by itself, rounded to the export's dtype: no second copy of the model."""
-    weights, exported = source.open(), StoredWeights(directory).dtypes()
+    weights, exported = source.open(), StoredWeights(directory).dtypes
     missing = dict(model.named_parameters())
     unfit = f"{source.origin} does not fit its own config"
     with torch.no_grad():
