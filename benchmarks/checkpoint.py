@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from demo import demo_config, packed_batch
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.files import fsync_path
 from ropewalk.model.load import training_config
 from ropewalk.training.checkpoint.save import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
@@ -43,7 +44,7 @@ def main() -> None:
     config = demo_config(
         f"model.architecture.hidden_size={given.width}", f"model.architecture.intermediate_size={4 * given.width}"
     )
-    model_config = training_config(config.model, "rope", [], 512)
+    model_config = training_config(config.model, RopeConfig("rope"), 512)
     engine = start_engine(config, model_config, ranks)
     batch = StepBatch(0, [packed_batch(512, model_config.vocab_size, 0)], 500)
     Trainer(engine, ranks, iter([batch]), lambda step: 1e-3, Guard(config.guards), Meter(ranks.device)).take_step()

@@ -66,6 +66,7 @@ def step(case: Case) -> None:
     """Two steps of one case in this process; prints its peak in bytes. Collective."""
     import torch
 
+    from ropewalk.config.groups import RopeConfig
     from ropewalk.config.train import GuardConfig
     from ropewalk.data.order.batches import Batch
     from ropewalk.model.load import training_config
@@ -79,7 +80,7 @@ def step(case: Case) -> None:
     torch.set_num_threads(1)
     config = _config(case)
     ranks = start_processes("cpu", case.sequence)
-    engine = start_engine(config, training_config(config.model, "default", [], case.length), ranks)
+    engine = start_engine(config, training_config(config.model, RopeConfig("default"), case.length), ranks)
     watch_gradients(engine)
     ids = torch.arange(case.length)[None] % case.vocabulary
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from demo import demo_config, packed_batch, told
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training, training_config
@@ -77,7 +78,7 @@ def settings(tokens: int, world_size: int) -> tuple[TrainConfig, Any]:
     """The demo's recipe at one micro batch a rank."""
     batch = [f"trainer.micro_batch_size={tokens // 512}", f"trainer.global_batch_size={tokens // 512 * world_size}"]
     config = demo_config(*batch)
-    return config, training_config(config.model, "rope", [], 512)
+    return config, training_config(config.model, RopeConfig("rope"), 512)
 
 
 def against_bare(steps: int, tokens: int) -> None:

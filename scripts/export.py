@@ -13,7 +13,7 @@ from ropewalk.config.export import CheckExportConfig, ExportConfig, RepairConfig
 def main(config: ExportConfig) -> None:
     """Export and verify one checkpoint or model."""
     from ropewalk.export import export
-    from ropewalk.export.findings import NotVerified
+    from ropewalk.export.output import NotVerified
 
     try:
         export(config)
@@ -33,7 +33,7 @@ def check(config: CheckExportConfig) -> None:
 @entry("repair")
 def repair(config: RepairConfig) -> None:
     """Give a checkpoint the config of the method that it was trained with."""
-    from ropewalk.export.repair import repair as run
+    from ropewalk.export.command import repair as run
 
     run(config)
 

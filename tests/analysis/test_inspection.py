@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.analysis.inspection import describe, print_inspection, rotations
-from ropewalk.model.rotations import inspect_config
+from ropewalk.model.rotary import inspect_config
 from ropewalk.rope import Position, RopeChain
 
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.export import export
-from ropewalk.export.findings import findings_of
 from ropewalk.export.hf import write_hf
+from ropewalk.export.output import findings_of
 from ropewalk.export.source import converted_source
 from ropewalk.export.verify.check_export import check_directory
 from ropewalk.model.load import load_for_evaluation

@@ -2,7 +2,7 @@
 
 import json
 
-from ropewalk.export.findings import STOCK, Finding, Unverifiable, findings_of, judged, record
+from ropewalk.export.output import STOCK, Finding, Unverifiable, findings_of, judged, record
 
 
 def unverifiable():

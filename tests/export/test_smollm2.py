@@ -6,7 +6,7 @@ from helpers import composed, torchrun
 from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.export import export
-from ropewalk.export.findings import findings_of
+from ropewalk.export.output import findings_of
 
 ROPES = {"rope": "native", "cope": "cope10", "hardclip": "hardclip10", "cope_yarn": "cope10"}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropewalk.model.rotations import inspect_config
+from ropewalk.model.rotary import inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import DEFAULT_SHARES, DEFAULT_THETA, ROTARY_BY_DEFAULT
 from ropewalk.rope.position import position_of

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import tiny_run
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import build_for_training, training_config, write_config
@@ -68,7 +69,7 @@ def test_a_model_that_cannot_be_reached_is_named_alike(monkeypatch):
         Position.from_pretrained("nobody/nothing")
     model = ModelConfig(name="t", path="nobody/nothing", theta=1e4, head_dim=16, pretrained_length=64)
     with pytest.raises(ValueError, match=f"^model.path={rest}"):
-        training_config(model, "rope", [], 64)
+        training_config(model, RopeConfig("rope"), 64)
 
 
 def position(chain):
@@ -155,7 +156,7 @@ def test_a_method_runs_three_times_from_configuration_to_the_first_step(tmp_path
     monkeypatch.setitem(_METHODS, "cope", replace(cope, function=counted))
     config = tiny_run(store_64, tmp_path / "run", "rope.chain=[{method: abf, theta: 5.0e4}, {method: cope, clip: 3}]")
     validate_train(config, world_size=1)
-    model_config = training_config(config.model, config.rope.name, config.rope.chain, config.data.sequence_length)
+    model_config = training_config(config.model, config.rope, config.data.sequence_length)
     for _ in range(3):  # the loop's, the contract's, the log's
         run = position_of(model_config)
         assert (str(run), run.metadata()) == ("abf(theta=5e4) > cope(clip=3)", model_config.ropewalk)

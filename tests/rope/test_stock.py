@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ropewalk.model.load import load_for_evaluation
 from ropewalk.model.rotary import stock_tolerances
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.stock import compile_to_stock
+from ropewalk.rope.position import longrope_entry
 
 ABF = {"method": "abf", "theta": 1e7}
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}
@@ -98,7 +98,7 @@ def test_longrope_holds_any_spectrum(pairs, theta, data):
     weights = data.draw(st.lists(st.sampled_from([0.0, 1.0, 1e-6, 0.3, 5.0]), min_size=pairs, max_size=pairs))
     base = RopeChain([]).spectrum(head_dim=head_dim, theta=theta, pretrained_length=8192, trained_length=65536)
     s = base.scaled(np.array(weights))
-    entry = compile_to_stock(OTHER, s, 65536)
+    entry = longrope_entry(s, 65536)
     exact, stock = s.inv_freq, stock_inv_freq(entry, head_dim)
     assert np.array_equal(exact == 0, stock == 0)
     turning = exact > 0
@@ -177,9 +177,6 @@ def test_the_bound_on_ramps_is_not_loose():
             on_ramp = bound > 2.4e-7
             reached = max(reached, (relative / bound)[on_ramp].max())
         assert 0.25 < reached <= 1
-
-
-OTHER = RopeChain([{"method": "hardclip", "clip": 0}, {"method": "resonance"}])  # no stock type of its own
 
 
 # Every method, alone and in the chains people run; head_dim 64, base 1e5, 8,192 tokens stretched to 65,536.

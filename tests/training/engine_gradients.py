@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from helpers import GradientProbe, one_step, tiny_run
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
 from ropewalk.training.distributed import start_processes
@@ -48,7 +49,7 @@ def main(cases: str, output: str) -> None:
             *case["overrides"],
         )
         mixture = Mixture(0, case["weights"], store, config.trainer.global_batch_size)
-        engine = start_engine(config, training_config(config.model, "rope", [], store.sequence_length), ranks)
+        engine = start_engine(config, training_config(config.model, RopeConfig("rope"), store.sequence_length), ranks)
         probe = GradientProbe(partial(gradients, engine))
         step = one_step(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks, probe)
         if ranks.is_main:

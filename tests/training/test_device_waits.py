@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import one_step, tiny_run
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.model.load import training_config
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import start_engine
@@ -24,7 +25,7 @@ def test_a_step_waits_where_the_page_says(store_64, tmp_path):
     config.rope.chain = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
     ranks = start_processes("cuda")
     _, mixture = open_data(config)
-    engine = start_engine(config, training_config(config.model, "cope4", config.rope.chain, 64), ranks)
+    engine = start_engine(config, training_config(config.model, RopeConfig("cope4", config.rope.chain), 64), ranks)
     guard, meter = Guard(config.guards), Meter(ranks.device, sorted(mixture.store.domains), 64)
     for step in range(2):  # the first step warms up
         torch.cuda.set_sync_debug_mode("warn" if step else "default")

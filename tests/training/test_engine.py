@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
@@ -144,7 +145,7 @@ def test_gradients_and_decay_of_a_partitioned_bf16_model(store_64, tmp_path):
     overrides = ["trainer.dtype=bfloat16", "deepspeed.param_persistence_threshold=0"]
     config = tiny_run(store_64, tmp_path, *overrides, attention_bias=True)
     ranks = start_processes("cpu")
-    engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+    engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
     mixture = Mixture(0, WEIGHTS, store_64, config.trainer.global_batch_size)
     probe = GradientProbe(lambda: [g.dtype for group in engine.optimizer.averaged_gradients.values() for g in group])
     one_step(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks, probe)

@@ -9,6 +9,7 @@ import torch
 from helpers import one_step, tiny_run
 from ranks import start_ranks, tiny_arguments
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import GuardConfig
 from ropewalk.model.load import training_config
 from ropewalk.runs.metrics_file import read_metrics
@@ -47,7 +48,7 @@ def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
     _, mixture = open_data(config)
     found = []
     for steps in ((0, 1, 2), (0, 2)):
-        engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+        engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
         watch_gradients(engine)
         guard = OneRefusal()
         for step in steps:
@@ -176,7 +177,7 @@ def test_a_step_without_a_trained_token_changes_nothing(store_64, tmp_path):
     ranks = start_processes("cpu")
     config = tiny_run(store_64, tmp_path, "trainer.weight_decay=0.0")
     _, mixture = open_data(config)
-    engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+    engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
     before = masters(engine)
     batches = [replace(b, labels=torch.full_like(b.labels, -100)) for b in micro_batches(mixture, 0, ranks, config)]
     result = one_step(engine, batches, 0, ranks, learning_rate=1e-2)

@@ -12,6 +12,7 @@ import torch
 from helpers import TINY, composed, one_step, tiny_run
 from ranks import run_ranks, tiny_arguments
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import TrainerConfig
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
@@ -111,7 +112,7 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     train(replace(config, trainer=replace(config.trainer, stop_after=2)))
     ranks = start_processes("cpu")
     _, mixture = open_data(config)
-    model_config = training_config(config.model, "cope4", COPE, 64)
+    model_config = training_config(config.model, RopeConfig("cope4", COPE), 64)
     engine = start_engine(config, model_config, ranks)
     lm, spectrum = engine.module.lm, position_of(model_config).spectrum()
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
@@ -258,7 +259,7 @@ def test_hooks_are_called_in_one_order_at_every_moment(store_64, tmp_path, leave
     ranks = start_processes("cpu")
     config = tiny_run(store_64, tmp_path)
     _, mixture = open_data(config)
-    engine = start_engine(config, training_config(config.model, "rope", [], 64), ranks)
+    engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
     moments, meter = [], Meter(ranks.device)
     first, second = Recorder("first", moments, leave_after), Recorder("second", moments)
     trainer = Trainer(

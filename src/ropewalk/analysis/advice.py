@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
 from ropewalk.config.analysis import AdviseConfig
 from ropewalk.rope.advisor import Advice, Choice, advise
-from ropewalk.rope.chain import clip_of, in_words
-from ropewalk.rope.notation import print_value
-from ropewalk.rope.position import read_config_json
+from ropewalk.rope.chain import clip_of, in_words, print_value
+from ropewalk.rope.hf_config import read_config_json
 
 
 def print_advice(config: AdviseConfig) -> Advice:

@@ -11,13 +11,12 @@ from ropewalk.analysis.subjects import declared_path, is_declared, locate
 from ropewalk.config.analysis import InspectConfig
 from ropewalk.errors import UserError
 from ropewalk.export.verify.check_export import Claim
-from ropewalk.model.rotations import (
+from ropewalk.model.rotary import (
     Rotation,
     chain_rotation,
     rotations,  # noqa: F401  documented under this name
 )
-from ropewalk.rope.chain import in_words
-from ropewalk.rope.notation import print_value
+from ropewalk.rope.chain import in_words, print_value
 
 PER_LINE = 8  # frequencies
 

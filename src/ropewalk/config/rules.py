@@ -224,7 +224,7 @@ def _has_weights(config: TrainConfig) -> bool:
 def _validate_chain(config: TrainConfig) -> None:
     from ropewalk.rope import RopeChain  # late: composing a configuration loads no numpy
 
-    chain = RopeChain(config.rope.chain)
+    chain = RopeChain.of(config.rope)
     if _has_weights(config) and not chain.rebuilds:
         return  # it follows the checkpoint's own chain: both are run when that one's config is read
     chain.spectrum(

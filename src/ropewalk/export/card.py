@@ -15,9 +15,8 @@ from huggingface_hub import ModelCard, hf_hub_download
 from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
-from ropewalk.export.findings import STOCK, findings_of
-from ropewalk.export.output import SOURCE
-from ropewalk.export.source import Source, read_json
+from ropewalk.export.output import SOURCE, STOCK, findings_of, read_json
+from ropewalk.export.source import Source
 from ropewalk.files import write_atomically
 from ropewalk.model.load import head_dim
 from ropewalk.rope import Position

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from ropewalk.errors import UserError
-from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, written_beside
+from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, read_json, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.safetensors_files import total_bytes, write_weights
-from ropewalk.export.source import Source, committed_checkpoint, read_json, trained_source
+from ropewalk.export.source import Source, committed_checkpoint, trained_source
 from ropewalk.files import write_atomically
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
@@ -75,7 +75,7 @@ def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
     """The same for a caller that holds the output against others."""
     check_replaceable(output, overwrite)
     weights = source.open()
-    planned = plan_weights(weights.shapes(), weights.dtypes(), dtype or source.dtype)
+    planned = plan_weights(weights.shapes, weights.dtypes, dtype or source.dtype)
     check_space(output, total_bytes(list(planned.values())))
     tokenizer = source_tokenizer(source, planned)
     with written_beside(output) as partial:

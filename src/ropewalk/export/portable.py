@@ -11,11 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.files import write_atomically
 from ropewalk.model.load import write_config
-from ropewalk.model.rotary import place_position
+from ropewalk.model.rotary import place_position, rope_entry
 from ropewalk.rope.chain import Steps
-from ropewalk.rope.hf_config import rotating_layers
 from ropewalk.rope.position import METADATA_KEY, Position
-from ropewalk.rope.stock import longrope_entry
 
 OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
 
@@ -37,24 +35,8 @@ def place_portable(
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     config.max_position_embeddings = served
-    extended = position.extended(extra)
-    place_position(config, extended, length)
-    entry = rope_entry(config)
-    if entry["rope_type"] == "yarn":
-        spread = longrope_entry(extended.spectrum(length), served)
-        _replace_entry(config, {**{k: v for k, v in entry.items() if k == "partial_rotary_factor"}, **spread})
+    place_position(config, position.extended(extra), length, refused=("yarn",))
     setattr(config, METADATA_KEY, position.metadata())
-
-
-def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
-    """The stock entry that the chain is about: the only one, or the full-attention layers'."""
-    layers = rotating_layers(config.rope_parameters, getattr(config, "layer_types", None))
-    return dict(config.rope_parameters[layers[0]] if layers else config.rope_parameters)
-
-
-def _replace_entry(config: PreTrainedConfig, entry: dict[str, Any]) -> None:
-    layers = rotating_layers(config.rope_parameters, getattr(config, "layer_types", None))
-    config.rope_parameters = {**config.rope_parameters, layers[0]: entry} if layers else entry
 
 
 def older_form(config: PreTrainedConfig) -> dict[str, Any]:

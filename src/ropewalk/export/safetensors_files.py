@@ -22,7 +22,29 @@ SHARD_SIZE = "1GB"  # in memory while it is written; a weight that is larger is 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
 
 
-class StoredWeights(Mapping[str, Tensor]):
+class Weights(Mapping[str, Tensor]):
+    """Weights by name, none of them in memory until it is looked up.
+
+    Attributes:
+        shapes: of each weight.
+        dtypes: of each weight as it is kept.
+    """
+
+    shapes: dict[str, torch.Size]
+    dtypes: dict[str, torch.dtype]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One weight in ``dtype``."""
+        return self[name].to(dtype)
+
+
+class StoredWeights(Weights):
     """The weights of a Hugging Face directory under the names that stand there; each look-up reads that one."""
 
     def __init__(self, directory: Path) -> None:
@@ -31,16 +53,15 @@ class StoredWeights(Mapping[str, Tensor]):
         Raises:
             UserError: where there are none, or a file is missing or damaged.
         """
+        self.shapes, self.dtypes = {}, {}
         self._files: dict[str, Path] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
         for file in weight_files(directory):
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                         part = opened.get_slice(name)
-                        self._files[name], self._shapes[name] = file, torch.Size(part.get_shape())
-                        self._dtypes[name] = _DTYPES[part.get_dtype()]
+                        self._files[name], self.shapes[name] = file, torch.Size(part.get_shape())
+                        self.dtypes[name] = _DTYPES[part.get_dtype()]
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} cannot be read ({error}); copy it anew") from error
             except KeyError as error:
@@ -50,24 +71,6 @@ class StoredWeights(Mapping[str, Tensor]):
         with safe_open(self._files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
-
-    def gather(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One weight in ``dtype``."""
-        return self[name].to(dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each weight."""
-        return dict(self._shapes)
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each weight as stored."""
-        return dict(self._dtypes)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -131,7 +134,7 @@ def weight_faults(directory: Path, config: PreTrainedConfig) -> Iterator[str]:
     A model whose weights transformers renames when it loads them (experts kept one by one) is not checked.
     """
     try:
-        shapes = StoredWeights(directory).shapes()
+        shapes = StoredWeights(directory).shapes
     except ValueError as error:
         yield str(error)
         return

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
-from ropewalk.export.safetensors_files import StoredWeights, weight_faults, weight_files
+from ropewalk.export.safetensors_files import StoredWeights, Weights, weight_faults, weight_files
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.chain import Steps
-from ropewalk.rope.order import reached_length
-from ropewalk.rope.position import position_of, read_config_json, unreachable
+from ropewalk.rope.chain import Steps, reached_length
+from ropewalk.rope.hf_config import read_config_json, unreachable
+from ropewalk.rope.position import position_of
 from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at, read_manifest
 
 DTYPES = {
@@ -33,21 +31,6 @@ DTYPES = {
     "fp16": "float16",
 }
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
-
-
-class Weights(Protocol):
-    """Weights by name, none of them in memory until it is asked for."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def gather(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One weight in ``dtype``."""
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each weight."""
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each weight as it is kept."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
     origin = position_of(config)
     position = origin.continued(
         rope.name if rope.chain else origin.name,
-        RopeChain(rope.chain),
+        RopeChain.of(rope),
         origin.trained_length,
         base_model=origin.base_model or (None if Path(model).is_dir() else model),
     ).extended(test_time)
@@ -209,8 +192,3 @@ def dtype_name(value: str | None) -> str | None:
     if value is not None and value not in DTYPES:
         raise UserError(f"dtype={value} is not known; use one of: {', '.join(DTYPES)}")
     return None if value is None else DTYPES[value]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}

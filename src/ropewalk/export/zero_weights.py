@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import UserError
+from ropewalk.export.safetensors_files import Weights
 from ropewalk.runs.directory import ZERO
 from ropewalk.training.checkpoint.save import verify_checkpoint
 from ropewalk.training.distributed import import_deepspeed
@@ -28,7 +28,7 @@ _PARTITIONED_EACH = "fp32_flat_groups"  # ZeRO-3
 _PARTITIONED_WHOLE = "single_partition_of_fp32_groups"  # ZeRO-1 and -2
 
 
-class ZeroWeights(Mapping[str, Tensor]):
+class ZeroWeights(Weights):
     """fp32 master weights by their Hugging Face names; a look-up gathers that one parameter from its shards.
 
     The shards are pickles that DeepSpeed wrote. They are read only once every file's checksum is the manifest's, so
@@ -53,6 +53,8 @@ class ZeroWeights(Mapping[str, Tensor]):
             for name, piece in _open(checkpoint / ZERO).items()
             if "rotary_emb" not in name and not (tied and name == f"{_PREFIX}lm_head.weight")
         }
+        self.shapes = {name: shape for name, (shape, _) in self._pieces.items()}
+        self.dtypes = dict.fromkeys(self._pieces, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.gather(name, torch.float32)
@@ -67,20 +69,6 @@ class ZeroWeights(Mapping[str, Tensor]):
             flat[filled : filled + taken].copy_(segment[:taken])
             filled += taken
         return flat.view(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each weight, nothing gathered."""
-        return {name: shape for name, (shape, _) in self._pieces.items()}
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Of the masters."""
-        return dict.fromkeys(self._pieces, torch.float32)
 
 
 _Piece = tuple[torch.Size, list[Tensor]]  # a parameter's shape, and the stretches that make it up, in order

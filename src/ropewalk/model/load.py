@@ -20,12 +20,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model import attention
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.rope.chain import RopeChain, Steps
-from ropewalk.rope.position import METADATA_KEY, Position, position_of, unreachable
+from ropewalk.rope.hf_config import unreachable
+from ropewalk.rope.position import METADATA_KEY, Position, position_of
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # not in a log file
@@ -45,7 +47,7 @@ def read_position(directory: str | Path) -> Position:
 
 
 def training_config(
-    model: ModelConfig, rope_name: str, steps: Steps, sequence_length: int, start: Mapping[str, Any] | None = None
+    model: ModelConfig, rope: RopeConfig, sequence_length: int, start: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
     """The transformers config of a training run: architecture, compiled chain, metadata.
 
@@ -53,8 +55,7 @@ def training_config(
 
     Args:
         model: the model group.
-        rope_name: of the chain.
-        steps: the run's chain.
+        rope: the run's chain.
         sequence_length: tokens.
         start: config.json of the training checkpoint that the run starts from; it replaces ``model.path``, and its
             trained length replaces ``model.pretrained_length``.
@@ -77,8 +78,8 @@ def training_config(
     origin = position_of(config)
     _check_declared(model if start is None else replace(model, pretrained_length=origin.trained_length), origin)
     position = origin.continued(
-        origin.name if start is not None and not steps else rope_name,
-        RopeChain(steps),
+        origin.name if start is not None and not rope.chain else rope.name,
+        RopeChain.of(rope),
         sequence_length,
         base_model=model.path if start is None else origin.base_model,
     )

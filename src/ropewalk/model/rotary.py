@@ -1,22 +1,24 @@
-"""The rotary module of a live model: its stock spectrum, put back after a cast, and asserted."""
+"""Rotary modules of models: a chain put into a config, the spectrum in memory read, put back after a cast, asserted."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, distributed, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.hf_config import rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
+from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
-from ropewalk.rope.stock import longrope_entry
 
 # float32 rounding of the factor, of base^x and of their product, relative to the float64 spectrum.
 SPECTRUM_TOLERANCE = 2.4e-7
@@ -26,7 +28,9 @@ _ORIGINAL = "original_max_position_embeddings"
 _READ_LONGROPE_ALONE = ("phi3", "phi4_multimodal")  # beside default; a yarn entry is taken for longrope, others refused
 
 
-def place_position(config: PreTrainedConfig, position: Position, length: int | None = None) -> None:
+def place_position(
+    config: PreTrainedConfig, position: Position, length: int | None = None, refused: Sequence[str] = ()
+) -> None:
     """Put a chain's stock entry into a config; where layers differ (Gemma 3, OLMo 3), the full-attention layers'.
 
     A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays; under
@@ -37,13 +41,14 @@ def place_position(config: PreTrainedConfig, position: Position, length: int | N
         config: its max_position_embeddings is the length that the checkpoint serves, in tokens.
         position: how the model shall rotate.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
+        refused: stock types that readers of the checkpoint differ on; their spectrum is written as longrope factors.
     """
     served, present = config.max_position_embeddings, config.rope_parameters
     layer_type = _layer_types(config)[0]
     entry = position.rope_parameters(served, length)
-    if not _is_read(config, layer_type, entry):
+    if entry["rope_type"] in refused or not _is_read(config, layer_type, entry):
         entry = longrope_entry(position.spectrum(length), served)
-    replaced = present[layer_type] if layer_type else present
+    replaced = rope_entry(config)
     if "partial_rotary_factor" in replaced and replaced.get("rope_type") != "proportional":
         entry["partial_rotary_factor"] = replaced["partial_rotary_factor"]
     config.rope_parameters = {**present, layer_type: entry} if layer_type else entry
@@ -51,12 +56,17 @@ def place_position(config: PreTrainedConfig, position: Position, length: int | N
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
 
 
+def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
+    """The stock entry that a chain is about: the only one, or the full-attention layers'."""
+    layer_type = _layer_types(config)[0]
+    return dict(config.rope_parameters[layer_type] if layer_type else config.rope_parameters)
+
+
 def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:
     """True if transformers reads every key of ``entry`` in a model of this type."""
     if config.model_type in _READ_LONGROPE_ALONE:
         return entry["rope_type"] in ("default", "longrope")
-    # one layer type's ``truncate`` is not looked up
-    return layer_type is None or entry.get("truncate", True)
+    return layer_type is None or entry.get("truncate", True)  # see _entry
 
 
 def _layer_types(config: PreTrainedConfig) -> tuple[str | None, ...]:
@@ -112,24 +122,39 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     for layer_type in _layer_types(model.config):
         _assert_buffers(model, layer_type)
     layer_type = _layer_types(model.config)[0]
-    truth, scaling = stock_spectrum(model, layer_type)
-    stock, exact = truth.double().numpy(), spectrum.inv_freq
-    if not np.array_equal(stock == 0, exact == 0):
-        raise RuntimeError("the stopped pairs of the config are not those of the chain")
-    turning = exact != 0
-    entry = model.config.rope_parameters
-    if layer_type:
-        entry = {**entry[layer_type], "truncate": True}  # see _is_read
-    difference = np.abs(stock[turning] / exact[turning] - 1)
-    over = difference / stock_tolerances(spectrum, entry)[turning]
-    if over.max(initial=0.0) > 1:
-        worst = int(over.argmax())
-        raise RuntimeError(
-            f"the config's spectrum differs from the chain's by {difference[worst]:.3g} relative at pair "
-            f"{int(np.flatnonzero(turning)[worst])}, {over[worst]:.3g} times what float32 rounding explains"
-        )
-    if abs(scaling / spectrum.attention_scaling - 1) > SPECTRUM_TOLERANCE:
-        raise RuntimeError(f"attention scaling is {scaling}, the chain's {spectrum.attention_scaling}")
+    faults = spectrum_faults(*stock_spectrum(model, layer_type), spectrum, _entry(model.config, layer_type))
+    if faults:
+        raise RuntimeError("; ".join(faults))
+
+
+def _entry(config: PreTrainedConfig, layer_type: str | None) -> dict[str, Any]:
+    """The stock entry as transformers reads it: one layer type's ``truncate`` is not looked up."""
+    entry = config.rope_parameters
+    return {**entry[layer_type], "truncate": True} if layer_type else dict(entry)
+
+
+def spectrum_faults(
+    inv_freq: Tensor, attention_scaling: float, spectrum: Spectrum, entry: Mapping[str, Any]
+) -> list[str]:
+    """The differences of a model's rotation from ``spectrum`` beyond float32 rounding, in words; exact zeros exact.
+
+    Args:
+        inv_freq: float (rotating channels / 2,), radians per token.
+        attention_scaling: multiplies cos and sin.
+        spectrum: of the chain.
+        entry: stock entry that ``inv_freq`` was computed from.
+    """
+    stock, exact = inv_freq.detach().cpu().double().numpy(), spectrum.inv_freq
+    if stock.shape != exact.shape:
+        return [f"stock transformers rotates {stock.size} pairs, the claimed chain {exact.size}"]
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a stopped pair on another method's ramp
+        is_wrong = np.abs(stock - exact) > stock_tolerances(spectrum, entry) * exact
+    is_wrong |= (stock == 0) != (exact == 0)
+    pairs = np.flatnonzero(is_wrong).tolist()
+    faults = [f"stock transformers rotates other than the claimed chain at pairs {pairs}"] if pairs else []
+    if not np.isclose(attention_scaling, spectrum.attention_scaling, rtol=SPECTRUM_TOLERANCE):
+        faults.append(f"attention scaling is {attention_scaling:g}, the claimed chain's {spectrum.attention_scaling:g}")
+    return faults
 
 
 def _assert_buffers(model: PreTrainedModel, layer_type: str | None) -> None:
@@ -197,3 +222,92 @@ def _llama3_weights(spectrum: Spectrum, entry: Mapping[str, Any]) -> tuple[Float
     theta_error = stock_tolerances(spectrum, {**entry, "rope_type": "default"})
     error = ((theta_error + 3 * _HALF_ULP) * turns + _HALF_ULP * low) / (high - low)
     return (turns - low) / (high - low), error
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The spectrum of one rotary module, as it stands in memory.
+
+    Attributes:
+        module: its name in the model, with the layer type where a model has more than one spectrum.
+        entry: stock entry of the config that it was computed from.
+        inv_freq: float (rotating channels / 2,), radians per token, in the buffer's own dtype.
+        attention_scaling: multiplies cos and sin.
+        length: tokens of the input it was read for.
+        equal_on_all_ranks: None outside torch.distributed.
+    """
+
+    module: str
+    entry: Mapping[str, Any]
+    inv_freq: Tensor
+    attention_scaling: float
+    length: int
+    equal_on_all_ranks: bool | None
+
+    @property
+    def rope_type(self) -> str:
+        """Stock type of the entry."""
+        return str(self.entry["rope_type"])
+
+    @property
+    def sha256(self) -> str:
+        """Of the frequencies as float32, little-endian."""
+        return hashlib.sha256(self.inv_freq.detach().cpu().float().numpy().astype("<f4").tobytes()).hexdigest()
+
+    def faults(self, spectrum: Spectrum) -> list[str]:
+        """The differences from the spectrum of a chain, at ``length`` tokens; see :func:`spectrum_faults`."""
+        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry)
+
+
+def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
+    """The rotary spectra of a live model, for an input of ``length`` tokens.
+
+    A stock type that changes with the input's length (dynamic, longrope) is read after one call at that length, which
+    leaves the module as a forward pass of that length would.
+    """
+    return [rotation for name, module in _rotary_modules(model) for rotation in _read(name, module, length)]
+
+
+def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
+    """The same for a model that stock transformers would build from ``config``; no weights are made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [
+        rotation
+        for name, module in _rotary_modules(model)
+        for rotation in _read(name, type(module)(module.config), length)
+    ]
+
+
+def chain_rotation(modules: list[Rotation]) -> Rotation:
+    """The rotation that a chain is about: the only one, or the full-attention layers' where layers differ."""
+    return next((rotation for rotation in modules if "full_attention" in rotation.module), modules[0])
+
+
+def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
+            yield name, module
+
+
+def _read(name: str, module: Any, length: int) -> Iterator[Rotation]:
+    layer_types = list(module.rope_type) if isinstance(module.rope_type, Mapping) else [None]
+    for layer_type in layer_types:
+        prefix = f"{layer_type}_" if layer_type else ""
+        buffer = getattr(module, f"{prefix}inv_freq")
+        arguments = (torch.zeros(1, device=buffer.device), torch.tensor([[length - 1]], device=buffer.device))
+        with torch.no_grad():
+            module(*arguments, layer_type) if layer_type else module(*arguments)
+        inv_freq = getattr(module, f"{prefix}inv_freq").clone()
+        scaling = float(getattr(module, f"{prefix}attention_scaling"))
+        entry = _entry(module.config, layer_type)
+        label = f"{name}[{layer_type}]" if layer_type else name
+        yield Rotation(label, entry, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq))
+
+
+def _equal_on_all_ranks(inv_freq: Tensor) -> bool | None:
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, inv_freq.detach().cpu().float().numpy().tobytes())
+    return len(set(gathered)) == 1

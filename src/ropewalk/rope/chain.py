@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import ast
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
-from ropewalk.rope.notation import Step, parse_steps
-from ropewalk.rope.order import check_order
-from ropewalk.rope.registry import get_method
-from ropewalk.rope.spectrum import Spectrum
+from ropewalk.rope.registry import LENGTHS, get_method
+from ropewalk.rope.spectrum import Spectrum, base_of
 
 Steps = Sequence[Mapping[str, Any]]
+
+_PRINTED = 8  # numbers of a list; a longer list is printed for people to see, not to be read back
+_SHORTENED = re.compile(r"\[\d+ numbers\]")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method of a chain with its canonical arguments."""
+
+    method: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        defaults = get_method(self.method).defaults
+        printed = {k: v for k, v in self.arguments.items() if k not in defaults or v != defaults[k]}
+        return f"{self.method}({', '.join(f'{k}={print_value(v)}' for k, v in printed.items())})"
+
+
+def print_value(value: Any) -> str:
+    """A value as people write it, exactly: 1e7, 5e5, 0.25; of a long list, only its length, ``[64 numbers]``."""
+    if isinstance(value, list) and len(value) > _PRINTED:
+        return f"[{len(value)} numbers]"
+    if isinstance(value, list):
+        return f"[{', '.join(map(print_value, value))}]"
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    if abs(value) >= 1e4:
+        mantissa, exponent = f"{value:e}".split("e")
+        short = f"{float(mantissa):g}e{int(exponent)}"
+    return short if float(short) == value else repr(value).removesuffix(".0")
 
 
 class RopeChain:
@@ -41,6 +77,11 @@ class RopeChain:
         """The chain that ``text`` prints: ``abf(theta=1e7) > cope(clip=20)``, ``rope`` for none."""
         return cls(parse_steps(text))
 
+    @classmethod
+    def of(cls, group: Any) -> RopeChain:
+        """The chain of a configuration's rope group (ropewalk.config.groups.RopeConfig)."""
+        return cls(group.chain)
+
     def extended(self, methods: Steps) -> RopeChain:
         """This chain with more methods after it."""
         return RopeChain([*self.to_list(), *methods])
@@ -48,6 +89,22 @@ class RopeChain:
     def after(self, own: RopeChain) -> RopeChain:
         """This chain on a model that has ``own``: it follows that chain, or replaces it if it rebuilds the spectrum."""
         return self if self.rebuilds else own.extended(self.to_list())
+
+    def resolved(self, spectrum: Spectrum) -> tuple[RopeChain, Spectrum]:
+        """The chain with every word (``auto``, ``trained_length``) replaced by its value, and the spectrum it gives."""
+        steps = []
+        for step in self.steps:
+            method = get_method(step.method)
+            arguments = method.resolved(step.arguments, spectrum)
+            steps.append({"method": step.method, **arguments})
+            spectrum = method.function(spectrum, **arguments)
+        return RopeChain(steps), spectrum
+
+    def run(self, spectrum: Spectrum) -> Spectrum:
+        """The spectrum that a resolved chain gives."""
+        for step in self.steps:
+            spectrum = get_method(step.method).function(spectrum, **step.arguments)
+        return spectrum
 
     def to_list(self) -> list[dict[str, Any]]:
         """The canonical form: every argument named; what YAML, config.json and the hash hold."""
@@ -116,7 +173,7 @@ class RopeChain:
         max_position_embeddings: int,
         length: int | None = None,
     ) -> dict[str, Any]:
-        """The chain as a stock transformers ``rope_parameters`` entry; see :mod:`ropewalk.rope.stock`.
+        """The chain as a stock transformers ``rope_parameters`` entry; see Position.rope_parameters.
 
         A stock entry holds one spectrum, so a chain that depends on the input's length is compiled at ``length``.
         """
@@ -146,7 +203,23 @@ class RopeChain:
             UserError: where the vector is too short for that, or does not fall from its first entry, or where the
                 chain refers to a length that is not given.
         """
-        return self.position_type.apply_chain(self, inv_freq, pretrained_length, trained_length, length)
+        is_torch = hasattr(inv_freq, "detach")
+        values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
+        theta = base_of(values) if values.ndim == 1 else None
+        if theta is None:
+            raise UserError(
+                f"inv_freq of shape {values.shape} must be one row of two or more frequencies that starts falling; "
+                "give RoPE's own, before any other transform"
+            )
+        check_lengths(pretrained_length=pretrained_length, trained_length=trained_length, length=length)
+        start = WatchedSpectrum(values, theta, pretrained_length, trained_length)  # type: ignore[arg-type]
+        # Words stand for values of training, so they resolve at the trained length, whatever the present input's.
+        resolved, spectrum = self.resolved(start if trained_length else start.at_length(length))
+        reached_length(resolved.steps, spectrum)
+        if trained_length and length is not None:
+            spectrum = resolved.run(start.at_length(length))
+        result = spectrum.inv_freq
+        return inv_freq.new_tensor(result) if is_torch else result.astype(np.asarray(inv_freq).dtype)
 
 
 def clip_of(chain: RopeChain) -> Step | None:
@@ -169,3 +242,126 @@ def _step(entry: Mapping[str, Any]) -> Step:
     if not isinstance(name, str):
         raise UserError(f"{dict(entry)} names no method; write {{method: NAME, ...}}")
     return Step(name, get_method(name).arguments(arguments))
+
+
+def parse_steps(text: str) -> list[dict[str, Any]]:
+    """The steps of a printed chain; ``rope``, or nothing, is the chain without any.
+
+    Raises:
+        UserError: for text of another form, or a list of which only the length was printed.
+    """
+    if shortened := _SHORTENED.search(text):
+        raise UserError(
+            f"{shortened[0]} in the chain {text!r} is a list that was shortened when printed; write its numbers out, "
+            "or take the chain from where it is whole: RopeChain.to_list(), YAML, or RopeChain.from_pretrained(DIR)"
+        )
+    if text.strip() in ("", "rope"):
+        return []
+    return [_parse_step(part.strip(), text) for part in text.split(">")]
+
+
+def _parse_step(part: str, text: str) -> dict[str, Any]:
+    rule = "write NAME(argument=value, ...), joined by '>': abf(theta=1e7) > cope(clip=20)"
+    try:
+        call = ast.parse(part if "(" in part else f"{part}()", mode="eval").body
+    except SyntaxError:
+        raise UserError(f"{part!r} in the chain {text!r} is not a method; {rule}") from None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise UserError(f"{part!r} in the chain {text!r} is not a method; {rule}")
+    names = [str(keyword.arg) for keyword in call.keywords]
+    for name in names:
+        if names.count(name) > 1 or name == "method":
+            raise UserError(f"{part!r} in the chain {text!r} gives {name} twice; keep one")
+    return {"method": call.func.id, **{str(k.arg): _literal(k.value, part) for k in call.keywords}}
+
+
+def _literal(node: ast.expr, part: str) -> Any:
+    """A number, true, false, null, a list, or a bare word."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False, "null": None, "none": None}.get(node.id.lower(), node.id)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise UserError(f"{part!r}: {ast.unparse(node)} is not a value; give a number, true, false or a word") from None
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """A method that lays the spectrum out anew follows nothing but abf, and abf only if it uses the base.
+
+    A chain clips once: a second clip, as when a run's clip meets that of the checkpoint it starts from, would stop
+    pairs that training turned.
+
+    Raises:
+        UserError: naming the method and what it would undo.
+    """
+    clips = [step for step in steps if get_method(step.method).clips]
+    if len(clips) > 1:
+        raise UserError(
+            f"{clips[1]} follows {clips[0]}, and a chain clips once; leave one of them out: rope=default goes on with "
+            "a checkpoint's own clip, and a chain that begins with abf replaces it"
+        )
+    for index, step in enumerate(steps):
+        method = get_method(step.method)
+        follows_abf = index == 1 and steps[0].method == "abf" and method.uses_base
+        if index > 0 and method.rebuilds and not follows_abf:
+            where = "first, or right after abf" if method.uses_base else "first"
+            raise UserError(
+                f"{step.method} stands at place {index + 1} of the chain, after {steps[index - 1]}; it rebuilds "
+                f"the spectrum and would undo what stands before it: put it {where}"
+            )
+
+
+def reached_length(steps: Sequence[Step], spectrum: Spectrum) -> int | None:
+    """Tokens to which the scalings of a chain stretch the model; None without a scaling.
+
+    A second scaling must start from the length that the first one has reached, or a longer one.
+
+    Args:
+        steps: of a chain whose words are resolved.
+        spectrum: with the lengths that a scaling may follow.
+
+    Raises:
+        UserError: naming both scalings and the fix.
+    """
+    scaling: Step | None = None
+    reached = 0.0
+    for step in steps:
+        reaches = get_method(step.method).reaches
+        if reaches is None:
+            continue
+        start = step.arguments["original_max_position_embeddings"]
+        if scaling is not None and start is not None and start < reached:
+            raise UserError(
+                f"{scaling} already stretches the model to {reached:,.0f} tokens, and {step} starts from {start:,} "
+                "again; drop one of the two, or set "
+                f"original_max_position_embeddings={math.ceil(reached)} in the second"
+            )
+        scaling, reached = step, reaches(step.arguments, spectrum)
+    return None if scaling is None else math.ceil(reached)
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedSpectrum(Spectrum):
+    """A spectrum that notes the lengths a chain refers to; one that is not given is an error."""
+
+    lengths_read: set[str] = field(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in LENGTHS and value is None:
+            raise UserError(f"the chain refers to {name}, which is not given; pass {name}=TOKENS to apply()")
+        if name in (*LENGTHS, "length"):
+            self.lengths_read.add(name)
+        return value
+
+
+def unwatched(spectrum: Spectrum) -> Spectrum:
+    """The spectrum alone."""
+    return Spectrum(**{item.name: vars(spectrum)[item.name] for item in fields(Spectrum)})
+
+
+def check_lengths(**lengths: int | None) -> None:
+    """Raise UserError unless each length that is given is a whole number of tokens, 1 or more."""
+    for name, value in lengths.items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise UserError(f"{name}={value!r} must be a whole number of tokens, 1 or more")

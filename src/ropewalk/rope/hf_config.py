@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
@@ -23,11 +26,50 @@ ROTARY_BY_DEFAULT = (
     "phi4_multimodal", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2",
 )  # fmt: skip
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WIDEST = 65536  # channels of a head
 _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text")
 
 # Keys with which CoPE's published code selects the clip; no stock engine reads them.
 REFERENCE_KEYS = ("use_cope", "cope_clip_n")
+
+
+def read_config_json(model: str | Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory or hub id, or the file itself.
+
+    Raises:
+        UserError: where there is none, or it is not JSON.
+    """
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if not _HUB_ID.fullmatch(str(model)):
+            raise UserError(f"model={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
+        return _read_hub(str(model))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model={file} is not JSON ({error}); it must be a model's config.json") from None
+    if not isinstance(content, dict):
+        raise UserError(f"model={file} is not a JSON object; it must be a model's config.json")
+    return content
+
+
+def _read_hub(name: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    try:
+        return dict(PreTrainedConfig.get_config_dict(name)[0])
+    except OSError as error:
+        raise unreachable("model", name, error) from error
+
+
+def unreachable(key: str, name: str, error: OSError) -> UserError:
+    """The error for a model that transformers finds neither here nor on the hub, named under the config's ``key``."""
+    return UserError(
+        f"{key}={name} is neither a Hugging Face directory nor a hub model that can be reached; check the name, or "
+        f"log in for a gated one ({str(error).splitlines()[0]})"
+    )
 
 
 @dataclass(frozen=True)

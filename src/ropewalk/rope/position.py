@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,19 +15,23 @@ import numpy as np
 
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
-from ropewalk.rope.chain import RopeChain, Steps
-from ropewalk.rope.hf_config import read_hf_position
-from ropewalk.rope.order import reached_length
-from ropewalk.rope.registry import LENGTHS, get_method
-from ropewalk.rope.spectrum import Spectrum, base_of, geometric
-from ropewalk.rope.stock import compile_to_stock
+from ropewalk.rope.chain import RopeChain, Step, Steps, WatchedSpectrum, check_lengths, reached_length, unwatched
+from ropewalk.rope.hf_config import read_config_json, read_hf_position
+from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 from ropewalk.rope.values import mapping, number, whole, wrong
 
 METADATA_KEY = "ropewalk"  # in config.json
 
 _FACTS = ("head_dim", "theta", "pretrained_length", "trained_length")  # of a model, for every method
 _LONGEST = 2**40  # tokens, beyond any input
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+# A factor whose product with base^(2i/d) overflows float32 to infinity, whose reciprocal is exactly 0. Infinity itself
+# is not JSON. Where base^(2i/d) is too small for that, the factor alone must overflow: 1e39 is a number in JSON, and
+# infinite as soon as an engine puts it into float32.
+ZERO_FACTOR = 1e38
+ZERO_FACTOR_OF_FAST_PAIRS = 1e39
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_OVERFLOW = _FLOAT32_MAX / ZERO_FACTOR
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ class Position:
 
     def __post_init__(self) -> None:
         start = self._start()
-        watched = _Watched(**vars(start))
-        chain, spectrum = _resolve(self.chain, watched)
+        watched = WatchedSpectrum(**vars(start))
+        chain, spectrum = self.chain.resolved(watched)
         reached_length(chain.steps, spectrum)  # refuses scalings that contradict
         resolved = {
             "theta": start.theta,  # 10000 and 1e4 are one base, with one hash
             "chain": chain,
-            "_as_trained": _unwatched(spectrum),
+            "_as_trained": unwatched(spectrum),
             "_reads_length": "length" in watched.lengths_read,
         }
         for name, value in resolved.items():
@@ -101,19 +104,16 @@ class Position:
 
     def spectrum(self, length: int | None = None) -> Spectrum:
         """The float64 spectrum for inputs of ``length`` tokens (None: as trained)."""
-        _check_lengths(length=length)
+        check_lengths(length=length)
         if length is None:
             return self._as_trained
         if not self._reads_length:
             return self._as_trained.at_length(length)
-        spectrum = self._start().at_length(length)
-        for step in self.chain.steps:
-            spectrum = get_method(step.method).function(spectrum, **step.arguments)
-        return spectrum
+        return self.chain.run(self._start().at_length(length))
 
     def rope_parameters(self, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
         """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens."""
-        return compile_to_stock(self.chain, self.spectrum(length), max_position_embeddings)
+        return compile_to_stock(self, max_position_embeddings, length)
 
     def __str__(self) -> str:
         if not self.depends_on_length:
@@ -153,29 +153,6 @@ class Position:
             **self._facts(),
         }
 
-    @staticmethod
-    def apply_chain(
-        chain: RopeChain, inv_freq: Any, pretrained_length: int | None, trained_length: int | None, length: int | None
-    ) -> Any:
-        """The chain on a caller's own vector; see RopeChain.apply."""
-        is_torch = hasattr(inv_freq, "detach")
-        values = inv_freq.detach().double().cpu().numpy() if is_torch else np.asarray(inv_freq, dtype=np.float64)
-        theta = base_of(values) if values.ndim == 1 else None
-        if theta is None:
-            raise UserError(
-                f"inv_freq of shape {values.shape} must be one row of two or more frequencies that starts falling; "
-                "give RoPE's own, before any other transform"
-            )
-        _check_lengths(pretrained_length=pretrained_length, trained_length=trained_length, length=length)
-        start = _Watched(values, theta, pretrained_length, trained_length)  # type: ignore[arg-type]
-        # Words stand for values of training, so they resolve at the trained length, whatever the present input's.
-        resolved, spectrum = _resolve(chain, start if trained_length else start.at_length(length))
-        reached_length(resolved.steps, spectrum)
-        if trained_length and length is not None:
-            spectrum = _resolve(resolved, start.at_length(length))[1]
-        result = spectrum.inv_freq
-        return inv_freq.new_tensor(result) if is_torch else result.astype(np.asarray(inv_freq).dtype)
-
     def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _FACTS}
 
@@ -187,7 +164,7 @@ class Position:
             raise UserError(
                 f"theta={self.theta!r} must be a number above 1; it is the model's rope_theta, 10000 in RoFormer"
             )
-        _check_lengths(pretrained_length=self.pretrained_length, trained_length=self.trained_length)
+        check_lengths(pretrained_length=self.pretrained_length, trained_length=self.trained_length)
         inv_freq = geometric(self.theta, self.head_dim)
         return Spectrum(inv_freq, float(self.theta), self.pretrained_length, self.trained_length)
 
@@ -195,78 +172,90 @@ class Position:
 RopeChain.position_type = Position
 
 
-@dataclass(frozen=True, eq=False)
-class _Watched(Spectrum):
-    """A spectrum that notes the lengths a chain refers to; one that is not given is an error."""
+def compile_to_stock(position: Position, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
+    """The most specific stock entry that gives a spectrum: default, linear, llama3 or yarn, else longrope.
 
-    lengths_read: set[str] = field(default_factory=set)
+    Unmodified transformers, vLLM and SGLang read it.
 
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name in LENGTHS and value is None:
-            raise UserError(f"the chain refers to {name}, which is not given; pass {name}=TOKENS to apply()")
-        if name in (*LENGTHS, "length"):
-            self.lengths_read.add(name)
-        return value
-
-
-def _unwatched(spectrum: Spectrum) -> Spectrum:
-    return Spectrum(**{item.name: vars(spectrum)[item.name] for item in fields(Spectrum)})
-
-
-def _resolve(chain: RopeChain, spectrum: Spectrum) -> tuple[RopeChain, Spectrum]:
-    """The chain with every word (``auto``, ``trained_length``) replaced by its value, and the spectrum it gives."""
-    steps = []
-    for step in chain.steps:
-        method = get_method(step.method)
-        arguments = method.resolved(step.arguments, spectrum)
-        steps.append({"method": step.method, **arguments})
-        spectrum = method.function(spectrum, **arguments)
-    return RopeChain(steps), spectrum
-
-
-def _check_lengths(**lengths: int | None) -> None:
-    for name, value in lengths.items():
-        if value is not None and (not isinstance(value, Integral) or value < 1):
-            raise UserError(f"{name}={value!r} must be a whole number of tokens, 1 or more")
-
-
-def read_config_json(model: str | Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face directory or hub id, or the file itself.
-
-    Raises:
-        UserError: where there is none, or it is not JSON.
+    Args:
+        position: what rotates.
+        max_position_embeddings: N, the length the checkpoint serves, in tokens.
+        length: tokens of the inputs, where the spectrum depends on them; None: the trained length.
     """
-    path = Path(model)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        if not _HUB_ID.fullmatch(str(model)):
-            raise UserError(f"model={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
-        return _read_hub(str(model))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model={file} is not JSON ({error}); it must be a model's config.json") from None
-    if not isinstance(content, dict):
-        raise UserError(f"model={file} is not a JSON object; it must be a model's config.json")
-    return content
+    spectrum, steps = position.spectrum(length), position.chain.steps
+    steps = steps[1:] if steps and steps[0].method == "abf" else steps
+    base = _plain_base(spectrum)
+    if base is not None and spectrum.attention_scaling == 1.0:
+        return {"rope_type": "default", "rope_theta": base}
+    if len(steps) == 1 and steps[0].method in _STOCK and _is_read_alike(steps[0]):
+        return {"rope_theta": spectrum.theta, **_STOCK[steps[0].method](steps[0].arguments)}
+    return longrope_entry(spectrum, max_position_embeddings)
 
 
-def _read_hub(name: str) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
+def _plain_base(spectrum: Spectrum) -> float | None:
+    """The base at which plain RoPE is this spectrum, to 1e-12; None: there is none that float32 holds.
 
-    try:
-        return dict(PreTrainedConfig.get_config_dict(name)[0])
-    except OSError as error:
-        raise unreachable("model", name, error) from error
+    NTK-aware scaling is plain RoPE at another base, b s^(d/(d-2)), and so is whatever else keeps the series geometric.
+    """
+    slowest, d = spectrum.inv_freq[-1], spectrum.head_dim
+    candidates = [spectrum.theta]
+    if d > 2 and 0 < slowest < 1:
+        candidates.append(float(np.exp(-np.log(slowest) * d / (d - 2))))
+    for base in candidates:
+        if base < _FLOAT32_MAX and np.allclose(spectrum.inv_freq, geometric(base, d), rtol=1e-12, atol=0.0):
+            return base
+    return None
 
 
-def unreachable(key: str, name: str, error: OSError) -> UserError:
-    """The error for a model that transformers finds neither here nor on the hub, named under the config's ``key``."""
-    return UserError(
-        f"{key}={name} is neither a Hugging Face directory nor a hub model that can be reached; check the name, or "
-        f"log in for a gated one ({str(error).splitlines()[0]})"
-    )
+def _is_read_alike(step: Step) -> bool:
+    """True if every engine takes the same attention scaling from the stock type.
+
+    vLLM's yarn takes 0.1 ln s + 1 and ignores attention_factor and the two mscale.
+    """
+    arguments = step.arguments
+    has_own = arguments.get("attention_factor") or (arguments.get("mscale") and arguments.get("mscale_all_dim"))
+    return step.method != "yarn" or not has_own
+
+
+_STOCK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {  # by method, from its arguments
+    "pi": lambda arguments: {"rope_type": "linear", "factor": arguments["factor"]},
+    "llama3": lambda arguments: {"rope_type": "llama3", **arguments},
+    "yarn": lambda arguments: {"rope_type": "yarn", **{k: v for k, v in arguments.items() if v is not None}},
+}
+
+
+def stock_factors(spectrum: Spectrum) -> FloatArray:
+    """Per-pair factors for ``longrope``: inv_freq_i = 1 / (factor_i base^(2i/d)).
+
+    Returns:
+        float64 (d/2,), every one finite as JSON; as float32 those of stopped pairs give a frequency of exactly 0.
+    """
+    base = geometric(spectrum.theta, spectrum.head_dim)
+    with np.errstate(divide="ignore", over="ignore"):
+        factors = base / spectrum.inv_freq
+        stopped = np.where(1 / base > _OVERFLOW, ZERO_FACTOR, ZERO_FACTOR_OF_FAST_PAIRS)
+    return np.where(spectrum.inv_freq == 0, stopped, factors)
+
+
+def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str, Any]:
+    """Any spectrum as a ``longrope`` entry for a model that serves ``max_position_embeddings`` tokens.
+
+    The short and the long list are equal and both lengths are N. So no engine switches between lists or adds a
+    scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
+    """
+    factors = stock_factors(spectrum).tolist()
+    scaling = float(spectrum.attention_scaling)
+    return {
+        "rope_type": "longrope",
+        "rope_theta": spectrum.theta,
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "original_max_position_embeddings": max_position_embeddings,
+        "attention_factor": scaling,
+        "short_mscale": scaling,
+        "long_mscale": scaling,
+    }
 
 
 def position_of(config: Any) -> Position:

@@ -115,7 +115,7 @@ def register_method(
         uses_base: of a method that rebuilds: it reads the base, so abf may stand before it.
         clips: the method slows or stops the ``clip`` slowest pairs; a chain takes one of these.
         reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
-            arguments, which include ``original_max_position_embeddings``; mostly ropewalk.rope.order.stretched.
+            arguments, which include ``original_max_position_embeddings``; mostly ``stretched``.
 
     Raises:
         ValueError: at registration, for a name that is taken or cannot be written in a chain, a parameter of another
@@ -146,6 +146,14 @@ def register_method(
         return call
 
     return register
+
+
+def stretched(arguments: Mapping[str, Any], spectrum: Spectrum) -> float:
+    """Tokens that a scaling reaches: L x factor, L the original_max_position_embeddings that it starts from.
+
+    0 where L is not known (a caller's own vector).
+    """
+    return float((arguments["original_max_position_embeddings"] or 0) * arguments["factor"])
 
 
 def _check_registration(method: Method, parameters: list[inspect.Parameter]) -> None:

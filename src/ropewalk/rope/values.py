@@ -49,22 +49,21 @@ def flag(values: Mapping[str, Any], key: str) -> bool | None:
 
 def numbers(values: Mapping[str, Any], key: str) -> list[float] | None:
     """A list of positive numbers; None where the key is absent or null."""
-    value = values.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or not all(_is_finite(item) and item > 0 for item in value):
-        raise wrong(key, value, "a list of positive numbers, one for each pair of channels that rotates")
-    return [float(item) for item in value]
+    rule = "a list of positive numbers, one for each pair of channels that rotates"
+    items = _items(values, key, rule, lambda item: _is_finite(item) and item > 0)
+    return None if items is None else [float(item) for item in items]
 
 
 def strings(values: Mapping[str, Any], key: str) -> list[str] | None:
     """A list of words; None where the key is absent or null."""
+    return _items(values, key, "a list of words, one for each layer", lambda item: isinstance(item, str))
+
+
+def _items(values: Mapping[str, Any], key: str, rule: str, fits: Callable[[Any], bool]) -> list[Any] | None:
     value = values.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise wrong(key, value, "a list of words, one for each layer")
-    return list(value)
+    if value is not None and not (isinstance(value, (list, tuple)) and all(map(fits, value))):
+        raise wrong(key, value, rule)
+    return None if value is None else list(value)
 
 
 def mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -63,8 +63,7 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     start = find_start(config)
     model_config = training_config(
         config.model,
-        config.rope.name,
-        config.rope.chain,
+        config.rope,
         config.data.sequence_length,
         start=start.config if start is not None else None,
     )

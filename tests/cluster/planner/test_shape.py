@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from ropewalk.cluster.planner import ModelShape, shape_of
 from ropewalk.config import CONFIG_DIR
+from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import ModelConfig
 from ropewalk.model.load import count_parameters, training_config
 from ropewalk.training.meter import WorkCounter
@@ -80,7 +81,7 @@ def test_a_declared_size_that_the_checkpoint_contradicts_is_refused_at_load(tmp_
     model = ModelConfig(name="x", path=str(tmp_path), theta=1e4, head_dim=16, pretrained_length=64,
                         architecture={"hidden_size": 48})  # fmt: skip
     with pytest.raises(ValueError, match=r"model\.architecture\.hidden_size=48, but the checkpoint .* has 32; set"):
-        training_config(model, "default", [], 64)
+        training_config(model, RopeConfig("default"), 64)
 
 
 def test_work_counts_the_same_linear_weights(store_64):

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ropewalk.export.gguf.gguf_file import gguf_fields, write_gguf
-from ropewalk.export.gguf.gguf_model import family_of, interleave
-from ropewalk.export.gguf.gguf_position import gguf_position
+from ropewalk.export.gguf.gguf_model import family_of, gguf_position, interleave
 from ropewalk.export.gguf.gguf_tokenizer import pre_tokenizer
 from ropewalk.export.verify.probing import llama_logits, read_passage, stock_logits
 from ropewalk.rope import Position, RopeChain

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from helpers import composed, save_tiny
 
+from ropewalk.export.command import repair
 from ropewalk.export.gguf.gguf_file import write_gguf
-from ropewalk.export.gguf.gguf_position import GgufPosition
-from ropewalk.export.repair import repair
+from ropewalk.export.gguf.gguf_model import GgufPosition
 from ropewalk.export.verify.check_export import check_directory, check_gguf, print_check
 from ropewalk.rope import Position
 

@@ -9,8 +9,8 @@ import pytest
 from export.conftest import ARMS
 from transformers import AutoConfig
 
-from ropewalk.export.findings import findings_of, record
 from ropewalk.export.gguf.gguf_file import write_gguf
+from ropewalk.export.output import findings_of, record
 from ropewalk.export.verify.check_export import Claim, gguf_faults
 from ropewalk.export.verify.probing import llama_logits, read_passage, stock_logits
 from ropewalk.export.verify.verify_gguf import (

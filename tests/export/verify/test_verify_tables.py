@@ -14,8 +14,14 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.export.card import cache_bytes
-from ropewalk.export.findings import Unverifiable, findings_of
-from ropewalk.export.verify.verify_tables import TOLERANCE, compare_tables, engine_table, rotary_table, verify_table
+from ropewalk.export.output import Unverifiable, findings_of
+from ropewalk.export.verify.verify_stock import (
+    TABLE_TOLERANCE,
+    compare_tables,
+    engine_table,
+    rotary_table,
+    verify_table,
+)
 
 
 @pytest.mark.parametrize("arm", ["rope", "cope", "cope_yarn"])
@@ -110,7 +116,7 @@ def test_an_engine_that_misses_the_method_is_found_out(engine, exported_arm, tmp
     (directory / "config.json").write_text(json.dumps(content))
     found = compare_tables(engine_table(engine[0], directory, 64, engine[1]), expected, [])
     assert not found.passed
-    assert found.numbers["max_abs_difference"] > 100 * TOLERANCE
+    assert found.numbers["max_abs_difference"] > 100 * TABLE_TOLERANCE
 
 
 def test_an_engine_that_is_not_there_is_said(exported_arm, tmp_path):

@@ -121,13 +121,13 @@ def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:
 
 
 def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
-    rope, run = config.rope, config.start_from.run
+    run = config.start_from.run
     record, start = RunDirectory(run_dir).start_record, None
     if record.is_file():  # chosen in an earlier session; the other run may be gone
         start = json.loads(record.read_text())["config"]
     elif run is not None:
         start = json.loads((Path(str(checkpoint_at(run))) / "config.json").read_text())
-    model_config = training_config(config.model, rope.name, rope.chain, config.data.sequence_length, start=start)
+    model_config = training_config(config.model, config.rope, config.data.sequence_length, start=start)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, run or config.model.path)
     yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer), config.trainer.max_steps)

@@ -16,12 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from ropewalk.errors import UserError
-from ropewalk.export.gguf.gguf_model import Layout, add_architecture, add_position, family_of, is_matrix
-from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
+from ropewalk.export.gguf.gguf_model import (
+    FACTORS,
+    GgufPosition,
+    Layout,
+    add_architecture,
+    add_position,
+    family_of,
+    gguf_position,
+    is_matrix,
+)
 from ropewalk.export.gguf.gguf_tokenizer import add_tokenizer
-from ropewalk.export.output import SOURCE, check_space
+from ropewalk.export.output import SOURCE, check_space, read_json
 from ropewalk.export.safetensors_files import StoredWeights
-from ropewalk.export.source import read_json
 from ropewalk.files import fsync_path
 from ropewalk.rope.position import METADATA_KEY, position_of
 
@@ -70,7 +77,7 @@ def write_gguf(directory: Path, path: Path, wanted: str | None, *, instead: Gguf
     family = family_of(config, own)
     kind, file_type = TYPES[gguf_type(wanted, config)]
     layout, weights = Layout(config, family), StoredWeights(directory)
-    planned = {layout.name(name): (name, shape, kind_of(shape, kind)) for name, shape in weights.shapes().items()}
+    planned = {layout.name(name): (name, shape, kind_of(shape, kind)) for name, shape in weights.shapes.items()}
     check_space(path, sum(_bytes(shape, kind) for _, shape, kind in planned.values()))
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, family.arch)

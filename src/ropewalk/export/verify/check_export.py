@@ -18,15 +18,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
-from ropewalk.export.findings import Finding
 from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
-from ropewalk.export.gguf.gguf_position import FACTORS, GgufPosition, gguf_position
+from ropewalk.export.gguf.gguf_model import FACTORS, GgufPosition, gguf_position
+from ropewalk.export.output import Finding
 from ropewalk.export.portable import older_form
 from ropewalk.export.safetensors_files import weight_faults
-from ropewalk.model.rotations import Rotation, chain_rotation, inspect_config
+from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.hf_config import REFERENCE_KEYS, read_hf_position
-from ropewalk.rope.position import METADATA_KEY, position_of, read_config_json
+from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
+from ropewalk.rope.position import METADATA_KEY, position_of
 
 # The keys below <architecture>.rope that hold a GGUF file's position, and what llama.cpp takes for an absent one.
 _ABSENT = {

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer
 
-from ropewalk.export.findings import Unverifiable
+from ropewalk.export.output import Unverifiable
 from ropewalk.rope.position import position_of
 
 MAX_TOKENS = 4096  # compared, unless the original length asks for more

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from ropewalk.export.findings import Finding, Unverifiable, judged
 from ropewalk.export.gguf.gguf_file import gguf_type, write_gguf
-from ropewalk.export.gguf.gguf_position import GgufPosition
+from ropewalk.export.gguf.gguf_model import GgufPosition
+from ropewalk.export.output import Finding, Unverifiable, judged
 from ropewalk.export.portable import OLDER
 from ropewalk.export.verify.check_export import Claim, gguf_faults
 from ropewalk.export.verify.probing import llama_logits, read_passage, stock_logits

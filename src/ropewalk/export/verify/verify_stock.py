@@ -1,7 +1,12 @@
-"""Verification by stock transformers: an export's logits against those that the trainer computes from its source."""
+"""Verification by stock transformers, and of the rotary tables of vLLM and SGLang, where installed, against it.
+
+Transformers' logits of an export are compared with those that the trainer computes from its source.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +15,27 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ropewalk.export.findings import STOCK, Finding, NotVerified, judged, record
-from ropewalk.export.portable import rope_entry
+from ropewalk.export.output import STOCK, Finding, NotVerified, Unverifiable, judged, record
 from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import Source, trained_source
 from ropewalk.export.verify.check_export import Claim
-from ropewalk.export.verify.probing import Passage, read_passage, stock_logits
+from ropewalk.export.verify.probing import Passage, read_passage, run_probe, stock_logits
 from ropewalk.model import attention
 from ropewalk.model.load import build_for_training, read_position
-from ropewalk.model.rotary import assert_spectrum, install_spectrum, stock_tolerances
-from ropewalk.model.rotations import chain_rotation, rotations
+from ropewalk.model.rotary import (
+    assert_spectrum,
+    chain_rotation,
+    inspect_config,
+    install_spectrum,
+    rope_entry,
+    rotations,
+    stock_tolerances,
+)
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation
+TABLE_TOLERANCE = 1e-5  # of cos and sin, at the positions compared
+POSITIONS = 65536  # compared at most
 
 
 def verify_export(checkpoint: Path, directory: Path) -> Finding:
@@ -122,7 +135,7 @@ def _source_logits(
 
 def _load(model: PreTrainedModel, source: Source, directory: Path) -> None:
     """Each weight by itself, rounded to the export's dtype: no second copy of the model."""
-    weights, exported = source.open(), StoredWeights(directory).dtypes()
+    weights, exported = source.open(), StoredWeights(directory).dtypes
     missing = dict(model.named_parameters())
     unfit = f"{source.origin} does not fit its own config"
     with torch.no_grad():
@@ -133,3 +146,70 @@ def _load(model: PreTrainedModel, source: Source, directory: Path) -> None:
                 missing.pop(name).copy_(weights.gather(name, exported[name]))
     if missing:
         raise RuntimeError(f"{unfit}: missing {sorted(missing)}")
+
+
+def verify_table(engine: str, directory: Path, python: str | None = None) -> Finding:
+    """Compare one engine's table; see :func:`compare_tables`.
+
+    Args:
+        engine: vllm or sglang.
+        directory: the export.
+        python: interpreter of the engine's own environment; None: it is looked for beside this package.
+
+    Raises:
+        Unverifiable: where it is not installed, or cannot build a table here.
+    """
+    if python is None and importlib.util.find_spec(engine) is None:
+        raise Unverifiable(f"not verified: {engine} is not installed")
+    claim = Claim.of(directory)
+    if "rope_type" not in claim.config.rope_parameters:
+        raise Unverifiable("not verified: its layers rotate in more than one way")
+    positions = min(POSITIONS, claim.config.max_position_embeddings)
+    table = engine_table(engine, directory, positions, python)
+    return compare_tables(table, rotary_table(claim.config, positions), claim.faults())
+
+
+def engine_table(engine: str, directory: Path, positions: int, python: str | None = None) -> dict[str, NDArray[Any]]:
+    """cos and sin, (positions, rotated channels / 2), as an engine rotates, and its version.
+
+    Raises:
+        Unverifiable: where it cannot.
+    """
+    try:
+        return run_probe("table_probe.py", engine, [directory.resolve()], python, positions=positions)[0]
+    except (RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
+        raise Unverifiable(f"not verified: {engine} could not build its table here ({reason})") from None
+
+
+def compare_tables(
+    table: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[np.float32]], faults: list[str]
+) -> Finding:
+    """An engine's table against transformers'; passed where they agree within tolerance.
+
+    Its numbers: version of the engine, max_abs_difference of any cos or sin, attention scaling included, and
+    positions, the rows compared, from position 0.
+    """
+    apart, positions = np.inf, len(expected["cos"])
+    if all(table[name].shape == expected[name].shape for name in ("cos", "sin")):
+        # np.max, since max() passes over a nan
+        apart = float(np.max([np.abs(table[name] - expected[name]).max() for name in ("cos", "sin")]))
+    return judged(
+        apart <= TABLE_TOLERANCE,
+        f"the rotary table of version {table['version']} differs by at most {apart:.2e} from transformers' over "
+        f"{positions:,} positions",
+        faults,
+        version=str(table["version"]),
+        max_abs_difference=apart,
+        positions=positions,
+    )
+
+
+def rotary_table(config: PreTrainedConfig, positions: int) -> dict[str, NDArray[np.float32]]:
+    """cos and sin as stock transformers computes them, float32 (positions, rotated channels / 2), scaling included."""
+    rotation = chain_rotation(inspect_config(config, positions))
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), rotation.inv_freq)
+    return {
+        "cos": (angles.cos() * rotation.attention_scaling).numpy(),
+        "sin": (angles.sin() * rotation.attention_scaling).numpy(),
+    }

@@ -20,7 +20,7 @@ from ropewalk.figures.spectrum.clip_leakage import compared_clip
 from ropewalk.figures.spectrum.kernels import kernel
 from ropewalk.figures.style import DASHES, GREY, FloatArray, label, method_styles, nested, pairs_axis, positive, tokens
 from ropewalk.rope import Spectrum
-from ropewalk.rope.methods.windows import TaperDomain, Window
+from ropewalk.rope.methods.clipping import TaperDomain, Window
 from ropewalk.rope.registry import get_method
 
 WINDOW_NAMES: tuple[Window, ...] = get_args(Window)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.rope.methods.windows import raised_cosine
+from ropewalk.rope.methods.clipping import raised_cosine
 from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 
 BLOCK = 1024  # distances whose cosines are tabulated; every other one follows by the addition theorem

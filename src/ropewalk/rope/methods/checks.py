@@ -26,16 +26,6 @@ def positive_length(method: str, length: int | None) -> None:
     )
 
 
-def pairs_within(method: str, clip: int, spectrum: Spectrum) -> None:
-    """The rule of every clip: it counts from the slowest pair that rotates."""
-    pairs = spectrum.rotating_pairs
-    check(
-        0 <= clip <= pairs,
-        f"{method}: clip={clip} is not within the {pairs} pairs of head_dim={spectrum.head_dim} that rotate; "
-        f"use 0..{pairs}",
-    )
-
-
 def rotary_dim_of(method: str, spectrum: Spectrum) -> int:
     """Channels over which RoPE's powers of the base run; methods that go by pair index need them."""
     dim = spectrum.rotary_dim or 0

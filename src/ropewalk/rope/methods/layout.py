@@ -7,8 +7,7 @@ import math
 import numpy as np
 
 from ropewalk.rope.methods.checks import at_least_one, check, positive_length, share_of_pairs
-from ropewalk.rope.order import stretched
-from ropewalk.rope.registry import AUTO, PRETRAINED_LENGTH, TRAINED_LENGTH, Tokens, register_method
+from ropewalk.rope.registry import AUTO, PRETRAINED_LENGTH, TRAINED_LENGTH, Tokens, register_method, stretched
 from ropewalk.rope.spectrum import Spectrum, geometric
 
 

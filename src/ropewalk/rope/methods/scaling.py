@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from ropewalk.rope.methods.checks import at_least_one, check, positive_length, rotary_dim_of
-from ropewalk.rope.order import stretched
-from ropewalk.rope.registry import PRETRAINED_LENGTH, TRAINED_LENGTH, Tokens, register_method
+from ropewalk.rope.registry import PRETRAINED_LENGTH, TRAINED_LENGTH, Tokens, register_method, stretched
 from ropewalk.rope.spectrum import FloatArray, Spectrum
 
 

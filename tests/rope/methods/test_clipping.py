@@ -5,7 +5,7 @@ import pytest
 from scipy.signal import windows as scipy_windows
 
 from ropewalk.rope import RopeChain
-from ropewalk.rope.methods.windows import WINDOWS, taper
+from ropewalk.rope.methods.clipping import WINDOWS, taper
 
 GEOMETRIC = 1e7 ** (-np.arange(44, 64) / 64)
 
