@@ -26,7 +26,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import read_documents
 from ropewalk.data.prepare.packing import cut, pack
 from ropewalk.data.prepare.sources import corpus_sources, list_units
+from ropewalk.data.prepare.token_files import Skipped
 
 LENGTH = 65536
 WAYS = (("one process", "auto", 1), ("two processes", "auto", 2), ("gigatoken", "gigatoken", 1))
@@ -47,10 +47,10 @@ RATIOS = (
 )
 BARE = """
 import sys, time
-from collections import Counter
 from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import read_documents
 from ropewalk.data.prepare.sources import corpus_sources, list_units
+from ropewalk.data.prepare.token_files import Skipped
 from ropewalk.data.prepare.tokenizer import batches, load_tokenizer
 tokenizer, engine, source = sys.argv[1:]
 engine_ = load_tokenizer(tokenizer, engine).engine
@@ -58,7 +58,7 @@ engine_.encode_batch([b"begin"])
 seconds = cpu = size = 0
 for place in corpus_sources(CorpusConfig(sources=[SourceConfig("code", source, "repositories")])):
     for unit in list_units(place, 10**9):
-        for document in read_documents(unit, Counter()):
+        for document in read_documents(unit, Skipped()):
             for batch in batches(document.parts):
                 texts = [text.encode() for text in batch]
                 size += sum(map(len, texts))
@@ -120,7 +120,7 @@ def prepared(scratch: Path, tokenizer: str, engine: str, source: Path, workers: 
 
 
 def packing() -> None:
-    """Best fit of a million documents, compiled before the clock starts."""
+    """Best fit of a million documents."""
     lengths = np.maximum(np.random.default_rng(0).lognormal(np.log(1500), 1.7, 1_000_000), 1).astype(np.int64)
     pack(cut(lengths[:1000], LENGTH)[1].length, LENGTH)
     seconds = []
@@ -144,7 +144,7 @@ def documents_of(source: Path, target: Path) -> None:
     with target.open("w", encoding="utf-8") as file:
         for place in corpus_sources(corpus):
             for unit in list_units(place, 10**9):
-                for document in read_documents(unit, Counter()):
+                for document in read_documents(unit, Skipped()):
                     file.write(json.dumps({"text": document.text}) + "\n")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ropewalk.data import PackedStore
 from ropewalk.data.order.batches import Batch
 from ropewalk.data.prepare.corpus import Document, read_documents
 from ropewalk.data.prepare.sources import corpus_sources, list_units
+from ropewalk.data.prepare.token_files import Skipped
 from ropewalk.training import find_checkpoint
 from ropewalk.training.distributed import Ranks
 from ropewalk.training.guards import Guard
@@ -50,12 +50,12 @@ def composed(name: str, *overrides: str) -> Any:
 
 def documents_of(corpus: CorpusConfig, shard_bytes: int = 10**9) -> tuple[list[Document], dict[str, int]]:
     """Every document of a corpus, and what was left out of it."""
-    skipped: Counter[str] = Counter()
+    skipped = Skipped(corpus.bad_rows == "error")
     documents = []
     for source in corpus_sources(corpus):
         for unit in list_units(source, shard_bytes):
             documents += read_documents(unit, skipped)
-        skipped += source.skipped
+        skipped.update(source.skipped)
     return documents, dict(+skipped)
 
 

@@ -44,6 +44,8 @@ class CorpusConfig:
     paths: list[str] = field(default_factory=list)  # files and directories; with stdlib: split into long and short
     sources: list[SourceConfig] = field(default_factory=list)  # documents that name their own domain
     domains: dict[str, DomainConfig] = field(default_factory=dict)  # of sources; a domain without an entry is short
+    column: str | None = None  # of the rows of `paths`; null: text
+    bad_rows: str = "skip"  # that cannot be used: skip (left out and counted, the first of each kind named) or error
     tokenizer: str | None = None  # Hugging Face tokenizer directory or hub id; null: train a BPE on the corpus
     engine: str = "auto"  # tokenizers, tiktoken, gigatoken (checked); auto: tiktoken for Llama 3's, else tokenizers
     bos: str = "auto"  # begin each document with BOS: auto (where the tokenizer's own encode does), always, never

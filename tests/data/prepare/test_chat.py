@@ -1,7 +1,6 @@
 """What the assistant says is trained, to the end of its turn, and nothing else."""
 
 import json
-from collections import Counter
 from datetime import date, datetime
 
 import numpy as np
@@ -12,6 +11,7 @@ from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, Sour
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.pipeline import prepare
+from ropewalk.data.prepare.token_files import BadRow
 from ropewalk.data.prepare.tokenizer import load_tokenizer
 
 TEMPLATE = (
@@ -39,7 +39,7 @@ def tokenizer(fixture_tokenizer):
 
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED])
 def test_the_assistants_turns_are_trained(tokenizer, template):
-    tokens, mask = ChatEncoder(tokenizer, template).encode(TALK, Counter())
+    tokens, mask = ChatEncoder(tokenizer, template).encode(TALK)
     assert tokens.dtype == np.uint32
     whole = "<|begin_of_text|>" + "".join(f"[{m['role']}]\n{m['content']}<|end_of_text|>\n" for m in TALK)
     assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == whole
@@ -53,7 +53,7 @@ def test_the_assistants_turns_are_trained(tokenizer, template):
 @pytest.mark.parametrize("template", [MARKED, MARKED.replace("]\n", "] ")])
 def test_marked_templates_give_the_mask_of_transformers(tokenizer, template):
     """Also where a token lies across the edge of a turn."""
-    tokens, mask = ChatEncoder(tokenizer, template).encode(TALK, Counter())
+    tokens, mask = ChatEncoder(tokenizer, template).encode(TALK)
     tokenizer.backend_tokenizer.encode_special_tokens = False
     theirs = tokenizer.apply_chat_template(
         TALK, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
@@ -62,12 +62,82 @@ def test_marked_templates_give_the_mask_of_transformers(tokenizer, template):
     assert mask.astype(int).tolist() == theirs["assistant_masks"]
 
 
-def test_what_is_left_out_is_counted(tokenizer):
-    skipped = Counter()
+def test_what_cannot_be_trained_is_named(tokenizer):
     encoder = ChatEncoder(tokenizer, TEMPLATE)
-    assert encoder.encode(TALK[:2], skipped) is None
-    assert encoder.encode([*TALK, {"role": "user", "content": "stop<|end_of_text|>"}], skipped) is None
-    assert skipped == {"no assistant": 1, "special token in a message": 1}
+    with pytest.raises(BadRow, match="no assistant"):
+        encoder.encode(TALK[:2])
+    with pytest.raises(BadRow, match="special token in a message"):
+        encoder.encode([*TALK, {"role": "user", "content": "stop<|end_of_text|>"}])
+
+
+CALL = [{"type": "function", "function": {"name": "multiply", "arguments": {"a": 3}}}]
+CALLS = (
+    "{% if tools %}[tools]{{ tools | tojson }}\n{% endif %}{% for m in messages %}[{{ m.role }}]"
+    "{{ m.reasoning_content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.a }})"
+    "{% endfor %}{{ m.content }}\n{% endfor %}"
+)
+CALLED = [
+    {"role": "user", "content": "3*4?"},
+    {"role": "assistant", "content": "", "tool_calls": CALL, "reasoning_content": "Ask."},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "12."},
+]
+
+
+def test_a_template_gets_what_it_names_of_a_message(tokenizer):
+    encoder = ChatEncoder(tokenizer, CALLS)
+    tokens, mask = encoder.encode([{**message, "id": 7} for message in CALLED], [{"name": "multiply"}])
+    text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    assert text == '[tools][{"name": "multiply"}]\n[user]3*4?\n[assistant]Ask.multiply(3)\n[tool]12\n[assistant]12.\n'
+    assert "multiply(3)" in tokenizer.decode(tokens[mask], clean_up_tokenization_spaces=False)
+    assert encoder.unused == {"id": 1}
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "reason"),
+    [
+        (CALLED, None, "reasoning_content of a message, which the chat template does not use"),
+        ([{**CALLED[1], "reasoning_content": None}], None, "tool_calls of a message, which the chat template does not"),
+        (TALK, [{"name": "multiply"}], "tools, which the chat template does not use"),
+        ([{**TALK[2], "weight": 0.5}], None, "weight of a message, which is neither 0 nor 1"),
+        ([*TALK, {"role": "user", "content": "", "x": ["<|end_of_text|>"]}], None, "special token in a message"),
+    ],
+)
+def test_what_a_template_would_drop_is_named(tokenizer, messages, tools, reason):
+    messages = [{key: field for key, field in message.items() if field is not None} for message in messages]
+    with pytest.raises(BadRow, match=f"^{reason}"):
+        ChatEncoder(tokenizer, TEMPLATE).encode(messages, tools)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
+def test_a_message_of_weight_0_is_not_trained(tokenizer, template):
+    weighted = [*TALK[:2], {**TALK[2], "weight": 0}, TALK[3], {**TALK[4], "weight": 1}]
+    tokens, mask = ChatEncoder(tokenizer, template).encode(weighted)
+    assert tokens.tolist() == ChatEncoder(tokenizer, template).encode(TALK)[0].tolist()
+    assert tokenizer.decode(tokens[mask], clean_up_tokenization_spaces=False) == "Gone.<|end_of_text|>\n"
+
+
+def test_a_conversation_that_the_template_refuses_is_counted(fixture_tokenizer, tmp_path):
+    """Nothing else of the preparation stops; the first is named."""
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('Roles must alternate') }}{% endif %}" + TEMPLATE
+    (tmp_path / "t.jinja").write_text(strict)
+    rows = [{"messages": TALK[1:]}, {"messages": TALK}, {"messages": TALK}, {"messages": TALK[1:3]}]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = CorpusConfig(
+        name="c", sources=[SourceConfig("chat", str(tmp_path / "chat.jsonl"), chat=True)],
+        tokenizer=str(fixture_tokenizer), chat_template=str(tmp_path / "t.jinja"),
+    )  # fmt: skip
+    lines: list[str] = []
+    output = prepare(PrepareConfig(str(tmp_path / "o"), [128], workers=1, corpus=corpus), lines.append)
+    (source,) = PackedStore(output / "packed-128").sources
+    reason = "refused by the chat template"
+    assert (source["documents"], source["skipped"]) == (2, {reason: 2})
+    assert f"chat.jsonl: first skipped as {reason!r}: chat.jsonl:2 (Roles must alternate)" in lines
+    corpus.bad_rows = "error"
+    with pytest.raises(ValueError, match=r"chat.jsonl:2 \(Roles must alternate\): refused by the chat template; corr"):
+        prepare(PrepareConfig(str(tmp_path / "e"), [128], workers=1, corpus=corpus), lines.append)
+    with pytest.raises(ValueError, match=r"line 1 of the chat template has a syntax error"):
+        ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, "{% for m in messages %}")
 
 
 def test_templates_that_cannot_be_used_are_named(tokenizer):
@@ -75,7 +145,7 @@ def test_templates_that_cannot_be_used_are_named(tokenizer):
         ChatEncoder(tokenizer)
     forgetful = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="the chat template changes earlier messages when one follows"):
-        ChatEncoder(tokenizer, forgetful).encode(TALK, Counter())
+        ChatEncoder(tokenizer, forgetful).encode(TALK)
 
 
 DATED = """{{ bos_token }}{%- if not date_string is defined %}
@@ -97,7 +167,7 @@ class OneDay(datetime):
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED])
 def test_a_template_gets_the_date_that_is_set(tokenizer, template, monkeypatch):
     """Llama 3's way of asking. Whatever day it is: the tokens of transformers on the day that is set."""
-    ours, _ = ChatEncoder(tokenizer, DATED + template, date(2025, 3, 9)).encode(TALK, Counter())
+    ours, _ = ChatEncoder(tokenizer, DATED + template, date(2025, 3, 9)).encode(TALK)
     assert "Today Date: 09 Mar 2025, 2025-03-09\n" in tokenizer.decode(ours, clean_up_tokenization_spaces=False)
     monkeypatch.setattr(chat_template_utils, "datetime", OneDay)
     tokenizer.backend_tokenizer.encode_special_tokens = False
@@ -116,7 +186,7 @@ def test_documents_keep_their_tokenizer(tokenizer, fixture_tokenizer):
     """In documents special tokens are text, also after a conversation was encoded with the same tokenizer."""
     encoder = load_tokenizer(str(fixture_tokenizer))
     before = encoder.encode_document("a<|end_of_text|>b").tolist()
-    ChatEncoder(encoder.tokenizer, TEMPLATE).encode(TALK, Counter())
+    ChatEncoder(encoder.tokenizer, TEMPLATE).encode(TALK)
     assert encoder.encode_document("a<|end_of_text|>b").tolist() == before
 
 
@@ -152,7 +222,7 @@ def test_sources_become_domains(fixture_corpus, fixture_tokenizer, tmp_path):
     assert account["dropped"]["remainder"] == sum(len(tokens) % 128 for tokens in books if len(tokens) >= 128)
     code = store.read("code", 0)
     assert code.tokens[: code.ends[0]].tolist() == [0, *encoder.encode_texts(["# a/x.py\nx = 1\n# a/y.py\ny = 2\n"])[0]]
-    tokens, mask = ChatEncoder(encoder.tokenizer, DATED + TEMPLATE, date(2024, 7, 26)).encode(TALK, Counter())
+    tokens, mask = ChatEncoder(encoder.tokenizer, DATED + TEMPLATE, date(2024, 7, 26)).encode(TALK)
     first = store.read("chat", 0)
     found = first.tokens[: len(tokens)].tolist(), first.loss_mask[: len(tokens)].tolist()
     assert found == (tokens.tolist(), mask.tolist())

@@ -3,11 +3,13 @@ import errno
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from helpers import documents_of
 
 import ropewalk.data.prepare.corpus as module
@@ -195,38 +197,159 @@ def test_conversations(tmp_path):
     pq.write_table(pa.table({"messages": [turns]}), tmp_path / "b.parquet")
     for file in (path, tmp_path / "b.parquet"):
         (document,), _ = documents_of(CorpusConfig(sources=[SourceConfig("chat", str(file), chat=True)]))
-        assert document.messages == ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
+        assert document.messages == tuple(turns)
+
+
+USER = {"role": "user", "content": "Hi"}
+DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("line", "chat", "reason"),
     [
-        ([{"role": "user"}], "'messages' is no list of objects with a 'role' and a 'content'"),
-        ([], "'messages' is an empty list of objects"),
-        ([{"role": "user", "content": "\ud800"}], "'messages.content' is not valid Unicode"),
-        ([{"role": "\ud800", "content": "Hi"}], "'messages.role' is not valid Unicode"),
+        ('{"text": ', False, "not JSON"),
+        ('{"text": ' + DEEP, False, "nested too deep"),
+        ('{"body": "x"}', False, "no column 'text'"),
+        ('"text"', False, "not an object with the column 'text'"),
+        ('{"text": null}', False, "null"),
+        ('{"text": 3}', False, "'text' is int, not text"),
+        ('{"text": "\\ud800"}', False, "not valid Unicode (a lone surrogate)"),
+        ('{"messages": null}', True, "null"),
+        ('{"messages": []}', True, "no messages"),
+        ('{"messages": "Hi"}', True, "messages that are not a list"),
+        ('{"messages": ["Hi"]}', True, "a message that is not an object"),
+        ('{"messages": [{"role": "user"}]}', True, "a message without content"),
+        ('{"messages": [{"content": "Hi"}]}', True, "a message without a role"),
+        ('{"messages": [{"role": "user", "content": 3}]}', True, "a content that is int, not text"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', True, "not valid Unicode (a lone surrogate)"),
+        ('{"messages": [{"role": "\\ud800", "content": "Hi"}]}', True, "not valid Unicode (a lone surrogate)"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            True,
+            "a content part of type image_url",
+        ),
+        (json.dumps({"messages": [USER], "tools": "{"}), True, "tools that are not JSON"),
     ],
 )
-def test_damaged_conversations_are_named(tmp_path, messages, message):
-    path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}) + "\n")
-    with pytest.raises(ValueError, match=rf"a\.jsonl, row 1: {message}"):
-        documents_of(CorpusConfig(sources=[SourceConfig("chat", str(path), chat=True)]))
+def test_rows_that_cannot_be_used_are_left_out_or_an_error(tmp_path, line, chat, reason):
+    """One policy: counted with the first named, whatever the fault; with corpus.bad_rows=error it ends the run."""
+    fine = json.dumps({"text": "fine", "messages": [USER]})
+    path = write(tmp_path / "a.jsonl", f"{fine}\n{line}\n{line}\n{fine}\n")
+    corpus = CorpusConfig(sources=[SourceConfig("d", str(path), chat=chat)])
+    documents, skipped = documents_of(corpus)
+    assert [document.name for document in documents] == ["a.jsonl:1", "a.jsonl:4"]
+    assert skipped == {reason: 2}
+    corpus.bad_rows = "error"
+    with pytest.raises(
+        ValueError, match=rf"a\.jsonl, row 2: {re.escape(reason)}; correct it, or set corpus.bad_rows=sk"
+    ):
+        documents_of(corpus)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": ', "line 2, is not a JSON object with a 'text'"),
-        ('{"body": "x"}', "line 2, is not a JSON object with a 'text'"),
-        ('"text"', "line 2, is not a JSON object with a 'text'"),
-        ('{"text": null}', "row 2: 'text' is NoneType, not a string"),
-        ('{"text": "\\ud800"}', "row 2: 'text' is not valid Unicode"),
-    ],
-)
-def test_damaged_lines_are_named(tmp_path, line, message):
-    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read(path)
+def test_text_of_the_type_binary_is_text(tmp_path):
+    """As Spark writes a column without the UTF8 type."""
+    rows = [b"caf\xc3\xa9", None, b"caf\xe9", b"\xef\xbb\xbfmarked"]
+    pq.write_table(pa.table({"text": pa.array(rows, pa.binary())}), tmp_path / "a.parquet")
+    found, skipped = read(tmp_path / "a.parquet", shard_bytes=10**9, kind="files")
+    assert found == {"a.parquet:1": "café", "a.parquet:4": "marked"}
+    assert skipped == {"null": 1, "not UTF-8": 1}
+
+
+def test_the_forms_of_conversations(tmp_path):
+    """ShareGPT's names, parts of text, a system's prompt in a column of its own; what is null or empty is not there."""
+    call = [{"type": "function", "function": {"name": "multiply", "arguments": '{"a": 3, "b": 4}'}}]
+    rows = [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Be brief."},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]},
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": call, "name": None}], "tools": "[1]"},
+    ]
+    lines = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    documents, skipped = documents_of(CorpusConfig(sources=[SourceConfig("chat", str(lines), chat=True)]))
+    assert skipped == {}
+    assert [list(document.messages) for document in documents] == [
+        [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "Ho"}],
+        [USER],
+        [USER, {"role": "assistant", "content": "", "tool_calls": call}],
+    ]
+    assert [document.tools for document in documents] == [None, None, [1]]
+    pq.write_table(pa.table({"conversations": [rows[0]["conversations"]]}), tmp_path / "b.parquet")
+    documents, _ = documents_of(CorpusConfig(sources=[SourceConfig("chat", str(tmp_path / "b.parquet"), chat=True)]))
+    assert documents[0].messages == (USER, {"role": "assistant", "content": "Ho"})
+
+
+def test_a_column_of_paths(tmp_path):
+    pq.write_table(pa.table({"content": ["p"]}), tmp_path / "a.parquet")
+    documents, _ = documents_of(CorpusConfig(paths=[str(tmp_path / "a.parquet")], column="content"))
+    assert [document.text for document in documents] == ["p"]
+    with pytest.raises(ValueError, match=r"name the one with the documents \(column=, or corpus.column\)"):
+        documents_of(CorpusConfig(paths=[str(tmp_path / "a.parquet")]))
+
+
+def test_each_file_is_looked_at_once_as_it_is(tmp_path):
+    """What a git checkout may hold; a FIFO would be waited for without end."""
+    root = tmp_path / "d"
+    write(root / "a.txt", b"\xef\xbb\xbfmarked")
+    (root / "dangling.txt").symlink_to("missing.txt")
+    (root / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(root / "fifo.txt")
+    write(Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.txt")), "x")
+    counts = {"dangling link": 1, "link loop": 1, "not a regular file": 1, "name not UTF-8": 1}
+    assert read(root) == ({"d/a.txt": "marked"}, counts)
+    write(root / "pkg/b.py", b"\xef\xbb\xbfb = 1\n")
+    found, skipped = read(root, kind="repositories")
+    assert found == {"d/a.txt": "marked\n", "d/pkg": "# pkg/b.py\nb = 1\n"}
+    assert skipped == counts
+    with pytest.raises(ValueError, match=r"fifo.txt, which is neither a directory nor a regular file"):
+        read(root / "fifo.txt")
+    with pytest.raises(ValueError, match=r"loop.txt, which cannot be read \(Too many levels of symbolic links\)"):
+        read(root / "loop.txt")
+
+
+def test_an_unreadable_file_is_counted(tmp_path, monkeypatch):
+    """The fault is put in below, as root may read whatever its permissions are."""
+    write(tmp_path / "d/a.txt", "a")
+    write(tmp_path / "d/b.txt", "b")
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("b.txt"))
+    assert read(tmp_path / "d") == ({"d/a.txt": "a"}, {"unreadable": 1})
+
+
+def test_a_snapshot_of_the_hubs_cache(tmp_path):
+    """Links to blobs whose names have no suffix: as a directory, and as one file."""
+    cache = tmp_path / "datasets--a--b"
+    lines = b"".join(json.dumps({"text": f"row {i}"}).encode() + b"\n" for i in range(3))
+    snapshot = cache / "snapshots/0123abcd"
+    (snapshot / "data").mkdir(parents=True)
+    for blob, name, content in (
+        ("1f", "data/train.jsonl.gz", gzip.compress(lines)), ("2f", "plain.jsonl", lines), ("3f", "README.md", b"Read")
+    ):  # fmt: skip
+        write(cache / "blobs" / blob, content)
+        (snapshot / name).symlink_to(Path(*[".."] * (2 + name.count("/")), "blobs", blob))
+    rows = [f"row {i}" for i in range(3)]
+    found, skipped = read(snapshot)
+    assert list(found.values()) == ["Read", *rows, *rows]
+    assert skipped == {}
+    found, _ = read(snapshot / "data/train.jsonl.gz")
+    assert found == {f"train.jsonl.gz:{number}": row for number, row in enumerate(rows, 1)}
+
+
+def test_zstd_with_a_long_window_is_read(tmp_path):
+    """As of zstd --long=31 from a pipe: Reddit's and the Pile's dumps. Several frames follow each other."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
+    frames = []
+    for text in ("one", "two"):
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        frames.append(compressor.compress(json.dumps({"text": text}).encode() + b"\n") + compressor.flush())
+    path = write(tmp_path / "a.jsonl.zst", b"".join(frames))
+    assert zstandard.get_frame_parameters(frames[0]).window_size == 2**31
+    assert list(read(path)[0].values()) == ["one", "two"]
+
+
+def test_what_the_datasets_library_raises_is_one_line(tmp_path):
+    write(tmp_path / "set/a.jsonl", '{"text": "one"}\n')
+    with pytest.raises(
+        ValueError, match=r"^the dataset .*set cannot be read: ValueError: Bad split: validation.*check pa"
+    ):
+        read(tmp_path / "set", kind="dataset", split="validation")
 
 
 def test_what_cannot_be_a_source_is_refused(tmp_path):
@@ -241,7 +364,7 @@ def test_what_cannot_be_a_source_is_refused(tmp_path):
     refused("repositories and chat", sources=[SourceConfig("d", str(tmp_path), "repositories", chat=True)])
     pq.write_table(pa.table({"body": ["p"]}), tmp_path / "e.parquet")
     with pytest.raises(
-        ValueError, match=r"has the columns \['body'\]; name the one with the documents: 'text' is none"
+        ValueError, match=r"has the columns \['body'\]; name the one with the documents .*: 'text' is none"
     ):
         read(tmp_path / "e.parquet")
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 
 import pytest
 import torch
@@ -194,7 +193,7 @@ def test_sft_trains_what_the_assistant_says(first, tmp_path, fixture_tokenizer):
     )
     row = read_metrics(run_dir)[0]
     model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(first), attn_implementation="eager")
-    tokens, mask = ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, TEMPLATE).encode(TALK, Counter())
+    tokens, mask = ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, TEMPLATE).encode(TALK)
     ids = torch.from_numpy(tokens.astype("int64"))[None]
     labels = ids.masked_fill(~torch.from_numpy(mask)[None], -100)
     with torch.no_grad():

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import heapq
 import io
 import json
 import os
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
-from ropewalk.data.store.hashing import stable_key
+import zstandard
+
+from ropewalk.data.prepare.chat import read_messages, read_tools
+from ropewalk.data.prepare.token_files import BadRow, Skipped, check_unicode
 from ropewalk.errors import UserError
 
 PROSE = {".txt", ".md", ".rst"}
@@ -24,6 +25,7 @@ CODE = set(_CODE.split())
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_DOCUMENT_BYTES = 2**29  # of a file of text, or of a row; larger ones do not fit in the memory of a process
 MAX_LINE = 2**24  # characters; tokenizers take a gigabyte for a line of this length
+MAX_WINDOW = 2**31  # bytes that zstd --long=31 needs to decompress
 MAX_SPACES = 400_000  # in a row; the regular expressions of tokenizers run out of stack beyond
 _SPACES = re.compile(r"\s{2,}")
 _COMMENTS = {"# ": ".jl .pl .pm .py .r .rb .sh", "-- ": ".lua .sql", "% ": ".tex"}
@@ -37,12 +39,14 @@ class Document:
     Attributes:
         name: where it came from; never an absolute path.
         parts: its text, in parts that may be tokenized apart (the files of a repository).
-        messages: of a conversation, role and content each; it has no parts.
+        messages: of a conversation, which has no parts: ``role``, ``content`` and what else the row has for each.
+        tools: that its template is to be given; None: none.
     """
 
     name: str
     parts: tuple[str, ...]
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: list[Any] | None = None
 
     @property
     def text(self) -> str:
@@ -84,37 +88,79 @@ class Unit:
     dataset: tuple[str | None, str, str | None] | None = None
 
 
-def read_documents(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+def read_documents(unit: Unit, skipped: Skipped) -> Iterator[Document]:
     """The documents of a unit; what is left out is counted in ``skipped`` by reason.
 
-    Left out are empty documents, files and rows that are not UTF-8, files and rows above 512 MB, and documents (of a
-    repository: files; of a conversation: messages) with a line of more than 2^24 characters or more than 400,000 spaces
-    in a row. Of files of text and code, line ends are read as ``\\n``, whatever they are.
+    Left out are empty documents, files and rows that are not UTF-8, rows that are null, nested without end, without the
+    column or with something else in it, files and rows above 512 MB, and documents (of a repository: files; of a
+    conversation: messages) with a line of more than 2^24 characters or more than 400,000 spaces in a row. A byte order
+    mark is no text. Of files of text and code, line ends are read as ``\\n``, whatever they are.
 
     Raises:
-        UserError: for a damaged file, or rows without the column or with something else in it.
+        UserError: for a damaged file, a parquet file or dataset without the column, or a row left out if
+            ``skipped.strict``.
     """
     if unit.kind == "repository":
         yield from _repository(unit, skipped)
         return
-    if unit.kind == "text":
-        text = _read_text(unit.root, skipped)
-        rows: Iterator[tuple[str, Any]] = iter([] if text is None else [(unit.name, text)])
-    else:
-        rows = {"jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}[unit.kind](unit, skipped)
-    for name, value in rows:
-        if unit.chat:
-            messages = _messages(value, unit.root, int(name.rpartition(":")[2]), unit.column)
-            reasons = [reason for message in messages if (reason := unfit(message["content"]))]
-            skipped.update(reasons[:1])
-            if not reasons:
-                yield Document(name, (), messages)
-        elif not value.strip():
+    for number, row in _READERS[unit.kind](unit):
+        name = unit.name if unit.kind == "text" else f"{_prefix(unit)}:{number}"
+        try:
+            document = _document(name, row, unit)
+        except BadRow as bad:
+            after = f" after byte {unit.start}" if unit.kind == "jsonl" and unit.start else ""
+            skipped.leave_out(bad, unit.root if unit.kind == "text" else f"{unit.root}, row {number}{after}")
+            continue
+        if document is None:
             skipped["empty"] += 1
-        elif reason := unfit(value):
-            skipped[reason] += 1
         else:
-            yield Document(name, (value,))
+            yield document
+
+
+def _prefix(unit: Unit) -> str:
+    streamed = unit.dataset is not None
+    return f"{unit.name}@{unit.start}" if streamed or (unit.kind == "jsonl" and unit.start) else unit.name
+
+
+def _document(name: str, row: Any, unit: Unit) -> Document | None:
+    """The document of a row: a text, or a mapping of columns; None: it is empty.
+
+    Raises:
+        BadRow: for one that cannot be used.
+    """
+    if isinstance(row, BadRow):
+        raise row
+    column = unit.column
+    if unit.kind == "text":
+        value = row
+    elif not isinstance(row, Mapping):
+        raise BadRow(f"not an object with the column {column!r}")
+    elif (found_column := column_of(row, unit)) is None:
+        raise BadRow(f"no column {column!r}")
+    else:
+        value = row[found_column]
+    if unit.chat:
+        messages = read_messages(value, row.get("system"))
+        for message in messages:
+            if reason := unfit(message["content"]):
+                raise BadRow(reason)
+        return Document(name, (), messages, read_tools(row.get("tools")))
+    if isinstance(value, bytes):  # text without the type, as Spark writes it
+        value = _decoded(value)
+    if not isinstance(value, str):
+        raise BadRow("null" if value is None else f"{column!r} is {type(value).__name__}, not text")
+    check_unicode(value)
+    value = value.removeprefix("\ufeff")
+    if reason := unfit(value):
+        raise BadRow(reason)
+    return Document(name, (value,)) if value.strip() else None
+
+
+def column_of(names: Iterable[str], unit: Unit) -> str | None:
+    """The column that is read: the unit's, or ShareGPT's name for messages; None: it is not there."""
+    names = set(names)
+    wanted = (unit.column, "conversations") if unit.chat and unit.column == "messages" else (unit.column,)
+    return next((name for name in wanted if name in names), None)
 
 
 def unfit(text: str) -> str | None:
@@ -130,15 +176,17 @@ def unfit(text: str) -> str | None:
     return None
 
 
-def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+def _repository(unit: Unit, skipped: Skipped) -> Iterator[Document]:
     """One document: the files in the order of their paths, each under a comment with its path."""
     parts = []
     for file in unit.files:
-        text = _read_text(os.path.join(unit.root, file), skipped)
-        if text is None:
-            continue
-        if reason := unfit(text):
-            skipped[reason] += 1
+        path = os.path.join(unit.root, file)
+        try:
+            text = _file_text(path)
+            if reason := unfit(text):
+                raise BadRow(reason)
+        except BadRow as bad:
+            skipped.leave_out(bad, path)
             continue
         suffix = os.path.splitext(file)[1]
         head = "" if suffix in PROSE else f"{COMMENT.get(suffix, '// ')}{file}\n"
@@ -152,104 +200,132 @@ def _repository(unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         yield Document(unit.name, tuple(parts))
 
 
-def _read_text(path: str, skipped: Counter[str]) -> str | None:
-    with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size > MAX_DOCUMENT_BYTES:
-            skipped["too large"] += 1
-            return None
-        content = file.readall()
+def _text(unit: Unit) -> Iterator[tuple[int, Any]]:
     try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
-        return None
+        yield 1, _file_text(unit.root)
+    except BadRow as bad:
+        yield 1, bad
+
+
+def _file_text(path: str) -> str:
+    with readable(path), open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > MAX_DOCUMENT_BYTES:
+            raise BadRow("too large")
+        text = _decoded(file.readall())
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _jsonl(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn an error of the system about a file that is read into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); correct that, or move it away") from error
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadRow("not UTF-8") from None
+
+
+def _jsonl(unit: Unit) -> Iterator[tuple[int, Any]]:
     """The rows whose line begins in [start, stop)."""
-    path = Path(unit.root)
-    name = unit.name if unit.start == 0 else f"{unit.name}@{unit.start}"
-    number = 0
-    with _open_lines(path) as lines:
-        position = unit.start
-        if unit.start:  # a line that begins before belongs to the stretch before
-            lines.seek(unit.start - 1)
-            position += len(lines.readline()) - 1
-        try:
+    number, position = 0, unit.start
+    try:
+        with _open_lines(unit.root) as lines:
+            if unit.start:  # a line that begins before belongs to the stretch before
+                lines.seek(unit.start - 1)
+                position += len(lines.readline()) - 1
             while unit.stop < 0 or position < unit.stop:
                 line = lines.readline(MAX_DOCUMENT_BYTES + 1)
                 if not line:
                     return
                 number += 1
                 position += len(line)
-                if len(line) > MAX_DOCUMENT_BYTES:
-                    skipped["too large"] += 1
-                    while line and not line.endswith(b"\n"):
-                        line = lines.readline(MAX_DOCUMENT_BYTES)
-                        position += len(line)
-                    continue
-                text = _decoded(line, position == len(line), skipped)
-                if text is not None:
-                    yield f"{name}:{number}", _value_of(text, unit, path, number)
-        except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path} is damaged after line {number} ({error}); fetch it again") from error
+                too_large = len(line) > MAX_DOCUMENT_BYTES
+                while too_large and line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_DOCUMENT_BYTES)
+                    position += len(line)
+                yield number, BadRow("too large") if too_large else _json_row(line, unit)
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{unit.root} is damaged after line {number} ({error}); fetch it again") from error
 
 
-def _decoded(line: bytes, first: bool, skipped: Counter[str]) -> str | None:
-    """A line as text, without a byte order mark; None for one that is blank or not UTF-8, which is counted."""
+def _json_row(line: bytes, unit: Unit) -> Any:
     try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
-        return None
-    if not text.strip():
-        skipped["empty"] += 1
-        return None
-    return text
+        text = _decoded(line)
+        return json.loads(text) if text.strip() else {unit.column: [] if unit.chat else ""}
+    except BadRow as bad:
+        return bad
+    except ValueError:
+        return BadRow("not JSON")
+    except RecursionError:
+        return BadRow("nested too deep")
 
 
-def _value_of(line: str, unit: Unit, path: Path, number: int) -> Any:
-    where = f"{path}, line {number}" + (f" after byte {unit.start}" if unit.start else "")
-    try:
-        value = json.loads(line)[unit.column]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}, is not a JSON object with a {unit.column!r}: {error!r}") from error
-    return value if unit.chat else _checked_text(value, path, number, unit.column)
-
-
-def _open_lines(path: Path) -> IO[bytes] | gzip.GzipFile | io.BufferedReader:
-    if path.suffix == ".gz":
+def _open_lines(path: str) -> IO[bytes] | gzip.GzipFile:
+    if path.endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-    return path.open("rb")
+    if path.endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(path), 2**20)
+    return open(path, "rb")
 
 
-def _parquet(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
+class _ZstdFile(io.RawIOBase):
+    """The content of all frames of a zstd file; zstandard's own reader would take a torn one for whole."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 closed with this one
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        self._frame = self._decompressor.decompressobj()
+        self._begun, self._ready = False, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._begun = self._decompressor.decompressobj(), False
+            packed = packed or self._file.read(2**16)
+            if not packed:
+                if self._begun:
+                    raise EOFError("the last frame is torn")
+                return 0
+            self._begun, self._ready = True, self._frame.decompress(packed)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def _parquet(unit: Unit) -> Iterator[tuple[int, Any]]:
     with open_parquet(unit.root) as file:
-        if unit.column not in file.schema_arrow.names:
+        names = file.schema_arrow.names
+        column = column_of(names, unit)
+        if column is None:
             raise UserError(
-                f"{unit.root} has the columns {file.schema_arrow.names}; name the one with the documents: "
+                f"{unit.root} has the columns {names}; name the one with the documents (column=, or corpus.column): "
                 f"{unit.column!r} is none"
             )
+        columns = [column, *(name for name in ("system", "tools") if unit.chat and name in names)]
         stop = file.num_row_groups if unit.stop < 0 else unit.stop
         number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-        batches = file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=[unit.column])
+        batches = file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=columns)
         while (rows := next_rows(batches, unit.root, number)) is not None:
-            for cell in rows.column(0):
+            for cells in zip(*(rows.column(name) for name in columns), strict=True):
                 number += 1
                 try:
-                    value = cell.as_py()
+                    yield number, {name: cell.as_py() for name, cell in zip(columns, cells, strict=True)}
                 except UnicodeDecodeError:
-                    skipped["not UTF-8"] += 1
-                    continue
-                yield (
-                    f"{unit.name}:{number}",
-                    value if unit.chat else _checked_text(value, unit.root, number, unit.column),
-                )
+                    yield number, BadRow("not UTF-8")
 
 
 def open_parquet(path: str) -> Any:
@@ -276,70 +352,49 @@ def next_rows(batches: Iterator[Any], path: str, number: int) -> Any:
         raise UserError(f"{path} is damaged after row {number} ({error}); fetch it again") from error
 
 
-def _dataset(unit: Unit, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
+def _dataset(unit: Unit) -> Iterator[tuple[int, Any]]:
     """Rows of a saved dataset, or of share ``start`` of ``stop`` of one that is streamed."""
+    with datasets_errors(unit.root):
+        opened = open_dataset(unit.root, unit.dataset)
+        if unit.dataset is None:
+            rows = (opened[index] for index in range(unit.start, unit.stop))
+        else:
+            rows = iter(opened.shard(num_shards=unit.stop, index=unit.start))
+    first = unit.start if unit.dataset is None else 0
+    number = first
+    while True:
+        with datasets_errors(unit.root):
+            row = next(rows, None)
+        if row is None:
+            return
+        number += 1
+        if number == first + 1 and column_of(row, unit) is None:
+            raise UserError(f"{unit.root} has the columns {sorted(row)}; {unit.column!r} is none of them")
+        yield number, row
+
+
+@contextmanager
+def datasets_errors(name: str) -> Iterator[None]:
+    """Turn whatever the datasets library raises about a user's data set into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the dataset {name} cannot be read: {type(error).__name__}: {reason}; check path, subset, split, revision "
+            "and the network, or name its files as a source of kind=files"
+        ) from error
+
+
+def open_dataset(root: str, chosen: tuple[str | None, str, str | None] | None) -> Any:
+    """What save_to_disk() wrote; with ``chosen`` (subset, split, revision) a hub dataset or data files, streamed."""
     import datasets
 
-    if unit.dataset is None:
-        saved = datasets.load_from_disk(unit.root)
-        rows = (saved[index] for index in range(unit.start, unit.stop))
-        first = unit.start
-    else:
-        subset, split, revision = unit.dataset
-        streamed = datasets.load_dataset(unit.root, subset, split=split, revision=revision, streaming=True)
-        rows = iter(streamed.shard(num_shards=unit.stop, index=unit.start))
-        first = 0
-    name = unit.name if unit.dataset is None else f"{unit.name}@{unit.start}"
-    for number, row in enumerate(rows, start=first + 1):
-        if unit.column not in row:
-            raise UserError(f"{unit.root} has the columns {sorted(row)}; {unit.column!r} is none of them")
-        value = row[unit.column]
-        yield f"{name}:{number}", value if unit.chat else _checked_text(value, unit.root, number, unit.column)
+    if chosen is None:
+        return datasets.load_from_disk(root)
+    return datasets.load_dataset(root, chosen[0], split=chosen[1], revision=chosen[2], streaming=True)
 
 
-def _checked_text(text: object, path: str | Path, number: int, column: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{path}, row {number}: {column!r} is {type(text).__name__}, not a string; correct the file")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}, row {number}: {column!r} is not valid Unicode ({error}); correct the file") from error
-    return text
-
-
-def _messages(value: Any, path: str, number: int, column: str) -> tuple[dict[str, str], ...]:
-    whole = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    )
-    if not whole or not value:
-        raise UserError(
-            f"{path}, row {number}: {column!r} is {'an empty list' if whole else 'no list'} of objects with a 'role' "
-            "and a 'content'; correct the file"
-        )
-    return tuple(
-        {key: _checked_text(message[key], path, number, f"{column}.{key}") for key in ("role", "content")}
-        for message in value
-    )
-
-
-SAMPLE_BYTES = 2**27  # of text, held in memory; a smaller corpus is taken whole
-
-
-def sample_documents(units: Iterable[Unit]) -> list[Document]:
-    """Documents in corpus order: those whose names hash lowest, until they have 128 MB together.
-
-    What they are does not depend on the order in which the corpus is read.
-    """
-    chosen: list[tuple[int, int, int, Document]] = []  # a heap, the highest hash first
-    size = 0
-    skipped: Counter[str] = Counter()  # counted where the corpus is tokenized
-    index = 0
-    for unit in units:
-        for document in read_documents(unit, skipped):
-            heapq.heappush(chosen, (-stable_key("sample", document.name), -index, document.bytes, document))
-            index += 1
-            size += document.bytes
-            while size - chosen[0][2] >= SAMPLE_BYTES:
-                size -= heapq.heappop(chosen)[2]
-    return [document for _, _, _, document in sorted(chosen, key=lambda entry: -entry[1])]
+_READERS = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}

@@ -221,6 +221,7 @@ def validate_prepare(config: PrepareConfig) -> None:
         )
     one_of("stage", config.stage, STAGES)
     one_of("corpus.engine", config.corpus.engine, ENGINES)
+    one_of("corpus.bad_rows", config.corpus.bad_rows, ("skip", "error"))
     bos_mode(config.corpus.bos)
     one_of("executor.kind", config.executor.kind, ("pool", "local", "slurm"))
     if not 0 <= config.shard < config.n_shards:
@@ -247,6 +248,8 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(config.corpus).items() if key not in excluded}
     if settings["chat_date"] is None:
         del settings["chat_date"]  # outputs from before there was one are still finished
+    for name in ("column", "bad_rows"):  # of the sources' digests, and of what is an error
+        del settings[name]
     tokenizer, template = config.corpus.tokenizer, config.corpus.chat_template
     if tokenizer is not None and Path(tokenizer).is_dir():
         settings["tokenizer"] = sha256_tokenizer(Path(tokenizer))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache, partial
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ropewalk.config.data import CorpusConfig, DomainConfig, ExecutorConfig, PrepareConfig, SourceConfig
 from ropewalk.config.groups import PathsConfig
 from ropewalk.data.prepare.chat import ChatEncoder
-from ropewalk.data.prepare.corpus import Document, Unit, read_documents, sample_documents
+from ropewalk.data.prepare.corpus import Document, Unit, read_documents
 from ropewalk.data.prepare.packing import domain_rules
 from ropewalk.data.prepare.sources import Source, read_units, write_units
+from ropewalk.data.prepare.token_files import Skipped
 from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, open_saved, train_tokenizer
 from ropewalk.data.store.hashing import files_signature, stable_key
 from ropewalk.data.store.manifest import TOKENIZER
@@ -30,6 +31,7 @@ from ropewalk.files import fsync_path, sha256_of, write_atomically
 PLAN = "plan-2.json"  # plan.json was of another form: what was under way is begun again
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 SAMPLE_SHARDS, SAMPLE_CHARACTERS = 16, 10_000  # whose tokens are decoded and compared
+SAMPLE_BYTES = 2**27  # of text, held in memory; a smaller corpus is taken whole
 PREFERRED_TOKENS = 65_536  # longer documents are taken last: training needs them most
 BYTES_PER_TOKEN = 4  # for guessing which documents are long enough; counted afterwards
 
@@ -168,11 +170,46 @@ def make_plan(
     plan.save()
 
 
+def sample_documents(units: Iterable[Unit]) -> list[Document]:
+    """Documents in corpus order: those whose names hash lowest, until they have 128 MB together.
+
+    What they are does not depend on the order in which the corpus is read.
+    """
+    chosen: list[tuple[int, int, int, Document]] = []  # a heap, the highest hash first
+    size = 0
+    skipped = Skipped()  # counted where the corpus is tokenized
+    index = 0
+    for unit in units:
+        for document in read_documents(unit, skipped):
+            heapq.heappush(chosen, (-stable_key("sample", document.name), -index, document.bytes, document))
+            index += 1
+            size += document.bytes
+            while size - chosen[0][2] >= SAMPLE_BYTES:
+                size -= heapq.heappop(chosen)[2]
+    return [document for _, _, _, document in sorted(chosen, key=lambda entry: -entry[1])]
+
+
 def _texts(shards: Shards) -> Iterator[str]:
-    """The beginning of the first document of some shards on this machine."""
-    for _, units in shards[:: max(1, len(shards) // SAMPLE_SHARDS)]:
-        if units[0].dataset is None and (document := next(read_documents(units[0], Counter()), None)) is not None:
+    """The beginning of the first document of some shards on this machine.
+
+    Raises:
+        UserError: where rows were read and none of them can be used, as with a wrong column.
+    """
+    sampled = {index: units[0] for index, units in reversed(shards)}  # the first of each source, and some others
+    others = [units[0] for _, units in shards[:: max(1, len(shards) // SAMPLE_SHARDS)]]
+    for unit in [*sampled.values(), *others]:
+        if unit.dataset is not None and not Path(unit.root).exists():
+            continue
+        skipped = Skipped()
+        document = next(read_documents(unit, skipped), None)
+        if document is not None:
             yield (document.text or "".join(message["content"] for message in document.messages))[:SAMPLE_CHARACTERS]
+        elif skipped.first and unit.kind in ("jsonl", "parquet", "dataset"):
+            reason, where = next(iter(skipped.first.items()))
+            raise UserError(
+                f"no row of {unit.root} can be used: {reason} ({where}); set column= of the source, or corpus.column, "
+                "to the column with the documents"
+            )
 
 
 def _described(source: Source, corpus: CorpusConfig) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,16 @@ import xxhash
 
 from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.config.rules import one_of
-from ropewalk.data.prepare.corpus import CODE, JSONL, PROSE, Unit, open_parquet
+from ropewalk.data.prepare.corpus import (
+    CODE,
+    JSONL,
+    PROSE,
+    Unit,
+    datasets_errors,
+    open_dataset,
+    open_parquet,
+    readable,
+)
 from ropewalk.data.store.hashing import canonical_json
 from ropewalk.errors import UserError
 
@@ -59,28 +70,46 @@ def corpus_sources(corpus: CorpusConfig) -> list[Source]:
     """
     named = [Source(SourceConfig(SPLIT_DOMAIN, "", "repositories"), "stdlib", True)] if corpus.stdlib else []
     for path in corpus.paths:
-        if not Path(path).exists():
-            raise UserError(f"corpus.paths names {path}, which does not exist; correct it")
-        named.append(Source(SourceConfig(SPLIT_DOMAIN, path), Path(path).resolve().name))
+        _check_path("corpus.paths", path)
+        named.append(Source(SourceConfig(SPLIT_DOMAIN, path, column=corpus.column), _name_of(path)))
     for source in corpus.sources:
         one_of("kind of a source", source.kind, ("files", "repositories", "dataset"))
         exists = Path(source.path).exists()
-        if not exists and source.kind != "dataset":
-            raise UserError(f"corpus.sources names {source.path}, which does not exist; correct it")
-        if not exists and source.revision is None:
+        if exists or source.kind != "dataset":
+            _check_path("corpus.sources", source.path)
+        elif source.revision is None:
             raise UserError(
                 f"corpus.sources names the hub dataset {source.path} without a revision; give its commit, so that the "
                 "same configuration is the same data"
             )
         if source.chat and source.kind == "repositories":
             raise UserError(f"corpus.sources: {source.path} cannot be repositories and chat at once")
-        named.append(Source(source, Path(source.path).resolve().name if exists else source.path))
+        named.append(Source(source, _name_of(source.path) if exists else source.path))
     counts: Counter[str] = Counter()
     for source_ in named:
         counts[source_.name] += 1
         if counts[source_.name] > 1:
             source_.name = f"{source_.name}#{counts[source_.name]}"
     return named
+
+
+def _name_of(path: str) -> str:
+    """The last part of a path as it is given: behind a link of the hub's cache is a file with a hash for a name."""
+    return os.path.basename(os.path.abspath(path)) or "root"
+
+
+def _check_path(key: str, path: str) -> None:
+    try:
+        path.encode()
+        status = os.stat(path)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{key} names {path!r}, which is not UTF-8; rename it") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{key} names {path}, which does not exist; correct it") from error
+    except OSError as error:
+        raise UserError(f"{key} names {path}, which cannot be read ({error.strerror}); correct it") from error
+    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{key} names {path}, which is neither a directory nor a regular file; name one of these")
 
 
 def list_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
@@ -139,7 +168,7 @@ def _files_of(path: Path) -> list[str]:
 
 def _digest(path: str) -> bytes:
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
+    with readable(path), open(path, "rb", buffering=0) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.digest()
@@ -175,12 +204,12 @@ def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[
             source.skipped[f"unknown kind {suffix or os.path.basename(file)}"] += 1
     for name, files in sorted(tops.items()):
         size = sum(os.stat(os.path.join(root, file)).st_size for file in files)
-        yield Unit("repository", f"{source.name}/{name}", str(root.resolve()), tuple(files), bytes=size)
+        yield Unit("repository", f"{source.name}/{name}", os.path.abspath(root), tuple(files), bytes=size)
 
 
 def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iterator[Unit]:
     size = path.stat().st_size
-    root = str(path.resolve())
+    root = os.path.abspath(path)  # a link keeps its own suffix
     if path.suffix in PROSE | CODE and not source.config.chat:
         yield Unit("text", name, root, bytes=size)
     elif path.name.endswith(JSONL):
@@ -208,22 +237,21 @@ def _parquet_units(name: str, root: str, shard_bytes: int) -> Iterator[Unit]:
 
 
 def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
-    import datasets
-
     config, path = source.config, Path(source.config.path)
+    root = os.path.abspath(path) if path.exists() else config.path
     if (path / "state.json").is_file():  # what save_to_disk() writes
-        saved = datasets.load_from_disk(str(path))
+        with datasets_errors(root):
+            saved = open_dataset(root, None)
         shares = max(1, -(-saved.data.nbytes // shard_bytes))
         bounds = [len(saved) * share // shares for share in range(shares + 1)]
         for start, stop in pairwise(bounds):
-            size = saved.data.nbytes // shares
-            yield Unit("dataset", source.name, str(path.resolve()), start=start, stop=stop, bytes=size)
+            yield Unit("dataset", source.name, root, start=start, stop=stop, bytes=saved.data.nbytes // shares)
         return
-    root = str(path.resolve()) if path.exists() else config.path
     chosen = config.subset, config.split, config.revision
-    streamed = datasets.load_dataset(root, config.subset, split=config.split, revision=config.revision, streaming=True)
-    for share in range(streamed.num_shards):
-        yield Unit("dataset", source.name, root, start=share, stop=streamed.num_shards, dataset=chosen)
+    with datasets_errors(root):
+        shares = open_dataset(root, chosen).num_shards
+    for share in range(shares):
+        yield Unit("dataset", source.name, root, start=share, stop=shares, dataset=chosen)
 
 
 def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str]:
@@ -237,12 +265,28 @@ def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str
         directories[:] = [name for name in kept if not name.startswith(".")]
         paths.extend((*parents, name) for name in files if not name.startswith("."))
     resolved = root.resolve()
+    blobs = [parent.parent / "blobs" for parent in (resolved, *resolved.parents) if parent.name == "snapshots"]
     for parts in sorted(paths):
-        path = os.path.join(root, *parts)
-        if os.path.islink(path) and not Path(path).resolve().is_relative_to(resolved):
-            skipped["link out of the directory"] += 1
+        if reason := _fault(os.path.join(root, *parts), [resolved, *blobs]):
+            skipped[reason] += 1
         else:
             yield "/".join(parts)
+
+
+def _fault(path: str, roots: Sequence[Path]) -> str | None:
+    """Why a file is left out, from one look at it; ``roots``: where a link may lead, the hub's blobs among them."""
+    try:
+        path.encode()
+        status = os.stat(path)
+    except UnicodeEncodeError:
+        return "name not UTF-8"
+    except OSError as error:
+        return {errno.ELOOP: "link loop", errno.ENOENT: "dangling link"}.get(error.errno or 0, "unreadable")
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    if os.path.islink(path) and not any(Path(path).resolve().is_relative_to(root) for root in roots):
+        return "link out of the directory"
+    return None if os.access(path, os.R_OK) else "unreadable"
 
 
 def _unreadable(error: OSError) -> None:

@@ -18,13 +18,15 @@ from typing import Any
 
 from ropewalk.config.data import DomainConfig
 from ropewalk.data.prepare.chat import ChatEncoder
-from ropewalk.data.prepare.corpus import Document, read_documents, sample_documents
+from ropewalk.data.prepare.corpus import Document, read_documents
 from ropewalk.data.prepare.engines import CheckedEngine, FastPathError
 from ropewalk.data.prepare.packing import RETRIEVAL, DomainDocuments, pack_domains
-from ropewalk.data.prepare.prepare_plan import Plan, Report, open_encoders
+from ropewalk.data.prepare.prepare_plan import Plan, Report, open_encoders, sample_documents
 from ropewalk.data.prepare.retrieval import retrieval_documents
 from ropewalk.data.prepare.token_files import (
+    BadRow,
     FlatDocuments,
+    Skipped,
     TokenFileWriter,
     TokenRecord,
     check_whole,
@@ -119,25 +121,35 @@ class Tokenize(Stage):
         index = self.plan.shard_sources[number]
         source = self.plan.sources[index]
         record = TokenRecord(index, source["domain"], masked=source["chat"], engine=encoder.engine.name)
-        skipped: Counter[str] = Counter()
+        skipped = Skipped(self.plan.config.corpus.bad_rows == "error")
         with TokenFileWriter(self.plan.work, number, record) as file:
             if source["chat"]:
                 assert chat is not None
-                for document in self._documents(number, skipped):
-                    encoded = chat.encode(document.messages, skipped)
-                    if encoded is not None:
-                        record.text_bytes += sum(len(message["content"].encode()) for message in document.messages)
-                        file.write(*encoded)
-                        file.end_document()
+                self._write_chats(number, file, record, skipped, chat)
             else:
                 for tokens, ends in encoded_documents(self._counted(number, skipped, record), encoder):
                     file.write(tokens)
                     if ends:
                         file.end_document()
-            record.skipped = dict(sorted((+skipped).items()))
+            record.skipped, record.first = dict(sorted((+skipped).items())), skipped.first
             file.commit()
 
-    def _documents(self, number: int, skipped: Counter[str]) -> Iterator[Document]:
+    def _write_chats(
+        self, number: int, file: TokenFileWriter, record: TokenRecord, skipped: Skipped, chat: ChatEncoder
+    ) -> None:
+        chat.unused.clear()
+        for document in self._documents(number, skipped):
+            try:
+                encoded = chat.encode(document.messages, document.tools)
+            except BadRow as bad:
+                skipped.leave_out(bad, document.name)
+                continue
+            record.text_bytes += sum(len(message["content"].encode()) for message in document.messages)
+            file.write(*encoded)
+            file.end_document()
+        record.unused = dict(sorted(chat.unused.items()))
+
+    def _documents(self, number: int, skipped: Skipped) -> Iterator[Document]:
         heldout = set(self.plan.heldout)
         for unit in self.plan.units(number):
             for document in read_documents(unit, skipped):
@@ -146,7 +158,7 @@ class Tokenize(Stage):
                 else:
                     yield document
 
-    def _counted(self, number: int, skipped: Counter[str], record: TokenRecord) -> Iterator[Document]:
+    def _counted(self, number: int, skipped: Skipped, record: TokenRecord) -> Iterator[Document]:
         for document in self._documents(number, skipped):
             record.text_bytes += document.bytes
             yield document
@@ -229,13 +241,12 @@ class Pack(Stage):
 def finish(plan: Plan, report: Report) -> None:
     """Put the parts together, and clear away what was needed for them."""
     output, pack = plan.output, Pack.of(plan)
-    records = [read_record(plan.work, shard) for shard in range(plan.shards)]
-    sources = _described(plan, [record for record in records if record is not None])
-    engines = Counter(record.engine for record in records if record is not None)
+    records = [record for shard in range(plan.shards) if (record := read_record(plan.work, shard)) is not None]
+    sources = _described(plan, records)
+    engines = Counter(record.engine for record in records)
     report(f"tokenized with {', '.join(f'{name} ({count} shards)' for name, count in sorted(engines.items()))}")
-    for source in sources:
-        skipped = in_words(source["skipped"])
-        report(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: {skipped}")
+    for index, source in enumerate(sources):
+        _report_source(source, [record for record in records if record.source == index], report)
     filler: list[Document] = []
     if plan.config.corpus.retrieval_tokens:
         units = (unit for shard in range(plan.shards) for unit in plan.units(shard) if not unit.chat)
@@ -247,6 +258,16 @@ def finish(plan: Plan, report: Report) -> None:
     (output / PREPARING).replace(output / PREPARED)
     fsync_path(output)
     shutil.rmtree(plan.work)
+
+
+def _report_source(source: dict[str, Any], records: list[TokenRecord], report: Report) -> None:
+    name, skipped = source["name"], in_words(source["skipped"])
+    report(f"{name}: {source['documents']:,} documents, {source['tokens']:,} tokens, skipped: {skipped}")
+    first = {reason: where for record in reversed(records) for reason, where in record.first.items()}
+    for reason, where in sorted(first.items()):
+        report(f"{name}: first skipped as {reason!r}: {where}")
+    if unused := sum((Counter(record.unused) for record in records), Counter[str]()):
+        report(f"{name}: fields of messages that the chat template does not use: {in_words(unused)}")
 
 
 def _described(plan: Plan, records: list[TokenRecord]) -> list[dict[str, Any]]:

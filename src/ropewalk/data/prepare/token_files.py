@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ class TokenRecord:
         engine: what encoded them.
         digest: xxh3 of tokens, masks and ends, to find what was lost.
         skipped: documents left out, by reason.
+        first: reason -> file and row of the first of them.
+        unused: fields of messages that the chat template does not use, and how many had each.
     """
 
     source: int
@@ -46,6 +49,59 @@ class TokenRecord:
     engine: str = ""
     digest: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+
+
+class BadRow(Exception):
+    """A row that cannot be used.
+
+    Args:
+        kind: of its fault, the same for many rows.
+        detail: of this one.
+    """
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind)
+        self.detail = detail
+
+
+class Skipped(Counter[str]):
+    """Documents left out, by reason.
+
+    Attributes:
+        first: reason -> file and row of the first one.
+        strict: raise an error for it instead.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
+        self.strict = strict
+
+    def leave_out(self, bad: BadRow, where: str) -> None:
+        """Count one.
+
+        Raises:
+            UserError: with ``strict``.
+        """
+        kind, where = str(bad), f"{where} ({bad.detail})" if bad.detail else where
+        if self.strict:
+            raise UserError(f"{where}: {kind}; correct it, or set corpus.bad_rows=skip to leave such rows out")
+        self[kind] += 1
+        self.first.setdefault(kind, where)
+
+
+def check_unicode(text: str) -> None:
+    """Check that a text can be written in UTF-8.
+
+    Raises:
+        BadRow: for a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("not valid Unicode (a lone surrogate)") from None
 
 
 class TokenFileWriter:

@@ -182,7 +182,7 @@ def set_bos(directory: Path, bos: bool) -> None:
 
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    token = token_text(config.get("bos_token"))
+    token = token_text(config.get("bos_token")) or ""
     begin = [(token, backend.token_to_id(token))] if bos else []
     backend.post_processor = processors.TemplateProcessing(
         single=f"{token}:0 $A:0" if bos else "$A:0",
