@@ -102,7 +102,7 @@ class Plan:
         if not path.is_file():
             raise UserError(f"{output} has no plan; run stage=plan first")
         content = json.loads(path.read_text(encoding="utf-8"))
-        config = content.pop("config")
+        config: dict[str, Any] = content.pop("config")
         corpus, executor, paths = (config.pop(name) for name in ("corpus", "executor", "paths"))
         corpus["sources"] = [SourceConfig(**source) for source in corpus["sources"]]
         corpus["domains"] = {name: DomainConfig(**rule) for name, rule in corpus["domains"].items()}
