@@ -106,7 +106,7 @@ class Plan:
         corpus, executor, paths = (config.pop(name) for name in ("corpus", "executor", "paths"))
         corpus["sources"] = [SourceConfig(**source) for source in corpus["sources"]]
         corpus["domains"] = {name: DomainConfig(**rule) for name, rule in corpus["domains"].items()}
-        groups = {
+        groups: dict[str, Any] = {
             "corpus": CorpusConfig(**corpus),
             "executor": ExecutorConfig(**executor),
             "paths": PathsConfig(**paths),
