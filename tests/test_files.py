@@ -1,10 +1,19 @@
 """Checksums of JSON, which stand in files that earlier versions wrote."""
 
+import errno
 import hashlib
+import json
+import os
 import subprocess
 import sys
+import threading
+import time
 
-from ropewalk.files import sha256_of_json
+import pytest
+
+from ropewalk import files
+from ropewalk.errors import UserError
+from ropewalk.files import copy_files, only_writer, replace_atomically, sha256_of_json, write_atomically, writing
 
 
 def test_json_is_hashed_with_sorted_keys_in_ascii():
@@ -17,3 +26,122 @@ def test_json_is_hashed_with_sorted_keys_in_ascii():
 def test_the_module_needs_the_standard_library_alone():
     code = "import sys, ropewalk.files; sys.exit(any(name in sys.modules for name in ('blake3', 'numpy', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ropewalk.files import only_writer
+with only_writer(Path(sys.argv[1]), "output=o"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that writes ``tmp_path / "o"``."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "o")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_directory_has_one_writer_until_it_is_gone(tmp_path, holder, capsys):
+    with (
+        pytest.raises(UserError, match=rf"output=o is being written by process {holder.pid} on .*; wait for it or end"),
+        only_writer(tmp_path / "o", "output=o"),
+    ):
+        pass
+    with only_writer(tmp_path / "o", "output=o", "share-1-owner.json"):  # another part of it
+        pass
+    holder.kill()
+    holder.wait()
+    with only_writer(tmp_path / "o", "output=o"):
+        said = capsys.readouterr().out
+        assert said.startswith(f"output=o: process {holder.pid} on ")
+        assert said.endswith(", which was writing it, is gone; its work is taken over\n")
+        assert said.count("\n") == 1
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def of_another_node(directory, seconds_ago):
+    directory.mkdir(exist_ok=True)
+    claim = directory / "owner.json"
+    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "id": "x"}))
+    os.utime(claim, (time.time() - seconds_ago,) * 2)
+    return claim
+
+
+def test_a_writer_of_another_node_lives_while_its_file_is_renewed(tmp_path, monkeypatch):
+    claim = of_another_node(tmp_path / "o", 100)  # less than two minutes: it is watched
+    timer = threading.Timer(0.5, os.utime, [claim])
+    timer.start()
+    with pytest.raises(UserError, match="process 1 on elsewhere"), only_writer(tmp_path / "o", "output=o"):
+        pass
+    timer.join()
+    of_another_node(tmp_path / "o", 121)  # and not renewed
+    with only_writer(tmp_path / "o", "output=o"):
+        assert json.loads(claim.read_text())["pid"] == os.getpid()
+    monkeypatch.setattr(files, "DEAD_AFTER", 0.5)
+    of_another_node(tmp_path / "o", 0)
+    began = time.monotonic()
+    with only_writer(tmp_path / "o", "output=o"):
+        assert time.monotonic() - began > 0.4
+
+
+def test_the_file_of_an_owner_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BEAT", 0.05)
+    with only_writer(tmp_path, "output=o"):
+        os.utime(tmp_path / "owner.json", (0, 0))
+        time.sleep(0.5)
+        assert time.time() - (tmp_path / "owner.json").stat().st_mtime < 5
+
+
+def test_copies_are_data_not_modes(tmp_path):
+    """A store that may only be read leaves a run that can be resumed."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c.txt").write_text("c")
+    (tmp_path / "a/b/c.txt").chmod(0o444)
+    (tmp_path / "a/b").chmod(0o555)
+    for _ in range(2):
+        copy_files(tmp_path / "a", tmp_path / "copy")
+    assert (tmp_path / "copy/b/c.txt").read_text() == "c"
+    assert (tmp_path / "copy/b").stat().st_mode & 0o200
+    assert (tmp_path / "copy/b/c.txt").stat().st_mode & 0o200
+
+
+def test_two_writers_of_a_file_share_no_partial(tmp_path):
+    """The second one begins and ends while the first is at it."""
+
+    def write(partial):
+        partial.write_text("first")
+        write_atomically(tmp_path / "a.json", "second")
+        assert partial.read_text() == "first"
+
+    replace_atomically(tmp_path / "a.json", write)
+    assert (tmp_path / "a.json").read_text() == "first"
+    with pytest.raises(ZeroDivisionError):
+        replace_atomically(tmp_path / "a.json", lambda partial: 1 / 0 if partial.write_text("x") else None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "o/x"), OSError(errno.EROFS, "Read-only file system", "o/x"),
+        PermissionError(errno.EACCES, "Permission denied", "o/x"), OSError("4096 requested and 0 written"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_disk_is_one_line(tmp_path, error):
+    """Also numpy's and tokenizers', which have no number."""
+    with (
+        pytest.raises(UserError, match=r"output=o cannot be written \(.*: .*; about 2.5 GB needed, .* GB free\); free"),
+        writing("output=o", tmp_path / "not/made", 2_500_000_000),
+    ):
+        raise error
+    for other in (OSError(errno.EIO, "Input/output error"), ValueError("a fault of the program")):
+        with pytest.raises(type(other)), writing("output=o", tmp_path):
+            raise other

@@ -1,15 +1,27 @@
-"""Durable writes, which leave the whole file or none, and checksums of files and of JSON."""
+"""Files: durable writes, one writer of a directory, errors of a disk in one line, copies, and checksums."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
+
+OWNER = "owner.json"  # in a directory that is being written: host and process of the writer
+BEAT = 10.0  # seconds between two renewals of its time
+DEAD_AFTER = 120.0  # seconds without one
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
 
 def fsync_path(path: Path) -> None:
@@ -27,12 +39,175 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` make a file beside ``path`` and rename it into place; durable on return."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    fsync_path(partial)
-    partial.replace(path)
+    """Have ``write`` make a file beside ``path``, of a name of its own, and rename it into place; durable on return."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        write(partial)
+        fsync_path(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a directory, and those below it, as data: what may be read only there can be replaced here."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_files(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files of a directory; 0: there is nothing."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@contextmanager
+def writing(name: str, directory: Path, need: int | None = None) -> Iterator[None]:
+    """Make an error of a full or unwritable disk a UserError with the path and the space.
+
+    Args:
+        name: the setting that names the directory, with its value.
+        directory: that is written.
+        need: bytes, about; None: not known.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        torn = "No space left" in str(error) or (isinstance(error, OSError) and " written" in str(error))
+        if code not in _DISK and not torn:  # numpy and tokenizers give no number
+            raise
+        standing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+        needed = "" if need is None else f"about {need / 1e9:,.3g} GB needed, "
+        where = getattr(error, "filename", None) or directory
+        raise UserError(
+            f"{name} cannot be written ({getattr(error, 'strerror', None) or error}: {where}; {needed}"
+            f"{shutil.disk_usage(standing).free / 1e9:,.3g} GB free); free space there, or name another directory"
+        ) from error
+
+
+@contextmanager
+def only_writer(directory: Path, name: str, claim: str = OWNER) -> Iterator[None]:
+    """Hold a directory against other writers, on every node that sees it.
+
+    A file in it names this process, and its time is renewed while the context lasts. An owner whose process is gone
+    from this node, or whose file was not renewed for two minutes, is dead: its directory is taken over, and that is
+    printed.
+
+    Args:
+        directory: made if needed.
+        name: the setting that names the directory, with its value, for messages.
+        claim: name of the file; another one for each part that is written by itself.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, me = directory / claim, _process()
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(me))
+            break
+        except FileExistsError:
+            _take_over(path, name)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(BEAT):
+            if _owner(path) != me:
+                return
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=renew, name="only_writer", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if _owner(path) == me:
+            path.unlink(missing_ok=True)
+
+
+def _take_over(path: Path, name: str) -> None:
+    """Wait until an owner is known to live, or take the file of a dead one away.
+
+    Raises:
+        UserError: the owner lives.
+    """
+    owner, renewed = _owner(path), _time_of(path)
+    while not _is_dead(owner, path):
+        live = owner is not None and owner["host"] == socket.gethostname()
+        if live or _time_of(path) != renewed:
+            if not path.exists():
+                return
+            by = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+            raise UserError(f"{name} is being written by {by}; wait for it or end it, or name another directory")
+        time.sleep(min(1.0, BEAT / 10))
+    dead = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):  # another has taken it
+        path.rename(dead)
+        if _owner(dead) != owner:  # of one that was as quick
+            dead.rename(path)
+            return
+        dead.unlink()
+        by = f"process {owner['pid']} on {owner['host']}" if owner else "a process"
+        print(f"{name}: {by}, which was writing it, is gone; its work is taken over", flush=True)
+
+
+def _is_dead(owner: dict[str, Any] | None, path: Path) -> bool:
+    if owner is not None and owner["host"] == socket.gethostname():
+        return _started(owner["pid"]) != owner["started"]
+    now = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")  # the time of the disk's own machine
+    now.touch()
+    age = (_time_of(now) or 0.0) - (_time_of(path) or 0.0)
+    now.unlink()
+    return age > DEAD_AFTER
+
+
+def _process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "id": uuid.uuid4().hex,
+    }  # fmt: skip
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this node began, in clock ticks since the node did; None: there is none."""
+    if not Path("/proc/self/stat").exists():  # not Linux: a number that is used again is not told apart
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return ""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _time_of(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def sha256_of(path: Path) -> str:

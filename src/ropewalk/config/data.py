@@ -18,6 +18,7 @@ class SourceConfig:
     kind: str = "files"  # files (text, code, jsonl, parquet), repositories (one document each), dataset (Hugging Face)
     chat: bool = False  # rows are lists of messages; only what the assistant says is trained
     column: str | None = None  # of the rows; null: text, or messages where chat
+    suffixes: list[str] = field(default_factory=list)  # of files that are text too, as [.yaml, .g4]
     subset: str | None = None  # of a hub dataset
     split: str = "train"  # of a hub dataset
     revision: str | None = None  # commit of a hub dataset; must be given
@@ -126,7 +127,7 @@ class ConvertConfig:
 class InspectStoreConfig:
     """``python data_prep/inspect_store.py``."""
 
-    store: str = MISSING  # directory of a packed store
+    store: str = MISSING  # directory of a packed store, or of several: these are listed
     domain: str | None = None  # whose sequence is decoded; null: the first
     sequence: int = 0  # which one
     verify: bool = False  # hash every file again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 from ropewalk.config.train import GuardConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import copy_files, write_atomically
 from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
 
@@ -172,7 +171,7 @@ def write_record(
 def copy_tokenizer(source: Path | None, run_dir: Path) -> None:
     """Keep the tokenizer beside the run, so that an export needs nothing else."""
     if source is not None and source.is_dir():
-        shutil.copytree(source, RunDirectory(run_dir).tokenizer, dirs_exist_ok=True)
+        copy_files(source, RunDirectory(run_dir).tokenizer)
 
 
 def contract(

@@ -277,6 +277,15 @@ def test_the_forms_of_conversations(tmp_path):
     assert documents[0].messages == (USER, {"role": "assistant", "content": "Ho"})
 
 
+def test_other_suffixes_are_text_where_a_source_names_them(tmp_path):
+    write(tmp_path / "d/a.yaml", "a: 1\n")
+    write(tmp_path / "d/b.g4", "grammar b;\n")
+    found, skipped = read(tmp_path / "d", suffixes=[".yaml"])
+    assert (found, skipped) == ({"d/a.yaml": "a: 1\n"}, {"unknown kind .g4": 1})
+    found, _ = read(tmp_path, kind="repositories", suffixes=[".yaml", ".g4"])
+    assert found == {f"{tmp_path.name}/d": "// d/a.yaml\na: 1\n// d/b.g4\ngrammar b;\n"}
+
+
 def test_a_column_of_paths(tmp_path):
     pq.write_table(pa.table({"content": ["p"]}), tmp_path / "a.parquet")
     documents, _ = documents_of(CorpusConfig(paths=[str(tmp_path / "a.parquet")], column="content"))

@@ -73,10 +73,10 @@ def test_none_means_none():
 
 
 def test_one_document_is_left_to_train_on():
-    with pytest.raises(ValueError, match=r"heldout_documents=3, but of the 2 documents .* only 2 have"):
+    with pytest.raises(ValueError, match=r"heldout_documents=3, but of 3 documents, one .* only 2 have"):
         choose(documents_of([100] * 3, "word "), 3, 50)
 
 
 def test_too_few_long_documents_are_counted():
-    with pytest.raises(ValueError, match=r"heldout_documents=2, but of the 3 documents .* only 1 have .*_length=50"):
+    with pytest.raises(ValueError, match=r"heldout_documents=2, but of 4 documents, .* only 1 have .*_length=50"):
         choose(documents_of([3, 10, 100, 20], "w" * 30 + " "), 2, 50)

@@ -48,6 +48,32 @@ def test_a_sequence_is_decoded_with_its_boundaries(store):
     assert lines[-1] == "  1 tokens of padding"
 
 
+def test_what_is_trained_of_a_conversation_is_shown(fixture_tokenizer, tmp_path):
+    """Of pieces of 6 and 4 tokens, two and one stretches; the first token of a piece is never predicted."""
+    tokens, mask = np.arange(40, 50, dtype=np.uint32), np.zeros(10, dtype=bool)
+    mask[[0, 1, 3, 4, 6, 7, 8, 9]] = True
+    sequence = PackedSequence(tokens, np.array([6, 10], dtype=np.int32), mask)
+    store = write_store(tmp_path / "s", 10, {"chat": [sequence]}, fixture_tokenizer, {"chat": Accounting(10)})
+    lines = [line for line in describe(store, None, 0) if "trained [" in line]
+    spans = [line.partition(")")[0].split("[")[1].replace(" ", "") for line in lines]
+    assert spans == ["1,2", "3,5", "7,10"]
+    assert store.read("chat", 0).trained_tokens == sum(end - start for start, end in ((1, 2), (3, 5), (7, 10)))
+
+
+def test_a_directory_of_stores_is_listed(fixture_tokenizer, tmp_path, capsys):
+    """By inspection; what opens a store names those that are there."""
+    for length in (4, 8):
+        sequence = PackedSequence(np.full(length, 40, np.uint32), np.array([length], np.int32))
+        write_store(
+            tmp_path / f"packed-{length}", length, {"d": [sequence]}, fixture_tokenizer, {"d": Accounting(length)}
+        )
+    print_store(composed("inspect_store", f"store={tmp_path}"))
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:3] == [["packed-4", "d", "1"], ["packed-8", "d", "1"]]
+    with pytest.raises(ValueError, match=r"is not a packed store: it holds some; name one of .*packed-4, .*packed-8"):
+        PackedStore(tmp_path)
+
+
 @pytest.mark.parametrize(("domain", "sequence", "message"), [
     ("books", 0, "domain=books is not in the store; it has: mixed, whole"), ("whole", 1, r"outside 0 \.\. 0 of whole"),
 ])  # fmt: skip

@@ -22,7 +22,7 @@ from ropewalk.data.store.reader import PackedSequence, PackedStore
 from ropewalk.data.store.tokenizer_files import copy_tokenizer, open_tokenizer
 from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import OWNER, only_writer, write_atomically, writing
 
 CONVERTING = "converting.json"  # what a store in the making is made of
 
@@ -51,10 +51,19 @@ def to_packed(config: ConvertConfig) -> Path:
     sources = _open_sources(config)
     if not config.tokenizer:
         raise UserError("tokenizer is not set; name the tokenizer directory or hub id that the tokens are of")
-    if not _begin(root, config, sources):
+    if _is_converted(root, sources):
         _clear(root, sources)
         print(f"{root} holds this store already", flush=True)
         return root
+    need = sum(shard.raw_data.bytes for dataset in sources.values() for shard in dataset.shards)
+    with writing(f"output={root}", root, need), only_writer(root, f"output={root}"):
+        _begin(root, config, sources)
+        _convert(root, config, sources)
+    return root
+
+
+def _convert(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset]) -> None:
+    assert config.tokenizer is not None
     tokenizer = _save_tokenizer(root, config.tokenizer)
     writers = {name: PartWriter(root, name, config.sequence_length, tokenizer["vocab_size"]) for name in sources}
     shards = [(writers[name], *entry) for name, dataset in sources.items() for entry in enumerate(dataset.shards)]
@@ -71,7 +80,6 @@ def to_packed(config: ConvertConfig) -> Path:
     _clear(root, sources)
     for name, info in store.domains.items():
         print(f"{name}: {info.sequences:,} sequences, {info.documents:,} documents, {info.tokens:,} tokens", flush=True)
-    return root
 
 
 def _clear(root: Path, domains: Iterable[str]) -> None:
@@ -139,7 +147,9 @@ def to_mds(config: ConvertConfig) -> Path:
         if (root / name / INDEX).is_file():
             print(f"{root / name} is finished already", flush=True)
             continue
-        write_mds(root / name, _samples(store, name, info.sequences))
+        need = store.sequence_length * info.sequences * 4
+        with writing(f"output={root}", root, need), only_writer(root, f"output={root}"):
+            write_mds(root / name, _samples(store, name, info.sequences))
         print(f"{root / name}: {info.sequences:,} sequences", flush=True)
     return root
 
@@ -169,8 +179,22 @@ def _open_sources(config: ConvertConfig) -> dict[str, MdsDataset]:
     return opened
 
 
-def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset]) -> bool:
-    """Claim the output; False where the store is whole already.
+def _is_converted(root: Path, sources: Mapping[str, MdsDataset]) -> bool:
+    """True if the store is whole already.
+
+    Raises:
+        UserError: where it is a store of other sources.
+    """
+    if not (root / MANIFEST).is_file():
+        return False
+    counts = {name: info.sequences for name, info in PackedStore(root).domains.items()}
+    if counts != {name: len(dataset) for name, dataset in sources.items()}:
+        raise UserError(f"output={root} is a packed store of other sources; remove it or name another directory")
+    return True
+
+
+def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset]) -> None:
+    """Mark the output as this conversion's.
 
     Raises:
         UserError: where the output holds another conversion, or files that are not this command's.
@@ -180,21 +204,12 @@ def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset])
         "tokenizer": config.tokenizer,
         "sources": {name: sha256_text((dataset.root / INDEX).read_text()) for name, dataset in sources.items()},
     }
-    text = canonical_json(work)
-    if (root / MANIFEST).is_file():
-        store = PackedStore(root)
-        counts = {name: info.sequences for name, info in store.domains.items()}
-        if counts == {name: len(dataset) for name, dataset in sources.items()}:
-            return False
-        raise UserError(f"output={root} is a packed store of other sources; remove it or name another directory")
-    claim = root / CONVERTING
-    if claim.is_file() and json.loads(claim.read_text()) != work:
+    mark = root / CONVERTING
+    if mark.is_file() and json.loads(mark.read_text()) != work:
         raise UserError(f"output={root} holds the beginning of another conversion; remove it or name another one")
-    if not claim.is_file() and root.is_dir() and any(root.iterdir()):
+    if not mark.is_file() and any(path.name != OWNER for path in root.iterdir()):
         raise UserError(f"output={root} has files that are not this command's; name another directory")
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomically(claim, text + "\n")
-    return True
+    write_atomically(mark, canonical_json(work) + "\n")
 
 
 def _save_tokenizer(root: Path, name: str) -> dict[str, Any]:

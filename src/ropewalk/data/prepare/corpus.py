@@ -130,6 +130,8 @@ def _document(name: str, row: Any, unit: Unit) -> Document | None:
     """
     if isinstance(row, BadRow):
         raise row
+    if row == "":
+        return None
     column = unit.column
     if unit.kind == "text":
         value = row
@@ -249,15 +251,15 @@ def _jsonl(unit: Unit) -> Iterator[tuple[int, Any]]:
                 while too_large and line and not line.endswith(b"\n"):
                     line = lines.readline(MAX_DOCUMENT_BYTES)
                     position += len(line)
-                yield number, BadRow("too large") if too_large else _json_row(line, unit)
+                yield number, BadRow("too large") if too_large else _json_row(line)
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{unit.root} is damaged after line {number} ({error}); fetch it again") from error
 
 
-def _json_row(line: bytes, unit: Unit) -> Any:
+def _json_row(line: bytes) -> Any:
     try:
         text = _decoded(line)
-        return json.loads(text) if text.strip() else {unit.column: [] if unit.chat else ""}
+        return json.loads(text) if text.strip() else ""
     except BadRow as bad:
         return bad
     except ValueError:

@@ -18,7 +18,7 @@ from ropewalk.config.rules import one_of
 from ropewalk.data.prepare.prepare_plan import Plan
 from ropewalk.data.prepare.stages import Pack, Tokenize, finish
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import only_writer, write_atomically, writing
 
 EXECUTORS = ("local", "slurm")
 READERS = ("hub", "warc", "jsonl", "parquet")
@@ -114,21 +114,22 @@ def gather(config: GatherConfig) -> Path:
     if (output / GATHERED).is_file():
         print(f"{output} is gathered already; remove it to do it again", flush=True)
         return documents
-    run_with = partial(executor, config.executor)
-    tasks, writer = config.executor.tasks, JsonlWriter(str(documents), "${rank}.jsonl", compression=None)
-    if not config.minhash:
-        last = run_with([*_read(config), writer], tasks, logs / "read")
-    else:
-        raw = output / "read"
-        first = run_with([*_read(config), JsonlWriter(str(raw), "${rank}.jsonl", None)], tasks, logs / "read")
-        last = _deduplicated(run_with, raw, output / "minhash", writer, tasks, logs, first)
-    last.run()
-    if config.executor.kind == "local":
-        counts = {path.parent.name: _counts(path) for path in sorted(logs.glob("*/stats.json"))}
-        for stage, steps in counts.items():
-            for step, numbers in steps.items():
-                print(f"{stage}: {step}: {', '.join(f'{number:,} {name}' for name, number in numbers.items())}")
-        write_atomically(output / GATHERED, json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
+    with writing(f"output={output}", output), only_writer(output, f"output={output}"):
+        run_with = partial(executor, config.executor)
+        tasks, writer = config.executor.tasks, JsonlWriter(str(documents), "${rank}.jsonl", compression=None)
+        if not config.minhash:
+            last = run_with([*_read(config), writer], tasks, logs / "read")
+        else:
+            raw = output / "read"
+            first = run_with([*_read(config), JsonlWriter(str(raw), "${rank}.jsonl", None)], tasks, logs / "read")
+            last = _deduplicated(run_with, raw, output / "minhash", writer, tasks, logs, first)
+        last.run()
+        if config.executor.kind == "local":
+            counts = {path.parent.name: _counts(path) for path in sorted(logs.glob("*/stats.json"))}
+            for stage, steps in counts.items():
+                for step, numbers in steps.items():
+                    print(f"{stage}: {step}: {', '.join(f'{number:,} {name}' for name, number in numbers.items())}")
+            write_atomically(output / GATHERED, json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
     return documents
 
 

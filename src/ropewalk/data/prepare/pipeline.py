@@ -31,13 +31,13 @@ from ropewalk.data.prepare.prepare_plan import (
 )
 from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
 from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, finish, in_words
-from ropewalk.data.store.describe import domain_table
+from ropewalk.data.store.describe import domain_table, next_commands
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
 from ropewalk.data.store.tokenizer_files import bos_mode, is_plain, sha256_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import OWNER, bytes_of, only_writer, write_atomically, writing
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
@@ -67,32 +67,44 @@ def prepare(config: PrepareConfig, report: Report = log) -> Path:
         UserError: for a configuration or corpus that cannot be prepared, or an output that holds other work.
     """
     validate_prepare(config)
-    output = Path(config.output)
+    output, name = Path(config.output), f"output={config.output}"
     if config.stage in ("tokenize", "pack", "finish") and (output / PREPARED).is_file():
         report(f"{output} is finished already")
         return output
-    if config.stage in ("tokenize", "pack"):
-        plan = Plan.load(output)
-        (Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)).run(config.shard, config.n_shards)
-        return output
-    if config.stage == "finish":
-        finish(Plan.load(output), report)
-    elif _run(config, report) and config.stage == "all" and config.executor.kind != "pool":
-        run_stages(output, config.executor)
-        if config.executor.kind == "slurm":
-            report(f"submitted; {output} is whole when the last job is done")
+    with writing(name, output, _bytes_to_write(config)):
+        if config.stage in ("tokenize", "pack"):
+            plan = Plan.load(output)
+            share = f"{config.stage}-{config.shard}-of-{config.n_shards}"
+            with only_writer(plan.work, f"{name}, {share}", f"{share}-{OWNER}"):
+                (Tokenize(plan) if config.stage == "tokenize" else Pack.of(plan)).run(config.shard, config.n_shards)
             return output
-    if config.stage != "plan":
-        for line in domain_table([PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]):
+        if config.stage == "finish":
+            plan = Plan.load(output)
+            with only_writer(output, name):
+                finish(plan, report)
+        else:
+            _run(config, report)
+    if config.stage == "all" and config.executor.kind == "slurm":
+        report(f"submitted; {output} is whole when the last job is done")
+    elif config.stage != "plan":
+        stores = [PackedStore(output / f"packed-{length}") for length in config.sequence_lengths]
+        for line in (*domain_table(stores), *next_commands(stores, output)):
             report(line)
     return output
 
 
-def _run(config: PrepareConfig, report: Report) -> bool:
-    """Make the plan and, with stage=all and executor.kind=pool, do it; False if all work was finished before.
+def _bytes_to_write(config: PrepareConfig) -> int:
+    """Tokens of local sources, of four bytes and about as many as their text has, as token files and in each store."""
+    paths = [*config.corpus.paths, *(source.path for source in config.corpus.sources)]
+    return sum(bytes_of(Path(path)) for path in paths) * (1 + len(config.sequence_lengths))
+
+
+def _run(config: PrepareConfig, report: Report) -> None:
+    """Make the plan and, with stage=all, have it done; nothing where all work was finished before.
 
     Raises:
-        UserError: for a corpus without documents, or one that cannot be read; an output that holds other work.
+        UserError: for a corpus without documents, or one that cannot be read; an output that holds other work, or that
+            another process writes.
     """
     output, sources = Path(config.output), corpus_sources(config.corpus)
     shards = deal_shards(sources, int(config.shard_mb * 1e6))
@@ -107,25 +119,35 @@ def _run(config: PrepareConfig, report: Report) -> bool:
     work = _work(config, sources)
     if _finished(output, work, config.sequence_lengths):
         report(f"{output} holds this work already; remove it to make it again")
-        return False
-    _begin(output, work)
+        return
     in_pool = config.stage == "all" and config.executor.kind == "pool"
     streamed = any(source.config.kind == "dataset" and not source.bytes for source in sources)
     small = config.workers is None and not streamed and total < SMALL_BYTES
-    with Processes(1 if small or not in_pool else config.workers) as processes:
+    with (
+        only_writer(output, f"output={output}"),
+        Processes(1 if small or not in_pool else config.workers) as processes,
+    ):
+        if _finished(output, work, config.sequence_lengths):
+            report(f"{output} was finished by another process meanwhile")
+            return
+        _begin(output, work)
         if not (work_directory(output) / PLAN).is_file():
             make_plan(config, sources, shards, report, partial(processes.start, len(shards)))
-        if not in_pool:
-            return True
-        plan = Plan.load(output)
-        tokenize = Tokenize(plan)
+        if in_pool:
+            _run_in(processes, Plan.load(output), report)
+        elif config.stage == "all":
+            run_stages(output, config.executor)
+
+
+def _run_in(processes: Processes, plan: Plan, report: Report) -> None:
+    """The stages after the plan, one after the other."""
+    tokenize = Tokenize(plan)
+    _run_all(tokenize, "tokenize", processes, report)
+    if not all(map(tokenize.finished, range(len(tokenize)))):
+        report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
         _run_all(tokenize, "tokenize", processes, report)
-        if not all(map(tokenize.finished, range(len(tokenize)))):
-            report(f"{tokenize.disproved()} differed on a shard: what it tokenized is done again without it")
-            _run_all(tokenize, "tokenize", processes, report)
-        _run_all(Pack.of(plan), "pack", processes, report)
+    _run_all(Pack.of(plan), "pack", processes, report)
     finish(plan, report)
-    return True
 
 
 def _run_all(stage: Stage, name: str, processes: Processes, report: Report) -> None:
@@ -294,7 +316,7 @@ def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int
 
 
 def _begin(output: Path, work: dict[str, Any]) -> None:
-    """Claim the output directory; what a killed call of other work, or one without a plan yet, left is cleared."""
+    """Mark the output as this work's; what a killed call of other work, or one without a plan yet, left is cleared."""
     claim = output / PREPARING
     if claim.exists():
         same = json.loads(claim.read_text(encoding="utf-8"))["sha256"] == work["sha256"]
@@ -303,7 +325,7 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
         for name in (TOKENIZER, "heldout", "work", *(path.name for path in output.glob("packed-*"))):
             if (output / name).exists():
                 shutil.rmtree(output / name)
-    elif output.exists() and any(output.iterdir()):
+    elif any(path.name != OWNER for path in output.iterdir()):
         raise UserError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
     work_directory(output).mkdir(parents=True, exist_ok=True)
     write_atomically(output / PREPARING, json.dumps(work, indent=2) + "\n")

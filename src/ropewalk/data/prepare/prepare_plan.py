@@ -31,6 +31,7 @@ from ropewalk.files import fsync_path, sha256_of, write_atomically
 PLAN = "plan-2.json"  # plan.json was of another form: what was under way is begun again
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
 SAMPLE_SHARDS, SAMPLE_CHARACTERS = 16, 10_000  # whose tokens are decoded and compared
+MANY_ROWS = 10  # none of which can be used: an error of the configuration
 SAMPLE_BYTES = 2**27  # of text, held in memory; a smaller corpus is taken whole
 PREFERRED_TOKENS = 65_536  # longer documents are taken last: training needs them most
 BYTES_PER_TOKEN = 4  # for guessing which documents are long enough; counted afterwards
@@ -204,7 +205,7 @@ def _texts(shards: Shards) -> Iterator[str]:
         document = next(read_documents(unit, skipped), None)
         if document is not None:
             yield (document.text or "".join(message["content"] for message in document.messages))[:SAMPLE_CHARACTERS]
-        elif skipped.first and unit.kind in ("jsonl", "parquet", "dataset"):
+        elif sum(skipped.values()) >= MANY_ROWS and skipped.first:
             reason, where = next(iter(skipped.first.items()))
             raise UserError(
                 f"no row of {unit.root} can be used: {reason} ({where}); set column= of the source, or corpus.column, "
@@ -277,8 +278,8 @@ def choose_heldout(
             return encoder, dict(list(enough.items())[:count])
         if aside == limit:
             raise UserError(
-                f"corpus.heldout_documents={count}, but of the {limit} documents that could be set aside "
-                f"only {len(enough)} have corpus.heldout_length={length} tokens; lower one or add documents"
+                f"corpus.heldout_documents={count}, but of {len(documents)} documents, one of which is left to train "
+                f"on, only {len(enough)} have corpus.heldout_length={length} tokens; lower one or add documents"
             )
         aside = min(2 * aside, limit)
 

@@ -58,7 +58,8 @@ class Source:
 
     def described(self) -> dict[str, Any]:
         """The manifest's entry for the source, without the path."""
-        settings = {key: value for key, value in asdict(self.config).items() if value is not None and key != "path"}
+        settings = {key: value for key, value in asdict(self.config).items() if value not in (None, [])}
+        del settings["path"]
         return {"name": self.name, **settings, "bytes": self.bytes, "xxh3": self.digest}
 
 
@@ -180,7 +181,7 @@ def _units(source: Source, shard_bytes: int) -> Iterator[Unit]:
         root = Path(sysconfig.get_paths()["stdlib"])
         yield from _repositories(source, root, _INSTALLED, {".py"})
     elif config.kind == "repositories":
-        yield from _repositories(source, path, {"__pycache__"}, CODE | PROSE)
+        yield from _repositories(source, path, {"__pycache__"}, CODE | PROSE | set(config.suffixes))
     elif config.kind == "dataset":
         yield from _dataset_units(source, shard_bytes)
     elif path.is_file():
@@ -210,7 +211,7 @@ def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[
 def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iterator[Unit]:
     size = path.stat().st_size
     root = os.path.abspath(path)  # a link keeps its own suffix
-    if path.suffix in PROSE | CODE and not source.config.chat:
+    if path.suffix in PROSE | CODE | set(source.config.suffixes) and not source.config.chat:
         yield Unit("text", name, root, bytes=size)
     elif path.name.endswith(JSONL):
         step = shard_bytes if path.suffix == ".jsonl" else max(size, 1)

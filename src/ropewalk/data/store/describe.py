@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ropewalk.config.data import InspectStoreConfig
-from ropewalk.data.store.manifest import DomainInfo
-from ropewalk.data.store.reader import PackedStore
+from ropewalk.data.store.manifest import MANIFEST, DomainInfo, stores_in
+from ropewalk.data.store.reader import PackedSequence, PackedStore
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 
 BAR = 40  # characters of the fullest bar
@@ -18,10 +20,19 @@ EXCERPT = 60  # characters of text shown at either end of a piece
 def print_store(config: InspectStoreConfig) -> None:
     """Print counts, lengths of document pieces, where tokens went, and one sequence decoded with its boundaries.
 
+    Of a sequence with a loss mask each stretch that is trained is printed too. A directory of stores is listed.
+
     Raises:
         UserError: for a directory that is not a store, a domain or sequence that it does not have, or, with ``verify``,
             a file that is not as it was written.
     """
+    root = Path(config.store)
+    inside = stores_in(root)
+    if not (root / MANIFEST).is_file() and inside:
+        for line in domain_table([PackedStore(path) for path in inside]):
+            print(line, flush=True)
+        print(f"{root} holds {len(inside)} stores; look into one with store={inside[-1]}")
+        return
     store = PackedStore(config.store)
     if config.verify:
         store.verify()
@@ -57,6 +68,20 @@ def domain_table(stores: Sequence[PackedStore], named: bool = True) -> Iterator[
             yield f"{store.root.name:<14}{row}" if named else row
 
 
+def next_commands(stores: Sequence[PackedStore], output: Path) -> Iterator[str]:
+    """The commands that look at the stores of a preparation and train on them."""
+    store = max(stores, key=lambda store: store.sequence_length)
+    sequences = {name: info.sequences for name, info in store.domains.items() if info.sequences}
+    shares = ", ".join(f"{name}: {count / sum(sequences.values()):.3g}" for name, count in sequences.items())
+    heldout = output / "heldout"
+    evaluation = f" evaluation.documents={heldout}" if heldout.is_dir() else ""
+    yield f"next: python data_prep/inspect_store.py store={store.root}"
+    yield (
+        f"next: python train.py data=packed data.store={store.root} data.sequence_length={store.sequence_length} "
+        f"'++data.mixture={{{shares}}}'{evaluation}"
+    )
+
+
 def fill(info: DomainInfo) -> str:
     """Share of the tokens of a domain that are not padding, as text."""
     return f"{info.tokens / max(info.tokens + info.padding, 1):.2%}"
@@ -87,9 +112,7 @@ def _histogram(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str]
 
 
 def _decoded(store: PackedStore, domain: str, index: int) -> Iterator[str]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
+    tokenizer = open_tokenizer(store.tokenizer_path)
     if domain not in store.domains:
         raise UserError(f"domain={domain} is not in the store; it has: {', '.join(store.domains)}")
     if not 0 <= index < store.domains[domain].sequences:
@@ -98,8 +121,24 @@ def _decoded(store: PackedStore, domain: str, index: int) -> Iterator[str]:
     yield f"sequence {index} of {domain}, {len(sequence.ends)} pieces:"
     for start, end in zip([0, *sequence.ends[:-1].tolist()], sequence.ends.tolist(), strict=True):
         text = tokenizer.decode(sequence.tokens[start:end].tolist())
-        shown = text if len(text) <= 2 * EXCERPT else f"{text[:EXCERPT]} ... {text[-EXCERPT:]}"
-        yield f"  [{start:>7,}, {end:>7,})  {shown!r}"
+        yield f"  [{start:>7,}, {end:>7,})  {_shortened(text)!r}"
+        for first, last in _trained(sequence, start, end):
+            part = tokenizer.decode(sequence.tokens[first:last].tolist())
+            yield f"    trained [{first:>7,}, {last:>7,})  {_shortened(part)!r}"
     padding = store.sequence_length - int(sequence.ends[-1])
     if padding:
         yield f"  {padding:,} tokens of padding"
+
+
+def _trained(sequence: PackedSequence, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The stretches of a piece that are predicted, where there is a loss mask."""
+    if sequence.loss_mask is None:
+        return
+    mask = sequence.loss_mask[start:end].copy()
+    mask[0] = False  # the first token of a piece is never predicted
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)) + start
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 2 * EXCERPT else f"{text[:EXCERPT]} ... {text[-EXCERPT:]}"

@@ -124,6 +124,12 @@ class Manifest:
         return json.dumps({**self.content(), "fingerprint": self.fingerprint}, indent=2) + "\n"
 
 
+def stores_in(root: Path) -> list[Path]:
+    """Stores that lie directly in a directory, as in the output of a preparation."""
+    manifests = sorted(root.glob(f"*/{MANIFEST}"))
+    return [path.parent for path in manifests if f'"{FORMAT}"' in path.read_text(encoding="utf-8")[:200]]
+
+
 def read_manifest(root: Path) -> Manifest:
     """Read ``root``'s manifest and check that it is one, of this version, and as it was written.
 
@@ -134,6 +140,8 @@ def read_manifest(root: Path) -> Manifest:
     fix = "make one with data_prep/prepare.py"
     if not path.is_file():
         problem = "no such directory" if not root.is_dir() else f"it has no {MANIFEST}, so its writing never finished"
+        if stores := stores_in(root):
+            problem, fix = "it holds some", f"name one of {', '.join(map(str, stores))}"
         raise UserError(f"{root} is not a packed store: {problem}; {fix}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
