@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from ropewalk.evaluation.documents import find_documents, make_windows
 
@@ -15,6 +17,16 @@ def test_windows_are_bos_and_the_first_tokens(documents, tokenizer) -> None:
     assert len(ids) == 512
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text[:511]
+
+
+def test_windows_begin_as_the_tokenizers_own_encode_does(documents, tokenizer) -> None:
+    """SmolLM2 has a BOS that it never puts before a text."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": False}
+    without = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    ids = make_windows(documents, without, 512).tokens["doc-1"].tolist()
+    text = json.loads((documents / "heldout" / "documents.jsonl").read_text().splitlines()[1])["text"]
+    assert tokenizer.decode(ids) == text[:512]
 
 
 def test_what_is_left_out_is_counted(documents, tokenizer) -> None:

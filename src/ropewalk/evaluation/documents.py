@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ropewalk.data.store.tokenizer_files import adds_bos
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
 
@@ -129,8 +130,8 @@ def make_windows(directory: Path, tokenizer: Any, length: int, max_documents: in
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token, or nothing if the tokenizer has none."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """The beginning-of-sequence token where the tokenizer's own encode begins with it, as the data of a run does."""
+    return [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

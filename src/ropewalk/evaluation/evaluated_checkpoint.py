@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import one_of, validate_device
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
@@ -263,11 +264,11 @@ def load_tokenizer(directory: Path) -> Any:
         UserError: there is none, or it has tokens that the model has no embedding for.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        tokenizer = open_tokenizer(directory, "checkpoint")
+    except UserError as error:
         raise UserError(
             f"checkpoint={directory} has no tokenizer that transformers reads; copy the files of the one it "
-            "was trained with (tokenizer.json, tokenizer_config.json) into it"
+            f"was trained with (tokenizer.json, tokenizer_config.json) into it: {error}"
         ) from error
     vocab_size = AutoConfig.from_pretrained(directory).vocab_size
     if len(tokenizer) > vocab_size:

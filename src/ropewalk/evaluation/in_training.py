@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import AutoTokenizer
 
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.data import PackedStore
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.evaluated_checkpoint import Setting
 from ropewalk.evaluation.harness.held_out import in_order, table_row, validate_held_out
@@ -64,7 +64,7 @@ class TrainingEvaluation:
                 dtype=trainer.dtype, max_documents=settings.max_documents, needle=settings.needle,
             )
         )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
+        tokenizer = open_tokenizer(store.tokenizer_path)
         self.windows = make_windows(Path(documents), tokenizer, self.lengths[-1], settings.max_documents)
         self.prompts = [
             prompt

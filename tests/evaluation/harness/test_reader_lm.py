@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from ropewalk.evaluation.model_reader import ModelReader
 from ropewalk.training.distributed import Ranks
@@ -35,7 +37,7 @@ def test_likelihoods_are_those_of_lm_evals_own_model(lm, model, tokenizer) -> No
 
 def test_rolling_likelihood_of_a_text_that_fits(lm, model, tokenizer) -> None:
     request = asked("loglikelihood_rolling", "strand after strand")
-    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=200)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=200, add_bos_token=False)
     assert lm.loglikelihood_rolling([request]) == pytest.approx(stock.loglikelihood_rolling([request]), abs=1e-3)
 
 
@@ -77,6 +79,19 @@ def test_sampling_is_refused(lm) -> None:
 def test_a_second_beginning_of_sequence_is_not_added(lm, tokenizer) -> None:
     assert lm.tok_encode("<bos>ab") == tokenizer.encode("<bos>ab", add_special_tokens=False)
     assert lm.tok_encode("<bos>ab")[0] == 256
+
+
+@pytest.mark.parametrize(("adds_bos", "begin"), [(True, [256]), (False, [])])
+def test_a_prompt_begins_as_the_tokenizer_does_and_never_ends_in_eos(lm, tokenizer, adds_bos, begin) -> None:
+    """Of a tokenizer that a fine-tune saved with add_eos_token: " Paris" is scored after "is", not after the end."""
+    backend, ab = copy.deepcopy(tokenizer.backend_tokenizer), tokenizer.encode("ab", add_special_tokens=False)
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": adds_bos, "add_eos_token": True}
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    assert lm.tokenizer.encode("ab") == [*begin, *ab, 257]
+    lm = ReaderLM(lm.reader, lm.tokenizer, 180, "error", Ranks())
+    assert lm.tok_encode("ab") == [*begin, *ab]
+    assert lm.tok_encode("ab", add_special_tokens=True) == [*begin, *ab]
+    assert lm.tok_encode("ab", add_special_tokens=False) == ab
 
 
 def test_every_item_is_given_and_logged(capsys) -> None:

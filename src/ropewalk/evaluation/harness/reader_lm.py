@@ -13,6 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from ropewalk.data.store.tokenizer_files import adds_bos, encode
 from ropewalk.errors import UserError
 from ropewalk.evaluation.model_reader import ModelReader
 from ropewalk.training.distributed import Ranks, gather
@@ -43,6 +44,7 @@ class ReaderLM(TemplateLM):
         super().__init__()
         self.reader = reader
         self.tokenizer = tokenizer
+        self._adds_bos = adds_bos(tokenizer)
         self.max_length = max_length
         self.overflow = overflow
         self.cut: Counter[str] = Counter()
@@ -64,7 +66,7 @@ class ReaderLM(TemplateLM):
         bos = self.tokenizer.bos_token
         starts = bos is not None and string.startswith(bos)
         special = not starts if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
+        return encode(self.tokenizer, string, bos=special and self._adds_bos)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

@@ -10,6 +10,7 @@ from typing import Any
 from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
+from ropewalk.evaluation.documents import beginning, encode
 from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint
 from ropewalk.evaluation.harness.lm_eval_suite import harness_version, language_model, run_task
 from ropewalk.evaluation.harness.ruler_prompts import Sample, build_samples, check_length
@@ -71,7 +72,12 @@ def _samples(checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, task: RulerTas
     count = suite.samples or PUBLISHED_SAMPLES
     try:
         return build_samples(
-            task, lambda text: len(tokenizer.encode(text, verbose=False)), length, count, checkpoint.config.seed, data
+            task,
+            lambda text: len(beginning(tokenizer) + encode(tokenizer, text)),
+            length,
+            count,
+            checkpoint.config.seed,
+            data,
         )
     except OSError as error:
         raise UserError(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.evaluation.documents import beginning, encode
 from ropewalk.evaluation.harness.ruler_prompts import Sample, build_samples
 from ropewalk.evaluation.harness.ruler_tasks import TASKS
 from ropewalk.files import write_atomically
@@ -273,7 +274,7 @@ def rebuild(
         task, offline = TASKS[target.parent.name], None if data is None else Path(data)
 
         def count(text: str) -> int:
-            return len(tokenizer.encode(text, verbose=False))
+            return len(beginning(tokenizer) + encode(tokenizer, text))
 
         rows = ruler_rows(build_samples(task, count, length, samples, seed, offline))
     target.parent.mkdir(parents=True, exist_ok=True)
