@@ -16,7 +16,7 @@ from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.safetensors_files import total_bytes, write_weights
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
-from ropewalk.files import write_atomically
+from ropewalk.files import copy_files, write_atomically
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -153,7 +153,7 @@ def copy_tokenizer_files(tokenizer: Path | None, directory: Path) -> None:
             if path.is_file():
                 shutil.copyfile(path, directory / path.name)
             else:
-                shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
+                copy_files(path, directory / path.name)
 
 
 def is_current(output: Path, source: Source, dtype: str | None) -> bool:

@@ -216,7 +216,8 @@ DEEP = "[" * 100_000
         ('{"text": "\\ud800"}', False, "not valid Unicode (a lone surrogate)"),
         ('{"messages": null}', True, "null"),
         ('{"messages": []}', True, "no messages"),
-        ('{"messages": "Hi"}', True, "messages that are not a list"),
+        ('{"messages": "Hi"}', True, "messages that are not JSON"),
+        ('{"messages": {}}', True, "messages that are not a list"),
         ('{"messages": ["Hi"]}', True, "a message that is not an object"),
         ('{"messages": [{"role": "user"}]}', True, "a message without content"),
         ('{"messages": [{"content": "Hi"}]}', True, "a message without a role"),
@@ -260,7 +261,7 @@ def test_the_forms_of_conversations(tmp_path):
     call = [{"type": "function", "function": {"name": "multiply", "arguments": '{"a": 3, "b": 4}'}}]
     rows = [
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Be brief."},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]},
+        {"messages": json.dumps([{"role": "user", "content": [{"type": "text", "text": c} for c in "Hi"]}])},
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": call, "name": None}], "tools": "[1]"},
     ]
     lines = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

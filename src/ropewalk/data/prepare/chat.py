@@ -199,6 +199,8 @@ def read_messages(value: Any, system: Any = None) -> tuple[dict[str, Any], ...]:
     Raises:
         BadRow: for anything else.
     """
+    if isinstance(value, str):
+        value = _from_json(value, "messages")
     if not isinstance(value, (list, tuple)) or not value:
         raise BadRow("null" if value is None else "no messages" if value == [] else "messages that are not a list")
     messages = [_message(message) for message in value]
@@ -234,6 +236,14 @@ def _message(message: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
+def _from_json(text: str, name: str) -> Any:
+    """A column that holds JSON as text, as tables without nested columns do."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRow(f"{name} that are not JSON") from None
+
+
 def read_tools(tools: Any) -> list[Any] | None:
     """The tools of a conversation's row, which may be JSON; None: it has none.
 
@@ -241,10 +251,7 @@ def read_tools(tools: Any) -> list[Any] | None:
         BadRow: for anything else.
     """
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise BadRow("tools that are not JSON") from None
+        tools = _from_json(tools, "tools")
     if not tools:
         return None
     if not isinstance(tools, list):

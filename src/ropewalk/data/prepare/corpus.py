@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import IO, Any
 
 import zstandard
@@ -118,8 +119,7 @@ def read_documents(unit: Unit, skipped: Skipped) -> Iterator[Document]:
 
 
 def _prefix(unit: Unit) -> str:
-    streamed = unit.dataset is not None
-    return f"{unit.name}@{unit.start}" if streamed or (unit.kind == "jsonl" and unit.start) else unit.name
+    return f"{unit.name}@{unit.start}" if unit.dataset or (unit.kind == "jsonl" and unit.start) else unit.name
 
 
 def _document(name: str, row: Any, unit: Unit) -> Document | None:
@@ -362,15 +362,13 @@ def _dataset(unit: Unit) -> Iterator[tuple[int, Any]]:
             rows = (opened[index] for index in range(unit.start, unit.stop))
         else:
             rows = iter(opened.shard(num_shards=unit.stop, index=unit.start))
-    first = unit.start if unit.dataset is None else 0
-    number = first
-    while True:
+    first = 1 + (unit.start if unit.dataset is None else 0)
+    for number in count(first):
         with datasets_errors(unit.root):
             row = next(rows, None)
         if row is None:
             return
-        number += 1
-        if number == first + 1 and column_of(row, unit) is None:
+        if number == first and column_of(row, unit) is None:
             raise UserError(f"{unit.root} has the columns {sorted(row)}; {unit.column!r} is none of them")
         yield number, row
 

@@ -163,7 +163,10 @@ def is_plain(directory: Path) -> bool:
     config = directory / "tokenizer_config.json"
     if not config.is_file() or not (directory / "tokenizer.json").is_file():
         return False
-    content = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:  # as a file that git-lfs has not fetched: transformers says what is wrong with it
+        return False
     if content.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= content.keys():
         return False
     if {"add_bos_token", "add_eos_token"} & content.keys():
@@ -199,6 +202,7 @@ def set_bos(directory: Path, bos: bool) -> None:
 
 def copy_plain(source: Path, target: Path) -> None:
     """Copy the files of a plain tokenizer, without saved state, and nothing that may lie beside them."""
+    saved_backend(files_signature(source), source)  # it can be opened
     target.mkdir(parents=True, exist_ok=True)
     for path in _plain_files(source):
         shutil.copyfile(path, target / path.name)
