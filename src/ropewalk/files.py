@@ -109,7 +109,10 @@ def only_writer(directory: Path, name: str, claim: str = OWNER) -> Iterator[None
     Raises:
         UserError: another process writes there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name} cannot be made ({error.strerror}); name another directory") from error
     path, me = directory / claim, _process()
     while True:
         try:

@@ -9,7 +9,7 @@ from transformers.utils import chat_template_utils
 
 from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
-from ropewalk.data.prepare.chat import ChatEncoder
+from ropewalk.data.prepare.chat import ChatEncoder, read_template
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.data.prepare.token_files import BadRow
 from ropewalk.data.prepare.tokenizer import load_tokenizer
@@ -136,6 +136,11 @@ def test_a_conversation_that_the_template_refuses_is_counted(fixture_tokenizer, 
     corpus.bad_rows = "error"
     with pytest.raises(ValueError, match=r"chat.jsonl:2 \(Roles must alternate\): refused by the chat template; corr"):
         prepare(PrepareConfig(str(tmp_path / "e"), [128], workers=1, corpus=corpus), lines.append)
+    (tmp_path / "t.jinja").write_bytes(b"\xef\xbb\xbf" + TEMPLATE.encode())
+    assert read_template(str(tmp_path / "t.jinja")) == TEMPLATE
+    (tmp_path / "t.jinja").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=r"corpus.chat_template=.*t.jinja cannot be read .*; save it as UTF-8"):
+        read_template(str(tmp_path / "t.jinja"))
     with pytest.raises(ValueError, match=r"line 1 of the chat template has a syntax error"):
         ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, "{% for m in messages %}")
 

@@ -229,6 +229,7 @@ DEEP = "[" * 100_000
             True,
             "a content part of type image_url",
         ),
+        ('{"messages": [{"from": "x", "value": ""}]}', True, "a role that ShareGPT's form does not have"),
         (json.dumps({"messages": [USER], "tools": "{"}), True, "tools that are not JSON"),
     ],
 )
@@ -242,7 +243,7 @@ def test_rows_that_cannot_be_used_are_left_out_or_an_error(tmp_path, line, chat,
     assert skipped == {reason: 2}
     corpus.bad_rows = "error"
     with pytest.raises(
-        ValueError, match=rf"a\.jsonl, row 2: {re.escape(reason)}; correct it, or set corpus.bad_rows=sk"
+        ValueError, match=rf"a\.jsonl, row 2[^:]*: {re.escape(reason)}; correct it, or set corpus.bad_rows=sk"
     ):
         documents_of(corpus)
 

@@ -89,6 +89,9 @@ def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     PackedStore(prepare(config, lambda line: None) / "packed-64").verify()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"output=.*file cannot be made \(File exists\); name another directory"):
+        prepare(config_of(tmp_path / "file", documents, fixture_tokenizer), lambda line: None)
 
 
 def test_the_end_prints_the_commands_that_come_next(documents, fixture_tokenizer, tmp_path):

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,18 @@ Message = dict[str, Any]
 CHANGING = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "tool_plan"}
 NOW = re.compile(r"\bstrftime_now\s*\(")
 NOW_IN = re.compile(r"""\bstrftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")
+
+
+def read_template(path: str) -> str:
+    """The text of a Jinja file.
+
+    Raises:
+        UserError: it is not UTF-8, or cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"corpus.chat_template={path} cannot be read ({error}); save it as UTF-8") from error
 
 
 class ChatEncoder:
@@ -219,6 +232,8 @@ def _message(message: Any) -> dict[str, Any]:
     fields = {key: field for key, field in message.items() if field is not None and field not in ("", [], {})}
     if "role" not in fields and "from" in fields:
         role, content = fields.pop("from"), fields.pop("value", "")
+        if role not in (*_ROLES, *_ROLES.values(), "system"):
+            raise BadRow("a role that ShareGPT's form does not have", str(role))
         role = _ROLES.get(role, role)
     else:
         role, content = fields.pop("role", None), fields.pop("content", "")

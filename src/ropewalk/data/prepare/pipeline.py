@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ropewalk.config.data import CorpusConfig, PrepareConfig
 from ropewalk.config.rules import one_of
+from ropewalk.data.prepare.chat import read_template
 from ropewalk.data.prepare.datatrove import run_stages
 from ropewalk.data.prepare.engines import ENGINES
 from ropewalk.data.prepare.packing import domain_rules
@@ -277,7 +278,7 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
         settings["tokenizer"] = sha256_tokenizer(Path(tokenizer))
     settings["bos"] = _begins_with_bos(config.corpus)
     if template is not None:
-        settings["chat_template"] = sha256_text(Path(template).read_text(encoding="utf-8"))
+        settings["chat_template"] = sha256_text(read_template(template))
     content = {
         "pipeline": PIPELINE,
         "seed": config.seed,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ropewalk.config.data import CorpusConfig, DomainConfig, ExecutorConfig, PrepareConfig, SourceConfig
 from ropewalk.config.groups import PathsConfig
-from ropewalk.data.prepare.chat import ChatEncoder
+from ropewalk.data.prepare.chat import ChatEncoder, read_template
 from ropewalk.data.prepare.corpus import Document, Unit, read_documents
 from ropewalk.data.prepare.packing import domain_rules
 from ropewalk.data.prepare.sources import Source, read_units, write_units
@@ -163,7 +163,7 @@ def make_plan(
         config,
         sources=[_described(source, corpus) for source in sources],
         shard_sources=[index for index, _ in shards],
-        chat_template=None if corpus.chat_template is None else Path(corpus.chat_template).read_text(encoding="utf-8"),
+        chat_template=None if corpus.chat_template is None else read_template(corpus.chat_template),
         heldout=[document.name for document in kept_out],
         vocab_size=tokenizer["vocab_size"],
     )
