@@ -139,7 +139,7 @@ def test_an_error_of_the_disk_is_one_line(tmp_path, error):
     """Also numpy's and tokenizers', which have no number."""
     with (
         pytest.raises(UserError, match=r"output=o cannot be written \(.*: .*; about 2.5 GB needed, .* GB free\); free"),
-        writing("output=o", tmp_path / "not/made", 2_500_000_000),
+        writing("output=o", tmp_path / "not/made", lambda: 2_500_000_000),
     ):
         raise error
     for other in (OSError(errno.EIO, "Input/output error"), ValueError("a fault of the program")):

@@ -67,13 +67,13 @@ def bytes_of(path: Path) -> int:
 
 
 @contextmanager
-def writing(name: str, directory: Path, need: int | None = None) -> Iterator[None]:
+def writing(name: str, directory: Path, need: Callable[[], int] | None = None) -> Iterator[None]:
     """Make an error of a full or unwritable disk a UserError with the path and the space.
 
     Args:
         name: the setting that names the directory, with its value.
         directory: that is written.
-        need: bytes, about; None: not known.
+        need: counts the bytes, about, that are written there; None: not known.
     """
     try:
         yield
@@ -85,7 +85,7 @@ def writing(name: str, directory: Path, need: int | None = None) -> Iterator[Non
         if code not in _DISK and not torn:  # numpy and tokenizers give no number
             raise
         standing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-        needed = "" if need is None else f"about {need / 1e9:,.3g} GB needed, "
+        needed = "" if need is None else f"about {need() / 1e9:,.3g} GB needed, "
         where = getattr(error, "filename", None) or directory
         raise UserError(
             f"{name} cannot be written ({getattr(error, 'strerror', None) or error}: {where}; {needed}"

@@ -189,9 +189,10 @@ def test_bos_that_cannot_be_is_refused(changed, tmp_path):
         load_tokenizer(str(directory))
 
 
-def test_a_prompt_never_ends_in_eos(changed):
+def test_a_prompt_never_ends_in_eos(changed, capsys):
     directory = changed(post_processor(OWN["adds both"]))
     tokenizer = open_tokenizer(directory)
+    assert "puts EOS after every text; no prompt here ends with it" in capsys.readouterr().err
     assert adds_eos(tokenizer)
     assert tokenizer.encode("a hack")[-1] == 1
     own = tokenizer.encode("a hack", add_special_tokens=False)

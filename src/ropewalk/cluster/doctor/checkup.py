@@ -251,22 +251,14 @@ def check_sources(config: PrepareConfig) -> Iterator[Finding]:
 
 
 def check_room_for_tokens(config: PrepareConfig) -> Iterator[Finding]:
-    """Room for the tokens of local sources, once as token files and once in each store.
+    """Room for what the preparation writes."""
+    from ropewalk.data.prepare.pipeline import bytes_to_write
 
-    A token takes four bytes, about as many as its text has.
-    """
-    paths = [*config.corpus.paths, *(source.path for source in config.corpus.sources)]
-    text = sum(_size(Path(path)) for path in paths)
-    need = text * (1 + len(config.sequence_lengths))
+    need = bytes_to_write(config)
+    text = need / (1 + len(config.sequence_lengths))
     free = disk_usage(make_directory(Path(config.output))).free
     summary = f"{text / GB:,.1f} GB of files, about {need / GB:,.1f} GB to write, {free / GB:,.1f} GB free"
     yield (warn if need > free else ok)("space", summary + ("; free some, or set output" if need > free else ""))
-
-
-def _size(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names)
 
 
 def check_runs(config: CompareConfig) -> Iterator[Finding]:

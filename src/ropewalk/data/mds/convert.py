@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def to_packed(config: ConvertConfig) -> Path:
         _clear(root, sources)
         print(f"{root} holds this store already", flush=True)
         return root
-    need = sum(shard.raw_data.bytes for dataset in sources.values() for shard in dataset.shards)
+
+    def need() -> int:
+        return sum(shard.raw_data.bytes for dataset in sources.values() for shard in dataset.shards)
+
     with writing(f"output={root}", root, need), only_writer(root, f"output={root}"):
         _begin(root, config, sources)
         _convert(root, config, sources)
@@ -147,7 +151,7 @@ def to_mds(config: ConvertConfig) -> Path:
         if (root / name / INDEX).is_file():
             print(f"{root / name} is finished already", flush=True)
             continue
-        need = store.sequence_length * info.sequences * 4
+        need = partial(int, store.sequence_length * info.sequences * 4)
         with writing(f"output={root}", root, need), only_writer(root, f"output={root}"):
             write_mds(root / name, _samples(store, name, info.sequences))
         print(f"{root / name}: {info.sequences:,} sequences", flush=True)

@@ -72,7 +72,7 @@ def prepare(config: PrepareConfig, report: Report = log) -> Path:
     if config.stage in ("tokenize", "pack", "finish") and (output / PREPARED).is_file():
         report(f"{output} is finished already")
         return output
-    with writing(name, output, _bytes_to_write(config)):
+    with writing(name, output, partial(bytes_to_write, config)):
         if config.stage in ("tokenize", "pack"):
             plan = Plan.load(output)
             share = f"{config.stage}-{config.shard}-of-{config.n_shards}"
@@ -94,7 +94,7 @@ def prepare(config: PrepareConfig, report: Report = log) -> Path:
     return output
 
 
-def _bytes_to_write(config: PrepareConfig) -> int:
+def bytes_to_write(config: PrepareConfig) -> int:
     """Tokens of local sources, of four bytes and about as many as their text has, as token files and in each store."""
     paths = [*config.corpus.paths, *(source.path for source in config.corpus.sources)]
     return sum(bytes_of(Path(path)) for path in paths) * (1 + len(config.sequence_lengths))

@@ -52,6 +52,10 @@ def open_tokenizer(name: str | Path, key: str = "tokenizer") -> Any:
     if tokenizer.is_fast:
         without_state(tokenizer.backend_tokenizer, str(name))
         check_carries(tokenizer.backend_tokenizer, [SENTENCE], f"{key}={name}", LOST_OF_SENTENCE)
+        if adds_eos(tokenizer):
+            print(
+                f"warning: {name} puts EOS after every text; no prompt here ends with it", file=sys.stderr, flush=True
+            )
     return tokenizer
 
 
@@ -69,7 +73,11 @@ def without_state(backend: Any, name: str) -> None:
         backend.model.dropout = None
         states.append("dropout")
     if states:
-        print(f"warning: {name} has {', '.join(states)} in tokenizer.json; switched off", file=sys.stderr, flush=True)
+        _warn(f"{name} has {', '.join(states)} in tokenizer.json; switched off")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def check_carries(backend: Any, texts: Iterable[str], name: str, limit: float = LOST_OF_TEXT) -> None:
