@@ -141,6 +141,11 @@ def only_writer(directory: Path, name: str, claim: str = OWNER) -> Iterator[None
             path.unlink(missing_ok=True)
 
 
+def is_in_use(directory: Path) -> bool:
+    """True if a directory has more in it than only_writer and replace_atomically leave when a process is killed."""
+    return any(not path.name.startswith(OWNER) and path.suffix != ".partial" for path in directory.iterdir())
+
+
 def _take_over(path: Path, name: str) -> None:
     """Wait until an owner is known to live, or take the file of a dead one away.
 

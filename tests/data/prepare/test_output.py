@@ -78,6 +78,20 @@ def test_the_same_command_twice_makes_it_once(documents, fixture_tokenizer, tmp_
         prepare(config_of(tmp_path / "p", documents, fixture_tokenizer, stage="tokenize"), lambda line: None)
 
 
+def test_what_a_killed_process_leaves_is_no_hindrance(documents, fixture_tokenizer, tmp_path):
+    """Of its temporary files, before it has marked the output as its work's; files of anyone else are."""
+    output = tmp_path / "o"
+    output.mkdir()
+    for name in ("preparing.json.0a1b2c3d.partial", "owner.json.0a1b2c3d", "owner.json"):
+        (output / name).write_text('{"host": "elsewhere", "pid": 1, "started": "1", "id": "x"}')
+        os.utime(output / name, (0, 0))
+    PackedStore(made(documents, fixture_tokenizer, output)).verify()
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"p has files that are not this command's; remove them or set output="):
+        made(documents, fixture_tokenizer, tmp_path / "p")
+
+
 def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tmp_path):
     """A file that cannot grow past 4 kB; what stands is gone on with when there is space."""
     config = config_of(tmp_path / "o", documents, fixture_tokenizer)

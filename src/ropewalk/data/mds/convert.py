@@ -23,7 +23,7 @@ from ropewalk.data.store.reader import PackedSequence, PackedStore
 from ropewalk.data.store.tokenizer_files import copy_tokenizer, open_tokenizer
 from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store
 from ropewalk.errors import UserError
-from ropewalk.files import OWNER, only_writer, write_atomically, writing
+from ropewalk.files import is_in_use, only_writer, write_atomically, writing
 
 CONVERTING = "converting.json"  # what a store in the making is made of
 
@@ -211,7 +211,7 @@ def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset])
     mark = root / CONVERTING
     if mark.is_file() and json.loads(mark.read_text()) != work:
         raise UserError(f"output={root} holds the beginning of another conversion; remove it or name another one")
-    if not mark.is_file() and any(path.name != OWNER for path in root.iterdir()):
+    if not mark.is_file() and is_in_use(root):
         raise UserError(f"output={root} has files that are not this command's; name another directory")
     write_atomically(mark, canonical_json(work) + "\n")
 

@@ -38,7 +38,7 @@ from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
 from ropewalk.data.store.tokenizer_files import bos_mode, is_plain, sha256_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.files import OWNER, bytes_of, only_writer, write_atomically, writing
+from ropewalk.files import OWNER, bytes_of, is_in_use, only_writer, write_atomically, writing
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
@@ -326,7 +326,7 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
         for name in (TOKENIZER, "heldout", "work", *(path.name for path in output.glob("packed-*"))):
             if (output / name).exists():
                 shutil.rmtree(output / name)
-    elif any(path.name != OWNER for path in output.iterdir()):
+    elif is_in_use(output):
         raise UserError(f"{output} has files that are not this command's; remove them or set output=DIRECTORY")
     work_directory(output).mkdir(parents=True, exist_ok=True)
     write_atomically(output / PREPARING, json.dumps(work, indent=2) + "\n")
