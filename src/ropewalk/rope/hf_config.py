@@ -34,8 +34,13 @@ _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text
 REFERENCE_KEYS = ("use_cope", "cope_clip_n")
 
 
-def read_config_json(model: str | Path) -> dict[str, Any]:
+def read_config_json(model: str | Path, key: str = "model", revision: str | None = None) -> dict[str, Any]:
     """The config.json of a Hugging Face directory or hub id, or the file itself.
+
+    Args:
+        model: directory, file or hub id.
+        key: of the configuration that names it, for errors.
+        revision: of a hub id.
 
     Raises:
         UserError: where there is none, or it is not JSON.
@@ -43,25 +48,36 @@ def read_config_json(model: str | Path) -> dict[str, Any]:
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"{key}={model} is a LoRA adapter without its base; merge it (peft's merge_and_unload), save the whole "
+                "model and name that"
+            )
         if not _HUB_ID.fullmatch(str(model)):
-            raise UserError(f"model={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
-        return _read_hub(str(model))
+            raise UserError(f"{key}={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
+        return _read_hub(str(model), key, revision)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model={file} is not JSON ({error}); it must be a model's config.json") from None
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key}={file} is not JSON ({error}); it must be a model's config.json") from None
     if not isinstance(content, dict):
-        raise UserError(f"model={file} is not a JSON object; it must be a model's config.json")
+        raise UserError(f"{key}={file} is not a JSON object; it must be a model's config.json")
     return content
 
 
-def _read_hub(name: str) -> dict[str, Any]:
+def _read_hub(name: str, key: str, revision: str | None) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     try:
-        return dict(PreTrainedConfig.get_config_dict(name)[0])
+        return dict(PreTrainedConfig.get_config_dict(name, revision=revision)[0])
     except OSError as error:
-        raise unreachable("model", name, error) from error
+        raise unreachable(key, name, error) from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """A library's message as one line, cut where it is long; the name of its class where it has none."""
+    text = " ".join(str(error).split())
+    return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
 
 
 def unreachable(key: str, name: str, error: OSError) -> UserError:
