@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from ropewalk.errors import UserError
 from ropewalk.files import inside
-from ropewalk.rope.hf_config import in_one_line, read_config_json
+from ropewalk.rope.hf_config import in_one_line, modern, read_config_json
 from ropewalk.rope.position import position_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -52,11 +52,8 @@ def read_config(model: str | Path, *, key: str = "model", revision: str | None =
             f"does not know{code}: use a model of a type that it knows"
         )
     position_of(content)  # its errors name the key, the rule and the fix
-    entry = content.get("rope_scaling")
-    if isinstance(entry, Mapping) and entry.get("type") == "su":
-        content["rope_scaling"] = {**entry, "type": "longrope"}  # Phi-3's first name for it, which transformers dropped
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(content)
+        config = CONFIG_MAPPING[model_type].from_dict(modern(content))
     except Exception as error:  # whatever its classes make of a user's file
         raise UserError(f"{key}={model}: transformers refuses its config.json: {in_one_line(error)}") from error
     config.name_or_path = str(model)
