@@ -120,7 +120,7 @@ def test_bf16_export_is_the_rounded_weights(trained, tmp_path):
 
 
 def test_large_weights_are_sharded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("ropewalk.export.safetensors_files.SHARD_SIZE", "40KB")
+    monkeypatch.setattr("ropewalk.export.hf.SHARD_SIZE", "40KB")
     write_export(find_checkpoint(trained), tmp_path, None, overwrite=False)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())

@@ -1,18 +1,24 @@
 """Other people's config.json as a chain: the numbers of transformers' own functions on the same file."""
 
 import json
+import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES
+from ropewalk.errors import UserError
+from ropewalk.export.gguf.gguf_model import FAMILIES
 from ropewalk.model.rotary import inspect_config
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.hf_config import DEFAULT_SHARES, DEFAULT_THETA, ROTARY_BY_DEFAULT
 from ropewalk.rope.position import position_of
 
 FACTORS = [1.0 + i / 8 for i in range(48)]
@@ -153,11 +159,69 @@ def test_the_keys_of_each_architecture_give_its_own_classs_numbers(tmp_path, con
     assert s.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-12)
 
 
-def test_defaults_are_the_classes_own():
-    for model_type in ROTARY_BY_DEFAULT:
-        entry = CONFIG_MAPPING[model_type]().rope_parameters
-        assert entry["rope_theta"] == DEFAULT_THETA, model_type
-        assert entry.get("partial_rotary_factor") in (DEFAULT_SHARES.get(model_type), 1.0), model_type
+LEFT_OUT = ("head_dim", "partial_rotary_factor", "rope_theta", "rope_parameters", "max_position_embeddings")
+ANSWERED = 109  # causal model types of transformers 5.23.0 that are read with every one of these keys left out
+
+
+def without(content, key):
+    """A config.json without one key, at every level."""
+    if not isinstance(content, dict):
+        return content
+    return {name: without(value, key) for name, value in content.items() if name != key}
+
+
+def stock_rotation(content):
+    """The frequencies of the rotary class that transformers has for a config.json; of the layers that come first."""
+    config = CONFIG_MAPPING[content["model_type"]].from_dict(deepcopy(content))
+    text = config.get_text_config()
+    modules = [sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(each)].__module__] for each in (config, text)
+               if type(each) in MODEL_FOR_CAUSAL_LM_MAPPING]  # fmt: skip
+    rotary = next(value for module in modules for name, value in vars(module).items()
+                  if name.endswith("RotaryEmbedding") and "Vision" not in name)  # fmt: skip
+    buffers = dict(rotary(text).named_buffers())
+    names = [name for name in buffers if name.endswith("inv_freq") and "original" not in name]
+    return buffers["full_attention_inv_freq" if "full_attention_inv_freq" in names else names[0]].double().numpy()
+
+
+def test_keys_that_are_left_out_have_their_class_s_own_value():
+    """Every causal model type of transformers, each key left out and all of them: its rotary class, or an error."""
+    answered = set()
+    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            whole = CONFIG_MAPPING[model_type]().to_dict()
+        except StrictDataclassError:
+            continue  # a class that cannot be made without arguments
+        answered.add(model_type)
+        for keys in ((), *((key,) for key in LEFT_OUT), LEFT_OUT):
+            content = whole
+            for key in keys:
+                content = without(content, key)
+            try:
+                position = position_of(content)
+            except UserError:
+                answered.discard(model_type)
+                continue
+            stock = stock_rotation(content)
+            near = [np.allclose(s.inv_freq, stock, rtol=1e-4, atol=0.0) for s in
+                    (position.spectrum(), position.spectrum(1)) if s.inv_freq.shape == stock.shape]  # fmt: skip
+            assert any(near), (model_type, keys)
+    print(f"{len(answered)} causal model types are read: {', '.join(sorted(answered))}")
+    assert len(answered) >= ANSWERED
+    assert answered >= {*SUPPORTED_MODEL_TYPES, *FAMILIES, "olmo3", "phi3"}
+
+
+def test_a_nested_config_has_its_class_s_own_values():
+    published = {  # Gemma-3-4b-it's config.json
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+    }  # fmt: skip
+    position = position_of(published)
+    assert (position.head_dim, position.theta, position.trained_length) == (256, 1e6, 131072)
+    shape = {"hidden_size": 2560, "num_attention_heads": 32, "max_position_embeddings": 40960, "rope_theta": 1000000}
+    assert position_of({"model_type": "qwen3", **shape}).head_dim == 128  # Qwen3-4B; 2560 / 32 is 80
 
 
 JUNK = st.recursive(
@@ -260,7 +324,7 @@ def test_layers_that_differ_give_the_full_attention_entry():
     ({**QWEN3, "max_position_embeddings": 1e400}, "max_position_embeddings=inf must be a whole number of tokens"),
     ({**QWEN3, "partial_rotary_factor": -0.5}, "partial_rotary_factor=-0.5 must be above 0, at most 1"),
     ({**PHI3, "rope_scaling": {"type": "longrope", "short_factor": ["1"]}}, "a list of positive numbers"),
-    ({**PHI3, "rope_scaling": {"type": "longrope", "short_factor": FACTORS}}, "long_factor has 0 numbers"),
+    ({**PHI3, "rope_scaling": {"type": "longrope", "short_factor": FACTORS}}, "'longrope' has no long_factor; write"),
     ({**QWEN_YARN, "rope_scaling": {"type": "yarn", "factor": 4, "truncate": "no"}}, "truncate='no' must be true or"),
     ({**QWEN3, "rope_scaling": {"type": ["yarn"]}}, r"rope_type=\['yarn'\] must be one of default, linear"),
     ({**QWEN3, "rope_parameters": {"a": {"rope_theta": 1e4}, "b": {"rope_theta": 1e5}}},

@@ -24,7 +24,6 @@ from ropewalk.export.gguf.gguf_model import family_of, gguf_position
 from ropewalk.export.hf import is_current, place_hf
 from ropewalk.export.output import STOCK, Finding, NotVerified, begin_adding, only_writer, record, written_beside
 from ropewalk.export.portable import place_portable, write_portable_config
-from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import (
     Source,
     committed_checkpoint,
@@ -37,6 +36,7 @@ from ropewalk.export.source import (
 from ropewalk.export.verify.check_export import Claim, print_check
 from ropewalk.export.verify.verify_gguf import engine_name, verify_gguf
 from ropewalk.export.verify.verify_stock import verify_stock, verify_table
+from ropewalk.model.hf_directory import StoredWeights
 from ropewalk.rope import Position, RopeChain
 from ropewalk.runs.directory import RunDirectory
 
@@ -116,6 +116,8 @@ def _export_hf(config: ExportConfig, source: Source, output: Path, dtype: str | 
     else:
         place_hf(source, output, dtype, overwrite=config.overwrite)
         print(f"exported {source.origin} to {output}")
+    if source.position.depends_on_length and not source.keeps_entry:
+        print(f"position: {source.position}; at other lengths the source rotates otherwise")
     if config.verify:
         _verify(STOCK, output, partial(verify_stock, source, output, config.verify_tokens), failures)
         for engine, python in vars(config.engines).items():
@@ -132,6 +134,8 @@ def _export_gguf(config: ExportConfig, source: Source, output: Path, dtype: str 
         else:
             write_gguf(directory, path, kind)
             print(f"exported {source.origin} to {path}")
+        if source.position.depends_on_length:
+            print(f"position of {path.name}: {source.position}; at other lengths the source rotates otherwise")
         if config.verify:
             verify = partial(verify_gguf, directory, path, kind, config.verify_tokens)
             _verify(engine_name(path), output, verify, failures)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from ropewalk.errors import UserError
 from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, read_json, written_beside
 from ropewalk.export.portable import write_portable_config
-from ropewalk.export.safetensors_files import total_bytes, write_weights
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
-from ropewalk.files import copy_files, write_atomically
+from ropewalk.files import copy_files, fsync_path, write_atomically
+from ropewalk.model.hf_directory import INDEX
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
+SHARD_SIZE = "1GB"  # in memory while it is written; a weight that is larger is a shard by itself
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                     "spiece.model", "chat_template*")  # fmt: skip
@@ -74,15 +77,16 @@ def write_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
 def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool) -> None:
     """The same for a caller that holds the output against others."""
     check_replaceable(output, overwrite)
+    tokenizer = source_tokenizer(source)
+    generation = generation_settings(source, tokenizer)
     weights = source.open()
     planned = plan_weights(weights.shapes, weights.dtypes, dtype or source.dtype)
     check_space(output, total_bytes(list(planned.values())))
-    tokenizer = source_tokenizer(source, planned)
     with written_beside(output) as partial:
         write_weights(partial, planned, weights.gather)
         source.config.dtype = _config_dtype(planned)
         write_portable_config(source.config, partial)
-        write_generation_config(source, tokenizer, partial)
+        write_atomically(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         copy_tokenizer_files(source.tokenizer, partial)
         identity = {**source.identity, "dtype": str(source.config.dtype).removeprefix("torch.")}
         write_atomically(partial / SOURCE, json.dumps(identity, indent=2) + "\n")
@@ -100,6 +104,39 @@ def plan_weights(
     }
 
 
+def write_weights(
+    directory: Path,
+    planned: Mapping[str, tuple[torch.Size, torch.dtype]],
+    gather: Callable[[str, torch.dtype], torch.Tensor],
+) -> None:
+    """Write a model as safetensors, with an index where it needs several files.
+
+    One shard is in memory at a time.
+
+    Args:
+        directory: exists.
+        planned: shape and dtype of each weight.
+        gather: reads one weight in a dtype.
+    """
+    hollow = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in planned.items()}
+    split = split_torch_state_dict_into_shards(
+        hollow, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: gather(name, planned[name][1]).contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        del shard  # before the next one is gathered
+        fsync_path(directory / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def total_bytes(planned: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
+    """Size of the weights on disk."""
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in planned)
+
+
 def _config_dtype(planned: Mapping[str, tuple[torch.Size, torch.dtype]]) -> torch.dtype:
     """The dtype that most of the weights have."""
     sizes: dict[torch.dtype, int] = {}
@@ -108,7 +145,7 @@ def _config_dtype(planned: Mapping[str, tuple[torch.Size, torch.dtype]]) -> torc
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def source_tokenizer(source: Source, planned: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Any:
+def source_tokenizer(source: Source) -> Any:
     """The source's tokenizer, or None.
 
     Raises:
@@ -117,7 +154,7 @@ def source_tokenizer(source: Source, planned: Mapping[str, tuple[torch.Size, tor
     if source.tokenizer is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
-    rows = next(shape[0] for name, (shape, _) in planned.items() if name.endswith("embed_tokens.weight"))
+    rows = source.config.vocab_size
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer in {source.tokenizer} has {len(tokenizer)} entries and the model {rows} embeddings; they "
@@ -126,21 +163,36 @@ def source_tokenizer(source: Source, planned: Mapping[str, tuple[torch.Size, tor
     return tokenizer
 
 
-def write_generation_config(source: Source, tokenizer: Any, directory: Path) -> None:
-    """The base's own generation settings where they are at hand; special tokens are the tokenizer's, where there is
-    one, since a config made from scratch names the library's defaults.
+def generation_settings(source: Source, tokenizer: Any) -> dict[str, Any]:
+    """The content of generation_config.json; what contradicts the model is printed.
+
+    A model that was not trained here keeps its own. A special token that it does not name, and every one of a training
+    checkpoint, is the tokenizer's, where there is one, since a config made from scratch names the library's defaults.
+    A token outside the vocabulary is left out.
     """
     settings = read_json(source.origin / "generation_config.json") if source.run_dir is None else {}
     settings.pop("transformers_version", None)
+    given = {key for key in _SPECIAL if settings.get(key) is not None}
     for key in _SPECIAL:
         own = getattr(tokenizer, key, None) if tokenizer is not None else None
         present = settings.get(key, getattr(source.config, key, None))
-        if isinstance(present, list) and (own is None or own in present):
-            own = present  # several ends of a turn, the tokenizer names one
-        value = own if own is not None else present
-        if value is not None:
-            settings[key] = value
-    write_atomically(directory / "generation_config.json", json.dumps(settings, indent=2) + "\n")
+        value = present if key in given or own is None else own
+        if isinstance(present, list) and own in present:
+            value = present  # several ends of a turn, the tokenizer names one
+        ids = value if isinstance(value, list) else [value]
+        unknown = [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < source.config.vocab_size)]
+        if unknown:
+            print(
+                f"generation_config.json: {key}={value} is not within the {source.config.vocab_size} tokens: left out"
+            )
+            value = [i for i in ids if i not in unknown] or None
+        elif key in given and own is not None and own not in ids:
+            print(f"generation_config.json: {key}={value} is kept, though the tokenizer's is {own}")
+        settings[key] = value
+    sampling = [key for key in ("temperature", "top_p", "top_k") if settings.get(key) is not None]
+    if sampling and settings.get("do_sample") is not True:
+        print(f"generation_config.json: {', '.join(sampling)} without do_sample=true is kept; transformers ignores it")
+    return {key: value for key, value in settings.items() if key not in _SPECIAL or value is not None}
 
 
 def copy_tokenizer_files(tokenizer: Path | None, directory: Path) -> None:

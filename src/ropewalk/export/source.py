@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
-from ropewalk.export.safetensors_files import StoredWeights, Weights, weight_faults, weight_files
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
+from ropewalk.model.hf_directory import StoredWeights, Weights, read_config, weight_files, weight_report
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.chain import Steps, reached_length
-from ropewalk.rope.hf_config import read_config_json, unreachable
+from ropewalk.rope.hf_config import unreachable
 from ropewalk.rope.position import position_of
 from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at, read_manifest
 
@@ -46,6 +46,7 @@ class Source:
         tokenizer: directory that holds one; None: there is none.
         identity: what tells this export from another of the same name.
         run_dir: of the training run; None for a model that was not trained here.
+        keeps_entry: the model's own stock entry stands as it is, as nothing was appended to its chain.
     """
 
     origin: Path
@@ -56,6 +57,7 @@ class Source:
     tokenizer: Path | None
     identity: dict[str, Any]
     run_dir: Path | None
+    keeps_entry: bool = False
 
 
 def committed_checkpoint(path: str | Path) -> Path:
@@ -88,7 +90,7 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
         UserError: for a checkpoint that is not whole, or steps that do not fit its chain.
     """
     manifest = read_manifest(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = read_config(checkpoint, key="checkpoint")
     trained = position_of(config)
     position = trained.extended(test_time)
     place_portable(config, position, _served(position, config.max_position_embeddings))
@@ -112,30 +114,36 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
 def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Source:
     """A Hugging Face directory or hub model, with a method applied to it without training.
 
-    As in training, a chain that lays the spectrum out anew replaces the model's own; another follows it.
+    As in training, a chain that lays the spectrum out anew replaces the model's own; another follows it. Without
+    either, the model's own entry stands as it is, also where it follows the input's length.
 
     Raises:
         UserError: for a model that cannot be read or is not whole, or a method that does not fit it.
     """
     directory = local_model(model)
-    read_config_json(directory)  # its errors are for people
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     if "text_config" in config.to_dict():
         raise UserError(f"model={model} is multimodal ({config.model_type}); export its language model alone")
-    for fault in weight_faults(directory, config):
+    report = weight_report(directory, config)
+    for fault in report.faults:
         raise UserError(f"model={model} does not fit its own config.json: {fault}; copy it again, whole")
-    origin = position_of(config)
-    position = origin.continued(
-        rope.name if rope.chain else origin.name,
-        RopeChain.of(rope),
-        origin.trained_length,
-        base_model=origin.base_model or (None if Path(model).is_dir() else model),
-    ).extended(test_time)
-    place_portable(config, position, _served(position, config.max_position_embeddings))
-    stored = [path.name for path in weight_files(directory)]
+    if report.copies:
+        print(f"left out: {', '.join(report.copies)}, stored beside the weight that it is tied to, and equal to it")
+    if report.unread:
+        names = ", ".join(report.unread[:3])
+        print(f"left out: {len(report.unread)} weights that transformers does not read, {names} among them")
+    position, keeps_entry = position_of(config), not (rope.chain or test_time)
+    if not keeps_entry:
+        position = position.continued(
+            rope.name if rope.chain else position.name,
+            RopeChain.of(rope),
+            position.trained_length,
+            base_model=position.base_model or (None if Path(model).is_dir() else model),
+        ).extended(test_time)
+        place_portable(config, position, _served(position, config.max_position_embeddings))
     return Source(
         origin=directory,
-        open=lambda: StoredWeights(directory),
+        open=lambda: StoredWeights(directory).without((*report.copies, *report.unread)),
         config=config,
         position=position,
         dtype=None,
@@ -143,10 +151,12 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
         identity={
             "model": model,
             "chain_sha256": position.chain.sha256,
-            "files": {name: (directory / name).stat().st_size for name in stored},
+            "files": {path.name: path.stat().st_size for path in weight_files(directory)},
             "config_sha256": sha256_of(directory / "config.json"),
+            **({"entry": "as it was"} if keeps_entry else {}),
         },
         run_dir=None,
+        keeps_entry=keeps_entry,
     )
 
 

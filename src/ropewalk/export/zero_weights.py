@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import UserError
-from ropewalk.export.safetensors_files import Weights
+from ropewalk.model.hf_directory import Weights
 from ropewalk.runs.directory import ZERO
 from ropewalk.training.checkpoint.save import verify_checkpoint
 from ropewalk.training.distributed import import_deepspeed

@@ -24,9 +24,9 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model import attention
+from ropewalk.model.hf_directory import check_causal, load_whole, read_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.rope.chain import RopeChain, Steps
-from ropewalk.rope.hf_config import unreachable
 from ropewalk.rope.position import METADATA_KEY, Position, position_of
 
 if not sys.stderr.isatty():
@@ -43,7 +43,7 @@ logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_not_of_mscal
 
 def read_position(directory: str | Path) -> Position:
     """How the checkpoint in a Hugging Face directory rotates."""
-    return position_of(AutoConfig.from_pretrained(directory))
+    return position_of(read_config(directory))
 
 
 def training_config(
@@ -72,7 +72,8 @@ def training_config(
         config.rope_parameters = {"rope_type": "default", "rope_theta": model.theta}
         config.max_position_embeddings = model.pretrained_length
     else:
-        config = _read_config(model.path, model.revision)
+        config = read_config(model.path, key="model.path", revision=model.revision)
+        check_causal(config)
         _check_sizes(model, config)
     _check_architecture(config)
     origin = position_of(config)
@@ -88,13 +89,6 @@ def training_config(
     setattr(config, METADATA_KEY, position.metadata())
     config.use_cache = False
     return config
-
-
-def _read_config(path: str, revision: str | None) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except OSError as error:
-        raise unreachable("model.path", path, error) from error
 
 
 def _check_architecture(config: PreTrainedConfig) -> None:
@@ -157,29 +151,8 @@ def build_for_training(
     if path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     else:
-        model = _whole_model(path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation)
+        model = load_whole(path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation)
     model.config.architectures = [type(model).__name__]  # what vLLM and SGLang choose the class by
-    return model
-
-
-def _whole_model(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint's model; transformers by itself would fill missing weights with random ones."""
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except RuntimeError as error:  # under ZeRO-3, which reports no mismatched keys
-        if "size mismatch" not in str(error):
-            raise
-        mismatch = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise UserError(f"{path} does not fit its own config: {mismatch}") from error
-    missing, misshapen = sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
-    for fault, names in (("lacks", missing), ("has in other shapes than its config.json says:", misshapen)):
-        if names:
-            raise UserError(
-                f"{path} {fault} {', '.join(names[:3])} ({len(names)} weights in all); copy it again, whole, with the "
-                "config.json that belongs to it"
-            )
     return model
 
 
@@ -209,7 +182,8 @@ def load_for_evaluation(
     Raises:
         UserError: where weights are missing, or have other shapes than in the config.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
+    check_causal(config)
     position = position_of(config).extended(extra)
     if extra or length is not None or position.depends_on_length:
         place_position(config, position, length)
@@ -217,7 +191,7 @@ def load_for_evaluation(
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     implementation = "sdpa" if has_sdpa else "eager"
     spread = {"device_map": "auto"} if device == "auto" else {}
-    model = _whole_model(
+    model = load_whole(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation=implementation, **spread
     )
     if not spread:

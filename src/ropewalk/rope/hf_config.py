@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,9 @@ from ropewalk.errors import UserError
 from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
-# transformers' defaults for a config without a base or a share of rotating channels: the classes whose base is then
-# 10,000, and those of them that do not rotate whole heads.
-DEFAULT_THETA = 1e4
-DEFAULT_SHARES = {
-    **dict.fromkeys(("gpt_neox", "qwen3_next", "stablelm"), 0.25),
-    **dict.fromkeys(("bamba", "glm", "glm4", "glm4_moe", "nemotron", "persimmon", "phi", "recurrent_gemma"), 0.5),
-}
-ROTARY_BY_DEFAULT = (
-    *DEFAULT_SHARES, "cohere2", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2", "gpt_neox_japanese",
-    "granite", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "llama", "mistral", "olmo", "olmo2", "olmoe", "phi3",
-    "phi4_multimodal", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2",
-)  # fmt: skip
-
+DEFAULT_THETA = 1e4  # of a config that names neither its base nor its model type
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_UNREAD = ("gemma4", "deepseek_v4", "dots3", "minimax_m3")
 _WIDEST = 65536  # channels of a head
 _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text")
 
@@ -34,8 +25,13 @@ _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text
 REFERENCE_KEYS = ("use_cope", "cope_clip_n")
 
 
-def read_config_json(model: str | Path) -> dict[str, Any]:
+def read_config_json(model: str | Path, key: str = "model", revision: str | None = None) -> dict[str, Any]:
     """The config.json of a Hugging Face directory or hub id, or the file itself.
+
+    Args:
+        model: directory, file or hub id.
+        key: of the configuration that names it, for errors.
+        revision: of a hub id.
 
     Raises:
         UserError: where there is none, or it is not JSON.
@@ -43,25 +39,45 @@ def read_config_json(model: str | Path) -> dict[str, Any]:
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"{key}={model} is a LoRA adapter without its base; merge it (peft's merge_and_unload), save the whole "
+                "model and name that"
+            )
         if not _HUB_ID.fullmatch(str(model)):
-            raise UserError(f"model={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
-        return _read_hub(str(model))
+            raise UserError(f"{key}={model} holds no config.json; name a Hugging Face directory, its file, or a hub id")
+        return _read_hub(str(model), key, revision)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model={file} is not JSON ({error}); it must be a model's config.json") from None
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key}={file} is not JSON ({error}); it must be a model's config.json") from None
     if not isinstance(content, dict):
-        raise UserError(f"model={file} is not a JSON object; it must be a model's config.json")
+        raise UserError(f"{key}={file} is not a JSON object; it must be a model's config.json")
     return content
 
 
-def _read_hub(name: str) -> dict[str, Any]:
+def _read_hub(name: str, key: str, revision: str | None) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     try:
-        return dict(PreTrainedConfig.get_config_dict(name)[0])
+        return dict(PreTrainedConfig.get_config_dict(name, revision=revision)[0])
     except OSError as error:
-        raise unreachable("model", name, error) from error
+        raise unreachable(key, name, error) from error
+
+
+def modern(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which Phi-3's first name for longrope, ``su``, is the one that transformers still knows."""
+    content = deepcopy(dict(content))
+    entry = content.get("rope_scaling")
+    if isinstance(entry, dict) and entry.get("type") == "su":
+        entry["type"] = "longrope"
+    return content
+
+
+def in_one_line(error: BaseException) -> str:
+    """A library's message as one line, cut where it is long; the name of its class where it has none."""
+    text = " ".join(str(error).split())
+    return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
 
 
 def unreachable(key: str, name: str, error: OSError) -> UserError:
@@ -93,39 +109,99 @@ class HfPosition:
     chain: list[dict[str, Any]]
 
 
-def read_hf_position(config: Mapping[str, Any]) -> HfPosition:
+def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition:
     """Read a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters), as transformers does.
 
     Where layers differ (Gemma 3), the entry of the full-attention layers is read. The chain holds the rotary module
-    alone: DeepSeek's factor on the softmax under YaRN is not in it.
+    alone: DeepSeek's factor on the softmax under YaRN is not in it. A key that is left out has the default of
+    transformers' class for the model type, which is imported for that.
+
+    Args:
+        config: content of config.json.
+        stock: the same as transformers' PreTrainedConfig, where it is at hand.
 
     Raises:
         UserError: for a model without RoPE, a scaling that no chain expresses, or a value of the wrong kind.
     """
-    config = mapping(config, "text_config") or config
+    nested = mapping(config, "text_config")
+    defaults = _ClassDefaults(config, nested, stock)
+    config = nested or config
     _refuse_other_encodings(config)
     entry = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
-    layers = rotating_layers(entry, strings(config, "layer_types"))
+    layer_types = strings(config, "layer_types") or (None if entry else defaults["layer_types"])
+    entry = entry or defaults.entry()
+    layers = rotating_layers(entry, layer_types)
     if layers:
         entry = dict(entry[layers[0]])
     kind = _kind(config, entry)
-    trained_length = whole(config, "max_position_embeddings")
+    trained_length = whole(config, "max_position_embeddings") or defaults["max_position_embeddings"]
     if trained_length is None:
         raise UserError("config.json has no max_position_embeddings; write the length the model was trained at there")
     original = trained_length
     if kind in STRETCHED:
         # in transformers the top-level key (Phi-3's) wins, where all layers share one entry
         top_level = whole(config, ORIGINAL) if not layers else None
-        original = top_level or whole(entry, ORIGINAL) or trained_length
-    share = _share(config, entry, kind)
-    return HfPosition(
+        original = top_level or whole(entry, ORIGINAL) or defaults[ORIGINAL] or trained_length
+    share = _share(config, entry, kind, defaults)
+    position = HfPosition(
         entry=entry,
-        theta=_theta(config, entry),
-        head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share),
+        theta=_theta(config, entry, defaults),
+        head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share, defaults),
         pretrained_length=original,
         trained_length=trained_length,
         chain=scaling_steps(Scaling(kind, entry, original, trained_length, share, bool(layers))),
     )
+    defaults.check()
+    return position
+
+
+@dataclass(frozen=True)
+class _ClassDefaults:
+    """The values that transformers' own class gives to the keys that a config.json leaves out; None for others."""
+
+    content: Mapping[str, Any]
+    nested: Mapping[str, Any]
+    stock: Any
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self._config, key, None)  # which knows a class's other names for it
+
+    def entry(self) -> dict[str, Any]:
+        """Its rope_parameters; empty where it has none."""
+        return dict(self["rope_parameters"] or {})
+
+    def of_entry(self, key: str) -> Any:
+        """A value of the entry that a chain is about; None where it has none."""
+        entry = self.entry()
+        layers = rotating_layers(entry, self["layer_types"])
+        return (entry[layers[0]] if layers else entry).get(key)
+
+    def check(self) -> None:
+        """Raise UserError where transformers' class refuses the config; the errors of this module come before it."""
+        if isinstance(self._config, Exception):
+            raise UserError(f"config.json: transformers refuses it: {in_one_line(self._config)}") from self._config
+
+    @cached_property
+    def _config(self) -> Any:
+        if self.stock is not None:
+            return self.stock.get_text_config() if self.nested else self.stock
+        if not any(isinstance(values.get("model_type"), str) for values in (self.content, self.nested)):
+            return None
+        from transformers import CONFIG_MAPPING  # late: most of this package needs numpy alone
+        from transformers.utils import logging
+
+        for values in (self.content, self.nested):
+            if values.get("model_type") in CONFIG_MAPPING:
+                level = logging.get_verbosity()
+                logging.set_verbosity_error()  # it warns again where the model is loaded
+                try:
+                    config = CONFIG_MAPPING[values["model_type"]].from_dict(modern(values))
+                    return config.get_text_config() if values is self.content and self.nested else config
+                except Exception as error:  # whatever its classes make of a user's file
+                    return error
+                finally:
+                    logging.set_verbosity(level)
+        return None
 
 
 def _refuse_other_encodings(config: Mapping[str, Any]) -> None:
@@ -134,8 +210,8 @@ def _refuse_other_encodings(config: Mapping[str, Any]) -> None:
         raise wrong("position_embedding_type", encoding, "rope or rotary: this model has no RoPE that could be read")
     if flag(config, "alibi"):
         raise wrong("alibi", True, "false: a model with ALiBi has no RoPE that could be read")
-    if isinstance(model_type, str) and model_type.startswith("gemma4"):
-        raise wrong("model_type", model_type, "one whose rotating layers share a head_dim; Gemma 4's do not: not read")
+    if isinstance(model_type, str) and model_type.startswith(_UNREAD):
+        raise wrong("model_type", model_type, "one whose rotating layers share a head_dim and a module: it is not read")
 
 
 def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
@@ -155,22 +231,25 @@ def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     return kind
 
 
-def _theta(config: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
+def _theta(config: Mapping[str, Any], entry: Mapping[str, Any], defaults: _ClassDefaults) -> float:
     candidates = (entry, "rope_theta"), (config, "rope_theta"), (config, "rotary_emb_base")
     for values, key in candidates:
         theta = number(values, key, "a number above 1; it is RoPE's base, 10000 in RoFormer", lambda value: value > 1)
         if theta is not None:
             return theta
-    model_type = config.get("model_type")
-    if model_type is not None and model_type not in ROTARY_BY_DEFAULT:
+    if config.get("model_type") is None:
+        return DEFAULT_THETA
+    theta = defaults.of_entry("rope_theta")
+    defaults.check()
+    if theta is None:
         raise UserError(
-            f"config.json names no rope_theta, and model_type={model_type!r} is not known to rotate at base 10000 "
-            "without; where it has RoPE, write rope_theta there"
+            f"config.json names no rope_theta, and model_type={config['model_type']!r} is not known to rotate without; "
+            "where it has RoPE, write rope_theta there"
         )
-    return DEFAULT_THETA
+    return float(theta)
 
 
-def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str) -> float:
+def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str, defaults: _ClassDefaults) -> float:
     """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none."""
     candidates = (entry, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")
     least = 0.0 if kind == "proportional" else 1e-9
@@ -178,17 +257,21 @@ def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str) -> fl
         share = number(values, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
         if share is not None:
             return share
-    return DEFAULT_SHARES.get(str(config.get("model_type")), 1.0)
+    own = defaults.of_entry("partial_rotary_factor") or defaults["partial_rotary_factor"]
+    if own is None and config.get("model_type") == "mimo_v2_flash":  # a number in its modeling code alone
+        raise UserError("config.json names no partial_rotary_factor, which mimo_v2_flash needs; write it there: 0.334")
+    return 1.0 if own is None else float(own)
 
 
-def _rotating_channels(config: Mapping[str, Any], share: float) -> int:
+def _rotating_channels(config: Mapping[str, Any], share: float, defaults: _ClassDefaults) -> int:
     rotary_dim = whole(config, "rotary_dim", "channels", _WIDEST)  # MiniMax's and GPT-J's own key, of whole channels
     if rotary_dim is not None:
         share = 1.0
-    head_dim = rotary_dim or whole(config, "qk_rope_head_dim", "channels", _WIDEST)
-    head_dim = head_dim or whole(config, "head_dim", "channels", _WIDEST)
+    head_dim = rotary_dim or whole(config, "qk_rope_head_dim", "channels", _WIDEST) or defaults["qk_rope_head_dim"]
+    head_dim = head_dim or whole(config, "head_dim", "channels", _WIDEST) or defaults["head_dim"]
     if head_dim is None:
-        heads, width = whole(config, "num_attention_heads", "heads"), whole(config, "hidden_size", "channels")
+        heads = whole(config, "num_attention_heads", "heads") or defaults["num_attention_heads"]
+        width = whole(config, "hidden_size", "channels") or defaults["hidden_size"]
         if heads is None or width is None:
             raise UserError(
                 "config.json names neither head_dim nor num_attention_heads and hidden_size; it is not a rotary "

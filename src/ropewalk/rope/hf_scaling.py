@@ -96,7 +96,10 @@ def _yarn(scaling: Scaling) -> list[Step]:
 
 
 def _longrope(scaling: Scaling) -> list[Step]:
-    lists = {name: numbers(scaling.entry, name) or [] for name in ("short_factor", "long_factor")}
+    lists = {name: numbers(scaling.entry, name) for name in ("short_factor", "long_factor")}
+    for name, factors in lists.items():
+        if factors is None:
+            raise UserError(f"rope_type={scaling.kind!r} has no {name}; write the published list, one number a pair")
     scalings = {name: _positive(scaling.entry, name) for name in ("factor", "attention_factor")}
     return [{"method": "longrope", **lists, **scalings, ORIGINAL: scaling.original}]
 

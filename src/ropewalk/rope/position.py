@@ -271,7 +271,7 @@ def position_of(config: Any) -> Position:
     record = mapping(content, METADATA_KEY)
     if record:
         return _recorded(json.dumps(record, sort_keys=True))
-    stock = read_hf_position(content)
+    stock = read_hf_position(content, None if isinstance(config, Mapping) else config)
     return Position(
         name="pretrained",
         chain=RopeChain(stock.chain),

@@ -28,8 +28,8 @@ from ropewalk.export.gguf.gguf_model import (
 )
 from ropewalk.export.gguf.gguf_tokenizer import add_tokenizer
 from ropewalk.export.output import SOURCE, check_space, read_json
-from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.files import fsync_path
+from ropewalk.model.hf_directory import StoredWeights
 from ropewalk.rope.position import METADATA_KEY, position_of
 
 _KIND = gguf.GGMLQuantizationType

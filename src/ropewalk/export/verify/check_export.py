@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
@@ -22,7 +22,7 @@ from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
 from ropewalk.export.gguf.gguf_model import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.output import Finding
 from ropewalk.export.portable import older_form
-from ropewalk.export.safetensors_files import weight_faults
+from ropewalk.model.hf_directory import read_config, weight_faults
 from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
@@ -56,7 +56,7 @@ class Claim:
         Raises:
             UserError: where there is no config.json, or it is not JSON.
         """
-        return cls(read_config_json(model), AutoConfig.from_pretrained(model))
+        return cls(read_config_json(model), read_config(model))
 
     @cached_property
     def position(self) -> Position:
@@ -84,7 +84,11 @@ class Claim:
 
     def faults(self) -> list[str]:
         """The differences of stock transformers' rotation from the claimed chain's, in words."""
-        return chain_rotation(self.rotations()).faults(self.position.spectrum())
+        if self.has_metadata or not self.position.depends_on_length:
+            return chain_rotation(self.rotations()).faults(self.position.spectrum())
+        lengths = (self.position.pretrained_length, 2 * self.position.trained_length)  # on both sides of the change
+        pairs = ((chain_rotation(self.rotations(n)), self.position.spectrum(n)) for n in lengths)
+        return [fault for rotation, spectrum in pairs for fault in rotation.faults(spectrum)]
 
     def __str__(self) -> str:
         if self.has_metadata:

@@ -41,6 +41,10 @@ class Passage:
     text: str
     tokens: NDArray[np.int64]
 
+    def cut(self, tokens: int) -> Passage:
+        """Its first so many tokens."""
+        return Passage(self.text, self.tokens[:tokens])
+
     @property
     def rows(self) -> NDArray[np.int64]:
         """Positions whose logits are compared, spread evenly to the last, int64 (at most MAX_ROWS,)."""

@@ -26,7 +26,7 @@ def main(job: str) -> None:
     ids, rows = torch.from_numpy(np.load(given["tokens"]))[None], torch.from_numpy(np.load(given["rows"]))
     for directory, answer in given["models"].items():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        rotary = model.model.rotary_emb
+        rotary = model.base_model.rotary_emb
         name = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"
         as_loaded = getattr(rotary, name).clone()
         with torch.no_grad():

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,11 @@ def verify_gguf(directory: Path, path: Path, wanted: str | None, tokens: int | N
         plain_file, plain_directory = Path(scratch) / "plain.gguf", Path(scratch) / "plain"
         write_gguf(directory, plain_file, wanted, instead=lost)
         make_plain(directory, plain_directory, lost.freq_base)
-        reference, plain = (answer["logits"] for answer in stock_logits([directory, plain_directory], passage))
+        compiled = directory
+        if claim.position.depends_on_length and not claim.has_metadata:  # the file holds it at one length
+            compiled = Path(scratch) / "compiled"
+            make_linked(directory, compiled, claim.position.rope_parameters(claim.config.max_position_embeddings))
+        reference, plain = (answer["logits"] for answer in stock_logits([compiled, plain_directory], passage))
         llama, llama_plain = llama_logits([path, plain_file], passage)
     own_tokens = AutoTokenizer.from_pretrained(directory).encode(passage.text, add_special_tokens=False)
     return judge(
@@ -139,12 +144,16 @@ def lost_position(position: GgufPosition) -> GgufPosition:
 
 def make_plain(directory: Path, plain: Path, base: float) -> None:
     """The same model with plain RoPE at ``base``, its files linked."""
-    plain.mkdir()
+    make_linked(directory, plain, {"rope_type": "default", "rope_theta": base})
+
+
+def make_linked(directory: Path, target: Path, entry: dict[str, Any]) -> None:
+    """The same model with another stock entry, its files linked."""
+    target.mkdir()
     for path in directory.iterdir():
         if path.name != "config.json" and path.is_file():
-            (plain / path.name).symlink_to(path.resolve())
+            (target / path.name).symlink_to(path.resolve())
     content = json.loads((directory / "config.json").read_text())
-    entry = {"rope_type": "default", "rope_theta": base}
     present = content["rope_parameters"]
     if "rope_type" not in present:
         content["rope_parameters"] = {**present, "full_attention": {**entry}}
@@ -153,7 +162,7 @@ def make_plain(directory: Path, plain: Path, base: float) -> None:
         content["rope_parameters"] = {**entry, **kept}
     for key in (*OLDER, "rope_local_base_freq", METADATA_KEY):
         content.pop(key, None)
-    (plain / "config.json").write_text(json.dumps(content))
+    (target / "config.json").write_text(json.dumps(content))
 
 
 def _rms(difference: NDArray[np.float32]) -> float:

@@ -1,6 +1,6 @@
 """Verification by stock transformers, and of the rotary tables of vLLM and SGLang, where installed, against it.
 
-Transformers' logits of an export are compared with those that the trainer computes from its source.
+Transformers' logits of an export are compared with those of its source.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.export.output import STOCK, Finding, NotVerified, Unverifiable, judged, record
-from ropewalk.export.safetensors_files import StoredWeights
 from ropewalk.export.source import Source, trained_source
 from ropewalk.export.verify.check_export import Claim
 from ropewalk.export.verify.probing import Passage, read_passage, run_probe, stock_logits
 from ropewalk.model import attention
+from ropewalk.model.hf_directory import StoredWeights, load_whole, read_config
 from ropewalk.model.load import build_for_training, read_position
 from ropewalk.model.rotary import (
     assert_spectrum,
@@ -51,7 +51,11 @@ def verify_export(checkpoint: Path, directory: Path) -> Finding:
 
 
 def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> Finding:
-    """Compare the source, as this package computes it, with the export in a process of stock transformers.
+    """Compare the source with the export in a process of stock transformers.
+
+    The source is a training checkpoint in the trainer's model and attention, or the model directory itself, which
+    transformers reads by itself here. Where the position follows the input's length, a second, shorter text lies on the
+    near side of the length where it begins to.
 
     Args:
         source: what was exported.
@@ -59,7 +63,7 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
         tokens: of the text; None: past the original length.
 
     Returns:
-        passed where the logits are within tolerance and the frequencies equal. Its numbers:
+        passed where the logits are within tolerance and the frequencies equal. Its numbers, the larger of both texts:
 
         - max_abs_difference: largest difference of any logit.
         - logit_std: standard deviation of the source's logits, the scale to judge by.
@@ -67,6 +71,7 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
         - beyond_original: whether the text is longer than the model's original length.
         - spectrum_equal: whether the stock process rotates with the same frequencies: bitwise, or, where the export
           holds another stock form than training had, within what float32 rounding explains.
+        - short_tokens: length of the second text; null without one.
 
     Raises:
         Unverifiable: where there is no tokenizer to read text with.
@@ -74,21 +79,26 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
     """
     faults = Claim.of(directory).faults()
     passage = read_passage(directory, tokens)
+    passages = [passage]
+    short = source.position.pretrained_length * 3 // 4
+    if source.position.depends_on_length and 0 < short < len(passage.tokens):
+        passages.insert(0, passage.cut(short))  # first, as the spectrum of a dynamic model grows with what it has seen
     config = _source_config(source)
-    logits, inv_freq = _source_logits(source, config, directory, passage)
-    (stock,) = stock_logits([directory], passage)
-    explained = np.zeros(inv_freq.size)
+    model = _source_model(source, config, directory)
+    explained: NDArray[np.float64] | float = 0.0
     if rope_entry(config) != rope_entry(source.config):
         explained = stock_tolerances(source.position.spectrum(), rope_entry(config))
-    apart = np.abs(stock["inv_freq"].astype(np.float64) - inv_freq)
-    spectrum_equal = bool(np.all(apart <= explained * inv_freq))
-    difference, std = float(np.abs(logits - stock["logits"]).max()), float(logits.std())
+    compared = [_compared(model, text, source, directory, explained) for text in passages]
+    spectrum_equal = all(equal for _, _, equal in compared)
+    difference, std, _ = max(compared, key=lambda numbers: numbers[0] / numbers[1])
+    agrees = all(apart <= TOLERANCE * spread for apart, spread, _ in compared)  # not for NaN either
     count, beyond = len(passage.tokens), len(passage.tokens) > source.position.pretrained_length
+    sides = f" and {short:,} (before it)" if len(passages) > 1 else ""
     return judged(
-        bool(spectrum_equal and difference <= TOLERANCE * std),  # not for NaN either
+        agrees and spectrum_equal,
         f"stock transformers, unable to import ropewalk, differs by at most {difference:.2e} at {len(passage.rows)} "
-        f"positions of {count:,} tokens, {'past' if beyond else 'NOT past'} the original length (logits' standard "
-        f"deviation {std:.3f}); frequencies {'equal' if spectrum_equal else 'DIFFER'}",
+        f"positions of {count:,} tokens, {'past' if beyond else 'NOT past'} the original length{sides} (logits' "
+        f"standard deviation {std:.3f}); frequencies {'equal' if spectrum_equal else 'DIFFER'}",
         faults,
         max_abs_difference=difference,
         logit_std=std,
@@ -96,40 +106,60 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
         positions=len(passage.rows),
         beyond_original=beyond,
         spectrum_equal=spectrum_equal,
+        short_tokens=short if len(passages) > 1 else None,
     )
 
 
+def _compared(
+    model: PreTrainedModel, passage: Passage, source: Source, directory: Path, explained: NDArray[np.float64] | float
+) -> tuple[float, float, bool]:
+    """The largest difference of a logit, the source's standard deviation, and whether the frequencies are equal."""
+    logits, inv_freq = _source_logits(model, source, passage)
+    (stock,) = stock_logits([directory], passage)
+    rotated = stock["inv_freq"].astype(np.float64)
+    rotated = rotated[1:] if source.keeps_entry and source.position.depends_on_length else rotated  # after the text
+    is_equal = bool(np.all(np.abs(rotated - inv_freq) <= explained * inv_freq))
+    return float(np.abs(logits - stock["logits"]).max()), float(logits.std()), is_equal
+
+
 def _source_config(source: Source) -> PreTrainedConfig:
-    """A training checkpoint's own config, the export's where steps were added to the chain."""
-    is_trained = source.run_dir is not None
-    if is_trained and source.position.chain == read_position(source.origin).chain:
-        return AutoConfig.from_pretrained(source.origin)
-    return source.config
+    """The source's own config, the export's where steps were added to the chain."""
+    is_own = source.keeps_entry
+    if source.run_dir is not None:
+        is_own = source.position.chain == read_position(source.origin).chain
+    return read_config(source.origin) if is_own else source.config
+
+
+def _source_model(source: Source, config: PreTrainedConfig, directory: Path) -> PreTrainedModel:
+    """The source, its weights rounded to the export's dtype, so that only the path is compared."""
+    config.use_cache = False
+    if source.run_dir is not None:
+        model = build_for_training(config, None, torch.float32)
+        _load(model, source, directory)
+    else:
+        model = load_whole(source.origin, config=config, dtype=torch.float32)
+        exported = StoredWeights(directory).dtypes
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(weight.to(exported.get(name, torch.float32)))
+    model.eval()
+    if not source.keeps_entry:
+        install_spectrum(model)
+        assert_spectrum(model, source.position.spectrum())
+    return model
 
 
 def _source_logits(
-    source: Source, config: PreTrainedConfig, directory: Path, passage: Passage
+    model: PreTrainedModel, source: Source, passage: Passage
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits (rows, vocabulary) and the frequencies (head_dim / 2,) that the source itself rotates with.
-
-    A training checkpoint goes through the trainer's model and attention. The weights are rounded to the export's dtype
-    first, so that only the path is compared.
-    """
-    is_trained, count = source.run_dir is not None, len(passage.tokens)
-    config.use_cache = False
-    further: dict[str, Any] = {"use_cache": False}
-    if is_trained:
-        model = build_for_training(config, None, torch.float32)
+    """Logits (rows, vocabulary) and the frequencies (head_dim / 2,) that the source itself rotates with."""
+    count, further = len(passage.tokens), dict[str, Any]()
+    if source.run_dir is not None:
         further = {"documents": attention.Documents.from_cu_seqlens(torch.tensor([0, count]), torch.device("cpu"))}
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.eval()
-    install_spectrum(model)
-    assert_spectrum(model, source.position.spectrum())
-    _load(model, source, directory)
     rows = torch.from_numpy(passage.rows)
     with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(passage.tokens)[None], logits_to_keep=rows, **further).logits[0]
+        ids = torch.from_numpy(passage.tokens)[None]
+        logits = model(input_ids=ids, logits_to_keep=rows, **(further or {"use_cache": False})).logits[0]
     return logits.numpy(), chain_rotation(rotations(model, count)).inv_freq.numpy()
 
 
@@ -140,10 +170,9 @@ def _load(model: PreTrainedModel, source: Source, directory: Path) -> None:
     unfit = f"{source.origin} does not fit its own config"
     with torch.no_grad():
         for name in weights:
-            if name in exported:  # what is not is a buffer of RoPE
-                if name not in missing:
-                    raise RuntimeError(f"{unfit}: it has {name}, which the model has not")
-                missing.pop(name).copy_(weights.gather(name, exported[name]))
+            if name not in missing:
+                raise RuntimeError(f"{unfit}: it has {name}, which the model has not")
+            missing.pop(name).copy_(weights.gather(name, exported[name]))
     if missing:
         raise RuntimeError(f"{unfit}: missing {sorted(missing)}")
 

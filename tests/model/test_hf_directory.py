@@ -1,0 +1,134 @@
+"""Directories as people have them: each fault of config.json or weights is one line that names it."""
+
+import json
+
+import pytest
+import torch
+from helpers import save_tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ropewalk.config.groups import RopeConfig
+from ropewalk.errors import UserError
+from ropewalk.export.source import converted_source
+from ropewalk.export.verify.check_export import Claim
+from ropewalk.model.hf_directory import StoredWeights, read_config, weight_report
+from ropewalk.model.load import load_for_evaluation
+
+ENTRY = {"rope_theta": 1e4, "rope_type": "default"}
+REFUSED = [
+    ({"max_position_embeddings": "64"}, r"max_position_embeddings='64' must be a whole number of tokens"),
+    ({"max_position_embeddings": 64.0}, r"refuses it.*max_position_embeddings.*64\.0"),
+    ({"rope_parameters": {**ENTRY, "rope_type": "ntk", "factor": 4.0}}, "rope_type='ntk' is not read as a chain"),
+    (
+        {"rope_parameters": {**ENTRY, "rope_type": "linear", "factor": "4.0"}},
+        r"factor='4\.0' must be a positive number",
+    ),
+    ({"vocab_size": "512"}, "refuses it.*vocab_size.*512"),
+    ({"model_type": "my_new_model"}, "model_type='my_new_model', which transformers .* does not know: use"),
+    (
+        {"model_type": "internlm2", "auto_map": {"AutoConfig": "configuration_x.X"}},
+        r"its own code \(auto_map\) is never",
+    ),
+    ({"model_type": None}, "model_type=None, which transformers"),
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_tiny(tmp_path / "model")
+
+
+def edited(model, **fields):
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return model
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_a_config_that_cannot_be_read_is_one_line_for_every_reader(model, fields, message):
+    edited(model, **fields)
+    readers = (read_config, Claim.of, load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none")))
+    for reader in readers:
+        with pytest.raises(UserError, match=message) as error:
+            reader(model)
+        assert "\n" not in str(error.value)
+
+
+def test_code_beside_a_known_type_is_not_run_and_does_not_ask(model, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    edited(model, auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"})
+    (model / "configuration_x.py").write_text("raise SystemExit('it ran')")
+    (model / "modeling_x.py").write_text("raise SystemExit('it ran')")
+    assert load_for_evaluation(model).config.model_type == "llama"
+
+
+def test_phi3_s_first_name_for_longrope_is_read(tmp_path):
+    model = save_tiny(tmp_path, "phi3", pad_token_id=1, eos_token_id=1)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    edited(model, rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "su", **factors},
+           original_max_position_embeddings=32)  # fmt: skip
+    assert read_config(model).rope_parameters["rope_type"] == "longrope"
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}])
+def test_quantized_weights_are_refused(model, quantization):
+    edited(model, quantization_config=quantization)
+    for reader in (load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none"))):
+        with pytest.raises(UserError, match=f"quantized .quantization_config: {quantization['quant_method']}.; name"):
+            reader(model)
+
+
+def damage_pointer(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+
+def damage_truncated(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (damage_pointer, r"model\.safetensors is a Git LFS pointer, not the weights; fetch them"),
+    (damage_truncated, r"model\.safetensors cannot be read .*copy it anew"),
+])  # fmt: skip
+def test_damaged_weights_are_one_line(model, damage, message):
+    damage(model / "model.safetensors")
+    for reader in (load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none"))):
+        with pytest.raises(UserError, match=message):
+            reader(model)
+
+
+def test_a_missing_shard_and_a_broken_index_are_one_line(model):
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="40KB")
+    shard = next(model.glob("model-00001*"))
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"names {shard.name}, not there"):
+        load_for_evaluation(model)
+    shard.write_bytes(content)
+    (model / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="is not an index of weights"):
+        load_for_evaluation(model)
+
+
+def test_an_adapter_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a LoRA adapter without its base; merge it"):
+        read_config(tmp_path)
+
+
+def test_the_report_is_transformers_own(model):
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    others = {k: v for k, v in weights.items() if k != name}
+    others["model.norm.weight"] = torch.zeros(7)
+    save_file({**others, "v.bias": torch.zeros(3)}, model / "model.safetensors", metadata={"format": "pt"})
+    report = weight_report(model, read_config(model))
+    assert report.faults == (
+        f"1 weights are missing, {name} first",
+        "1 weights have other shapes, model.norm.weight first",
+    )
+    assert report.unread == ("v.bias",)
+    assert len(StoredWeights(model)) == len(weights)
