@@ -143,9 +143,13 @@ leave_by() {
   [ $((end - 2 * lead)) -le "$(date +%s)" ] || echo $((end - lead))
 }
 
-# train OVERRIDES...: the whole of a training job
+# train OVERRIDES...: the whole of a training job; with DRY_RUN=1, outside of one, what it would be
 train() {
   local until
+  if [ -n "${DRY_RUN:-}" ]; then
+    python scripts/job.py preview "$0" "$@"
+    exit
+  fi
   begin train "$@"
   check_machine train "$@"
   until=$(leave_by "$@")
