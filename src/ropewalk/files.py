@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     fsync_path(partial)
     partial.replace(path)
     fsync_path(path.parent)
+
+
+def copy_data(source: Path, target: Path) -> None:
+    """Copy a directory's files as data, not as modes: a read-only source leaves a copy that can be written again."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        copy = target / entry.name
+        if entry.is_dir():
+            copy_data(entry, copy)
+        else:
+            shutil.copyfile(entry, copy)
 
 
 def sha256_of(path: Path) -> str:

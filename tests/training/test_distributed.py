@@ -11,8 +11,17 @@ import pytest
 import torch.distributed as dist
 from helpers import alone_environment
 
+from ropewalk.errors import UserError
 from ropewalk.training.checkpoint.save import SaveFailed
-from ropewalk.training.distributed import by_rank_zero, gather, join_launched, start_processes, together
+from ropewalk.training.distributed import (
+    by_rank_zero,
+    gather,
+    join_launched,
+    launched_world_size,
+    own_port,
+    start_processes,
+    together,
+)
 
 JOIN = """
 from ropewalk.runs.launch import take_place
@@ -53,6 +62,48 @@ def test_one_process_shares_with_nobody(monkeypatch) -> None:
     ranks = join_launched()
     assert (ranks.rank, ranks.world_size, gather("item")) == (0, 1, ["item"])
     assert [ranks.local_device(kind) for kind in ("cpu", "cuda", "auto")] == ["cpu", "cuda", "auto"]
+
+
+GIVEN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """``launched(**changes)``: the variables of rank 0 of two, less those that are None."""
+
+    def set_variables(**changes):
+        for name, value in {**GIVEN, **changes}.items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"MASTER_PORT": None}, "RANK is set without MASTER_PORT; set all five, or unset RANK"),
+    ({"LOCAL_RANK": None, "MASTER_ADDR": None}, "RANK is set without LOCAL_RANK, MASTER_ADDR"),
+    ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+])  # fmt: skip
+def test_variables_that_contradict_each_other_are_refused(launched, changes, message):
+    launched(**changes)
+    with pytest.raises(UserError, match=message):
+        launched_world_size()
+
+
+def test_what_an_earlier_launcher_has_left_is_passed_over(launched):
+    """Without RANK there is one process, whatever WORLD_SIZE says; it does not wait for others."""
+    launched(RANK=None)
+    assert launched_world_size() == 1
+    assert join_launched().world_size == 1
+
+
+def test_a_port_that_is_taken_is_named(launched):
+    """The store that torch opens on rank 0; a process that has joined a group already opens no other."""
+    with closing(socket.create_server(("0.0.0.0", 0))) as taken:
+        port = taken.getsockname()[1]
+        launched(MASTER_PORT=str(port))
+        with pytest.raises(UserError, match=f"MASTER_PORT={port} is used by another process of this node"), own_port():
+            dist.TCPStore("127.0.0.1", port, 2, is_master=True)
 
 
 FAULTS = """

@@ -12,8 +12,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -28,6 +28,7 @@ from ropewalk.runs.launch import take_place
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
 CPU = torch.device("cpu")
+LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # beside RANK, as torchrun sets them
 T = TypeVar("T")
 
 
@@ -90,9 +91,20 @@ def launched_world_size() -> int:
             each would be a run of its own in the same directory.
     """
     take_place()
-    if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        raise UserError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:  # what an earlier launcher has left of the others says nothing
+        for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        return 1
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set without {', '.join(missing)}; set all five, or unset RANK to train alone")
+    for name in LAUNCHED[:-1]:
+        if name != "MASTER_ADDR" and not os.environ[name].isdigit():
+            raise UserError(f"{name}={os.environ[name]} is not a number; start by torchrun or srun, or unset RANK")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; start by torchrun or srun, or unset RANK")
+    return world_size
 
 
 def join_launched(timeout: timedelta | None = None) -> Ranks:
@@ -103,10 +115,11 @@ def join_launched(timeout: timedelta | None = None) -> Ranks:
     Args:
         timeout: of a collective; None: torch's default for gloo, half an hour.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_world_size() == 1:
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timeout)
+        with own_port():
+            dist.init_process_group("gloo", timeout=timeout)
         atexit.register(end_processes)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
@@ -138,8 +151,23 @@ def _join(deepspeed: Any, device: str) -> None:
         os.environ.update(alone)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    with own_port():
+        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     atexit.register(end_processes)
+
+
+@contextmanager
+def own_port() -> Iterator[None]:
+    """Turn a MASTER_PORT that another process has into a UserError."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is used by another process of this node; set another one, or "
+            "start by torchrun --standalone, which finds a free one"
+        ) from error
 
 
 def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
