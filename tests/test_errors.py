@@ -113,7 +113,13 @@ def test_a_sweep_goes_past_a_wrong_combination_and_ends_with_a_table(capsys):
         raise UserError("clip=34 is too large")
 
     sweep = Sweep()
-    for words, job in ((["rope=cope10"], lambda: None), (["rope=cope34"], wrong), (["rope=snap"], lambda: None)):
+    sweep.keys = check_grammar(["-m", "trainer.seed=1", "rope=cope10,cope34,snap", "data.mixture={a: 1, b: 2}"])
+    assert sweep.keys == {"rope"}
+    for words, job in (
+        (["trainer.seed=1", "rope=cope10"], lambda: None),
+        (["rope=cope34"], wrong),
+        (["rope=snap"], lambda: None),
+    ):
         sweep.run(words, job)
     with pytest.raises(SystemExit) as ended:
         sweep.end()

@@ -142,7 +142,7 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
                 sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
                     sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
-                check_grammar(sys.argv[1:])
+                sweep.keys = check_grammar(sys.argv[1:])
                 run()
                 sweep.end()
 
@@ -152,14 +152,16 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
 
 
 class Sweep:
-    """The combinations of a sweep in this process, and how each of them went."""
+    """The combinations of a sweep in this process, each by the overrides that vary, and how it went."""
 
     def __init__(self) -> None:
+        self.keys: set[str] = set()  # that vary; none: every override is shown
         self.rows: list[tuple[str, str]] = []
 
     def run(self, overrides: Sequence[str], job: Callable[[], None]) -> None:
         """Run one combination; one whose input is wrong, or that its guards end, is noted and passed over."""
-        words = " ".join(overrides)
+        varied = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.keys]
+        words = " ".join(varied or overrides)
         _print_once(f"\nsweep {len(self.rows) + 1}: {words}")
         try:
             job()
@@ -305,23 +307,25 @@ def plain_argument(argument: str) -> str:
     return f"model.path{equals}{value}" if key == "model" else argument
 
 
-def check_grammar(arguments: Sequence[str]) -> None:
-    """Check that Hydra can parse the overrides among the arguments.
+def check_grammar(arguments: Sequence[str]) -> set[str]:
+    """Check that Hydra can parse the overrides among the arguments; returns the keys that are swept.
 
     Raises:
         UserError: naming the first that it cannot, and the quoted form that it can.
     """
-    parser = OverridesParser.create()
+    parser, swept = OverridesParser.create(), set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument.startswith("-") or not equals:
             continue
         try:
-            parser.parse_override(argument)
+            if (override := parser.parse_override(argument)).is_sweep_override():
+                swept.add(override.key_or_group)
         except HydraException as error:
-            items = value[1:-1].split(",") if value[:1] + value[-1:] == "[]" else [value]
+            is_list = value[:1] + value[-1:] == "[]"
+            items = value[1:-1].split(",") if is_list else [value]
             quoted = ",".join('"' + item.strip().strip("\"'").replace('"', r"\"") + '"' for item in items)
-            fixed = f"{key}=[{quoted}]" if items != [value] or value[:1] == "[" else f"{key}={quoted}"
+            fixed = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
             try:
                 parser.parse_override(fixed)
             except HydraException:
@@ -329,6 +333,7 @@ def check_grammar(arguments: Sequence[str]) -> None:
             else:
                 fix = f"write it as {shlex.quote(fixed)}"
             raise UserError(f"Hydra cannot read {argument}, which has characters of its grammar; {fix}") from error
+    return swept
 
 
 def _print_once(text: str) -> None:
