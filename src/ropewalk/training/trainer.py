@@ -224,7 +224,7 @@ def _ready_engine(inputs: RunInputs, load: Callable[[Any], None] | None) -> Any:
     engine = start_engine(inputs.config, inputs.model_config, inputs.ranks)
     if load is not None:
         load(engine)
-        restore_settings(engine, inputs.config.trainer)
+        restore_settings(engine, inputs.config)
         place_spectrum(engine)
     watch_gradients(engine)
     return engine
