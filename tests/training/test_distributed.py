@@ -8,6 +8,7 @@ from ast import literal_eval
 from contextlib import closing
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers import alone_environment
 
@@ -15,6 +16,7 @@ from ropewalk.errors import UserError
 from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import (
     by_rank_zero,
+    exact_products,
     gather,
     join_launched,
     launched_world_size,
@@ -159,3 +161,37 @@ def test_one_rank_in_a_group_of_its_own():
         together(json.loads, "")
     with pytest.raises(SaveFailed, match=r"^rank 0: .*No such file"):
         together(open, "/nowhere/at/all", failure=SaveFailed)
+
+
+ENDING = """
+import atexit, sys, time
+import torch.distributed as dist
+from ropewalk.training.distributed import end_processes
+
+dist.is_initialized = lambda: True
+dist.destroy_process_group = lambda: (print("destroyed", flush=True), time.sleep(float(sys.argv[1])))
+atexit.register(end_processes)
+print("a line that was not flushed", end="")
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "sleep", "code", "output", "error"), [
+    ("raise MemoryError('no room')", 600, 1, "a line that was not flushed", "MemoryError: no room"),
+    ("sys.exit(75)", 0, 75, "a line that was not flusheddestroyed\n", ""),
+])  # fmt: skip
+def test_a_rank_that_raises_does_not_wait_for_the_others(end, sleep, code, output, error):
+    """Destroying a group with collectives in flight waits for peers that do not come; an orderly end still does it."""
+    program = ENDING.replace("{end}", end)
+    done = subprocess.run([sys.executable, "-c", program, str(sleep)], capture_output=True, text=True, check=False,
+                          timeout=100, env=alone_environment())  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, output)
+    assert done.stderr.rstrip().endswith(error)
+
+
+def test_an_images_rounding_is_undone():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    exact_products()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

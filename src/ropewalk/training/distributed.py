@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,7 +81,9 @@ class Ranks:
             raise UserError("device=auto spreads one model over all GPUs; start one process, without torchrun")
         if kind != "cuda" or self.world_size == 1:
             return kind
-        return f"cuda:{self.rank % torch.cuda.device_count()}"
+        device = f"cuda:{self.rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)  # else each process opens a second context on GPU 0
+        return device
 
 
 def launched_world_size() -> int:
@@ -115,6 +118,7 @@ def join_launched(timeout: timedelta | None = None) -> Ranks:
     Args:
         timeout: of a collective; None: torch's default for gloo, half an hour.
     """
+    exact_products()
     if launched_world_size() == 1:
         return Ranks()
     if not dist.is_initialized():
@@ -132,6 +136,7 @@ def start_processes(device: str, sequence: int = 1) -> Ranks:
         sequence: neighbouring ranks that share a row of tokens.
     """
     deepspeed = import_deepspeed(device)
+    exact_products()
     if not dist.is_initialized():
         _join(deepspeed, device)
     own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else CPU
@@ -200,6 +205,9 @@ def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
 def end_processes() -> None:
     """Leave the process group and let its threads come to rest; called at exit.
 
+    After an uncaught exception the process ends at once instead: this rank may have collectives in flight that no other
+    will complete, and destroying an NCCL group waits for them, which holds all GPUs until the others give up.
+
     A gloo thread lets go of a collective's tensors a moment after the collective is done, and takes the interpreter's
     lock for that. If the interpreter is ending by then, Python ends the thread inside a C++ destructor and the process
     aborts with "terminate called without an active exception". Destroying the group would join the threads, but
@@ -207,8 +215,20 @@ def end_processes() -> None:
     again.
     """
     if dist.is_initialized():
+        if hasattr(sys, "last_value"):  # of an exception that nobody has caught; not of SystemExit
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()
+            os._exit(1)
         dist.destroy_process_group()
     time.sleep(GLOO_THREADS_REST)
+
+
+def exact_products() -> None:
+    """Undo an image's settings that round matrix products on a GPU: TF32 for fp32, bf16 sums of split bf16 ones."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def import_deepspeed(device: str) -> Any:
@@ -217,6 +237,8 @@ def import_deepspeed(device: str) -> Any:
     On CPU the first init would build the shared-memory collective, for minutes; only inference calls it.
     """
     os.environ.setdefault("DS_ACCELERATOR", device)
+    if device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # rows differ in what they allocate
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # DeepSpeed 0.19 calls torch.distributed names that torch 2.13 deprecates, twice a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
