@@ -7,6 +7,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=0
 #SBATCH --time=48:00:00
 #SBATCH --signal=B:USR1@900
 #SBATCH --requeue

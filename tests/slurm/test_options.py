@@ -37,6 +37,14 @@ def test_sbatch_options():
     ]  # fmt: skip
 
 
+def test_the_memory_of_a_node_can_be_limited():
+    """Else the script's --mem=0 stands: all of it, whatever the site's default for a CPU is."""
+    limited = sbatch_options(composed("sbatch", "cluster.slurm.mem=900G").cluster, nodes=None, lead_seconds=None)
+    assert "--mem=900G" in limited
+    for script in ("train_64k", "train_512k", "sft_64k", "sweep"):
+        assert "\n#SBATCH --mem=0\n" in (CONFIG_DIR.parent / "slurm" / f"{script}.sh").read_text()
+
+
 def test_a_cluster_without_counted_gpus_asks_for_none():
     """--gpus-per-node=0 takes back the #SBATCH line of a script."""
     options = sbatch_options(composed("sbatch", "cluster=laptop").cluster, nodes=None, lead_seconds=None)

@@ -41,6 +41,7 @@ def sbatch_options(cluster: ClusterConfig, nodes: int | None, lead_seconds: int 
         "ntasks-per-node": cluster.gpus_per_node,
         "gpus-per-node": cluster.gpus_per_node if slurm.gpu_request else 0,
         "cpus-per-task": slurm.cpus_per_gpu,
+        "mem": slurm.mem,
         "signal": f"B:USR1@{lead_seconds}" if lead_seconds else None,
     }
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -167,6 +168,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "slurm_minutes": minutes,
     "slurm_gpus": lambda cluster: cluster.gpus_per_node if cluster.slurm.gpu_request else None,
     "slurm_lead": lambda *, _root_: lead_seconds(_root_),
+    "slurm_mem": lambda mem: mem or "0",  # all of a node, as in the scripts
     "slurm_quoted": shlex.quote,
     "slurm_root": lambda: shlex.quote(root()),
 }
