@@ -287,5 +287,17 @@ def validate_device(name: str, device: str) -> None:
 
     if device in ("cuda", "auto") and not torch.cuda.is_available():
         raise UserError(
-            f"{name}={device}, but torch {torch.__version__} sees no CUDA device; set {name}=cpu or run on a GPU node"
+            f"{name}={device}, but torch {torch.__version__} sees no CUDA device ({cuda_problem()}); set {name}=cpu, "
+            "run on a GPU node, or install the torch that fits its driver (docs/quickstart.md)"
         )
+
+
+def cuda_problem() -> str:
+    """Why torch has no CUDA device, in CUDA's own words. Imports torch."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).rstrip(".")
+    return "no GPU is visible"

@@ -30,6 +30,10 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "liger-kernel",
+    "triton",
 )
 # Variables that change what a job does. Everything else stays out: keys and tokens live in the environment.
 RECORDED = re.compile(
