@@ -73,15 +73,16 @@ def _replace_mappings() -> None:
 
     def override_replacing(overrides: list[Override], config: DictConfig) -> None:
         for change in overrides:
-            if change.key_or_group in REPLACED and isinstance(change.value(), dict) and not change.is_delete():
+            value = change.value()
+            if change.key_or_group in REPLACED and isinstance(value, dict) and not change.is_delete():
                 OmegaConf.update(config, change.key_or_group, {}, merge=False)
                 change.type = OverrideType.FORCE_ADD
                 if change.key_or_group.startswith("data."):  # shares, as floats: of {books: 1} OmegaConf refuses the 1
-                    change._value = _with_floats(change.value())
+                    change._value = _with_floats(value)
             override([change], config)
 
     ConfigLoaderImpl._compose_config_from_defaults_list = compose_replacing  # type: ignore[method-assign]
-    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(override_replacing)  # type: ignore[method-assign]
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(override_replacing)  # type: ignore[method-assign, assignment]
 
 
 def _with_floats(mapping: Mapping[Any, Any]) -> dict[Any, Any]:

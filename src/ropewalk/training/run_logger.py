@@ -11,6 +11,8 @@ from statistics import mean
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from ropewalk.config.rules import batching
 from ropewalk.config.train import TrainConfig
 from ropewalk.model.attention import attention_kernel
@@ -54,6 +56,8 @@ class RunLogger(Hook):
         model = {
             "parameters": count_parameters(inputs.model_config),
             "attention": attention_kernel(config.trainer.device),
+            "cuda": torch.version.cuda,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)

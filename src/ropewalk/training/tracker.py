@@ -64,7 +64,7 @@ class WandbTracker:
         import wandb
 
         stored = RunDirectory(run_dir).tracker
-        self.run_id = _stored_id(stored) or saved_id or secrets.token_hex(4)
+        self.run_id: str | None = _stored_id(stored) or saved_id or secrets.token_hex(4)
         write_atomically(stored, json.dumps({"wandb_id": self.run_id}) + "\n")
         self.run = wandb.init(
             project=config.project,
