@@ -6,21 +6,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed$(if $(GPU),-gpu)
 
 .PHONY: install demo demo-smollm2 test test-slurm docs check lint lint-shell types format
 
 install: $(INSTALLED)
 
-# torch first and by itself: a GPU machine gets the CUDA build from the same pin.
+# make install GPU=1 [TORCH_INDEX=URL]: torch from the index that fits the driver (docs/quickstart.md), then the kernels,
+# which need torch to be built. torch comes first and by itself: the lock has the same pin.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; use make PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "error: $(PYTHON) has no venv; apt-get install python3-venv"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -r requirements.lock
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $(INSTALLED)
+	$(if $(GPU),$(BIN)/pip install --quiet ninja packaging wheel)
+	$(if $(GPU),$(BIN)/pip install --quiet --no-build-isolation liger-kernel==0.8.5)
+	$(if $(GPU),$(BIN)/pip install --quiet --no-build-isolation flash-attn==2.8.3.post2 || echo "warning: flash-attn was not built; torch's own kernel is used")
+	@touch $(VENV)/.installed $(INSTALLED)
 
 demo: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" recipes/demo/run.sh

@@ -3,6 +3,7 @@
 ``python scripts/job.py begin COMMAND [overrides] <BATCH_SCRIPT``, inside a job
 ``python scripts/job.py options [cluster=NAME] [nodes=N] [lead_seconds=N]``, before sbatch
 ``python scripts/job.py directory COMMAND [overrides]``: where a command would write, for the next one to read
+``python scripts/job.py preview BATCH_SCRIPT [overrides]``: what a training job would be; DRY_RUN=1 BATCH_SCRIPT does it
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ropewalk.cli import composed, entry, run_command, user_errors
 from ropewalk.cluster.slurm.job import begin
-from ropewalk.cluster.slurm.options import exports, sbatch_options
+from ropewalk.cluster.slurm.options import exports, preview_of, sbatch_options
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import SbatchConfig
 
@@ -56,6 +57,17 @@ def directory() -> None:
     print(config.run_dir if command == "train" else config.output)
 
 
+def preview() -> None:
+    """Print what a training job would be: what its overrides change, the plan for its cluster, the sbatch line."""
+    if len(sys.argv) < 2:
+        sys.exit("error: say which job: python scripts/job.py preview slurm/train_64k.sh +experiment=cope20")
+    batch_script, *arguments = sys.argv[1:]
+    with user_errors():
+        lines, is_ready = preview_of(batch_script, arguments, composed)
+        print("\n".join(lines))
+    sys.exit(0 if is_ready else 1)
+
+
 def _is_of_cluster(word: str) -> bool:
     return word.partition("=")[0].lstrip("+~").split(".")[0] == "cluster"
 
@@ -66,4 +78,4 @@ def _of_command(command: str, arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command({"begin": begin_job, "options": options, "directory": directory})
+    run_command({"begin": begin_job, "options": options, "directory": directory, "preview": preview})

@@ -64,8 +64,10 @@ ranks() {
   # --wait: when a rank has ended, the others get five minutes to end by themselves: they agree on most reasons to end,
   # and the first rank may have its tracker to finish.
   # --cpus-per-task: srun takes it from sbatch only where it is said again (SLURM 22.05 and later).
-  # GPUs are not bound to tasks: each rank takes its LOCAL_RANK's, and NVLink between them needs all to be visible.
-  line=(srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}"
+  # GPUs are not bound to tasks, whatever the site says: each rank takes its LOCAL_RANK's, and NVLink between them needs
+  # all to be visible.
+  line=(srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
+    ${SLURM_GPUS_ON_NODE:+--gpu-bind=none} "${srun_options[@]}"
     "${container[@]}" python -u -m ropewalk.cluster.slurm.rank "$@")
 }
 
@@ -143,9 +145,13 @@ leave_by() {
   [ $((end - 2 * lead)) -le "$(date +%s)" ] || echo $((end - lead))
 }
 
-# train OVERRIDES...: the whole of a training job
+# train OVERRIDES...: the whole of a training job; with DRY_RUN=1, outside of one, what it would be
 train() {
   local until
+  if [ -n "${DRY_RUN:-}" ]; then
+    python scripts/job.py preview "$0" "$@"
+    exit
+  fi
   begin train "$@"
   check_machine train "$@"
   until=$(leave_by "$@")

@@ -9,19 +9,27 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=0
 #SBATCH --time=48:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0}" # SLURM runs a copy of this file from its spool
+[ -n "${DRY_RUN:-}" ] || cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0 (DRY_RUN=1 $0 shows it first)}" # SLURM runs a copy
 [ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
 . slurm/common.sh
 
 arms=()
 while [ $# -gt 0 ] && [[ $1 != *=* ]]; do arms+=("$1") && shift; done
 [ ${#arms[@]} -gt 0 ] || arms=(rope hardclip20 cope20)
+if [ -n "${DRY_RUN:-}" ]; then
+  status=0 # each arm is a job as of slurm/train_64k.sh
+  for arm in "${arms[@]}"; do
+    python scripts/job.py preview slurm/train_64k.sh +experiment="$arm" "$@" || status=$?
+  done
+  exit "$status"
+fi
 if [ "${SLURM_ARRAY_TASK_COUNT:-1}" -ne ${#arms[@]} ]; then
   echo "warning: ${#arms[@]} arms (${arms[*]}) and ${SLURM_ARRAY_TASK_COUNT:-1} tasks; all are trained with --array=0-$((${#arms[@]} - 1))" >&2
 fi

@@ -116,6 +116,49 @@ def test_demo_clip_follows_the_papers_rule():
     assert config.rope.chain[1]["clip"] == int(0.75 * (base.periods > 2048).sum())
 
 
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_mapping_on_the_command_line_replaces(prefix):
+    """With or without Hydra's signs; an entry by itself still changes that entry alone."""
+    mixture = {"long": 0.6, "short": 0.4}
+    given = ["+experiment=cope20", f"{prefix}data.mixture={{long: 0.6, short: 0.4}}"]
+    assert composed("train", *given).data.mixture == mixture
+    assert composed("train", *given, "data.mixture.short=0.1").data.mixture == {**mixture, "short": 0.1}
+    changed = composed(
+        "train", *given, f"{prefix}data.curriculum={{7: {{long: 1.0}}}}", "data.curriculum={9: {short: 1}}"
+    )
+    assert changed.data.curriculum == {9: {"short": 1.0}}
+    corpus = composed("prepare", "corpus=mixture_64k", f"{prefix}corpus.domains={{books: {{packing: long}}}}",
+                      "sequence_lengths=[64]", "output=x").corpus  # fmt: skip
+    assert {name: asdict(domain) for name, domain in corpus.domains.items()} == {
+        "books": {"packing": "long", "remainder": "drop"}
+    }
+
+
+def test_a_mapping_in_an_experiment_replaces(tmp_path):
+    """The last file that sets one; a file that sets none leaves it as it was."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [cope20]\ndata: {mixture: {books: 1.0}}\n"
+    )
+    (tmp_path / "experiment" / "heir.yaml").write_text("# @package _global_\ndefaults: [mine]\ntrainer: {seed: 1}\n")
+    for name in ("mine", "heir"):
+        given = [f"hydra.searchpath=[file://{tmp_path}]", f"+experiment={name}"]
+        assert composed("train", *given).data.mixture == {"books": 1.0}
+        assert composed("train", *given, "data.mixture={a: 1}").data.mixture == {"a": 1.0}
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["run_name="], "run_name='' names no directory below outputs"),
+    (["run_name=./"], "run_name='./' names no directory"),
+    (["tracker=wandb", f"tracker.tags=[{'x' * 65}]"], "of 65 letters; W&B takes 1 to 64"),
+    (["tracker=wandb", "tracker.project=a/b"], "tracker.project='a/b' is not a name that W&B takes"),
+    (["tracker=wandb", f"tracker.project={'x' * 129}"], "1 to 128 letters"),
+])  # fmt: skip
+def test_names_that_no_directory_or_tracker_takes_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate_train(composed("train", "+experiment=cope20", *overrides), world_size=8)
+
+
 @pytest.mark.parametrize(("script", "arguments", "message"), [
     ("train.py", ["trainer.bogus=1"], "Key 'bogus' not in 'TrainerConfig'"),
     ("train.py", ["trainer.max_steps=many"], "Value 'many' of type 'str' could not be converted to Integer"),

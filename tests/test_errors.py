@@ -1,7 +1,18 @@
+import math
+import os
+import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from ropewalk.cli import Sweep, check_grammar
+from ropewalk.config.groups import NeedleConfig
+from ropewalk.config.rules import validate_numbers
+from ropewalk.config.train import DataConfig, TrainerConfig
+from ropewalk.errors import UserError
 
 ENTRY = """
 from ropewalk.cli import entry
@@ -13,6 +24,10 @@ def main(config):
 
 main()
 """
+
+
+def trainer(**changes):
+    return TrainerConfig(**{"max_steps": 1, "global_batch_size": 1, "learning_rate": 1.0, **changes})
 
 
 def run_entry(error: str) -> subprocess.CompletedProcess[str]:
@@ -31,3 +46,99 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"{error}:")
+
+
+@pytest.mark.parametrize(("body", "code", "errors"), [
+    ("[print(number) for number in range(100_000)]", 128 + signal.SIGPIPE, ""),
+    ("print(1)", 0, ""),
+    ("raise KeyboardInterrupt", 128 + signal.SIGINT, "error: interrupted\n"),
+    ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 128 + signal.SIGINT, "error: interrupted\n"),
+])  # fmt: skip
+def test_a_closed_output_and_ctrl_c_end_without_a_traceback(body, code, errors):
+    """As with ``| head`` where it has gone before the first line: stdout is a pipe without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import os, signal, time\n" + ENTRY.replace('raise {error}("value, rule and fix")', body)
+    command = [sys.executable, "-c", program, "model=nowhere"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, errors)
+
+
+@pytest.mark.parametrize("override", [
+    "run_name=lr=1e-5", "run_name=a#b", "run_name=~x", "run_name=unié", "run_name=f(x", "data.store=/data/[x]/a=b",
+    "corpus.paths=[unié]", "corpus.paths=[a=b,c#d]",
+])  # fmt: skip
+def test_an_override_that_hydra_cannot_read_is_shown_quoted(override):
+    with pytest.raises(UserError, match="write it as ") as error:
+        check_grammar([override])
+    (shown,) = shlex.split(str(error.value).rpartition("write it as ")[2])
+    parsed = OverridesParser.create().parse_override(shown)
+    key, _, value = override.partition("=")
+    assert parsed.key_or_group == key
+    assert parsed.value() == (value[1:-1].split(",") if value.startswith("[") else value)
+
+
+@pytest.mark.parametrize(
+    "override", ["a=1", "~a.b=2", "+x/y=z", "a=[1,2]", "a='x=y'", "--cfg", "-m", "a={b: 1}", "a=1,2"]
+)
+def test_what_hydra_reads_is_left_alone(override):
+    check_grammar([override])
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (trainer(learning_rate=math.nan), "learning_rate=nan must be positive"),
+    (trainer(learning_rate=math.inf), "learning_rate=inf must be positive"),
+    (trainer(weight_decay=-1), "weight_decay=-1 must be 0"),
+    (trainer(weight_decay=math.nan), "weight_decay=nan"),
+    (trainer(gradient_clipping=math.nan), "clipping=nan"),
+    (trainer(adam_eps=math.nan), "adam_eps=nan"),
+    (trainer(adam_beta2=1.0), r"adam_beta2=1.0 .* less than 1"),
+    (DataConfig(store="x", sequence_length=0), "sequence_length=0 must be positive"),
+    (NeedleConfig(depths=[0.5, 1.5]), "depths=1.5 is a share"),
+    (NeedleConfig(depths=[math.nan]), "depths=nan"),
+])  # fmt: skip
+def test_a_number_out_of_its_range_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        validate_numbers(config)
+
+
+def test_gradients_may_be_left_unclipped():
+    validate_numbers(trainer(gradient_clipping=math.inf))
+
+
+def test_a_sweep_goes_past_a_wrong_combination_and_ends_with_a_table(capsys):
+    def wrong():
+        raise UserError("clip=34 is too large")
+
+    sweep = Sweep()
+    sweep.keys = check_grammar(["-m", "trainer.seed=1", "rope=cope10,cope34,snap", "data.mixture={a: 1, b: 2}"])
+    assert sweep.keys == {"rope"}
+    for words, job in (
+        (["trainer.seed=1", "rope=cope10"], lambda: None),
+        (["rope=cope34"], wrong),
+        (["rope=snap"], lambda: None),
+    ):
+        sweep.run(words, job)
+    with pytest.raises(SystemExit) as ended:
+        sweep.end()
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert [line for line in shown.out.splitlines() if line] == [
+        "sweep 1: rope=cope10", "sweep 2: rope=cope34", "sweep 3: rope=snap", "sweep: 2 of 3 done",
+        "  rope=cope10  done", "  rope=cope34  failed: clip=34 is too large", "  rope=snap    done",
+    ]  # fmt: skip
+    assert shown.err == "error: clip=34 is too large\n"
+
+
+@pytest.mark.parametrize("error", [SystemExit(75), RuntimeError("a fault")])
+def test_a_signal_or_a_fault_ends_a_sweep_with_its_table(error, capsys):
+    def left():
+        raise error
+
+    sweep = Sweep()
+    sweep.run(["a=1"], lambda: None)
+    with pytest.raises(type(error)):
+        sweep.run(["a=2"], left)
+    assert "sweep: 1 of 2 done\n  a=1  done\n  a=2  " in capsys.readouterr().out

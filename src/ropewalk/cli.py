@@ -5,17 +5,27 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from select import POLLERR, poll
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_store import ConfigStore
-from hydra.errors import CompactHydraException
+from hydra.core.default_element import ResultDefault
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import CompactHydraException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,6 +36,8 @@ from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
 
 DRY_RUN = "--dry-run="
+# Mappings that a later file or an override replaces whole; Hydra would merge their entries.
+REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
 
 
 def register_schemas() -> None:
@@ -36,9 +48,47 @@ def register_schemas() -> None:
     """
     for name, resolver in {"choices": choices, **RESOLVERS}.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+    _replace_mappings()
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"schema_{name}", node=schema)
+
+
+def _replace_mappings() -> None:
+    """Have Hydra 1.3.8 replace the mappings of ``REPLACED``: by the last file that sets one, then by the overrides."""
+    compose, override = ConfigLoaderImpl._compose_config_from_defaults_list, ConfigLoaderImpl._apply_overrides_to_config
+    if compose.__module__ == __name__:
+        return
+
+    def compose_replacing(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        config = compose(self, defaults, repo)
+        for key in REPLACED:
+            loaded = (self._load_single_config(default, repo).config for default in reversed(defaults))
+            mappings = (OmegaConf.select(file, key) for file in loaded)
+            last = next((mapping for mapping in mappings if mapping is not None), None)
+            if last is not None:
+                OmegaConf.update(config, key, {}, merge=False)  # it keeps the type of its values
+                OmegaConf.update(config, key, last, force_add=True)
+        return config
+
+    def override_replacing(overrides: list[Override], config: DictConfig) -> None:
+        for change in overrides:
+            value = change.value()
+            if change.key_or_group in REPLACED and isinstance(value, dict) and not change.is_delete():
+                OmegaConf.update(config, change.key_or_group, {}, merge=False)
+                change.type = OverrideType.FORCE_ADD
+                if change.key_or_group.startswith("data."):  # shares, as floats: of {books: 1} OmegaConf refuses the 1
+                    change._value = _with_floats(value)
+            override([change], config)
+
+    ConfigLoaderImpl._compose_config_from_defaults_list = compose_replacing  # type: ignore[method-assign]
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(override_replacing)  # type: ignore[method-assign, assignment]
+
+
+def _with_floats(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {
+        k: _with_floats(v) if isinstance(v, Mapping) else float(v) if type(v) is int else v for k, v in mapping.items()
+    }
 
 
 def choices(*groups: str) -> str:
@@ -53,49 +103,91 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
 
     ``main`` gets the dataclass of ``SCHEMAS[config_name]``. With ``--dry-run=LEDGER`` among the arguments it is not
     called; ropewalk.cluster.dry_run checks the configuration and its paths instead. Else the paths that the command
-    reads are checked first, unless ``reads_inputs`` is false. A UserError, or anything wrong with the configuration
-    itself, ends the process with one line on stderr and exit code 2; every other exception keeps its traceback.
+    reads are checked first, unless ``reads_inputs`` is false. In a sweep (``-m``) each combination is named, a wrong
+    one is passed over, and a table of all of them is the end. Errors end the process as :func:`user_errors` says.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of Hydra's own printer
     takes_path = any(f.name == "model" and f.type == "ModelPath" for f in fields(SCHEMAS[config_name]))
-
     ledgers: list[str] = []
+    sweep = Sweep()
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+        def checked(composed: DictConfig) -> None:
+            config_object = to_object(composed)
+            validate_numbers(config_object)
+            if ledgers:
+                from ropewalk.cluster.dry_run import dry_run
+
+                dry_run(config_name, config_object, Path(ledgers[-1]))
+                return
+            if reads_inputs and config_name in COMMANDS:
+                check_requirements(config_name, config_object)
+            main(config_object)
+
         @wraps(main)
         def with_object(composed: DictConfig) -> None:
-            try:
-                config_object = to_object(composed)
-                validate_numbers(config_object)
-                if ledgers:
-                    from ropewalk.cluster.dry_run import dry_run
-
-                    dry_run(config_name, config_object, Path(ledgers[-1]))
+            with user_errors():  # here, so that Hydra adds no line of its own
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    sweep.run(HydraConfig.get().overrides.task, partial(checked, composed))
                 else:
-                    if reads_inputs and config_name in COMMANDS:
-                        check_requirements(config_name, config_object)
-                    main(config_object)
-            except UserError as error:  # here, so that Hydra adds no line of its own
-                sys.exit(_report(error))
+                    checked(composed)
 
         run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(with_object)
 
         @wraps(main)
         def command() -> None:
-            try:
+            with user_errors():
                 ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
                 sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
                 sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
                     sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
+                sweep.keys = check_grammar(sys.argv[1:])
                 run()
-            except (CompactHydraException, OmegaConfBaseException) as error:
-                sys.exit(_report(error))
+                sweep.end()
 
         return command
 
     return decorate
+
+
+class Sweep:
+    """The combinations of a sweep in this process, each by the overrides that vary, and how it went."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()  # that vary; none: every override is shown
+        self.rows: list[tuple[str, str]] = []
+
+    def run(self, overrides: Sequence[str], job: Callable[[], None]) -> None:
+        """Run one combination; one whose input is wrong, or that its guards end, is noted and passed over."""
+        varied = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.keys]
+        words = " ".join(varied or overrides)
+        _print_once(f"\nsweep {len(self.rows) + 1}: {words}")
+        try:
+            job()
+        except (UserError, FloatingPointError) as error:  # all ranks raise them alike, so all go on
+            _report(error)
+            self.rows.append((words, f"failed: {' '.join(str(error).split())}"))
+        except BaseException as error:  # a signal, or a fault of the program: the sweep ends here
+            self.rows.append((words, f"left with {error.code}" if isinstance(error, SystemExit) else repr(error)))
+            self._print()
+            raise
+        else:
+            self.rows.append((words, "done"))
+
+    def end(self) -> None:
+        """Print the table, if there was a sweep; exit code 2 if a combination has failed."""
+        if self.rows:
+            self._print()
+            if any(outcome != "done" for _, outcome in self.rows):
+                sys.exit(2)
+
+    def _print(self) -> None:
+        width = max(len(words) for words, _ in self.rows)
+        lines = [f"  {words:<{width}}  {outcome[:200]}" for words, outcome in self.rows]
+        done = sum(outcome == "done" for _, outcome in self.rows)
+        _print_once("\n".join(["", f"sweep: {done} of {len(self.rows)} done", *lines]))
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -111,13 +203,37 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End the process as :func:`entry` does where the user's input is wrong."""
+    """Exit codes and messages of a command.
+
+    A UserError, or anything wrong with the configuration itself, ends the process with one line on stderr and exit code
+    2, Ctrl-C with one line and 130, and an output that nobody reads any more (``| head``) without a word and 141. Every
+    other exception keeps its traceback.
+    """
     try:
         yield
-    except UserError as error:
+        _output_is_closed()
+    except (UserError, CompactHydraException, OmegaConfBaseException) as error:
         sys.exit(_report(error))
-    except (CompactHydraException, OmegaConfBaseException) as error:
-        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise  # of another pipe
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _output_is_closed() -> bool:
+    """True if stdout is a pipe whose reader has gone; what is still to be written to it then goes nowhere."""
+    output = poll()
+    try:
+        output.register(sys.stdout.fileno(), 0)
+    except ValueError:  # not a file, as in a notebook
+        return False
+    if not any(event & POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def run_command(commands: Mapping[str, Callable[[], None]], default: str | None = None) -> None:
@@ -192,11 +308,45 @@ def plain_argument(argument: str) -> str:
     return f"model.path{equals}{value}" if key == "model" else argument
 
 
+def check_grammar(arguments: Sequence[str]) -> set[str]:
+    """Check that Hydra can parse the overrides among the arguments; returns the keys that are swept.
+
+    Raises:
+        UserError: naming the first that it cannot, and the quoted form that it can.
+    """
+    parser, swept = OverridesParser.create(), set()
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-") or not equals:
+            continue
+        try:
+            if (override := parser.parse_override(argument)).is_sweep_override():
+                swept.add(override.key_or_group)
+        except HydraException as error:
+            is_list = value[:1] + value[-1:] == "[]"
+            items = value[1:-1].split(",") if is_list else [value]
+            quoted = ",".join('"' + item.strip().strip("\"'").replace('"', r"\"") + '"' for item in items)
+            fixed = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
+            try:
+                parser.parse_override(fixed)
+            except HydraException:
+                fix = "see https://hydra.cc/docs/advanced/override_grammar/basic"
+            else:
+                fix = f"write it as {shlex.quote(fixed)}"
+            raise UserError(f"Hydra cannot read {argument}, which has characters of its grammar; {fix}") from error
+    return swept
+
+
+def _print_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def _report(error: Exception) -> int:
     message = str(error)
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
-    if not isinstance(error, UserError):  # Hydra's own: without its search path, and with a way on
+    if isinstance(error, (CompactHydraException, OmegaConfBaseException)):  # without the search path, with a way on
         message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_fix(message)}"
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {' '.join(message.split())}", file=sys.stderr)

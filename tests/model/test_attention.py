@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import save_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 from ropewalk.model import attention
 from ropewalk.model.attention import Documents
@@ -39,6 +39,18 @@ def test_packed_equals_alone(tmp_path, model_type):
     gradients = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_mask_is_looked_for(tmp_path, monkeypatch):
+    """transformers would compare neighbouring positions on the device, and the CPU would wait for the answer."""
+
+    def never(*arguments):
+        raise AssertionError("a mask is being built")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", never)
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path), attn_implementation=attention.register())
+    ids, positions = packed_inputs(LENGTHS)
+    model(input_ids=ids, position_ids=positions, use_cache=False, documents=documents(LENGTHS))
 
 
 def test_isolation_is_what_the_test_above_would_miss():

@@ -41,6 +41,13 @@ ranks RECORD train.py "$@"; printf '%s\\n' "${line[@]}" """
     ]  # fmt: skip
 
 
+def test_gpus_are_bound_to_no_task():
+    """Each rank takes its own, and sees the others for NVLink, whatever SLURM_GPU_BIND a site sets."""
+    script = """ranks RECORD train.py; printf '%s\\n' "${line[@]}" """
+    assert "--gpu-bind=none" in shell(script, SLURM_GPUS_ON_NODE="8")
+    assert "--gpu-bind=none" not in shell(script)
+
+
 def test_what_runs_once_is_in_the_container_too():
     assert shell("container=(echo in); once python x 'a b'") == ["in python x a b"]
 

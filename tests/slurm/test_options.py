@@ -1,15 +1,19 @@
 """The cluster group as options of sbatch and of the hydra launcher."""
 
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from helpers import composed
+from helpers import alone_environment, composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from ropewalk.cli import composed as composed_of
 from ropewalk.cli import register_schemas
 from ropewalk.cluster.planner import make_plan
-from ropewalk.cluster.slurm.options import exports, minutes, sbatch_options
+from ropewalk.cluster.slurm.options import exports, minutes, preview_of, sbatch_options
 from ropewalk.config import CONFIG_DIR
 from ropewalk.config.groups import SlurmConfig
 
@@ -31,6 +35,14 @@ def test_sbatch_options():
         "--partition=gpu", "--account=me", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8",
         "--cpus-per-task=12", "--signal=B:USR1@240",
     ]  # fmt: skip
+
+
+def test_the_memory_of_a_node_can_be_limited():
+    """Else the script's --mem=0 stands: all of it, whatever the site's default for a CPU is."""
+    limited = sbatch_options(composed("sbatch", "cluster.slurm.mem=900G").cluster, nodes=None, lead_seconds=None)
+    assert "--mem=900G" in limited
+    for script in ("train_64k", "train_512k", "sft_64k", "sweep"):
+        assert "\n#SBATCH --mem=0\n" in (CONFIG_DIR.parent / "slurm" / f"{script}.sh").read_text()
 
 
 def test_a_cluster_without_counted_gpus_asks_for_none():
@@ -104,3 +116,30 @@ def test_a_lead_time_that_cannot_be_planned_is_told(capsys):
     asked = launcher("parallel.sequence=3")
     assert asked["signal_delay_s"] == 300
     assert "warning: the lead time is not planned but 300 s (parallel.sequence=3" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_job_shows_what_it_would_be(store_64):
+    """By the script itself: 100 of 5,000 steps on the nodes of its #SBATCH line, and the words that submit it."""
+    words = ["+experiment=cope20", "trainer.max_steps=100", f"data.store={store_64.root}", "data=packed",
+             "data.sequence_length=64", "cluster=a100_8", "run_name=lr 1"]  # fmt: skip
+    environment = {**alone_environment(), "DRY_RUN": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", "slurm/train_64k.sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *changes, plan, submit = done.stdout.splitlines()
+    assert first == "lr 1, into outputs/lr 1; what differs from configs/train.yaml:"
+    assert "  trainer.max_steps: 5000 -> 100" in changes
+    assert "  data.sequence_length: 65536 -> 64" in changes
+    assert plan.startswith("plan: lr 1 on 32 x a100_8 fits")
+    sbatch, *options = shlex.split(submit)
+    assert sbatch == "sbatch"
+    assert "--nodes=4" in options
+    assert "--gpus-per-node=8" in options
+    assert options[-len(words) - 1 :] == ["slurm/train_64k.sh", *words]
+
+
+def test_a_dry_run_names_an_input_that_is_missing():
+    lines, is_ready = preview_of("slurm/train_64k.sh", ["+experiment=cope20", "data.store=nowhere"], composed_of)
+    assert not is_ready
+    assert lines[-2].startswith("not ready: data.store=nowhere is not a directory; make one with")

@@ -8,11 +8,22 @@ from ast import literal_eval
 from contextlib import closing
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers import alone_environment
 
+from ropewalk.errors import UserError
 from ropewalk.training.checkpoint.save import SaveFailed
-from ropewalk.training.distributed import by_rank_zero, gather, join_launched, start_processes, together
+from ropewalk.training.distributed import (
+    by_rank_zero,
+    exact_products,
+    gather,
+    join_launched,
+    launched_world_size,
+    own_port,
+    start_processes,
+    together,
+)
 
 JOIN = """
 from ropewalk.runs.launch import take_place
@@ -53,6 +64,48 @@ def test_one_process_shares_with_nobody(monkeypatch) -> None:
     ranks = join_launched()
     assert (ranks.rank, ranks.world_size, gather("item")) == (0, 1, ["item"])
     assert [ranks.local_device(kind) for kind in ("cpu", "cuda", "auto")] == ["cpu", "cuda", "auto"]
+
+
+GIVEN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """``launched(**changes)``: the variables of rank 0 of two, less those that are None."""
+
+    def set_variables(**changes):
+        for name, value in {**GIVEN, **changes}.items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"MASTER_PORT": None}, "RANK is set without MASTER_PORT; set all five, or unset RANK"),
+    ({"LOCAL_RANK": None, "MASTER_ADDR": None}, "RANK is set without LOCAL_RANK, MASTER_ADDR"),
+    ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+])  # fmt: skip
+def test_variables_that_contradict_each_other_are_refused(launched, changes, message):
+    launched(**changes)
+    with pytest.raises(UserError, match=message):
+        launched_world_size()
+
+
+def test_what_an_earlier_launcher_has_left_is_passed_over(launched):
+    """Without RANK there is one process, whatever WORLD_SIZE says; it does not wait for others."""
+    launched(RANK=None)
+    assert launched_world_size() == 1
+    assert join_launched().world_size == 1
+
+
+def test_a_port_that_is_taken_is_named(launched):
+    """The store that torch opens on rank 0; a process that has joined a group already opens no other."""
+    with closing(socket.create_server(("0.0.0.0", 0))) as taken:
+        port = taken.getsockname()[1]
+        launched(MASTER_PORT=str(port))
+        with pytest.raises(UserError, match=f"MASTER_PORT={port} is used by another process of this node"), own_port():
+            dist.TCPStore("127.0.0.1", port, 2, is_master=True)
 
 
 FAULTS = """
@@ -108,3 +161,37 @@ def test_one_rank_in_a_group_of_its_own():
         together(json.loads, "")
     with pytest.raises(SaveFailed, match=r"^rank 0: .*No such file"):
         together(open, "/nowhere/at/all", failure=SaveFailed)
+
+
+ENDING = """
+import atexit, sys, time
+import torch.distributed as dist
+from ropewalk.training.distributed import end_processes
+
+dist.is_initialized = lambda: True
+dist.destroy_process_group = lambda: (print("destroyed", flush=True), time.sleep(float(sys.argv[1])))
+atexit.register(end_processes)
+print("a line that was not flushed", end="")
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "sleep", "code", "output", "error"), [
+    ("raise MemoryError('no room')", 600, 1, "a line that was not flushed", "MemoryError: no room"),
+    ("sys.exit(75)", 0, 75, "a line that was not flusheddestroyed\n", ""),
+])  # fmt: skip
+def test_a_rank_that_raises_does_not_wait_for_the_others(end, sleep, code, output, error):
+    """Destroying a group with collectives in flight waits for peers that do not come; an orderly end still does it."""
+    program = ENDING.replace("{end}", end)
+    done = subprocess.run([sys.executable, "-c", program, str(sleep)], capture_output=True, text=True, check=False,
+                          timeout=100, env=alone_environment())  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, output)
+    assert done.stderr.rstrip().endswith(error)
+
+
+def test_an_images_rounding_is_undone():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    exact_products()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
 from ropewalk.training.distributed import start_processes
-from ropewalk.training.engine import parameter_groups, start_engine, zero_config
+from ropewalk.training.engine import parameter_groups, restore_settings, start_engine, zero_config
 from ropewalk.training.inputs import micro_batches
 
 HERE = Path(__file__).parent
@@ -204,3 +205,23 @@ def test_weight_decay_goes_by_the_whole_shape():
     assert decayed["weight_decay"] == 0.1
     assert [id(p) for p in undecayed["params"]] == [id(norm)]
     assert undecayed["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(("offload", "device", "fused"), [(False, "meta", True), (True, "cpu", False)])
+def test_a_loaded_state_is_put_where_adamw_looks_for_it(offload, device, fused):
+    """As a universal load leaves it: one step count on the CPU for both groups, and the saving run's settings.
+
+    ``meta`` stands for the GPU that holds the parameters; a fused AdamW refuses a step count on another device.
+    """
+    config = composed("train", "+experiment=cope20", f"deepspeed.offload_optimizer={str(offload).lower()}")
+    parameters = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], fused=not fused, betas=(0.1, 0.2))
+    shared = torch.tensor(7.0)
+    for parameter in parameters:
+        optimizer.state[parameter]["step"] = shared
+    restore_settings(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer, **vars(optimizer))), config)
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    assert [step.device.type for step in steps] == [device] * 2
+    assert steps[0] is not steps[1]
+    assert [group["fused"] for group in optimizer.param_groups] == [fused] * 2
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 2

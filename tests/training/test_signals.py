@@ -34,7 +34,15 @@ def straight(store_64, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, (0, 1)), (signal.SIGUSR1, (1,)), (signal.SIGUSR2, (0,))])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGTERM, (0, 1)),
+        (signal.SIGUSR1, (1,)),
+        (signal.SIGUSR2, (0,)),
+        (signal.SIGINT, (0, 1)),
+    ],
+)
 def test_a_signal_saves_and_asks_for_a_requeue(store_64, tmp_path, straight, number, told):
     """Also where one rank alone has been told: the others agree."""
     arguments = tiny_arguments(store_64, tmp_path, *SIZE)

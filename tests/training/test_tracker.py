@@ -2,18 +2,30 @@
 
 import json
 import secrets
+import socket
 import subprocess
 import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 from helpers import alone_environment, tiny_run
 from wandb_server import wandb_server
 
 from ropewalk.config.train import TrackerConfig
+from ropewalk.errors import UserError
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.tracker import ForgivingTracker, NoTracker, open_tracker
+from ropewalk.training.tracker import (
+    REACHABLE_WITHIN,
+    ForgivingTracker,
+    NoTracker,
+    check_tracker,
+    open_tracker,
+    wandb_mode,
+)
 
 
 def records(run_dir):
@@ -138,6 +150,7 @@ ROW = {"step": 1, "tokens": 64, "loss": 2.0}
 
 
 class Broken:
+    place = "nowhere"
     run_id = "abc"
     calls = 0
 
@@ -214,3 +227,87 @@ def test_a_key_on_the_command_line_reaches_no_tracker(store_64, tmp_path, monkey
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"plain_word=kept" in written
     assert key.encode() not in written
+
+
+class _Answers(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.server.urls.append(self.path)
+        self.send_error(404)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A server on this machine that knows no page; ``urls`` are those that it was asked for."""
+    with HTTPServer(("127.0.0.1", 0), _Answers) as server:
+        server.urls = []
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def with_key(monkeypatch):
+    """``with_key(url)``: a key, and W&B's server at a URL; nothing else of the environment's."""
+
+    def set_variables(url):
+        import wandb
+
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        for name in ("WANDB_MODE", "http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        wandb.teardown()  # it keeps the settings of its first use
+
+    yield set_variables
+    import wandb
+
+    wandb.teardown()
+
+
+def test_a_server_that_answers_is_used(server, with_key):
+    """Whatever it answers, at WANDB_BASE_URL."""
+    with_key(f"http://127.0.0.1:{server.server_port}")
+    assert wandb_mode() is None
+    assert len(server.urls) == 1
+
+
+def test_without_a_network_wandb_writes_offline_at_once(with_key, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with_key(url)
+        start = time.monotonic()
+        assert wandb_mode() == "offline"
+        assert time.monotonic() - start < REACHABLE_WITHIN + 2
+    assert capsys.readouterr().out == f"warning: {url} does not answer in 5 s, so W&B writes offline\n"
+
+
+def test_the_way_to_the_server_may_be_a_proxy(server, with_key, monkeypatch):
+    with_key("http://wandb.invalid")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+    assert wandb_mode() is None
+    assert server.urls == ["http://wandb.invalid"]
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match=r"tracker=trackio needs .*; pip install 'ropewalk\[trackio\]', or set"):
+        check_tracker(TrackerConfig(name="trackio"))
+    check_tracker(TrackerConfig(name="none"))
+
+
+def test_a_note_of_the_run_that_is_empty_costs_nothing(tmp_path, monkeypatch, capsys):
+    """A crash has left tracker.json without its content; the checkpoint has the id, too."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    RunDirectory(tmp_path).tracker.touch()
+    tracker = open_tracker(TrackerConfig(name="wandb"), "run", tmp_path, {}, "abcd1234")
+    tracker.finish()
+    assert tracker.run_id == "abcd1234"
+    assert json.loads(RunDirectory(tmp_path).tracker.read_text()) == {"wandb_id": "abcd1234"}
+    assert f"warning: {tmp_path}/tracker.json is not what was written" in capsys.readouterr().out
+    assert (
+        tracker.place == f"W&B offline, in {tmp_path}/wandb; upload it with: wandb sync {tmp_path}/wandb/offline-run-*"
+    )

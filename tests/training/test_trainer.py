@@ -21,6 +21,7 @@ from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope.position import position_of
 from ropewalk.runs.launch import EXIT_REQUEUE
 from ropewalk.runs.metrics_file import read_metrics
+from ropewalk.runs.record import recorded_config
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint import resume
 from ropewalk.training.checkpoint.save import load_checkpoint
@@ -317,3 +318,38 @@ def test_cosine_is_half_way_down_in_the_middle_and_at_the_floor_at_the_end():
 
 def test_one_step_run():
     assert learning_rate(0, TrainerConfig(max_steps=1, learning_rate=1.0, global_batch_size=1)) == 1.0
+
+
+def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_256, tmp_path, capsys):
+    """Shares of weights 3 and 1; the learning rate alone differs from the baseline's record."""
+    more = [
+        "trainer.max_steps=2",
+        "data.mixture={long: 3, short: 1}",
+        "rope=cope10",
+        "rope.chain=[{method: cope, clip: 2}]",
+    ]
+    baseline, run_dir = tmp_path / "base", tmp_path / "run"
+    train(tiny_run(store_256, baseline, *more, "trainer.stop_after=1", f"baseline={run_dir}"))
+    first = capsys.readouterr().out.splitlines()
+    assert f"  baseline  {run_dir}: has no record yet" in first
+    assert first[-1] == f"{baseline} is at step 1 of 2; the same command goes on"
+    train(tiny_run(store_256, run_dir, *more, f"baseline={baseline}", "trainer.learning_rate=1e-3", "tracker.group=x"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("  ")] == [
+        "  chain     cope(clip=2)", "  base      random weights", f"  data      store {store_256.root}",
+        "  shares    long 75.0%, short 25.0%",
+        f"  baseline  {baseline}: trainer.learning_rate 0.003 -> 0.001", "  tracker   none",
+    ]  # fmt: skip
+    assert lines[-2:] == [
+        f"finished: {run_dir}, step-00000002",
+        f"next: python scripts/evaluate.py checkpoint={run_dir} output={run_dir}/evaluation "
+        "documents=DIRECTORY_OF_TEXTS 'lengths=[256]' device=cpu dtype=float32",
+    ]
+    train(tiny_run(store_256, run_dir, *more, f"baseline={baseline}", "trainer.learning_rate=1e-3", "tracker.group=x"))
+    assert capsys.readouterr().out.splitlines()[-2:] == lines[-2:]
+
+
+def test_the_record_of_a_cpu_run_names_no_gpu_cluster(store_64, tmp_path):
+    config = tiny_run(store_64, tmp_path, "cluster=h100_8")
+    assert recorded_config(config)["cluster"]["name"] == "cpu"
+    assert recorded_config(composed("train", "+experiment=cope20"))["cluster"]["name"] == "h100_8"

@@ -56,6 +56,7 @@ class SlurmConfig:
     nodes: int = 1  # of a job of hydra/launcher=slurm
     time: str = "48:00:00"  # of a job of hydra/launcher=slurm; quoted, as YAML makes a number of 24:00:00
     cpus_per_gpu: int = 12
+    mem: str | None = None  # of a node, as sbatch takes it; null: as the script says (0: all that the node has)
     gpu_request: bool = True  # false where nodes have GPUs, or none, that SLURM does not count
     scratch: str = "/tmp"  # on each node's own disk; each job makes a directory below it and removes it
     environment: dict[str, str] = field(default_factory=dict)  # exported before the ranks start: NCCL and the like

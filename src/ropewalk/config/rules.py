@@ -20,6 +20,7 @@ from ropewalk.config.train import (
     InTrainingConfig,
     ModelConfig,
     PlanConfig,
+    TrackerConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -126,7 +127,9 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         raise UserError(
             f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"
         )
-    one_of("tracker.name", config.tracker.name, ("wandb", "trackio", "none"))
+    if not config.run_name.strip(" ./"):
+        raise UserError(f"run_name={config.run_name!r} names no directory below {config.paths.output_dir}; give a name")
+    _validate_tracker(config.tracker)
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
     batching(config, world_size)
     one_of("guards.spike_action", config.guards.spike_action, ("skip", "stop"))
@@ -154,6 +157,20 @@ def _validate_stores(data: DataConfig) -> None:
             )
     if "" in data.stores or any("/" in name for name in data.stores):
         raise UserError(f"data.stores has the names {list(data.stores)}; give each one that is not empty and has no /")
+
+
+def _validate_tracker(tracker: TrackerConfig) -> None:
+    one_of("tracker.name", tracker.name, ("wandb", "trackio", "none"))
+    if tracker.name != "wandb":
+        return
+    for tag in tracker.tags:
+        if not 1 <= len(tag) <= 64:
+            raise UserError(f"tracker.tags has {tag!r} of {len(tag)} letters; W&B takes 1 to 64")
+    bad = sorted(set(tracker.project) & set("/\\#?%:"))
+    if bad or not 1 <= len(tracker.project) <= 128:
+        raise UserError(
+            f"tracker.project={tracker.project!r} is not a name that W&B takes: 1 to 128 letters, none of / \\ # ? % :"
+        )
 
 
 def is_remote(where: str) -> bool:
@@ -270,5 +287,17 @@ def validate_device(name: str, device: str) -> None:
 
     if device in ("cuda", "auto") and not torch.cuda.is_available():
         raise UserError(
-            f"{name}={device}, but torch {torch.__version__} sees no CUDA device; set {name}=cpu or run on a GPU node"
+            f"{name}={device}, but torch {torch.__version__} sees no CUDA device ({cuda_problem()}); set {name}=cpu, "
+            "run on a GPU node, or install the torch that fits its driver (docs/quickstart.md)"
         )
+
+
+def cuda_problem() -> str:
+    """Why torch has no CUDA device, in CUDA's own words. Imports torch."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).rstrip(".")
+    return "no GPU is visible"

@@ -173,6 +173,7 @@ class TrainConfig:
     evaluation: InTrainingConfig = field(default_factory=InTrainingConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
+    baseline: str | None = None  # run directory that it is compared with; its first lines say what differs
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

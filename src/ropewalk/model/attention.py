@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "ropewalk_documents"
 
@@ -159,7 +158,10 @@ def attention_kernel(device: str) -> str:
 
 
 def register() -> str:
-    """Make the function known to transformers; returns the name for ``attn_implementation``."""
+    """Make the function known to transformers; returns the name for ``attn_implementation``.
+
+    No mask function is registered with it: transformers would look for packed documents in every forward pass to build
+    its mask, for which the CPU waits for a GPU, and the documents are an argument here.
+    """
     AttentionInterface.register(NAME, document_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     return NAME

@@ -21,7 +21,7 @@ WITHOUT_EFFECT = {
     "trainer.checkpoint_every", "trainer.keep_last", "trainer.keep_every", "trainer.stop_after",
     "trainer.stop_before", "trainer.profile_steps", "trainer.peak_flops",
 }  # fmt: skip
-GROUPS_WITHOUT_EFFECT = ("tracker.", "paths.", "resume.", "cluster.", "evaluation.")
+GROUPS_WITHOUT_EFFECT = ("baseline", "tracker.", "paths.", "resume.", "cluster.", "evaluation.")
 Quantity = Callable[[Run], float | None]  # of a run; None where it was not measured
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -30,6 +30,10 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "liger-kernel",
+    "triton",
 )
 # Variables that change what a job does. Everything else stays out: keys and tokens live in the environment.
 RECORDED = re.compile(
@@ -103,7 +107,40 @@ def recorded_config(config: Any) -> dict[str, Any]:
     content = asdict(config)
     environment = content.get("cluster", {}).get("slurm", {}).get("environment", {})
     environment.update({name: MASKED for name in environment if SECRET.search(name)})
+    device = content.get("trainer", {}).get("device")
+    if device is not None and device != content["cluster"]["device"]:  # not the nodes of the group
+        content["cluster"] = {**content["cluster"], "name": device, "device": device}
     return content
+
+
+# Keys, by their beginning, that name and locate a run, or set how often it is logged, saved or evaluated.
+WITHOUT_EFFECT = (
+    "run_name", "run_dir", "baseline", "data.verify", "data.cache_", "trainer.log_every", "trainer.checkpoint_every",
+    "trainer.keep_", "trainer.stop_", "trainer.profile_steps", "trainer.peak_flops", "tracker.", "paths.", "resume.",
+    "cluster.", "evaluation.",
+)  # fmt: skip
+
+
+def recorded_at(run_dir: str | Path) -> dict[str, Any] | None:
+    """The configuration that a run has recorded; None: it has no record yet."""
+    path = RunDirectory(Path(run_dir)).config
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))) if path.is_file() else None
+
+
+def differences(config: Any, baseline: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a configuration differs from another one as recorded, with the other's value and its own.
+
+    Keys of WITHOUT_EFFECT are left out.
+    """
+    own, other = _flat(recorded_config(config)), _flat(baseline)
+    keys = sorted(key for key in {**other, **own} if not key.startswith(WITHOUT_EFFECT))
+    return {key: (other.get(key), own.get(key)) for key in keys if other.get(key) != own.get(key)}
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not (isinstance(content, dict) and content):
+        return {prefix.removesuffix("."): content}
+    return {key: value for name, part in content.items() for key, value in _flat(part, f"{prefix}{name}.").items()}
 
 
 def recorded_arguments(arguments: Sequence[str]) -> list[str]:

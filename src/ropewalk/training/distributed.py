@@ -10,10 +10,11 @@ import atexit
 import ctypes
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -28,6 +29,7 @@ from ropewalk.runs.launch import take_place
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
 CPU = torch.device("cpu")
+LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # beside RANK, as torchrun sets them
 T = TypeVar("T")
 
 
@@ -79,7 +81,9 @@ class Ranks:
             raise UserError("device=auto spreads one model over all GPUs; start one process, without torchrun")
         if kind != "cuda" or self.world_size == 1:
             return kind
-        return f"cuda:{self.rank % torch.cuda.device_count()}"
+        device = f"cuda:{self.rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)  # else each process opens a second context on GPU 0
+        return device
 
 
 def launched_world_size() -> int:
@@ -90,9 +94,20 @@ def launched_world_size() -> int:
             each would be a run of its own in the same directory.
     """
     take_place()
-    if "RANK" in os.environ and not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        raise UserError("RANK is set without LOCAL_RANK, WORLD_SIZE or MASTER_ADDR; set all four, or none")
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:  # what an earlier launcher has left of the others says nothing
+        for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        return 1
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set without {', '.join(missing)}; set all five, or unset RANK to train alone")
+    for name in LAUNCHED[:-1]:
+        if name != "MASTER_ADDR" and not os.environ[name].isdigit():
+            raise UserError(f"{name}={os.environ[name]} is not a number; start by torchrun or srun, or unset RANK")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; start by torchrun or srun, or unset RANK")
+    return world_size
 
 
 def join_launched(timeout: timedelta | None = None) -> Ranks:
@@ -103,10 +118,12 @@ def join_launched(timeout: timedelta | None = None) -> Ranks:
     Args:
         timeout: of a collective; None: torch's default for gloo, half an hour.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    exact_products()
+    if launched_world_size() == 1:
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timeout)
+        with own_port():
+            dist.init_process_group("gloo", timeout=timeout)
         atexit.register(end_processes)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
@@ -119,6 +136,7 @@ def start_processes(device: str, sequence: int = 1) -> Ranks:
         sequence: neighbouring ranks that share a row of tokens.
     """
     deepspeed = import_deepspeed(device)
+    exact_products()
     if not dist.is_initialized():
         _join(deepspeed, device)
     own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else CPU
@@ -138,8 +156,23 @@ def _join(deepspeed: Any, device: str) -> None:
         os.environ.update(alone)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    with own_port():
+        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     atexit.register(end_processes)
+
+
+@contextmanager
+def own_port() -> Iterator[None]:
+    """Turn a MASTER_PORT that another process has into a UserError."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is used by another process of this node; set another one, or "
+            "start by torchrun --standalone, which finds a free one"
+        ) from error
 
 
 def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
@@ -172,6 +205,9 @@ def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
 def end_processes() -> None:
     """Leave the process group and let its threads come to rest; called at exit.
 
+    After an uncaught exception the process ends at once instead: this rank may have collectives in flight that no other
+    will complete, and destroying an NCCL group waits for them, which holds all GPUs until the others give up.
+
     A gloo thread lets go of a collective's tensors a moment after the collective is done, and takes the interpreter's
     lock for that. If the interpreter is ending by then, Python ends the thread inside a C++ destructor and the process
     aborts with "terminate called without an active exception". Destroying the group would join the threads, but
@@ -179,8 +215,20 @@ def end_processes() -> None:
     again.
     """
     if dist.is_initialized():
+        if hasattr(sys, "last_value"):  # of an exception that nobody has caught; not of SystemExit
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()
+            os._exit(1)
         dist.destroy_process_group()
     time.sleep(GLOO_THREADS_REST)
+
+
+def exact_products() -> None:
+    """Undo an image's settings that round matrix products on a GPU: TF32 for fp32, bf16 sums of split bf16 ones."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def import_deepspeed(device: str) -> Any:
@@ -189,6 +237,8 @@ def import_deepspeed(device: str) -> Any:
     On CPU the first init would build the shared-memory collective, for minutes; only inference calls it.
     """
     os.environ.setdefault("DS_ACCELERATOR", device)
+    if device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # rows differ in what they allocate
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # DeepSpeed 0.19 calls torch.distributed names that torch 2.13 deprecates, twice a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed

@@ -123,12 +123,17 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
         lr=trainer.learning_rate,
         betas=(trainer.adam_beta1, trainer.adam_beta2),
         eps=trainer.adam_eps,
-        fused=trainer.device == "cuda" and not config.deepspeed.offload_optimizer,
+        fused=is_fused(config),
     )
     mpu, _ = sequence_groups(ranks.sequence)
     engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings, mpu=mpu)
     place_spectrum(engine)
     return engine
+
+
+def is_fused(config: TrainConfig) -> bool:
+    """True if AdamW runs as one kernel: on a GPU that holds its states."""
+    return config.trainer.device == "cuda" and not config.deepspeed.offload_optimizer
 
 
 def averaging_ranks(engine: Any, ranks: Ranks) -> int:
@@ -139,12 +144,24 @@ def averaging_ranks(engine: Any, ranks: Ranks) -> int:
     return ranks.world_size if engine.zero_optimization_stage() == 3 else ranks.data_size
 
 
-def restore_settings(engine: Any, trainer: TrainerConfig) -> None:
-    """Put the run's own optimizer settings back; loading a state brings the saved run's along."""
+def restore_settings(engine: Any, config: TrainConfig) -> None:
+    """Put the run's own optimizer settings back, as loading a state brings the saved run's along.
+
+    Each step count becomes a tensor of its own where AdamW looks for it: beside the parameter if it is fused, else on
+    the CPU. DeepSpeed 0.19.8 loads a universal checkpoint with one for all on the CPU, which a fused AdamW refuses on a
+    GPU, and which any AdamW advances once for each parameter group: the bias correction is then off, and the second
+    loss after such a load by 1e-4 of itself.
+    """
+    trainer, fused = config.trainer, is_fused(config)
     for group, decay in zip(engine.optimizer.param_groups, (trainer.weight_decay, 0.0), strict=True):
         group["betas"] = (trainer.adam_beta1, trainer.adam_beta2)
         group["eps"] = trainer.adam_eps
         group["weight_decay"] = decay
+        group["fused"], group["foreach"] = fused, None
+    for parameter, state in engine.optimizer.optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            device = parameter.device if fused else torch.device("cpu")
+            state["step"] = state["step"].to(device, torch.float32, copy=True)
 
 
 def place_spectrum(engine: Any) -> None:

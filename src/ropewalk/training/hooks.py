@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ropewalk.runs.launch import release_warnings
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 1 << 10  # beyond every signal number
 BURST = 1.0  # seconds; SLURM ends a job with two SIGTERMs (13 ms apart in 22.05), which are one wish
 
@@ -83,7 +83,7 @@ class StopRequested(Exception):
 
 
 class StopFlag(Hook):
-    """SIGTERM, SIGUSR1, SIGUSR2 and ``trainer.stop_before``, as one flag that all ranks share.
+    """Ctrl-C (SIGINT), SIGTERM, SIGUSR1, SIGUSR2 and ``trainer.stop_before``, as one flag that all ranks share.
 
     The same signal a second time ends the process at once with 128 + its number; SIGTERM after a warning (SIGUSR1) is
     the end that was announced, and what is being saved may still be in time. Python runs a handler only between two

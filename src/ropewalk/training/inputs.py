@@ -22,6 +22,7 @@ from ropewalk.model.load import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint.start import StartCheckpoint, find_start
 from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
+from ropewalk.training.tracker import check_tracker
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     """
     validate_device("trainer.device", config.trainer.device)
     validate_train(config, launched_world_size())
+    check_tracker(config.tracker)
     store, mixture = open_data(config)
     ranks = start_processes(config.trainer.device, config.parallel.sequence)
     start = find_start(config)

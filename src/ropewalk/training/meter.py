@@ -20,6 +20,9 @@ from ropewalk.data.order.batches import IGNORE_INDEX, Batch, micro_batch_slots
 from ropewalk.flops import causal_pairs, sequence_flops
 from ropewalk.training.inputs import queued
 
+# Since the session began; on the CPU the first alone. Reserved: what the allocator holds, so what runs out; a retry
+# frees what is cached and allocates again.
+MEMORY = ("peak_memory_bytes", "peak_reserved_bytes", "allocation_retries")
 FIRST_EDGE = 16  # tokens of context in the first bucket of positions
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 BETWEEN_STEPS = ("data", "checkpoint", "evaluation")  # waits of the CPU, timed by its clock
@@ -59,7 +62,7 @@ class Meter:
         self._sum = torch.zeros(2, self._cells, dtype=torch.float64)  # all ranks, since the last row
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, Any, Any]] = []
-        self.peak_memory = 0.0  # bytes, of the rank that has most
+        self.memory: dict[str, float] = {}  # by MEMORY, of the rank that has most
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -108,21 +111,24 @@ class Meter:
         Args:
             total: float64 scalar, the loss that this rank has summed, nats.
         """
-        memory = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-        memory[dist.get_rank()] = self._memory()
-        message = torch.cat([total[None], self._tally.flatten(), memory.to(self.device)])
+        memory = torch.zeros(dist.get_world_size(), len(MEMORY), dtype=torch.float64)
+        memory[dist.get_rank()] = torch.tensor(self._memory())
+        message = torch.cat([total[None], self._tally.flatten(), memory.to(self.device).flatten()])
         dist.all_reduce(message)
         message = message.cpu()
         if torch.isfinite(message[0]):  # one nan would hide all other steps
             self._sum += message[1 : 1 + 2 * self._cells].view(2, self._cells)
         self._tally.zero_()
-        self.peak_memory = float(message[1 + 2 * self._cells :].max())
+        largest = message[1 + 2 * self._cells :].view(-1, len(MEMORY)).max(0).values.tolist()
+        self.memory = dict(zip(MEMORY if self.device.type == "cuda" else MEMORY[:1], largest, strict=False))
         return float(message[0])
 
-    def _memory(self) -> float:
-        if self.device.type == "cuda":
-            return float(torch.cuda.max_memory_allocated(self.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    def _memory(self) -> list[float]:
+        if self.device.type != "cuda":
+            return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, 0.0, 0.0]
+        stats = torch.cuda.memory_stats(self.device)
+        names = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries")
+        return [float(stats[name]) for name in names]
 
     def row(self, steps: int) -> dict[str, float]:
         """Entries of a row of metrics, from everything since the last row; begins anew.
@@ -140,7 +146,7 @@ class Meter:
             row |= {f"loss/domain/{name}": loss / count, f"tokens/domain/{name}": count} if count else {}
         for edge, loss, count in zip(self.edges, nats.sum(0).tolist(), tokens.sum(0).tolist(), strict=True):
             row |= {f"loss/position/{edge}": loss / count} if count else {}
-        row["peak_memory_bytes"] = self.peak_memory
+        row |= self.memory
         self._sum.zero_()
         self._seconds.clear()
         self._events.clear()

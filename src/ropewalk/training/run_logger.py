@@ -11,12 +11,15 @@ from statistics import mean
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from ropewalk.config.rules import batching
+from ropewalk.config.train import TrainConfig
 from ropewalk.model.attention import attention_kernel
 from ropewalk.model.load import count_parameters
 from ropewalk.runs.directory import RunDirectory, writing
 from ropewalk.runs.metrics_file import MetricsFile
-from ropewalk.runs.record import copy_tokenizer, recorded_config, write_record
+from ropewalk.runs.record import copy_tokenizer, differences, recorded_at, recorded_config, write_record
 from ropewalk.training.checkpoint.resume import ResumePoint
 from ropewalk.training.distributed import by_rank_zero, log, log_once
 from ropewalk.training.hooks import Hook, Step
@@ -53,6 +56,8 @@ class RunLogger(Hook):
         model = {
             "parameters": count_parameters(inputs.model_config),
             "attention": attention_kernel(config.trainer.device),
+            "cuda": torch.version.cuda,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,6 +75,8 @@ class RunLogger(Hook):
             f"{config.run_name}: {inputs.position}, {model['parameters']:,} parameters, "
             f"{self.tokens_per_step:,} tokens a step, {where}"
         )
+        for name, words in {**_made_of(inputs), "tracker": self.tracker.place}.items():
+            log_once(f"  {name:<9} {words}")
 
     def __enter__(self) -> Self:
         """Start the clock of the first step, now that there is an engine."""
@@ -175,6 +182,47 @@ class Progress:
             f"step {row['step']:>5}/{self.max_steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  "
             f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:>7,.0f} tok/s  ETA {minutes}:{seconds:02d}"
         )
+
+
+def _made_of(inputs: RunInputs) -> dict[str, str]:
+    """The lines of a run's beginning: the chain, the weights, the data, and the difference to its baseline."""
+    config, start, mixture = inputs.config, inputs.start, inputs.mixture
+    weights = config.model.path or "random weights"
+    stores = {name or "store": str(store.root) for name, store in mixture.store.stores.items()}
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in mixture.weights.items())
+    changes = "".join(f"; from step {step}: {mapping}" for step, mapping in config.data.curriculum.items())
+    lines = {
+        "chain": str(inputs.position.chain),
+        "base": weights if start is None else f"{start.checkpoint} (step {start.step})",
+        "data": ", ".join(f"{name} {path}" for name, path in stores.items()),
+        "shares": shares + changes,
+    }
+    if config.baseline is not None:
+        other = recorded_at(config.baseline)
+        changed = {} if other is None else differences(config, other)
+        words = "; ".join(f"{key} {theirs} -> {own}" for key, (theirs, own) in changed.items())
+        words = words or ("no difference" if other else "has no record yet")
+        lines["baseline"] = f"{config.baseline}: {words}"
+    return lines
+
+
+def closing_lines(config: TrainConfig, step: int) -> list[str]:
+    """The lines after the last step: where the result lies, and the command that comes next."""
+    run_dir = config.run_dir
+    if step < config.trainer.max_steps:
+        return [f"{run_dir} is at step {step} of {config.trainer.max_steps}; the same command goes on"]
+    newest = RunDirectory(Path(run_dir)).newest_checkpoint()
+    result = f"finished: {run_dir}" + (f", {newest.name}" if newest else ", without a checkpoint")
+    if newest is None:
+        return [result]
+    heldout = Path(config.data.store).parent / "heldout"
+    documents = config.evaluation.documents or (heldout if heldout.is_dir() else "DIRECTORY_OF_TEXTS")
+    device = " device=cpu dtype=float32" if config.trainer.device == "cpu" else ""
+    return [
+        result,
+        f"next: python scripts/evaluate.py checkpoint={run_dir} output={run_dir}/evaluation documents={documents} "
+        f"'lengths=[{config.data.sequence_length}]'{device}",
+    ]
 
 
 def _finite(value: float) -> float | None:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 from collections.abc import Callable
+from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, Protocol
+from urllib.error import HTTPError
+from urllib.request import Request, build_opener
 
 from ropewalk.config.train import TrackerConfig
+from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.record import recorded_arguments
 from ropewalk.training.distributed import log
+
+REACHABLE_WITHIN = 5.0  # seconds
 
 
 class Tracker(Protocol):
     """A dashboard that takes rows of metrics."""
 
     run_id: str | None  # by which a resumed run goes on in the same one
+    place: str  # where one looks at it
 
     def log(self, metrics: dict[str, Any], group: str = "train") -> None:
         """One row, its keys put under ``group``; "step" and "tokens" are among them."""
@@ -33,6 +43,7 @@ class NoTracker:
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id  # kept for a session that can track again
+        self.place = "none"
 
     def log(self, metrics: dict[str, Any], group: str = "train") -> None:
         """Do nothing."""
@@ -53,8 +64,7 @@ class WandbTracker:
         import wandb
 
         stored = RunDirectory(run_dir).tracker
-        known = json.loads(stored.read_text())["wandb_id"] if stored.exists() else saved_id
-        self.run_id = known or secrets.token_hex(4)
+        self.run_id: str | None = _stored_id(stored) or saved_id or secrets.token_hex(4)
         write_atomically(stored, json.dumps({"wandb_id": self.run_id}) + "\n")
         self.run = wandb.init(
             project=config.project,
@@ -68,6 +78,8 @@ class WandbTracker:
             mode=wandb_mode(),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        offline = f"offline, in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/offline-run-*"
+        self.place = f"W&B {self.run.url or offline}"
         self.run.define_metric("tokens")
         for group in ("train/*", "eval/*"):
             self.run.define_metric(group, step_metric="tokens")
@@ -92,6 +104,8 @@ class TrackioTracker:
         import trackio
 
         self.run_id: str | None = run_name
+        directory = os.environ.get("TRACKIO_DIR", "~/.cache/huggingface/trackio")
+        self.place = f"trackio, in {directory}; look at it with: trackio show --project {config.project}"
         self.run = trackio.init(
             config.project,
             name=run_name,
@@ -119,7 +133,7 @@ class ForgivingTracker:
     """
 
     def __init__(self, tracker: Tracker) -> None:
-        self.tracker, self.run_id, self.failed = tracker, tracker.run_id, False
+        self.tracker, self.run_id, self.place, self.failed = tracker, tracker.run_id, tracker.place, False
 
     def log(self, metrics: dict[str, Any], group: str = "train") -> None:
         """Log a row, or nothing after a failure."""
@@ -144,14 +158,62 @@ def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
     return {**named, "tokens": metrics["tokens"]}
 
 
+def _stored_id(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text())["wandb_id"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log(f"warning: {path} is not what was written ({error}); the newest checkpoint's id is taken, or a new one")
+        return None
+
+
+def check_tracker(config: TrackerConfig) -> None:
+    """Check that the tracker's package is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.name != "none" and find_spec(config.name) is None:
+        raise UserError(
+            f"tracker={config.name} needs a package that is not installed; pip install 'ropewalk[{config.name}]', or "
+            "set tracker=none (metrics.jsonl is always written)"
+        )
+
+
 def wandb_mode() -> Literal["offline"] | None:
-    """Offline without a key; None leaves the user's own WANDB_MODE, or online, as it is."""
+    """Offline without a key or a way to the server; None leaves the user's own WANDB_MODE, or online, as it is."""
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
     settings = wandb.setup().settings  # WANDB_API_KEY and WANDB_MODE among them
-    has_key = settings.api_key or read_netrc_auth(host=settings.base_url)
-    return None if has_key or settings.mode != "online" else "offline"
+    if settings.mode != "online":
+        return None
+    if not (settings.api_key or read_netrc_auth(host=settings.base_url)):
+        return "offline"
+    if not _answers(settings.base_url):
+        log(f"warning: {settings.base_url} does not answer in {REACHABLE_WITHIN:.0f} s, so W&B writes offline")
+        return "offline"
+    return None
+
+
+def _answers(url: str) -> bool:
+    """True if a server answers, whatever it says; by the proxies of the environment. W&B itself would try for 90 s."""
+    answers: list[bool] = []
+
+    def request() -> None:
+        try:
+            build_opener().open(Request(url, method="HEAD"), timeout=REACHABLE_WITHIN).close()
+        except HTTPError:
+            pass  # an answer
+        except (OSError, HTTPException, ValueError):
+            return
+        answers.append(True)
+
+    thread = Thread(target=request, name="reach", daemon=True)  # a name that is not resolved has no timeout of its own
+    thread.start()
+    thread.join(REACHABLE_WITHIN)
+    return bool(answers)
 
 
 def open_tracker(

@@ -29,7 +29,7 @@ from ropewalk.training.hooks import Hook, Step, StopFlag, StopRequested
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
 from ropewalk.training.meter import Meter
 from ropewalk.training.periodic_evaluation import Evaluation, PeriodicEvaluation
-from ropewalk.training.run_logger import RunLogger
+from ropewalk.training.run_logger import RunLogger, closing_lines
 from ropewalk.training.saver import Saver
 from ropewalk.training.watchdog import Watchdog, check_only_writer
 
@@ -148,7 +148,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     Raises:
         UserError: for a configuration, store or checkpoint that does not fit.
         TrainingStopped: a guard has ended the run; the refused step changed no weight.
-        SystemExit: with EXIT_REQUEUE, saved, after SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
+        SystemExit: with EXIT_REQUEUE, saved, after SIGINT, SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
     """
     # What is trained on what, and where the session begins: all that can be refused, before there is a model.
     trainer, run_dir = config.trainer, Path(config.run_dir)
@@ -163,6 +163,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     last_step = min(trainer.max_steps, first_step + (trainer.stop_after or trainer.max_steps))
     if first_step >= last_step:
         log_once(f"{run_dir} is at step {first_step} of {trainer.max_steps}: nothing left to do")
+        log_once("\n".join(closing_lines(config, first_step)))
         return
     log_once(describe_order(mixture, last_step))
     load = prepare_resume(resume_point, config.deepspeed.stage)
@@ -203,6 +204,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
             step=first_step,
             last_step=last_step,
         ).run()
+    log_once("\n".join(closing_lines(config, last_step)))
 
 
 def _make_evaluation(inputs: RunInputs, evaluator: Evaluator | None) -> Evaluation | None:
@@ -222,7 +224,7 @@ def _ready_engine(inputs: RunInputs, load: Callable[[Any], None] | None) -> Any:
     engine = start_engine(inputs.config, inputs.model_config, inputs.ranks)
     if load is not None:
         load(engine)
-        restore_settings(engine, inputs.config.trainer)
+        restore_settings(engine, inputs.config)
         place_spectrum(engine)
     watch_gradients(engine)
     return engine

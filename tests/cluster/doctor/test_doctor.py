@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,24 @@ def test_a_missing_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert levels(check_device("cuda", 1, 0)) == {"device": "FAIL"}
     assert levels(check_device("cpu", 1, 0)) == {"device": "ok"}
+
+
+def test_cudas_own_words_are_told(monkeypatch):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system\n is too old (found version 12040).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    (finding,) = check_device("cuda", 1, 0)
+    assert "(The NVIDIA driver on your system is too old (found version 12040); driver " in finding.text
+
+
+@pytest.mark.parametrize(("limit", "levels_"), [(65536, ["warn"]), (resource.RLIM_INFINITY, [])])
+def test_memory_that_cannot_be_locked_is_told_where_there_is_infiniband(tmp_path, monkeypatch, limit, levels_):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert list(machine.check_locked_memory()) == []
+    monkeypatch.setattr(machine, "INFINIBAND", tmp_path)
+    assert [finding.level for finding in machine.check_locked_memory()] == levels_
 
 
 @pytest.mark.gpu

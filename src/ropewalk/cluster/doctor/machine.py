@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from ropewalk.cluster.doctor.screen import Finding, fail, ok, warn
 from ropewalk.config.groups import ClusterConfig
+from ropewalk.config.rules import cuda_problem
 from ropewalk.config.train import TrainConfig
 from ropewalk.data.store.remote import open_stores
 from ropewalk.files import fsync_path, write_atomically
@@ -25,6 +27,7 @@ from ropewalk.model.loss import tiled_linear_cross_entropy
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import by_rank_zero, gather
 
+INFINIBAND = Path("/sys/class/infiniband")
 BUSY_GIB = 1.0  # of a GPU's memory that another process may hold
 FP32_STATES = 12  # bytes a parameter of a checkpoint: master weights and Adam's two moments
 SKEW = 5.0  # seconds between a clock and another that nothing minds
@@ -50,7 +53,9 @@ def check_device(device: str, gpus: int, local_rank: int) -> Iterator[Finding]:
         yield ok("device", f"cpu, torch {torch.__version__} with {torch.get_num_threads()} threads a rank")
         return
     if not torch.cuda.is_available():
-        yield fail("device", f"torch {torch.__version__} sees no CUDA device; trainer.device=cpu, or run on a GPU node")
+        words = f"torch {torch.__version__} sees no CUDA device ({cuda_problem()}; driver {_driver()})"
+        fix = "trainer.device=cpu, a GPU node, or the torch that fits the driver (docs/quickstart.md)"
+        yield fail("device", f"{words}; {fix}")
         return
     count = torch.cuda.device_count()
     if local_rank >= count:
@@ -66,8 +71,16 @@ def check_device(device: str, gpus: int, local_rank: int) -> Iterator[Finding]:
         yield warn("device", f"{summary}; {held:.1f} GiB of one are held by another process (nvidia-smi names it)")
     else:
         yield ok("device", summary)
+    yield from check_locked_memory()
     if not torch.cuda.is_bf16_supported():
         yield fail("device", f"{properties.name} has no bf16; use GPUs of Ampere or later")
+
+
+def check_locked_memory() -> Iterator[Finding]:
+    """The limit on locked memory, where there is InfiniBand to register it with."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if INFINIBAND.is_dir() and limit != resource.RLIM_INFINITY:
+        yield warn("memlock", f"{limit:,} bytes may be locked, and InfiniBand needs more; have ulimit -l be unlimited")
 
 
 def _driver() -> str:

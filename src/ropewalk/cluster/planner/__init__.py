@@ -2,7 +2,7 @@
 
 from ropewalk.cluster.planner.cost import lead_seconds
 from ropewalk.cluster.planner.memory import Allowances, Memory, Setting, memory
-from ropewalk.cluster.planner.plan import Plan, make_plan, print_plan
+from ropewalk.cluster.planner.plan import Plan, make_plan, print_plan, summary
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "memory",
     "print_plan",
     "shape_of",
+    "summary",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ropewalk.cluster.requirements import check_requirements
 from ropewalk.config.groups import ClusterConfig
 from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
@@ -40,9 +41,50 @@ def sbatch_options(cluster: ClusterConfig, nodes: int | None, lead_seconds: int 
         "ntasks-per-node": cluster.gpus_per_node,
         "gpus-per-node": cluster.gpus_per_node if slurm.gpu_request else 0,
         "cpus-per-task": slurm.cpus_per_gpu,
+        "mem": slurm.mem,
         "signal": f"B:USR1@{lead_seconds}" if lead_seconds else None,
     }
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+
+def preview_of(
+    batch_script: str, arguments: Sequence[str], composed: Callable[[str, Sequence[str]], Any]
+) -> tuple[list[str], bool]:
+    """A training job before it is submitted: its configuration's differences, its plan, its sbatch line.
+
+    Args:
+        batch_script: one of slurm/; its #SBATCH line says how many nodes.
+        arguments: overrides of the training.
+        composed: composes a command's configuration from overrides.
+
+    Returns:
+        The lines, and whether it can be submitted: the run fits, and its inputs are there.
+
+    Raises:
+        UserError: for a configuration that does not hold.
+    """
+    from ropewalk.cluster.planner import make_plan, summary
+    from ropewalk.runs.record import differences, recorded_config  # late: the options of sbatch need no numpy
+
+    match = re.search(r"^#SBATCH --nodes=(\d+)", Path(batch_script).read_text(), re.MULTILINE)
+    nodes = int(match[1]) if match else 1
+    config, default = composed("train", arguments), composed("train", [])
+    plan_config = composed("plan", [*arguments, f"nodes={nodes}"])
+    plan = make_plan(plan_config)
+    changed = differences(config, recorded_config(default))
+    missing = []
+    try:
+        check_requirements("train", config)
+    except UserError as error:
+        missing = [f"not ready: {error}"]
+    submitted = ["sbatch", *sbatch_options(config.cluster, nodes, plan.lead_seconds), batch_script, *arguments]
+    return [
+        f"{config.run_name}, into {config.run_dir}; what differs from configs/train.yaml:",
+        *(f"  {key}: {other} -> {own}" for key, (other, own) in changed.items()),
+        summary(plan, plan_config),
+        *missing,
+        shlex.join(submitted),
+    ], plan.fits and not missing
 
 
 def exports(environment: Mapping[str, str]) -> list[str]:
@@ -126,6 +168,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "slurm_minutes": minutes,
     "slurm_gpus": lambda cluster: cluster.gpus_per_node if cluster.slurm.gpu_request else None,
     "slurm_lead": lambda *, _root_: lead_seconds(_root_),
+    "slurm_mem": lambda mem: mem or "0",  # all of a node, as in the scripts
     "slurm_quoted": shlex.quote,
     "slurm_root": lambda: shlex.quote(root()),
 }

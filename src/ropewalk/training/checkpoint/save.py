@@ -277,19 +277,6 @@ def load_state(engine: Any, directory: Path, *, is_universal: bool) -> None:
     loaded, _ = engine.load_checkpoint(str(directory), tag=ZERO)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed found nothing to load in {directory / ZERO}")
-    if is_universal:
-        _unshare_steps(engine)
-
-
-def _unshare_steps(engine: Any) -> None:
-    """Give every parameter group its own step count.
-
-    DeepSpeed 0.19.8 loads a universal checkpoint with one tensor for all, which torch's Adam then advances once for
-    each group: the bias correction is off, and the second loss after such a load by 1e-4 of itself.
-    """
-    for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
 
 
 def _owner(path: Path) -> int:
