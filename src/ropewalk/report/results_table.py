@@ -13,7 +13,7 @@ from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
 from ropewalk.figures.style import interval
 from ropewalk.report.benchmarks import RULER, Scores, common_tasks, lengths_of, named, scores
 from ropewalk.report.differences import Unpaired, at_length
-from ropewalk.report.runs import Run, how_to_evaluate
+from ropewalk.report.runs import Run, how_to_evaluate, once
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 
@@ -66,8 +66,8 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
             "Loss (nats/token) over the second half of the context, 95% interval over documents", ordered, loss_cell
         ),
         *block(
-            f"Difference to {baseline.name} (nats/token), paired by document, 95% interval",
-            [run for run in ordered if run is not baseline],
+            f"Difference to {baseline.label} (nats/token), paired by document, 95% interval",
+            [run for run in ordered if not run.is_same(baseline)],
             lambda run, length: difference_cell(run, baseline, all_arms, length),
         ),
         *_over_seeds(all_arms, baseline, lengths),
@@ -75,9 +75,12 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
         *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
+    missing += [words for run in once(runs) for words in run.left_out]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
     columns, legend = [f"{length:,}" for length in lengths], LEGEND if blocks else ""
-    return Section("Results", legend, columns, blocks, missing=missing, on_terminal=True)
+    settings = dict.fromkeys(run.test_time for run in runs if losses(run))
+    title = f"Results, test_time={''.join(settings)}" if len(settings) == 1 and all(settings) else "Results"
+    return Section(title, legend, columns, blocks, missing=missing, on_terminal=True)
 
 
 def loss_at(length: int) -> Quantity:
@@ -209,6 +212,7 @@ def loss_cell(run: Run, length: int) -> Cell:
 
 def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -> Cell:
     """Loss less the baseline's over the second half of ``length`` tokens, with its interval."""
+    baseline = baseline.beside(run)
     if length not in losses(run) or length not in losses(baseline):
         return Cell()
     difference = at_length(run, baseline, length)

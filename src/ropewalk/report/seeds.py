@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ropewalk.figures.style import Style, series_styles
-from ropewalk.report.runs import Run
+from ropewalk.report.runs import Run, once
 
 UNKNOWN_NOISE = "training noise unknown"
 SEED = "trainer.seed"
@@ -83,13 +83,19 @@ def one_run_each(all_arms: Sequence[Arm]) -> list[Run]:
 
 def arm_of(run: Run, all_arms: Sequence[Arm]) -> Arm:
     """The arm of ``run``."""
-    return next(arm for arm in all_arms if any(member is run for member in arm.runs))
+    return next(arm for arm in all_arms if any(member.name == run.name for member in arm.runs))
 
 
-def styles_of(all_arms: Sequence[Arm]) -> dict[str, Style]:
-    """A style for each run and arm: the seeds of an arm share its colour and marker, and differ in their dash."""
-    styles = series_styles([[run.name for run in arm.runs] for arm in all_arms])
-    return styles | {arm.name: styles[arm.runs[0].name] for arm in all_arms}
+def styles_of(runs: Sequence[Run]) -> dict[str, Style]:
+    """A style for each run and arm: seeds and test-time settings share their arm's colour, and differ in their dash."""
+    all_arms = arms(once(runs))
+    groups = [[run for run in runs if any(run.is_same(member) for member in arm.runs)] for arm in all_arms]
+    styles = series_styles([[run.name for run in group] for group in groups])
+    for arm, group in zip(all_arms, groups, strict=True):
+        for run in reversed(group):
+            styles[run.label] = styles[run.name]
+        styles.setdefault(arm.name, styles[group[0].name])
+    return styles
 
 
 def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
@@ -120,19 +126,25 @@ def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quan
 
 def _key(run: Run) -> str:
     if not run.config:
-        return f"directory {run.directory.resolve()}"
+        return f"directory {run.directory.resolve()} {run.test_time if run.settings else ''}"
     settings = {
         key: value
         for key, value in run.config.items()
         if key not in WITHOUT_EFFECT and not key.startswith(GROUPS_WITHOUT_EFFECT)
     }
-    return json.dumps([settings, run.record.get("chain_sha256"), run.record.get("store_fingerprint")], default=str)
+    own = [
+        settings,
+        run.record.get("chain_sha256"),
+        run.record.get("store_fingerprint"),
+        run.settings and run.test_time,
+    ]
+    return json.dumps(own, default=str)
 
 
 def _name(runs: list[Run]) -> str:
     """Beginning of all names, less a trailing ``-s``, ``_seed`` or the like; else the first name."""
-    first, *others = [run.name for run in runs]
+    first, *others = [run.label for run in runs]
     if not others:
-        return first
+        return runs[0].name
     length = next((i for i, letters in enumerate(zip(first, *others, strict=False)) if len(set(letters)) > 1), None)
     return first[:length].removesuffix("seed").removesuffix("s").rstrip("-_. ") or first

@@ -106,7 +106,7 @@ def test_the_rope_group_is_applied_without_training(config) -> None:
     config.lengths, config.test_time = [128], AtTestTime(name="none")
     plain = evaluate(config)
     config.rope = RopeConfig("hardclip4", [{"method": "hardclip", "clip": 4}])
-    with pytest.raises(ValueError, match=r"with chain=rope, not hardclip\(clip=4\); method=.*; name another output"):
+    with pytest.raises(ValueError, match=r"with chain=rope, not hardclip\(clip=4\); spectrum=.*; name another output"):
         evaluate(config)
     config.overwrite = True
     clipped = evaluate(config)
