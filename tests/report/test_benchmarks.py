@@ -190,3 +190,8 @@ def test_each_setting_of_a_run_has_a_dash_of_its_own(tmp_path: Path) -> None:
     lines = [line for line in axes_of(figure)[0].lines if line.get_label() == "a"]
     assert len({line.get_linestyle() for line in lines}) == 2
     assert len({line.get_color() for line in lines}) == 1
+
+
+def test_a_length_without_a_number_holds_no_threshold() -> None:
+    assert effective_length({512: 90.0, 1024: math.nan, 2048: 90.0}, 85) == 512
+    assert longest_falling({512: 3.0, 1024: math.nan, 2048: 1.0}) == 512

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_config, write_fake_evaluation, write_metrics, write_run
 
@@ -356,3 +358,28 @@ def test_a_run_has_one_name_whatever_its_evaluation_was_called(tmp_path: Path) -
     runs = load_runs([str(tmp_path / name) for name in "ab"])
     assert [run.name for run in runs] == ["group/a", "mine"]
     assert [find_baseline(runs, name).name for name in ("a", "group/a", "b", "mine")] == ["group/a"] * 2 + ["mine"] * 2
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_loss_that_is_not_a_number_is_shown_and_never_ranked_first(tmp_path: Path, order: str) -> None:
+    """b has the lower losses, but one of its 16 documents has none at 8,192 tokens, and its needles there have none."""
+    for name, offset in (("a", 0.0), ("b", -0.5)):
+        write_run(tmp_path / name, FakeRun(name, offset=offset, exact=lambda length, depth: 0.5))
+    evaluation = tmp_path / "b" / "evaluation"
+    documents = pd.read_parquet(evaluation / "documents.parquet")
+    documents.loc[(documents["document"] == "d03") & (documents["position_start"] == 4096), "nll_sum"] = math.nan
+    documents.to_parquet(evaluation / "documents.parquet")
+    table = pd.read_parquet(evaluation / "table.parquet")
+    at = table["context_length"] == 8192
+    table.loc[at & (table["position_start"].isin([4096]) | (table["task"] == "needle")), "value"] = math.nan
+    table.to_parquet(evaluation / "table.parquet")
+    runs = load_runs([str(tmp_path / name) for name in order])
+    baseline = find_baseline(runs, "a")
+    losses, differences, *_, exact, _ = results_table(runs, baseline).blocks
+    assert [name for name, _ in losses.rows] == ["a", "b"]
+    of_b = dict(losses.rows)["b"]
+    assert [(cell.main, cell.detail) for cell in of_b][-1] == ("NaN", "in 1 of 16 documents")
+    assert [cell.main for cell in dict(differences.rows)["b"]] == [*["-0.5000"] * 4, "NaN"]
+    assert not dict(differences.rows)["b"][-1].decided
+    assert [cell.main for cell in dict(exact.rows)["b"]] == [*["0.50"] * 4, "NaN"]
+    assert compare(CompareConfig(runs=[str(run.directory) for run in runs], output=str(tmp_path / "r.html"))).is_file()

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference
+from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference, weighted_mean
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.runs.directory import RunDirectory
 
@@ -62,6 +62,7 @@ OWN_HARNESS = "ropewalk"  # of the losses and needles
 LOSS_METRICS = ("nll", "answer_nll")  # nats; every other metric is a percentage
 NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
 UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
+REASONS = (NEEDS_JUDGE, UNPUBLISHED)  # metrics of rows that have no value because nothing was measured
 KEY = ["run", "chain", "test_time_scaling", "harness", "task", "context_length", *BUCKET, "depth", "metric"]
 RELATIVE = 1e-4  # by which two passes over the same tokens may differ: chunks of another length round otherwise
 GROUP = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "context_length"]
@@ -296,6 +297,28 @@ def is_loss(metric: str) -> bool:
     return metric.removesuffix("_shuffled") in LOSS_METRICS
 
 
+def measured(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a results table that were measured, those whose number is none (NaN, inf) included."""
+    return table[~table["metric"].isin(REASONS)]
+
+
+def not_finite(directory: str | Path) -> list[str]:
+    """Numbers of an evaluation that are NaN or infinite, a line for each kind; empty if there are none."""
+    rows = measured(read_results(directory))
+    rows = rows[~np.isfinite(rows["value"].astype(float)) & (rows["task"] != "loss_by_position")]
+    lines = [
+        f"{harness} {task} ({metric}) at {', '.join(f'{n:,}' for n in part['context_length'].dropna().unique())} tokens"
+        for (harness, task, metric), part in rows.groupby(["harness", "task", "metric"], sort=False)
+    ]
+    has_documents = (Path(directory) / DOCUMENTS).is_file()
+    documents = read_document_losses(directory) if has_documents else typed_table([], DOCUMENT_COLUMNS)
+    for (length, setting), part in documents.groupby(["context_length", "setting"], sort=False):
+        sums = part.groupby("document")["nll_sum"].sum(skipna=False)
+        if count := int((~np.isfinite(sums)).sum()):
+            lines.append(f"losses of {count} of {len(sums)} documents, read to {length:,} tokens under {setting}")
+    return lines
+
+
 def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROUP) -> pd.DataFrame:
     """The mean over ``tasks`` of each group, with the tasks that it is over.
 
@@ -315,13 +338,13 @@ def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROU
         if group["task"].duplicated().any():
             name = group["task"][group["task"].duplicated()].iloc[0]
             raise UserError(f"{name} has several rows in one average; choose one metric a task first")
-        known = group.dropna(subset="value").set_index("task")
+        known = measured(group).set_index("task")
         present = [task for task in tasks if task in known.index]
         errors = known["stderr"].to_numpy()
         rows.append(
             {
                 **dict(zip(by, key, strict=True)),
-                "value": known["value"].mean(),
+                "value": weighted_mean(known["value"]),
                 "stderr": float(np.sqrt((errors**2).sum()) / len(known)) if len(known) else np.nan,
                 "n_tasks": len(present),
                 "tasks": ",".join(present),

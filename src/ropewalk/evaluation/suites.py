@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -23,14 +24,16 @@ from ropewalk.evaluation.harness.helmet.helmet_suite import check_checkout, run_
 from ropewalk.evaluation.harness.lm_eval_suite import check_scorers, check_tasks, run_lm_eval
 from ropewalk.evaluation.harness.ruler_suite import run_ruler, validate_ruler
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
-from ropewalk.evaluation.results import averages, read_results, writable_directory
+from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results, writable_directory
 from ropewalk.evaluation.results_store import ResultsStore
-from ropewalk.files import replace_atomically
+from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import Ranks, gather, join_launched, rank_zero_first
 
 Option = TypeVar("Option")
 PATIENCE = timedelta(days=7)  # one rank's long prompts may keep the others waiting for hours
 PAPER_CSV = "paper.csv"
+NOT_FINITE = "not_finite.txt"  # numbers that are NaN or infinite; empty: there are none
 HARNESSES = {"quick": run_held_out, "ruler": run_ruler, "lm_eval": run_lm_eval, "helmet": run_helmet}
 SUITES = "suites"  # in place of a harness: a suite of suites
 # Fields that mean something of a suite of suites; lengths and published are read before it is taken apart.
@@ -59,6 +62,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
     ranks = ranks or join_launched(timeout=PATIENCE)
     checkpoint = rank_zero_first(lambda: open_checkpoint(config))  # it may export the run
     output = writable_directory("output", config.output)
+    (output / NOT_FINITE).unlink(missing_ok=True)
     store = ResultsStore(output, config.overwrite, checkpoint.run)
     for suite in suites:
         for test_time in test_times_of(config, suite):
@@ -71,7 +75,17 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
         print(summarize(read_results(output), suites), flush=True)
         if published is not None:
             print(compare_published(output, published), flush=True)
+        lines = not_finite(output)
+        write_atomically(output / NOT_FINITE, "".join(f"{line}\n" for line in lines))
+        print("\n".join([*(f"warning: not a finite number: {line}" for line in lines), next_step(output)]), flush=True)
     return read_results(output)
+
+
+def next_step(output: Path) -> str:
+    """Where the results lie, and the command that shows them."""
+    run = output.parent if RunDirectory(output.parent).evaluation == output else output
+    command = shlex.join(["python", "scripts/compare.py", f"runs=[{run}]"])
+    return f"results: {output / TABLE}\nnext, with other runs beside it: {command}"
 
 
 def test_times_of(config: EvaluateConfig, suite: SuiteConfig) -> list[TestTimeConfig]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from ropewalk.evaluation import paired_difference
+from ropewalk.evaluation.harness.loss_by_position import per_document
 from ropewalk.figures.evaluation_curves import NONE
 from ropewalk.report.runs import Run
 
@@ -117,6 +119,12 @@ def _paired(run: Run, sums: pd.DataFrame, baseline: Run, baseline_sums: pd.DataF
     return Unpaired("no document was scored by both") if rows.empty else rows.sort_values("position_start")
 
 
+def not_finite_documents(run: Run, length: int) -> tuple[int, int]:
+    """Documents whose loss over the second half of ``length`` tokens is not a finite number, and all of them."""
+    sums = _second_half(run, length)["nll_sum"]
+    return int((~np.isfinite(sums)).sum()), len(sums)
+
+
 def _documents(run: Run, made: Pass) -> pd.DataFrame:
     documents = run.documents
     return documents[(documents["context_length"] == made.length) & (documents["setting"] == made.setting)]
@@ -138,5 +146,5 @@ def _second_half(run: Run, length: int) -> pd.DataFrame:
     buckets = inside[BUCKET].drop_duplicates()
     if int((buckets["position_end"] - buckets["position_start"]).sum()) != end - start:
         return run.documents.iloc[:0]
-    sums = inside.groupby("document", as_index=False)[["nll_sum", "tokens"]].sum()
+    sums = per_document(inside, start, end).reset_index()
     return sums.assign(position_start=start, position_end=end)

@@ -184,9 +184,9 @@ def by_test_time(run: Run) -> list[Run]:
     if len(parts) < 2:
         return [replace(run, test_time=" = ".join(names))]
     settings: dict[str, Run] = {}
-    for rows, alike in parts.items():
+    for numbers, alike in parts.items():
         name = " = ".join(alike)
-        table = run.table.loc[list(rows)].reset_index(drop=True)
+        table = run.table.loc[list(numbers)].reset_index(drop=True)
         settings[name] = replace(run, name=f"{run.name}, {name}", table=table, test_time=name, settings=settings)
     return list(settings.values())
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ropewalk.evaluation.bootstrap import extent
 from ropewalk.figures.style import Style, series_styles
 from ropewalk.report.runs import Run, once
 
@@ -63,7 +64,8 @@ class Arm:
     def spread(self, quantity: Quantity) -> float | None:
         """Largest less smallest value between the seeds; None with fewer than two."""
         values = self.values(quantity)
-        return max(values) - min(values) if len(values) > 1 else None
+        low, high = extent(values) if values else (0.0, 0.0)
+        return high - low if len(values) > 1 else None
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:
@@ -116,12 +118,13 @@ def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quan
     arm, other = arm_of(run, all_arms), arm_of(baseline, all_arms)
     differences = paired(arm, other, quantity)
     if arm is not other and len(differences) > 1 and run.config.get(SEED) == baseline.config.get(SEED):
-        return f"over {len(differences)} seeds {min(differences):+.{digits}f} to {max(differences):+.{digits}f}"
+        low, high = extent(differences)
+        return f"over {len(differences)} seeds {low:+.{digits}f} to {high:+.{digits}f}"
     spreads = [side.spread(quantity) for side in (arm, other) if side.is_trained]
     known = [spread for spread in spreads if spread is not None]
     if not known or len(known) < len(spreads):
         return UNKNOWN_NOISE
-    return f"seeds differ by up to {max(known):.{digits}f}"
+    return f"seeds differ by up to {extent(known)[1]:.{digits}f}"
 
 
 def _key(run: Run) -> str:
