@@ -19,7 +19,7 @@ from ropewalk.report.results_table import (
 )
 from ropewalk.report.runs import Run, once
 from ropewalk.report.section import EMPTY, Cell, Section, block_of
-from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms
+from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms, why_apart
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
@@ -173,6 +173,7 @@ def opening_table(runs: list[Run], baseline: Run) -> Section:
         cells += [Cell(", ".join(others[run.name]) or EMPTY)] if any(others.values()) else []
         rows.append((f"{run.name} (base)" if run.is_base else run.name, cells))
     missing = [] if shared else ["The runs share no context length, so no loss stands here."]
+    missing += why_apart(arms(once(runs)))
     return Section("At a glance", LEGEND, columns, block_of("", rows), "run", missing=missing)
 
 

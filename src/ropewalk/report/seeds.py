@@ -9,6 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
 from ropewalk.evaluation.bootstrap import extent
 from ropewalk.figures.style import Style, series_styles
@@ -127,21 +129,40 @@ def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quan
     return f"seeds differ by up to {extent(known)[1]:.{digits}f}"
 
 
+def why_apart(all_arms: Sequence[Arm]) -> list[str]:
+    """Sentences that name the settings which make two arms of runs of one chain."""
+    lines = []
+    for arm, other in combinations([arm for arm in all_arms if arm.is_trained], 2):
+        run, peer = arm.runs[0], other.runs[0]
+        rotates_alike = run.config and peer.config and _position(run) == _position(peer) != [None, None]
+        if rotates_alike and run.test_time == peer.test_time:
+            settings, others = _settings(run), _settings(peer)
+            keys = sorted(k for k in settings.keys() | others.keys() if settings.get(k) != others.get(k))
+            stores = run.record.get("store_fingerprint"), peer.record.get("store_fingerprint")
+            keys += ["the data store"] if stores[0] != stores[1] else []
+            lines.append(
+                f"{arm.name} and {other.name} have one chain and are two arms: they differ in {', '.join(keys)}."
+            )
+    return lines
+
+
 def _key(run: Run) -> str:
+    own: list[object] = [run.test_time] if run.settings else []
     if not run.config:
-        return f"directory {run.directory.resolve()} {run.test_time if run.settings else ''}"
-    settings = {
-        key: value
-        for key, value in run.config.items()
-        if key not in WITHOUT_EFFECT and not key.startswith(GROUPS_WITHOUT_EFFECT)
-    }
-    own = [
-        settings,
-        run.record.get("chain_sha256"),
-        run.record.get("store_fingerprint"),
-        run.settings and run.test_time,
-    ]
+        return json.dumps([str(run.directory.resolve()), *own])
+    own += [_settings(run), _position(run), run.record.get("store_fingerprint")]
     return json.dumps(own, default=str)
+
+
+def _position(run: Run) -> list[str | None]:
+    """Hashes of the chain and of the spectrum that it gives."""
+    return [run.record.get("chain_sha256"), run.record.get("spectrum_sha256")]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The settings that may change what is trained; of the method its chain counts, and not how it was named."""
+    free = ("rope.", *GROUPS_WITHOUT_EFFECT) if run.record.get("chain_sha256") else GROUPS_WITHOUT_EFFECT
+    return {key: value for key, value in run.config.items() if key not in WITHOUT_EFFECT and not key.startswith(free)}
 
 
 def _name(runs: list[Run]) -> str:
