@@ -69,8 +69,10 @@ train() {
 
 # evaluate ARGUMENTS...: scripts/evaluate.py, through SLURM where there is one. A model that device=auto spreads over
 # EVALUATION_GPUS is one process; else there is one process a GPU, and they share the samples.
+# Numbers that are NaN are no end: the evaluation says so with code 4, and the comparison shows them.
 evaluate() {
-  local options tasks=$EVALUATION_GPUS
+  local options word output='' status=0 tasks=$EVALUATION_GPUS
+  for word in "$@"; do [[ $word != output=* ]] || output=${word#output=}; done
   [[ " $* " != *" device=auto "* ]] || tasks=1
   if [[ " $*" == *" suite="* ]]; then
     set -- "$@" ${EVALUATION_SAMPLES:+"suite.samples=$EVALUATION_SAMPLES"} ${EVALUATION_DATA:+"suite.data=$EVALUATION_DATA"}
@@ -82,9 +84,11 @@ evaluate() {
     mapfile -t options <<<"$options"
     # --ntasks, too: slurm/evaluate.sh has a line of it, which --ntasks-per-node alone does not outdo
     sbatch --wait "${options[@]}" --ntasks="$tasks" --ntasks-per-node="$tasks" slurm/evaluate.sh "cluster=$CLUSTER" "$@"
-  elif [ "$tasks" -gt 1 ]; then
-    torchrun --standalone --nproc-per-node="$tasks" scripts/evaluate.py "$@"
+  elif [ "$tasks" -gt 1 ]; then # torchrun has one code for every failure
+    torchrun --standalone --nproc-per-node="$tasks" scripts/evaluate.py "$@" || status=$?
+    [ "$status" -eq 0 ] || [ -s "$output/not_finite.txt" ] || return "$status"
   else
-    python scripts/evaluate.py "$@"
+    python scripts/evaluate.py "$@" || status=$?
+    [ "$status" -eq 0 ] || [ "$status" -eq 4 ] || return "$status"
   fi
 }

@@ -4,18 +4,22 @@
 ``python scripts/evaluate.py validate model=DIR documents=DIR output=DIR rope=cope10``
 """
 
+import sys
+
 from ropewalk.cli import entry, run_command
 from ropewalk.config.evaluation import EvaluateConfig, ValidateConfig
-from ropewalk.runs.launch import release_warnings
+from ropewalk.runs.launch import EXIT_NOT_FINITE, release_warnings
 
 
 @entry("evaluate")
 def main(config: EvaluateConfig) -> None:
     """Evaluate one checkpoint."""
     release_warnings()  # nothing is to be saved: finished parts are on the disk, so a job's warning may end it
-    from ropewalk.evaluation import evaluate
+    from ropewalk.evaluation import evaluate, not_finite
 
     evaluate(config)
+    if not_finite(config.output):
+        sys.exit(EXIT_NOT_FINITE)  # all of it is written; what waits for it goes on
 
 
 @entry("validate")
@@ -23,7 +27,9 @@ def validate(config: ValidateConfig) -> None:
     """Compare a model with itself under a changed spectrum, without training."""
     from ropewalk.evaluation import validate as run
 
-    run(config)
+    table = run(config)
+    if (table["verdict"] == "not finite").any():
+        sys.exit(EXIT_NOT_FINITE)
 
 
 if __name__ == "__main__":

@@ -118,3 +118,22 @@ def test_samples_and_data_are_of_suites_alone_and_ranks_share_them_without_slurm
         f"{start} suite=ruler checkpoint=a suite.samples=50 suite.data=b c",
         f"{start} checkpoint=a",
     ]
+
+
+@pytest.mark.parametrize(("code", "passes"), [(0, True), (4, True), (1, False), (2, False)])
+def test_numbers_that_are_nan_are_no_end_of_a_recipe(code, passes):
+    """Code 4 is an evaluation that is whole and has NaN in it; the comparison after it shows them."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = recipe(
+        f"python() {{ return {code}; }}\nevaluate checkpoint=a output=b\necho reached", path, CLUSTER="laptop"
+    )
+    assert ("reached" in done.stdout, done.returncode == 0) == (passes, passes)
+
+
+@pytest.mark.parametrize(("written", "passes"), [("losses of 1 of 3 documents", True), ("", False)])
+def test_torchrun_has_one_code_and_the_output_tells(tmp_path, written, passes):
+    (tmp_path / "not_finite.txt").write_text(written)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = f"torchrun() {{ return 1; }}\nevaluate checkpoint=a output={tmp_path}\necho reached"
+    done = recipe(script, path, CLUSTER="laptop", EVALUATION_GPUS="2")
+    assert ("reached" in done.stdout) is passes

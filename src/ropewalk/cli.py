@@ -275,7 +275,8 @@ def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
     """Arguments as Hydra takes them.
 
     ``--key value`` and ``--flag`` of the configuration's own keys become ``key=value`` and ``flag=true``; ``+group=``
-    loses its plus where the group has a default, since Hydra would add a second option to it.
+    loses its plus where the group has a default, since Hydra would add a second option to it. ``test_time=[auto,none]``
+    becomes the first option and a list of the others, since Hydra would merge them into one.
     """
     kinds = {f.name: str(f.type) for f in fields(SCHEMAS[config_name])}
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))["defaults"]  # type: ignore
@@ -289,6 +290,9 @@ def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
             if not equals:
                 value = "true" if kinds[key] == "bool" else next(rest, "")
             result.append(f"{key}={value}")
+        elif key in groups and f"{key}s" in kinds and value[:1] + value[-1:] == "[]":  # several options of a group
+            first, *others = value[1:-1].split(",")
+            result += [f"{key}={first.strip()}", f"{key}s=[{','.join(others)}]"]
         elif argument.startswith("+") and argument[1:].partition("=")[0] in groups:
             result.append(argument[1:])
         else:

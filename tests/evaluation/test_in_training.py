@@ -1,5 +1,6 @@
 """Evaluation inside a run: scripts/evaluate.py's numbers, and a run that does not notice it."""
 
+import math
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from ropewalk.runs.launch import EXIT_REQUEUE
 from ropewalk.runs.metrics_file import read_metrics, read_rows
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.hooks import HANDLED, StopFlag
+from ropewalk.training.periodic_evaluation import EngineScorer
 from ropewalk.training.saver import Saver
 
 DEPTHS, LENGTHS = "[0.0,1.0]", "[128,256]"
@@ -70,6 +72,26 @@ def test_the_run_does_not_notice_and_the_numbers_are_evaluates(store_256, fixtur
     assert 0 <= rows[1]["needle_exact_match/256"] <= 1
     assert read_record(evaluated / "evaluations" / "step-00000004")["documents"]["used"] == 3
     assert read_metrics(evaluated)[2]["seconds/evaluation"] > 0
+
+
+def test_no_fault_of_an_evaluation_ends_the_run(store_256, tmp_path, asked, monkeypatch, capsys):
+    """The report of one fails; in the other every logit is NaN, which is recorded as it is."""
+
+    def fault(*_):
+        raise ZeroDivisionError("made by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ropewalk.evaluation.in_training.loss_rows", fault)
+        train(tiny_run(store_256, tmp_path / "fault", *asked), TrainingEvaluation)
+    assert "ZeroDivisionError: made by the test" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "fault")) == 4
+    score = EngineScorer.score
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineScorer, "score", lambda *args: score(*args) * math.nan)
+        train(tiny_run(store_256, tmp_path / "nan", *asked), TrainingEvaluation)
+    rows = read_rows(RunDirectory(tmp_path / "nan").evaluation_metrics)
+    assert [math.isnan(row["needle_exact_match/256"]) for row in rows] == [True, True]
+    assert "step 4 evaluates to no finite number: needle_exact_match/128" in capsys.readouterr().out
 
 
 def test_a_resumed_run_measures_again_what_it_has_lost(store_256, tmp_path, asked):

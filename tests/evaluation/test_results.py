@@ -118,11 +118,15 @@ def test_evaluations_inside_training_are_not_those_of_the_run(tmp_path) -> None:
     ]
 
 
-def test_a_number_that_two_evaluations_hold_is_refused(tmp_path) -> None:
-    for name in ("evaluation", "evaluation_b"):
+def test_a_number_that_two_evaluations_hold_is_one_or_refused(tmp_path) -> None:
+    for name, setting in (("evaluation", "auto"), ("evaluation_b", "none")):
         (tmp_path / name).mkdir()
-        write_results(tmp_path / name, results_table([row()]))
-    with pytest.raises(ValueError, match=r"holds ruler's vt \(string_match_all\) at 8192 tokens twice; move one"):
+        write_results(tmp_path / name, results_table([row(test_time=setting)]))
+    (kept,) = read_evaluations(tmp_path).results.to_dict("records")
+    assert (kept["value"], kept["test_time"]) == (row()["value"], "auto,none")
+    write_results(tmp_path / "evaluation_b", results_table([row(value=row()["value"] + 0.1)]))
+    message = r"evaluation and .*evaluation_b both hold ruler's vt \(string_match_all\) at 8,192 tokens, under none: .*"
+    with pytest.raises(ValueError, match=message + "move one"):
         read_evaluations(tmp_path)
 
 
@@ -211,14 +215,15 @@ def test_mixed_passes_are_refused() -> None:
 def test_the_columns_are_those_that_other_tools_rely_on() -> None:
     first = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "task", "category"]
     second = ["context_length", "position_start", "position_end", "depth", "metric", "value", "ci_low", "ci_high"]
-    assert list(RESULT_COLUMNS) == [*first, *second, "stderr", "n", "source_file"]
+    assert list(RESULT_COLUMNS) == [*first, *second, "stderr", "n", "source_file", "test_time"]
 
 
 def test_parquet_and_csv_hold_the_same_numbers(tmp_path) -> None:
     table = results_table([row(), row(task="mmlu", context_length=None), row(task="n", depth=0.25)])
     write_results(tmp_path, table)
     pd.testing.assert_frame_equal(read_results(tmp_path), table)
-    csv = pd.read_csv(tmp_path / "table.csv", dtype={"harness_version": str}).astype(RESULT_COLUMNS)
+    csv = pd.read_csv(tmp_path / "table.csv", dtype={"harness_version": str}).fillna({"test_time": ""})
+    csv = csv.astype(RESULT_COLUMNS)
     pd.testing.assert_frame_equal(csv, table)
     assert table["context_length"].isna().tolist() == [False, True, False]
 

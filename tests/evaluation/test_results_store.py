@@ -12,6 +12,7 @@ import pytest
 
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import NeedleConfig
+from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.harness import held_out
 from ropewalk.evaluation.results_store import CELLS, Cell, ResultsStore
@@ -103,10 +104,50 @@ def test_losses_of_other_documents_are_not_kept_beside_new_ones(config) -> None:
     assert set(read_document_losses(config.output)["context_length"]) == {512}
 
 
-def test_another_name_is_another_evaluation(config) -> None:
-    evaluate(config)
+def test_another_name_renames_the_run_and_measures_nothing(config, monkeypatch) -> None:
+    losses = evaluate(config)
+    assert set(losses["run"]) == {"tiny"}
     config.name = "other"
-    with pytest.raises(ValueError, match=r"with run=tiny, not other,"):
+    monkeypatch.setattr(held_out, "ModelScorer", None)  # must not be needed
+    renamed = evaluate(config)
+    pd.testing.assert_frame_equal(renamed, losses.assign(run="other"))
+    assert set(read_document_losses(config.output)["run"]) == {"other"}
+    assert read_record(config.output)["run"] == "other"
+
+
+def test_another_checkpoint_is_refused_beside_the_first(config, checkpoint, tmp_path) -> None:
+    store = ResultsStore(Path(config.output), overwrite=True, run="a")
+    store.write(Cell("ruler", "vt", 1024, "none"), {"checkpoint": "x"}, [ROW], {})
+    with pytest.raises(ValueError, match=r"ruler/vt/1024.none.json was measured on another checkpoint"):
+        evaluate(config)
+
+
+def test_settings_of_one_call_share_what_is_equal(config, tmp_path) -> None:
+    """auto and none are one up to the trained length, 256; each number is that of the setting by itself."""
+    config.lengths, config.needle.samples = [128, 256, 512], 2
+    yarn = [{"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}]
+    alone = {}
+    for name, beyond in (("auto", yarn), ("none", [])):
+        config.test_time, config.output = AtTestTime(name, beyond=beyond), str(tmp_path / name)
+        alone[name] = evaluate(config)
+    config.test_time, config.output = AtTestTime("auto", beyond=yarn), str(tmp_path / "both")
+    config.test_times = ["none"]
+    table = evaluate(config)
+    for name, expected in alone.items():
+        rows = table[[name in names.split(",") for names in table["test_time"]]]
+        columns = ["task", "metric", "context_length", "position_start", "depth"]
+        both = expected.merge(rows, on=columns, how="outer", suffixes=("", "_both"), indicator=True)
+        assert set(both["_merge"]) == {"both"}, name
+        assert both["value_both"].to_numpy() == pytest.approx(both["value"].to_numpy(), abs=1e-4)
+    losses = table[table["task"] == "loss_at_length"]
+    assert losses["test_time"].tolist() == ["auto,none", "auto,none", "none", "auto"]
+    assert [len(setting["lengths"]) for setting in read_record(config.output)["settings"]] == [2, 3, 1]
+
+
+def test_a_setting_that_is_not_there_is_named_before_a_model_is_loaded(config, monkeypatch) -> None:
+    monkeypatch.setattr(held_out, "ModelScorer", None)
+    config.test_times = ["nome"]
+    with pytest.raises(ValueError, match=r"test_time: there is no test_time 'nome'; did you mean none\?"):
         evaluate(config)
 
 
@@ -124,21 +165,21 @@ def test_an_evaluation_of_an_earlier_ropewalk_is_refused_or_replaced(config, tmp
 def test_other_harnesses_are_added_to_an_evaluation_of_an_earlier_ropewalk(tmp_path) -> None:
     shutil.copytree(EARLIER, tmp_path / "out")
     losses = read_results(tmp_path / "out")
-    ResultsStore(tmp_path / "out", overwrite=False).write(Cell("ruler", "vt", 1024, "none"), {}, [ROW], {})
+    ResultsStore(tmp_path / "out", overwrite=False, run="a").write(Cell("ruler", "vt", 1024, "none"), {}, [ROW], {})
     table = read_results(tmp_path / "out")
     assert table[table["harness"] == "ruler"]["value"].tolist() == [1.0]
     pd.testing.assert_frame_equal(table[table["harness"] == "ropewalk"].reset_index(drop=True), losses)
 
 
 def test_tables_are_in_the_order_of_tasks_and_lengths(tmp_path) -> None:
-    store = ResultsStore(tmp_path, overwrite=False)
+    store = ResultsStore(tmp_path, overwrite=False, run="a")
     for length in (8192, 16384, 1024):
         store.write(Cell("ruler", "vt", length, "none"), {}, [ROW | {"context_length": length}], {})
     assert read_results(tmp_path)["context_length"].tolist() == [1024, 8192, 16384]
 
 
 def test_a_damaged_cell_is_named(tmp_path) -> None:
-    store, cell = ResultsStore(tmp_path, overwrite=False), Cell("ruler", "vt", 1024, "none")
+    store, cell = ResultsStore(tmp_path, overwrite=False, run="a"), Cell("ruler", "vt", 1024, "none")
     store.write(cell, {}, [ROW], {})
     (tmp_path / cell.file).write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match=r"1024.none.json is damaged .*; delete it, and it is measured again"):
@@ -146,7 +187,7 @@ def test_a_damaged_cell_is_named(tmp_path) -> None:
 
 
 def test_a_full_disk_keeps_what_was_finished(tmp_path) -> None:
-    store = ResultsStore(tmp_path, overwrite=False)
+    store = ResultsStore(tmp_path, overwrite=False, run="a")
     store.write(Cell("ruler", "vt", 1024, "none"), {}, [ROW], {})
     kept = read_results(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

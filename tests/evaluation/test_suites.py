@@ -164,13 +164,12 @@ def test_quick_ends_in_the_same_table(config, documents, tmp_path) -> None:
             "suite.tasks is each part's own, and suite=x is made",
         ),
         (SuiteConfig("x", "suites", suites=["long", "ruler"], overflow="middle"), "suite.overflow is .*suite=long"),
-        (SuiteConfig(unscaled_too=True), "suite.unscaled_too=true would measure the losses of suite=quick twice"),
         (SuiteConfig(), "documents is not set, and suite=quick reads held-out documents"),
     ],
 )
 def test_mistakes_end_before_a_model_is_loaded(config, monkeypatch, suite: SuiteConfig, message: str) -> None:
     monkeypatch.setattr("ropewalk.evaluation.evaluated_checkpoint.load_for_evaluation", None)
-    config.suite, config.documents = suite, "d" if suite.unscaled_too else None
+    config.suite, config.documents = suite, None
     with pytest.raises(ValueError, match=message):
         evaluate(config)
 

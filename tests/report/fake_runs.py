@@ -129,12 +129,12 @@ def write_metrics(directory: Path, run: FakeRun) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def write_fake_evaluation(directory: Path, run: FakeRun) -> None:
+def write_fake_evaluation(directory: Path, run: FakeRun, test_time: str = "auto") -> None:
     """The evaluation in the evaluator's own format, its bootstrap replaced by +-0.05 around each loss."""
     directory.mkdir(parents=True, exist_ok=True)
     yarn = YARN.format(run.trained_length)
-    within = [length for length in LENGTHS if length <= run.trained_length]
-    past = [length for length in LENGTHS if length > run.trained_length]
+    within = [length for length in LENGTHS if test_time == "none" or length <= run.trained_length]
+    past = [length for length in LENGTHS if length not in within]
     settings = [("none", run.chain, within)]
     if past:
         settings.append((yarn, yarn if run.chain == "rope" else f"{run.chain} > {yarn}", past))
@@ -151,6 +151,7 @@ def write_fake_evaluation(directory: Path, run: FakeRun) -> None:
         rows += [identity | row for row in [*_loss_rows(run, lengths), *_needle_rows(run, lengths)]]
         documents += _document_rows(run, setting, lengths[-1])
     record = {
+        "config": {"test_time": {"name": test_time}},
         "trained_length": run.trained_length,
         "pretrained_length": 512,
         "settings": [

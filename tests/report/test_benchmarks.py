@@ -174,11 +174,11 @@ def test_effective_context_states_its_thresholds(tmp_path: Path) -> None:
     assert found.legend == "RULER's average is over vt."
 
 
-def test_one_number_twice_is_an_error(tmp_path: Path) -> None:
+def test_one_number_measured_twice_otherwise_is_an_error(tmp_path: Path) -> None:
     directory = write_run(tmp_path / "a", FakeRun("a"))
     for name in ("evaluation", "evaluation-again"):
-        write_table(directory / name, [ruler("vt", 4096, 80) | {"run": "a"}])
-    with pytest.raises(ValueError, match=r"holds ruler's vt \(score\) at 4096 tokens twice; move one"):
+        write_table(directory / name, [ruler("vt", 4096, 80 + len(name)) | {"run": "a"}])
+    with pytest.raises(ValueError, match=r"both hold ruler's vt \(score\) at 4,096 tokens.*move one"):
         load_run(directory)
 
 
@@ -190,3 +190,8 @@ def test_each_setting_of_a_run_has_a_dash_of_its_own(tmp_path: Path) -> None:
     lines = [line for line in axes_of(figure)[0].lines if line.get_label() == "a"]
     assert len({line.get_linestyle() for line in lines}) == 2
     assert len({line.get_color() for line in lines}) == 1
+
+
+def test_a_length_without_a_number_holds_no_threshold() -> None:
+    assert effective_length({512: 90.0, 1024: math.nan, 2048: 90.0}, 85) == 512
+    assert longest_falling({512: 3.0, 1024: math.nan, 2048: 1.0}) == 512

@@ -26,7 +26,7 @@ from ropewalk.report.figure_tables import (
     trained_lengths,
 )
 from ropewalk.report.runs import Run, load_run
-from ropewalk.report.seeds import arms, styles_of
+from ropewalk.report.seeds import styles_of
 
 NAMES = ["base", "rope", "hardclip11", "cope11"]
 
@@ -47,7 +47,7 @@ def test_the_spectra_are_the_runs_with_their_onsets_and_lengths(runs: list[Run])
     spectra, marked = spectra_of(runs), marked_lengths(runs)
     assert marked == {512: "pretrained", 2048: "trained"}
     assert spectra["rope"].theta == pytest.approx(1e5, rel=1e-5)  # off the first two frequencies, as float32
-    styles = styles_of(arms(runs))
+    styles = styles_of(runs)
     figure = spectra_figure(spectra, train_length=2048, target_length=2048, marked=marked, styles=styles)
     main, strip = axes_of(figure)
     pairs, frequencies = curve(main, "hardclip11")
@@ -66,7 +66,7 @@ def test_the_spectra_are_the_runs_with_their_onsets_and_lengths(runs: list[Run])
 def test_position_marks_trained_lengths_and_pairs_differences(runs: list[Run]) -> None:
     curves, (differences, unpaired) = curve_table(runs), difference_table(runs, runs[1])
     assert unpaired == []
-    styles, lengths = styles_of(arms(runs)), trained_lengths(runs)
+    styles, lengths = styles_of(runs), trained_lengths(runs)
     own, yarn = position_figures(curves, differences, lengths, styles, "rope")
     assert [own.title, yarn.title] == ["With the spectrum used up to the trained length", "With yarn at test time"]
     loss, difference = axes_of(yarn)
@@ -130,7 +130,7 @@ def test_needle_shows_graded_scores_where_all_are_at_chance(runs: list[Run]) -> 
 
 def test_training_curves_have_a_token_axis_and_a_panel_for_each_length(runs: list[Run]) -> None:
     metrics = metrics_table(runs)
-    whole = training_figures(metrics, styles_of(arms(runs)))[0]
+    whole = training_figures(metrics, styles_of(runs))[0]
     assert [panel.title for panel in whole.panels] == ["Trained at 512 tokens", "Trained at 2,048 tokens"]
     short, long = axes_of(whole)
     tokens, losses = curve(long, "rope")
@@ -144,7 +144,7 @@ def test_training_curves_have_a_token_axis_and_a_panel_for_each_length(runs: lis
 
 
 def test_training_is_told_apart_by_domain_and_by_position(runs: list[Run]) -> None:
-    figures = training_figures(metrics_table(runs), styles_of(arms(runs)))
+    figures = training_figures(metrics_table(runs), styles_of(runs))
     assert [figure.title for figure in figures[1:]] == [
         f"Trained at {length} tokens, by {part}"
         for length in ("512", "2,048")
@@ -166,7 +166,7 @@ def test_training_is_told_apart_by_domain_and_by_position(runs: list[Run]) -> No
 
 
 def test_throughput_reads_the_median_step(runs: list[Run]) -> None:
-    figure = throughput_figure(metrics_table(runs), styles_of(arms(runs)))
+    figure = throughput_figure(metrics_table(runs), styles_of(runs))
     speed, phases, work = axes_of(figure)
     assert curve(speed, "rope")[1][:2].tolist() == [5001, 5002]
     bars = phases.containers
@@ -183,7 +183,7 @@ def test_throughput_reads_the_median_step(runs: list[Run]) -> None:
 
 def test_no_mark_or_legend_lies_over_a_title(runs: list[Run]) -> None:
     """Two trained lengths side by side take turns in height, and the phases of a step have a legend of their own."""
-    styles = styles_of(arms(runs))
+    styles = styles_of(runs)
     curves, (differences, _) = curve_table(runs), difference_table(runs, runs[1])
     figures = [*position_figures(curves, differences, trained_lengths(runs), styles, "rope")]
     for figure in (*figures, throughput_figure(metrics_table(runs), styles)):
@@ -192,7 +192,7 @@ def test_no_mark_or_legend_lies_over_a_title(runs: list[Run]) -> None:
 
 def test_unequal_training_is_seen_in_the_numbers(tmp_path: Path) -> None:
     pair = [load_run(write_run(tmp_path / name, FakeRun(name, steps=n))) for name, n in (("a", 20), ("b", 30))]
-    whole = training_figures(metrics_table(pair), styles_of(arms(pair)))[0]
+    whole = training_figures(metrics_table(pair), styles_of(pair))[0]
     assert whole.numbers["tokens seen"].tolist() == ["164k", "246k"]  # 20 and 30 steps of 8,192
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_config, write_fake_evaluation, write_metrics, write_run
 
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.report import compare
-from ropewalk.report.page import check_files, sections_of, write_figures
+from ropewalk.report.page import check_files, find_baseline, sections_of, write_figures
+from ropewalk.report.results_table import results_table
 from ropewalk.report.runs import load_runs
 from ropewalk.report.runs_table import DOCUMENTS, NOT_TRAINED, ONE_SEED, SEEDS, opening_table
 from ropewalk.report.section import Section
@@ -107,8 +110,8 @@ def test_colour_marks_no_difference(page: str) -> None:
 def test_page_has_every_figure_and_its_numbers(page: str) -> None:
     titles = [html.unescape(title) for title in re.findall("<h2>(.*?)</h2>", page)]
     assert titles == [
-        "What these numbers cannot show", "Results", "Effective context", "Training curves", "Loss by position",
-        "Needle in a haystack", "Spectra", "What the spectra do", "Throughput", "Runs",
+        "What these numbers cannot show", "Results, test_time=auto", "Effective context", "Training curves",
+        "Loss by position", "Needle in a haystack", "Spectra", "What the spectra do", "Throughput", "Runs",
     ]  # fmt: skip
     # Training: 512 and 2,048, each with two domains, loss by context and its first, middle and last bucket (of 512:
     # 16 and 512). Position: two settings with differences. Needle: two figures of four runs. Spectra: one, then
@@ -324,3 +327,59 @@ def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file; name a directory"):
         check_files(str(tmp_path / "file"), ["png"])
+
+
+def test_each_test_time_setting_is_a_row_and_is_compared_with_its_own(tmp_path: Path) -> None:
+    """Past 4,096 tokens a loses 0.5 nats without scaling and b 0.7: b lies 0.1 above a under auto, 0.3 under none."""
+    for name, offset, beyond in (("a", 0.0, 0.5), ("b", 0.1, 0.7)):
+        write_run(tmp_path / name, FakeRun(name, offset=offset))
+        unscaled = FakeRun(name, offset=offset, beyond=beyond)
+        write_fake_evaluation(tmp_path / name / "evaluation_none", unscaled, "none")
+    directories = [str(tmp_path / name) for name in "ab"]
+    runs = load_runs(directories)
+    assert [run.name for run in runs] == ["a, auto", "a, none", "b, auto", "b, none"]
+    differences = results_table(runs, runs[0]).blocks[1]
+    assert differences.title.startswith("Difference to a (nats/token)")
+    cells = {name: [cell.main for cell in row] for name, row in differences.rows}
+    assert cells == {"b, auto": ["+0.1000"] * 5, "b, none": [*["+0.1000"] * 4, "+0.3000"]}
+    page = compare(CompareConfig(runs=directories, output=str(tmp_path / "report.html"))).read_text()
+    assert 'data-series="b, none"' in page
+    (tmp_path / "b" / "evaluation_none" / "evaluation.json").unlink()
+    page = compare(CompareConfig(runs=directories, output=str(tmp_path / "report.html"))).read_text()
+    assert "evaluation_none: its losses and needles are not finished; repeat its evaluation." in page
+
+
+def test_a_run_has_one_name_whatever_its_evaluation_was_called(tmp_path: Path) -> None:
+    """An evaluation of an unexported run once called it by its step; a name that somebody gave stays."""
+    for name, called in (("a", "step-00000044"), ("b", "mine")):
+        directory = write_run(tmp_path / name, FakeRun(f"group/{name}"))
+        (directory / "exports" / "step-00000044").mkdir(parents=True)
+        write_fake_evaluation(directory / "evaluation", FakeRun(called))
+    runs = load_runs([str(tmp_path / name) for name in "ab"])
+    assert [run.name for run in runs] == ["group/a", "mine"]
+    assert [find_baseline(runs, name).name for name in ("a", "group/a", "b", "mine")] == ["group/a"] * 2 + ["mine"] * 2
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_loss_that_is_not_a_number_is_shown_and_never_ranked_first(tmp_path: Path, order: str) -> None:
+    """b has the lower losses, but one of its 16 documents has none at 8,192 tokens, and its needles there have none."""
+    for name, offset in (("a", 0.0), ("b", -0.5)):
+        write_run(tmp_path / name, FakeRun(name, offset=offset, exact=lambda length, depth: 0.5))
+    evaluation = tmp_path / "b" / "evaluation"
+    documents = pd.read_parquet(evaluation / "documents.parquet")
+    documents.loc[(documents["document"] == "d03") & (documents["position_start"] == 4096), "nll_sum"] = math.nan
+    documents.to_parquet(evaluation / "documents.parquet")
+    table = pd.read_parquet(evaluation / "table.parquet")
+    at = table["context_length"] == 8192
+    table.loc[at & (table["position_start"].isin([4096]) | (table["task"] == "needle")), "value"] = math.nan
+    table.to_parquet(evaluation / "table.parquet")
+    runs = load_runs([str(tmp_path / name) for name in order])
+    baseline = find_baseline(runs, "a")
+    losses, differences, *_, exact, _ = results_table(runs, baseline).blocks
+    assert [name for name, _ in losses.rows] == ["a", "b"]
+    of_b = dict(losses.rows)["b"]
+    assert [(cell.main, cell.detail) for cell in of_b][-1] == ("NaN", "in 1 of 16 documents")
+    assert [cell.main for cell in dict(differences.rows)["b"]] == [*["-0.5000"] * 4, "NaN"]
+    assert not dict(differences.rows)["b"][-1].decided
+    assert [cell.main for cell in dict(exact.rows)["b"]] == [*["0.50"] * 4, "NaN"]
+    assert compare(CompareConfig(runs=[str(run.directory) for run in runs], output=str(tmp_path / "r.html"))).is_file()

@@ -11,7 +11,7 @@ from report.fake_runs import FakeRun, write_run
 from ropewalk.report.results_table import loss_at, results_table
 from ropewalk.report.runs import Run, load_run, with_bases
 from ropewalk.report.runs_table import differences
-from ropewalk.report.seeds import UNKNOWN_NOISE, arm_of, arms, noise_words, one_run_each, styles_of
+from ropewalk.report.seeds import UNKNOWN_NOISE, arm_of, arms, noise_words, one_run_each, styles_of, why_apart
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
 
@@ -45,6 +45,18 @@ def test_logging_and_saving_are_no_other_arm_but_a_learning_rate_is(tmp_path: Pa
         config.write_text(config.read_text().replace(old, new))
         found[name] = load_run(tmp_path / name)
     assert [[run.name for run in arm.runs] for arm in arms(list(found.values()))] == [["a", "b"], ["c"]]
+
+
+def test_one_chain_under_two_names_is_one_arm_and_another_key_is_named(tmp_path: Path) -> None:
+    runs = made(tmp_path, *(FakeRun(name, seed=i) for i, name in enumerate("abc")))
+    for name, old, new in (("b", "rope: {name: abf", "rope: {name: native"), ("c", "1.0e-3", "2.0e-3")):
+        config = tmp_path / name / "config.yaml"
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new))
+        runs[name] = load_run(tmp_path / name)
+    all_arms = arms(list(runs.values()))
+    assert [[run.name for run in arm.runs] for arm in all_arms] == [["a", "b"], ["c"]]
+    assert why_apart(all_arms) == ["a and c have one chain and are two arms: they differ in trainer.learning_rate."]
 
 
 def test_another_cluster_or_evaluation_is_no_other_arm(tmp_path: Path) -> None:
@@ -105,7 +117,7 @@ def test_arms_of_the_same_seeds_are_compared_seed_by_seed(tmp_path: Path) -> Non
 
 
 def test_seeds_share_a_colour_and_differ_in_their_dash(runs: dict[str, Run]) -> None:
-    styles = styles_of(arms(list(runs.values())))
+    styles = styles_of(list(runs.values()))
     assert styles["rope-s0"].color == styles["rope-s1"].color != styles["cope-seed0"].color
     assert styles["rope-s0"].dash != styles["rope-s1"].dash
     assert styles["rope"] == styles["rope-s0"]

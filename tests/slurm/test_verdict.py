@@ -16,6 +16,7 @@ GLOO = rank(0, 1, "RuntimeError: Connection closed by peer")
 GUARD = rank(0, 1, f"{TrainingStopped.__name__}: step 9: the loss is nan")
 CASES = {
     "done": (0, [DONE, rank(1, 0)], {}, "COMPLETED"),
+    "an evaluation with NaN": (4, [rank(0, 4), rank(1, 4)], {}, "COMPLETED"),
     "saved": (75, [SAVED, rank(1, 75)], {"warned": True}, "REQUEUED"),
     "saved at trainer.stop_before": (75, [SAVED, rank(1, 75)], {}, "REQUEUED"),
     "warned before the ranks began": (75, [], {"warned": True}, "REQUEUED"),

@@ -21,7 +21,7 @@ from ropewalk.evaluation.results import writable_directory
 from ropewalk.export import resolve_checkpoint
 from ropewalk.figures.figure import check_formats
 from ropewalk.model.load import head_dim, read_position, sliding_window
-from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.directory import run_name
 
 RECORD = "geometry.json"
 
@@ -83,7 +83,7 @@ def make_plan(config: GeometryConfig) -> Plan:
     _validate(config)
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
     _check_unused(config)
-    directories = {_label(model): resolve_checkpoint(model) for model in _distinct(config.models)}
+    directories = {run_name(model): resolve_checkpoint(model) for model in _distinct(config.models)}
     shape = _shared_shape(directories, config.lengths[-1])
     layers = _layers(config, shape)
     return Plan(
@@ -120,22 +120,13 @@ def _check_unused(config: GeometryConfig) -> None:
 
 
 def _distinct(models: list[str]) -> list[str]:
-    labels = [_label(model) for model in models]
+    labels = [run_name(model) for model in models]
     if len(set(labels)) < len(labels):
         raise UserError(
             f"models={models} are named {labels} in the figures, some alike; reach one through a symbolic link of "
             "another name"
         )
     return models
-
-
-def _label(model: str) -> str:
-    """Name of the run, or of the directory; with the step where a checkpoint of a run is named."""
-    path = Path(model).absolute()
-    run = RunDirectory(path.parent.parent)
-    if path.parent in (run.checkpoints, run.exports):
-        return f"{run.root.name} {path.name}"
-    return (path.parent if path == RunDirectory(path.parent).export else path).name
 
 
 def _settings(directory: Path, lengths: list[int]) -> list[Setting]:

@@ -67,6 +67,7 @@ class EvaluateConfig:
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)  # applied to the checkpoint's own chain, without training
     test_time: TestTimeConfig = field(default_factory=TestTimeConfig)
+    test_times: list[str] = field(default_factory=list)  # more of them, by name; test_time=[auto,none] sets both
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

@@ -1,7 +1,14 @@
 """Evaluation: every harness, from loss by position to HELMET, into one results table."""
 
 from ropewalk.evaluation.in_training import TrainingEvaluation
-from ropewalk.evaluation.results import averages, paired_difference, read_document_losses, read_record, read_results
+from ropewalk.evaluation.results import (
+    averages,
+    not_finite,
+    paired_difference,
+    read_document_losses,
+    read_record,
+    read_results,
+)
 from ropewalk.evaluation.suites import evaluate
 from ropewalk.evaluation.validate import validate
 
@@ -9,6 +16,7 @@ __all__ = [
     "TrainingEvaluation",
     "averages",
     "evaluate",
+    "not_finite",
     "paired_difference",
     "read_document_losses",
     "read_record",

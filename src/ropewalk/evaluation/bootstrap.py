@@ -29,6 +29,27 @@ class Estimate:
         return asdict(self)
 
 
+def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Mean of measured values; one that is not a number makes the mean none, where pandas would leave it out.
+
+    Args:
+        values: (n,).
+        weights: (n,), such as prompts or tokens; None: equal ones.
+
+    Returns:
+        The mean; NaN for no values or no weight.
+    """
+    measured = np.asarray(values, np.float64)
+    shares = np.ones_like(measured) if weights is None else np.asarray(weights, np.float64)
+    return float((measured * shares).sum() / shares.sum()) if shares.sum() else math.nan
+
+
+def extent(values: ArrayLike) -> tuple[float, float]:
+    """Lowest and highest of measured values, (n,) with n >= 1; NaN twice where one of them is not a number."""
+    measured = np.asarray(values, np.float64)
+    return float(measured.min()), float(measured.max())
+
+
 def resample_counts(n: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int64]:
     """How often each of ``n`` units is drawn in each resample with replacement; int64 (resamples, n)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
@@ -70,11 +91,13 @@ def paired_ratio_difference(
     return _estimate(sums_a.sum() / counts_a.sum() - sums_b.sum() / counts_b.sum(), resampled, sums_a.size)
 
 
-def proportion(successes: int, n: int) -> Estimate:
-    """``successes`` of ``n`` with Wilson's interval.
+def proportion(successes: float, n: int) -> Estimate:
+    """``successes`` of ``n`` with Wilson's interval; NaN if some could not be judged.
 
     At 0 and at n it has a width; the bootstrap has none there.
     """
+    if math.isnan(successes):
+        return Estimate(math.nan, math.nan, math.nan, math.nan, n)
     share = successes / n
     scale = 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / scale

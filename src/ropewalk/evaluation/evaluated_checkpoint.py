@@ -28,7 +28,7 @@ from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.chain import Steps
 from ropewalk.rope.position import METADATA_KEY, position_of
-from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.directory import run_name
 
 LENGTH_RATIO = "length_over_trained"  # in a chain: a factor that follows the length under evaluation
 
@@ -62,6 +62,7 @@ class Setting:
     def record(self) -> dict[str, Any]:
         """The setting as JSON: chain, lengths in tokens, inverse frequencies in radians per token."""
         return {
+            "setting": self.name,
             "chain": str(self.chain),
             "chain_sha256": self.chain.sha256,
             "lengths": list(self.lengths),
@@ -143,10 +144,8 @@ class EvaluatedCheckpoint:
 
     @property
     def run(self) -> str:
-        """Name of the run: the configured one, else that of its directory, of which an export is a part."""
-        resolved = self.directory.resolve()
-        is_export = resolved == RunDirectory(resolved.parent).export
-        return self.config.name or (resolved.parent if is_export else resolved).name
+        """Name of the run: the configured one, else that of the run that the checkpoint belongs to."""
+        return self.config.name or run_name(self.config.checkpoint)
 
     @property
     def method(self) -> str:

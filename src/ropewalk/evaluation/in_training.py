@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +92,11 @@ class TrainingEvaluation:
         if not self.ranks.is_main:
             return {}
         rows = [row for rows in in_order(losses for losses, _ in shares) for row in rows]
-        return self._report(step, rows, in_order(grades for _, grades in shares))
+        try:
+            return self._report(step, rows, in_order(grades for _, grades in shares))
+        except Exception:  # the other ranks go on, and no fault of a report is worth a training
+            log(f"warning: the evaluation after step {step} is not recorded:\n{traceback.format_exc()}")
+            return {}
 
     def _dealt(self, items: Sequence[Any]) -> list[int]:
         """Numbers of this rank's items; as many on every rank, the first ones again when they run out."""
@@ -106,7 +112,7 @@ class TrainingEvaluation:
         rows += needle_rows(pd.concat(grades), self.seed) if grades else []
         columns = {
             "run": self.name, "method": self.position.name, "chain": str(setting.chain), "test_time_scaling": "none",
-            "source_file": RECORD,
+            "test_time": "none", "source_file": RECORD,
         }  # fmt: skip
         results = results_table(table_row(row, columns) for row in rows)
         output = self.directory.evaluation_at(step)
@@ -115,9 +121,12 @@ class TrainingEvaluation:
             output.mkdir(parents=True, exist_ok=True)
             write_results(output, results, documents)
             write_record(output, record)
-        except OSError as error:  # the main numbers are recorded all the same, and the other ranks are waiting
+        except OSError as error:  # the main numbers are recorded all the same
             log(f"warning: {output} could not be written ({error})")
-        return dict(_metrics(rows))
+        metrics = dict(_metrics(rows))
+        if missing := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            log(f"warning: step {step} evaluates to no finite number: {', '.join(missing)}")
+        return metrics
 
 
 def _metrics(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

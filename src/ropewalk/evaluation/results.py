@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference
+from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference, weighted_mean
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.runs.directory import RunDirectory
 
@@ -41,6 +41,7 @@ RESULT_COLUMNS = {
     "stderr": "float64",  # of the value, over documents, prompts or samples; NaN: unknown
     "n": "int64",  # documents, prompts or samples
     "source_file": "str",  # the harness's own file that the row was made from
+    "test_time": "str",  # names of the test-time settings that the number is part of, by commas; empty: not recorded
 }
 DOCUMENT_COLUMNS = {
     "run": "str",
@@ -56,12 +57,14 @@ BUCKET = ["position_start", "position_end"]
 ESTIMATE = ["value", "ci_low", "ci_high", "stderr"]
 TABLE, DOCUMENTS, RECORD = "table.parquet", "documents.parquet", "evaluation.json"
 EARLIER = "results.parquet"  # losses and needles of an evaluation by an earlier ropewalk
-ADDED = (*BUCKET, "ci_low", "ci_high")  # columns that its table of the other harnesses lacked
+ADDED = (*BUCKET, "ci_low", "ci_high", "test_time")  # columns that earlier tables lack
 OWN_HARNESS = "ropewalk"  # of the losses and needles
 LOSS_METRICS = ("nll", "answer_nll")  # nats; every other metric is a percentage
 NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
 UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
+REASONS = (NEEDS_JUDGE, UNPUBLISHED)  # metrics of rows that have no value because nothing was measured
 KEY = ["run", "chain", "test_time_scaling", "harness", "task", "context_length", *BUCKET, "depth", "metric"]
+RELATIVE = 1e-4  # by which two passes over the same tokens may differ: chunks of another length round otherwise
 GROUP = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "context_length"]
 
 
@@ -72,7 +75,9 @@ def results_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         UserError: for a column that the table does not have, a number twice, or a run measured by two versions of
             one harness.
     """
-    table = typed_table(({"n": 0} | {k: v for k, v in row.items() if v is not None} for row in rows), RESULT_COLUMNS)
+    table = typed_table(
+        ({"n": 0, "test_time": ""} | {k: v for k, v in row.items() if v is not None} for row in rows), RESULT_COLUMNS
+    )
     check_unmixed(table)
     return table
 
@@ -144,7 +149,7 @@ def read_results(directory: str | Path) -> pd.DataFrame:
         return _read_earlier(directory)
     if not (directory / TABLE).is_file():
         raise UserError(f"{directory} holds no {TABLE}; run scripts/evaluate.py with output={directory}")
-    return _read_typed(directory / TABLE, RESULT_COLUMNS, ADDED)
+    return _read_typed(directory / TABLE, RESULT_COLUMNS, ADDED).fillna({"test_time": ""})
 
 
 def read_document_losses(directory: str | Path) -> pd.DataFrame:
@@ -197,41 +202,75 @@ class Evaluations:
     Attributes:
         results: the results tables in one; losses and needles of finished evaluations alone.
         documents: the losses by document.
-        record: evaluation.json of the first finished evaluation.
+        record: evaluation.json of the first finished evaluation, with the settings of all of them.
+        left_out: what the directories hold besides, and why it is not here.
     """
 
     results: pd.DataFrame
     documents: pd.DataFrame
     record: dict[str, Any]
+    left_out: list[str]
 
 
 def read_evaluations(run_directory: Path) -> Evaluations:
     """The evaluations at ``run_directory``: what evaluate.py wrote there itself, or in ``evaluation*/`` of a run.
 
+    A number that two evaluations hold alike is one.
+
     Raises:
-        UserError: for a damaged file, or a number that two of the evaluations hold.
+        UserError: for a damaged file, or a number that two of the evaluations hold otherwise.
     """
     results: list[pd.DataFrame] = []
     documents: list[pd.DataFrame] = []
-    record: dict[str, Any] = {}
+    records: list[dict[str, Any]] = []
+    left_out: list[str] = []
     for directory in evaluation_directories(run_directory):
         table = read_results(directory)
+        own = table["harness"] == OWN_HARNESS
         if (directory / RECORD).is_file():
-            record = record or read_record(directory)
+            records.append(read_record(directory))
             documents += [read_document_losses(directory)] if (directory / DOCUMENTS).is_file() else []
-        else:
-            table = table[table["harness"] != OWN_HARNESS]
-        results.append(table)
-    whole = pd.concat([typed_table([], RESULT_COLUMNS), *results], ignore_index=True)
-    twice = whole[whole.duplicated(KEY)]
-    if len(twice):
-        row = twice.iloc[0]
-        raise UserError(
-            f"{run_directory} holds {row['harness']}'s {row['task']} ({row['metric']}) at {row['context_length']} "
-            "tokens twice; move one of its evaluations away"
-        )
+            name = records[-1].get("config", {}).get("test_time", {}).get("name", "")
+            table.loc[own & (table["test_time"] == ""), "test_time"] = name
+        elif own.any():
+            left_out.append(f"{directory}: its losses and needles are not finished; repeat its evaluation.")
+            table = table[~own]
+        results.append(table.assign(directory=str(directory)))
+    whole = pd.concat([typed_table([], {**RESULT_COLUMNS, "directory": "str"}), *results], ignore_index=True)
+    passes = ["setting", "context_length"]
     losses = pd.concat([typed_table([], DOCUMENT_COLUMNS), *documents], ignore_index=True)
-    return Evaluations(whole, losses, record)
+    first = losses.assign(part=np.repeat(range(len(documents)), [len(d) for d in documents]).astype(int))
+    losses = losses[first["part"] == first.groupby(passes)["part"].transform("min")]
+    record = dict(records[0]) if records else {}
+    if len(records) > 1:
+        settings = [setting for other in records for setting in other.get("settings", [])]
+        record["settings"] = list({(s["chain"], s["lengths"][-1]): s for s in reversed(settings)}.values())[::-1]
+        for other in records:
+            record["document_prefixes"] = other.get("document_prefixes", {}) | record.get("document_prefixes", {})
+    return Evaluations(_collapsed(whole), losses.reset_index(drop=True), record, left_out)
+
+
+def _collapsed(table: pd.DataFrame) -> pd.DataFrame:
+    """Results of several directories (column ``directory``), a number that several hold alike once.
+
+    Raises:
+        UserError: two of them hold one number otherwise.
+    """
+    key = [name for name in KEY if name != "run"]
+    twice = table.duplicated(key, keep=False)
+    for _, rows in table[twice].groupby(key, dropna=False, sort=False):
+        first = rows.iloc[0]
+        for _, other in rows.iloc[1:].iterrows():
+            if not (first["n"] == other["n"] and np.isclose(first["value"], other["value"], RELATIVE, equal_nan=True)):
+                at = "" if pd.isna(first["context_length"]) else f" at {first['context_length']:,} tokens"
+                raise UserError(
+                    f"{first['directory']} and {other['directory']} both hold {first['harness']}'s {first['task']} "
+                    f"({first['metric']}){at}, under {first['test_time_scaling']}: {first['value']:.6g} over "
+                    f"{first['n']} and {other['value']:.6g} over {other['n']}; move one of them away"
+                )
+        names = dict.fromkeys(name for cell in rows["test_time"] for name in cell.split(",") if name)
+        table.loc[rows.index, "test_time"] = ",".join(names)
+    return table[~table.duplicated(key)].drop(columns="directory").reset_index(drop=True)
 
 
 def evaluation_directories(run_directory: Path) -> list[Path]:
@@ -258,6 +297,28 @@ def is_loss(metric: str) -> bool:
     return metric.removesuffix("_shuffled") in LOSS_METRICS
 
 
+def measured(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a results table that were measured, those whose number is none (NaN, inf) included."""
+    return table[~table["metric"].isin(REASONS)]
+
+
+def not_finite(directory: str | Path) -> list[str]:
+    """Numbers of an evaluation that are NaN or infinite, a line for each kind; empty if there are none."""
+    rows = measured(read_results(directory))
+    rows = rows[~np.isfinite(rows["value"].astype(float)) & (rows["task"] != "loss_by_position")]
+    lines = [
+        f"{harness} {task} ({metric}) at {', '.join(f'{n:,}' for n in part['context_length'].dropna().unique())} tokens"
+        for (harness, task, metric), part in rows.groupby(["harness", "task", "metric"], sort=False)
+    ]
+    has_documents = (Path(directory) / DOCUMENTS).is_file()
+    documents = read_document_losses(directory) if has_documents else typed_table([], DOCUMENT_COLUMNS)
+    for (length, setting), part in documents.groupby(["context_length", "setting"], sort=False):
+        sums = part.groupby("document")["nll_sum"].sum(skipna=False)
+        if count := int((~np.isfinite(sums)).sum()):
+            lines.append(f"losses of {count} of {len(sums)} documents, read to {length:,} tokens under {setting}")
+    return lines
+
+
 def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROUP) -> pd.DataFrame:
     """The mean over ``tasks`` of each group, with the tasks that it is over.
 
@@ -277,13 +338,13 @@ def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROU
         if group["task"].duplicated().any():
             name = group["task"][group["task"].duplicated()].iloc[0]
             raise UserError(f"{name} has several rows in one average; choose one metric a task first")
-        known = group.dropna(subset="value").set_index("task")
+        known = measured(group).set_index("task")
         present = [task for task in tasks if task in known.index]
         errors = known["stderr"].to_numpy()
         rows.append(
             {
                 **dict(zip(by, key, strict=True)),
-                "value": known["value"].mean(),
+                "value": weighted_mean(known["value"]),
                 "stderr": float(np.sqrt((errors**2).sum()) / len(known)) if len(known) else np.nan,
                 "n_tasks": len(present),
                 "tasks": ",".join(present),
@@ -365,4 +426,4 @@ def _read_earlier(directory: Path) -> pd.DataFrame:
     own["test_time_scaling"] = [scalings.get(length, "none") for length in own["context_length"]]
     own.loc[~own["metric"].map(is_loss).astype(bool), ESTIMATE] *= 100
     own = own.reindex(columns=list(RESULT_COLUMNS)).astype(RESULT_COLUMNS)
-    return pd.concat([table[~is_own], own], ignore_index=True)
+    return pd.concat([table[~is_own], own], ignore_index=True).fillna({"test_time": ""})

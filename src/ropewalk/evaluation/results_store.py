@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.results import EARLIER, OWN_HARNESS, RECORD, results_table, write_results
+from ropewalk.evaluation.results import EARLIER, KEY, OWN_HARNESS, RECORD, results_table, write_results
 from ropewalk.files import replace_atomically, write_atomically
 
 CELLS = "cells"
 SAMPLES, DOCUMENTS = ".samples.jsonl", ".documents.parquet"  # beside a cell
+TEST_TIMES = "test_time.json"  # test-time setting -> lengths, their scaling, and passes
 SHARED = ("harness_version", "windows", "lengths")  # of an identity: what all cells of a harness have in common
+LABELS = ("run", "method")  # names, which earlier cells had in their identity and no number depends on
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class ResultsStore:
     Args:
         output: directory.
         overwrite: measure again what was measured otherwise; a cell of the same identity is kept all the same.
+        run: name of the run in the tables, whatever it was called when a cell was measured.
     """
 
-    def __init__(self, output: Path, overwrite: bool) -> None:
+    def __init__(self, output: Path, overwrite: bool, run: str) -> None:
         self.output = output
         self.overwrite = overwrite
+        self.run = run
 
     def is_finished(self, cell: Cell, identity: Mapping[str, Any]) -> bool:
         """True if ``cell`` was measured under this very identity.
@@ -72,16 +77,21 @@ class ResultsStore:
         known = _read(path)
         if known is not None:
             return not self._differing(path, known["identity"], identity, {*identity, *known["identity"]})
-        for path in self._files(cell.harness):
-            if (known := _read(path)) is not None:
+        for path in self._files():
+            if (known := _read(path)) is not None and (path.is_relative_to(self.output / CELLS / cell.harness)):
                 self._differing(path, known["identity"], identity, SHARED)
+            elif known is not None and known["identity"].get("checkpoint") != identity.get("checkpoint"):
+                raise UserError(
+                    f"{path} was measured on another checkpoint, and one table is of one: name another output, or "
+                    "move what is in this one away"
+                )
         return False
 
     def _differing(
         self, path: Path, known: Mapping[str, Any], identity: Mapping[str, Any], names: Collection[str]
     ) -> list[str]:
         """Those of ``names`` that differ; an error unless they may be replaced."""
-        differing = sorted(name for name in names if known.get(name) != identity.get(name))
+        differing = sorted(n for n in names if n not in LABELS and known.get(n) != identity.get(n))
         if differing and not self.overwrite:
             both = "; ".join(f"{name}={known.get(name)}, not {identity.get(name)}" for name in differing)
             raise UserError(
@@ -156,11 +166,61 @@ class ResultsStore:
         paths = (self.output / CELLS / harness).rglob("*.json")
         return sorted(paths, key=lambda path: (path.parent, _length(path), path.name))
 
+    def record_test_time(self, name: str, lengths: Mapping[int | None, str], passes: Sequence[int]) -> None:
+        """Record which cells a test-time setting is made of, so that the table can name it.
+
+        Args:
+            name: of the setting; a number is added to it where it means another scaling than before.
+            lengths: tokens (None: tasks without a length) -> the scaling of the setting there.
+            passes: tokens of its passes over the documents.
+        """
+        path = self.output / TEST_TIMES
+        known = self._test_times()
+        scalings = {str(length): scaling for length, scaling in lengths.items()}
+        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+        name = next(
+            n for n in names if all(scalings.get(k, v) == v for k, v in known.get(n, {}).get("lengths", {}).items())
+        )
+        earlier = known.get(name, {"lengths": {}, "passes": []})
+        entry = {"lengths": earlier["lengths"] | scalings, "passes": sorted({*earlier["passes"], *passes})}
+        write_atomically(path, json.dumps(known | {name: entry}, indent=2) + "\n")
+
+    def _test_times(self) -> dict[str, Any]:
+        path = self.output / TEST_TIMES
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The table's rows of every finished cell."""
+        """The table's rows of every finished cell; of a number that two passes measured alike, the shorter's.
+
+        Raises:
+            UserError: two cells measured one number otherwise.
+        """
+        settings = self._test_times()
+        sources: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
         for path in self._files():
-            if (known := _read(path)) is not None:
-                yield from known["rows"]
+            if (known := _read(path)) is None:
+                continue
+            identity = {name: value for name, value in known["identity"].items() if name not in (*LABELS, "length")}
+            for row in known["rows"]:
+                key = tuple(row.get(name) for name in KEY if name != "run")
+                other, other_identity = sources.setdefault(key, (path, identity))
+                if other_identity != identity:
+                    differing = sorted(n for n in identity if identity[n] != other_identity.get(n))
+                    raise UserError(
+                        f"{other} and {path} hold {row['task']} ({row['metric']}) at {row['context_length']} tokens "
+                        f"and differ in {', '.join(differing)}; move one of them away, or name another output"
+                    )
+                if other == path:
+                    names = [name for name, setting in settings.items() if _is_of(row, setting)]
+                    yield {**row, "run": self.run, "test_time": ",".join(names)}
+
+    def settings(self, records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """``records`` of settings and those of all losses in the store, each once, those of shorter lengths first."""
+        known = {(setting["chain"], setting["lengths"][-1]): setting for setting in records}
+        for path in self._files(OWN_HARNESS):
+            if setting := (_read(path) or {"about": {}})["about"].get("setting"):
+                known.setdefault((setting["chain"], setting["lengths"][-1]), setting)
+        return sorted(known.values(), key=lambda setting: (setting["lengths"][0], setting["lengths"][-1]))
 
     def write_tables(self) -> None:
         """Make table.parquet, table.csv and documents.parquet anew from all cells.
@@ -170,8 +230,15 @@ class ResultsStore:
         """
         files = [path.with_suffix(DOCUMENTS) for path in self._files()]
         losses = [pd.read_parquet(file) for file in files if file.is_file()]
-        documents = pd.concat(losses, ignore_index=True) if losses else None
+        documents = pd.concat(losses, ignore_index=True).assign(run=self.run) if losses else None
         write_results(self.output, results_table(self.rows()), documents)
+
+
+def _is_of(row: Mapping[str, Any], setting: Mapping[str, Any]) -> bool:
+    """True if a number is part of a test-time setting."""
+    length = row.get("context_length")
+    is_pass = row["task"] != "loss_by_position" or length in setting["passes"]
+    return is_pass and setting["lengths"].get(str(length)) == row["test_time_scaling"]
 
 
 def _length(path: Path) -> int:
@@ -180,10 +247,10 @@ def _length(path: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A cell's identity and rows; None: there is no such file."""
+    """A cell's identity, rows and what else it says; None: there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"identity": content["identity"], "rows": content["rows"]}
+        return {"about": {}, **content, "identity": content["identity"], "rows": content["rows"]}
     except FileNotFoundError:  # or another process has just replaced it
         return None
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from omegaconf import OmegaConf
@@ -16,20 +18,22 @@ from ropewalk.config import CONFIG_DIR
 from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
-from ropewalk.evaluation.evaluated_checkpoint import open_checkpoint, validate_engine
-from ropewalk.evaluation.harness.held_out import run_held_out, summarize_held_out, validate_held_out
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, open_checkpoint, validate_engine
+from ropewalk.evaluation.harness.held_out import passes_of, run_held_out, summarize_held_out, validate_held_out
 from ropewalk.evaluation.harness.helmet.helmet_suite import check_checkout, run_helmet
 from ropewalk.evaluation.harness.lm_eval_suite import check_scorers, check_tasks, run_lm_eval
 from ropewalk.evaluation.harness.ruler_suite import run_ruler, validate_ruler
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
-from ropewalk.evaluation.results import averages, read_results, writable_directory
+from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results, writable_directory
 from ropewalk.evaluation.results_store import ResultsStore
-from ropewalk.files import replace_atomically
+from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import Ranks, gather, join_launched, rank_zero_first
 
+Option = TypeVar("Option")
 PATIENCE = timedelta(days=7)  # one rank's long prompts may keep the others waiting for hours
 PAPER_CSV = "paper.csv"
-UNSCALED = TestTimeConfig(name="none")
+NOT_FINITE = "not_finite.txt"  # numbers that are NaN or infinite; empty: there are none
 HARNESSES = {"quick": run_held_out, "ruler": run_ruler, "lm_eval": run_lm_eval, "helmet": run_helmet}
 SUITES = "suites"  # in place of a harness: a suite of suites
 # Fields that mean something of a suite of suites; lengths and published are read before it is taken apart.
@@ -58,17 +62,53 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
     ranks = ranks or join_launched(timeout=PATIENCE)
     checkpoint = rank_zero_first(lambda: open_checkpoint(config))  # it may export the run
     output = writable_directory("output", config.output)
-    store = ResultsStore(output, config.overwrite)
+    (output / NOT_FINITE).unlink(missing_ok=True)
+    store = ResultsStore(output, config.overwrite, checkpoint.run)
     for suite in suites:
-        for test_time in [config.test_time, *([UNSCALED] if suite.unscaled_too else [])]:
+        for test_time in test_times_of(config, suite):
             HARNESSES[suite.harness](checkpoint, suite, test_time, store, ranks)
+            if ranks.rank == 0:
+                record_test_time(checkpoint, test_time, store)
     gather(None)
     if ranks.rank == 0:
         store.write_tables()
         print(summarize(read_results(output), suites), flush=True)
         if published is not None:
             print(compare_published(output, published), flush=True)
+        lines = not_finite(output)
+        write_atomically(output / NOT_FINITE, "".join(f"{line}\n" for line in lines))
+        print("\n".join([*(f"warning: not a finite number: {line}" for line in lines), next_step(output)]), flush=True)
     return read_results(output)
+
+
+def next_step(output: Path) -> str:
+    """Where the results lie, and the command that shows them."""
+    run = output.parent if RunDirectory(output.parent).evaluation == output else output
+    command = shlex.join(["python", "scripts/compare.py", f"runs=[{run}]"])
+    return f"results: {output / TABLE}\nnext, with other runs beside it: {command}"
+
+
+def test_times_of(config: EvaluateConfig, suite: SuiteConfig) -> list[TestTimeConfig]:
+    """The test-time settings that a suite is run under, each name once.
+
+    Raises:
+        UserError: for a name that configs/test_time does not have.
+    """
+    settings = [config.test_time]
+    settings += [read_option("test_time", name, TestTimeConfig, "test_time") for name in config.test_times]
+    settings += [TestTimeConfig(name="none")] if suite.unscaled_too else []
+    return list({setting.name: setting for setting in reversed(settings)}.values())[::-1]
+
+
+def record_test_time(checkpoint: EvaluatedCheckpoint, test_time: TestTimeConfig, store: ResultsStore) -> None:
+    """Record in ``store`` which scaling a test-time setting has at each length."""
+    lengths = checkpoint.config.lengths
+    scalings: dict[int | None, str] = {
+        length: checkpoint.columns(setting)["test_time_scaling"]
+        for length, setting in checkpoint.settings([*lengths, checkpoint.trained_length], test_time).items()
+    }
+    scalings[None] = scalings[checkpoint.trained_length]
+    store.record_test_time(test_time.name, scalings, [s.longest for s in passes_of(checkpoint, test_time)])
 
 
 def flattened(suite: SuiteConfig, data_dir: str) -> Iterator[SuiteConfig]:
@@ -92,29 +132,27 @@ def flattened(suite: SuiteConfig, data_dir: str) -> Iterator[SuiteConfig]:
                 f"run the part by itself (suite={suite.suites[0] if suite.suites else 'ruler'}) to set it"
             )
     for name in suite.suites:
-        part = read_suite(name, data_dir)
+        part = read_option("suite", name, SuiteConfig, "suite.suites", data_dir)
         given = {field: value for field in ("samples", "data") if (value := getattr(suite, field)) is not None}
         yield replace(part, **given, unscaled_too=suite.unscaled_too, helmet=suite.helmet)
 
 
-def read_suite(name: str, data_dir: str) -> SuiteConfig:
-    """The suite of a file of configs/suite.
+def read_option(group: str, name: str, schema: type[Option], key: str, data_dir: str = "data") -> Option:
+    """The option ``name`` of a config group, a file of configs/``group``.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file; ``key`` is what named it.
     """
-    path = CONFIG_DIR / "suite" / f"{name}.yaml"
+    path = CONFIG_DIR / group / f"{name}.yaml"
     if not path.is_file():
-        names = [file.stem for file in path.parent.glob("*.yaml")]
+        names = sorted(file.stem for file in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(name, names, n=1)
-        raise UserError(
-            f"suite.suites: there is no suite {name!r}; did you mean {near[0] if near else ', '.join(names)}?"
-        )
-    whole = OmegaConf.create({"suite": OmegaConf.load(path), "paths": {"data_dir": data_dir}})
-    loaded = OmegaConf.to_container(whole, resolve=True)["suite"]  # type: ignore[index,call-overload]
-    suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), loaded))
-    assert isinstance(suite, SuiteConfig)
-    return suite
+        raise UserError(f"{key}: there is no {group} {name!r}; did you mean {near[0] if near else ', '.join(names)}?")
+    whole = OmegaConf.create({group: OmegaConf.load(path), "paths": {"data_dir": data_dir}})
+    loaded = OmegaConf.to_container(whole, resolve=True)[group]  # type: ignore[index,call-overload]
+    option = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))
+    assert isinstance(option, schema)
+    return option
 
 
 def compare_published(output: Path, published: pd.DataFrame) -> str:
@@ -135,6 +173,7 @@ def validate_suites(config: EvaluateConfig) -> list[SuiteConfig]:
     """
     suites = list(flattened(config.suite, config.paths.data_dir))
     validate_engine(config)
+    test_times_of(config, config.suite)
     if config.suite.published is not None:
         read_published(config.suite.published)
     for suite in suites:
@@ -146,11 +185,6 @@ def validate_suites(config: EvaluateConfig) -> list[SuiteConfig]:
     for suite in sorted(suites, key=lambda suite: suite.harness == "lm_eval"):  # whose check takes seconds, last
         if suite.harness == "quick":
             validate_held_out(config)
-            if suite.unscaled_too:
-                raise UserError(
-                    "suite.unscaled_too=true would measure the losses of suite=quick twice at one length; run it again "
-                    "with test_time=none and another output"
-                )
         elif suite.harness == "ruler":
             validate_ruler(suite, config.lengths)
         elif suite.harness == "lm_eval":

@@ -256,7 +256,7 @@ def _check_arms(arms: Sequence[Arm]) -> None:
     checkpoint = open_checkpoint(arms[0].config)
     windows = read_windows(checkpoint)
     for arm in arms:
-        store = ResultsStore(writable_directory("output", arm.config.output), arm.config.overwrite)
+        store = ResultsStore(writable_directory("output", arm.config.output), arm.config.overwrite, arm.name)
         of_arm = replace(checkpoint, config=arm.config)  # same checkpoint, same windows
         for setting in passes_of(of_arm, UNCHANGED):
             unfinished_cells(of_arm, windows, setting, store)

@@ -51,7 +51,9 @@ def needle_figures(
     figures = [_figure(cells, accuracy, ColorScale("cividis", 0, 1, NAMES[accuracy]), pooled, trained_lengths)]
     nll = cells.loc[(cells["metric"] == ANSWER_NLL) & cells["run"].isin(exact["run"]), "value"]
     if rows["at_chance"].any() and len(nll):
-        scale = ColorScale("cividis_r", 0, float(nll.max()), "nats per answer token")  # bright is good in both
+        finite = nll[np.isfinite(nll)]
+        high = float(finite.max()) if len(finite) else 1.0
+        scale = ColorScale("cividis_r", 0, high, "nats per answer token")  # bright is good in both
         figures.append(_figure(cells, ANSWER_NLL, scale, pooled, trained_lengths))
     return figures
 
@@ -111,8 +113,7 @@ def _number(value: float) -> str:
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, scale: ColorScale, trained: int | None) -> None:
-    grid = rows.pivot_table(index="depth", columns="context_length", values="value")
-    counts = rows.pivot_table(index="depth", columns="context_length", values="n")
+    grid, counts = (rows.pivot(index="depth", columns="context_length", values=name) for name in ("value", "n"))
     lengths = [int(length) for length in grid.columns]
     x, y = np.arange(len(lengths) + 1) - 0.5, np.arange(len(grid) + 1) - 0.5
     mesh = axes.pcolormesh(
@@ -144,7 +145,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, scale: ColorScale, trained: int | None
 def _label_cells(axes: Axes, grid: np.ndarray, scale: ColorScale) -> None:
     colors, norm = matplotlib.colormaps[scale.colors], scale.norm
     for (row, column), value in np.ndenumerate(grid):
-        if not math.isnan(value):
-            is_light = sum(colors(float(norm(value)))[:3]) / 3 > DARK
-            color = "#101010" if is_light else "#fafafa"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=color)
+        is_light = math.isnan(value) or sum(colors(float(norm(value)))[:3]) / 3 > DARK
+        color = "#101010" if is_light else "#fafafa"
+        text = "NaN" if math.isnan(value) else f"{value:.2f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=color)

@@ -75,10 +75,11 @@ def each_run(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def final_mean(rows: pd.DataFrame, column: str) -> float:
-    """Mean of a column over the last tenth of the rows that have it; nan where none has."""
+    """Mean of a column over the last tenth of the rows that logged it; nan where none has, or a loss there is none."""
     if column not in rows:
         return math.nan
-    values = rows[column].dropna().to_numpy(dtype=float)
+    logged = rows[column].notna() | rows["loss"].isna()  # a domain that no sequence was of logs nothing
+    values = rows.loc[logged, column].to_numpy(dtype=float)
     return float(values[-max(1, round(FINAL_SHARE * len(values))) :].mean()) if len(values) else math.nan
 
 
@@ -97,7 +98,7 @@ def _number(value: float, form: str = ".3f") -> str:
 
 def _smoothed(losses: pd.Series) -> pd.Series | None:
     window = len(losses) // 50
-    return losses.rolling(window, min_periods=1).mean() if window > 1 else None
+    return losses.rolling(window, min_periods=1).mean().where(losses.notna()) if window > 1 else None
 
 
 def _is_smoothed(metrics: pd.DataFrame) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from ropewalk.evaluation.bootstrap import weighted_mean
+from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED, measured
 from ropewalk.report.runs import Run
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, arms, noise_words
@@ -34,7 +36,7 @@ HELMET = Suite("helmet", "HELMET", by_category=True)
 LONG = Suite("lm-eval", "Other long-context tasks")
 SUITES = (RULER, HELMET, LONG)
 # Metric of a row without a value -> why it has none.
-REASONS = {"needs_judge": "only a judge model scores it", "inputs_unpublished": "its inputs were never published"}
+REASONS = {NEEDS_JUDGE: "only a judge model scores it", UNPUBLISHED: "its inputs were never published"}
 SHORT_HARNESS = "lm-eval"
 SHORT_LEGEND = (
     "Percent ± standard error over samples; in brackets, the difference to the base. Bold: by more than two standard "
@@ -59,8 +61,8 @@ class Scores:
 
     @property
     def known(self) -> pd.DataFrame:
-        """Rows with a number; the others say in their metric why they have none."""
-        return self.rows[self.rows["value"].notna()]
+        """Rows that were measured; the others say in their metric why they were not."""
+        return measured(self.rows)
 
     def at(self, length: int) -> pd.DataFrame:
         """Rows with a number at a length."""
@@ -77,7 +79,7 @@ class Scores:
         if not tasks or sorted(rows["task"]) != sorted(tasks):
             return None
         error = math.sqrt(float((rows["stderr"].astype(float) ** 2).sum(skipna=False))) / len(rows)
-        return float(rows["value"].mean()), error
+        return weighted_mean(rows["value"]), error
 
 
 def scores(runs: list[Run], suite: Suite) -> list[Scores]:
@@ -228,8 +230,8 @@ def _task_blocks(all_scores: list[Scores], task: str, lengths: list[int]) -> lis
 def _without_number(all_scores: list[Scores]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for score in all_scores:
-        for row in score.rows[score.rows["value"].isna()].itertuples():
-            reason = REASONS.get(str(row.metric), str(row.metric))
+        for row in score.rows[score.rows["metric"].isin(REASONS)].itertuples():
+            reason = REASONS[str(row.metric)]
             reasons.setdefault(reason, []).append(str(row.task))
     return [f"No number, as {reason}: {', '.join(dict.fromkeys(tasks))}." for reason, tasks in reasons.items()]
 
@@ -256,7 +258,7 @@ Key = tuple[str, str, str]  # task, metric, test-time scaling
 def short_scores(run: Run) -> dict[Key, Score]:
     """Scores of the tasks that have no context length of their own."""
     rows = run.harness(SHORT_HARNESS)
-    rows = rows[rows["context_length"].isna() & rows["value"].notna()]
+    rows = measured(rows[rows["context_length"].isna()])
     return {
         (str(row.task), str(row.metric), str(row.test_time_scaling)): Score(
             float(row.value), float(row.stderr), int(row.n)

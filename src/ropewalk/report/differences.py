@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from ropewalk.evaluation import paired_difference
+from ropewalk.evaluation.harness.loss_by_position import per_document
 from ropewalk.figures.evaluation_curves import NONE
 from ropewalk.report.runs import Run
 
@@ -42,26 +44,20 @@ class Pass:
 def passes(run: Run) -> list[Pass]:
     """The passes of a run, shortest first."""
     rows = run.task("loss_by_position", "nll")
-    settings = _settings(run)
-    own = _own_setting(run, settings)
-    made = []
-    for (length, chain), curve in rows.groupby(["context_length", "chain"]):
-        setting = settings.get(int(length), chain)
-        made.append(Pass(int(length), chain, setting, _kind(setting, own), curve.sort_values("position_start")))
-    return made
-
-
-def _settings(run: Run) -> dict[int, str]:
-    """Length of each pass -> its setting, from the evaluation's record, else from the per-document table."""
-    recorded = {max(entry["lengths"]): str(entry["setting"]) for entry in run.evaluation.get("settings", [])}
-    pairs = run.documents[["context_length", "setting"]].drop_duplicates()
-    return recorded or {int(length): str(setting) for length, setting in pairs.itertuples(index=False)}
-
-
-def _own_setting(run: Run, settings: dict[int, str]) -> str:
+    names = {(max(entry["lengths"]), entry["chain"]): entry["setting"] for entry in run.evaluation.get("settings", [])}
+    pairs = run.documents[["context_length", "setting"]].drop_duplicates()  # of evaluations without a record
+    by_length = {int(length): str(setting) for length, setting in pairs.itertuples(index=False)}
+    made = [
+        (int(length), chain, str(names.get((int(length), chain), by_length.get(int(length), chain))), curve)
+        for (length, chain), curve in rows.groupby(["context_length", "chain"])
+    ]
     lengths = run.task("loss_at_length", "nll")["context_length"]
     starts_beyond = not lengths.empty and run.is_beyond(int(lengths.min()))
-    return NONE if starts_beyond or not settings else settings[min(settings)]
+    own = NONE if starts_beyond or not made else made[0][2]
+    return [
+        Pass(length, chain, setting, _kind(setting, own), curve.sort_values("position_start"))
+        for length, chain, setting, curve in made
+    ]
 
 
 def _kind(setting: str, own: str) -> str:
@@ -94,7 +90,8 @@ class Unpaired:
 
 
 def at_length(run: Run, baseline: Run, length: int) -> Difference | Unpaired:
-    """Difference over the second half of ``length`` tokens, each run under its own setting there."""
+    """Difference over the second half of ``length`` tokens to the baseline under the run's test-time setting."""
+    baseline = baseline.beside(run)
     rows = _paired(run, _second_half(run, length), baseline, _second_half(baseline, length))
     if isinstance(rows, Unpaired):
         return rows
@@ -122,6 +119,12 @@ def _paired(run: Run, sums: pd.DataFrame, baseline: Run, baseline_sums: pd.DataF
     return Unpaired("no document was scored by both") if rows.empty else rows.sort_values("position_start")
 
 
+def not_finite_documents(run: Run, length: int) -> tuple[int, int]:
+    """Documents whose loss over the second half of ``length`` tokens is not a finite number, and all of them."""
+    sums = _second_half(run, length)["nll_sum"]
+    return int((~np.isfinite(sums)).sum()), len(sums)
+
+
 def _documents(run: Run, made: Pass) -> pd.DataFrame:
     documents = run.documents
     return documents[(documents["context_length"] == made.length) & (documents["setting"] == made.setting)]
@@ -143,5 +146,5 @@ def _second_half(run: Run, length: int) -> pd.DataFrame:
     buckets = inside[BUCKET].drop_duplicates()
     if int((buckets["position_end"] - buckets["position_start"]).sum()) != end - start:
         return run.documents.iloc[:0]
-    sums = inside.groupby("document", as_index=False)[["nll_sum", "tokens"]].sum()
+    sums = per_document(inside, start, end).reset_index()
     return sums.assign(position_start=start, position_end=end)

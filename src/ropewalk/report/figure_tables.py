@@ -51,20 +51,21 @@ def difference_table(runs: Sequence[Run], baseline: Run) -> tuple[pd.DataFrame, 
     The noise beside a difference is that of the loss at the length that both passes reach.
     """
     all_arms, parts, unpaired = arms(runs), [], []
-    reference = {made.kind: made for made in passes(baseline)}
     for run in runs:
+        counterpart = baseline.beside(run)
+        reference = {made.kind: made for made in passes(counterpart)}
         for kind, made in {made.kind: made for made in passes(run)}.items():
-            if run is baseline:
+            if run.is_same(baseline):
                 continue
             rows: pd.DataFrame | Unpaired = Unpaired(f"{baseline.name} has no such pass")
             if kind in reference:
-                rows = by_position(run, made, baseline, reference[kind])
+                rows = by_position(run, made, counterpart, reference[kind])
             if isinstance(rows, Unpaired):
                 words = f"{kind_title(kind)}, {run.name}: no difference to {baseline.name}, because {rows.reason}."
                 unpaired.append(words)
             else:
                 length = min(made.length, reference[kind].length)
-                noise = noise_words(run, baseline, all_arms, loss_at(length), digits=4)
+                noise = noise_words(run, counterpart, all_arms, loss_at(length), digits=4)
                 parts.append(rows.assign(run=run.name, kind=kind, noise=noise)[DIFFERENCE])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=DIFFERENCE), unpaired
 

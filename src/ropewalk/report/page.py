@@ -26,7 +26,7 @@ from ropewalk.report import figure_tables, runs_table
 from ropewalk.report.benchmarks import SUITES, Suite, benchmark_table, short_context_table
 from ropewalk.report.published import published_table
 from ropewalk.report.results_table import Thresholds, effective_table, results_table
-from ropewalk.report.runs import Run, load_runs, with_bases
+from ropewalk.report.runs import Run, load_runs, once, with_bases
 from ropewalk.report.runs_table import limits, opening_table
 from ropewalk.report.section import Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
@@ -78,22 +78,23 @@ def find_baseline(runs: list[Run], name: str | None) -> Run:
     """
     if name is None:
         return runs[0]
-    named = [run for run in runs if run.is_called(name)]
+    exact = [run for run in runs if run.name == name]
+    named = exact or once([run for run in runs if run.is_called(name)])
     if len(named) != 1:
         names = ", ".join(run.name for run in runs)
         raise UserError(f"baseline={name} names {len(named)} of the runs, and must name one; use one of: {names}")
-    return named[0]
+    return next(run for run in runs if run.is_same(named[0]) and (not exact or run is exact[0]))
 
 
 def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[Section]:
     """The sections after the opening, in their order; those that no run has anything for are left out."""
-    styles = styles_of(arms(runs))
-    spectra = one_run_each(arms(runs))
+    styles, trained = styles_of(runs), once(runs)
+    spectra = one_run_each(arms(trained))
     thresholds = Thresholds(config.effective_needle, config.effective_ruler)
     sections = [
         results_table(runs, baseline),
         effective_table(runs, thresholds),
-        _training(runs, styles),
+        _training(trained, styles),
         _position(runs, baseline, styles),
         _needle(runs),
         *(_benchmark(runs, suite, styles) for suite in SUITES),
@@ -101,7 +102,7 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
         published_table(runs, read_published(config.published, "published")) if config.published else None,
         _spectra(spectra, baseline, styles),
         _spectrum_effects(spectra, baseline, styles),
-        _throughput(runs, styles),
+        _throughput(trained, styles),
     ]
     return [section for section in sections if section is not None]
 
@@ -242,13 +243,13 @@ def render(title: str, runs: list[Run], baseline: Run, sections: list[Section]) 
     environment.filters |= {"svg": svg, "blocks": numbers_blocks}
     return environment.get_template("report.html").render(
         title=title,
-        runs=runs,
+        runs=once(runs),
         opening=opening_table(runs, baseline),
         limits=limits(runs, baseline),
         sections=sections,
-        facts=runs_table.facts(runs),
-        differences=runs_table.differences(runs, baseline),
-        without_config=[run.name for run in runs if not run.config],
+        facts=runs_table.facts(once(runs)),
+        differences=runs_table.differences(once(runs), baseline),
+        without_config=[run.name for run in once(runs) if not run.config],
         baseline=baseline,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         javascript=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),

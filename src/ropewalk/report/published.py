@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ropewalk.evaluation.bootstrap import weighted_mean
 from ropewalk.evaluation.paper import measured_beside, published_of
 from ropewalk.report.runs import Run
 from ropewalk.report.section import Cell, Section, block_of
@@ -135,7 +136,7 @@ def _of_run(run: Run, row: pd.Series) -> float:
         ):
             return math.nan
         weights = rows["position_end"] - rows["position_start"]
-        return float((rows["value"] * weights).sum() / weights.sum())
+        return weighted_mean(rows["value"], weights)
     else:
         return math.nan
     return float(rows["value"].iloc[0]) if len(rows) == 1 else math.nan

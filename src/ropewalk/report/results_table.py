@@ -9,15 +9,17 @@ from itertools import pairwise
 
 import pandas as pd
 
+from ropewalk.evaluation.bootstrap import extent, weighted_mean
 from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
 from ropewalk.figures.style import interval
 from ropewalk.report.benchmarks import RULER, Scores, common_tasks, lengths_of, named, scores
-from ropewalk.report.differences import Unpaired, at_length
-from ropewalk.report.runs import Run, how_to_evaluate
+from ropewalk.report.differences import Unpaired, at_length, not_finite_documents
+from ropewalk.report.runs import Run, how_to_evaluate, once
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 
 SEEDS_TO_DECIDE = 6  # by chance alone the differences of n seeds have one sign with probability 2^(1-n): 1/32
+NOT_FINITE = "NaN"  # NaN or inf, which are neither ranked nor averaged
 LEGEND = (
     "Rows from the lowest loss at the longest length that all runs share. *, shaded: longer than the run was trained "
     "at. Bold differences: the interval leaves out zero."
@@ -66,8 +68,8 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
             "Loss (nats/token) over the second half of the context, 95% interval over documents", ordered, loss_cell
         ),
         *block(
-            f"Difference to {baseline.name} (nats/token), paired by document, 95% interval",
-            [run for run in ordered if run is not baseline],
+            f"Difference to {baseline.label} (nats/token), paired by document, 95% interval",
+            [run for run in ordered if not run.is_same(baseline)],
             lambda run, length: difference_cell(run, baseline, all_arms, length),
         ),
         *_over_seeds(all_arms, baseline, lengths),
@@ -75,9 +77,12 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
         *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
+    missing += [words for run in once(runs) for words in run.left_out]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
     columns, legend = [f"{length:,}" for length in lengths], LEGEND if blocks else ""
-    return Section("Results", legend, columns, blocks, missing=missing, on_terminal=True)
+    settings = dict.fromkeys(run.test_time for run in runs if losses(run))
+    title = f"Results, test_time={''.join(settings)}" if len(settings) == 1 and all(settings) else "Results"
+    return Section(title, legend, columns, blocks, missing=missing, on_terminal=True)
 
 
 def loss_at(length: int) -> Quantity:
@@ -102,8 +107,14 @@ def order_by_loss(runs: list[Run]) -> list[Run]:
     shared = shared_lengths(runs)
     if not shared:
         return list(runs)
-    evaluated = sorted((run for run in runs if losses(run)), key=lambda run: losses(run)[shared[-1]])
+    last = {run.name: losses(run)[shared[-1]] for run in runs if losses(run)}
+    evaluated = sorted((run for run in runs if run.name in last), key=lambda run: _rank(last[run.name]))
     return [*evaluated, *(run for run in runs if run not in evaluated)]
+
+
+def _rank(value: float) -> tuple[bool, float]:
+    """A key to sort by: what is not a finite number comes after all that are."""
+    return not math.isfinite(value), value if math.isfinite(value) else 0.0
 
 
 def needle_lengths(run: Run) -> list[int]:
@@ -118,7 +129,8 @@ def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
         rows, control = rows[rows["context_length"] == length], control[control["context_length"] == length]
     if rows.empty:
         return None
-    return Pooled(_mean(rows), _mean(control), int(rows["n"].sum()))
+    value, shuffled = (weighted_mean(part["value"], part["n"]) for part in (rows, control))
+    return Pooled(value, shuffled, int(rows["n"].sum()))
 
 
 def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
@@ -131,11 +143,6 @@ def needle_rows(run: Run, metric: str) -> pd.DataFrame:
     """The evaluator's own pooling over depths, which weights by answer tokens; else the cells."""
     rows = run.task("needle_at_length", metric)
     return run.task("needle", metric) if rows.empty else rows
-
-
-def _mean(rows: pd.DataFrame) -> float:
-    weight = rows["n"].sum()
-    return float((rows["value"] * rows["n"]).sum() / weight) if weight else math.nan
 
 
 def _over_seeds(all_arms: list[Arm], baseline: Run, lengths: list[int]) -> list[Block]:
@@ -169,7 +176,7 @@ def _mean_cell(arm: Arm, length: int) -> Cell:
     values = arm.values(loss_at(length))
     if not values:
         return Cell()
-    detail = interval(min(values), max(values)) if len(values) > 1 else ""
+    detail = interval(*extent(values)) if len(values) > 1 else ""
     mean = sum(values) / len(values)
     return Cell(f"{mean:.3f}", detail, arm.runs[0].is_beyond(length), hint=_seeds(len(values)))
 
@@ -185,8 +192,9 @@ def _mean_difference(arm: Arm, reference: Arm, all_arms: list[Arm], length: int)
         mean, count = sum(differences) / len(differences), len(differences)
         if count == 1:
             return Cell(f"{mean:+.4f}", "one seed in common", beyond, noise=noise)
-        detail = interval(min(differences), max(differences), signed=True)
-        decided = count >= SEEDS_TO_DECIDE and (min(differences) > 0 or max(differences) < 0)
+        low, high = extent(differences)
+        detail = interval(low, high, signed=True)
+        decided = count >= SEEDS_TO_DECIDE and (low > 0 or high < 0)
         hint = f"lowest and highest of {count} seeds that both arms have"
         return Cell(f"{mean:+.4f}", detail, beyond, decided, hint, f"range over {count} seeds")
     difference = sum(values) / len(values) - sum(reference_values) / len(reference_values)
@@ -204,17 +212,23 @@ def loss_cell(run: Run, length: int) -> Cell:
         return Cell()
     row = rows.iloc[0]
     hint = f"{row['chain']}, {int(row['n'])} documents"
+    if not math.isfinite(row["value"]):
+        count, whole = not_finite_documents(run, length)
+        return Cell(NOT_FINITE, f"in {count} of {whole} documents", run.is_beyond(length), hint=hint)
     return Cell(f"{row['value']:.3f}", interval(row["ci_low"], row["ci_high"]), run.is_beyond(length), hint=hint)
 
 
 def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -> Cell:
     """Loss less the baseline's over the second half of ``length`` tokens, with its interval."""
+    baseline = baseline.beside(run)
     if length not in losses(run) or length not in losses(baseline):
         return Cell()
     difference = at_length(run, baseline, length)
     if isinstance(difference, Unpaired):
         return Cell(hint=difference.reason)
     hint = f"{difference.n} documents that both scored"
+    if not math.isfinite(difference.value):
+        return Cell(NOT_FINITE, beyond=run.is_beyond(length), hint=hint)
     detail = interval(difference.low, difference.high, signed=True)
     noise = noise_words(run, baseline, all_arms, loss_at(length), digits=4)
     return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), difference.is_decided, hint, noise)
@@ -225,6 +239,8 @@ def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
     share = pooled(run, metric, length)
     if share is None:
         return Cell()
+    if not math.isfinite(share.value):
+        return Cell(NOT_FINITE, f"in {share.n} prompts", length is not None and run.is_beyond(length))
     control = "" if math.isnan(share.control) else f"({share.control:.2f})"
     beyond = length is not None and run.is_beyond(length)
     return Cell(f"{share.value:.2f}", control, beyond, hint=f"{share.n} prompts")
@@ -241,7 +257,7 @@ def effective_length(values: Mapping[int, float], threshold: float) -> int | Non
     """
     held = None
     for length in sorted(values):
-        if values[length] < threshold:
+        if not values[length] >= threshold:  # so does a value that is not a number
             break
         held = length
     return held
@@ -254,7 +270,7 @@ def longest_falling(values: Mapping[int, float]) -> int | None:
         return None
     held = lengths[0]
     for shorter, longer in pairwise(lengths):
-        if values[longer] >= values[shorter]:
+        if not values[longer] < values[shorter]:
             break
         held = longer
     return held

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,10 @@ class Run:
         documents: losses by document and bucket of positions.
         evaluation: evaluation.json, the record of the losses and needles.
         verification: export/verification.json.
+        left_out: what its evaluations hold and this does not, and why.
         is_base: whether the other runs were continued from it.
+        test_time: the test-time setting that ``table`` was measured under; "": not recorded.
+        settings: where it was measured under several, each of them by name; every one is a run of its own here.
     """
 
     name: str
@@ -59,7 +62,23 @@ class Run:
     documents: pd.DataFrame
     evaluation: dict[str, Any]
     verification: dict[str, Any]
+    left_out: list[str] = field(default_factory=list)
     is_base: bool = False
+    test_time: str = ""
+    settings: dict[str, Run] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name without the test-time setting."""
+        return self.name.removesuffix(f", {self.test_time}") if self.settings else self.name
+
+    def beside(self, other: Run) -> Run:
+        """This run under the test-time setting of another, where it was measured under that, too."""
+        return self.settings.get(other.test_time, self)
+
+    def is_same(self, other: Run) -> bool:
+        """True if both are one run, under whichever settings."""
+        return self.directory == other.directory and self.label == other.label
 
     @cached_property
     def results(self) -> pd.DataFrame:
@@ -104,8 +123,9 @@ class Run:
         return self.table[(self.table["harness"] == name) & self.table["depth"].isna()]
 
     def is_called(self, name: str) -> bool:
-        """True if ``name`` means this run: its name, its run_name, or its directory or the end of that."""
-        return name in (self.name, self.record.get("run_name"), str(self.directory), self.directory.resolve().name)
+        """True if ``name`` means this run: its name, label or run_name, its directory, or the end of one of these."""
+        names = {self.name, self.label, str(self.record.get("run_name")), str(self.directory.resolve())}
+        return name in names | {own.rpartition("/")[2] for own in names} | {str(self.directory)}
 
     @property
     def is_trained_here(self) -> bool:
@@ -138,15 +158,46 @@ def load_runs(directories: Sequence[str]) -> list[Run]:
     """
     if not directories:
         raise UserError("runs=[] names no run; give at least one run directory: runs=[outputs/a,outputs/b]")
-    runs = [load_run(Path(directory)) for directory in directories]
-    for name, count in Counter(run.name for run in runs).items():
+    loaded = [load_run(Path(directory)) for directory in directories]
+    runs = [setting for run in loaded for setting in by_test_time(run)]
+    for name, count in Counter(run.name for run in loaded).items():
         if count > 1:
-            where = ", ".join(str(run.directory) for run in runs if run.name == name)
+            where = ", ".join(str(run.directory) for run in loaded if run.name == name)
             raise UserError(
                 f"{count} runs are called {name} ({where}), and a run's name must be its own here; leave one "
                 "out, or evaluate one again under another name (scripts/evaluate.py name=...)"
             )
     return runs
+
+
+def by_test_time(run: Run) -> list[Run]:
+    """The run under each test-time setting that its numbers were measured under; itself if there is one.
+
+    Settings that have all their numbers in common are one. Numbers of no recorded setting stay with the first.
+    """
+    parts: dict[tuple[int, ...], list[str]] = {}
+    cells = run.table["test_time"].str.split(",")
+    names = list(dict.fromkeys(name for cell in cells for name in cell if name))
+    for name in names:
+        rows = [i for i, cell in cells.items() if name in cell or (not any(cell) and name == names[0])]
+        parts.setdefault(tuple(rows), []).append(name)
+    if len(parts) < 2:
+        return [replace(run, test_time=" = ".join(names))]
+    settings: dict[str, Run] = {}
+    for numbers, alike in parts.items():
+        name = " = ".join(alike)
+        table = run.table.loc[list(numbers)].reset_index(drop=True)
+        settings[name] = replace(run, name=f"{run.name}, {name}", table=table, test_time=name, settings=settings)
+    return list(settings.values())
+
+
+def once(runs: Sequence[Run]) -> list[Run]:
+    """Each run once and by its label, under whichever setting: for what test time does not change."""
+    return [run if run.label == run.name else replace(run, name=run.label) for run in _first_settings(runs)]
+
+
+def _first_settings(runs: Sequence[Run]) -> list[Run]:
+    return [run for i, run in enumerate(runs) if not any(run.is_same(other) for other in runs[:i])]
 
 
 def load_run(directory: Path) -> Run:
@@ -177,17 +228,23 @@ def load_run(directory: Path) -> Run:
         documents=evaluations.documents,
         evaluation=evaluations.record,
         verification=read_object(run.export / "verification.json"),
+        left_out=evaluations.left_out,
     )
 
 
 def _name(directory: Path, run_column: pd.Series, record: dict[str, Any], config: dict[str, Any]) -> str:
-    names = sorted(set(run_column.astype(str)))
+    """The run's name: that of training, unless an evaluation gave it another; see :func:`ropewalk.runs.run_name`."""
+    trained = record.get("run_name") or config.get("run_name")
+    root = directory.resolve()
+    made = {trained, root.name, *(path.name for path in RunDirectory(root).exports.glob("*"))}  # not given by anybody
+    names = sorted(set(run_column.astype(str)) - (made if trained else set()))
     if len(names) > 1:
         raise UserError(
-            f"{directory}: its evaluation holds {len(names)} runs ({', '.join(names)}), and a run "
-            "directory is one run; evaluate each into a directory of its own (scripts/evaluate.py output=...)"
+            f"{directory}: its evaluations are of {len(names)} runs ({', '.join(names)}), and a run directory is one "
+            "run; evaluate each into a directory of its own, or repeat the command under one name (it measures "
+            "nothing again)"
         )
-    return str((names or [record.get("run_name") or config.get("run_name") or directory.resolve().name])[0])
+    return str((names or [trained or root.name])[0])
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -236,14 +293,12 @@ def with_bases(runs: list[Run], given: str | None) -> list[Run]:
         raise UserError(f"base={given} is not a directory; give the base's run directory, or that of its evaluation")
     rows = list(runs)
     for path in [given] if given is not None else _started_from(runs):
-        at = next((i for i, run in enumerate(rows) if _is_at(run, path)), None)
-        if at is not None:
-            rows[at] = replace(rows[at], is_base=True)
-            continue
-        base = load_run(Path(path)) if given is not None else _look_up(path)
-        if any(run.name == base.name for run in rows):
-            base = replace(base, name=path)
-        rows.append(replace(base, is_base=True))
+        if not any(_is_at(run, path) for run in rows):
+            base = load_run(Path(path)) if given is not None else _look_up(path)
+            if any(run.label == base.name for run in rows):
+                base = replace(base, name=path)
+            rows += by_test_time(base)
+        rows = [replace(run, is_base=run.is_base or _is_at(run, path)) for run in rows]
     return rows
 
 

@@ -17,9 +17,9 @@ from ropewalk.report.results_table import (
     pooled,
     shared_lengths,
 )
-from ropewalk.report.runs import Run
+from ropewalk.report.runs import Run, once
 from ropewalk.report.section import EMPTY, Cell, Section, block_of
-from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms
+from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms, why_apart
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
@@ -154,7 +154,7 @@ def opening_table(runs: list[Run], baseline: Run) -> Section:
     lengths = list(dict.fromkeys([*(n for n in shared if n == baseline.trained_length), *shared[-1:]]))
     has_needle = any(pooled(run, EXACT_MATCH) is not None for run in runs)
     others = other_settings(runs, baseline)
-    columns = [head for n in lengths for head in (f"loss at {n:,}", f"difference to {baseline.name}")]
+    columns = [head for n in lengths for head in (f"loss at {n:,}", f"difference to {baseline.label}")]
     columns += ["needle"] if has_needle else []
     columns += ["trained at", "seeds", "documents"]
     columns += ["other settings than the baseline's"] if any(others.values()) else []
@@ -164,7 +164,7 @@ def opening_table(runs: list[Run], baseline: Run) -> Section:
         for length in lengths:
             difference = (
                 Cell("baseline", beyond=run.is_beyond(length))
-                if run is baseline
+                if run.is_same(baseline)
                 else difference_cell(run, baseline, all_arms, length)
             )
             cells += [loss_cell(run, length), difference]
@@ -173,6 +173,7 @@ def opening_table(runs: list[Run], baseline: Run) -> Section:
         cells += [Cell(", ".join(others[run.name]) or EMPTY)] if any(others.values()) else []
         rows.append((f"{run.name} (base)" if run.is_base else run.name, cells))
     missing = [] if shared else ["The runs share no context length, so no loss stands here."]
+    missing += why_apart(arms(once(runs)))
     return Section("At a glance", LEGEND, columns, block_of("", rows), "run", missing=missing)
 
 
@@ -194,11 +195,10 @@ def other_settings(runs: list[Run], baseline: Run) -> dict[str, list[str]]:
 
     The base, which differs by nature, has none.
     """
-    free = ("rope.", *GROUPS_WITHOUT_EFFECT)
-    rows = [r for r in differences(runs, baseline) if not r.name.startswith(free) and r.name not in WITHOUT_EFFECT]
-    return {
-        run.name: [] if run.is_base else [row.name for row in rows if row.cells[i][1]] for i, run in enumerate(runs)
-    }
+    free, trained = ("rope.", *GROUPS_WITHOUT_EFFECT), once(runs)
+    rows = [r for r in differences(trained, baseline) if not r.name.startswith(free) and r.name not in WITHOUT_EFFECT]
+    keys = {run.label: [row.name for row in rows if row.cells[i][1]] for i, run in enumerate(trained)}
+    return {run.name: [] if run.is_base else keys[run.label] for run in runs}
 
 
 def limits(runs: list[Run], baseline: Run) -> list[str]:

@@ -9,9 +9,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
+from ropewalk.evaluation.bootstrap import extent
 from ropewalk.figures.style import Style, series_styles
-from ropewalk.report.runs import Run
+from ropewalk.report.runs import Run, once
 
 UNKNOWN_NOISE = "training noise unknown"
 SEED = "trainer.seed"
@@ -63,7 +66,8 @@ class Arm:
     def spread(self, quantity: Quantity) -> float | None:
         """Largest less smallest value between the seeds; None with fewer than two."""
         values = self.values(quantity)
-        return max(values) - min(values) if len(values) > 1 else None
+        low, high = extent(values) if values else (0.0, 0.0)
+        return high - low if len(values) > 1 else None
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:
@@ -83,13 +87,19 @@ def one_run_each(all_arms: Sequence[Arm]) -> list[Run]:
 
 def arm_of(run: Run, all_arms: Sequence[Arm]) -> Arm:
     """The arm of ``run``."""
-    return next(arm for arm in all_arms if any(member is run for member in arm.runs))
+    return next(arm for arm in all_arms if any(member.name == run.name for member in arm.runs))
 
 
-def styles_of(all_arms: Sequence[Arm]) -> dict[str, Style]:
-    """A style for each run and arm: the seeds of an arm share its colour and marker, and differ in their dash."""
-    styles = series_styles([[run.name for run in arm.runs] for arm in all_arms])
-    return styles | {arm.name: styles[arm.runs[0].name] for arm in all_arms}
+def styles_of(runs: Sequence[Run]) -> dict[str, Style]:
+    """A style for each run and arm: seeds and test-time settings share their arm's colour, and differ in their dash."""
+    all_arms = arms(once(runs))
+    groups = [[run for run in runs if any(run.is_same(member) for member in arm.runs)] for arm in all_arms]
+    styles = series_styles([[run.name for run in group] for group in groups])
+    for arm, group in zip(all_arms, groups, strict=True):
+        for run in reversed(group):
+            styles[run.label] = styles[run.name]
+        styles.setdefault(arm.name, styles[group[0].name])
+    return styles
 
 
 def paired(arm: Arm, other: Arm, quantity: Quantity) -> list[float]:
@@ -110,29 +120,55 @@ def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quan
     arm, other = arm_of(run, all_arms), arm_of(baseline, all_arms)
     differences = paired(arm, other, quantity)
     if arm is not other and len(differences) > 1 and run.config.get(SEED) == baseline.config.get(SEED):
-        return f"over {len(differences)} seeds {min(differences):+.{digits}f} to {max(differences):+.{digits}f}"
+        low, high = extent(differences)
+        return f"over {len(differences)} seeds {low:+.{digits}f} to {high:+.{digits}f}"
     spreads = [side.spread(quantity) for side in (arm, other) if side.is_trained]
     known = [spread for spread in spreads if spread is not None]
     if not known or len(known) < len(spreads):
         return UNKNOWN_NOISE
-    return f"seeds differ by up to {max(known):.{digits}f}"
+    return f"seeds differ by up to {extent(known)[1]:.{digits}f}"
+
+
+def why_apart(all_arms: Sequence[Arm]) -> list[str]:
+    """Sentences that name the settings which make two arms of runs of one chain."""
+    lines = []
+    for arm, other in combinations([arm for arm in all_arms if arm.is_trained], 2):
+        run, peer = arm.runs[0], other.runs[0]
+        rotates_alike = run.config and peer.config and _position(run) == _position(peer) != [None, None]
+        if rotates_alike and run.test_time == peer.test_time:
+            settings, others = _settings(run), _settings(peer)
+            keys = sorted(k for k in settings.keys() | others.keys() if settings.get(k) != others.get(k))
+            stores = run.record.get("store_fingerprint"), peer.record.get("store_fingerprint")
+            keys += ["the data store"] if stores[0] != stores[1] else []
+            lines.append(
+                f"{arm.name} and {other.name} have one chain and are two arms: they differ in {', '.join(keys)}."
+            )
+    return lines
 
 
 def _key(run: Run) -> str:
+    own: list[object] = [run.test_time] if run.settings else []
     if not run.config:
-        return f"directory {run.directory.resolve()}"
-    settings = {
-        key: value
-        for key, value in run.config.items()
-        if key not in WITHOUT_EFFECT and not key.startswith(GROUPS_WITHOUT_EFFECT)
-    }
-    return json.dumps([settings, run.record.get("chain_sha256"), run.record.get("store_fingerprint")], default=str)
+        return json.dumps([str(run.directory.resolve()), *own])
+    own += [_settings(run), _position(run), run.record.get("store_fingerprint")]
+    return json.dumps(own, default=str)
+
+
+def _position(run: Run) -> list[str | None]:
+    """Hashes of the chain and of the spectrum that it gives."""
+    return [run.record.get("chain_sha256"), run.record.get("spectrum_sha256")]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The settings that may change what is trained; of the method its chain counts, and not how it was named."""
+    free = ("rope.", *GROUPS_WITHOUT_EFFECT) if run.record.get("chain_sha256") else GROUPS_WITHOUT_EFFECT
+    return {key: value for key, value in run.config.items() if key not in WITHOUT_EFFECT and not key.startswith(free)}
 
 
 def _name(runs: list[Run]) -> str:
     """Beginning of all names, less a trailing ``-s``, ``_seed`` or the like; else the first name."""
-    first, *others = [run.name for run in runs]
+    first, *others = [run.label for run in runs]
     if not others:
-        return first
+        return runs[0].name
     length = next((i for i, letters in enumerate(zip(first, *others, strict=False)) if len(set(letters)) > 1), None)
     return first[:length].removesuffix("seed").removesuffix("s").rstrip("-_. ") or first

@@ -25,7 +25,7 @@ from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, leng
 from ropewalk.report.differences import Pass, by_position, passes
 from ropewalk.report.page import find_baseline, sections_of
 from ropewalk.report.results_table import losses, needle_lengths, pooled
-from ropewalk.report.runs import Run, load_runs, with_bases
+from ropewalk.report.runs import Run, load_runs, once, with_bases
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.tracker import wandb_mode
 
@@ -120,7 +120,7 @@ def track(config: CompareConfig) -> list[str]:
     Raises:
         UserError: for runs that :func:`ropewalk.report.compare` refuses.
     """
-    runs = with_bases(load_runs(config.runs), config.base)
+    runs = once(with_bases(load_runs(config.runs), config.base))  # under its first test-time setting
     baseline = find_baseline(runs, config.baseline)
     logged = []
     for run in runs:

@@ -194,3 +194,22 @@ def writing(run_dir: Path) -> Iterator[None]:
             f"run_dir={run_dir} cannot be written ({error}); free space there, or choose another run_dir or "
             "paths.output_dir"
         ) from error
+
+
+def run_name(path: str | Path) -> str:
+    """The one name of the run that ``path`` belongs to: its run_name, whether or not it was exported.
+
+    Args:
+        path: a run directory or its export; a checkpoint or a scaled export of it, which the name then says, too; any
+            other directory, whose own name it is.
+    """
+    path = Path(path).absolute()
+    run, outer, part = RunDirectory(path.parent), RunDirectory(path.parent.parent), ""
+    if path.parent in (outer.checkpoints, outer.exports):
+        run, part = outer, path.name
+    elif run.record.is_file() and path.name.startswith(f"{run.export.name}-"):
+        part = path.name.removeprefix(f"{run.export.name}-")
+    elif path != run.export:
+        run = RunDirectory(path)
+    record = json.loads(run.record.read_text(encoding="utf-8")) if run.record.is_file() else {}
+    return f"{record.get('run_name') or run.root.name} {part}".rstrip()

@@ -12,6 +12,7 @@ from collections.abc import MutableMapping
 from ropewalk.errors import UserError
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved, not finished; the same command goes on
+EXIT_NOT_FINITE = 4  # an evaluation is finished and written, and some of its numbers are NaN or infinite
 HELD = (signal.SIGUSR1, signal.SIGUSR2)  # warnings; SIGTERM ends a rank that has not begun
 RANK_OF = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -18,7 +19,7 @@ from ropewalk.config import CONFIG_DIR
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import NeedleConfig, RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
-from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
+from ropewalk.evaluation import evaluate, not_finite, read_document_losses, read_record, read_results
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.model.load import load_for_evaluation
 
@@ -106,7 +107,7 @@ def test_the_rope_group_is_applied_without_training(config) -> None:
     config.lengths, config.test_time = [128], AtTestTime(name="none")
     plain = evaluate(config)
     config.rope = RopeConfig("hardclip4", [{"method": "hardclip", "clip": 4}])
-    with pytest.raises(ValueError, match=r"with chain=rope, not hardclip\(clip=4\); method=.*; name another output"):
+    with pytest.raises(ValueError, match=r"with chain=rope, not hardclip\(clip=4\); spectrum=.*; name another output"):
         evaluate(config)
     config.overwrite = True
     clipped = evaluate(config)
@@ -227,3 +228,26 @@ def test_the_shipped_configuration_composes() -> None:
     assert isinstance(composed, EvaluateConfig)
     assert composed.lengths == [512, 1024]
     assert composed.test_time.beyond[0]["original_max_position_embeddings"] == "trained_length"
+
+
+def test_numbers_that_are_none_are_written_and_named(config, checkpoint, tmp_path, capsys) -> None:
+    """One NaN in the head's row of a token makes every probability NaN: no loss, and no needle that was not found."""
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    model.lm_head.weight.data[5] = math.nan
+    model.save_pretrained(broken)
+    config.checkpoint, config.lengths, config.needle.samples = str(broken), [128, 256], 2
+    table = evaluate(config)
+    assert table["value"].isna().all()
+    assert set(table[table["metric"] == "exact_match"]["n"]) == {2, 4}  # prompts of a cell, and of all depths
+    assert "losses of 3 of 3 documents, read to 256 tokens under none" in not_finite(config.output)
+    assert "ropewalk needle_at_length (exact_match) at 128, 256 tokens" in not_finite(config.output)
+    printed = capsys.readouterr().out
+    assert re.search(r"^256 +none +NaN +NaN", printed, re.MULTILINE)
+    assert "warning: not a finite number: losses of 3 of 3 documents" in printed
+    assert (Path(config.output) / "not_finite.txt").read_text().splitlines() == not_finite(config.output)
+    config.checkpoint, config.output = str(checkpoint), str(tmp_path / "sound")
+    evaluate(config)
+    assert not_finite(config.output) == []
+    assert (Path(config.output) / "not_finite.txt").read_text() == ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from ropewalk.runs.launch import EXIT_REQUEUE
+from ropewalk.runs.launch import EXIT_NOT_FINITE, EXIT_REQUEUE
 
 EXIT_OWN_ERROR = 2  # a configuration error, in one line
 EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit; slurm/common.sh says so with this code
@@ -97,8 +97,9 @@ def judge(
         fruitless: sessions before this one that ended early without progress, in a row.
     """
     codes = [int(rank["code"]) for rank in ranks if "code" in rank]
-    if code == 0:
-        return Verdict(False, "COMPLETED", "done")
+    if code in (0, EXIT_NOT_FINITE):
+        note = "; some of its numbers are NaN or infinite, see the end of its log" if code else ""
+        return Verdict(False, "COMPLETED", f"done{note}")
     own = _own_reason(code, codes, ranks, tasks)
     if own is not None:
         return Verdict(False, "FAILED", own)

@@ -84,7 +84,7 @@ def run_held_out(
     else:
         print(f"{store.output} holds this evaluation already", flush=True)
     if ranks.rank == 0:
-        write_record(store.output, _record(checkpoint, windows, passes))
+        write_record(store.output, _record(checkpoint, windows, passes, store))
 
 
 def passes_of(checkpoint: EvaluatedCheckpoint, test_time: TestTimeConfig) -> list[Setting]:
@@ -111,8 +111,6 @@ def unfinished_cells(
     config, scaling = checkpoint.config, checkpoint.columns(setting)["test_time_scaling"]
     shared = {
         "backend": "transformers",  # whichever the other harnesses run on
-        "run": checkpoint.run,
-        "method": checkpoint.method,
         "harness_version": version("ropewalk"),
         "lengths": list(config.lengths),  # of the buckets
         "windows": windows.sha256,
@@ -160,7 +158,8 @@ class _Measurement:
             documents, samples = None, []
             if cell.task == LOSS:
                 documents = self._documents(setting, scorer())
-                rows, about = loss_rows(documents, setting, self.config.seed), {"documents": self.windows.counts()}
+                rows = loss_rows(documents, setting, self.config.seed)
+                about = {"documents": self.windows.counts(), "setting": setting.record()}
             else:
                 scores = self._scores(int(cell.length or 0), scorer())
                 rows, about = needle_rows(scores, self.config.seed), {"chance": chance_levels(self.config.needle)}
@@ -205,14 +204,16 @@ def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
 
 
 def summarize_held_out(table: pd.DataFrame) -> str:
-    """Loss and needle scores by context length, for the terminal."""
+    """Loss and needle scores by context length and test-time scaling, for the terminal."""
     at_length = as_shares(table[table["task"].isin(["loss_at_length", "needle_at_length"])])
     at_length = at_length[~at_length["metric"].str.endswith("_shuffled")]
-    columns = {"index": "context_length", "columns": "metric", "values": "value"}
-    return at_length.pivot_table(**columns, aggfunc="first", sort=False).to_string(float_format="{:.4f}".format)
+    values = at_length.set_index(["context_length", "test_time_scaling", "metric"])["value"].unstack(sort=False)
+    return values.to_string(float_format="{:.4f}".format)
 
 
-def _record(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[Setting]) -> dict[str, Any]:
+def _record(
+    checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[Setting], store: ResultsStore
+) -> dict[str, Any]:
     """evaluation.json: what was evaluated, under which spectra, and which documents were left out."""
     return {
         "run": checkpoint.run,
@@ -221,7 +222,7 @@ def _record(checkpoint: EvaluatedCheckpoint, windows: Windows, passes: Iterable[
         "config": asdict(checkpoint.config),
         "pretrained_length": checkpoint.position.pretrained_length,
         "trained_length": checkpoint.trained_length,
-        "settings": [{"setting": setting.name, **setting.record()} for setting in passes],
+        "settings": store.settings(setting.record() for setting in passes),
         "documents": windows.counts(),
         "document_prefixes": windows.prefixes,
         "needle_chance": chance_levels(checkpoint.config.needle),

@@ -70,14 +70,14 @@ class Grade:
     """An answer against its logits.
 
     Attributes:
-        exact: every answer token is the arg-max.
-        correct: answer tokens that are the arg-max.
-        nll: summed negative log-likelihood of the answer, nats.
+        exact: every answer token is the arg-max; NaN: some logits are not finite, and have none.
+        correct: answer tokens that are the arg-max, or NaN.
+        nll: summed negative log-likelihood of the answer, nats, or NaN.
         tokens: tokens of the answer.
     """
 
-    exact: bool
-    correct: int
+    exact: float
+    correct: float
     nll: float
     tokens: int
 
@@ -106,6 +106,8 @@ def grade(logits: torch.Tensor, answer: torch.Tensor) -> Grade:
             match needs equal lengths.
     """
     common = min(len(logits), len(answer))
+    if not logits.isfinite().all():
+        return Grade(math.nan, math.nan, math.nan, common)
     log_probabilities = logits[:common].log_softmax(-1)
     wanted = answer[:common]
     correct = int((log_probabilities.argmax(-1) == wanted).sum())
@@ -146,7 +148,7 @@ def _metric_rows(scores: pd.DataFrame, cell: dict[str, Any], seed: int) -> Itera
     for suffix in ("", SHUFFLED):
         tokens = scores[f"tokens{suffix}"]
         estimates = {
-            "exact_match": proportion(int(scores[f"exact{suffix}"].sum()), len(scores)),
+            "exact_match": proportion(scores[f"exact{suffix}"].sum(skipna=False), len(scores)),
             "answer_token_accuracy": ratio(scores[f"correct{suffix}"], tokens, seed),
             "answer_nll": ratio(scores[f"nll{suffix}"], tokens, seed),
         }
