@@ -13,6 +13,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[3] / "configs"
 SCHEMAS: dict[str, type] = {
     "train": train.TrainConfig,
     "plan": train.PlanConfig,
+    "noise": train.NoiseConfig,
     "sbatch": train.SbatchConfig,
     "prepare": data.PrepareConfig,
     "gather": data.GatherConfig,

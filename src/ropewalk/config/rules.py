@@ -20,6 +20,7 @@ from ropewalk.config.train import (
     InTrainingConfig,
     ModelConfig,
     PlanConfig,
+    PrimaryConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -67,6 +68,7 @@ RANGES: dict[type, dict[Range, str]] = {
     },
     InTrainingConfig: {POSITIVE: "every lengths max_documents"},
     NeedleConfig: {SHARE: "depths", POSITIVE: "digits", NOT_NEGATIVE: "samples distractors"},
+    PrimaryConfig: {POSITIVE: "length difference"},
     SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
     ClusterConfig: {
         POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
@@ -141,9 +143,23 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             f"trainer.keep_every={trainer.keep_every} without trainer.keep_last: nothing is deleted then; set "
             "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
+    _validate_primary(config.primary)
     _validate_evaluation(config)
     _validate_chain(config)
     _validate_stores(config.data)
+
+
+def _validate_primary(primary: PrimaryConfig) -> None:
+    for pair in primary.pairs:
+        if len(pair) != 2 or pair[0] == pair[1]:
+            raise UserError(f"primary.pairs has {pair}; each names two arms by their rope.name: [cope20, rope]")
+    if len({frozenset(pair) for pair in primary.pairs}) < len(primary.pairs):
+        raise UserError(f"primary.pairs={primary.pairs} names a pair twice; name each once")
+    if primary.pairs and (primary.length is None or primary.difference is None):
+        raise UserError(
+            f"primary.length={primary.length} and primary.difference={primary.difference}: a declared family needs the "
+            "context length of its number and the smallest difference of interest; set both"
+        )
 
 
 def _validate_stores(data: DataConfig) -> None:

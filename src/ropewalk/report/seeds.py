@@ -15,13 +15,14 @@ from ropewalk.report.runs import Run
 
 UNKNOWN_NOISE = "training noise unknown"
 SEED = "trainer.seed"
+PRIMARY = "primary."  # the family declared before the runs
 # Of a run's configuration, what names it, locates it, or sets how often it is logged or saved.
 WITHOUT_EFFECT = {
     "run_name", "run_dir", SEED, "data.verify", "data.cache_dir", "data.cache_gib", "trainer.log_every",
     "trainer.checkpoint_every", "trainer.keep_last", "trainer.keep_every", "trainer.stop_after",
     "trainer.stop_before", "trainer.profile_steps", "trainer.peak_flops",
 }  # fmt: skip
-GROUPS_WITHOUT_EFFECT = ("tracker.", "paths.", "resume.", "cluster.", "evaluation.")
+GROUPS_WITHOUT_EFFECT = ("tracker.", "paths.", "resume.", "cluster.", "evaluation.", PRIMARY)
 Quantity = Callable[[Run], float | None]  # of a run; None where it was not measured
 
 

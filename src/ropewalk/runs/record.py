@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ropewalk.config.train import GuardConfig, TrainConfig
+from ropewalk.config.train import GuardConfig, PrimaryConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
@@ -182,7 +182,7 @@ def contract(
     mixture: Mixture,
     start_from: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that changes the numbers of a step, entry by entry.
+    """Everything that changes the numbers of a step, entry by entry, and what was declared before the first one.
 
     Args:
         config: resolved.
@@ -216,6 +216,7 @@ def contract(
         "dtype": trainer.dtype,
         "z_loss": trainer.z_loss,
         "guards": _refusals(config.guards),
+        "primary": asdict(config.primary),
     }
 
 
@@ -230,7 +231,7 @@ def _refusals(guards: GuardConfig) -> dict[str, Any]:
 
 
 # Entries that older checkpoints lack; they count as the default.
-DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig())}
+DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig()), "primary": asdict(PrimaryConfig())}
 
 
 def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
+from ropewalk.errors import UserError
+
 ALPHA = 0.05  # two-sided
 POWER = 0.8
 EQUIVALENCE_CONFIDENCE = 0.90  # two one-sided tests at 5% each
@@ -177,11 +179,11 @@ def sign_flip_p(differences: ArrayLike) -> float:
     21). The sums of both halves of the seeds are enumerated, so this is exact.
 
     Raises:
-        ValueError: for more than ``MOST_EXACT`` seeds.
+        UserError: for more than ``MOST_EXACT`` seeds.
     """
     sample = np.asarray(differences, np.float64)
     if sample.size > MOST_EXACT:
-        raise ValueError(f"{sample.size} seeds are more than the exact test enumerates, {MOST_EXACT}")
+        raise UserError(f"{sample.size} seeds are more than the exact test enumerates, {MOST_EXACT}; leave some out")
     # Sums that differ by rounding alone are equal.
     least = abs(float(sample.sum())) - 1e-9 * float(np.abs(sample).sum())
     if least <= 0:
