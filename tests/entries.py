@@ -10,6 +10,7 @@ ENTRIES = {
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
     "scripts/dashboard.py": "dashboard",
+    "scripts/noise.py": "noise",
     "scripts/plan.py": "plan",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")

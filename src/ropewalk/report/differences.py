@@ -95,7 +95,7 @@ class Unpaired:
 
 def at_length(run: Run, baseline: Run, length: int) -> Difference | Unpaired:
     """Difference over the second half of ``length`` tokens, each run under its own setting there."""
-    rows = _paired(run, _second_half(run, length), baseline, _second_half(baseline, length))
+    rows = _paired(run, second_half(run, length), baseline, second_half(baseline, length))
     if isinstance(rows, Unpaired):
         return rows
     row = rows.iloc[0]
@@ -127,7 +127,7 @@ def _documents(run: Run, made: Pass) -> pd.DataFrame:
     return documents[(documents["context_length"] == made.length) & (documents["setting"] == made.setting)]
 
 
-def _second_half(run: Run, length: int) -> pd.DataFrame:
+def second_half(run: Run, length: int) -> pd.DataFrame:
     """NLL sums per document over the one bucket that the run's loss at ``length`` is taken over.
 
     No rows where the documents' buckets do not make up that bucket.

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ropewalk.figures.style import Style, series_styles
 from ropewalk.report.runs import Run
@@ -119,15 +120,23 @@ def noise_words(run: Run, baseline: Run, all_arms: Sequence[Arm], quantity: Quan
     return f"seeds differ by up to {max(known):.{digits}f}"
 
 
-def _key(run: Run) -> str:
+def settings_of(run: Run) -> dict[str, Any]:
+    """Everything recorded of a run that may change what is trained, its seed included; empty without a config.yaml."""
     if not run.config:
-        return f"directory {run.directory.resolve()}"
+        return {}
     settings = {
         key: value
         for key, value in run.config.items()
-        if key not in WITHOUT_EFFECT and not key.startswith(GROUPS_WITHOUT_EFFECT)
+        if key == SEED or (key not in WITHOUT_EFFECT and not key.startswith(GROUPS_WITHOUT_EFFECT))
     }
-    return json.dumps([settings, run.record.get("chain_sha256"), run.record.get("store_fingerprint")], default=str)
+    return settings | {name: run.record.get(name) for name in ("chain_sha256", "store_fingerprint")}
+
+
+def _key(run: Run) -> str:
+    settings = settings_of(run)
+    if not settings:
+        return f"directory {run.directory.resolve()}"
+    return json.dumps({name: value for name, value in settings.items() if name != SEED}, default=str)
 
 
 def _name(runs: list[Run]) -> str:
