@@ -63,7 +63,6 @@ def test_constant_difference_has_no_width(runs: dict[str, Run]) -> None:
         assert isinstance(found, Difference)
         assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-9)
         assert found.n == DOCUMENTS
-        assert found.is_decided
 
 
 def test_alternating_difference_has_the_normal_interval(runs: dict[str, Run]) -> None:
@@ -73,7 +72,6 @@ def test_alternating_difference_has_the_normal_interval(runs: dict[str, Run]) ->
     assert found.value == pytest.approx(0.1, abs=1e-9)
     assert found.low == pytest.approx(0.1 - 1.96 * 0.1, abs=0.03)
     assert found.high == pytest.approx(0.1 + 1.96 * 0.1, abs=0.03)
-    assert not found.is_decided
 
 
 def test_difference_without_documents_says_why(runs: dict[str, Run], tmp_path: Path) -> None:

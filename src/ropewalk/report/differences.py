@@ -80,11 +80,6 @@ class Difference:
     high: float
     n: int
 
-    @property
-    def is_decided(self) -> bool:
-        """True if the interval leaves out zero; an unknown interval decides nothing."""
-        return self.low > 0 or self.high < 0
-
 
 @dataclass(frozen=True)
 class Unpaired:

@@ -17,10 +17,9 @@ from ropewalk.report.runs import Run, how_to_evaluate
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 
-SEEDS_TO_DECIDE = 6  # by chance alone the differences of n seeds have one sign with probability 2^(1-n): 1/32
 LEGEND = (
     "Rows from the lowest loss at the longest length that all runs share. *, shaded: longer than the run was trained "
-    "at. Bold differences: the interval leaves out zero."
+    "at. All of it is exploratory: see Decisions for what was declared before the runs."
 )
 
 
@@ -186,9 +185,8 @@ def _mean_difference(arm: Arm, reference: Arm, all_arms: list[Arm], length: int)
         if count == 1:
             return Cell(f"{mean:+.4f}", "one seed in common", beyond, noise=noise)
         detail = interval(min(differences), max(differences), signed=True)
-        decided = count >= SEEDS_TO_DECIDE and (min(differences) > 0 or max(differences) < 0)
         hint = f"lowest and highest of {count} seeds that both arms have"
-        return Cell(f"{mean:+.4f}", detail, beyond, decided, hint, f"range over {count} seeds")
+        return Cell(f"{mean:+.4f}", detail, beyond, hint=hint, noise=f"range over {count} seeds")
     difference = sum(values) / len(values) - sum(reference_values) / len(reference_values)
     apart = min(values) > max(reference_values) or max(values) < min(reference_values)
     several = len(values) > 1 and len(reference_values) > 1
@@ -217,7 +215,7 @@ def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -
     hint = f"{difference.n} documents that both scored"
     detail = interval(difference.low, difference.high, signed=True)
     noise = noise_words(run, baseline, all_arms, loss_at(length), digits=4)
-    return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), difference.is_decided, hint, noise)
+    return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), hint=hint, noise=noise)
 
 
 def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:

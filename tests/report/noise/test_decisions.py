@@ -88,7 +88,7 @@ def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None
     assert (name, [cell.main for cell in cells]) == (
         "cope less abf", ["-0.2000", "8", "0.0078", "0.0078", DECIDED, "-"],
     )  # fmt: skip
-    assert [cell.decided for cell in cells] == [False] * 4 + [True, False]
+    assert [cell.marked for cell in cells] == [False] * 4 + [True, False]
     assert not section.missing
 
 
@@ -96,7 +96,7 @@ def test_three_seeds_are_told_that_nothing_can_be_decided(tmp_path: Path) -> Non
     section = decision_table(made(tmp_path, 3, PRIMARY))
     (cells,) = [cells for _, cells in section.blocks[0].rows]
     assert cells[4].main == UNDECIDED
-    assert not cells[4].decided
+    assert not cells[4].marked
     assert int(cells[5].main) >= 6
     assert section.missing == [
         "With 3 paired seeds the smallest p of the exact test is 0.25: nothing can be decided, whatever the numbers; "

@@ -185,7 +185,7 @@ def _cells(answer: Decision) -> list[Cell]:
         Cell(str(answer.mean.n)),
         Cell(f"{answer.p_value:.4f}"),
         Cell(f"{answer.adjusted:.4f}"),
-        Cell(answer.verdict, decided=is_answer),
+        Cell(answer.verdict, marked=is_answer),
         Cell(needed) if needed else Cell(),
     ]
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ropewalk.evaluation.results import is_loss
+from ropewalk.evaluation.results import OWN_HARNESS, is_loss
 from ropewalk.figures.style import interval
 from ropewalk.files import replace_atomically, write_atomically
-from ropewalk.report.noise.replicates import Replicates, item_values, numbers_of
+from ropewalk.report.noise.replicates import Replicates, item_values, numbers_of, replicates_among
 from ropewalk.report.noise.seed_statistics import (
     POWER,
     correlation,
@@ -24,9 +25,11 @@ from ropewalk.report.noise.seed_statistics import (
     spread,
     variance_components,
 )
+from ropewalk.report.runs import Run
 from ropewalk.report.section import Block, Cell, Section, as_text
 
-NUMBER = ["task", "metric", "context_length", "test_time_scaling"]
+SEEDS = (3, 5, 8, 10)  # an arm, whose detectable differences a report shows
+NUMBER = ["harness", "task", "metric", "context_length", "test_time_scaling"]
 COLUMNS = [
     "replicated", "arm", "against", *NUMBER, "runs", "value", "ci_low", "ci_high", "spread", "spread_low",
     "spread_high", "unpaired_spread", "correlation", "items", "seed_sd", "item_sd", "rest_sd",
@@ -141,6 +144,18 @@ def noise_section(table: pd.DataFrame) -> Section:
             )
         )
     return Section("Noise between runs", LEGEND, columns, blocks, "number", on_terminal=True)
+
+
+def noise_among(runs: Sequence[Run]) -> Section | None:
+    """The noise floor of a report's runs: losses and needles, the other harnesses folded; None without replicates."""
+    groups = replicates_among(runs)
+    if not groups:
+        return None
+    table = noise_table(groups, SEEDS)
+    own, others = (
+        noise_section(table[is_own]) for is_own in (table["harness"] == OWN_HARNESS, table["harness"] != OWN_HARNESS)
+    )
+    return replace(own, folded=others.blocks, on_terminal=False)
 
 
 def write_noise(table: pd.DataFrame, output: Path) -> None:
