@@ -21,6 +21,6 @@ COMMANDS_OF = {
         "geometry": "geometry",
         **dict.fromkeys(FIGURES, "figures"),
     },
-    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
+    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate", "key_tokens": "key_tokens"},
     "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ropewalk.config.groups import ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
+from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -137,6 +137,7 @@ class InTrainingConfig:
     max_documents: int | None = 16
     seed: int = 0
     needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(depths=[0.0, 0.5, 1.0], samples=2))
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
 
 
 @dataclass

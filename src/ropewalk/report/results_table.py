@@ -17,6 +17,14 @@ from ropewalk.report.runs import Run, how_to_evaluate
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 
+# (task, metric) -> the heading of its block
+MEASURES = {
+    ("answers", "recovery"): "Answers: share of the NLL without context that the context recovers, 95% interval",
+    ("answers", "answer_nll"): "Answers: nats per answer token, 95% interval",
+    ("order", "answers_first"): "Order probe: share that answers a marker's first value, 95% interval",
+    ("order", "answers_last"): "Order probe: share that answers a marker's last value, 95% interval",
+    ("longppl", "nll"): "LongPPL: nats per key token, 95% interval over documents",
+}
 LEGEND = (
     "Rows from the lowest loss at the longest length that all runs share. *, shaded: longer than the run was trained "
     "at. All of it is exploratory: see Decisions for what was declared before the runs."
@@ -72,6 +80,7 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
         *_over_seeds(all_arms, baseline, lengths),
         *block("Needle: exact match, beside shuffled answers", ordered, _accuracy(EXACT_MATCH)),
         *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
+        *(part for task, metric in MEASURES for part in block(MEASURES[task, metric], ordered, _number(task, metric))),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
@@ -230,6 +239,21 @@ def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
 
 def _accuracy(metric: str) -> Callable[[Run, int], Cell]:
     return lambda run, length: accuracy_cell(run, metric, length)
+
+
+def _number(task: str, metric: str) -> Callable[[Run, int], Cell]:
+    """The cell of a number with its interval; its n where it is pointed at."""
+
+    def cell(run: Run, length: int) -> Cell:
+        rows = run.task(task, metric)
+        rows = rows[rows["context_length"] == length]
+        if rows.empty:
+            return Cell()
+        row = rows.iloc[0]
+        detail = interval(row["ci_low"], row["ci_high"])
+        return Cell(f"{row['value']:.3f}", detail, run.is_beyond(length), hint=f"{row['chain']}, n = {int(row['n'])}")
+
+    return cell
 
 
 def effective_length(values: Mapping[int, float], threshold: float) -> int | None:

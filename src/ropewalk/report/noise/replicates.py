@@ -148,7 +148,7 @@ def _settings(run: Run) -> dict[str, Any]:
         "checkpoint it started from": json.loads(start.read_text())["manifest_sha256"] if start.is_file() else None,
         "items of the evaluation": [
             evaluation.get("document_prefixes") or [config.get("documents"), config.get("max_documents")],
-            [config.get(name) for name in ("lengths", "seed", "needle")],
+            [config.get(name) for name in ("lengths", "seed", "needle", "answers")],
         ],
     }
 
