@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.evaluation.results import OWN_HARNESS, is_loss
-from ropewalk.figures.style import interval
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.report.noise.replicates import Replicates, item_values, numbers_of, replicates_among
 from ropewalk.report.noise.seed_statistics import (
@@ -183,8 +182,8 @@ def _cells(row: dict[str, Any], detectable: Sequence[str]) -> list[Cell]:
     def number(value: float, low: float = math.nan, high: float = math.nan, *, signed: bool = False) -> Cell:
         if math.isnan(value):
             return Cell()
-        detail = "" if math.isnan(low) else interval(low, high, signed=signed)
-        return Cell(f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}", detail)
+        form = f"{'+' if signed else ''}.{digits}f"
+        return Cell(f"{value:{form}}", "" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]")
 
     parts = f"items {row['item_sd']:.{digits}f}, rest {row['rest_sd']:.{digits}f}, {row['items']} items"
     apart = Cell() if math.isnan(row["seed_sd"]) else Cell(f"{row['seed_sd']:.{digits}f}", hint=parts)
