@@ -115,8 +115,7 @@ class TrainingEvaluation:
         shares = gather((documents, scores, answers))
         if not self.ranks.is_main:
             return {}
-        losses, grades, entries = (in_order(share[part] for share in shares) for part in range(3))
-        return self._report(step, losses, grades, entries)
+        return self._report(step, *(in_order(share[part] for share in shares) for part in range(3)))
 
     def _dealt(self, items: Sequence[Any]) -> list[int]:
         """Numbers of this rank's items; as many on every rank, the first ones again when they run out."""

@@ -198,7 +198,8 @@ class _Measurement:
 
         columns = self.checkpoint.columns(setting)
         for cell, identity in cells.items():
-            documents, samples, seed, length = None, [], self.config.seed, int(cell.length or 0)
+            seed, length = self.config.seed, int(cell.length or 0)
+            documents, samples, about = None, [], dict[str, Any]()
             if cell.task == LOSS:
                 documents, key_sums = self._documents(setting, scorer())
                 rows, about = [*loss_rows(documents, setting, seed)], {"documents": self.windows.counts()}
