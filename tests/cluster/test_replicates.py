@@ -50,9 +50,9 @@ def test_branches_that_could_not_be_compared_are_refused(changes: list[str], mes
 @pytest.mark.parametrize(("changes", "message"), [
     ([], "none of runs, replicate and spread set; say one"),
     (["runs=[a]", "spread=1"], "runs, spread set; say one"),
-    (["runs=[a,b]", "seeds=[1]"], r"seeds=\[1\]: a spread takes two runs"),
-    (["spread=0.1"], r"spread=0.1, difference=None and pairs=1: a plan needs"),
-    (["spread=-1", "difference=1"], r"spread=-1.0, difference=1.0"),
+    (["runs=[a,b]", "seeds=[1]"], r"seeds=1 is too few for a spread"),
+    (["spread=0.1"], r"spread=0.1 without difference: a plan needs"),
+    (["spread=-1", "difference=1"], r"spread=-1.0 must be 0 or more"),
 ])  # fmt: skip
 def test_one_thing_is_asked_for(changes: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

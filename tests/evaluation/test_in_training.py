@@ -136,6 +136,8 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
     ("evaluation.documents=null", "evaluation.documents=null is not a directory"),
     ("evaluation.lengths=[32]", "must name contexts of 64 tokens or more"),
     ("evaluation.needle.samples=-1", "needle.samples=-1"),
+    ("evaluation.answers.count=-1", "evaluation.answers.count=-1 must be 0 or more"),
+    ("evaluation.answers.values=1", "evaluation.answers.values=1 must be 2 to 9"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(store_256, tmp_path, asked, override, message):
     with pytest.raises(ValueError, match=message):

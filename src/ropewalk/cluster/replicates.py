@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ropewalk.cluster.planner import make_plan
-from ropewalk.config.rules import one_of, validate_train
+from ropewalk.config.rules import one_of, validate_numbers, validate_train
 from ropewalk.config.train import NoiseConfig, TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
@@ -51,8 +50,7 @@ def noise(config: NoiseConfig, overrides: Sequence[str]) -> None:
             f"{', '.join(asked) or 'none of runs, replicate and spread'} set; say one: runs=[DIR,DIR,...] measures, "
             "replicate=seed starts branches, spread=0.01 difference=0.02 plans"
         )
-    if not config.seeds or min(config.seeds) < 2:
-        raise UserError(f"seeds={config.seeds}: a spread takes two runs; name numbers of 2 or more: seeds=[3,5,8]")
+    validate_numbers(config)
     if config.spread is not None:
         plan_seeds(config)
         return
@@ -133,13 +131,9 @@ def plan_seeds(config: NoiseConfig) -> None:
         UserError: for numbers that are none, or a training run that the planner refuses.
     """
     assert config.spread is not None
-    difference, pairs = config.difference or 0.0, config.pairs
-    if not (0 <= config.spread < math.inf and 0 < difference < math.inf and pairs > 0):
-        raise UserError(
-            f"spread={config.spread}, difference={config.difference} and pairs={pairs}: a plan needs the standard "
-            "deviation of the paired difference over seeds (runs=[...] measures it), the difference to decide, above "
-            "0, and the comparisons of the family, 1 or more"
-        )
+    difference, pairs = config.difference, config.pairs
+    if difference is None:
+        raise UserError(f"spread={config.spread} without difference: a plan needs the difference to decide; set both")
     needed = seeds_to_decide(config.spread, difference, pairs)
     hours = float(make_plan(config).entries["gpu_hours"])
     arms = pairs + 1  # one that all others are compared with

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
+from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     AssumptionConfig,
@@ -19,6 +19,7 @@ from ropewalk.config.train import (
     GuardConfig,
     InTrainingConfig,
     ModelConfig,
+    NoiseConfig,
     PlanConfig,
     PrimaryConfig,
     TrainConfig,
@@ -69,6 +70,11 @@ RANGES: dict[type, dict[Range, str]] = {
     InTrainingConfig: {POSITIVE: "every lengths max_documents"},
     NeedleConfig: {SHARE: "depths", POSITIVE: "digits", NOT_NEGATIVE: "samples distractors"},
     PrimaryConfig: {POSITIVE: "length difference"},
+    AnswersConfig: {
+        NOT_NEGATIVE: "count",
+        POSITIVE: "per_sequence",
+        Range(2, 9, "must be 2 to 9: values of a marker differ in their first digit"): "values",
+    },
     SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
     ClusterConfig: {
         POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
@@ -80,6 +86,11 @@ RANGES: dict[type, dict[Range, str]] = {
         Range(0, 1, "is a share of the peak; 0.28 is usual at 64k", is_open=True): "utilisation",
     },
     PlanConfig: {POSITIVE: "nodes kv_lengths"},
+    NoiseConfig: {
+        POSITIVE: "nodes kv_lengths horizons pairs difference",
+        NOT_NEGATIVE: "spread",
+        Range(2, MOST, "is too few for a spread; set 2 or more"): "seeds branches",
+    },
 }
 
 

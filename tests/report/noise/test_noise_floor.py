@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from report.fake_runs import FakeRun, write_fake_evaluation, write_run
+from report.fake_runs import FakeRun, write_fake_evaluation, write_run, write_table
 
 from ropewalk.report.noise.noise_floor import noise_table, noise_text, write_noise
 from ropewalk.report.noise.replicates import find_replicates
+from ropewalk.report.noise.seed_statistics import variance_components
 from ropewalk.report.runs import Run, load_run
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
@@ -64,6 +65,40 @@ def test_items_and_seeds_are_told_apart(tmp_path: Path) -> None:
     assert (row["spread"], row["seed_sd"]) == (pytest.approx(0, abs=1e-9), 0)
     expected = 16 * (0.3**2 + 0.3**2) / (2 * 15)  # residuals jitter x (-1)^k over (3 - 1) x (16 - 1)
     assert row["rest_sd"] == pytest.approx(math.sqrt(expected))
+
+
+def test_answers_are_items_by_their_samples(tmp_path: Path) -> None:
+    """Three answers of two tokens: 1, 2, 3 nats a token with seed 0, 2, 4, 3 with seed 1; exact twice, and once."""
+    nll, exact, file = (
+        ([2, 4, 6], [4, 8, 6]),
+        ([True, True, False], [False, False, True]),
+        "cells/ropewalk/answers/512.none",
+    )
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"r{seed}", FakeRun(f"r{seed}", seed=seed))
+        about = {
+            "context_length": 512,
+            "n": 3,
+            "source_file": f"{file}.json",
+            "task": "answers",
+            "chain": "abf(theta=1e5)",
+        }
+        about |= {"run": f"r{seed}", "method": f"r{seed}", "harness": "ropewalk", "test_time_scaling": "none"}
+        about |= {"harness_version": "1"}
+        values = {"answer_nll": sum(nll[seed]) / 6, "exact_match": 100 * sum(exact[seed]) / 3}
+        write_table(run / "evaluation", [about | {"metric": name, "value": value} for name, value in values.items()])
+        samples = [{"nll": n, "tokens": 2, "exact": e} for n, e in zip(nll[seed], exact[seed], strict=True)]
+        path = run / "evaluation" / f"{file}.samples.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    table = noise_table(find_replicates([load_run(tmp_path / f"r{seed}") for seed in (0, 1)]), [3])
+    rows = table[table["task"] == "answers"].set_index("metric")
+    for metric, by_item in (("answer_nll", np.array(nll) / 2), ("exact_match", 100.0 * np.array(exact))):
+        parts = variance_components(by_item)
+        row = rows.loc[metric]
+        assert (row["items"], row["runs"]) == (3, 2)
+        assert row["value"] == pytest.approx(by_item.mean())
+        assert (row["seed_sd"], row["item_sd"], row["rest_sd"]) == pytest.approx((parts.seeds, parts.items, parts.rest))
 
 
 def horizons(*steps: int, seed: int = 0) -> list[FakeRun]:

@@ -29,6 +29,7 @@ from ropewalk.model.load import load_for_evaluation
 
 FILE = "key_tokens.json"
 GAIN, MOST = 2.0, 2.0  # nats
+SHORT = 4096  # tokens of the paper's short context
 FEWEST = 200  # key tokens of a length, below which nothing is reported
 LONGPPL = "longppl"  # task
 
@@ -136,6 +137,12 @@ def read_key_tokens(directory: Path, windows: Windows) -> KeyTokens | None:
     """
     path = directory / FILE
     if not path.is_file():
+        if windows.length > SHORT:
+            print(
+                f"no LongPPL: {path} is not there; choose its tokens once for all arms: python scripts/evaluate.py "
+                f"key_tokens checkpoint=BASE documents={directory} length={windows.length}",
+                flush=True,
+            )
         return None
     try:
         content = json.loads(path.read_text())

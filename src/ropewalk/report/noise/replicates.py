@@ -31,11 +31,13 @@ from ropewalk.runs.directory import RunDirectory
 # data.order_seed is set.
 KINDS = {"seed": SEED, "data_order": "data.order_seed", "horizon": "trainer.max_steps"}
 ARM = ("rope.", "chain_sha256")  # keys that make another arm
-# Metric of a needle -> its sums in a sample, and what they are divided by.
+# Metric of prompts and answers -> its sum in a sample, and what that is divided by.
 SAMPLE_COLUMNS = {
     "exact_match": ("exact", None),
     "answer_token_accuracy": ("correct", "tokens"),
     "answer_nll": ("nll", "tokens"),
+    "answer_nll_oracle": ("nll_oracle", "tokens"),
+    "answer_nll_none": ("nll_none", "tokens"),
 }
 
 
