@@ -17,7 +17,7 @@ from ropewalk.config.rules import one_of, validate_numbers, validate_train
 from ropewalk.config.train import NoiseConfig, TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
-from ropewalk.report.noise.noise_floor import noise_table, noise_text, write_noise
+from ropewalk.report.noise.noise_floor import noise_section, noise_table, write_noise
 from ropewalk.report.noise.replicates import KINDS, find_replicates
 from ropewalk.report.noise.seed_statistics import (
     ALPHA,
@@ -28,6 +28,7 @@ from ropewalk.report.noise.seed_statistics import (
     smallest_p,
 )
 from ropewalk.report.runs import load_runs
+from ropewalk.report.section import as_text
 from ropewalk.runs.directory import RunDirectory
 
 # Keys of scripts/noise.py that train.py does not have.
@@ -60,7 +61,7 @@ def noise(config: NoiseConfig, overrides: Sequence[str]) -> None:
         print(f"not finished: {', '.join(waiting)}; then: python scripts/noise.py 'runs=[{','.join(directories)}]'")
         return
     table = noise_table(find_replicates(load_runs(directories)), config.seeds, config.difference)
-    print(noise_text(table), flush=True)
+    print(as_text(noise_section(table)), flush=True)
     if config.output is not None:
         write_noise(table, Path(config.output))
         print(f"noise: {config.output}/noise.csv and noise.json", flush=True)

@@ -256,7 +256,9 @@ def test_answers_are_graded_as_stock_transformers_would(config, checkpoint, docu
     assert (results.loc[results["task"].isin(["answers", "order"]) & (results["value"].notna()), "n"] >= 5).all()
     samples = (Path(config.output) / "cells/ropewalk/answers/512.none.samples.jsonl").read_text().splitlines()
     assert set(json.loads(samples[0])) >= {"sequence", "number", "nll", "nll_oracle", "nll_none", "exact", "tokens"}
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "answers n" in printed  # beside its numbers
+    assert "order answers_first" in printed
     evaluate(config)
     assert "holds this evaluation already" in capsys.readouterr().out
 

@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_fake_evaluation, write_run, write_table
 
-from ropewalk.report.noise.noise_floor import noise_table, noise_text, write_noise
+from ropewalk.report.noise.noise_floor import noise_section, noise_table, write_noise
 from ropewalk.report.noise.replicates import find_replicates
 from ropewalk.report.noise.seed_statistics import variance_components
 from ropewalk.report.runs import Run, load_run
+from ropewalk.report.section import as_text
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
 OFFSETS = {"rope": [0.00, 0.02, 0.01, 0.05], "cope": [-0.10, -0.06, -0.12, -0.04]}
@@ -53,7 +54,7 @@ def test_spread_of_seeds_and_of_their_paired_differences(tmp_path: Path) -> None
     assert (rope["items"], rope["seed_sd"]) == (16, pytest.approx(rope["spread"]))
     assert rope["item_sd"] == pytest.approx(np.std(np.arange(16) / 10, ddof=1))
     assert rope["rest_sd"] == pytest.approx(0, abs=1e-7)
-    text = noise_text(table)
+    text = as_text(noise_section(table))
     assert "abf: 4 runs that differ in their seed" in text
     assert "cope less abf, paired: 4 runs" in text
 

@@ -65,7 +65,8 @@ def test_components_of_a_textbook_table() -> None:
 def test_detectable_differences_of_the_published_table() -> None:
     """Cohen (1988), table 2.4.1: at two-sided .05 and power .80, d = 1.00 takes 17 an arm, 0.50 takes 64, 0.80, 26."""
     for effect, needed in ((1.0, 17), (0.5, 64), (0.8, 26)):
-        assert seeds.seeds_to_detect(1.0, effect, paired=False) == needed
+        assert seeds.detection_power(1.0, effect, needed, paired=False) >= 0.8
+        assert seeds.detection_power(1.0, effect, needed - 1, paired=False) < 0.8
         assert seeds.detectable_difference(1.0, needed, paired=False) <= effect
         assert seeds.detectable_difference(1.0, needed - 1, paired=False) > effect
 

@@ -38,7 +38,8 @@ from ropewalk.evaluation.results import ESTIMATE, OWN_HARNESS, RECORD, as_shares
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks, gather
 
-LOSS, NEEDLE = "loss", "needle"  # tasks of the cells
+LOSS, NEEDLE = "loss", "needle"  # tasks of the cells, beside ANSWERS and ORDER
+PASSES_A_LINE = 16  # of answers, between two lines of progress
 
 
 def validate_held_out(config: EvaluateConfig) -> None:
@@ -229,9 +230,11 @@ class _Measurement:
         """The sample of every answer, in order; each rank makes its share of the passes."""
         asked = self.asked[task, length]
         share: dict[int, list[dict[str, Any]]] = {}
-        for number in range(len(asked))[self.ranks.rank :: self.ranks.world_size]:
-            share[number] = score_row(scorer(), asked[number])
-            self.progress.advance(asked[number].ids.numel(), f"{task} at {length}, pass {number + 1}/{len(asked)}")
+        own = range(len(asked))[self.ranks.rank :: self.ranks.world_size]
+        for part in (own[start : start + PASSES_A_LINE] for start in range(0, len(own), PASSES_A_LINE)):
+            share |= {number: score_row(scorer(), asked[number]) for number in part}
+            tokens = sum(asked[number].ids.numel() for number in part)
+            self.progress.advance(tokens, f"{task} at {length}, pass {part[-1] + 1}/{len(asked)}")
         entries = [entry for entries in in_order(gather(share)) for entry in entries]
         return answer_samples(entries) if task == ANSWERS else entries
 

@@ -25,7 +25,7 @@ from ropewalk.report.noise.seed_statistics import (
     variance_components,
 )
 from ropewalk.report.runs import Run
-from ropewalk.report.section import Block, Cell, Section, as_text
+from ropewalk.report.section import Block, Cell, Section
 
 SEEDS = (3, 5, 8, 10)  # an arm, whose detectable differences a report shows
 NUMBER = ["harness", "task", "metric", "context_length", "test_time_scaling"]
@@ -163,11 +163,6 @@ def write_noise(table: pd.DataFrame, output: Path) -> None:
     replace_atomically(output / "noise.csv", lambda path: table.to_csv(path, index=False))
     records = json.loads(table.to_json(orient="records", double_precision=15))
     write_atomically(output / "noise.json", json.dumps(records, indent=2) + "\n")
-
-
-def noise_text(table: pd.DataFrame) -> str:
-    """The table for a terminal."""
-    return as_text(noise_section(table))
 
 
 def _name(row: dict[str, Any]) -> str:

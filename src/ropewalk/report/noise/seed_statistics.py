@@ -133,13 +133,6 @@ def detectable_difference(sd: float, seeds: int, *, paired: bool, alpha: float =
     return float(shift) * sd * scale
 
 
-def seeds_to_detect(
-    sd: float, difference: float, *, paired: bool, alpha: float = ALPHA, power: float = POWER
-) -> int | None:
-    """Seeds an arm with which a true ``difference`` is detected at ``power``; None: more than ``MOST_SEEDS``."""
-    return _fewest(lambda seeds: detection_power(sd, difference, seeds, paired=paired, alpha=alpha) >= power)
-
-
 def equivalence_power(sd: float, difference: float, seeds: int) -> float:
     """Probability that the 90% interval of the mean lies inside +-``difference`` where the true difference is 0.
 
