@@ -164,6 +164,10 @@ def test_the_last_evaluation_inside_training_counts_if_there_is_no_other(tmp_pat
     table = noise_table(find_replicates([load_run(tmp_path / f"r{i}") for i in range(2)]), [3])
     assert rows_of(table, "abf")["spread"] == pytest.approx(0.1 / math.sqrt(2))
     assert rows_of(table, "abf")["items"] == 16
+    record = run / "evaluations" / "step-00000044" / "evaluation.json"
+    record.write_text(record.read_text().replace("{", '{"step": 40, ', 1))
+    with pytest.raises(ValueError, match=r"in step of the evaluation, trainer\.seed"):
+        find_replicates([load_run(tmp_path / f"r{i}") for i in range(2)])
 
 
 def test_files_hold_the_table_with_null_for_what_is_unknown(tmp_path: Path) -> None:

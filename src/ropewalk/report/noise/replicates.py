@@ -147,6 +147,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return {
         **settings,
         "steps trained": int(run.metrics["step"].iloc[-1]) if len(run.metrics) else 0,
+        "step of the evaluation": evaluation.get("step"),  # of one inside training
         "checkpoint it started from": json.loads(start.read_text())["manifest_sha256"] if start.is_file() else None,
         "items of the evaluation": [
             evaluation.get("document_prefixes") or [config.get("documents"), config.get("max_documents")],
