@@ -1,13 +1,14 @@
 """Loss by position and the needle grid of a checkpoint.
 
 ``python scripts/evaluate.py checkpoint=DIR documents=DIR output=DIR``
+``python scripts/evaluate.py key_tokens checkpoint=BASE documents=DIR length=65536``
 ``python scripts/evaluate.py validate model=DIR documents=DIR output=DIR rope=cope10``
 """
 
 import sys
 
 from ropewalk.cli import entry, run_command
-from ropewalk.config.evaluation import EvaluateConfig, ValidateConfig
+from ropewalk.config.evaluation import EvaluateConfig, KeyTokensConfig, ValidateConfig
 from ropewalk.runs.launch import EXIT_NOT_FINITE, release_warnings
 
 
@@ -32,5 +33,14 @@ def validate(config: ValidateConfig) -> None:
         sys.exit(EXIT_NOT_FINITE)
 
 
+@entry("key_tokens")
+def key_tokens(config: KeyTokensConfig) -> None:
+    """Choose the tokens that LongPPL is over, once for all arms, under one reference model."""
+    release_warnings()
+    from ropewalk.evaluation.harness.key_tokens import write_key_tokens
+
+    write_key_tokens(config)
+
+
 if __name__ == "__main__":
-    run_command({"evaluate": main, "validate": validate}, default="evaluate")
+    run_command({"evaluate": main, "validate": validate, "key_tokens": key_tokens}, default="evaluate")

@@ -10,6 +10,7 @@ ENTRIES = {
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
     "scripts/dashboard.py": "dashboard",
+    "scripts/noise.py": "noise",
     "scripts/plan.py": "plan",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
@@ -20,6 +21,6 @@ COMMANDS_OF = {
         "geometry": "geometry",
         **dict.fromkeys(FIGURES, "figures"),
     },
-    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate"},
+    "scripts/evaluate.py": {"evaluate": "evaluate", "validate": "validate", "key_tokens": "key_tokens"},
     "scripts/export.py": {"export": "export", "check": "check_export", "repair": "repair"},
 }

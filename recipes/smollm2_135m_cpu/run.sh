@@ -19,7 +19,7 @@ measure() { # measure NAME CHECKPOINT [overrides]
   shift 2
   evaluate "name=$name" "checkpoint=$checkpoint" "output=$out/$name/evaluation" \
     "documents=$data/heldout" 'lengths=[2048,8192,10240,12288]' test_time=none device=cpu dtype=float32 \
-    'needle.depths=[0.2,0.8]' needle.samples=1 "$@"
+    'needle.depths=[0.2,0.8]' needle.samples=1 answers.count=0 "$@"
 }
 
 measure rope "$data/model"

@@ -65,14 +65,14 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "scripts/evaluate.py": {"rope", "suite", "test_time"},
     "scripts/export.py": {"rope", "test_time"},
 }
-GROUPS["scripts/plan.py"] = GROUPS["train.py"]
+GROUPS["scripts/plan.py"] = GROUPS["scripts/noise.py"] = GROUPS["train.py"]
 
 
 @pytest.mark.parametrize(("script", "command", "groups"), [
     ("scripts/analyze.py", "advise", {"model", "rope"}), ("scripts/analyze.py", "inspect", set()),
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
     ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
-    ("scripts/export.py", "check", set()),
+    ("scripts/export.py", "check", set()), ("scripts/evaluate.py", "key_tokens", {"test_time"}),
     ("scripts/export.py", "repair", {"rope"}),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
@@ -144,7 +144,7 @@ def test_the_whole_path_on_the_fixture_corpus(tmp_path):
     for name in runs:
         said = command("scripts/evaluate.py", f"checkpoint={out}/demo/{name}", f"output={out}/demo/{name}/evaluation",
                        f"documents={data}/demo/heldout", "lengths=[128,512,1024]", "device=cpu", "dtype=float32",
-                       "needle.samples=1")  # fmt: skip
+                       "needle.samples=1", "answers.count=16")  # fmt: skip
         assert "holds this evaluation already" not in said
         results = read_results(out / "demo" / name / "evaluation")
         nll = results[(results["task"] == "loss_at_length") & (results["metric"] == "nll")]

@@ -28,6 +28,8 @@ ASKED = [
     f"evaluation.needle.depths={DEPTHS}",
     "evaluation.needle.samples=2",
     "evaluation.needle.digits=2",
+    "evaluation.answers.count=6",
+    "evaluation.answers.values=2",
 ]
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
 
@@ -54,7 +56,7 @@ def test_the_run_does_not_notice_and_the_numbers_are_evaluates(store_256, fixtur
         composed(
             "evaluate", f"checkpoint={evaluated}", f"output={tmp_path / 'eval'}", f"documents={fixture_corpus}",
             f"lengths={LENGTHS}", "max_documents=3", f"needle.depths={DEPTHS}", "needle.samples=2", "needle.digits=2",
-            "device=cpu", "dtype=float32", "test_time=none", "name=with",
+            "answers.count=6", "answers.values=2", "device=cpu", "dtype=float32", "test_time=none", "name=with",
         )
     )  # fmt: skip
     ours = read_results(evaluated / "evaluations" / "step-00000004")
@@ -70,6 +72,9 @@ def test_the_run_does_not_notice_and_the_numbers_are_evaluates(store_256, fixtur
     assert rows[1]["loss/256"] == pytest.approx(at_length[256], rel=1e-5)
     assert rows[1]["loss/128"] == pytest.approx(at_length[128], rel=1e-5)
     assert 0 <= rows[1]["needle_exact_match/256"] <= 1
+    assert set(ours["task"]) >= {"answers", "order"}
+    assert rows[1]["answer_nll/256"] > 0
+    assert 0 <= rows[1]["order_first/256"] + rows[1]["order_last/256"] <= 1
     assert read_record(evaluated / "evaluations" / "step-00000004")["documents"]["used"] == 3
     assert read_metrics(evaluated)[2]["seconds/evaluation"] > 0
 
@@ -143,6 +148,7 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
     for name in ("data", "sequence"):
         assert found[name] == pytest.approx(found["one"], rel=1e-5)
     assert any("position" in key for key in found["one"])
+    assert "answer_nll/256" in found["one"]
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -152,6 +158,8 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
     ("evaluation.documents=null", "evaluation.documents=null is not a directory"),
     ("evaluation.lengths=[32]", "must name contexts of 64 tokens or more"),
     ("evaluation.needle.samples=-1", "needle.samples=-1"),
+    ("evaluation.answers.count=-1", "evaluation.answers.count=-1 must be 0 or more"),
+    ("evaluation.answers.values=1", "evaluation.answers.values=1 must be 2 to 9"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(store_256, tmp_path, asked, override, message):
     with pytest.raises(ValueError, match=message):

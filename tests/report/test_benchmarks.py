@@ -127,15 +127,15 @@ def test_short_context_compares_with_the_base_task_by_task(tmp_path: Path) -> No
     assert found.columns == ["base", "arm"]
     rows = dict(found.blocks[0].rows)
     mmlu, gsm = rows["mmlu (acc)"][1], rows["gsm8k (acc)"][1]
-    # 2 x sqrt(0.3^2 + 0.4^2) = 1.0, which 1.0 does not exceed; 2 x sqrt(2) = 2.83
-    assert (mmlu.main, mmlu.detail, mmlu.decided) == ("59.0", "± 0.4 (-1.0)", False)
-    assert not gsm.decided
+    # sqrt(0.3^2 + 0.4^2) = 0.5; sqrt(2) = 1.4
+    assert (mmlu.main, mmlu.detail) == ("59.0", "± 0.4 (-1.0 ± 0.5)")
+    assert gsm.detail == "± 1.0 (-1.5 ± 1.4)"
     assert mmlu.noise == "training noise unknown"
     assert rows["piqa (acc)"][1].detail == "± 1.0"
     worse = with_rows(tmp_path, "worse", score("mmlu", 58.9, 0.4))
     lost = short_context_table([base, worse], base)
     assert lost is not None
-    assert lost.blocks[0].rows[0][1][1].decided
+    assert not lost.blocks[0].rows[0][1][1].marked  # past two standard errors, and exploratory all the same
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_score_stands_with_the_published_one_and_is_marked_past_two_errors(tmp
     assert (block.title, found.columns) == ("RULER: Paper, table 1", ["1,024", "2,048", "4,096"])
     (low, within, above) = cells(block)["NIAH: cope20"]
     assert (low.main, low.detail) == ("90.0", "± 0.6 (published 91.2, -1.2)")
-    assert [cell.decided for cell in (low, within, above)] == [True, False, True]
+    assert [cell.marked for cell in (low, within, above)] == [True, False, True]
     assert [cell.beyond for cell in (low, within, above)] == [False, False, True]
     assert found.missing == []
 
@@ -96,7 +96,7 @@ def test_what_training_took_is_read_from_its_metrics(tmp_path: Path) -> None:
     assert found["tokens/s a GPU: a"].detail == f"(published 5,000, {22.5:+,.0f})"
     assert found["GPU-hours: a"].detail == f"(published 1, {360448 / 5022.5 / 3600 - 1:+,.0f})"
     assert found["GiB a GPU: a"].main == "1.0"
-    marks = {name: cell.decided for name, cell in found.items()}
+    marks = {name: cell.marked for name, cell in found.items()}
     assert marks == {"tokens/s a GPU: a": False, "GPU-hours: a": True, "GiB a GPU: a": True}
     other = published_table([run], published(tmp_path, "Plan,,training,a,,GPU-hours,65536,1"))
     assert other.blocks == []  # of another length
@@ -110,16 +110,16 @@ def test_what_has_no_error_is_marked_past_a_stated_difference(tmp_path: Path) ->
     for value, mark in ((loss + 0.04, False), (loss + 0.06, True), (loss - 0.06, True)):
         rows = published(tmp_path, f"Here,README,loss over the second half,a,,nll,1024,{value:.3f}")
         (cell,) = marked(published_table([run], rows))
-        assert cell.decided == mark
+        assert cell.marked == mark
     for value, mark in ((51.9, False), (52.1, True), (47.9, True)):
         found = published_table([run], published(tmp_path, f"Paper,1,RULER,a,,NIAH,1024,{value}"))
         (cell,) = marked(found)
-        assert cell.decided == mark
+        assert cell.marked == mark
     assert "more than 0.05 nats, 2 points or, of training, 10%" in found.legend
     for value, mark in ((5500, False), (5600, True)):  # of 5,022.5
         rows = published(tmp_path, f"Plan,,training,a,,tokens/s a GPU,2048,{value}")
         (cell,) = marked(published_table([run], rows))
-        assert cell.decided == mark
+        assert cell.marked == mark
 
 
 def marked(table: Section) -> list[Cell]:

@@ -113,7 +113,7 @@ def test_arms_of_the_same_seeds_are_compared_seed_by_seed(tmp_path: Path) -> Non
     table = results_table(list(found.values()), found["rope-s0"])
     block = next(block for block in table.blocks if block.title.startswith("Difference to the arm rope"))
     cell = dict(block.rows)["cope (2 seeds)"][0]
-    assert (cell.main, cell.detail, cell.decided) == ("-0.0150", "[-0.0200, -0.0100]", False)
+    assert (cell.main, cell.detail, cell.marked) == ("-0.0150", "[-0.0200, -0.0100]", False)
 
 
 def test_seeds_share_a_colour_and_differ_in_their_dash(runs: dict[str, Run]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from report.fake_runs import DOCUMENTS, FakeRun, write_run
+from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
@@ -63,7 +63,6 @@ def test_constant_difference_has_no_width(runs: dict[str, Run]) -> None:
         assert isinstance(found, Difference)
         assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-9)
         assert found.n == DOCUMENTS
-        assert found.is_decided
 
 
 def test_alternating_difference_has_the_normal_interval(runs: dict[str, Run]) -> None:
@@ -73,7 +72,6 @@ def test_alternating_difference_has_the_normal_interval(runs: dict[str, Run]) ->
     assert found.value == pytest.approx(0.1, abs=1e-9)
     assert found.low == pytest.approx(0.1 - 1.96 * 0.1, abs=0.03)
     assert found.high == pytest.approx(0.1 + 1.96 * 0.1, abs=0.03)
-    assert not found.is_decided
 
 
 def test_difference_without_documents_says_why(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -176,3 +174,26 @@ def test_an_evaluation_without_its_record_is_unfinished(tmp_path):
     directory = write_run(tmp_path / "a", FakeRun("a"))
     (directory / "evaluation" / "evaluation.json").unlink()
     assert load_run(directory).results.empty
+
+
+def test_answers_order_and_longppl_are_rows_with_their_intervals(tmp_path: Path) -> None:
+    about = {"category": "long_context", "context_length": 2048, "n": 512, "run": "a", "method": "a", "chain": "c"}
+    about |= {"test_time_scaling": "none", "harness": "ropewalk", "harness_version": "1", "source_file": "x"}
+    values = {
+        ("answers", "recovery"): (81.0, 78.0, 84.0), ("order", "answers_last"): (25.0, 21.0, 29.0),
+        ("longppl", "nll"): (1.5, 1.4, 1.6),
+    }  # fmt: skip
+    rows = [
+        about | {"task": task, "metric": metric, "value": value, "ci_low": low, "ci_high": high}
+        for (task, metric), (value, low, high) in values.items()
+    ]
+    write_run(tmp_path / "a", FakeRun("a"))
+    write_table(tmp_path / "a" / "evaluation", rows)
+    run = load_run(tmp_path / "a")
+    blocks = {block.title.partition(":")[0]: block.rows[0][1][2] for block in results_table([run], run).blocks}
+    shown = {name: (blocks[name].main, blocks[name].detail) for name in ("Answers", "Order probe", "LongPPL")}
+    assert shown == {  # scores as shares of 1, as everywhere in this table
+        "Answers": ("0.810", "[0.780, 0.840]"), "Order probe": ("0.250", "[0.210, 0.290]"),
+        "LongPPL": ("1.500", "[1.400, 1.600]"),
+    }  # fmt: skip
+    assert blocks["Answers"].hint == "c, n = 512"

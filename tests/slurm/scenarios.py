@@ -184,7 +184,7 @@ def evaluation_words(site: Site, name: str) -> list[str]:
     """An evaluation of ``straight`` in four parts."""
     return [
         f"checkpoint={site.run_dir('straight')}", f"output={site.run_dir(name)}", f"documents={CORPUS}",
-        "lengths=[128,192,256]", "test_time=none", "needle.samples=8", "device=cpu", "dtype=float32",
+        "lengths=[128,192,256]", "test_time=none", "needle.samples=8", "answers.count=0", "device=cpu", "dtype=float32",
         f"paths.output_dir={site.output}",
     ]  # fmt: skip
 

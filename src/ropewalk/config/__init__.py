@@ -13,6 +13,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[3] / "configs"
 SCHEMAS: dict[str, type] = {
     "train": train.TrainConfig,
     "plan": train.PlanConfig,
+    "noise": train.NoiseConfig,
     "sbatch": train.SbatchConfig,
     "prepare": data.PrepareConfig,
     "gather": data.GatherConfig,
@@ -20,6 +21,7 @@ SCHEMAS: dict[str, type] = {
     "inspect_store": data.InspectStoreConfig,
     "evaluate": evaluation.EvaluateConfig,
     "validate": evaluation.ValidateConfig,
+    "key_tokens": evaluation.KeyTokensConfig,
     "compare": evaluation.CompareConfig,
     "dashboard": evaluation.DashboardConfig,
     "export": export.ExportConfig,

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ropewalk.config.groups import ModelPath, NeedleConfig, PathsConfig, RopeConfig, TestTimeConfig
+from ropewalk.config.groups import AnswersConfig, ModelPath, NeedleConfig, PathsConfig, RopeConfig, TestTimeConfig
 
 
 @dataclass
@@ -65,9 +65,26 @@ class EvaluateConfig:
     max_documents: int | None = None
     overwrite: bool = False  # replace an evaluation of other settings in `output`
     needle: NeedleConfig = field(default_factory=NeedleConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)  # applied to the checkpoint's own chain, without training
     test_time: TestTimeConfig = field(default_factory=TestTimeConfig)
     test_times: list[str] = field(default_factory=list)  # more of them, by name; test_time=[auto,none] sets both
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class KeyTokensConfig:
+    """``python scripts/evaluate.py key_tokens``: the tokens that LongPPL is over, chosen once for all arms."""
+
+    checkpoint: str = MISSING  # the reference: the model that all arms start from; as in EvaluateConfig
+    documents: str = MISSING  # as in EvaluateConfig; key_tokens.json is written there
+    length: int = MISSING  # tokens of the long context: the longest one that arms are evaluated at
+    short: int = 4096  # tokens of the short context
+    max_documents: int | None = None
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    overwrite: bool = False  # choose again: numbers over other tokens do not compare
+    test_time: TestTimeConfig = field(default_factory=TestTimeConfig)  # of the reference, past its trained length
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

@@ -87,3 +87,12 @@ class NeedleConfig:
     samples: int = 4  # prompts per cell; 0: no grid
     digits: int = 5  # of the key
     distractors: int = 0  # other facts in the haystack
+
+
+@dataclass
+class AnswersConfig:
+    """Questions about facts in long text, many a sequence: answer NLL with its recovery, and the order probe."""
+
+    count: int = 0  # answers of a context length, at least, for each of the two; 0: none
+    per_sequence: int = 32  # at most; fewer where they do not fit half of the length
+    values: int = 3  # of a marker in the order probe, 2 or more

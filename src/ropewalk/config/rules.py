@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
+from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     AssumptionConfig,
@@ -19,7 +19,9 @@ from ropewalk.config.train import (
     GuardConfig,
     InTrainingConfig,
     ModelConfig,
+    NoiseConfig,
     PlanConfig,
+    PrimaryConfig,
     TrackerConfig,
     TrainConfig,
     TrainerConfig,
@@ -68,6 +70,12 @@ RANGES: dict[type, dict[Range, str]] = {
     },
     InTrainingConfig: {POSITIVE: "every lengths max_documents"},
     NeedleConfig: {SHARE: "depths", POSITIVE: "digits", NOT_NEGATIVE: "samples distractors"},
+    PrimaryConfig: {POSITIVE: "length difference"},
+    AnswersConfig: {
+        NOT_NEGATIVE: "count",
+        POSITIVE: "per_sequence",
+        Range(2, 9, "must be 2 to 9: values of a marker differ in their first digit"): "values",
+    },
     SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
     ClusterConfig: {
         POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
@@ -79,6 +87,11 @@ RANGES: dict[type, dict[Range, str]] = {
         Range(0, 1, "is a share of the peak; 0.28 is usual at 64k", is_open=True): "utilisation",
     },
     PlanConfig: {POSITIVE: "nodes kv_lengths"},
+    NoiseConfig: {
+        POSITIVE: "nodes kv_lengths horizons pairs difference",
+        NOT_NEGATIVE: "spread",
+        Range(2, MOST, "is too few for a spread; set 2 or more"): "seeds branches",
+    },
 }
 
 
@@ -144,9 +157,23 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             f"trainer.keep_every={trainer.keep_every} without trainer.keep_last: nothing is deleted then; set "
             "trainer.keep_last=2 (the newest so many are kept as well), or leave both out"
         )
+    _validate_primary(config.primary)
     _validate_evaluation(config)
     _validate_chain(config)
     _validate_stores(config.data)
+
+
+def _validate_primary(primary: PrimaryConfig) -> None:
+    for pair in primary.pairs:
+        if len(pair) != 2 or pair[0] == pair[1]:
+            raise UserError(f"primary.pairs has {pair}; each names two arms by their rope.name: [cope20, rope]")
+    if len({frozenset(pair) for pair in primary.pairs}) < len(primary.pairs):
+        raise UserError(f"primary.pairs={primary.pairs} names a pair twice; name each once")
+    if primary.pairs and (primary.length is None or primary.difference is None):
+        raise UserError(
+            f"primary.length={primary.length} and primary.difference={primary.difference}: a declared family needs the "
+            "context length of its number and the smallest difference of interest; set both"
+        )
 
 
 def _validate_stores(data: DataConfig) -> None:

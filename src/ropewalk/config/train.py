@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ropewalk.config.groups import ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
+from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -41,6 +41,7 @@ class DataConfig:
     curriculum: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> the mixture from that step on
     # More stores by name; their domains are NAME/DOMAIN. Shorter sequences that divide sequence_length are joined.
     stores: dict[str, str] = field(default_factory=dict)
+    order_seed: int | None = None  # of the order alone; null: trainer.seed
     verify: bool = False  # hash every file of the store before training
     cache_dir: str | None = None  # where stores behind a URL are copied to; a disk of the node
     cache_gib: float = 256.0  # what their token files may take there
@@ -136,6 +137,7 @@ class InTrainingConfig:
     max_documents: int | None = 16
     seed: int = 0
     needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(depths=[0.0, 0.5, 1.0], samples=2))
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
 
 
 @dataclass
@@ -143,6 +145,22 @@ class ParallelConfig:
     """How ranks share the work beside data parallelism."""
 
     sequence: int = 1  # neighbouring ranks that share each row of tokens (Ulysses); divides the key/value heads
+
+
+@dataclass
+class PrimaryConfig:
+    """The primary family of a study, declared before its runs: a report decides what it names and nothing else.
+
+    Runs record it, and a run that goes on must declare what it began with. One number a seed: the row of the results
+    table with this task, metric, length and test-time scaling.
+    """
+
+    pairs: list[list[str]] = field(default_factory=list)  # [arm, the arm it is compared with], each a rope.name
+    task: str = "loss_at_length"
+    metric: str = "nll"
+    length: int | None = None  # tokens
+    test_time_scaling: str | None = None  # as the table prints it; null: whichever was measured, if only one was
+    difference: float | None = None  # smallest of interest, in the table's unit: nats, or points of a percentage
 
 
 @dataclass
@@ -171,6 +189,7 @@ class TrainConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: InTrainingConfig = field(default_factory=InTrainingConfig)
+    primary: PrimaryConfig = field(default_factory=PrimaryConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # where it runs; changes no number
     baseline: str | None = None  # run directory that it is compared with; its first lines say what differs
@@ -200,6 +219,26 @@ class PlanConfig(TrainConfig):
     print: str | None = None  # this entry of the plan and nothing else, e.g. lead_seconds; exits with 0
     brief: bool = False  # one line instead of a page
     advisory: bool = False  # exit with 0 also where the run does not fit
+
+
+@dataclass
+class NoiseConfig(PlanConfig):
+    """``python scripts/noise.py``: noise between runs that differ in one thing that should not matter.
+
+    One of ``runs``, ``replicate`` and ``spread`` says what is done; the training run is what ``replicate`` branches
+    and what the planner counts.
+    """
+
+    runs: list[str] = field(default_factory=list)  # run directories to measure
+    replicate: str | None = None  # start branches that differ in seed, data_order or horizon alone
+    branches: int = 3  # of `replicate`, each of trainer.max_steps steps
+    horizons: list[int] = field(default_factory=list)  # steps of the schedules; empty: 1, 2, ... x trainer.max_steps
+    launch: str = "python train.py"  # what starts a branch: torchrun ... train.py, or sbatch slurm/train_64k.sh
+    spread: float | None = None  # standard deviation over seeds of the paired difference: plan, and measure nothing
+    difference: float | None = None  # that is to be decided, in the unit of `spread`
+    pairs: int = 1  # in the primary family
+    seeds: list[int] = field(default_factory=lambda: [3, 5, 8, 10])  # an arm, whose detectable differences are shown
+    output: str | None = None  # directory for noise.csv and noise.json; null: only printed
 
 
 @dataclass

@@ -17,7 +17,16 @@ from ropewalk.data import PackedStore
 from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.evaluation.evaluated_checkpoint import Setting
+from ropewalk.evaluation.harness.answer_recovery import (
+    ANSWERS,
+    ORDER,
+    answer_samples,
+    build_questions,
+    question_rows,
+    score_row,
+)
 from ropewalk.evaluation.harness.held_out import in_order, table_row, validate_held_out
+from ropewalk.evaluation.harness.key_tokens import longppl_rows, read_key_tokens
 from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.harness.needle_retrieval import build_grid, chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.model_reader import Scorer
@@ -32,6 +41,11 @@ METRICS = {
     ("loss_by_position", "nll"): "loss/position/{position_end}",
     ("needle_at_length", "exact_match"): "needle_exact_match/{context_length}",
     ("needle_at_length", "answer_nll"): "needle_nll/{context_length}",
+    ("answers", "answer_nll"): "answer_nll/{context_length}",
+    ("answers", "recovery"): "answer_recovery/{context_length}",
+    ("order", "answers_first"): "order_first/{context_length}",
+    ("order", "answers_last"): "order_last/{context_length}",
+    ("longppl", "nll"): "longppl_nll/{context_length}",
 }
 
 
@@ -64,6 +78,7 @@ class TrainingEvaluation:
             EvaluateConfig(
                 documents=documents, lengths=self.lengths, seed=settings.seed, device=trainer.device,
                 dtype=trainer.dtype, max_documents=settings.max_documents, needle=settings.needle,
+                answers=settings.answers,
             )
         )  # fmt: skip
         tokenizer = open_tokenizer(store.tokenizer_path)
@@ -73,6 +88,13 @@ class TrainingEvaluation:
             for length in self.lengths
             for prompt in build_grid(tokenizer, self.windows, length, settings.needle, settings.seed)
         ]
+        self.asked = [
+            (task, row)
+            for length in (self.lengths if settings.answers.count else [])
+            for task in (ANSWERS, ORDER)
+            for row in build_questions(task, tokenizer, self.windows, length, settings, self.lengths[0])
+        ]
+        self.key_tokens = read_key_tokens(Path(documents), self.windows)
         self.record = {"config": asdict(settings), "documents": self.windows.counts()}
 
     def __call__(self, scorer: Scorer, step: int) -> dict[str, float]:
@@ -83,17 +105,20 @@ class TrainingEvaluation:
         """
         edges = bucket_edges(self.lengths)
         names = list(self.windows.tokens)
-        documents: dict[int, list[dict[str, Any]]] = {}
+        documents: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         for index in self._dealt(names):
             losses = scorer.token_losses(self.windows.tokens[names[index]])
-            documents[index] = list(document_rows(names[index], losses, edges))
+            key_sums = self.key_tokens.sums(names[index], losses, self.lengths) if self.key_tokens else ()
+            documents[index] = list(document_rows(names[index], losses, edges)), list(key_sums)
         scores = {index: score_prompts(scorer, [self.prompts[index]]) for index in self._dealt(self.prompts)}
-        shares = gather((documents, scores))
+        answers = {
+            index: (self.asked[index][0], score_row(scorer, self.asked[index][1])) for index in self._dealt(self.asked)
+        }
+        shares = gather((documents, scores, answers))
         if not self.ranks.is_main:
             return {}
-        rows = [row for rows in in_order(losses for losses, _ in shares) for row in rows]
         try:
-            return self._report(step, rows, in_order(grades for _, grades in shares))
+            return self._report(step, *(in_order(share[part] for share in shares) for part in range(3)))
         except Exception:  # the other ranks go on, and no fault of a report is worth a training
             log(f"warning: the evaluation after step {step} is not recorded:\n{traceback.format_exc()}")
             return {}
@@ -101,15 +126,30 @@ class TrainingEvaluation:
     def _dealt(self, items: Sequence[Any]) -> list[int]:
         """Numbers of this rank's items; as many on every rank, the first ones again when they run out."""
         share, shares = self.ranks.data_rank, self.ranks.data_size
-        rounds = -(-len(items) // shares)
+        rounds = -(-len(items) // shares)  # none without items
         return [(turn * shares + share) % len(items) for turn in range(rounds)]
 
-    def _report(self, step: int, losses: list[dict[str, Any]], grades: list[pd.DataFrame]) -> dict[str, float]:
+    def _report(
+        self,
+        step: int,
+        losses: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]],
+        grades: list[pd.DataFrame],
+        entries: list[tuple[str, list[dict[str, Any]]]],
+    ) -> dict[str, float]:
         setting = Setting((), self.position.chain, self.position.spectrum(), tuple(self.lengths))
         of_documents = {"run": self.name, "setting": setting.name, "context_length": setting.longest}
-        documents = document_table(of_documents | row for row in losses)
-        rows = list(loss_rows(documents, setting, self.seed))
+        documents = document_table(of_documents | row for of_document, _ in losses for row in of_document)
+        answers = {
+            task: [sample for of_task, samples in entries if of_task == task for sample in samples]
+            for task in (ANSWERS, ORDER)
+        }
+        # In the order of the cells of scripts/evaluate.py.
+        rows = question_rows(ANSWERS, answer_samples(answers[ANSWERS]), self.seed)
+        rows += loss_rows(documents, setting, self.seed)
+        if self.key_tokens:
+            rows += longppl_rows((entry for _, sums in losses for entry in sums), setting, self.seed)
         rows += needle_rows(pd.concat(grades), self.seed) if grades else []
+        rows += question_rows(ORDER, answers[ORDER], self.seed)
         columns = {
             "run": self.name, "method": self.position.name, "chain": str(setting.chain), "test_time_scaling": "none",
             "test_time": "none", "source_file": RECORD,

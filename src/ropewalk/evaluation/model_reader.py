@@ -142,6 +142,10 @@ class Scorer(Protocol):
         """Logits of each answer token given all tokens before it; float32 (m, vocabulary)."""
         ...
 
+    def logits_at(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits after the tokens of ids at ``positions``, LongTensor (m,); float32 (m, vocabulary)."""
+        ...
+
 
 class ModelScorer:
     """A transformers causal language model as a :class:`Scorer`.
@@ -180,8 +184,13 @@ class ModelScorer:
             prompt_ids: LongTensor (n,).
             answer_ids: LongTensor (m,); the last is never fed, only predicted.
         """
-        hidden = self._hidden(torch.cat([prompt_ids, answer_ids[:-1]]))
-        return self.reader.logits(hidden[-answer_ids.numel() :]).cpu()
+        positions = torch.arange(answer_ids.numel()) + prompt_ids.numel() - 1
+        return self.logits_at(torch.cat([prompt_ids, answer_ids[:-1]]), positions)
+
+    @torch.inference_mode()
+    def logits_at(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits after the tokens at ``positions``, LongTensor (m,); float32 (m, vocabulary) on the CPU."""
+        return self.reader.logits(self._hidden(ids)[positions.to(self.device)]).cpu()
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
         if self.reader.chunk is not None and ids.numel() > self.reader.chunk:

@@ -59,7 +59,8 @@ TABLE, DOCUMENTS, RECORD = "table.parquet", "documents.parquet", "evaluation.jso
 EARLIER = "results.parquet"  # losses and needles of an evaluation by an earlier ropewalk
 ADDED = (*BUCKET, "ci_low", "ci_high", "test_time")  # columns that earlier tables lack
 OWN_HARNESS = "ropewalk"  # of the losses and needles
-LOSS_METRICS = ("nll", "answer_nll")  # nats; every other metric is a percentage
+# nats; every other metric is a percentage
+LOSS_METRICS = ("nll", "answer_nll", "answer_nll_oracle", "answer_nll_none", "first_less_last_nll")
 NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
 UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
 REASONS = (NEEDS_JUDGE, UNPUBLISHED)  # metrics of rows that have no value because nothing was measured

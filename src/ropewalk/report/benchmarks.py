@@ -39,8 +39,8 @@ SUITES = (RULER, HELMET, LONG)
 REASONS = {NEEDS_JUDGE: "only a judge model scores it", UNPUBLISHED: "its inputs were never published"}
 SHORT_HARNESS = "lm-eval"
 SHORT_LEGEND = (
-    "Percent ± standard error over samples; in brackets, the difference to the base. Bold: by more than two standard "
-    "errors over samples (chance alone: one task in twenty). No average, as the tasks measure different things."
+    "Percent ± standard error over samples; in brackets, the difference to the base with its own. Exploratory: "
+    "of twenty tasks one lies two standard errors apart by chance. No average, as the tasks measure different things."
 )
 SCALE = "Percent; shaded: longer than the run was trained at; ± is the standard error over samples, not training noise."
 
@@ -297,9 +297,10 @@ def _short_cell(key: Key, run: Run, base: Run, all_scores: dict[str, dict[Key, S
     if run is base or reference is None:
         return Cell(main, detail, hint=hint)
     difference = score.value - reference.value
-    decided = abs(difference) > 2 * math.hypot(score.stderr, reference.stderr)  # false where an error is unknown
+    error = math.hypot(score.stderr, reference.stderr)
+    apart = f"({difference:+.1f})" if math.isnan(error) else f"({difference:+.1f} ± {error:.1f})"
     noise = noise_words(run, base, all_arms, lambda member: _value(all_scores, member, key), digits=1)
-    return Cell(main, f"{detail} ({difference:+.1f})".lstrip(), decided=decided, hint=hint, noise=noise)
+    return Cell(main, f"{detail} {apart}".lstrip(), hint=hint, noise=noise)
 
 
 def _value(all_scores: dict[str, dict[Key, Score]], run: Run, key: Key) -> float | None:

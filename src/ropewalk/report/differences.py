@@ -76,11 +76,6 @@ class Difference:
     high: float
     n: int
 
-    @property
-    def is_decided(self) -> bool:
-        """True if the interval leaves out zero; an unknown interval decides nothing."""
-        return self.low > 0 or self.high < 0
-
 
 @dataclass(frozen=True)
 class Unpaired:
@@ -92,7 +87,7 @@ class Unpaired:
 def at_length(run: Run, baseline: Run, length: int) -> Difference | Unpaired:
     """Difference over the second half of ``length`` tokens to the baseline under the run's test-time setting."""
     baseline = baseline.beside(run)
-    rows = _paired(run, _second_half(run, length), baseline, _second_half(baseline, length))
+    rows = _paired(run, second_half(run, length), baseline, second_half(baseline, length))
     if isinstance(rows, Unpaired):
         return rows
     row = rows.iloc[0]
@@ -130,7 +125,7 @@ def _documents(run: Run, made: Pass) -> pd.DataFrame:
     return documents[(documents["context_length"] == made.length) & (documents["setting"] == made.setting)]
 
 
-def _second_half(run: Run, length: int) -> pd.DataFrame:
+def second_half(run: Run, length: int) -> pd.DataFrame:
     """NLL sums per document over the one bucket that the run's loss at ``length`` is taken over.
 
     No rows where the documents' buckets do not make up that bucket.

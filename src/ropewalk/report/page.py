@@ -24,6 +24,8 @@ from ropewalk.figures.training_curves import throughput_figure, training_figures
 from ropewalk.files import write_atomically
 from ropewalk.report import figure_tables, runs_table
 from ropewalk.report.benchmarks import SUITES, Suite, benchmark_table, short_context_table
+from ropewalk.report.noise.decisions import decision_table
+from ropewalk.report.noise.noise_floor import noise_among
 from ropewalk.report.published import published_table
 from ropewalk.report.results_table import Thresholds, effective_table, results_table
 from ropewalk.report.runs import Run, load_runs, once, with_bases
@@ -92,7 +94,9 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
     spectra = one_run_each(arms(trained))
     thresholds = Thresholds(config.effective_needle, config.effective_ruler)
     sections = [
+        decision_table(runs),
         results_table(runs, baseline),
+        noise_among(runs),
         effective_table(runs, thresholds),
         _training(trained, styles),
         _position(runs, baseline, styles),

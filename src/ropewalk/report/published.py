@@ -166,7 +166,7 @@ def _cell(pair: Measured) -> Cell:
         f"{pair.measured:,.{digits}f}",
         f"{error} (published {published:,.{digits}f}, {difference:+,.{digits}f})".lstrip(),
         beyond=pair.length is not None and pair.run.is_beyond(pair.length),
-        decided=pair.is_apart,
+        marked=pair.is_apart,
         hint=f"published for {pair.row['method']}",
     )
 

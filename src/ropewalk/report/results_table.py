@@ -18,11 +18,18 @@ from ropewalk.report.runs import Run, how_to_evaluate, once
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, Quantity, arm_of, arms, noise_words, paired
 
-SEEDS_TO_DECIDE = 6  # by chance alone the differences of n seeds have one sign with probability 2^(1-n): 1/32
 NOT_FINITE = "NaN"  # NaN or inf, which are neither ranked nor averaged
+# (task, metric) -> the heading of its block
+MEASURES = {
+    ("answers", "recovery"): "Answers: share of the NLL without context that the context recovers, 95% interval",
+    ("answers", "answer_nll"): "Answers: nats per answer token, 95% interval",
+    ("order", "answers_first"): "Order probe: share that answers a marker's first value, 95% interval",
+    ("order", "answers_last"): "Order probe: share that answers a marker's last value, 95% interval",
+    ("longppl", "nll"): "LongPPL: nats per key token, 95% interval over documents",
+}
 LEGEND = (
     "Rows from the lowest loss at the longest length that all runs share. *, shaded: longer than the run was trained "
-    "at. Bold differences: the interval leaves out zero."
+    "at. All of it is exploratory: see Decisions for what was declared before the runs."
 )
 
 
@@ -75,6 +82,7 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
         *_over_seeds(all_arms, baseline, lengths),
         *block("Needle: exact match, beside shuffled answers", ordered, _accuracy(EXACT_MATCH)),
         *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
+        *(part for task, metric in MEASURES for part in block(MEASURES[task, metric], ordered, _number(task, metric))),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
     missing += [words for run in once(runs) for words in run.left_out]
@@ -192,11 +200,9 @@ def _mean_difference(arm: Arm, reference: Arm, all_arms: list[Arm], length: int)
         mean, count = sum(differences) / len(differences), len(differences)
         if count == 1:
             return Cell(f"{mean:+.4f}", "one seed in common", beyond, noise=noise)
-        low, high = extent(differences)
-        detail = interval(low, high, signed=True)
-        decided = count >= SEEDS_TO_DECIDE and (low > 0 or high < 0)
+        detail = interval(*extent(differences), signed=True)
         hint = f"lowest and highest of {count} seeds that both arms have"
-        return Cell(f"{mean:+.4f}", detail, beyond, decided, hint, f"range over {count} seeds")
+        return Cell(f"{mean:+.4f}", detail, beyond, hint=hint, noise=f"range over {count} seeds")
     difference = sum(values) / len(values) - sum(reference_values) / len(reference_values)
     apart = min(values) > max(reference_values) or max(values) < min(reference_values)
     several = len(values) > 1 and len(reference_values) > 1
@@ -231,7 +237,7 @@ def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -
         return Cell(NOT_FINITE, beyond=run.is_beyond(length), hint=hint)
     detail = interval(difference.low, difference.high, signed=True)
     noise = noise_words(run, baseline, all_arms, loss_at(length), digits=4)
-    return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), difference.is_decided, hint, noise)
+    return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), hint=hint, noise=noise)
 
 
 def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
@@ -248,6 +254,21 @@ def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
 
 def _accuracy(metric: str) -> Callable[[Run, int], Cell]:
     return lambda run, length: accuracy_cell(run, metric, length)
+
+
+def _number(task: str, metric: str) -> Callable[[Run, int], Cell]:
+    """The cell of a number with its interval; its n where it is pointed at."""
+
+    def cell(run: Run, length: int) -> Cell:
+        rows = run.task(task, metric)
+        rows = rows[rows["context_length"] == length]
+        if rows.empty:
+            return Cell()
+        row = rows.iloc[0]
+        detail = interval(row["ci_low"], row["ci_high"])
+        return Cell(f"{row['value']:.3f}", detail, run.is_beyond(length), hint=f"{row['chain']}, n = {int(row['n'])}")
+
+    return cell
 
 
 def effective_length(values: Mapping[int, float], threshold: float) -> int | None:

@@ -128,8 +128,8 @@ def _export(run: Run) -> str:
 
 LEGEND = (
     "Loss over the second half of the context, nats per token, 95% interval over documents; differences paired by "
-    "document. Bold: the interval leaves out zero. Needle: exact match over the grid, in brackets against shuffled "
-    "answers. Shaded: past the trained length."
+    "document, exploratory. Needle: exact match over the grid, in brackets against shuffled answers. Shaded: past the "
+    "trained length."
 )
 DOCUMENTS = (
     "Intervals come from resampling the held-out documents: they hold for these very checkpoints and this choice of "

@@ -18,7 +18,7 @@ class Cell:
         main: the number as shown, "-" where there is none.
         detail: its interval or control.
         beyond: the length is past what the run was trained at.
-        decided: a difference past the rule that the table's legend states.
+        marked: bold, by the rule that the table's legend states; no difference outside a declared family is.
         hint: shown when pointed at: the chain, the number of documents, or why there is no number.
         noise: beside a difference, what is known of training noise.
     """
@@ -26,7 +26,7 @@ class Cell:
     main: str = EMPTY
     detail: str = ""
     beyond: bool = False
-    decided: bool = False
+    marked: bool = False
     hint: str = ""
     noise: str = ""
 

@@ -18,13 +18,15 @@ from ropewalk.report.runs import Run, once
 
 UNKNOWN_NOISE = "training noise unknown"
 SEED = "trainer.seed"
+STORE = "store_fingerprint"
+PRIMARY = "primary."  # the family declared before the runs
 # Of a run's configuration, what names it, locates it, or sets how often it is logged or saved.
 WITHOUT_EFFECT = {
     "run_name", "run_dir", SEED, "data.verify", "data.cache_dir", "data.cache_gib", "trainer.log_every",
     "trainer.checkpoint_every", "trainer.keep_last", "trainer.keep_every", "trainer.stop_after",
     "trainer.stop_before", "trainer.profile_steps", "trainer.peak_flops",
 }  # fmt: skip
-GROUPS_WITHOUT_EFFECT = ("baseline", "tracker.", "paths.", "resume.", "cluster.", "evaluation.")
+GROUPS_WITHOUT_EFFECT = ("baseline", "tracker.", "paths.", "resume.", "cluster.", "evaluation.", PRIMARY)
 Quantity = Callable[[Run], float | None]  # of a run; None where it was not measured
 
 
@@ -137,32 +139,42 @@ def why_apart(all_arms: Sequence[Arm]) -> list[str]:
         rotates_alike = run.config and peer.config and _position(run) == _position(peer) != [None, None]
         if rotates_alike and run.test_time == peer.test_time:
             settings, others = _settings(run), _settings(peer)
-            keys = sorted(k for k in settings.keys() | others.keys() if settings.get(k) != others.get(k))
-            stores = run.record.get("store_fingerprint"), peer.record.get("store_fingerprint")
-            keys += ["the data store"] if stores[0] != stores[1] else []
+            names = sorted(n for n in settings.keys() | others.keys() if settings.get(n) != others.get(n))
+            keys = ["the data store" if name == STORE else name for name in names]
             lines.append(
                 f"{arm.name} and {other.name} have one chain and are two arms: they differ in {', '.join(keys)}."
             )
     return lines
 
 
+def settings_of(run: Run) -> dict[str, Any]:
+    """Everything recorded of a run that may change what is trained, its seed included; empty without a config.yaml.
+
+    Of the method its chain counts, and not how it was named.
+    """
+    if not run.config:
+        return {}
+    free = ("rope.", *GROUPS_WITHOUT_EFFECT) if run.record.get("chain_sha256") else GROUPS_WITHOUT_EFFECT
+    settings = {
+        key: value
+        for key, value in run.config.items()
+        if key == SEED or (key not in WITHOUT_EFFECT and not key.startswith(free))
+    }
+    return settings | {name: run.record.get(name) for name in ("chain_sha256", "spectrum_sha256", STORE)}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in settings_of(run).items() if name != SEED}
+
+
 def _key(run: Run) -> str:
     own: list[object] = [run.test_time] if run.settings else []
-    if not run.config:
-        return json.dumps([str(run.directory.resolve()), *own])
-    own += [_settings(run), _position(run), run.record.get("store_fingerprint")]
-    return json.dumps(own, default=str)
+    return json.dumps([_settings(run) or str(run.directory.resolve()), *own], default=str)
 
 
 def _position(run: Run) -> list[str | None]:
     """Hashes of the chain and of the spectrum that it gives."""
     return [run.record.get("chain_sha256"), run.record.get("spectrum_sha256")]
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The settings that may change what is trained; of the method its chain counts, and not how it was named."""
-    free = ("rope.", *GROUPS_WITHOUT_EFFECT) if run.record.get("chain_sha256") else GROUPS_WITHOUT_EFFECT
-    return {key: value for key, value in run.config.items() if key not in WITHOUT_EFFECT and not key.startswith(free)}
 
 
 def _name(runs: list[Run]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from ropewalk.config.train import GuardConfig, TrainConfig
+from ropewalk.config.train import GuardConfig, PrimaryConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.files import copy_files, write_atomically
@@ -218,7 +218,7 @@ def contract(
     mixture: Mixture,
     start_from: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that changes the numbers of a step, entry by entry.
+    """Everything that changes the numbers of a step, entry by entry, and what was declared before the first one.
 
     Args:
         config: resolved.
@@ -252,6 +252,7 @@ def contract(
         "dtype": trainer.dtype,
         "z_loss": trainer.z_loss,
         "guards": _refusals(config.guards),
+        "primary": asdict(config.primary),
     }
 
 
@@ -266,7 +267,7 @@ def _refusals(guards: GuardConfig) -> dict[str, Any]:
 
 
 # Entries that older checkpoints lack; they count as the default.
-DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig())}
+DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig()), "primary": asdict(PrimaryConfig())}
 
 
 def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:

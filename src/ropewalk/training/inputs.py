@@ -82,8 +82,9 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
     """
     data, trainer = config.data, config.trainer
     stores = open_stores(data)
+    order_seed = trainer.seed if data.order_seed is None else data.order_seed
     mixture = Mixture(
-        trainer.seed, data.mixture, stores, trainer.global_batch_size,
+        order_seed, data.mixture, stores, trainer.global_batch_size,
         sequence_length=data.sequence_length, curriculum=data.curriculum,
     )  # fmt: skip
     return stores[""], mixture

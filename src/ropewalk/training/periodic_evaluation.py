@@ -111,14 +111,23 @@ class EngineScorer:
             answer_ids: int64 (m,). All of it is fed: the last token changes nothing before it, and the row keeps a
                 length that divides.
         """
-        batch = self._stretch(torch.cat([prompt_ids, answer_ids]))
-        tokens = batch.labels.shape[1]
         positions = torch.arange(len(answer_ids)) + len(prompt_ids) - 1
-        positions -= self.ranks.sequence_rank * tokens  # in this rank's stretch of the row
+        return self.logits_at(torch.cat([prompt_ids, answer_ids]), positions)
+
+    @torch.no_grad()
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits after the tokens at ``positions``, int64 (m,); float32 (m, vocabulary) on the CPU.
+
+        Where ranks share a row, it is filled up behind its end, which changes nothing before.
+        """
+        count = len(positions)
+        batch = self._stretch(torch.cat([ids, ids.new_zeros(-len(ids) % self.ranks.sequence)]))
+        tokens = batch.labels.shape[1]
+        positions = positions - self.ranks.sequence_rank * tokens  # in this rank's stretch of the row
         is_here = (positions >= 0) & (positions < tokens)
         logits = self.engine(**on_device(batch, self.ranks), logits_at=positions[is_here].to(self.ranks.device))
         if self.ranks.group is not None:
-            share, logits = logits, torch.zeros(len(answer_ids), self.vocabulary, device=self.ranks.device)
+            share, logits = logits, torch.zeros(count, self.vocabulary, device=self.ranks.device)
             logits[is_here.to(self.ranks.device)] = share
             dist.all_reduce(logits, group=self.ranks.group)
         return logits.cpu()

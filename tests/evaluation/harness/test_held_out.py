@@ -16,11 +16,13 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from ropewalk.cli import register_schemas, to_object
 from ropewalk.config import CONFIG_DIR
-from ropewalk.config.evaluation import EvaluateConfig
-from ropewalk.config.groups import NeedleConfig, RopeConfig
+from ropewalk.config.evaluation import EvaluateConfig, KeyTokensConfig
+from ropewalk.config.groups import AnswersConfig, NeedleConfig, RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate, not_finite, read_document_losses, read_record, read_results
 from ropewalk.evaluation.documents import make_windows
+from ropewalk.evaluation.harness.answer_recovery import FULL, NONE, ORACLE, build_answers
+from ropewalk.evaluation.harness.key_tokens import write_key_tokens
 from ropewalk.model.load import load_for_evaluation
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
@@ -251,3 +253,62 @@ def test_numbers_that_are_none_are_written_and_named(config, checkpoint, tmp_pat
     evaluate(config)
     assert not_finite(config.output) == []
     assert (Path(config.output) / "not_finite.txt").read_text() == ""
+
+
+def test_answers_are_graded_as_stock_transformers_would(config, checkpoint, documents, tokenizer, capsys) -> None:
+    config.lengths, config.answers = [512, 1024], AnswersConfig(count=5, per_sequence=2, values=2)
+    config.test_time = AtTestTime(name="none")
+    results = evaluate(config)
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    windows = make_windows(documents, tokenizer, 1024)
+    for context, metric in ((FULL, "answer_nll"), (ORACLE, "answer_nll_oracle"), (NONE, "answer_nll_none")):
+        for length in (512, 1024):
+            nll = tokens = 0
+            for row in build_answers(tokenizer, windows, length, config.answers, 5, 0, 512):
+                if row.context != context:
+                    continue
+                with torch.no_grad():
+                    logits = model(row.ids[None]).logits[0].log_softmax(-1)
+                for start, answer in zip(row.starts, row.answers, strict=True):
+                    nll -= sum(float(logits[start - 1 + i, token]) for i, token in enumerate(answer.tolist()))
+                    tokens += len(answer)
+            found = results[(results["task"] == "answers") & (results["metric"] == metric)]
+            assert found.set_index("context_length")["value"][length] == pytest.approx(nll / tokens, rel=1e-5)
+    of_order = results[results["task"] == "order"]
+    shares = of_order[of_order["metric"].str.startswith("answers_")].groupby("context_length")["value"].sum()
+    assert shares.to_dict() == pytest.approx({512: 100.0, 1024: 100.0})
+    assert (results.loc[results["task"].isin(["answers", "order"]) & (results["value"].notna()), "n"] >= 5).all()
+    samples = (Path(config.output) / "cells/ropewalk/answers/512.none.samples.jsonl").read_text().splitlines()
+    assert set(json.loads(samples[0])) >= {"sequence", "number", "nll", "nll_oracle", "nll_none", "exact", "tokens"}
+    printed = capsys.readouterr().out
+    assert "answers n" in printed  # beside its numbers
+    assert "order answers_first" in printed
+    evaluate(config)
+    assert "holds this evaluation already" in capsys.readouterr().out
+
+
+def test_key_tokens_are_chosen_once_and_scored_in_every_evaluation(config, checkpoint, documents, tokenizer) -> None:
+    config.lengths, config.test_time = [256, 512], AtTestTime(name="none")
+    chosen = KeyTokensConfig(
+        checkpoint=str(checkpoint), documents=str(documents), length=512, short=64, device="cpu", dtype="float32"
+    )
+    path = write_key_tokens(chosen)
+    with pytest.raises(ValueError, match="is there already, and numbers over other tokens do not compare"):
+        write_key_tokens(chosen)
+    content = json.loads(path.read_text())
+    assert content["reference"]["chain"] == "rope"
+    assert len(content["reference"]["sha256"]) == 64
+    assert set(content["documents"]) == {"doc-0", "doc-1", "doc-2"}
+    for entry in content["documents"].values():  # a random model hardly chooses any
+        entry["positions"] = list(range(200, 300))
+    path.write_text(json.dumps(content))
+    results = evaluate(config)
+    found = results[results["task"] == "longppl"].set_index("context_length")
+    assert found["metric"].to_dict() == {256: "too_few_key_tokens", 512: "nll"}
+    assert found["n"].to_dict() == {256: 0, 512: 300}
+    windows = torch.stack(list(make_windows(documents, tokenizer, 512).tokens.values()))
+    labels = windows.clone()
+    labels[:, :200] = labels[:, 300:] = -100
+    with torch.no_grad():
+        expected = float(LlamaForCausalLM.from_pretrained(checkpoint).eval()(windows, labels=labels).loss)
+    assert found["value"][512] == pytest.approx(expected, abs=2e-5)

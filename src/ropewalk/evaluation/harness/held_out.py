@@ -1,15 +1,16 @@
-"""Held-out text as a harness (``suite=quick``): loss by position and the needle grid, one model for each spectrum.
+"""Held-out text as a harness (``suite=quick``): losses, needle, answers and order, one model for each spectrum.
 
-The cells are (loss, length), for one pass over the documents that serves every length of its spectrum, and
-(needle, length).
+The cells are (loss, length), for one pass over the documents that serves every length of its spectrum and LongPPL, and
+(needle, length), (answers, length) and (order, length).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,15 @@ from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
 from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, settings_by_length, validate_engine
+from ropewalk.evaluation.harness.answer_recovery import (
+    ANSWERS,
+    ORDER,
+    answer_samples,
+    build_questions,
+    question_rows,
+    score_row,
+)
+from ropewalk.evaluation.harness.key_tokens import LONGPPL, KeyTokens, longppl_rows, read_key_tokens
 from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
 from ropewalk.evaluation.harness.needle_retrieval import Prompt, build_grid, chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.model_reader import ModelScorer, Progress, Scorer, chunk_for
@@ -28,7 +38,8 @@ from ropewalk.evaluation.results import ESTIMATE, OWN_HARNESS, RECORD, as_shares
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks, gather
 
-LOSS, NEEDLE = "loss", "needle"  # tasks of the cells
+LOSS, NEEDLE = "loss", "needle"  # tasks of the cells, beside ANSWERS and ORDER
+PASSES_A_LINE = 16  # of answers, between two lines of progress
 
 
 def validate_held_out(config: EvaluateConfig) -> None:
@@ -73,12 +84,14 @@ def run_held_out(
     """
     passes = passes_of(checkpoint, test_time)
     windows = read_windows(checkpoint)
-    todo = [(setting, unfinished_cells(checkpoint, windows, setting, store)) for setting in passes]
+    key_tokens = read_key_tokens(Path(str(checkpoint.config.documents)), windows)
+    todo = [(setting, unfinished_cells(checkpoint, windows, setting, store, key_tokens)) for setting in passes]
     print(_announce(checkpoint, windows, passes), flush=True)
     if any(cells for _, cells in todo):
         if ranks.rank == 0:
             (store.output / RECORD).unlink(missing_ok=True)  # until these cells are finished, too
-        measurement = _Measurement(checkpoint, windows, [cell for _, cells in todo for cell in cells], store, ranks)
+        unfinished = [cell for _, cells in todo for cell in cells]
+        measurement = _Measurement(checkpoint, windows, unfinished, store, ranks, key_tokens)
         for setting, cells in todo:
             measurement.run(setting, cells)
     else:
@@ -101,7 +114,11 @@ def read_windows(checkpoint: EvaluatedCheckpoint) -> Windows:
 
 
 def unfinished_cells(
-    checkpoint: EvaluatedCheckpoint, windows: Windows, setting: Setting, store: ResultsStore
+    checkpoint: EvaluatedCheckpoint,
+    windows: Windows,
+    setting: Setting,
+    store: ResultsStore,
+    key_tokens: KeyTokens | None = None,
 ) -> dict[Cell, dict[str, Any]]:
     """The cells of one pass that ``store`` does not hold, with the identity of each: the losses first.
 
@@ -115,10 +132,18 @@ def unfinished_cells(
         "lengths": list(config.lengths),  # of the buckets
         "windows": windows.sha256,
     }
-    cells = {Cell(OWN_HARNESS, LOSS, setting.longest, scaling): checkpoint.identity(setting, setting.longest) | shared}
+    losses = checkpoint.identity(setting, setting.longest) | shared
+    cells = {
+        Cell(OWN_HARNESS, LOSS, setting.longest, scaling): losses
+        | ({"key_tokens": key_tokens.sha256} if key_tokens else {})
+    }
     for length in setting.lengths if config.needle.samples else ():
         identity = checkpoint.identity(setting, length) | shared | {"needle": asdict(config.needle)}
         cells[Cell(OWN_HARNESS, NEEDLE, length, scaling)] = identity
+    for length in setting.lengths if config.answers.count else ():
+        asked = {"answers": asdict(config.answers), "digits": config.needle.digits}
+        for task in (ANSWERS, ORDER):
+            cells[Cell(OWN_HARNESS, task, length, scaling)] = checkpoint.identity(setting, length) | shared | asked
     return {cell: identity for cell, identity in cells.items() if not store.is_finished(cell, identity)}
 
 
@@ -132,17 +157,28 @@ class _Measurement:
         cells: Sequence[Cell],
         store: ResultsStore,
         ranks: Ranks,
+        key_tokens: KeyTokens | None,
     ) -> None:
         self.checkpoint, self.windows, self.store, self.ranks = checkpoint, windows, store, ranks
+        self.key_tokens = key_tokens
         self.config, self.edges = checkpoint.config, bucket_edges(checkpoint.config.lengths)
         self.prompts: dict[int, list[Prompt]] = {
             length: build_grid(checkpoint.tokenizer, windows, length, self.config.needle, self.config.seed)
             for length in self.config.lengths
         }
+        self.asked = {
+            (task, length): build_questions(
+                task, checkpoint.tokenizer, windows, length, self.config, self.config.lengths[0]
+            )
+            for task, length in {(cell.task, int(cell.length or 0)) for cell in cells}
+            if task in (ANSWERS, ORDER)
+        }
         self.progress = Progress("evaluate", sum(self._tokens(cell) for cell in cells) // ranks.world_size)
 
     def _tokens(self, cell: Cell) -> int:
         length = int(cell.length or 0)
+        if cell.task in (ANSWERS, ORDER):
+            return sum(row.ids.numel() for row in self.asked[cell.task, length])
         return length * len(self.windows.tokens if cell.task == LOSS else self.prompts[length])
 
     def run(self, setting: Setting, cells: Mapping[Cell, Mapping[str, Any]]) -> None:
@@ -155,29 +191,53 @@ class _Measurement:
 
         columns = self.checkpoint.columns(setting)
         for cell, identity in cells.items():
-            documents, samples = None, []
+            seed, length = self.config.seed, int(cell.length or 0)
+            documents, samples, about = None, [], dict[str, Any]()
             if cell.task == LOSS:
-                documents = self._documents(setting, scorer())
-                rows = loss_rows(documents, setting, self.config.seed)
-                about = {"documents": self.windows.counts(), "setting": setting.record()}
-            else:
-                scores = self._scores(int(cell.length or 0), scorer())
-                rows, about = needle_rows(scores, self.config.seed), {"chance": chance_levels(self.config.needle)}
+                documents, key_sums = self._documents(setting, scorer())
+                rows, about = (
+                    [*loss_rows(documents, setting, seed)],
+                    {"documents": self.windows.counts(), "setting": setting.record()},
+                )
+                rows += longppl_rows(key_sums, setting, seed) if self.key_tokens else []
+            elif cell.task == NEEDLE:
+                scores = self._scores(length, scorer())
+                rows, about = [*needle_rows(scores, seed)], {"chance": chance_levels(self.config.needle)}
                 samples = scores.to_dict("records")
+            else:
+                samples = self._answers(cell.task, length, scorer)
+                rows = question_rows(cell.task, samples, seed)
+                if not rows:
+                    print(f"{cell.task} at {length}: not one question fits half of it, so it has none", flush=True)
+                about = {"sequences": len({sample["sequence"] for sample in samples})}
             if self.ranks.rank == 0:
                 table = [table_row(row, columns) for row in rows]
                 self.store.write(cell, identity, table, about, samples, documents)
 
-    def _documents(self, setting: Setting, scorer: Scorer) -> pd.DataFrame:
-        """The losses of every document, in order; each rank reads its share of them."""
+    def _documents(self, setting: Setting, scorer: Scorer) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """The losses of every document and of its key tokens, in order; each rank reads its share of them."""
         columns = {"run": self.checkpoint.run, "setting": setting.name, "context_length": setting.longest}
-        share: dict[int, list[dict[str, Any]]] = {}
+        share: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         numbered = list(enumerate(self.windows.tokens.items()))
         for number, (name, ids) in numbered[self.ranks.rank :: self.ranks.world_size]:
             losses = scorer.token_losses(ids[: setting.longest])
-            share[number] = [columns | row for row in document_rows(name, losses, self.edges)]
+            rows = [columns | row for row in document_rows(name, losses, self.edges)]
+            share[number] = rows, [*self.key_tokens.sums(name, losses, setting.lengths)] if self.key_tokens else []
             self.progress.advance(setting.longest, f"loss to {setting.longest}, document {number + 1}/{len(numbered)}")
-        return document_table(row for rows in in_order(gather(share)) for row in rows)
+        both = in_order(gather(share))
+        return document_table(row for rows, _ in both for row in rows), [entry for _, sums in both for entry in sums]
+
+    def _answers(self, task: str, length: int, scorer: Callable[[], Scorer]) -> list[dict[str, Any]]:
+        """The sample of every answer, in order; each rank makes its share of the passes."""
+        asked = self.asked[task, length]
+        share: dict[int, list[dict[str, Any]]] = {}
+        own = range(len(asked))[self.ranks.rank :: self.ranks.world_size]
+        for part in (own[start : start + PASSES_A_LINE] for start in range(0, len(own), PASSES_A_LINE)):
+            share |= {number: score_row(scorer(), asked[number]) for number in part}
+            tokens = sum(asked[number].ids.numel() for number in part)
+            self.progress.advance(tokens, f"{task} at {length}, pass {part[-1] + 1}/{len(asked)}")
+        entries = [entry for entries in in_order(gather(share)) for entry in entries]
+        return answer_samples(entries) if task == ANSWERS else entries
 
     def _scores(self, length: int, scorer: Scorer) -> pd.DataFrame:
         """The scores of every prompt, in order; each rank answers its share of every depth."""
@@ -204,11 +264,20 @@ def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
 
 
 def summarize_held_out(table: pd.DataFrame) -> str:
-    """Loss and needle scores by context length and test-time scaling, for the terminal."""
-    at_length = as_shares(table[table["task"].isin(["loss_at_length", "needle_at_length"])])
-    at_length = at_length[~at_length["metric"].str.endswith("_shuffled")]
-    values = at_length.set_index(["context_length", "test_time_scaling", "metric"])["value"].unstack(sort=False)
-    return values.to_string(float_format="{:.4f}".format)
+    """Losses and scores by context length and test-time scaling, for the terminal; those over answers with their n."""
+    wanted = {False: ["loss_at_length", "needle_at_length"], True: [ANSWERS, ORDER, LONGPPL]}
+    texts = []
+    for has_n, tasks in wanted.items():
+        rows = as_shares(table[table["task"].isin(tasks) & ~table["metric"].str.endswith("_shuffled")])
+        if has_n:
+            counts = rows.groupby(["task", "context_length", "test_time_scaling"], as_index=False, sort=False)[
+                "n"
+            ].max()
+            rows = pd.concat([counts.assign(metric="n", value=counts["n"].astype(float)), rows])
+            rows = rows.assign(metric=rows["task"] + " " + rows["metric"])
+        values = rows.set_index(["context_length", "test_time_scaling", "metric"])["value"].unstack(sort=False)
+        texts += [values.to_string(float_format="{:.4f}".format)] if len(values) else []
+    return "\n\n".join(texts)
 
 
 def _record(

@@ -160,10 +160,10 @@ def _prompt(
     tokenizer: Any, windows: Windows, config: NeedleConfig, cell: tuple[int, float], rng: random.Random
 ) -> Prompt:
     length, depth = cell
-    name, *other_names = _distinct(lambda: retrieval.random_name(rng), 1 + config.distractors)
-    key, *other_keys = _distinct(lambda: retrieval.random_key(rng, config.digits), 1 + config.distractors)
+    name, *other_names = distinct(lambda: retrieval.random_name(rng), 1 + config.distractors)
+    key, *other_keys = distinct(lambda: retrieval.random_key(rng, config.digits), 1 + config.distractors)
     # Facts and question stand on lines of their own, as they do in the documents that training sees.
-    question, answer = _question_and_answer(tokenizer, f"\n{retrieval.question(name)}", key)
+    question, answer = question_and_answer(tokenizer, f"\n{retrieval.question(name)}", key)
     fact, *others = (
         encode(tokenizer, f"\n{retrieval.fact(*pair)}\n")
         for pair in zip([name, *other_names], [key, *other_keys], strict=True)
@@ -175,14 +175,14 @@ def _prompt(
             f"lengths={length} leaves no room for a haystack: facts, question and answer take "
             f"{length - room} tokens; evaluate at {2 * (length - room)} or more, or set fewer distractors"
         )
-    filler = _filler(windows, room, len(begin), rng)
+    filler = haystack(windows, room, len(begin), rng)
     inserts = [(round(depth * room), fact), *((rng.randint(0, room), other) for other in others)]
-    ids = begin + _insert(filler, inserts) + question
+    ids = begin + insert(filler, inserts) + question
     key_ids = torch.tensor(answer)
     return Prompt(length, depth, torch.tensor(ids), key_ids, key_ids)
 
 
-def _question_and_answer(tokenizer: Any, question: str, key: str) -> tuple[list[int], list[int]]:
+def question_and_answer(tokenizer: Any, question: str, key: str) -> tuple[list[int], list[int]]:
     """Question and key tokenized together, as training text is, and split where the key begins to show.
 
     If a token spans the border (" 4" after "is"), it belongs to the answer.
@@ -194,14 +194,14 @@ def _question_and_answer(tokenizer: Any, question: str, key: str) -> tuple[list[
     return together[:shared], together[shared:]
 
 
-def _filler(windows: Windows, tokens: int, begin: int, rng: random.Random) -> list[int]:
+def haystack(windows: Windows, tokens: int, begin: int, rng: random.Random) -> list[int]:
     """A run of held-out tokens from a random position of a random window, without its first ``begin`` tokens."""
     window = windows.tokens[rng.choice(sorted(windows.tokens))]
     start = rng.randint(begin, windows.length - tokens)
     return window[start : start + tokens].tolist()
 
 
-def _insert(filler: list[int], inserts: Sequence[tuple[int, list[int]]]) -> list[int]:
+def insert(filler: list[int], inserts: Sequence[tuple[int, list[int]]]) -> list[int]:
     """``filler`` with each piece put in before the filler token of its index."""
     pieces, previous = [], 0
     for index, piece in sorted(inserts, key=lambda insert: insert[0]):
@@ -210,7 +210,7 @@ def _insert(filler: list[int], inserts: Sequence[tuple[int, list[int]]]) -> list
     return pieces + filler[previous:]
 
 
-def _distinct(draw: Callable[[], str], count: int) -> list[str]:
+def distinct(draw: Callable[[], str], count: int) -> list[str]:
     """``count`` different draws, in the order drawn."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
