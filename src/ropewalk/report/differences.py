@@ -116,7 +116,7 @@ def _paired(run: Run, sums: pd.DataFrame, baseline: Run, baseline_sums: pd.DataF
 
 def not_finite_documents(run: Run, length: int) -> tuple[int, int]:
     """Documents whose loss over the second half of ``length`` tokens is not a finite number, and all of them."""
-    sums = _second_half(run, length)["nll_sum"]
+    sums = second_half(run, length)["nll_sum"]
     return int((~np.isfinite(sums)).sum()), len(sums)
 
 
