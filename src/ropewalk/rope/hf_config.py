@@ -67,11 +67,11 @@ def _read_hub(name: str, key: str, revision: str | None) -> dict[str, Any]:
 
 def modern(content: Mapping[str, Any]) -> dict[str, Any]:
     """A copy in which Phi-3's first name for longrope, ``su``, is the one that transformers still knows."""
-    content = deepcopy(dict(content))
-    entry = content.get("rope_scaling")
+    copied = deepcopy(dict(content))
+    entry = copied.get("rope_scaling")
     if isinstance(entry, dict) and entry.get("type") == "su":
         entry["type"] = "longrope"
-    return content
+    return copied
 
 
 def in_one_line(error: BaseException) -> str:

@@ -102,15 +102,18 @@ def test_a_task_with_a_typo_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.slow  # lm-eval's index takes ten seconds to read, once
 def test_every_task_of_the_shipped_suites_is_lm_evals(monkeypatch) -> None:
-    from ropewalk.evaluation.suites import read_suite
+    from ropewalk.evaluation.suites import read_option
+
+    def read_suite(name: str) -> SuiteConfig:
+        return read_option("suite", name, SuiteConfig, "suite.suites")
 
     for name in ("short", "short_offline", "long", "infinitebench", "longbench", "common_sense"):
-        check_tasks(read_suite(name, "data"))
+        check_tasks(read_suite(name))
     monkeypatch.setattr(tasks, "OF_LONGBENCH", ("no_such_package",))
     for name in ("long", "longbench"):
         with pytest.raises(ValueError, match=r"need no_such_package, .* pip install 'ropewalk\[eval\]'"):
-            check_scorers(read_suite(name, "data"))
-    check_scorers(read_suite("common_sense", "data"))
+            check_scorers(read_suite(name))
+    check_scorers(read_suite("common_sense"))
     assert task_manager() is task_manager()
 
 
