@@ -31,7 +31,7 @@ from ropewalk.data.prepare.prepare_plan import (
     work_directory,
 )
 from ropewalk.data.prepare.sources import Source, corpus_sources, deal_shards
-from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Stage, Tokenize, finish, in_words
+from ropewalk.data.prepare.stages import PREPARED, PREPARING, Pack, Tokenize, finish, in_words
 from ropewalk.data.store.describe import domain_table, next_commands
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
@@ -151,7 +151,7 @@ def _run_in(processes: Processes, plan: Plan, report: Report) -> None:
     finish(plan, report)
 
 
-def _run_all(stage: Stage, name: str, processes: Processes, report: Report) -> None:
+def _run_all(stage: Tokenize | Pack, name: str, processes: Processes, report: Report) -> None:
     todo = [task for task in range(len(stage)) if not stage.finished(task)]
     report(f"{name}: {len(todo)} shards to do, {len(stage) - len(todo)} finished before")
     todo.sort(key=stage.size, reverse=True)  # a large one begun last would keep one process busy and the others waiting

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,34 +48,8 @@ PREPARED = "prepared.json"  # names finished work
 PREPARING = "preparing.json"  # names work that is under way, or was when it was killed
 
 
-class Stage(ABC):
-    """Numbered tasks; see the module."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of tasks."""
-
-    @abstractmethod
-    def finished(self, task: int) -> bool:
-        """True if the task is done."""
-
-    @abstractmethod
-    def size(self, task: int) -> int:
-        """Work of the task, in a unit of the stage's own."""
-
-    @abstractmethod
-    def task(self, number: int) -> None:
-        """Do one task."""
-
-    def run(self, shard: int, n_shards: int) -> None:
-        """Do the tasks shard, shard + n_shards, ... that are not finished."""
-        for number in range(shard, len(self), n_shards):
-            if not self.finished(number):
-                self.task(number)
-
-
 @dataclass(frozen=True)
-class Tokenize(Stage):
+class Tokenize:
     """Raw documents to token files; a task for each shard of the plan."""
 
     plan: Plan
@@ -97,6 +70,10 @@ class Tokenize(Stage):
         """The engine that gave other tokens than its reference on some shard, if one did."""
         path = self.plan.work / DISPROVED
         return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def run(self, shard: int, n_shards: int) -> None:
+        """Do the tasks shard, shard + n_shards, ...; see the module."""
+        _run(self, shard, n_shards)
 
     def task(self, number: int) -> None:
         """Tokenize one shard."""
@@ -165,7 +142,7 @@ class Tokenize(Stage):
 
 
 @dataclass(frozen=True)
-class Pack(Stage):
+class Pack:
     """Token files to parts of packed stores; a task for each group of shards and each sequence length."""
 
     plan: Plan
@@ -207,6 +184,10 @@ class Pack(Stage):
         records = (read_record(self.plan.work, shard) for shard in self.groups[self.length_and_group(task)[1]])
         return sum(record.tokens for record in records if record is not None)
 
+    def run(self, shard: int, n_shards: int) -> None:
+        """Do the tasks shard, shard + n_shards, ...; see the module."""
+        _run(self, shard, n_shards)
+
     def task(self, number: int) -> None:
         """Pack one group into sequences of one length."""
         length, group = self.length_and_group(number)
@@ -236,6 +217,12 @@ class Pack(Stage):
             name: DomainDocuments(open_tokens(work, shards), open_masks(work, shards) if name in masked else None)
             for name, shards in by_domain.items()
         }
+
+
+def _run(stage: Tokenize | Pack, shard: int, n_shards: int) -> None:
+    for number in range(shard, len(stage), n_shards):
+        if not stage.finished(number):
+            stage.task(number)
 
 
 def finish(plan: Plan, report: Report) -> None:
