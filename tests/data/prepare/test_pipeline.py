@@ -329,7 +329,7 @@ def test_too_few_long_documents_are_counted(fixture_corpus, fixture_tokenizer, t
         heldout_documents=9,
         heldout_length=3000,
     )
-    with pytest.raises(ValueError, match=rf"set aside only {long} have corpus.heldout_length=3000"):
+    with pytest.raises(ValueError, match=rf"left to train on, only {long} have corpus.heldout_length=3000"):
         prepare(config, lambda line: None)
 
 
@@ -363,7 +363,7 @@ def test_too_few_long_documents_are_counted(fixture_corpus, fixture_tokenizer, t
         ),
         (
             {"heldout_documents": 39, "heldout_length": 2, "tokenizer": str(TOKENIZER)},
-            "of the 38 documents that could be set aside only 38",
+            "of 39 documents, one of which is left to train on, only 38",
         ),
     ],
 )
