@@ -36,7 +36,7 @@ from ropewalk.data.store.describe import domain_table, next_commands
 from ropewalk.data.store.hashing import canonical_json, sha256_text
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
-from ropewalk.data.store.tokenizer_files import bos_mode, is_plain, sha256_tokenizer
+from ropewalk.data.store.tokenizer_files import adds_bos, bos_mode, is_plain, open_tokenizer, sha256_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.files import OWNER, bytes_of, is_in_use, only_writer, write_atomically, writing
 
@@ -290,13 +290,15 @@ def _work(config: PrepareConfig, sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _begins_with_bos(corpus: CorpusConfig) -> bool | str:
-    """True or False, as outputs of before there were three modes have it, unless only the tokenizer of a hub knows."""
+    """True or False, as outputs of before there were three modes have it; ``auto`` where only the hub knows."""
     mode, directory = bos_mode(corpus.bos), local_tokenizer(corpus)
-    if mode == "auto" and corpus.tokenizer is not None:
-        if directory is None or not is_plain(directory):
-            return mode
-        return bool(len(open_encoder(directory, "tokenizers", None, mode, corpus.eos).head))
-    return mode != "never"
+    if mode != "auto" or corpus.tokenizer is None:
+        return mode != "never"
+    if directory is None:
+        return mode
+    if not is_plain(directory):
+        return adds_bos(open_tokenizer(directory, "corpus.tokenizer"))
+    return len(open_encoder(directory, "tokenizers", None, mode, corpus.eos).head) > 0
 
 
 def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int]) -> bool:
