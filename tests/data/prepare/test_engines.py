@@ -18,7 +18,7 @@ from ropewalk.data.prepare.engines import (
     open_engine,
     read_ranks,
 )
-from ropewalk.data.prepare.tokenizer import TokenizersEngine, encoded_documents, load_tokenizer, open_saved
+from ropewalk.data.prepare.tokenizer import TokenizersEngine, encoded_documents, load_tokenizer
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -283,6 +283,6 @@ def test_a_pattern_that_is_not_alone_is_refused(fixture_tokenizer):
 
 def test_a_saved_tokenizer_encodes_as_transformers_does(llama3, fixture_tokenizer, texts):
     for directory in (llama3, fixture_tokenizer):
-        light, whole = open_saved(directory, "tokenizers", None), load_tokenizer(str(directory), "tokenizers")
+        light, whole = load_tokenizer(directory, "tokenizers", saved=True), load_tokenizer(str(directory), "tokenizers")
         documents = [[text.decode()] for text in texts]
         same(light.encode_documents(documents), whole.encode_documents(documents))

@@ -21,10 +21,16 @@ from ropewalk.data.prepare.corpus import Document, Unit, read_documents
 from ropewalk.data.prepare.packing import domain_rules
 from ropewalk.data.prepare.sources import Source, read_units, write_units
 from ropewalk.data.prepare.token_files import Skipped
-from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, open_saved, train_tokenizer
+from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
 from ropewalk.data.store.hashing import files_signature, stable_key
 from ropewalk.data.store.manifest import TOKENIZER
-from ropewalk.data.store.tokenizer_files import check_carries, copy_plain, describe_tokenizer, is_plain
+from ropewalk.data.store.tokenizer_files import (
+    check_carries,
+    copy_plain,
+    describe_tokenizer,
+    is_plain,
+    open_tokenizer,
+)
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
 
@@ -318,7 +324,7 @@ def write_heldout(directory: Path, documents: Sequence[Document], tokens: Sequen
 
 
 def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: str, eos: bool) -> DocumentEncoder:
-    """See tokenizer.open_saved; opened once a process, as that can take seconds."""
+    """See load_tokenizer; opened once a process, as that can take seconds."""
     return _encoder(files_signature(directory), directory, engine, ranks, bos, eos)
 
 
@@ -326,13 +332,13 @@ def open_encoder(directory: Path, engine: str, ranks: Path | None, bos: str, eos
 def _encoder(
     signature: object, directory: Path, engine: str, ranks: Path | None, bos: str, eos: bool
 ) -> DocumentEncoder:
-    return open_saved(directory, engine, ranks, bos, eos)
+    return load_tokenizer(directory, engine, bos, eos, ranks=ranks, saved=True)
 
 
 @cache
 def _chat_encoder(directory: Path, template: str | None, today: str | None) -> ChatEncoder:
     day = None if today is None else date.fromisoformat(today)
-    return ChatEncoder(load_tokenizer(str(directory), "tokenizers").tokenizer, template, day)
+    return ChatEncoder(open_tokenizer(directory), template, day)
 
 
 def open_encoders(plan: Plan) -> tuple[DocumentEncoder, ChatEncoder | None]:

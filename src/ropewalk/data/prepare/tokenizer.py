@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.prepare.corpus import Document
 from ropewalk.data.prepare.engines import BOS, EOS, PROBE, CheckedEngine, open_engine, reference_of
-from ropewalk.data.store.hashing import files_signature
-from ropewalk.data.store.tokenizer_files import (
-    LOST_OF_SENTENCE,
-    SENTENCE,
-    adds_bos,
-    bos_mode,
-    check_carries,
-    open_tokenizer,
-    saved_backend,
-    set_bos,
-    token_text,
-)
+from ropewalk.data.store.tokenizer_files import adds_bos, bos_mode, open_tokenizer, set_bos
 from ropewalk.errors import UserError
 
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
@@ -232,45 +219,30 @@ def _framed(encoder: DocumentEncoder, tokens: Any, begins: bool, ends: bool) -> 
     return np.concatenate([encoder.head if begins else tokens[:0], tokens, encoder.tail if ends else tokens[:0]])
 
 
-def load_tokenizer(name: str, engine: str = "auto", bos: str = "auto", eos: bool = True) -> DocumentEncoder:
-    """The encoder of a Hugging Face directory or hub id; see DocumentEncoder.
-
-    Raises:
-        UserError: see open_tokenizer and DocumentEncoder.
-    """
-    tokenizer = open_tokenizer(name, "corpus.tokenizer")
-    return DocumentEncoder(tokenizer, engine, Path(name) if Path(name).is_dir() else None, bos, eos)
-
-
-@dataclass(frozen=True)
-class SavedTokenizer:
-    """A tokenizer on disk as a DocumentEncoder needs it, without the seconds that transformers takes to load."""
-
-    backend_tokenizer: Any
-    bos_token_id: int | None
-    eos_token_id: int | None
-    name_or_path: str
-    is_fast: bool = True
-
-
-def open_saved(
-    directory: Path, engine: str, ranks: Path | None, bos: str = "auto", eos: bool = True
+def load_tokenizer(
+    name: str | Path,
+    engine: str = "auto",
+    bos: str = "auto",
+    eos: bool = True,
+    *,
+    ranks: Path | None = None,
+    saved: bool = False,
 ) -> DocumentEncoder:
-    """Open a tokenizer that save_pretrained() wrote, or any plain one.
+    """The encoder of a Hugging Face directory or hub id; see DocumentEncoder and open_tokenizer.
 
     Args:
-        directory: that it was written to.
+        name: directory or hub id.
         engine: see engines.open_engine.
-        ranks: directory of its tokenizer.model, where there is one.
         bos: see DocumentEncoder.
         eos: end documents with EOS.
+        ranks: directory of its tokenizer.model; None: the same.
+        saved: see open_tokenizer.
+
+    Raises:
+        UserError: see the two.
     """
-    backend = saved_backend(files_signature(directory), directory)
-    check_carries(backend, [SENTENCE], str(directory), LOST_OF_SENTENCE)
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    names = [token_text(config.get(name)) for name in ("bos_token", "eos_token")]
-    bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
-    return DocumentEncoder(SavedTokenizer(backend, bos_id, eos_id, str(directory)), engine, ranks, bos, eos)
+    directory = ranks or (Path(name) if Path(name).is_dir() else None)
+    return DocumentEncoder(open_tokenizer(name, "corpus.tokenizer", saved=saved), engine, directory, bos, eos)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> DocumentEncoder:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,18 @@ LOST_OF_TEXT = 0.01  # of a corpus
 _STATES = {"truncation": "no_truncation", "padding": "no_padding"}
 
 
-def open_tokenizer(name: str | Path, key: str = "tokenizer") -> Any:
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """A tokenizer on disk as an encoder of documents needs it, without the seconds that transformers takes to load."""
+
+    backend_tokenizer: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+    name_or_path: str
+    is_fast: bool = True
+
+
+def open_tokenizer(name: str | Path, key: str = "tokenizer", *, saved: bool = False) -> Any:
     """The transformers tokenizer of a directory or hub id, opened the one way that this project knows.
 
     What an earlier use left in its file is switched off, see without_state, and its tokens carry the text, see
@@ -35,10 +47,15 @@ def open_tokenizer(name: str | Path, key: str = "tokenizer") -> Any:
     Args:
         name: directory or hub id.
         key: what names it in the configuration, for messages.
+        saved: a directory that save_pretrained() wrote is opened as a SavedTokenizer, once a process.
 
     Raises:
         UserError: nothing that transformers reads, or tokens that do not carry the text.
     """
+    if saved:
+        tokenizer = _saved_tokenizer(Path(name))
+        check_carries(tokenizer.backend_tokenizer, [SENTENCE], f"{key}={name}", LOST_OF_SENTENCE)
+        return tokenizer
     from transformers import AutoTokenizer
 
     try:
@@ -263,6 +280,14 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
         "bos_id": vocab.get(token_text(config.get("bos_token"))),
         "eos_id": vocab.get(token_text(config.get("eos_token"))),
     }
+
+
+def _saved_tokenizer(directory: Path) -> SavedTokenizer:
+    backend = saved_backend(files_signature(directory), directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    names = [token_text(config.get(name)) for name in ("bos_token", "eos_token")]
+    bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
+    return SavedTokenizer(backend, bos_id, eos_id, str(directory))
 
 
 @cache
