@@ -57,7 +57,7 @@ def test_a_directory_has_one_writer_until_it_is_gone(tmp_path, holder, capsys):
     with only_writer(tmp_path / "o", "output=o", "share-1-owner.json"):  # another part of it
         pass
     holder.kill()
-    holder.wait()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its parent has not asked for it yet
     with only_writer(tmp_path / "o", "output=o"):
         said = capsys.readouterr().out
         assert said.startswith(f"output=o: process {holder.pid} on ")

@@ -161,6 +161,7 @@ def _take_over(path: Path, name: str) -> None:
             by = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
             raise UserError(f"{name} is being written by {by}; wait for it or end it, or name another directory")
         time.sleep(min(1.0, BEAT / 10))
+        owner = owner or _owner(path)  # it had made its file, and not yet written its name
     dead = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
     with suppress(FileNotFoundError):  # another has taken it
         path.rename(dead)
@@ -189,7 +190,7 @@ def _process() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this node began, in clock ticks since the node did; None: there is none."""
+    """When a process of this node began, in clock ticks since the node did; None: there is none, or it has ended."""
     if not Path("/proc/self/stat").exists():  # not Linux: a number that is used again is not told apart
         try:
             os.kill(pid, 0)
@@ -199,9 +200,10 @@ def _started(pid: int) -> str | None:
             pass
         return ""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state in "ZX" else numbers[18]
 
 
 def _owner(path: Path) -> dict[str, Any] | None:

@@ -137,10 +137,10 @@ def _document(name: str, row: Any, unit: Unit) -> Document | None:
         value = row
     elif not isinstance(row, Mapping):
         raise BadRow(f"not an object with the column {column!r}")
-    elif (found_column := column_of(row, unit)) is None:
+    elif (key := column_of(row, unit)) is None:
         raise BadRow(f"no column {column!r}")
     else:
-        value = row[found_column]
+        value = row[key]
     if unit.chat:
         messages = read_messages(value, row.get("system"))
         for message in messages:
