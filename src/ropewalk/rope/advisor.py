@@ -236,7 +236,19 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
         config: config.json's content, empty where there is none.
     """
     yield from _clipped_already(run)
-    pairs = run.head_dim // 2
+    yield from chain_warnings(choices)
+    if scalings := [str(step) for step in run.chain.steps if get_method(step.method).scaling]:
+        yield (
+            f"the model is scaled already ({' > '.join(scalings)}): a second scaling must start from the "
+            f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
+            "start from abf to scale once"
+        )
+    yield from _of_config(config)
+
+
+def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
+    """Warnings about chains by themselves, which training logs too: clips that are large, or lie under a scaling."""
+    pairs = choices[0].head_dim // 2
     largest = max((int(step.arguments["clip"]) for choice in choices if (step := clip_of(choice.chain))), default=0)
     if largest > LARGEST_CLIP * pairs:
         yield (
@@ -253,13 +265,6 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
             "a clip under full YaRN: YaRN interpolates the pairs that the clip has slowed already and adds its "
             "attention scaling; evaluate the clipped model with and without it (test_time=none)"
         )
-    if scalings := [str(step) for step in run.chain.steps if get_method(step.method).scaling]:
-        yield (
-            f"the model is scaled already ({' > '.join(scalings)}): a second scaling must start from the "
-            f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
-            "start from abf to scale once"
-        )
-    yield from _of_config(config)
 
 
 def _clipped_already(run: Position) -> Iterator[str]:
