@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_export, read_json, written_beside
 from ropewalk.export.portable import write_portable_config
@@ -154,7 +154,7 @@ def source_tokenizer(source: Source) -> Any:
     """
     if source.tokenizer is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+    tokenizer = open_tokenizer(source.tokenizer)
     rows = source.config.vocab_size
     if len(tokenizer) > rows:
         raise UserError(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
 from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
@@ -222,6 +223,10 @@ def _tokenizer_faults(directory: Path, claim: Claim) -> Iterator[str]:
     if not (directory / "tokenizer.json").is_file():
         yield "no tokenizer.json"
         return
-    entries = len(AutoTokenizer.from_pretrained(directory))
+    try:
+        entries = len(open_tokenizer(directory))
+    except UserError as error:
+        yield str(error)
+        return
     if entries > claim.config.vocab_size:
         yield f"the tokenizer has {entries} entries, the model {claim.config.vocab_size} embeddings"
