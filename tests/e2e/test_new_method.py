@@ -33,7 +33,7 @@ def copied(root: Path, function: str, **files: str) -> dict[str, str]:
 
 
 def test_the_guides_example_runs_as_it_stands(tmp_path):
-    (function,), (chain, experiment) = blocks("CONTRIBUTING.md", "python"), blocks("CONTRIBUTING.md", "yaml")
+    (function,), (chain, experiment, *_) = blocks("CONTRIBUTING.md", "python"), blocks("CONTRIBUTING.md", "yaml")
     environment = copied(tmp_path / "repository", function, rope__halved8=chain, experiment__halved8=experiment)
 
     def command(*arguments):

@@ -1,25 +1,28 @@
 """Exports do not meet: one writer a directory, enough disk, and a full disk leaves what stood."""
 
 import errno
-import fcntl
 import json
+import os
 import shutil
 from collections import namedtuple
 
 import pytest
+from safetensors import SafetensorError
 
-from ropewalk.export.output import begin_adding, check_addable, check_space, only_writer, written_beside
+from ropewalk.errors import UserError
+from ropewalk.export.output import begin_adding, check_addable, check_space, only_export, written_beside
 
 
 def test_two_exports_at_once(tmp_path):
-    with (tmp_path / ".out.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with (
-            pytest.raises(ValueError, match=r"another export is writing to .*out; wait for it"),
-            only_writer(tmp_path / "out"),
-        ):
-            pass
-    with only_writer(tmp_path / "out"):
+    busy = rf"output=.*out is being written by process {os.getpid()} on .*; wait for it or end it"
+    with (
+        only_export(tmp_path / "out"),
+        only_export(tmp_path / "other"),
+        pytest.raises(UserError, match=busy),
+        only_export(tmp_path / "out"),
+    ):
+        pass
+    with only_export(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -37,6 +40,8 @@ def test_a_disk_that_fills_up(tmp_path):
     (tmp_path / "out" / "before").write_text("stands")
     with pytest.raises(ValueError, match=r"could not be written .*what it held before is as it was"):
         fill(tmp_path / "out")
+    with pytest.raises(UserError, match=r"could not be written .*No space left.*1 GiB needed"):
+        fill(tmp_path / "out", SafetensorError("Error while serializing: No space left on device"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "before").read_text() == "stands"
 
@@ -67,7 +72,7 @@ def test_what_another_step_left_goes_and_what_this_one_left_stays(tmp_path):
     assert json.loads((tmp_path / "new" / "export.json").read_text())["step"] == 2
 
 
-def fill(output):
-    with written_beside(output) as partial:
+def fill(output, error=None):
+    with written_beside(output, 2**30) as partial:
         (partial / "half").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error or OSError(errno.ENOSPC, "No space left on device")

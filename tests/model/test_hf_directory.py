@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import save_tiny
@@ -48,7 +49,12 @@ def edited(model, **fields):
 @pytest.mark.parametrize(("fields", "message"), REFUSED)
 def test_a_config_that_cannot_be_read_is_one_line_for_every_reader(model, fields, message):
     edited(model, **fields)
-    readers = (read_config, Claim.of, load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none")))
+    readers = (
+        read_config,
+        lambda path: Claim.of(path).faults(),
+        load_for_evaluation,
+        lambda path: converted_source(str(path), RopeConfig("none")),
+    )
     for reader in readers:
         with pytest.raises(UserError, match=message) as error:
             reader(model)
@@ -64,8 +70,8 @@ def test_code_beside_a_known_type_is_not_run_and_does_not_ask(model, monkeypatch
 
 
 def test_phi3_s_first_name_for_longrope_is_read(tmp_path):
-    model = save_tiny(tmp_path, "phi3", pad_token_id=1, eos_token_id=1)
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = save_tiny(tmp_path, "phi3", head_dim=8, pad_token_id=1, eos_token_id=1)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     edited(model, rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "su", **factors},
            original_max_position_embeddings=32)  # fmt: skip
     assert read_config(model).rope_parameters["rope_type"] == "longrope"
@@ -132,3 +138,24 @@ def test_the_report_is_transformers_own(model):
     )
     assert report.unread == ("v.bias",)
     assert len(StoredWeights(model)) == len(weights)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": 64,
+      "attn_config": {"alibi": True}}, "model_type=mpt has no rotary module in transformers"),
+    ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 1, "vocab_size": 64}, "gpt2 has no rotary"),
+    ({"model_type": "qwen2_vl", "text_config": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}},
+     "transformers builds no qwen2_vl_text of its config"),
+])  # fmt: skip
+def test_inspecting_a_model_without_a_rotation_of_its_own_is_one_line(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        Claim.of(tmp_path).rotations()
+
+
+def test_a_wrapper_is_inspected_as_its_language_model(tmp_path):
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
+            "intermediate_size": 64, "vocab_size": 64, "head_dim": 16}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    (rotation,) = Claim.of(tmp_path).rotations()
+    np.testing.assert_allclose(rotation.inv_freq, 10000.0 ** (-np.arange(0, 16, 2) / 16), rtol=1e-6)

@@ -108,6 +108,43 @@ def test_a_config_that_stock_code_reads_otherwise_is_warned_of():
     )
 
 
+VICUNA = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 4096,
+          "rope_scaling": {"type": "linear", "factor": 4.0}}  # fmt: skip
+
+
+def test_linear_scaling_in_either_convention():
+    """Vicuna-7b-v1.5-16k as published names both lengths; without the second a file can be read both ways."""
+    published = position_of({**VICUNA, "max_sequence_length": 16384})
+    assert str(published.chain) == "pi(factor=4, original_max_position_embeddings=4096)"
+    assert published.trained_length == 16384
+    assert "convention" not in warned(published, config={**VICUNA, "max_sequence_length": 16384})
+    assert "from 4,096 to 16,384, and the file does not say which" in warned(position_of(VICUNA), config=VICUNA)
+    named = {**VICUNA, "rope_scaling": {**VICUNA["rope_scaling"], "original_max_position_embeddings": 1024}}
+    assert "convention" not in warned(position_of(named), config=named)
+
+
+def test_a_type_beside_another_rope_type_and_dual_chunk_attention_are_warned_of():
+    plain = {"head_dim": 128, "max_position_embeddings": 1010000, "rope_theta": 1e6}
+    both = {**plain, "rope_scaling": {"type": "yarn", "rope_type": "default", "factor": 4.0}}
+    assert "type='yarn' beside rope_type='default': transformers takes rope_type" in warned(
+        position_of(both), config=both
+    )
+    same = {**plain, "rope_scaling": {"type": "default", "rope_type": "default"}}
+    assert "beside rope_type" not in warned(position_of(same), config=same)
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    dual = {**plain, "dual_chunk_attention_config": chunks}  # Qwen2.5-7B-Instruct-1M
+    warning = warned(position_of(dual), config=dual)
+    assert "max_position_embeddings=1,010,000 is no length that it was trained at; the file names 262,144" in warning
+
+
+def test_a_scaling_on_a_dynamic_model_names_the_test_time_setting():
+    dynamic = Position(
+        "m", RopeChain.parse("dynamic_ntk(factor=2, original_max_position_embeddings=256)"), 1e4, 16, 256, 256
+    )
+    with pytest.raises(ValueError, match="test_time=none, where it is an evaluation's"):
+        dynamic.extended([{"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}])
+
+
 @pytest.mark.parametrize("fields", [
     {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
                          "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},

@@ -13,7 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ropewalk.errors import UserError
 from ropewalk.rope import RopeChain, available_methods
+from ropewalk.rope.methods import import_methods
 from ropewalk.rope.methods.clipping import recommended_clip
 
 LLAMA3 = {"head_dim": 128, "theta": 5e5, "pretrained_length": 8192, "trained_length": 65536}
@@ -467,3 +469,17 @@ def test_no_argument_in_range_gives_nan_infinity_or_a_negative_frequency(name):
         assert s.attention_scaling > 0
 
     holds()
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("no_import", "def f(s, *, length: Tokens): ...", r"no_import\.py, line 1: NameError: name 'Tokens'"),
+    ("bad_syntax", "x = 1\ndef f(:\n", r"bad_syntax\.py, line 2: SyntaxError"),
+    ("moved", "\nfrom ropewalk.rope.order import stretched\n", r"moved\.py, line 2: ModuleNotFound.*stretched"),
+    ("bare", "from ropewalk.rope import register_method\n\n\n@register_method('bare')\ndef f(s, *, length): ...\n",
+     r"bare\.py, line 4: ValueError: bare: parameter length must be annotated"),
+])  # fmt: skip
+def test_a_mistake_in_a_method_s_file_is_one_line(tmp_path, monkeypatch, name, text, message):
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message):
+        import_methods([str(tmp_path)], "")

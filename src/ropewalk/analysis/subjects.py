@@ -11,6 +11,7 @@ from ropewalk.config import CONFIG_DIR
 from ropewalk.config.analysis import FiguresConfig
 from ropewalk.errors import UserError
 from ropewalk.rope import Position, RopeChain, Spectrum
+from ropewalk.rope.position import declared_position
 
 
 def is_declared(model: str) -> bool:
@@ -45,8 +46,13 @@ def read_model(model: str) -> Position:
     if not is_declared(model):
         return Position.from_pretrained(locate(model))
     facts = OmegaConf.load(_shipped("model", model))
-    length = int(facts.pretrained_length)
-    return Position("pretrained", RopeChain([]), float(facts.theta), int(facts.head_dim), length, length)
+    architecture = OmegaConf.to_container(facts.architecture) if "architecture" in facts else {}
+    return declared_position(
+        float(facts.theta),
+        int(facts.head_dim),
+        int(facts.pretrained_length),
+        dict(architecture),  # type: ignore[arg-type]
+    )
 
 
 def read_chains(methods: Sequence[str]) -> dict[str, RopeChain]:

@@ -28,7 +28,7 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
-    pretrained_length: int = MISSING  # tokens
+    pretrained_length: int = MISSING  # tokens it was last trained at: max_position_embeddings of its config.json
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ropewalk.export.card import write_card
 from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of, gguf_position
 from ropewalk.export.hf import is_current, place_hf
-from ropewalk.export.output import STOCK, Finding, NotVerified, begin_adding, only_writer, record, written_beside
+from ropewalk.export.output import STOCK, Finding, NotVerified, begin_adding, only_export, record, written_beside
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.export.source import (
     Source,
@@ -59,7 +59,7 @@ def export(config: ExportConfig) -> Path:
     if config.to != "hf":
         served = source.config.max_position_embeddings
         family_of(source.config, gguf_position(source.position, served))  # refuses before anything is written
-    with only_writer(output):
+    with only_export(output):
         failures: list[str] = []
         if config.to in ("hf", "all"):
             _export_hf(config, source, output, dtype, failures)
@@ -209,7 +209,7 @@ def repair(config: RepairConfig) -> Path:
         delattr(stock, key)
     place_portable(stock, position, stock.max_position_embeddings)
     output = _in_place(config, directory) if config.in_place else _new(config)
-    with only_writer(output):
+    with only_export(output):
         if config.in_place:
             os.replace(shutil.copyfile(directory / "config.json", output / f"{BACKUP}.partial"), output / BACKUP)
             write_portable_config(stock, output)

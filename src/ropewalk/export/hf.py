@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_writer, read_json, written_beside
+from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_export, read_json, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
 from ropewalk.files import copy_files, fsync_path, write_atomically
@@ -70,7 +70,7 @@ def write_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
         UserError: where ``output`` holds files and may not be replaced, another export writes there, the disk is too
             small, or the tokenizer has more entries than the model has embeddings.
     """
-    with only_writer(output):
+    with only_export(output):
         place_hf(source, output, dtype, overwrite=overwrite)
 
 
@@ -81,8 +81,9 @@ def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
     generation = generation_settings(source, tokenizer)
     weights = source.open()
     planned = plan_weights(weights.shapes, weights.dtypes, dtype or source.dtype)
-    check_space(output, total_bytes(list(planned.values())))
-    with written_beside(output) as partial:
+    needed = total_bytes(list(planned.values()))
+    check_space(output, needed)
+    with written_beside(output, needed) as partial:
         write_weights(partial, planned, weights.gather)
         source.config.dtype = _config_dtype(planned)
         write_portable_config(source.config, partial)
@@ -153,7 +154,7 @@ def source_tokenizer(source: Source) -> Any:
     """
     if source.tokenizer is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+    tokenizer = open_tokenizer(source.tokenizer)
     rows = source.config.vocab_size
     if len(tokenizer) > rows:
         raise UserError(

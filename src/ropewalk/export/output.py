@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import only_writer, write_atomically, writing
 
 SOURCE = "export.json"  # which checkpoint an export came from; written last
 REPORT = "verification.json"
@@ -22,26 +20,15 @@ _MARGIN = 64 * 2**20  # bytes, for the tokenizer, the card, and what others writ
 
 
 @contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """Hold ``output`` against other exports; the lock ends with the process, however that ends.
+def only_export(output: Path) -> Iterator[None]:
+    """Hold ``output`` against other exports, on every node that sees it; a full or unwritable disk is one line.
 
     Raises:
-        UserError: where another export is writing there.
+        UserError: where another export is writing there, or the disk takes no more.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_there = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
-        except BlockingIOError:
-            is_there = False
-        if not is_there:  # or it was deleted between our opening and our locking it, by a writer that has just finished
-            raise UserError(f"another export is writing to {output}; wait for it, or name another with output=DIR")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    name = f"output={output}"  # its owner is named beside it, since it is replaced as a whole
+    with writing(name, output.parent), only_writer(output.parent, name, f".{output.name}.owner"):
+        yield
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
@@ -102,19 +89,26 @@ def check_space(output: Path, needed: int) -> None:
 
 
 @contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
+def written_beside(output: Path, needed: int = 0) -> Iterator[Path]:
     """A directory beside ``output`` that becomes it when the block ends well; on an error it is removed.
 
     A full disk gets its space back, and what stood at ``output`` stands.
+
+    Args:
+        output: directory.
+        needed: bytes that are written, for the error of a full disk; 0: few.
     """
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{output} could not be written ({error}); {_standing(output)}") from error
+        if not isinstance(error, OSError) and "No space left" not in str(error):  # safetensors has an error of its own
+            raise
+        space = f", {needed / 2**30:.3g} GiB needed" if needed else ""
+        raise UserError(f"{output} could not be written ({error}{space}); {_standing(output)}") from error
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)

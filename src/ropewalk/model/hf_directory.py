@@ -31,13 +31,16 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def read_config(model: str | Path, *, key: str = "model", revision: str | None = None) -> PreTrainedConfig:
+def read_config(
+    model: str | Path, *, key: str = "model", revision: str | None = None, needs_chain: bool = True
+) -> PreTrainedConfig:
     """The config of a Hugging Face directory or hub id; its position is read first, its code never run.
 
     Args:
         model: directory, config.json or hub id.
         key: of the configuration that names it, for errors.
         revision: of a hub id.
+        needs_chain: refuse a position that no chain expresses.
 
     Raises:
         UserError: for a position that no chain expresses, a model type that transformers lacks, or a value that it
@@ -51,11 +54,19 @@ def read_config(model: str | Path, *, key: str = "model", revision: str | None =
             f"{key}={model}: config.json has model_type={model_type!r}, which transformers {transformers.__version__} "
             f"does not know{code}: use a model of a type that it knows"
         )
-    position_of(content)  # its errors name the key, the rule and the fix
+    fault: UserError | None = None
+    try:
+        position_of(content)  # its errors name the key, the rule and the fix
+    except UserError as error:
+        fault = error
+        if needs_chain:
+            raise
     try:
         config = CONFIG_MAPPING[model_type].from_dict(modern(content))
     except Exception as error:  # whatever its classes make of a user's file
-        raise UserError(f"{key}={model}: transformers refuses its config.json: {in_one_line(error)}") from error
+        raise fault or UserError(
+            f"{key}={model}: transformers refuses its config.json: {in_one_line(error)}"
+        ) from error
     config.name_or_path = str(model)
     return config
 

@@ -27,7 +27,7 @@ from ropewalk.model import attention
 from ropewalk.model.hf_directory import check_causal, load_whole, read_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.rope.chain import RopeChain, Steps
-from ropewalk.rope.position import METADATA_KEY, Position, position_of
+from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # not in a log file
@@ -68,9 +68,9 @@ def training_config(
         config = type(AutoConfig.for_model(start["model_type"])).from_dict(dict(start))
     elif model.path is None:
         architecture = dict(model.architecture)
+        _declared(model)  # refuses what contradicts
+        architecture |= {"rope_theta": model.theta, "max_position_embeddings": model.pretrained_length}
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-        config.rope_parameters = {"rope_type": "default", "rope_theta": model.theta}
-        config.max_position_embeddings = model.pretrained_length
     else:
         config = read_config(model.path, key="model.path", revision=model.revision)
         check_causal(config)
@@ -115,9 +115,22 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _declared(model: ModelConfig) -> Position:
+    return declared_position(model.theta, model.head_dim, model.pretrained_length, model.architecture)
+
+
 def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
     """A checkpoint's architecture may be declared, for the planner; it must then be the checkpoint's."""
+    if POSITION_KEYS & model.architecture.keys():
+        chain, own = _declared(model).chain, position_of(config).chain
+        if chain != own:
+            raise UserError(
+                f"model.architecture declares {chain}, but the checkpoint {model.path} has {own}; write its "
+                "rope_scaling there as its config.json has it"
+            )
     for name, declared in model.architecture.items():
+        if name in POSITION_KEYS:
+            continue
         actual = getattr(config, name, None)
         if declared != actual:
             raise UserError(
@@ -133,7 +146,7 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
         if declared != value:
             raise UserError(
                 f"model.{name}={declared}, but the checkpoint {model.path or 'architecture'} has {value}; "
-                f"set model.{name}={value}"
+                f"set model.{name}={value}" + (", its max_position_embeddings" if name == "pretrained_length" else "")
             )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ropewalk.errors import UserError
 from ropewalk.rope import Position, Spectrum
-from ropewalk.rope.hf_config import rotating_layers
+from ropewalk.rope.hf_config import in_one_line, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
@@ -269,14 +270,26 @@ def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
 
 
 def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
-    """The same for a model that stock transformers would build from ``config``; no weights are made."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return [
-        rotation
-        for name, module in _rotary_modules(model)
-        for rotation in _read(name, type(module)(module.config), length)
-    ]
+    """The same for a model that stock transformers would build from ``config``; no weights are made.
+
+    Raises:
+        UserError: where it builds none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = config.get_text_config()  # of a model of several modalities
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, ImportError, TypeError) as error:
+        raise UserError(
+            f"transformers builds no {config.model_type} of this config.json: {in_one_line(error)}"
+        ) from error
+    modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
+    if not modules:
+        raise UserError(
+            f"model_type={config.model_type} has no rotary module in transformers, so it has no RoPE to read"
+        )
+    return [rotation for name, module in modules for rotation in _read(name, module, length)]
 
 
 def chain_rotation(modules: list[Rotation]) -> Rotation:

@@ -236,7 +236,19 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
         config: config.json's content, empty where there is none.
     """
     yield from _clipped_already(run)
-    pairs = run.head_dim // 2
+    yield from chain_warnings(choices)
+    if scalings := [str(step) for step in run.chain.steps if get_method(step.method).scaling]:
+        yield (
+            f"the model is scaled already ({' > '.join(scalings)}): a second scaling must start from the "
+            f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
+            "start from abf to scale once"
+        )
+    yield from _of_config(config)
+
+
+def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
+    """Warnings about chains by themselves, which training logs too: clips that are large, or lie under a scaling."""
+    pairs = choices[0].head_dim // 2
     largest = max((int(step.arguments["clip"]) for choice in choices if (step := clip_of(choice.chain))), default=0)
     if largest > LARGEST_CLIP * pairs:
         yield (
@@ -253,13 +265,6 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
             "a clip under full YaRN: YaRN interpolates the pairs that the clip has slowed already and adds its "
             "attention scaling; evaluate the clipped model with and without it (test_time=none)"
         )
-    if scalings := [str(step) for step in run.chain.steps if get_method(step.method).scaling]:
-        yield (
-            f"the model is scaled already ({' > '.join(scalings)}): a second scaling must start from the "
-            f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
-            "start from abf to scale once"
-        )
-    yield from _of_config(config)
 
 
 def _clipped_already(run: Position) -> Iterator[str]:
@@ -281,11 +286,32 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
     if not config:
         return
     yield from _layers_that_differ(config)
+    text = config.get("text_config") or config
+    if "dual_chunk_attention_config" in text:
+        length = (text["dual_chunk_attention_config"] or {}).get("original_max_position_embeddings")
+        yield (
+            "dual_chunk_attention_config: stock transformers ignores it and attends without the chunks, so "
+            f"max_position_embeddings={text.get('max_position_embeddings'):,} is no length that it was trained at; the "
+            f"file names {f'{length:,} tokens' if length else 'none'} as that"
+        )
     if config.get(METADATA_KEY):
         return
     stock = read_hf_position(config)
     kind = stock.entry.get("rope_type") or stock.entry.get("type")
-    text = config.get("text_config") or config
+    older = stock.entry.get("type")
+    if older is not None and older != kind:
+        yield (
+            f"type={older!r} beside rope_type={kind!r}: transformers takes rope_type, as here, and vLLM refuses the "
+            "file; delete the one that is not the model's"
+        )
+    named_start = {"original_max_position_embeddings", "max_sequence_length"} & {*stock.entry, *text}
+    if kind == "linear" and not named_start:
+        factor, served = float(stock.entry["factor"]), stock.trained_length
+        yield (
+            f"linear scaling by {factor:g} is read in the convention of Gemma 3, from {served / factor:,.0f} tokens to "
+            f"max_position_embeddings={served:,}; in that of Vicuna-16k and LongChat it is from {served:,} to "
+            f"{served * factor:,.0f}, and the file does not say which: write original_max_position_embeddings into it"
+        )
     named = any("original_max_position_embeddings" in values for values in (stock.entry, text))
     if kind in NEEDS_ORIGINAL and not named:
         yield (

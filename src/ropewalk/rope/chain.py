@@ -333,7 +333,7 @@ def reached_length(steps: Sequence[Step], spectrum: Spectrum) -> int | None:
         if scaling is not None and start is not None and start < reached:
             raise UserError(
                 f"{scaling} already stretches the model to {reached:,.0f} tokens, and {step} starts from {start:,} "
-                "again; drop one of the two, or set "
+                "again; drop one of the two (test_time=none, where it is an evaluation's), or set "
                 f"original_max_position_embeddings={math.ceil(reached)} in the second"
             )
         scaling, reached = step, reaches(step.arguments, spectrum)

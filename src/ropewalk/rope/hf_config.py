@@ -137,6 +137,11 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
     trained_length = whole(config, "max_position_embeddings") or defaults["max_position_embeddings"]
     if trained_length is None:
         raise UserError("config.json has no max_position_embeddings; write the length the model was trained at there")
+    longest = whole(config, "max_sequence_length")
+    if kind == "linear" and longest is not None and longest > trained_length:
+        # Vicuna-16k's and LongChat's convention: max_position_embeddings is the length before scaling
+        entry = {ORIGINAL: trained_length, **entry}
+        trained_length = longest
     original = trained_length
     if kind in STRETCHED:
         # in transformers the top-level key (Phi-3's) wins, where all layers share one entry

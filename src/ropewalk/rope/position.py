@@ -21,6 +21,7 @@ from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 from ropewalk.rope.values import mapping, number, whole, wrong
 
 METADATA_KEY = "ropewalk"  # in config.json
+POSITION_KEYS = frozenset({"rope_scaling", "rope_parameters", "partial_rotary_factor"})  # of an architecture
 
 _FACTS = ("head_dim", "theta", "pretrained_length", "trained_length")  # of a model, for every method
 _LONGEST = 2**40  # tokens, beyond any input
@@ -280,6 +281,33 @@ def position_of(config: Any) -> Position:
         pretrained_length=stock.pretrained_length,
         trained_length=stock.trained_length,
     )
+
+
+def declared_position(
+    theta: float, head_dim: int, pretrained_length: int, architecture: Mapping[str, Any], name: str = "pretrained"
+) -> Position:
+    """The position of a model file (configs/model), its architecture's position keys read like a config.json's.
+
+    Args:
+        theta: RoPE base.
+        head_dim: channels of a head.
+        pretrained_length: max_position_embeddings of the checkpoint, tokens.
+        architecture: fields of its config.json.
+        name: of the position.
+
+    Raises:
+        UserError: for a scaling that no chain expresses, or a field that contradicts one of the three facts.
+    """
+    facts = {"rope_theta": theta, "head_dim": head_dim, "max_position_embeddings": pretrained_length}
+    for key, value in facts.items():
+        if architecture.get(key, value) != value:
+            raise UserError(f"model.architecture.{key}={architecture[key]} and {value} are both given; keep one")
+    if not POSITION_KEYS & architecture.keys():
+        return Position(name, RopeChain([]), theta, head_dim, pretrained_length, pretrained_length)
+    position = position_of({**architecture, **facts})
+    if position.theta != theta:
+        raise UserError(f"model.architecture has rope_theta={position.theta:g} and model.theta={theta:g}; keep one")
+    return replace(position, name=name)
 
 
 _FIX = f'put back what was written, or delete the key "{METADATA_KEY}" and the stock entry beside it is read instead'

@@ -16,6 +16,7 @@ from ropewalk.config.rules import instant
 from ropewalk.config.train import TrainConfig, TrainerConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.order.batches import prefetched
+from ropewalk.rope.advisor import chain_warnings
 from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.launch import EXIT_REQUEUE
@@ -165,7 +166,8 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         log_once(f"{run_dir} is at step {first_step} of {trainer.max_steps}: nothing left to do")
         log_once("\n".join(closing_lines(config, first_step)))
         return
-    log_once(describe_order(mixture, last_step))
+    cautions = [f"warning: {caution}" for caution in chain_warnings([inputs.position])]
+    log_once("\n".join([describe_order(mixture, last_step), *cautions]))
     load = prepare_resume(resume_point, config.deepspeed.stage)
     if load is None and start is not None:
         load = prepare_start(start, config)

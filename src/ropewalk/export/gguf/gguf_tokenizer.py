@@ -48,7 +48,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
     model = content["model"]
     if model.get("type") != "BPE":
         raise UserError(f"{file} is {model.get('type')}; only BPE is written as GGUF: export to=hf")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     tokens, types = _entries(content, vocab_size)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")

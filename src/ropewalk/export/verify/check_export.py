@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
 from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
@@ -56,7 +57,7 @@ class Claim:
         Raises:
             UserError: where there is no config.json, or it is not JSON.
         """
-        return cls(read_config_json(model), read_config(model))
+        return cls(read_config_json(model), read_config(model, needs_chain=False))
 
     @cached_property
     def position(self) -> Position:
@@ -80,14 +81,16 @@ class Claim:
 
     def rotations(self, length: int | None = None) -> list[Rotation]:
         """The rotations that stock transformers builds, read at ``length`` tokens; None: all that the model serves."""
-        return inspect_config(self.config, length or self.config.get_text_config().max_position_embeddings)
+        text = self.config.get_text_config()
+        return inspect_config(self.config, length or getattr(text, "max_position_embeddings", 1))
 
     def faults(self) -> list[str]:
         """The differences of stock transformers' rotation from the claimed chain's, in words."""
-        if self.has_metadata or not self.position.depends_on_length:
-            return chain_rotation(self.rotations()).faults(self.position.spectrum())
-        lengths = (self.position.pretrained_length, 2 * self.position.trained_length)  # on both sides of the change
-        pairs = ((chain_rotation(self.rotations(n)), self.position.spectrum(n)) for n in lengths)
+        position = self.position  # refused, before stock transformers tries to rotate with it
+        if self.has_metadata or not position.depends_on_length:
+            return chain_rotation(self.rotations()).faults(position.spectrum())
+        lengths = (position.pretrained_length, 2 * position.trained_length)  # on both sides of the change
+        pairs = ((chain_rotation(self.rotations(n)), position.spectrum(n)) for n in lengths)
         return [fault for rotation, spectrum in pairs for fault in rotation.faults(spectrum)]
 
     def __str__(self) -> str:
@@ -220,6 +223,10 @@ def _tokenizer_faults(directory: Path, claim: Claim) -> Iterator[str]:
     if not (directory / "tokenizer.json").is_file():
         yield "no tokenizer.json"
         return
-    entries = len(AutoTokenizer.from_pretrained(directory))
+    try:
+        entries = len(open_tokenizer(directory))
+    except UserError as error:
+        yield str(error)
+        return
     if entries > claim.config.vocab_size:
         yield f"the tokenizer has {entries} entries, the model {claim.config.vocab_size} embeddings"

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer
 
+from ropewalk.data.store.tokenizer_files import without_state
 from ropewalk.export.output import Unverifiable
 from ropewalk.rope.position import position_of
 
@@ -65,7 +66,8 @@ def read_passage(directory: Path, tokens: int | None = None) -> Passage:
     wanted = tokens or max(min(2 * position.trained_length, MAX_TOKENS), position.pretrained_length * 9 // 8)
     if not (directory / "tokenizer.json").is_file():
         raise Unverifiable("not verified: no tokenizer.json, so no text can be read to it")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    without_state(tokenizer.backend_tokenizer, str(directory))  # truncation would end the text
     text, ids = "", []
     for module in _MODULES:
         text += inspect.getsource(module)
