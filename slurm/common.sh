@@ -55,6 +55,7 @@ begin() {
   mkdir -p "$scratch"
   export TMPDIR=$scratch TRITON_CACHE_DIR=$scratch/triton TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
   export TORCH_EXTENSIONS_DIR=$scratch/extensions
+  export TORCH_FR_DUMP_TEMP_FILE=$job_record/flight-recorder- # NCCL's last collectives, where one has hung
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; record: $job_record"
 }
 

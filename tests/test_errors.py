@@ -9,9 +9,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ropewalk.cli import Sweep, check_grammar
-from ropewalk.config.groups import NeedleConfig
+from ropewalk.config.evaluation import CompareConfig
+from ropewalk.config.export import ExportConfig
+from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.rules import validate_numbers
-from ropewalk.config.train import DataConfig, TrainerConfig
+from ropewalk.config.train import DataConfig, SbatchConfig, TrainerConfig
 from ropewalk.errors import UserError
 
 ENTRY = """
@@ -97,6 +99,9 @@ def test_what_hydra_reads_is_left_alone(override):
     (trainer(adam_beta2=1.0), r"adam_beta2=1.0 .* less than 1"),
     (DataConfig(store="x", sequence_length=0), "sequence_length=0 must be positive"),
     (NeedleConfig(depths=[0.5, 1.5]), "depths=1.5 is a share"),
+    (CompareConfig(runs=["a"], output="b", effective_ruler=101.0), "effective_ruler=101.0 is a percentage"),
+    (ExportConfig(verify_tokens=0), "verify_tokens=0 must be positive"),
+    (SbatchConfig(cluster=ClusterConfig(slurm=SlurmConfig(nodes=0))), "cluster.slurm.nodes=0 must be positive"),
     (NeedleConfig(depths=[math.nan]), "depths=nan"),
 ])  # fmt: skip
 def test_a_number_out_of_its_range_is_refused(config, message):
@@ -142,3 +147,13 @@ def test_a_signal_or_a_fault_ends_a_sweep_with_its_table(error, capsys):
     with pytest.raises(type(error)):
         sweep.run(["a=2"], left)
     assert "sweep: 1 of 2 done\n  a=1  done\n  a=2  " in capsys.readouterr().out
+
+
+def test_a_mapping_that_hydra_cannot_read_is_quoted_or_sent_to_a_file():
+    """Its grammar has quoted values and no quoted names."""
+    with pytest.raises(UserError, match="write it as ") as error:
+        check_grammar(["corpus.domains={a: x#y, b: 1}"])
+    (shown,) = shlex.split(str(error.value).rpartition("write it as ")[2])
+    assert OverridesParser.create().parse_override(shown).value() == {"a": "x#y", "b": 1}
+    with pytest.raises(UserError, match="write it in a file of configs/experiment"):
+        check_grammar(["data.mixture={bücher: 1}"])

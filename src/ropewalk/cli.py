@@ -241,6 +241,11 @@ def run_command(commands: Mapping[str, Callable[[], None]], default: str | None 
 
     Hydra sees the arguments after it, so ``analyze.py advise --help`` is the help of advise.
     """
+    with user_errors():
+        _run_command(commands, default)
+
+
+def _run_command(commands: Mapping[str, Callable[[], None]], default: str | None) -> None:
     program, first = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in commands:
         sys.argv[:2] = [sys.argv[0]]
@@ -327,18 +332,27 @@ def check_grammar(arguments: Sequence[str]) -> set[str]:
             if (override := parser.parse_override(argument)).is_sweep_override():
                 swept.add(override.key_or_group)
         except HydraException as error:
-            is_list = value[:1] + value[-1:] == "[]"
-            items = value[1:-1].split(",") if is_list else [value]
-            quoted = ",".join('"' + item.strip().strip("\"'").replace('"', r"\"") + '"' for item in items)
-            fixed = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
+            fixed = f"{key}={_quoted(value)}"
+            fix = f"write it as {shlex.quote(fixed)}"
             try:
                 parser.parse_override(fixed)
             except HydraException:
-                fix = "see https://hydra.cc/docs/advanced/override_grammar/basic"
-            else:
-                fix = f"write it as {shlex.quote(fixed)}"
+                fix = "write it in a file of configs/experiment, where YAML's rules hold"
             raise UserError(f"Hydra cannot read {argument}, which has characters of its grammar; {fix}") from error
     return swept
+
+
+def _quoted(value: str) -> str:
+    """A value of Hydra's grammar with its strings quoted; those of a list or of a mapping's values each by itself."""
+    inner = value[1:-1].split(",")
+    match value[:1] + value[-1:]:
+        case "[]":
+            return f"[{','.join(map(_quoted, inner))}]"
+        case "{}":
+            pairs = (pair.partition(":") for pair in inner)
+            return f"{{{','.join(f'{name}: {_quoted(content)}' for name, _, content in pairs)}}}"
+    bare = value.strip().strip("\"'")
+    return bare if bare.replace(".", "", 1).isdigit() else '"' + bare.replace('"', r"\"") + '"'
 
 
 def _print_once(text: str) -> None:

@@ -85,6 +85,8 @@ def launched(monkeypatch):
     ({"LOCAL_RANK": None, "MASTER_ADDR": None}, "RANK is set without LOCAL_RANK, MASTER_ADDR"),
     ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+    ({"RANK": ""}, "RANK= is not a number"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
 ])  # fmt: skip
 def test_variables_that_contradict_each_other_are_refused(launched, changes, message):
     launched(**changes)

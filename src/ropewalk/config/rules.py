@@ -10,6 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
+from ropewalk.config.data import ConvertConfig, CorpusConfig, ExecutorConfig, GatherConfig, InspectStoreConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig
+from ropewalk.config.export import ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
@@ -92,6 +96,25 @@ RANGES: dict[type, dict[Range, str]] = {
         NOT_NEGATIVE: "spread",
         Range(2, MOST, "is too few for a spread; set 2 or more"): "seeds branches",
     },
+}
+
+PERCENT = Range(0, 100, "is a percentage; set it between 0 and 100")
+RANGES |= {  # of the commands that train nothing; what each of them checks in words of its own is not here
+    CorpusConfig: {POSITIVE: "vocab_size heldout_length"},
+    ExecutorConfig: {POSITIVE: "tasks workers mem_per_cpu_gb"},
+    GatherConfig: {POSITIVE: "extract_seconds"},
+    ConvertConfig: {POSITIVE: "sequence_length workers"},
+    InspectStoreConfig: {NOT_NEGATIVE: "sequence"},
+    SuiteConfig: {POSITIVE: "samples"},
+    EvaluateConfig: {POSITIVE: "max_documents prefill_chunk"},
+    ValidateConfig: {POSITIVE: "max_documents", NOT_NEGATIVE: "sweep_samples"},
+    CompareConfig: {PERCENT: "effective_needle effective_ruler"},
+    ExportConfig: {POSITIVE: "verify_tokens"},
+    RepairConfig: {POSITIVE: "pretrained_length"},
+    AdviseConfig: {POSITIVE: "theta train_length target_length"},
+    InspectConfig: {POSITIVE: "length"},
+    FiguresConfig: {POSITIVE: "train_length target_length"},
+    GeometryConfig: {POSITIVE: "lengths max_documents pca_heads cluster_samples", NOT_NEGATIVE: "layers"},
 }
 
 

@@ -101,12 +101,14 @@ def launched_world_size() -> int:
     missing = [name for name in LAUNCHED if name not in os.environ]
     if missing:
         raise UserError(f"RANK is set without {', '.join(missing)}; set all five, or unset RANK to train alone")
-    for name in LAUNCHED[:-1]:
-        if name != "MASTER_ADDR" and not os.environ[name].isdigit():
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdigit():
             raise UserError(f"{name}={os.environ[name]} is not a number; start by torchrun or srun, or unset RANK")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank >= world_size:
         raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; start by torchrun or srun, or unset RANK")
+    if int(os.environ["MASTER_PORT"]) >= 2**16:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port; set one below 65,536")
     return world_size
 
 
