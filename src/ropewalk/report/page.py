@@ -31,7 +31,7 @@ from ropewalk.report.noise.noise_floor import noise_among
 from ropewalk.report.published import published_table
 from ropewalk.report.results_table import Thresholds, effective_table, is_at_chance, results_table
 from ropewalk.report.runs import Run, load_runs, once, with_bases
-from ropewalk.report.runs_table import limits, opening_table
+from ropewalk.report.runs_table import limits, opening_table, training_summary
 from ropewalk.report.section import UNKNOWN_NOISE, Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
 
@@ -67,10 +67,13 @@ def compare(config: CompareConfig) -> Path:
     if config.figures is not None:
         files = write_figures(sections, Path(config.figures), config.figure_formats)
         print(f"figures: {len(files)} files in {Path(config.figures).resolve()}", flush=True)
+    if (summary := training_summary(runs)) is not None:
+        print(f"{as_text(summary)}\n", flush=True)
     for section in sections:
         if section.on_terminal:
             print(f"{as_text(section)}\n", flush=True)
-    print(f"report: {output.resolve()}", flush=True)
+    figures = "" if config.figures else "; figures=DIR writes every figure as a file, for papers"
+    print(f"report: {output.resolve()}\nnext: open it in a browser{figures}", flush=True)
     return output
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.figures.style import amount
@@ -25,6 +27,7 @@ from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, ar
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
 HASH_DIGITS = 12
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the logged steps, at which a summary gives the loss
 ONCE = ("seeds", "steps", "trained at", "documents")  # columns of the opening that stand once where all are alike
 
 
@@ -233,6 +236,31 @@ def _seeds(arm: Arm) -> Cell:
 def _documents(run: Run) -> Cell:
     counts = sorted({int(n) for n in run.task("loss_at_length", "nll")["n"]})
     return Cell(" to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))) if counts else Cell()
+
+
+def training_summary(runs: list[Run]) -> Section | None:
+    """How far each run is and how its loss went, for a terminal; None where no run has a metrics.jsonl.
+
+    It reads a run that is still training as well.
+    """
+    trained = [run for run in once(runs) if len(run.metrics)]
+    if not trained:
+        return None
+    rows = [(run.name, [_steps(run), *_progress(run.metrics)]) for run in trained]
+    columns = ["steps", "tokens", *(f"loss at {share:.0%}" for share in SHARES[:-1]), "loss now"]
+    columns += ["gradient norm", "tokens/s", "refused"]
+    legend = "Loss: mean of the last tenth of the steps logged until then, nats per token; shares are of these steps."
+    return Section("Training", legend, columns, block_of("Training so far", rows), "run")
+
+
+def _progress(metrics: pd.DataFrame) -> list[Cell]:
+    last = metrics.iloc[-1]
+    cells = [Cell(amount(last["tokens"]))]
+    for share in SHARES:
+        until = metrics.iloc[: max(1, round(share * len(metrics)))]
+        cells.append(Cell(f"{final_mean(until, 'loss'):.3f}"))
+    norm, refused = last.get("grad_norm", float("nan")), last.get("refused_steps", 0)
+    return [*cells, Cell(f"{norm:.3g}"), Cell(amount(metrics["tokens_per_second"].median())), Cell(f"{refused:.0f}")]
 
 
 def other_settings(runs: list[Run], baseline: Run) -> dict[str, list[str]]:
