@@ -2,13 +2,15 @@
 
 ``python scripts/evaluate.py checkpoint=DIR documents=DIR output=DIR``
 ``python scripts/evaluate.py key_tokens checkpoint=BASE documents=DIR length=65536``
+``python scripts/evaluate.py runs outputs/a outputs/b documents=DIR`` evaluates several and compares them
 ``python scripts/evaluate.py validate model=DIR documents=DIR output=DIR rope=cope10``
 """
 
 import sys
 
-from ropewalk.cli import entry, run_command
+from ropewalk.cli import composed, entry, hydra_arguments, run_command, user_errors
 from ropewalk.config.evaluation import EvaluateConfig, KeyTokensConfig, ValidateConfig
+from ropewalk.errors import UserError
 from ropewalk.runs.launch import EXIT_NOT_FINITE, release_warnings
 
 
@@ -42,5 +44,26 @@ def key_tokens(config: KeyTokensConfig) -> None:
     write_key_tokens(config)
 
 
+def evaluate_runs() -> None:
+    """Evaluate several runs alike, each into its evaluation/, and compare them: runs RUN RUN ... key=value ..."""
+    release_warnings()
+    from ropewalk.evaluation import evaluate, not_finite
+    from ropewalk.report import compare
+
+    runs = [argument.rstrip("/") for argument in sys.argv[1:] if "=" not in argument]
+    overrides = hydra_arguments([argument for argument in sys.argv[1:] if "=" in argument], "evaluate")
+    outputs = [f"{run}/evaluation" for run in runs]
+    with user_errors():
+        if not runs:
+            raise UserError("no run is named; write: python scripts/evaluate.py runs outputs/a outputs/b documents=DIR")
+        places = [[f"checkpoint={run}", f"output={output}"] for run, output in zip(runs, outputs, strict=True)]
+        for config in [composed("evaluate", [*place, *overrides]) for place in places]:
+            evaluate(config)
+        compare(composed("compare", [f"runs=[{','.join(runs)}]"]))
+    if any(not_finite(output) for output in outputs):
+        sys.exit(EXIT_NOT_FINITE)
+
+
 if __name__ == "__main__":
-    run_command({"evaluate": main, "validate": validate, "key_tokens": key_tokens}, default="evaluate")
+    commands = {"evaluate": main, "validate": validate, "key_tokens": key_tokens, "runs": evaluate_runs}
+    run_command(commands, default="evaluate")

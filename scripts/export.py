@@ -3,6 +3,7 @@
 ``python scripts/export.py check DIR_OR_GGUF`` and ``python scripts/export.py repair model=DIR rope=cope20 output=DIR``.
 """
 
+import shlex
 import sys
 
 from ropewalk.cli import entry, run_command
@@ -16,9 +17,12 @@ def main(config: ExportConfig) -> None:
     from ropewalk.export.output import NotVerified
 
     try:
-        export(config)
+        output = export(config)
     except NotVerified as failed:
         sys.exit(f"error: {failed}")  # exit code 1
+    print(f"result: {output}")
+    if config.to != "gguf":
+        print(f"next: python scripts/generate.py checkpoint={shlex.quote(str(output))} prompt='Once upon a time'")
 
 
 @entry("check_export")

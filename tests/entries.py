@@ -7,6 +7,7 @@ ENTRIES = {
     "data_prep/gather.py": "gather",
     "data_prep/inspect_store.py": "inspect_store",
     "scripts/evaluate.py": "evaluate",
+    "scripts/generate.py": "generate",
     "scripts/export.py": "export",
     "scripts/compare.py": "compare",
     "scripts/dashboard.py": "dashboard",

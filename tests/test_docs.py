@@ -93,7 +93,10 @@ def check_python(arguments: list[str]) -> None:
     if {"-m", "--multirun"} & set(arguments[1:]):  # the first of each list of values
         overrides = [re.sub(r"^([^=\[{]+=[^,\[{]*),.*", r"\1", word) for word in overrides]
     named = COMMANDS_OF.get(entry, {}).get(overrides[0] if overrides else "")
-    if named:
+    if overrides[:1] == ["runs"] and entry == "scripts/evaluate.py":  # each word is a run
+        given = hydra_arguments([word for word in overrides if "=" in word], "evaluate")
+        composed("evaluate", "checkpoint=RUN", "output=RUN/evaluation", *given)
+    elif named:
         given = [word if "=" in word else f"model={word}" for word in overrides[1:]]  # a directory by itself
         composed(named, *map(plain_argument, given))
     elif entry in ENTRIES:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -247,7 +249,7 @@ def test_two_processes_of_a_run_that_is_not_exported_export_it_once(config, docu
     train(tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1"))
     config.checkpoint, config.lengths = str(tmp_path / "run"), [128]
     two_processes(config, tmp_path / "shared", f"documents={documents}", "test_time=none", "needle.samples=0")
-    assert len(list((tmp_path / "run").glob("exports/*/config.json"))) == 1
+    assert len(list((tmp_path / "run").glob("export*/**/config.json"))) == 1
     assert len(read_document_losses(tmp_path / "shared")) > 0
 
 
@@ -256,3 +258,16 @@ def test_two_processes_of_a_checkpoint_that_is_not_there_both_end(config, docume
     config.checkpoint, config.lengths = str(tmp_path / "none"), [128]
     with pytest.raises(subprocess.CalledProcessError):
         two_processes(config, tmp_path / "shared", f"documents={documents}", "test_time=none")
+
+
+def test_several_runs_are_evaluated_and_compared_in_one_command(checkpoint, documents, tmp_path, monkeypatch) -> None:
+    runs = [str(shutil.copytree(checkpoint, tmp_path / name)) for name in ("one", "two")]
+    monkeypatch.chdir(tmp_path)
+    small = ["lengths=[128]", "needle.samples=0", "answers.count=0", "device=cpu", "dtype=float32"]
+    command = ["evaluate.py", "runs", *runs, f"documents={documents}", "test_time=[auto,none]", *small]
+    monkeypatch.setattr("sys.argv", command)
+    runpy.run_path(str(CONFIG_DIR.parent / "scripts" / "evaluate.py"), run_name="__main__")
+    for run, name in zip(runs, ("one", "two"), strict=True):
+        losses = read_results(Path(run) / "evaluation").query("task == 'loss_at_length'")
+        assert losses[["run", "test_time"]].values.tolist() == [[name, "auto,none"]]
+    assert "Difference to one (nats/token)" in (tmp_path / "outputs" / "report.html").read_text()

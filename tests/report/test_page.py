@@ -86,7 +86,8 @@ def test_page_fetches_nothing_and_has_one_script(page: str) -> None:
     tags = Tags(page).tags
     for tag, attributes in tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "img", "image")
-        assert not {"src", "href", "srcset", "action"} & set(attributes)
+        assert not {"src", "srcset", "action"} & set(attributes)
+        assert "href" not in attributes or tag == "a"  # followed when somebody presses it, never fetched
         assert (attributes.get("xlink:href") or "#").startswith("#")
     assert [tag for tag, _ in tags].count("script") == 1
     assert "@import" not in page.partition("</style>")[0]
@@ -98,6 +99,18 @@ def test_ids_stand_once_and_every_reference_has_its_own(page: str) -> None:
     ids = [attributes["id"] for _, attributes in Tags(page).tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(#|xlink:href="#)([^")]+)', page)) <= set(ids)
+
+
+def test_contents_and_runs_are_linked(made: tuple[str, list[str], Path]) -> None:
+    page, _, directory = made
+    output = directory / "out" / "report.html"
+    links = [html.unescape(attributes["href"] or "") for tag, attributes in Tags(page).tags if tag == "a"]
+    ids = {attributes.get("id") for _, attributes in Tags(page).tags}
+    assert {link[1:] for link in links if link.startswith("#")} <= ids
+    assert "#runs" in links
+    directories = {(output.parent / link).resolve() for link in links if not link.startswith("#")}
+    assert len(directories) == 4
+    assert all((directory / "run.json").is_file() for directory in directories)
 
 
 def test_colour_marks_no_difference(page: str) -> None:
@@ -127,21 +140,22 @@ def test_opening_is_one_table_with_intervals(arms: list[Path]) -> None:
     section = opening_table(runs, runs[1])
     (block,) = section.blocks
     assert section.columns == [
-        "loss at 2,048", "difference to rope", "loss at 8,192", "difference to rope", "needle", "trained at", "seeds",
-        "documents", "other settings than the baseline's",
+        "steps", "training loss", "loss at 2,048", "difference to rope at 2,048", "loss at 8,192",
+        "difference to rope at 8,192", "needle", "trained at", "other settings than the baseline's",
     ]  # fmt: skip
+    assert "The same for all runs that have it: seeds 1; documents 16." in section.legend
     # 2 + 4 / log2(6144 + 8) = 2.31769, the loss at the middle of 4096..8192; cope 0.09 lower, base 0.2 more.
-    assert [(name, cells[2].main, cells[3].main) for name, cells in block.rows] == [
+    assert [(name, cells[4].main, cells[5].main) for name, cells in block.rows] == [
         ("cope11", "2.228", "-0.0900"),
         ("rope", "2.318", "baseline"),
         ("hardclip11", "2.338", "+0.0200"),
         ("base", "2.518", "+0.2000"),
     ]
     cells = dict(block.rows)
-    assert (cells["cope11"][2].detail, cells["cope11"][3].detail) == ("[2.178, 2.278]", "[-0.0900, -0.0900]")
-    assert cells["cope11"][3].noise == "training noise unknown"
-    assert [cell.beyond for cell in cells["cope11"][:4]] == [False, False, True, True]
-    assert [cell.main for cell in cells["cope11"][4:8]] == ["0.00", "2,048", "1", "16"]
+    assert (cells["cope11"][4].detail, cells["cope11"][5].detail) == ("[2.178, 2.278]", "[-0.0900, -0.0900]")
+    assert cells["cope11"][5].noise == "training noise unknown"
+    assert [cell.beyond for cell in cells["cope11"][2:6]] == [False, False, True, True]
+    assert [cell.main for cell in cells["cope11"][6:8]] == ["0.00", "2,048"]
     assert cells["base"][8].main == "data.sequence_length, trainer.max_steps"
     assert cells["cope11"][8].main == "-"
 

@@ -21,6 +21,7 @@ SCHEMAS: dict[str, type] = {
     "inspect_store": data.InspectStoreConfig,
     "evaluate": evaluation.EvaluateConfig,
     "validate": evaluation.ValidateConfig,
+    "generate": evaluation.GenerateConfig,
     "key_tokens": evaluation.KeyTokensConfig,
     "compare": evaluation.CompareConfig,
     "dashboard": evaluation.DashboardConfig,

@@ -89,6 +89,20 @@ class KeyTokensConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """``python scripts/generate.py``."""
+
+    checkpoint: str = MISSING  # Hugging Face directory, training checkpoint or run directory
+    prompt: str = MISSING  # text to go on from
+    max_new_tokens: int = 64
+    chat: bool = False  # the prompt is a user's turn in the tokenizer's chat template
+    device: str = "cuda"  # as in EvaluateConfig
+    dtype: str = "bfloat16"
+    test_time: TestTimeConfig = field(default_factory=TestTimeConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
 class ValidateConfig:
     """``python scripts/evaluate.py validate``: what a change of the spectrum does to a model without training."""
 

@@ -1,5 +1,6 @@
 """Evaluation: every harness, from loss by position to HELMET, into one results table."""
 
+from ropewalk.evaluation.generate import generate
 from ropewalk.evaluation.in_training import TrainingEvaluation
 from ropewalk.evaluation.results import (
     averages,
@@ -16,6 +17,7 @@ __all__ = [
     "TrainingEvaluation",
     "averages",
     "evaluate",
+    "generate",
     "not_finite",
     "paired_difference",
     "read_document_losses",

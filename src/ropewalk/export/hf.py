@@ -30,8 +30,8 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json"
 def resolve_checkpoint(path: str | Path) -> Path:
     """A Hugging Face directory for a path: itself where it is one, else the export of a training checkpoint or run.
 
-    A run's own ``export`` serves where it is of that checkpoint and is never replaced; any other checkpoint is exported
-    once, to ``<run>/exports/<step>``.
+    A run's own ``export`` serves where it is of that checkpoint and is never replaced. The last checkpoint of a
+    finished run without one is exported there; any other once, to ``<run>/exports/<step>``.
 
     Raises:
         UserError: where ``path`` is none of the three.
@@ -44,7 +44,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     source = trained_source(checkpoint)
     if is_current(run.export, source, None):
         return run.export
-    output = run.exports / checkpoint.name
+    is_last = not run.export.exists() and checkpoint == run.newest_checkpoint() and run.is_finished()
+    output = run.export if is_last else run.exports / checkpoint.name
     if not is_current(output, source, None):
         write_hf(source, output, None, overwrite=False)
     return output

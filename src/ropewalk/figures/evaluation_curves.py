@@ -14,6 +14,7 @@ from ropewalk.figures.training_curves import each_run
 
 TITLE = "Loss by position"
 OWN, NONE = "", "none"  # the kind of what a run was trained with; the setting that adds nothing
+UNKNOWN = "unknown"  # noise of an arm of one seed
 PAIRED = "Differences are paired by document; below 0: lower loss than the baseline."
 
 
@@ -23,6 +24,7 @@ def position_figures(
     trained_lengths: Mapping[str, int | None],
     styles: Mapping[str, Style],
     baseline: str,
+    reference: str | None = None,
 ) -> list[Figure]:
     """Loss curves for each kind of test-time setting and, beside them, the differences to the baseline.
 
@@ -31,14 +33,16 @@ def position_figures(
             arguments, "" for nothing), setting (in full, or "none"), length (tokens of the pass), position_start,
             position_end (tokens), value, ci_low, ci_high (nats per token), n (documents).
         differences: run less baseline over the buckets that both have: run, kind, position_start, position_end, value,
-            ci_low, ci_high, n, and noise (what is known of training noise, in words).
+            ci_low, ci_high, n, and noise (what is known of training noise, or "unknown").
         trained_lengths: run -> tokens.
         styles: run -> style.
         baseline: a run.
+        reference: what differences are to, for people; None: ``baseline``.
     """
+    against = reference or baseline
     kinds = sorted(dict.fromkeys(curves["kind"]), key=lambda kind: kind != OWN)
     parts = ((kind, curves[curves["kind"] == kind], differences[differences["kind"] == kind]) for kind in kinds)
-    return [_figure(kind, losses, paired, trained_lengths, styles, baseline) for kind, losses, paired in parts]
+    return [_figure(kind, losses, paired, trained_lengths, styles, baseline, against) for kind, losses, paired in parts]
 
 
 def kind_title(kind: str) -> str:
@@ -53,19 +57,20 @@ def _figure(
     trained_lengths: Mapping[str, int | None],
     styles: Mapping[str, Style],
     baseline: str,
+    against: str,
 ) -> Figure:
     trained = [length for name, length in trained_lengths.items() if length and name in set(losses["run"])]
     losses, differences = _placed(losses), _placed(differences)
-    draw = partial(_draw, rows=losses, y_label="loss (nats/token)", trained=trained, styles=styles)
-    panels = [Panel(draw, "Loss, 95% interval over documents", _settings(losses))]
+    draw = partial(_draw, rows=losses, y_label="loss (nats/token)", trained=trained, styles=styles, baseline=baseline)
+    panels = [Panel(draw, f"Loss; band: 95% interval of {baseline} over documents", _settings(losses))]
     if len(differences):
         draw = partial(
             _draw_differences, rows=differences, trained=trained, styles=styles, zero=styles[baseline]
         )  # fmt: skip
-        panels.append(Panel(draw, f"Difference to {baseline}"))
+        panels.append(Panel(draw, f"Difference to {against}"))
     of_runs = {name: styles[name] for name, _ in each_run(losses)}
     name = file_name(f"{TITLE} {kind_title(kind)}")
-    numbers, caption = _numbers(losses, differences, baseline), PAIRED if len(differences) else ""
+    numbers, caption = _numbers(losses, differences, against), PAIRED if len(differences) else ""
     return Figure(name, kind_title(kind), rows_of(panels), caption, of_runs, numbers)
 
 
@@ -80,11 +85,20 @@ def _settings(losses: pd.DataFrame) -> str:
     return "; ".join(f"{', '.join(names)}: {setting}" for setting, names in by_setting.items() if setting != NONE)
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, y_label: str, trained: Iterable[int], styles: Mapping[str, Style]) -> None:
+def _draw(
+    axes: Axes,
+    rows: pd.DataFrame,
+    y_label: str,
+    trained: Iterable[int],
+    styles: Mapping[str, Style],
+    baseline: str | None = None,
+) -> None:
+    """Curves with the interval of the baseline alone, as bands of many runs hide one another; None: of all."""
     signed = y_label.startswith("difference")
     for name, of_run in each_run(rows):
         for _, part in of_run.groupby("length" if "length" in of_run else "run"):
-            draw_curve(axes, name, styles[name], part, _tips(part, signed=signed))
+            tips, band = _tips(part, signed=signed), baseline in (None, name)
+            draw_curve(axes, name, styles[name], part, tips, band=band)
     low, high = float(rows["x"].min()), float(rows["position_end"].max())
     tokens_axis(axes, low / 1.2, high * 1.4, "position (tokens)")
     mark_lengths(axes, trained, low, high)
@@ -125,6 +139,8 @@ def _numbers(losses: pd.DataFrame, differences: pd.DataFrame, baseline: str) -> 
             row = rows.iloc[-1]
             text = f"{row['value']:+.4f} {interval(row['ci_low'], row['ci_high'], signed=True)}".rstrip()
             table.loc[name, [difference, "training noise"]] = text, row["noise"]
+        if set(table["training noise"]) <= {"", UNKNOWN}:
+            del table["training noise"]
     return table
 
 

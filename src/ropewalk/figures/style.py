@@ -230,11 +230,13 @@ def draw_line(
     axes.plot(list(x), list(y), color=style.color, label=name, **look)
 
 
-def draw_curve(axes: Axes, name: str, style: Style, rows: pd.DataFrame, tips: Iterable[str]) -> None:
-    """A line with its interval band from columns x, value, ci_low and ci_high, ascending in x."""
+def draw_curve(
+    axes: Axes, name: str, style: Style, rows: pd.DataFrame, tips: Iterable[str], *, band: bool = True
+) -> None:
+    """A line with its interval ``band`` from columns x, value, ci_low and ci_high, ascending in x."""
     known = rows.dropna(subset=["ci_low", "ci_high"])
     x = known["x"].to_numpy(dtype=float)
-    if len(known):
+    if len(known) and band:
         low, high = (known[end].to_numpy(dtype=float) for end in ("ci_low", "ci_high"))
         axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0, label=name)
     (line,) = axes.plot(

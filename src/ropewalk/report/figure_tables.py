@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from ropewalk.figures.evaluation_curves import kind_title
+from ropewalk.figures.evaluation_curves import UNKNOWN, kind_title
 from ropewalk.figures.needle_grid import ANSWER_NLL, EXACT_MATCH, NAMES
 from ropewalk.report.benchmarks import Suite, categories, common_tasks, lengths_of, scores
 from ropewalk.report.differences import Unpaired, by_position, passes
 from ropewalk.report.results_table import loss_at, needle_rows, pooled
 from ropewalk.report.runs import Run
+from ropewalk.report.section import UNKNOWN_NOISE
 from ropewalk.report.seeds import arms, noise_words
 from ropewalk.rope import Spectrum
 from ropewalk.rope.spectrum import base_of
@@ -66,7 +67,8 @@ def difference_table(runs: Sequence[Run], baseline: Run) -> tuple[pd.DataFrame, 
             else:
                 length = min(made.length, reference[kind].length)
                 noise = noise_words(run, counterpart, all_arms, loss_at(length), digits=4)
-                parts.append(rows.assign(run=run.name, kind=kind, noise=noise)[DIFFERENCE])
+                known = UNKNOWN if noise == UNKNOWN_NOISE else noise
+                parts.append(rows.assign(run=run.name, kind=kind, noise=known)[DIFFERENCE])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=DIFFERENCE), unpaired
 
 

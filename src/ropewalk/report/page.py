@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -27,10 +29,10 @@ from ropewalk.report.benchmarks import SUITES, Suite, benchmark_table, short_con
 from ropewalk.report.noise.decisions import decision_table
 from ropewalk.report.noise.noise_floor import noise_among
 from ropewalk.report.published import published_table
-from ropewalk.report.results_table import Thresholds, effective_table, results_table
+from ropewalk.report.results_table import Thresholds, effective_table, is_at_chance, results_table
 from ropewalk.report.runs import Run, load_runs, once, with_bases
-from ropewalk.report.runs_table import limits, opening_table
-from ropewalk.report.section import Block, Cell, Section, as_text
+from ropewalk.report.runs_table import limits, opening_table, training_summary
+from ropewalk.report.section import UNKNOWN_NOISE, Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -59,16 +61,19 @@ def compare(config: CompareConfig) -> Path:
     runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)
     sections = sections_of(config, runs, baseline)
-    page = render(config.title, runs, baseline, sections)
+    page = render(config.title, runs, baseline, sections, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     if config.figures is not None:
         files = write_figures(sections, Path(config.figures), config.figure_formats)
         print(f"figures: {len(files)} files in {Path(config.figures).resolve()}", flush=True)
+    if (summary := training_summary(runs)) is not None:
+        print(f"{as_text(summary)}\n", flush=True)
     for section in sections:
         if section.on_terminal:
             print(f"{as_text(section)}\n", flush=True)
-    print(f"report: {output.resolve()}", flush=True)
+    figures = "" if config.figures else "; figures=DIR writes every figure as a file, for papers"
+    print(f"report: {output.resolve()}\nnext: open it in a browser{figures}", flush=True)
     return output
 
 
@@ -122,15 +127,28 @@ def _position(runs: list[Run], baseline: Run, styles: dict[str, Style]) -> Secti
     differences, unpaired = figure_tables.difference_table(runs, baseline)
     lengths, drawn = figure_tables.trained_lengths(runs), set(curves["run"])
     missing = [f"{run.name}: no loss by position in its results." for run in runs if run.name not in drawn]
-    figures = position_figures(curves, differences, lengths, styles, baseline.name)
+    figures = position_figures(curves, differences, lengths, styles, baseline.name, baseline.label)
     return Section("Loss by position", figures=figures, missing=missing + unpaired)
 
 
 def _needle(runs: list[Run]) -> Section:
+    """Grids above chance; those at chance, which show nothing, are folded away."""
     cells, pooled = figure_tables.needle_tables(runs)
     missing = [f"{run.name}: no needle grid in its results." for run in runs if run.name not in set(cells["run"])]
-    figures = needle_figures(cells, pooled, figure_tables.trained_lengths(runs))
-    return Section("Needle in a haystack", figures=figures, missing=missing)
+    chance = [run.name for run in runs if is_at_chance(run)]
+    shown, folded = (
+        needle_figures(
+            cells[cells["run"].isin(chance) == at_chance],
+            pooled[pooled["run"].isin(chance) == at_chance],
+            figure_tables.trained_lengths(runs),
+        )
+        for at_chance in (False, True)
+    )
+    if chance:
+        missing.append(f"Exact match is at chance: {', '.join(chance)}.")
+    return Section(
+        "Needle in a haystack", figures=shown, folded_figures=folded, folded_title="Grids at chance", missing=missing
+    )
 
 
 def _benchmark(runs: list[Run], suite: Suite, styles: dict[str, Style]) -> Section | None:
@@ -218,7 +236,7 @@ def _named_figures(sections: Sequence[Section]) -> Iterator[tuple[str, Figure]]:
     """Every figure by its file name, numbered where that is taken."""
     taken: set[str] = set()
     for section in sections:
-        for figure in section.figures:
+        for figure in (*section.figures, *section.folded_figures):
             name = next(n for i in count(1) if (n := figure.name if i == 1 else f"{figure.name}_{i}") not in taken)
             taken.add(name)
             yield name, figure
@@ -230,8 +248,8 @@ def _markdown(numbers: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows) + "\n"
 
 
-def render(title: str, runs: list[Run], baseline: Run, sections: list[Section]) -> str:
-    """The page as HTML text; everything that comes from data is escaped."""
+def render(title: str, runs: list[Run], baseline: Run, sections: list[Section], output: Path) -> str:
+    """The page at ``output`` as HTML text; everything that comes from data is escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -255,9 +273,16 @@ def render(title: str, runs: list[Run], baseline: Run, sections: list[Section]) 
         differences=runs_table.differences(once(runs), baseline),
         without_config=[run.name for run in once(runs) if not run.config],
         baseline=baseline,
+        links={name: link_to(run, output) for run in runs for name in (run.name, run.label, f"{run.name} (base)")},
+        unknown_noise=UNKNOWN_NOISE,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         javascript=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
     )
+
+
+def link_to(run: Run, output: Path) -> str:
+    """The run's directory as seen from the report; "": it is not on this disk."""
+    return quote(os.path.relpath(run.directory, output.parent)) + "/" if run.directory.is_dir() else ""
 
 
 def numbers_blocks(numbers: pd.DataFrame) -> list[Block]:

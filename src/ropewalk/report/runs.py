@@ -65,7 +65,7 @@ class Run:
     left_out: list[str] = field(default_factory=list)
     is_base: bool = False
     test_time: str = ""
-    settings: dict[str, Run] = field(default_factory=dict)
+    settings: dict[str, Run] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:

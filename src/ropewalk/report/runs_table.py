@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import pandas as pd
 
 from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.figures.style import amount
+from ropewalk.figures.training_curves import final_mean
 from ropewalk.report.results_table import (
     accuracy_cell,
     difference_cell,
     loss_cell,
     order_by_loss,
-    pooled,
     shared_lengths,
 )
 from ropewalk.report.runs import Run, once
-from ropewalk.report.section import EMPTY, Cell, Section, block_of
+from ropewalk.report.section import EMPTY, UNKNOWN_NOISE, Cell, Section, block_of
 from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms, why_apart
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
 HASH_DIGITS = 12
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the logged steps, at which a summary gives the loss
+ONCE = ("seeds", "steps", "trained at", "documents")  # columns of the opening that stand once where all are alike
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class PropertyRow:
 
     name: str
     cells: list[tuple[str, bool]]
+
+    @property
+    def is_shared(self) -> bool:
+        """True if all of several runs have the same value, which then stands once."""
+        return len(self.cells) > 1 and len(set(self.cells)) == 1
 
 
 def facts(runs: list[Run]) -> list[PropertyRow]:
@@ -136,7 +146,7 @@ DOCUMENTS = (
     f"text. They are not training noise. With fewer than {FEW_DOCUMENTS} documents the intervals themselves are rough."
 )
 ONE_SEED = (
-    "An arm of one seed shows nothing of training noise: a second seed of it could differ by as much as two arms "
+    f"{UNKNOWN_NOISE.capitalize()} for an arm of one seed: a second seed of it could differ by as much as two arms "
     "differ here, however narrow the intervals."
 )
 SEEDS = "Differences between arms that are not clearly larger than those between seeds of an arm are training noise."
@@ -146,35 +156,73 @@ NOT_TRAINED = "None of these runs was trained here, so nothing is known of train
 
 
 def opening_table(runs: list[Run], baseline: Run) -> Section:
-    """A row for each run: losses and differences at two lengths, needle, lengths, seeds, and other settings.
+    """A row for each run: arm, steps, training loss, losses and differences at two lengths, needle, other settings.
 
-    The lengths are the baseline's trained one, where all runs were evaluated there, and the longest they share.
+    The lengths are the baseline's trained one, where all runs were evaluated there, and the longest they share. What is
+    the same for all runs stands once, under the table.
     """
-    all_arms, shared = arms(runs), shared_lengths(runs)
+    all_arms, shared, others = arms(runs), shared_lengths(runs), other_settings(runs, baseline)
     lengths = list(dict.fromkeys([*(n for n in shared if n == baseline.trained_length), *shared[-1:]]))
-    has_needle = any(pooled(run, EXACT_MATCH) is not None for run in runs)
-    others = other_settings(runs, baseline)
-    columns = [head for n in lengths for head in (f"loss at {n:,}", f"difference to {baseline.label}")]
-    columns += ["needle"] if has_needle else []
-    columns += ["trained at", "seeds", "documents"]
-    columns += ["other settings than the baseline's"] if any(others.values()) else []
-    rows = []
-    for run in order_by_loss(runs):
-        cells: list[Cell] = []
-        for length in lengths:
-            difference = (
-                Cell("baseline", beyond=run.is_beyond(length))
-                if run.is_same(baseline)
-                else difference_cell(run, baseline, all_arms, length)
-            )
-            cells += [loss_cell(run, length), difference]
-        cells += [accuracy_cell(run, EXACT_MATCH)] if has_needle else []
-        cells += [_trained(run), _seeds(arm_of(run, all_arms)), _documents(run)]
-        cells += [Cell(", ".join(others[run.name]) or EMPTY)] if any(others.values()) else []
-        rows.append((f"{run.name} (base)" if run.is_base else run.name, cells))
+    described: dict[str, Callable[[Run], Cell]] = {
+        "arm": lambda run: Cell(arm_of(run, all_arms).name.removesuffix(f", {run.test_time}")),
+        "seeds": lambda run: _seeds(arm_of(run, all_arms)),
+        "steps": _steps,
+        "training loss": _training_loss,
+    }
+    for length in lengths:
+        described[f"loss at {length:,}"] = partial(loss_cell, length=length)
+        described[f"difference to {baseline.label} at {length:,}"] = partial(_difference, baseline, all_arms, length)
+    described |= {
+        "needle": lambda run: accuracy_cell(run, EXACT_MATCH),
+        "trained at": _trained,
+        "documents": _documents,
+        "other settings than the baseline's": lambda run: Cell(", ".join(others[run.name]) or EMPTY),
+    }
+    ordered = order_by_loss(runs)
+    columns = {head: [describe(run) for run in ordered] for head, describe in described.items()}
+    alike = {head: _shared(cells) for head, cells in columns.items() if head in ONCE}
+    shown = {
+        head: cells
+        for head, cells in columns.items()
+        if not alike.get(head) and any(cell.main != EMPTY for cell in cells)
+    }
+    if all(len(arm.runs) == 1 for arm in all_arms):
+        del shown["arm"]
+    rows = [
+        (f"{run.name} (base)" if run.is_base else run.name, [cells[i] for cells in shown.values()])
+        for i, run in enumerate(ordered)
+    ]
+    words = "; ".join(f"{head} {value}" for head, value in alike.items() if value)
     missing = [] if shared else ["The runs share no context length, so no loss stands here."]
     missing += why_apart(arms(once(runs)))
-    return Section("At a glance", LEGEND, columns, block_of("", rows), "run", missing=missing)
+    legend = f"{LEGEND} The same for all runs that have it: {words}." if words else LEGEND
+    return Section("At a glance", legend, list(shown), block_of("", rows), "run", missing=missing)
+
+
+def _shared(cells: list[Cell]) -> str:
+    """The number that all cells with any have in common; "": they differ, or there is one."""
+    known = {cell.main for cell in cells} - {EMPTY}
+    return known.pop() if len(known) == 1 and len(cells) > 1 else ""
+
+
+def _difference(baseline: Run, all_arms: list[Arm], length: int, run: Run) -> Cell:
+    if run.is_same(baseline):
+        return Cell("baseline", beyond=run.is_beyond(length))
+    return difference_cell(run, baseline, all_arms, length)
+
+
+def _steps(run: Run) -> Cell:
+    """Steps done of those planned."""
+    if not len(run.metrics):
+        return Cell()
+    planned = run.config.get("trainer.max_steps")
+    return Cell(f"{int(run.metrics['step'].max()):,}" + (f" of {int(planned):,}" if planned else ""))
+
+
+def _training_loss(run: Run) -> Cell:
+    if not len(run.metrics):
+        return Cell()
+    return Cell(f"{final_mean(run.metrics, 'loss'):.3f}", hint="mean of the last tenth of the logged steps")
 
 
 def _trained(run: Run) -> Cell:
@@ -182,12 +230,37 @@ def _trained(run: Run) -> Cell:
 
 
 def _seeds(arm: Arm) -> Cell:
-    return Cell(str(arm.seeds), hint=f"arm {arm.name}") if arm.is_trained else Cell()
+    return Cell(str(arm.seeds)) if arm.is_trained else Cell()
 
 
 def _documents(run: Run) -> Cell:
     counts = sorted({int(n) for n in run.task("loss_at_length", "nll")["n"]})
     return Cell(" to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))) if counts else Cell()
+
+
+def training_summary(runs: list[Run]) -> Section | None:
+    """How far each run is and how its loss went, for a terminal; None where no run has a metrics.jsonl.
+
+    It reads a run that is still training as well.
+    """
+    trained = [run for run in once(runs) if len(run.metrics)]
+    if not trained:
+        return None
+    rows = [(run.name, [_steps(run), *_progress(run.metrics)]) for run in trained]
+    columns = ["steps", "tokens", *(f"loss at {share:.0%}" for share in SHARES[:-1]), "loss now"]
+    columns += ["gradient norm", "tokens/s", "refused"]
+    legend = "Loss: mean of the last tenth of the steps logged until then, nats per token; shares are of these steps."
+    return Section("Training", legend, columns, block_of("Training so far", rows), "run")
+
+
+def _progress(metrics: pd.DataFrame) -> list[Cell]:
+    last = metrics.iloc[-1]
+    cells = [Cell(amount(last["tokens"]))]
+    for share in SHARES:
+        until = metrics.iloc[: max(1, round(share * len(metrics)))]
+        cells.append(Cell(f"{final_mean(until, 'loss'):.3f}"))
+    norm, refused = last.get("grad_norm", float("nan")), last.get("refused_steps", 0)
+    return [*cells, Cell(f"{norm:.3g}"), Cell(amount(metrics["tokens_per_second"].median())), Cell(f"{refused:.0f}")]
 
 
 def other_settings(runs: list[Run], baseline: Run) -> dict[str, list[str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ropewalk.figures.figure import Figure
 
 EMPTY = "-"
+UNKNOWN_NOISE = "training noise unknown"  # said once, and not in every cell
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Section:
         corner: what the columns are.
         folded: blocks that the page hides until asked for.
         figures: drawn under the table.
+        folded_figures: figures that the page hides likewise.
+        folded_title: what is hidden.
         missing: what is not in it, in words.
         on_terminal: whether a comparison prints the table, too.
     """
@@ -67,8 +71,15 @@ class Section:
     corner: str = "context length"
     folded: list[Block] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    folded_figures: list[Figure] = field(default_factory=list)
+    folded_title: str = "Task by task"
     missing: list[str] = field(default_factory=list)
     on_terminal: bool = False
+
+    @property
+    def anchor(self) -> str:
+        """Its id on the page."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 def block_of(title: str, rows: Sequence[tuple[str, list[Cell]]]) -> list[Block]:
@@ -84,7 +95,11 @@ def as_text(section: Section) -> str:
         rows = [["", *section.columns], *(_row_text(name, cells) for name, cells in block.rows)]
         width = max(map(len, rows))
         lines += [block.title, *_aligned([[*row, *[""] * (width - len(row))] for row in rows]), ""]
-    return "\n".join([*lines, section.legend, *section.missing])
+    cells = [cell for block in section.blocks for _, row in block.rows for cell in row]
+    unknown = (
+        [f"Where nothing stands of seeds: {UNKNOWN_NOISE}."] if any(c.noise == UNKNOWN_NOISE for c in cells) else []
+    )
+    return "\n".join([*lines, section.legend, *unknown, *section.missing])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -95,12 +110,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _row_text(name: str, cells: list[Cell]) -> list[str]:
     """A row; where all its differences have one and the same note on noise, that stands once, at its end."""
-    noises = {cell.noise for cell in cells if cell.main != EMPTY}
+    noises = {cell.noise for cell in cells if cell.main != EMPTY} - {UNKNOWN_NOISE}
     shared = noises.pop() if len(noises) == 1 else ""
     return [name, *(_cell_text(cell, cell.noise != shared) for cell in cells), *([shared] if shared else [])]
 
 
 def _cell_text(cell: Cell, with_noise: bool) -> str:
     star = "*" if cell.beyond and cell.main != EMPTY else ""
-    noise = f" ({cell.noise})" if with_noise and cell.noise else ""
+    noise = f" ({cell.noise})" if with_noise and cell.noise not in ("", UNKNOWN_NOISE) else ""
     return f"{cell.main}{star} {cell.detail}".rstrip() + noise

@@ -15,8 +15,8 @@ from typing import Any
 from ropewalk.evaluation.bootstrap import extent
 from ropewalk.figures.style import Style, series_styles
 from ropewalk.report.runs import Run, once
+from ropewalk.report.section import UNKNOWN_NOISE
 
-UNKNOWN_NOISE = "training noise unknown"
 SEED = "trainer.seed"
 STORE = "store_fingerprint"
 PRIMARY = "primary."  # the family declared before the runs
@@ -183,4 +183,5 @@ def _name(runs: list[Run]) -> str:
     if not others:
         return runs[0].name
     length = next((i for i, letters in enumerate(zip(first, *others, strict=False)) if len(set(letters)) > 1), None)
-    return first[:length].removesuffix("seed").removesuffix("s").rstrip("-_. ") or first
+    stem = first[:length].removesuffix("seed").removesuffix("s").rstrip("-_. ") or first
+    return f"{stem}, {runs[0].test_time}" if runs[0].settings else stem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,14 @@ class RunDirectory:
         """Steps in the newest committed checkpoint; None before the first."""
         newest = self.newest_checkpoint()
         return None if newest is None else int(newest.name.removeprefix(_STEP))
+
+    def is_finished(self) -> bool:
+        """True if the newest checkpoint has all the steps that config.yaml plans; False where there is no such file."""
+        step = self.committed_step()
+        if step is None or not self.config.is_file():
+            return False
+        planned = re.search(r"^  max_steps: (\d+)$", self.config.read_text(encoding="utf-8"), re.MULTILINE)
+        return planned is not None and step >= int(planned[1])
 
     def universal_forms(self) -> Iterator[tuple[Path, Path]]:
         """Universal forms beside the checkpoints, unfinished ones included, each with the checkpoint it is made of."""
