@@ -63,7 +63,14 @@ OWN_HARNESS = "ropewalk"  # of the losses and needles
 LOSS_METRICS = ("nll", "answer_nll", "answer_nll_oracle", "answer_nll_none", "first_less_last_nll")
 NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
 UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
-REASONS = (NEEDS_JUDGE, UNPUBLISHED)  # metrics of rows that have no value because nothing was measured
+NOTHING_TO_RECOVER = "recovery_undefined"  # metric of answers that are no better known with their facts
+TOO_FEW = "too_few_key_tokens"  # metric of LongPPL over fewer than 200
+REASONS = (
+    NEEDS_JUDGE,
+    UNPUBLISHED,
+    NOTHING_TO_RECOVER,
+    TOO_FEW,
+)  # metrics of rows that have no value because nothing was measured
 KEY = ["run", "chain", "test_time_scaling", "harness", "task", "context_length", *BUCKET, "depth", "metric"]
 RELATIVE = 1e-4  # by which two passes over the same tokens may differ: chunks of another length round otherwise
 GROUP = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "context_length"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from report.fake_runs import FakeRun, write_run, write_table
+from report.fake_runs import FakeRun, write_fake_evaluation, write_run
 from scipy import stats
 
 from ropewalk.config.rules import validate_train
@@ -20,7 +21,7 @@ from ropewalk.report.noise.decisions import (
     decision_table,
     fewest_seeds,
 )
-from ropewalk.report.runs import Run, load_run
+from ropewalk.report.runs import Run, load_run, load_runs
 from ropewalk.report.section import as_text
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
@@ -81,6 +82,11 @@ def made(root: Path, seeds: int, config: dict[str, str], gap: float = -0.2) -> l
     return [load_run(write_run(root / fake.name, fake)) for fake in fakes]
 
 
+def offset_of(run: Run) -> float:
+    seed = run.config["trainer.seed"]
+    return 0.05 * seed + ((-0.2 + 0.01 * (-1) ** seed) if run.name.startswith("cope") else 0.0)
+
+
 def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None:
     section = decision_table(made(tmp_path, 8, PRIMARY))
     ((name, cells),) = section.blocks[0].rows
@@ -114,12 +120,19 @@ def test_runs_that_declared_nothing_are_in_no_family(tmp_path: Path) -> None:
 
 
 def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
-    runs = made(tmp_path, 2, PRIMARY)
-    (row,) = runs[0].task("loss_at_length", "nll").query("context_length == 2048").to_dict("records")
-    write_table(tmp_path / "abf-s0" / "evaluation", [row | {"test_time_scaling": "yarn(factor=2)"}])
-    runs[0] = load_run(tmp_path / "abf-s0")
-    with pytest.raises(ValueError, match=r"abf-s0 has loss_at_length nll at 2,048 under none, yarn\(factor=2\)"):
-        decision_table(runs)
+    """At 4,096 tokens runs were measured with and without scaling; at 2,048 both have one number."""
+    beyond = {"primary": PRIMARY["primary"].replace("2048", "4096")}
+    for name, config in (("within", PRIMARY), ("beyond", beyond)):
+        for run in made(tmp_path / name, 2, config):
+            same = FakeRun(run.name, chain=run.record["chain"], offset=offset_of(run))
+            write_fake_evaluation(run.directory / "evaluation-none", same, "none")
+    within, past = (load_runs(sorted(map(str, (tmp_path / name).iterdir()))) for name in ("within", "beyond"))
+    assert len(past) == 8
+    with pytest.raises(ValueError, match=r"abf-s has loss_at_length nll at 4,096 under .*; a family is one number a"):
+        decision_table(past)
+    named = [replace(run, config=run.config | {"primary.test_time_scaling": "none"}) for run in past]
+    assert decision_table(named).blocks[0].rows[0][1][1].main == "2"
+    assert decision_table(within).blocks[0].rows[0][1][1].main == "2"
 
 
 @pytest.mark.parametrize(("changes", "message"), [

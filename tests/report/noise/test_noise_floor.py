@@ -14,7 +14,7 @@ from report.fake_runs import FakeRun, write_fake_evaluation, write_run, write_ta
 from ropewalk.report.noise.noise_floor import noise_section, noise_table, write_noise
 from ropewalk.report.noise.replicates import find_replicates
 from ropewalk.report.noise.seed_statistics import variance_components
-from ropewalk.report.runs import Run, load_run
+from ropewalk.report.runs import Run, load_run, load_runs
 from ropewalk.report.section import as_text
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
@@ -66,6 +66,23 @@ def test_items_and_seeds_are_told_apart(tmp_path: Path) -> None:
     assert (row["spread"], row["seed_sd"]) == (pytest.approx(0, abs=1e-9), 0)
     expected = 16 * (0.3**2 + 0.3**2) / (2 * 15)  # residuals jitter x (-1)^k over (3 - 1) x (16 - 1)
     assert row["rest_sd"] == pytest.approx(math.sqrt(expected))
+
+
+def test_each_test_time_setting_is_a_number_of_its_own(tmp_path: Path) -> None:
+    """Past the trained length both settings were measured; up to it they have their numbers in common."""
+    for seed, offset in enumerate((0.0, 0.1)):
+        fake = FakeRun(f"r{seed}", seed=seed, offset=offset)
+        run = write_run(tmp_path / fake.name, fake)
+        write_fake_evaluation(run / "evaluation-none", fake, "none")
+    runs = load_runs([str(tmp_path / f"r{seed}") for seed in range(2)])
+    assert len(runs) == 4
+    table = noise_table(find_replicates(runs), [3])
+    of_loss = table[table["task"] == "loss_at_length"]
+    assert sorted(zip(of_loss["context_length"], of_loss["test_time_scaling"] != "none", strict=True)) == [
+        (512, False), (1024, False), (2048, False), (4096, False), (4096, True), (8192, False), (8192, True),
+    ]  # fmt: skip
+    assert set(of_loss["items"]) == {16}
+    assert of_loss["spread"].to_list() == pytest.approx([0.1 / math.sqrt(2)] * 7)
 
 
 def test_answers_are_items_by_their_samples(tmp_path: Path) -> None:

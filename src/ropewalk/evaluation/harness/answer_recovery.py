@@ -26,6 +26,7 @@ from ropewalk.evaluation.bootstrap import Estimate, proportion, ratio
 from ropewalk.evaluation.documents import Windows, beginning, encode
 from ropewalk.evaluation.harness.needle_retrieval import distinct, grade, haystack, insert, question_and_answer
 from ropewalk.evaluation.model_reader import Scorer
+from ropewalk.evaluation.results import NOTHING_TO_RECOVER
 
 ANSWERS, ORDER = "answers", "order"  # tasks
 FULL, ORACLE, NONE = "full", "oracle", "none"  # contexts of an answer
@@ -230,7 +231,7 @@ def answer_rows(samples: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[s
             yield cell | {"metric": "recovery", **_counted(ratio(none - full, none - oracle, seed), n)}
         else:
             undefined = Estimate(math.nan, math.nan, math.nan, math.nan, 0)
-            yield cell | {"metric": "recovery_undefined", **undefined.columns()}
+            yield cell | {"metric": NOTHING_TO_RECOVER, **undefined.columns()}
 
 
 def order_rows(samples: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ from ropewalk.evaluation.bootstrap import Estimate, ratio
 from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
 from ropewalk.evaluation.evaluated_checkpoint import Setting, checkpoint_sha256, open_checkpoint, settings_by_length
 from ropewalk.evaluation.model_reader import ModelScorer, Progress, Scorer, chunk_for
+from ropewalk.evaluation.results import TOO_FEW
 from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.model.load import load_for_evaluation
 
@@ -176,7 +177,7 @@ def longppl_rows(sums: Iterable[dict[str, Any]], setting: Setting, seed: int) ->
         cell = {"task": LONGPPL, "context_length": length}
         if sum(tokens) < FEWEST:
             yield cell | {
-                "metric": "too_few_key_tokens",
+                "metric": TOO_FEW,
                 **Estimate(math.nan, math.nan, math.nan, math.nan, 0).columns(),
             }
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from omegaconf import OmegaConf
 
@@ -28,7 +29,7 @@ from ropewalk.report.noise.seed_statistics import (
 )
 from ropewalk.report.runs import Run
 from ropewalk.report.section import Cell, Section, block_of
-from ropewalk.report.seeds import PRIMARY, Arm, arms
+from ropewalk.report.seeds import PRIMARY, SEED, Arm, arms
 
 DECIDED, NO_DIFFERENCE, UNDECIDED = "decided", "no difference", "undecided"
 NOT_FINITE = "not a number"
@@ -108,7 +109,7 @@ def decision_table(runs: list[Run]) -> Section | None:
     """Every family that the runs declared, a row for each pair; None if they declared none.
 
     Raises:
-        UserError: from :func:`number_of`, or for two arms of one name.
+        UserError: from :func:`numbers_of`, or for two arms of one name.
     """
     blocks, missing = [], []
     for family, of_family in declared_families(runs):
@@ -125,39 +126,45 @@ def decision_table(runs: list[Run]) -> Section | None:
 
 def _undeclared(family: PrimaryConfig, others: Sequence[Run]) -> list[str]:
     names = {name for pair in family.pairs for name in pair}
-    out = [run.name for run in others if run.config.get("rope.name") in names and not run.is_base]
+    out = dict.fromkeys(run.label for run in others if run.config.get("rope.name") in names and not run.is_base)
     return [f"Started without this declaration, so not in it: {', '.join(out)}."] if out else []
 
 
 def paired_numbers(arm: Arm | None, other: Arm | None, family: PrimaryConfig) -> list[float]:
-    """Differences of two arms in the family's number, seed by seed; none where an arm is not among the runs."""
+    """Differences of two arms in the family's number, seed by seed; none where an arm is not among the runs.
+
+    Raises:
+        UserError: from :func:`numbers_of`.
+    """
     if arm is None or other is None:
         return []
-    ours, theirs = (side.by_seed(lambda run: number_of(run, family)) for side in (arm, other))
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    values, others = numbers_of(arm, family), numbers_of(other, family)
+    return [values[seed] - others[seed] for seed in values if seed in others]
 
 
-def number_of(run: Run, family: PrimaryConfig) -> float | None:
-    """The family's number of one run; None if it was not measured, NaN if it is not a number.
+def numbers_of(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
+    """Seed -> the family's number; NaN if it is not a number, no entry if it was not measured.
 
     Raises:
         UserError: it was measured under several test-time scalings, and the family names none.
     """
-    table = run.table
-    rows = table[
-        (table["task"] == family.task)
-        & (table["metric"] == family.metric)
-        & (table["context_length"] == family.length)
-        & table["depth"].isna()
+    tables = [run.table.assign(seed=str(run.config.get(SEED))) for run in arm.runs]
+    rows = pd.concat(tables, ignore_index=True)
+    rows = rows[
+        (rows["task"] == family.task)
+        & (rows["metric"] == family.metric)
+        & (rows["context_length"] == family.length)
+        & rows["depth"].isna()
     ]
     if family.test_time_scaling is not None:
         rows = rows[rows["test_time_scaling"] == family.test_time_scaling]
-    if len(rows) > 1:
+    if rows["test_time_scaling"].nunique() > 1:
         raise UserError(
-            f"{run.name} has {_words(family)} under {', '.join(rows['test_time_scaling'])}; a family is one number a "
-            "seed: leave evaluations out, or declare primary.test_time_scaling with the next runs"
+            f"{arm.name} has {_words(family)} under {', '.join(rows['test_time_scaling'].unique())}; a family is one "
+            "number a seed: leave evaluations out, or declare primary.test_time_scaling with the next runs"
         )
-    return None if rows.empty else float(rows["value"].iloc[0])
+    first = rows.drop_duplicates("seed")
+    return dict(zip(first["seed"], first["value"].astype(float), strict=True))
 
 
 def _arm(trained: Sequence[Arm], name: str) -> Arm | None:

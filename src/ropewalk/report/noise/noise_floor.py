@@ -58,8 +58,10 @@ def noise_table(groups: Sequence[Replicates], seeds: Sequence[int], difference: 
     for first, second in combinations(groups, 2):
         if (first.kind, first.context) == (second.kind, second.context):
             rows += _pair_rows(first, second, seeds, difference)
+    # Lengths that two test-time settings have in common are in the groups of both.
+    of_number = ["replicated", "arm", "against", *NUMBER]
     more = [f"detectable_{count}" for count in seeds] + ["seeds_to_decide"] * (difference is not None)
-    return pd.DataFrame(rows, columns=[*COLUMNS, *more])
+    return pd.DataFrame(rows, columns=[*COLUMNS, *more]).drop_duplicates(of_number, ignore_index=True)
 
 
 def _arm_rows(group: Replicates, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -77,9 +77,9 @@ def find_replicates(runs: Sequence[Run]) -> list[Replicates]:
             )
     _check_different(measured, settings)
     groups = replicates_among(runs)
-    replicated = {run.name for group in groups for run in group.runs.values()}
+    replicated = {run.label for group in groups for run in group.runs.values()}  # under one test-time setting at least
     for run in measured:
-        if run.name not in replicated:
+        if run.label not in replicated:
             raise UserError(_why_alone(run, measured, settings))
     return groups
 
@@ -146,6 +146,7 @@ def _settings(run: Run) -> dict[str, Any]:
     config = evaluation.get("config", {})
     return {
         **settings,
+        "test-time setting": run.test_time,
         "steps trained": int(run.metrics["step"].iloc[-1]) if len(run.metrics) else 0,
         "step of the evaluation": evaluation.get("step"),  # of one inside training
         "checkpoint it started from": json.loads(start.read_text())["manifest_sha256"] if start.is_file() else None,
