@@ -21,7 +21,6 @@ from ropewalk.errors import UserError
 KEY_DIGITS = 5
 TOKENS_PER_FACT = 96  # of the document; about half of it is then filler
 MAX_FACTS = 64
-TOKENS_PER_STATEMENT = 12  # of a document with one key; about eight of them are the sentence
 CHARACTERS_PER_TOKEN = 8  # more than any filler needs, so that a draft has enough of it
 
 
@@ -106,9 +105,9 @@ def retrieval_documents(
     texts, and then questions with their answers about three quarters of the facts, in random order. All of it is
     trained.
 
-    Without, a document states one key, a word, again and again in the same words: twice at least, at most once for
-    every 12 tokens, the number drawn log-uniform so that the distances are short and long. Each statement but the
-    first is an answer that stands further up, and the loss mask leaves only these answers.
+    Without, a document states one key, a word, again and again in the same words: twice at least, at most until two
+    thirds of it are statements, the number drawn log-uniform so that the distances are short and long. Each statement
+    but the first is an answer that stands further up, and the loss mask leaves only these answers.
 
     Args:
         encoder: the tokenizer.
@@ -129,7 +128,7 @@ def retrieval_documents(
     while tokens_so_far < tokens:
         rng = random.Random(stable_key("retrieval", seed, sequence_length, number))
         lines = _filler_lines(rng, filler, sizes, CHARACTERS_PER_TOKEN * sequence_length)
-        draft = (_named_facts if named else _one_key)(rng, lines, sequence_length)
+        draft = _named_facts(rng, lines, sequence_length) if named else _one_key(rng, lines, sequence_length, encoder)
         text, document = _fitted(draft, encoder, sequence_length)
         tokens_so_far += len(document)
         number += 1
@@ -167,11 +166,12 @@ def _named_facts(rng: Random, lines: list[str], sequence_length: int) -> _Draft:
     )
 
 
-def _one_key(rng: Random, lines: list[str], sequence_length: int) -> _Draft:
-    most = max(sequence_length // TOKENS_PER_STATEMENT, 2)
+def _one_key(rng: Random, lines: list[str], sequence_length: int, encoder: DocumentEncoder) -> _Draft:
+    statement = fact(None, _choice(WORDS, rng))
+    most = max(2 * sequence_length // (3 * len(encoder.encode_texts([f"{statement}\n"])[0])), 2)
     count = round(2 * (most / 2) ** rng.random())
     depths = sorted(rng.random() for _ in range(count))
-    return _Draft(facts=[fact(None, _choice(WORDS, rng))] * count, depths=depths, closing="", lines=lines)
+    return _Draft(facts=[statement] * count, depths=depths, closing="", lines=lines)
 
 
 def _answer_mask(encoder: DocumentEncoder, text: str, tokens: int) -> NDArray[np.bool_]:

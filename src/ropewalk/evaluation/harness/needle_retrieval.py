@@ -167,10 +167,7 @@ def _prompt(
         keys = distinct(lambda: retrieval.random_key(rng, config.digits), len(names))
     # Facts and question stand on lines of their own, as they do in the documents that training sees.
     question, answer = question_and_answer(tokenizer, f"\n{retrieval.question(names[0])}", keys[0])
-    fact, *others = (
-        encode(tokenizer, f"\n{retrieval.fact(*pair)}\n")
-        for pair in zip(names, keys, strict=True)
-    )
+    fact, *others = (encode(tokenizer, f"\n{retrieval.fact(*pair)}\n") for pair in zip(names, keys, strict=True))
     begin = beginning(tokenizer)
     room = length - sum(map(len, [begin, fact, question, answer, *others]))
     if room < 1:
