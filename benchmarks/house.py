@@ -312,7 +312,7 @@ def traced_run(root: Path, run: int) -> dict[str, Any]:
         opened.clear()
         register_optimizer_step_pre_hook(lambda *_: setattr(tracer, "with_calls", False))
         _command(
-            root / "train.py", "+experiment=demo/pretrain", "tracker=none", "run_dir=run", "rope=demo_cope11",
+            root / "train.py", "+experiment=demo/pretrain", "tracker=none", "run_dir=run", "rope=demo_cope",
             f"rope.chain=[{{method: abf, theta: 1.0e5}}, {{method: {METHOD}, clip: {numbers['clip']}}}]",
             "data=packed", f"data.store=prepared/packed-{length}", f"data.sequence_length={length}",
             f"+data.stores.rows=prepared/packed-{length // ROWS}", "++data.mixture={rows/books: 1.0}",

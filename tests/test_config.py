@@ -33,7 +33,7 @@ def test_every_experiment_composes_and_resolves(experiment):
 
 @pytest.mark.parametrize("debug", sorted(p.stem for p in (CONFIG_DIR / "debug").glob("*.yaml")))
 def test_every_debug_config_composes(debug):
-    assert composed("train", "+experiment=demo/cope11", f"+debug={debug}").tracker.name == "none"
+    assert composed("train", "+experiment=demo/cope", f"+debug={debug}").tracker.name == "none"
 
 
 @pytest.mark.parametrize("group", ["rope", "model", "data", "trainer", "deepspeed", "tracker", "cluster"])
@@ -97,7 +97,7 @@ def test_stages_are_the_published_schedules(experiment, tokens, steps, rate, war
 
 
 @pytest.mark.parametrize("arms", [
-    ["rope", "hardclip20", "cope20", "cope29", "cope34"], ["demo/rope", "demo/hardclip11", "demo/cope11"]
+    ["rope", "hardclip20", "cope20", "cope29", "cope34"], ["demo/rope", "demo/hardclip", "demo/cope"]
 ])  # fmt: skip
 def test_arms_differ_in_the_rope_group_and_nothing_else(arms):
     configs = [composed("train", f"+experiment={arm}") for arm in arms]
@@ -111,9 +111,11 @@ def test_arms_differ_in_the_rope_group_and_nothing_else(arms):
 
 
 def test_demo_clip_follows_the_papers_rule():
-    config = composed("train", "+experiment=demo/cope11")
-    base = RopeChain(config.rope.chain[:1]).spectrum(head_dim=64, theta=1e4, pretrained_length=512, trained_length=2048)
-    assert config.rope.chain[1]["clip"] == int(0.75 * (base.periods > 2048).sum())
+    config = composed("train", "+experiment=demo/cope")
+    base = RopeChain(config.rope.chain[:1]).spectrum(head_dim=32, theta=1e4, pretrained_length=128, trained_length=512)
+    chain = RopeChain(config.rope.chain)
+    clipped = chain.spectrum(head_dim=32, theta=1e4, pretrained_length=128, trained_length=512)
+    assert (clipped.inv_freq != base.inv_freq).sum() == int(0.75 * (base.periods > 512).sum())
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
@@ -163,7 +165,7 @@ def test_names_that_no_directory_or_tracker_takes_are_refused(overrides, message
     ("train.py", ["trainer.bogus=1"], "Key 'bogus' not in 'TrainerConfig'"),
     ("train.py", ["trainer.max_steps=many"], "Value 'many' of type 'str' could not be converted to Integer"),
     ("train.py", ["rope=nope"], "Could not find 'rope/nope'"),
-    ("train.py", ["+experiment=demo/cope11", "data.store=nowhere"], "data.store=nowhere is not a directory"),
+    ("train.py", ["+experiment=demo/cope", "data.store=nowhere"], "data.store=nowhere is not a directory"),
     ("train.py", ["+experiment=cope20", "data=packed", "data.store=STORE", "data.sequence_length=64"],
      "trainer.device=cuda, but torch"),
     ("train.py", ["+experiment=demo/rope", "data=packed", "data.store=STORE", "data.sequence_length=128"],

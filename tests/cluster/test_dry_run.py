@@ -16,14 +16,14 @@ from ropewalk.evaluation.harness import lm_eval_suite as tasks
 ROOT = CONFIG_DIR.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.sh"))
 DEMO = [
-    "data_prep/prepare.py corpus=demo 'sequence_lengths=[512,2048]'",
+    "data_prep/prepare.py corpus=demo 'sequence_lengths=[128,512]'",
     "train.py +experiment=demo/pretrain",
     "scripts/export.py checkpoint=outputs/demo/base",
-    "train.py +experiment=demo/cope11",
-    "scripts/export.py checkpoint=outputs/demo/cope11",
-    "scripts/evaluate.py checkpoint=outputs/demo/cope11 output=outputs/demo/cope11/evaluation 'lengths=[512]' "
+    "train.py +experiment=demo/cope",
+    "scripts/export.py checkpoint=outputs/demo/cope",
+    "scripts/evaluate.py checkpoint=outputs/demo/cope output=outputs/demo/cope/evaluation 'lengths=[512]' "
     "documents=data/demo/heldout",
-    "scripts/compare.py 'runs=[outputs/demo/cope11]'",
+    "scripts/compare.py 'runs=[outputs/demo/cope]'",
 ]
 
 
@@ -47,24 +47,24 @@ def check(clone, monkeypatch, capsys):
 def test_a_chain_that_holds(check, clone):
     code, said, errors = check(DEMO)
     assert code == 0, errors
-    assert "train reads data/demo/packed-2048, outputs/demo/base/export; writes outputs/demo/cope11" in said
+    assert "train reads data/demo/packed-512, outputs/demo/base/export; writes outputs/demo/cope" in said
     assert [path.name for path in clone.iterdir() if not path.is_symlink()] == ["chain"]
 
 
 @pytest.mark.parametrize(("number", "changed", "message"), [
-    (0, "data_prep/prepare.py corpus=demo 'sequence_lengths=[512]'",
-     "data.store=data/demo/packed-2048 is not on this disk and no stage before promises it; promised: data/demo/pack"),
-    (0, DEMO[0] + " output=data/elsewhere", "data.store=data/demo/packed-512 is not on this disk"),
+    (0, "data_prep/prepare.py corpus=demo 'sequence_lengths=[128]'",
+     "data.store=data/demo/packed-512 is not on this disk and no stage before promises it; promised: data/demo/pack"),
+    (0, DEMO[0] + " output=data/elsewhere", "data.store=data/demo/packed-128 is not on this disk"),
     (1, DEMO[1] + " data.sequence_length=256",
-     "data.store=data/demo/packed-512 will hold sequences of 512 tokens and data.sequence_length=256"),
+     "data.store=data/demo/packed-128 will hold sequences of 128 tokens and data.sequence_length=256"),
     (1, DEMO[1] + " trainer.max_steps=-1", "trainer.max_steps=-1 must be positive"),
     (2, DEMO[2] + " output=outputs/export", "model.path=outputs/demo/base/export is not on this disk"),
     (4, "scripts/export.py checkpoint=outputs/demo/cope12", "checkpoint=outputs/demo/cope12 is not on this disk"),
-    (4, "scripts/export.py checkpoint=data/demo/packed-512", "will hold a store, not a run"),
+    (4, "scripts/export.py checkpoint=data/demo/packed-128", "will hold a store, not a run"),
     (5, DEMO[5].replace("heldout", "held_out"), "documents=data/demo/held_out is not on this disk"),
     (5, DEMO[5].replace("lengths", "lenghts"), "did you mean lengths?"),
     (6, "scripts/compare.py 'runs=[outputs/demo/base]'", "runs=outputs/demo/base/evaluation is not on this disk"),
-    (6, DEMO[6] + " baseline=rope", "baseline=rope is none of the runs; use one of cope11"),
+    (6, DEMO[6] + " baseline=rope", "baseline=rope is none of the runs; use one of cope"),
 ])  # fmt: skip
 def test_a_chain_that_does_not_hold_stops_at_its_stage(check, number, changed, message):
     code, _, errors = check([*DEMO[:number], changed, *DEMO[number + 1 :]])

@@ -30,10 +30,10 @@ from ropewalk.runs.metrics_file import read_metrics
 GOLDEN = Path(__file__).parent / "demo.json"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PRETRAIN = "demo/pretrain"
-ARMS = ("demo/rope", "demo/hardclip11", "demo/cope11")
+ARMS = ("demo/rope", "demo/hardclip", "demo/cope")
 STEPS = {PRETRAIN: 4, **dict.fromkeys(ARMS, 3)}
-LENGTH = {PRETRAIN: 512, **dict.fromkeys(ARMS, 2048)}
-BATCH = {PRETRAIN: 8, **dict.fromkeys(ARMS, 2)}  # sequences a step: the experiments' own
+LENGTH = {PRETRAIN: 128, **dict.fromkeys(ARMS, 512)}
+BATCH = {PRETRAIN: 32, **dict.fromkeys(ARMS, 16)}  # sequences a step: the experiments' own
 
 
 class DemoRuns:
@@ -41,7 +41,7 @@ class DemoRuns:
 
     def __init__(self, work: Path) -> None:
         corpus = CorpusConfig(name="fixture", paths=[str(FIXTURES / "corpus")], tokenizer=str(FIXTURES / "tokenizer"))
-        config = PrepareConfig(output=str(work / "data"), sequence_lengths=[512, 2048], corpus=corpus)
+        config = PrepareConfig(output=str(work / "data"), sequence_lengths=[128, 512], corpus=corpus)
         self.work, self.data = work, prepare(config, report=lambda line: None)
         self.base: Path | None = None
 

@@ -281,7 +281,7 @@ def own_failures(site: Site) -> Scenario:
     yield from done(site, "config", "nan", "unfit")
 
 
-ARMS = ("rope", "hardclip11", "cope11")
+ARMS = ("rope", "hardclip", "cope")
 
 
 def sweep(site: Site) -> Scenario:

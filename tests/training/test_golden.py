@@ -18,9 +18,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("experiment", "ranks"), [(PRETRAIN, 1), (PRETRAIN, 2), ("demo/cope11", 1), ("demo/cope11", 2)]
-)
+@pytest.mark.parametrize(("experiment", "ranks"), [(PRETRAIN, 1), (PRETRAIN, 2), ("demo/cope", 1), ("demo/cope", 2)])
 def test_the_demo_follows_its_golden_curve(runs, experiment, ranks):
     """The other arms: python tests/golden/demo_runs.py."""
     assert first_difference(CURVES[experiment][str(ranks)], runs.losses(experiment, ranks)) is None
@@ -38,7 +36,7 @@ def test_the_tolerance_lies_between_rounding_and_the_arms():
         abs(one - two) for curves in CURVES.values() for one, two in zip(curves["1"], curves["2"], strict=True)
     )
     assert rounding < TOLERANCE / 20
-    for one, other in [("demo/rope", "demo/cope11"), ("demo/hardclip11", "demo/cope11")]:
+    for one, other in [("demo/rope", "demo/cope"), ("demo/hardclip", "demo/cope")]:
         assert first_difference(CURVES[one]["1"], CURVES[other]["1"]) is not None
 
 
@@ -54,10 +52,10 @@ def test_the_first_step_that_differs_is_named():
 
 def test_the_script_compares_a_run_directory(tmp_path):
     script = Path(__file__).parents[1] / "golden" / "compare.py"
-    curve = CURVES["demo/cope11"]["1"]
+    curve = CURVES["demo/cope"]["1"]
     for shift, code, told in [(0.0, 0, "3 steps agree"), (0.01, 1, "step 3 first differs")]:
         rows = [{"step": n, "loss": loss + shift * (n == 3)} for n, loss in enumerate(curve, 1)]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        command = [sys.executable, str(script), str(GOLDEN), "demo/cope11", "1", str(tmp_path)]
+        command = [sys.executable, str(script), str(GOLDEN), "demo/cope", "1", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, told in done.stdout) == (code, True), done.stdout + done.stderr

@@ -180,7 +180,7 @@ def test_lone_slurm_tasks_are_refused(store_64, tmp_path, monkeypatch):
 def test_arms_see_identical_batches(store_64, tmp_path):
     ranks = start_processes("cpu")
     seen = []
-    for arm in ("rope", "hardclip11", "cope11"):
+    for arm in ("rope", "hardclip", "cope"):
         config = composed("train", f"+experiment=demo/{arm}", f"data.store={store_64.root}", "data.sequence_length=64",
                           "~data.mixture.retrieval")  # fmt: skip
         _, mixture = open_data(config)

@@ -55,6 +55,7 @@ class CorpusConfig:
     chat_date: str | None = None  # YYYY-MM-DD that a template gets which asks for the date; must be given then
     vocab_size: int = 4096  # of the BPE that is trained
     retrieval_tokens: int = 0  # tokens of synthetic retrieval documents to add for each sequence length
+    retrieval_names: bool = True  # facts with names and questions; false: one key, restated, its answers alone trained
     heldout_documents: int = 0  # long documents kept out of training, for evaluation
     heldout_length: int = 8192  # tokens that such a document has at least
 

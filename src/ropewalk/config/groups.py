@@ -85,8 +85,9 @@ class NeedleConfig:
 
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # share of the context
     samples: int = 4  # prompts per cell; 0: no grid
-    digits: int = 5  # of the key
-    distractors: int = 0  # other facts in the haystack
+    names: bool = True  # facts have names, keys are numbers; false: one key, a word (corpus.retrieval_names=false)
+    digits: int = 5  # of the key; with names
+    distractors: int = 0  # other facts in the haystack; with names
 
 
 @dataclass

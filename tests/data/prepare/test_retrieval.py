@@ -7,6 +7,7 @@ import pytest
 from ropewalk.data.prepare.retrieval import (
     ADJECTIVES,
     NOUNS,
+    WORDS,
     fact,
     question,
     random_key,
@@ -52,7 +53,8 @@ def test_names_and_keys(rng):
 
 @pytest.mark.parametrize("length", [256, 1024])
 def test_documents_fit_and_can_be_answered(encoder, filler, length):
-    documents = list(retrieval_documents(encoder, filler, length, 20 * length, seed=3))
+    documents, masks = zip(*retrieval_documents(encoder, filler, length, 20 * length, seed=3), strict=True)
+    assert set(masks) == {None}
     sizes = [len(document) for document in documents]
     assert sum(sizes) >= 20 * length > sum(sizes[:-1])
     assert all(0.75 * length < size <= length for size in sizes)
@@ -72,6 +74,24 @@ def test_documents_fit_and_can_be_answered(encoder, filler, length):
     assert max(depths) > 0.7
 
 
+@pytest.mark.parametrize("length", [128, 512])
+def test_the_answers_of_a_restated_key_alone_are_trained(encoder, filler, length):
+    made = list(retrieval_documents(encoder, filler, length, 60 * length, seed=3, named=False))
+    counts = []
+    for document, mask in made:
+        assert len(document) == len(mask) <= length
+        text = decode(encoder, document)
+        keys = re.findall(r"^The pass key is ([a-z]+)\.$", text, re.MULTILINE)
+        assert len(set(keys)) == 1
+        assert keys[0] in WORDS
+        # The trained tokens are the key, once for each statement but the first, and nothing else.
+        assert decode(encoder, document[mask]).replace(" ", "") == "".join(keys[1:])
+        assert mask.argmax() > len(encoder.encode_texts([text[: text.index(keys[0])]])[0])
+        counts.append(len(keys))
+        assert len(keys) * len(encoder.encode_texts([fact(None, keys[0]) + "\n"])[0]) <= 2 / 3 * length + 1
+    assert min(counts) == 2 < max(counts)
+
+
 def test_the_prompt_ends_where_the_key_begins(encoder):
     """Prompt and key encoded apart are the tokens of both together: evaluation asks what was taught."""
     prompt, key = question("wise-otter"), "70314"
@@ -82,7 +102,7 @@ def test_the_prompt_ends_where_the_key_begins(encoder):
 
 def test_documents_depend_on_seed_and_length_alone(encoder, filler):
     def made(length, seed):
-        return [d.tolist() for d in retrieval_documents(encoder, filler, length, 1000, seed)]
+        return [d.tolist() for d, _ in retrieval_documents(encoder, filler, length, 1000, seed)]
 
     assert made(256, 1) == made(256, 1)
     assert made(256, 1) != made(256, 2)

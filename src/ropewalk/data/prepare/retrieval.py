@@ -6,6 +6,7 @@ The text format is defined here once; evaluation's needle grid asks in the same 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -50,6 +51,14 @@ NOUNS = _words(
     "walnut walrus whistle willow window winter wolf zebra"
 )
 
+# Keys without a name: frequent words, one token each in most vocabularies, also in a small one trained on code.
+WORDS = _words(
+    "base buffer bytes call case check class code command content data error event example file first format frame "
+    "function global handle header input key line list local message method module name next node number object offset "
+    "open option order output path pattern process range read result server shape size source start stream string "
+    "support test text thread time type user value version"
+)
+
 Item = TypeVar("Item")
 
 
@@ -60,13 +69,15 @@ class Random(Protocol):
         """A number in [0, 1)."""
 
 
-def fact(name: str, key: str) -> str:
-    """The sentence that states a key."""
-    return f"The pass key of {name} is {key}."
+def fact(name: str | None, key: str) -> str:
+    """The sentence that states a key; without a name, the only key of its document."""
+    return f"The pass key is {key}." if name is None else f"The pass key of {name} is {key}."
 
 
-def question(name: str) -> str:
+def question(name: str | None) -> str:
     """The prompt for a key; it ends, after a space, where the key begins."""
+    if name is None:
+        return "The pass key is "
     return f"What is the pass key of {name}? The pass key of {name} is "
 
 
@@ -86,12 +97,17 @@ def number_of_keys(digits: int) -> int:
 
 
 def retrieval_documents(
-    encoder: DocumentEncoder, filler: Sequence[str], sequence_length: int, tokens: int, seed: int
-) -> Iterator[NDArray[np.uint32]]:
+    encoder: DocumentEncoder, filler: Sequence[str], sequence_length: int, tokens: int, seed: int, *, named: bool = True
+) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_] | None]]:
     """Documents of nearly, and at most, ``sequence_length`` tokens, until they have ``tokens`` together.
 
-    A document has a fact for every 96 tokens (1 to 64), at random depths in consecutive lines of one of the
-    texts, and then questions with their answers about three quarters of the facts, in random order.
+    With names, a document has a fact for every 96 tokens (1 to 64), at random depths in consecutive lines of one of the
+    texts, and then questions with their answers about three quarters of the facts, in random order. All of it is
+    trained.
+
+    Without, a document states one key, a word, again and again in the same words: twice at least, at most until two
+    thirds of it are statements, the number drawn log-uniform so that the distances are short and long. Each statement
+    but the first is an answer that stands further up, and the loss mask leaves only these answers.
 
     Args:
         encoder: the tokenizer.
@@ -99,6 +115,10 @@ def retrieval_documents(
         sequence_length: tokens, BOS and EOS included, that a document has at most.
         tokens: that all documents have together, at least.
         seed: of names, keys, depths and filler.
+        named: facts have names that the questions ask for.
+
+    Yields:
+        Tokens, uint32 (n,), and the loss mask, bool (n,), or None where all tokens are trained.
 
     Raises:
         UserError: for a sequence length in which one fact and its question do not fit.
@@ -107,11 +127,12 @@ def retrieval_documents(
     tokens_so_far = number = 0
     while tokens_so_far < tokens:
         rng = random.Random(stable_key("retrieval", seed, sequence_length, number))
-        draft = _draft(rng, filler, sizes, sequence_length)
-        document = _fitted(draft, encoder, sequence_length)
+        lines = _filler_lines(rng, filler, sizes, CHARACTERS_PER_TOKEN * sequence_length)
+        draft = _named_facts(rng, lines, sequence_length) if named else _one_key(rng, lines, sequence_length, encoder)
+        text, document = _fitted(draft, encoder, sequence_length)
         tokens_so_far += len(document)
         number += 1
-        yield document
+        yield document, None if named else _answer_mask(encoder, text, len(document))
 
 
 @dataclass
@@ -131,7 +152,7 @@ class _Draft:
         return "".join([*pieces, *self.lines[last:count], self.closing])
 
 
-def _draft(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], sequence_length: int) -> _Draft:
+def _named_facts(rng: Random, lines: list[str], sequence_length: int) -> _Draft:
     count = min(max(sequence_length // TOKENS_PER_FACT, 1), MAX_FACTS)
     keys: dict[str, str] = {}
     while len(keys) < count:
@@ -141,8 +162,27 @@ def _draft(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], sequenc
         facts=[fact(name, key) for name, key in keys.items()],
         depths=sorted(rng.random() for _ in keys),
         closing="".join(f"{question(name)}{keys[name]}.\n" for name in names),
-        lines=_filler_lines(rng, filler, sizes, CHARACTERS_PER_TOKEN * sequence_length),
+        lines=lines,
     )
+
+
+def _one_key(rng: Random, lines: list[str], sequence_length: int, encoder: DocumentEncoder) -> _Draft:
+    statement = fact(None, _choice(WORDS, rng))
+    most = max(2 * sequence_length // (3 * len(encoder.encode_texts([f"{statement}\n"])[0])), 2)
+    count = round(2 * (most / 2) ** rng.random())
+    depths = sorted(rng.random() for _ in range(count))
+    return _Draft(facts=[statement] * count, depths=depths, closing="", lines=lines)
+
+
+def _answer_mask(encoder: DocumentEncoder, text: str, tokens: int) -> NDArray[np.bool_]:
+    """Loss mask of a document with one key: the tokens of each key but the first."""
+    encoding = encoder.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    offsets = np.array(encoding.offsets, dtype=np.int64)
+    mask = np.zeros(tokens, dtype=np.bool_)
+    inside = mask[len(encoder.head) : len(encoder.head) + len(offsets)]
+    for key in list(re.finditer(re.escape(question(None)) + r"(\w+)", text))[1:]:
+        inside |= (offsets[:, 1] > key.start(1)) & (offsets[:, 0] < key.end(1))
+    return mask
 
 
 def _filler_lines(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], characters: int) -> list[str]:
@@ -160,8 +200,8 @@ def _filler_lines(rng: Random, filler: Sequence[str], sizes: NDArray[np.int64], 
     return [line if line.endswith("\n") else line + "\n" for line in lines]
 
 
-def _fitted(draft: _Draft, encoder: DocumentEncoder, sequence_length: int) -> NDArray[np.uint32]:
-    """The document with as many lines of its filler as fit."""
+def _fitted(draft: _Draft, encoder: DocumentEncoder, sequence_length: int) -> tuple[str, NDArray[np.uint32]]:
+    """The document, text and tokens, with as many lines of its filler as fit."""
     frame = len(encoder.encode_document(draft.text(0)))
     if frame > sequence_length:
         raise UserError(
@@ -171,9 +211,10 @@ def _fitted(draft: _Draft, encoder: DocumentEncoder, sequence_length: int) -> ND
     counts = np.cumsum([len(ids) for ids in encoder.encode_texts(draft.lines)])
     fitting = int(np.searchsorted(counts, sequence_length - frame, side="right"))
     while True:  # a line's tokens can differ by one or two beside its neighbours, so the whole is what counts
-        document = encoder.encode_document(draft.text(fitting))
+        text = draft.text(fitting)
+        document = encoder.encode_document(text)
         if len(document) <= sequence_length:
-            return document
+            return text, document
         fitting -= 1
 
 

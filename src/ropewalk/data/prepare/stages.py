@@ -284,12 +284,23 @@ def _assemble(
         writer = pack.writer(length, RETRIEVAL)
         encoder, _ = open_encoders(plan)
         texts = [part for document in filler for part in document.parts]
-        documents = list(
-            retrieval_documents(
-                encoder.unchecked(), texts, length, plan.config.corpus.retrieval_tokens, plan.config.seed
-            )
+        corpus = plan.config.corpus
+        documents, masks = zip(
+            *retrieval_documents(
+                encoder.unchecked(),
+                texts,
+                length,
+                corpus.retrieval_tokens,
+                plan.config.seed,
+                named=corpus.retrieval_names,
+            ),
+            strict=True,
         )
-        domain_documents = {RETRIEVAL: DomainDocuments(FlatDocuments.of(documents))}
+        domain_documents = {
+            RETRIEVAL: DomainDocuments(
+                FlatDocuments.of(documents), None if corpus.retrieval_names else FlatDocuments.of(masks)
+            )
+        }
         packed = pack_domains({RETRIEVAL: DomainConfig()}, domain_documents, length, plan.config.seed)[RETRIEVAL]
         domains[RETRIEVAL] = writer.assemble([writer.write(0, packed.sequences)])
         accounts[RETRIEVAL] = packed.accounting

@@ -181,7 +181,7 @@ class FlatDocuments:
     def of(cls, documents: Sequence[NDArray[Any]]) -> FlatDocuments:
         """A copy of ``documents`` in one flat array."""
         lengths = [len(document) for document in documents]
-        flat = np.concatenate([np.zeros(0, np.uint32), *documents])
+        flat = np.concatenate(documents) if documents else np.zeros(0, np.uint32)
         return cls([flat], [np.cumsum(lengths, dtype=np.int64)])
 
     def __len__(self) -> int:

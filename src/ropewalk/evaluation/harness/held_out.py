@@ -66,6 +66,11 @@ def validate_held_out(config: EvaluateConfig) -> None:
             f"needle.samples={needle.samples} over {len(needle.depths)} depths: the shuffled-answer control "
             "needs at least two prompts of a length; set needle.samples=2 or more, or 0 for no needle grid"
         )
+    if not needle.names and needle.distractors:
+        raise UserError(
+            f"needle.distractors={needle.distractors} needs facts with names, and needle.names=false has one key; "
+            "drop one of the two"
+        )
     if needle.digits < 1 or not 0 <= needle.distractors < number_of_keys(needle.digits):
         raise UserError(
             f"needle.digits={needle.digits} must be 1 or more, and needle.distractors={needle.distractors} 0 "

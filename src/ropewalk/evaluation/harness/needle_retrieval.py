@@ -85,11 +85,11 @@ class Grade:
 def chance_levels(config: NeedleConfig) -> dict[str, float]:
     """Scores of uniform guesses among the keys: share of exact matches, and NLL of a whole key in nats.
 
-    The first digit of a key is never 0, so there are 9 * 10^(digits - 1).
+    The first digit of a key is never 0, so there are 9 * 10^(digits - 1). Without names it is one of 62 words.
 
     The ``*_shuffled`` rows measure chance for this model: they score its logits against another prompt's key.
     """
-    keys = retrieval.number_of_keys(config.digits)
+    keys = retrieval.number_of_keys(config.digits) if config.names else len(retrieval.WORDS)
     return {"exact_match": 1 / keys, "key_nll": math.log(keys)}
 
 
@@ -160,14 +160,14 @@ def _prompt(
     tokenizer: Any, windows: Windows, config: NeedleConfig, cell: tuple[int, float], rng: random.Random
 ) -> Prompt:
     length, depth = cell
-    name, *other_names = distinct(lambda: retrieval.random_name(rng), 1 + config.distractors)
-    key, *other_keys = distinct(lambda: retrieval.random_key(rng, config.digits), 1 + config.distractors)
+    names: list[str | None] = [None]
+    keys = [rng.choice(retrieval.WORDS)]
+    if config.names:
+        names = [*distinct(lambda: retrieval.random_name(rng), 1 + config.distractors)]
+        keys = distinct(lambda: retrieval.random_key(rng, config.digits), len(names))
     # Facts and question stand on lines of their own, as they do in the documents that training sees.
-    question, answer = question_and_answer(tokenizer, f"\n{retrieval.question(name)}", key)
-    fact, *others = (
-        encode(tokenizer, f"\n{retrieval.fact(*pair)}\n")
-        for pair in zip([name, *other_names], [key, *other_keys], strict=True)
-    )
+    question, answer = question_and_answer(tokenizer, f"\n{retrieval.question(names[0])}", keys[0])
+    fact, *others = (encode(tokenizer, f"\n{retrieval.fact(*pair)}\n") for pair in zip(names, keys, strict=True))
     begin = beginning(tokenizer)
     room = length - sum(map(len, [begin, fact, question, answer, *others]))
     if room < 1:
