@@ -7,8 +7,9 @@
 """
 
 import sys
+from pathlib import Path
 
-from ropewalk.cli import composed, entry, hydra_arguments, run_command, user_errors
+from ropewalk.cli import DRY_RUN, composed, entry, hydra_arguments, run_command, user_errors
 from ropewalk.config.evaluation import EvaluateConfig, KeyTokensConfig, ValidateConfig
 from ropewalk.errors import UserError
 from ropewalk.runs.launch import EXIT_NOT_FINITE, release_warnings
@@ -45,21 +46,37 @@ def key_tokens(config: KeyTokensConfig) -> None:
 
 
 def evaluate_runs() -> None:
-    """Evaluate several runs alike, each into its evaluation/, and compare them: runs RUN RUN ... key=value ..."""
-    release_warnings()
-    from ropewalk.evaluation import evaluate, not_finite
-    from ropewalk.report import compare
+    """Evaluate several runs alike, each into its evaluation/, and compare them: runs RUN RUN ... key=value ...
 
-    runs = [argument.rstrip("/") for argument in sys.argv[1:] if "=" not in argument]
-    overrides = hydra_arguments([argument for argument in sys.argv[1:] if "=" in argument], "evaluate")
+    Keys of the comparison begin with ``compare.``, as in compare.baseline=NAME.
+    """
+    release_warnings()
+    words, own = sys.argv[1:], "compare."
+    ledgers = [word.removeprefix(DRY_RUN) for word in words if word.startswith(DRY_RUN)]
+    words = [word for word in words if not word.startswith(DRY_RUN)]
+    runs = [word.rstrip("/") for word in words if "=" not in word]
+    settings = [word for word in words if "=" in word and not word.startswith(own)]
     outputs = [f"{run}/evaluation" for run in runs]
     with user_errors():
         if not runs:
             raise UserError("no run is named; write: python scripts/evaluate.py runs outputs/a outputs/b documents=DIR")
         places = [[f"checkpoint={run}", f"output={output}"] for run, output in zip(runs, outputs, strict=True)]
-        for config in [composed("evaluate", [*place, *overrides]) for place in places]:
+        evaluations = [composed("evaluate", [*place, *hydra_arguments(settings, "evaluate")]) for place in places]
+        of_comparison = [word.removeprefix(own) for word in words if word.startswith(own)]
+        comparison = composed("compare", [f"runs=[{','.join(runs)}]", *hydra_arguments(of_comparison, "compare")])
+        if ledgers:
+            from ropewalk.cluster.dry_run import dry_run
+
+            for config in evaluations:
+                dry_run("evaluate", config, Path(ledgers[-1]))
+            dry_run("compare", comparison, Path(ledgers[-1]))
+            return
+        from ropewalk.evaluation import evaluate, not_finite
+        from ropewalk.report import compare
+
+        for config in evaluations:
             evaluate(config)
-        compare(composed("compare", [f"runs=[{','.join(runs)}]"]))
+        compare(comparison)
     if any(not_finite(output) for output in outputs):
         sys.exit(EXIT_NOT_FINITE)
 

@@ -22,11 +22,7 @@ for arm in rope hardclip; do
   stage scripts/export.py checkpoint="outputs/demo/$arm" verify=false
 done
 
-for run in "${runs[@]}"; do
-  evaluate checkpoint="outputs/demo/$run" output="outputs/demo/$run/evaluation" documents=data/demo/heldout \
-    'lengths=[128,512,1024,2048,4096]' 'test_time=[none,yarn_follow]' device=cpu dtype=float32 \
-    needle.names=false needle.samples=8 answers.count=0
-done
-
-stage scripts/compare.py "runs=[$(printf 'outputs/demo/%s,' "${runs[@]}" | sed 's/,$//')]" baseline=rope \
-  published=recipes/demo/expected.csv output=outputs/demo/report.html title='ropewalk demo'
+evaluate runs "${runs[@]/#/outputs/demo/}" documents=data/demo/heldout 'lengths=[128,512,1024,2048,4096]' \
+  'test_time=[none,yarn_follow]' device=cpu dtype=float32 needle.names=false needle.samples=8 answers.count=0 \
+  compare.baseline=rope compare.published=recipes/demo/expected.csv compare.output=outputs/demo/report.html \
+  "compare.title='ropewalk demo'"
