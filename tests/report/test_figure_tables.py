@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from figures.drawings import axes_of, covered_titles, curve, has_mark
-from report.fake_runs import FakeRun, write_run
+from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
-from ropewalk.figures.evaluation_curves import position_figures
+from ropewalk.evaluation.results import OWN_HARNESS
+from ropewalk.figures.evaluation_curves import position_figures, retrieval_figure
 from ropewalk.figures.figure import compose
 from ropewalk.figures.needle_grid import needle_figures
 from ropewalk.figures.spectrum.spectra import spectra_figure
@@ -22,10 +23,11 @@ from ropewalk.report.figure_tables import (
     marked_lengths,
     metrics_table,
     needle_tables,
+    retrieval_rows,
     spectra_of,
     trained_lengths,
 )
-from ropewalk.report.runs import Run, load_run
+from ropewalk.report.runs import Run, by_test_time, load_run
 from ropewalk.report.seeds import styles_of
 
 NAMES = ["base", "rope", "hardclip11", "cope11"]
@@ -120,6 +122,30 @@ def test_needle_panels_share_one_scale_and_mark_the_trained_length(runs: list[Ru
     # 2.4 - 2.3; 25 cells of 4 prompts with standard error 0.2: 2 x sqrt(2 x 25 x (4 x 0.2)^2) / 100 = 0.11
     assert nll.numbers.loc["cope11", "right answer likelier by (± 2 standard errors)"] == "0.10 ± 0.11"
     assert set(nll.numbers["prompts a cell"]) == {"4"}
+
+
+def test_needles_found_have_a_panel_for_each_setting_and_a_line_for_each_run(tmp_path: Path) -> None:
+    """The table has percents of exact matches, at the trained length one number for both settings."""
+    run = write_run(tmp_path / "a", FakeRun("a", trained_length=512))
+    needle = {"metric": "exact_match", "stderr": math.nan, "n": 40}
+    rows = [
+        benchmark_row("a", OWN_HARNESS, "needle_at_length", length, value, test_time=setting,
+                      test_time_scaling="yarn" if setting == "auto" else "none", ci_low=value - 5, ci_high=value + 1,
+                      **needle)
+        for length, value, setting in [(512, 99, "none,auto"), (1024, 80, "none"), (1024, 97, "auto")]
+    ]  # fmt: skip
+    write_table(run / "evaluation", rows)
+    found = [setting for setting in by_test_time(load_run(run)) if setting.test_time in ("none", "auto")]
+    figure = retrieval_figure(retrieval_rows(found), {"a": 512}, styles_of(found))
+    assert figure is not None
+    assert [panel.title for panel in figure.panels] == ["test_time=auto", "test_time=none"]
+    for axes, shares in zip(axes_of(figure), ([0.99, 0.97], [0.99, 0.8]), strict=True):
+        assert [values.tolist() for values in curve(axes, "a")] == [[512, 1024], pytest.approx(shares)]
+        assert has_mark(axes, "length 512")
+        band = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert (band.min(), band.max()) == pytest.approx((min(shares) - 0.05, 1.0))
+    one_length = retrieval_rows(found)[lambda table: table["context_length"] == 512]
+    assert retrieval_figure(one_length, {"a": 512}, styles_of(found)) is None
 
 
 def test_needle_shows_graded_scores_where_all_are_at_chance(runs: list[Run]) -> None:

@@ -1,4 +1,4 @@
-"""Curves of evaluations: loss by position, paired differences, and benchmark averages by context length."""
+"""Curves of evaluations: loss by position, paired differences, needles and benchmark averages by context length."""
 
 from __future__ import annotations
 
@@ -208,7 +208,49 @@ def _draw_averages(
                 for row in curve.itertuples()
             ]
             draw_curve(axes, name, styles[name].dashed(turns[name, str(scaling)]), curve, tips)
+    _against_length(axes, rows, trained, "percent")
+
+
+def _against_length(axes: Axes, rows: pd.DataFrame, trained: Iterable[int], y_label: str) -> None:
     low, high = int(rows["context_length"].min()), int(rows["context_length"].max())
     tokens_axis(axes, low / 1.3, high * 1.3, "context length (tokens)")
     mark_lengths(axes, trained, low, high)
-    axes.set_ylabel("percent")
+    axes.set_ylabel(y_label)
+
+
+def retrieval_figure(
+    rows: pd.DataFrame, trained_lengths: Mapping[str, int | None], styles: Mapping[str, Style]
+) -> Figure | None:
+    """Needles found against context length, a line for each run and a panel for each test-time setting.
+
+    Args:
+        rows: run, test_time, context_length (tokens), value, ci_low, ci_high (shares of exact matches), n (prompts).
+        trained_lengths: run -> tokens.
+        styles: run -> style.
+
+    Returns:
+        None without two lengths.
+    """
+    if rows["context_length"].nunique() < 2:
+        return None
+    panels = [
+        Panel(partial(_draw_retrieval, rows=of_setting, styles=styles,
+                      trained=[n for name, _ in each_run(of_setting) if (n := trained_lengths.get(name))]),
+              f"test_time={setting}" if setting else "")
+        for setting, of_setting in rows.groupby("test_time", sort=False)
+    ]  # fmt: skip
+    title = "Needles found against context length"
+    of_runs = {name: styles[name] for name, _ in each_run(rows)}
+    size = ALONE if len(panels) == 1 else PANEL
+    caption = "Share of exact matches over all depths; band: 95% over prompts, not training noise."
+    return Figure(file_name(title), title, rows_of(panels), caption, of_runs, size=size, share="all")
+
+
+def _draw_retrieval(axes: Axes, rows: pd.DataFrame, styles: Mapping[str, Style], trained: Iterable[int]) -> None:
+    for name, of_run in each_run(rows):
+        curve = of_run.assign(x=of_run["context_length"]).sort_values("x")
+        tips = [f"{int(row.x):,} tokens, {row.value:.2f} {interval(row.ci_low, row.ci_high)}, n={int(row.n)}"
+                for row in curve.itertuples()]  # fmt: skip
+        draw_curve(axes, name, styles[name], curve, tips)
+    _against_length(axes, rows, trained, "exact match")
+    axes.set_ylim(-0.03, 1.03)

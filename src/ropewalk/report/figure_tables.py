@@ -21,6 +21,7 @@ from ropewalk.rope.spectrum import base_of
 CURVE = ["run", "kind", "setting", "length", "position_start", "position_end", "value", "ci_low", "ci_high", "n"]
 DIFFERENCE = ["run", "kind", "position_start", "position_end", "value", "ci_low", "ci_high", "n", "noise"]
 CELLS = ["run", "metric", "context_length", "depth", "value", "n"]
+RETRIEVAL = ["run", "test_time", "context_length", "value", "ci_low", "ci_high", "n"]
 POOLED = ["run", "metric", "value", "control", "error", "at_chance"]
 AVERAGES = ["run", "scaling", "category", "context_length", "value", "stderr"]
 
@@ -78,6 +79,15 @@ def needle_tables(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells = [run.task("needle", metric).assign(run=run.name)[CELLS] for run in drawn for metric in NAMES]
     whole = pd.DataFrame([row for run in drawn for row in _pooled_rows(run)], columns=POOLED)
     return pd.concat(cells, ignore_index=True) if cells else pd.DataFrame(columns=CELLS), whole
+
+
+def retrieval_rows(runs: Sequence[Run]) -> pd.DataFrame:
+    """Exact matches by context length over all depths of every run, by its label and test-time setting."""
+    parts = [
+        run.task("needle_at_length", EXACT_MATCH).assign(run=run.label, test_time=run.test_time)[RETRIEVAL]
+        for run in runs
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=RETRIEVAL)
 
 
 def _pooled_rows(run: Run) -> Iterator[tuple[object, ...]]:

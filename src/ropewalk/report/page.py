@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.errors import UserError
 from ropewalk.evaluation.paper import read_published
-from ropewalk.figures.evaluation_curves import benchmark_figure, position_figures
+from ropewalk.figures.evaluation_curves import benchmark_figure, position_figures, retrieval_figure
 from ropewalk.figures.figure import Figure, Panel, check_formats, write_figure
 from ropewalk.figures.needle_grid import needle_figures
 from ropewalk.figures.page_svg import panel_svg
@@ -105,7 +105,7 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
         effective_table(runs, thresholds),
         _training(trained, styles),
         _position(runs, baseline, styles),
-        _needle(runs),
+        _needle(runs, styles),
         *(_benchmark(runs, suite, styles) for suite in SUITES),
         short_context_table(runs, baseline),
         published_table(runs, read_published(config.published, "published")) if config.published else None,
@@ -131,11 +131,13 @@ def _position(runs: list[Run], baseline: Run, styles: dict[str, Style]) -> Secti
     return Section("Loss by position", figures=figures, missing=missing + unpaired)
 
 
-def _needle(runs: list[Run]) -> Section:
-    """Grids above chance; those at chance, which show nothing, are folded away."""
+def _needle(runs: list[Run], styles: dict[str, Style]) -> Section:
+    """The share found at each length, and grids above chance; those at chance, which show nothing, are folded away."""
     cells, pooled = figure_tables.needle_tables(runs)
     missing = [f"{run.name}: no needle grid in its results." for run in runs if run.name not in set(cells["run"])]
     chance = [run.name for run in runs if is_at_chance(run)]
+    lengths = figure_tables.trained_lengths(runs) | figure_tables.trained_lengths(once(runs))
+    by_length = retrieval_figure(figure_tables.retrieval_rows(runs), lengths, styles)
     shown, folded = (
         needle_figures(
             cells[cells["run"].isin(chance) == at_chance],
@@ -146,6 +148,7 @@ def _needle(runs: list[Run]) -> Section:
     )
     if chance:
         missing.append(f"Exact match is at chance: {', '.join(chance)}.")
+    shown = [*([by_length] if by_length else []), *shown]
     return Section(
         "Needle in a haystack", figures=shown, folded_figures=folded, folded_title="Grids at chance", missing=missing
     )
