@@ -394,6 +394,6 @@ def test_a_loss_that_is_not_a_number_is_shown_and_never_ranked_first(tmp_path: P
     of_b = dict(losses.rows)["b"]
     assert [(cell.main, cell.detail) for cell in of_b][-1] == ("NaN", "in 1 of 16 documents")
     assert [cell.main for cell in dict(differences.rows)["b"]] == [*["-0.5000"] * 4, "NaN"]
-    assert not dict(differences.rows)["b"][-1].decided
+    assert not dict(differences.rows)["b"][-1].marked
     assert [cell.main for cell in dict(exact.rows)["b"]] == [*["0.50"] * 4, "NaN"]
     assert compare(CompareConfig(runs=[str(run.directory) for run in runs], output=str(tmp_path / "r.html"))).is_file()

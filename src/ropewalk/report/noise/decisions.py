@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -27,7 +27,7 @@ from ropewalk.report.noise.seed_statistics import (
     smallest_p,
     spread,
 )
-from ropewalk.report.runs import Run
+from ropewalk.report.runs import Run, once
 from ropewalk.report.section import Cell, Section, block_of
 from ropewalk.report.seeds import PRIMARY, SEED, Arm, arms
 
@@ -114,7 +114,7 @@ def decision_table(runs: list[Run]) -> Section | None:
     blocks, missing = [], []
     for family, of_family in declared_families(runs):
         assert family.difference is not None
-        trained = arms(of_family)
+        trained = arms([_whole(run) for run in once(of_family)])
         samples = [paired_numbers(_arm(trained, pair[0]), _arm(trained, pair[1]), family) for pair in family.pairs]
         answers = decide(samples, family.difference)
         rows = [(" less ".join(pair), _cells(answer)) for pair, answer in zip(family.pairs, answers, strict=True)]
@@ -148,8 +148,7 @@ def numbers_of(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
     Raises:
         UserError: it was measured under several test-time scalings, and the family names none.
     """
-    tables = [run.table.assign(seed=str(run.config.get(SEED))) for run in arm.runs]
-    rows = pd.concat(tables, ignore_index=True)
+    rows = pd.concat([run.table.assign(seed=str(run.config.get(SEED))) for run in arm.runs], ignore_index=True)
     rows = rows[
         (rows["task"] == family.task)
         & (rows["metric"] == family.metric)
@@ -165,6 +164,12 @@ def numbers_of(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
         )
     first = rows.drop_duplicates("seed")
     return dict(zip(first["seed"], first["value"].astype(float), strict=True))
+
+
+def _whole(run: Run) -> Run:
+    """The run with its numbers under all test-time settings."""
+    tables = [setting.table for setting in run.settings.values()] or [run.table]
+    return replace(run, table=pd.concat(tables, ignore_index=True), test_time="", settings={})
 
 
 def _arm(trained: Sequence[Arm], name: str) -> Arm | None:
