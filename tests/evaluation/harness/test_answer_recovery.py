@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ropewalk.config.groups import AnswersConfig
+from ropewalk.config.groups import AnswersConfig, NeedleConfig
 from ropewalk.data.prepare.retrieval import fact, question
 from ropewalk.evaluation.documents import Windows, make_windows
 from ropewalk.evaluation.harness.answer_recovery import (
@@ -29,6 +29,7 @@ from ropewalk.evaluation.harness.answer_recovery import (
 
 FACT = re.compile(r"The pass key of (\S+) is (\d+)\.\n")
 QUESTION = re.compile(r"What is the pass key of (\S+)\? The pass key of \1 is (\d+)\.\n")
+NAMED = NeedleConfig(digits=5)
 ASKED = AnswersConfig(count=40, per_sequence=3)
 
 
@@ -72,7 +73,7 @@ class Reader:
 
 
 def test_a_sequence_has_its_length_and_asks_for_what_it_states(tokenizer: object, windows: Windows) -> None:
-    rows = build_answers(tokenizer, windows, 512, ASKED, 5, 0, 256)
+    rows = build_answers(tokenizer, windows, 512, ASKED, NAMED, 0, 256)
     full = [row for row in rows if row.context == FULL]
     assert {row.ids.numel() for row in full} == {512}
     assert sum(len(row.answers) for row in full) >= 40
@@ -88,7 +89,7 @@ def test_a_sequence_has_its_length_and_asks_for_what_it_states(tokenizer: object
 
 
 def test_the_other_contexts_ask_the_same_within_the_shortest_length(tokenizer: object, windows: Windows) -> None:
-    rows = build_answers(tokenizer, windows, 1024, AnswersConfig(count=10, per_sequence=8), 5, 0, 256)
+    rows = build_answers(tokenizer, windows, 1024, AnswersConfig(count=10, per_sequence=8), NAMED, 0, 256)
     for context in (ORACLE, NONE):
         asked = [row for row in rows if row.context == context]
         assert max(row.ids.numel() for row in asked) <= 256
@@ -109,16 +110,16 @@ def test_the_other_contexts_ask_the_same_within_the_shortest_length(tokenizer: o
 
 def test_the_items_are_the_same_for_every_arm_and_seed(tokenizer: object, windows: Windows) -> None:
     def ids(seed: int) -> list[list[int]]:
-        rows = build_answers(tokenizer, windows, 256, ASKED, 5, seed, 256)
-        rows += build_order(tokenizer, windows, 1024, ASKED, 5, seed)
+        rows = build_answers(tokenizer, windows, 256, ASKED, NAMED, seed, 256)
+        rows += build_order(tokenizer, windows, 1024, ASKED, NAMED, seed)
         return [row.ids.tolist() for row in rows]
 
     assert ids(0) == ids(0) != ids(1)
 
 
 def test_no_question_in_a_context_that_is_too_short(tokenizer: object, windows: Windows) -> None:
-    assert build_answers(tokenizer, windows, 64, ASKED, 5, 0, 64) == []
-    assert build_order(tokenizer, windows, 64, ASKED, 5, 0) == []
+    assert build_answers(tokenizer, windows, 64, ASKED, NAMED, 0, 64) == []
+    assert build_order(tokenizer, windows, 64, ASKED, NAMED, 0) == []
 
 
 def measured(reader: Reader, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -128,7 +129,7 @@ def measured(reader: Reader, rows: Sequence[Row]) -> dict[str, dict[str, float]]
 
 
 def test_a_model_that_reads_all_recovers_all(tokenizer: object, windows: Windows) -> None:
-    rows = build_answers(tokenizer, windows, 512, ASKED, 5, 0, 256)
+    rows = build_answers(tokenizer, windows, 512, ASKED, NAMED, 0, 256)
     found = measured(Reader(tokenizer, sure=0.9), rows)
     n = sum(len(row.answers) for row in rows if row.context == FULL)
     assert {row["n"] for row in found.values()} == {n}
@@ -166,7 +167,7 @@ def test_recovery_is_undefined_without_a_gap() -> None:
 
 @pytest.mark.parametrize(("remembers", "share"), [(0, "answers_first"), (-1, "answers_last"), (1, "answers_other")])
 def test_the_order_probe_tells_first_from_last(tokenizer: object, windows: Windows, remembers: int, share: str) -> None:
-    rows = build_order(tokenizer, windows, 1024, ASKED, 5, 0)
+    rows = build_order(tokenizer, windows, 1024, ASKED, NAMED, 0)
     assert {row.ids.numel() for row in rows} == {1024}
     found = measured(Reader(tokenizer, remembers), rows)
     shares = {name: row["value"] for name, row in found.items() if name.startswith("answers_")}
@@ -178,7 +179,7 @@ def test_the_order_probe_tells_first_from_last(tokenizer: object, windows: Windo
 
 
 def test_markers_are_stated_in_order_and_fed_either_value(tokenizer: object, windows: Windows) -> None:
-    rows = build_order(tokenizer, windows, 1024, AnswersConfig(count=40, per_sequence=3, values=3), 5, 0)
+    rows = build_order(tokenizer, windows, 1024, AnswersConfig(count=40, per_sequence=3, values=3), NAMED, 0)
     fed = []
     for row in rows:
         text = tokenizer.decode(row.ids)
@@ -190,3 +191,18 @@ def test_markers_are_stated_in_order_and_fed_either_value(tokenizer: object, win
             assert answered in (values[0], values[-1])
             fed.append(answered == values[0])
     assert 0.25 < sum(fed) / len(fed) < 0.75
+
+
+def test_without_names_a_sequence_has_one_fact_and_one_question(tokenizer: object, windows: Windows) -> None:
+    nameless = NeedleConfig(names=False)
+    rows = build_answers(tokenizer, windows, 256, AnswersConfig(count=6), nameless, 0, 256)
+    assert len(rows) == 3 * 6
+    for row in rows:
+        stated = re.findall(r"The pass key is (\w+)\.\n", tokenizer.decode(row.ids))
+        assert len(row.answers) == 1
+        assert len(stated) == (1 if row.context == NONE else 2)
+        assert set(stated) == {tokenizer.decode(row.answers[0]).strip()}
+    for row in build_order(tokenizer, windows, 512, AnswersConfig(count=6), nameless, 0):
+        *stated, answered = re.findall(r"The pass key is (\w+)\.\n", tokenizer.decode(row.ids))
+        assert len(set(stated)) == 3
+        assert answered in (stated[0], stated[-1])

@@ -264,7 +264,7 @@ def test_answers_are_graded_as_stock_transformers_would(config, checkpoint, docu
     for context, metric in ((FULL, "answer_nll"), (ORACLE, "answer_nll_oracle"), (NONE, "answer_nll_none")):
         for length in (512, 1024):
             nll = tokens = 0
-            for row in build_answers(tokenizer, windows, length, config.answers, 5, 0, 512):
+            for row in build_answers(tokenizer, windows, length, config.answers, config.needle, 0, 512):
                 if row.context != context:
                     continue
                 with torch.no_grad():

@@ -128,7 +128,7 @@ def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
             write_fake_evaluation(run.directory / "evaluation-none", same, "none")
     within, past = (load_runs(sorted(map(str, (tmp_path / name).iterdir()))) for name in ("within", "beyond"))
     assert len(past) == 8
-    with pytest.raises(ValueError, match=r"abf-s has loss_at_length nll at 4,096 under .*; a family is one number a"):
+    with pytest.raises(ValueError, match=r"cope has loss_at_length nll at 4,096 under .*; a family is one number a"):
         decision_table(past)
     named = [replace(run, config=run.config | {"primary.test_time_scaling": "none"}) for run in past]
     assert decision_table(named).blocks[0].rows[0][1][1].main == "2"

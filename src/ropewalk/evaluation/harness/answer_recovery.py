@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ropewalk.config.evaluation import EvaluateConfig
-from ropewalk.config.groups import AnswersConfig
+from ropewalk.config.groups import AnswersConfig, NeedleConfig
 from ropewalk.config.train import InTrainingConfig
 from ropewalk.data.prepare import retrieval
 from ropewalk.evaluation.bootstrap import Estimate, proportion, ratio
@@ -61,7 +61,7 @@ class Row:
 
 
 def build_answers(
-    tokenizer: Any, windows: Windows, length: int, config: AnswersConfig, digits: int, seed: int, shortest: int
+    tokenizer: Any, windows: Windows, length: int, config: AnswersConfig, needle: NeedleConfig, seed: int, shortest: int
 ) -> list[Row]:
     """The passes of one context length: each sequence with its facts, and its questions with and without them.
 
@@ -72,7 +72,7 @@ def build_answers(
         windows: held-out text, each window at least ``length`` tokens.
         length: tokens of a sequence.
         config: number of answers, in all and in a sequence.
-        digits: of a key.
+        needle: names and keys of the facts; without names a sequence has one fact and one question.
         seed: of names, keys, depths and text.
         shortest: tokens that a pass without the long text has at most, if one question fits: the shortest context
             evaluated, so that the oracle is never past what an arm was trained at.
@@ -88,8 +88,8 @@ def build_answers(
         facts: list[list[int]] = []
         turns: list[Turn] = []
         used = len(begin) + len(line)
-        for name in distinct(partial(retrieval.random_name, rng), config.per_sequence):
-            key = retrieval.random_key(rng, digits)
+        for name in _names(config, needle, rng):
+            key = _key(needle, rng)
             fact = encode(tokenizer, f"\n{retrieval.fact(name, key)}\n")
             question, answer = question_and_answer(tokenizer, retrieval.question(name), key)
             tokens = len(fact) + len(question) + len(answer) + len(end)
@@ -112,7 +112,7 @@ def build_answers(
 
 
 def build_order(
-    tokenizer: Any, windows: Windows, length: int, config: AnswersConfig, digits: int, seed: int
+    tokenizer: Any, windows: Windows, length: int, config: AnswersConfig, needle: NeedleConfig, seed: int
 ) -> list[Row]:
     """The passes of the order probe at one context length: markers that are stated ``config.values`` times each.
 
@@ -130,10 +130,10 @@ def build_order(
         turns: list[Turn] = []
         choices: list[tuple[int, int]] = []
         used = len(begin) + len(line)
-        for name in distinct(partial(retrieval.random_name, rng), config.per_sequence):
+        for name in _names(config, needle, rng):
             values: dict[int, tuple[str, list[int], list[int]]] = {}  # by first token, in the order stated
             for _ in range(100 * config.values):
-                key = retrieval.random_key(rng, digits)
+                key = _key(needle, rng)
                 question, answer = question_and_answer(tokenizer, retrieval.question(name), key)
                 values.setdefault(answer[0], (key, question, answer))
                 if len(values) == config.values:
@@ -163,9 +163,8 @@ def build_questions(
 ) -> list[Row]:
     """The passes of ``answers`` or ``order`` at one context length, as an evaluation asks for them."""
     if task == ANSWERS:
-        digits = config.needle.digits
-        return build_answers(tokenizer, windows, length, config.answers, digits, config.seed, shortest)
-    return build_order(tokenizer, windows, length, config.answers, config.needle.digits, config.seed)
+        return build_answers(tokenizer, windows, length, config.answers, config.needle, config.seed, shortest)
+    return build_order(tokenizer, windows, length, config.answers, config.needle, config.seed)
 
 
 def score_row(scorer: Scorer, row: Row) -> list[dict[str, Any]]:
@@ -248,6 +247,14 @@ def order_rows(samples: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[st
         difference = (of_length["nll_first"] - of_length["nll_last"]).groupby(of_length["sequence"])
         estimate = ratio(difference.sum(), difference.size(), seed)
         yield cell | {"metric": "first_less_last_nll", **_counted(estimate, n)}
+
+
+def _names(config: AnswersConfig, needle: NeedleConfig, rng: random.Random) -> Sequence[str | None]:
+    return distinct(partial(retrieval.random_name, rng), config.per_sequence) if needle.names else [None]
+
+
+def _key(needle: NeedleConfig, rng: random.Random) -> str:
+    return retrieval.random_key(rng, needle.digits) if needle.names else rng.choice(retrieval.WORDS)
 
 
 def _counted(estimate: Estimate, n: int) -> dict[str, float]:

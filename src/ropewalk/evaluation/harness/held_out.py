@@ -146,7 +146,7 @@ def unfinished_cells(
         identity = checkpoint.identity(setting, length) | shared | {"needle": asdict(config.needle)}
         cells[Cell(OWN_HARNESS, NEEDLE, length, scaling)] = identity
     for length in setting.lengths if config.answers.count else ():
-        asked = {"answers": asdict(config.answers), "digits": config.needle.digits}
+        asked = {"answers": asdict(config.answers), "keys": [config.needle.names, config.needle.digits]}
         for task in (ANSWERS, ORDER):
             cells[Cell(OWN_HARNESS, task, length, scaling)] = checkpoint.identity(setting, length) | shared | asked
     return {cell: identity for cell, identity in cells.items() if not store.is_finished(cell, identity)}

@@ -161,10 +161,11 @@ def _prompt(
 ) -> Prompt:
     length, depth = cell
     names: list[str | None] = [None]
-    keys = [rng.choice(retrieval.WORDS)]
     if config.names:
         names = [*distinct(lambda: retrieval.random_name(rng), 1 + config.distractors)]
         keys = distinct(lambda: retrieval.random_key(rng, config.digits), len(names))
+    else:
+        keys = [rng.choice(retrieval.WORDS)]
     # Facts and question stand on lines of their own, as they do in the documents that training sees.
     question, answer = question_and_answer(tokenizer, f"\n{retrieval.question(names[0])}", keys[0])
     fact, *others = (encode(tokenizer, f"\n{retrieval.fact(*pair)}\n") for pair in zip(names, keys, strict=True))
