@@ -136,7 +136,7 @@ def test_an_index_without_shards_is_one_line(model, index):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(index)
     for reader in (load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none"))):
-        with pytest.raises(UserError, match="is not an index of weights|leads out of"):
+        with pytest.raises(UserError, match=r"is not an index of weights|leads out of"):
             reader(model)
 
 
