@@ -119,6 +119,27 @@ def test_a_missing_shard_and_a_broken_index_are_one_line(model):
         load_for_evaluation(model)
 
 
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("config.json", "[" * 100000, r"config\.json is not JSON"),
+    ("generation_config.json", "{", r"generation_config\.json is not JSON .*; correct it, or delete it"),
+    ("generation_config.json", "[]", r"generation_config\.json is not a JSON object; correct it, or delete it"),
+])  # fmt: skip
+def test_files_that_are_not_json_objects_are_one_line(model, name, content, message):
+    (model / name).write_text(content)
+    for reader in (load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none"))):
+        with pytest.raises(UserError, match=message):
+            reader(model)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": "../x.safetensors"}}'])
+def test_an_index_without_shards_is_one_line(model, index):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(index)
+    for reader in (load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none"))):
+        with pytest.raises(UserError, match=r"is not an index of weights|leads out of"):
+            reader(model)
+
+
 def test_an_adapter_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is a LoRA adapter without its base; merge it"):
@@ -145,7 +166,7 @@ def test_the_report_is_transformers_own(model):
       "attn_config": {"alibi": True}}, "model_type=mpt has no rotary module in transformers"),
     ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 1, "vocab_size": 64}, "gpt2 has no rotary"),
     ({"model_type": "qwen2_vl", "text_config": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}},
-     "transformers builds no qwen2_vl_text of its config"),
+     "transformers builds no qwen2_vl_text of th"),
 ])  # fmt: skip
 def test_inspecting_a_model_without_a_rotation_of_its_own_is_one_line(tmp_path, content, message):
     (tmp_path / "config.json").write_text(json.dumps(content))

@@ -58,7 +58,7 @@ def test_a_model_from_scratch_takes_its_declared_scaling():
 
 
 @pytest.mark.parametrize(("architecture", "message"), [
-    ({"max_position_embeddings": 512}, "architecture.max_position_embeddings=512 and 256 are both given"),
+    ({"rope_theta": 1e6}, "architecture.rope_theta=1e[+]06 and model.theta=10000; keep one"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta=1e[+]06 and model.theta=10000"),
     ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_type='ntk' is not read as a chain"),
 ])  # fmt: skip

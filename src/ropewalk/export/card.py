@@ -19,7 +19,6 @@ from ropewalk.export.output import SOURCE, STOCK, findings_of, read_json
 from ropewalk.export.source import Source
 from ropewalk.files import write_atomically
 from ropewalk.model.load import head_dim
-from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory, read_manifest
 from ropewalk.runs.metrics_file import read_metrics
 
@@ -41,7 +40,7 @@ def write_card(source: Source, directory: Path, licence: str | None) -> None:
         _training(source),
         _metrics(source),
         _verification(directory),
-        ["## Serving", "", *commands(source.config, source.position, directory)],
+        ["## Serving", "", *commands(source, directory)],
         _licence(source, licence),
     ]
     text = "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -229,8 +228,9 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
     return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * bytes_each * tokens
 
 
-def commands(config: PreTrainedConfig, position: Position, directory: Path) -> list[str]:
+def commands(source: Source, directory: Path) -> list[str]:
     """Markdown lines for a model card; DIR stands for the directory of the files."""
+    config, position = source.config, source.position
     served = config.max_position_embeddings
     lines = [
         f"Keys and values of one sequence of {served:,} tokens take "
@@ -251,12 +251,10 @@ def commands(config: PreTrainedConfig, position: Position, directory: Path) -> l
             f"python -m sglang.launch_server --model-path DIR --context-length {served}",
             "```",
         ]
-        if position.depends_on_length:
-            lines += [
-                "",
-                f"The chain follows the input's length; these files hold it at {position.trained_length:,} tokens.",
-            ]
     files = sorted(path.name for path in directory.glob("*.gguf"))
+    if position.depends_on_length and (files or not source.keeps_entry):
+        held = "the GGUF files hold" if source.keeps_entry else "these files hold"
+        lines += ["", f"The chain follows the input's length; {held} it at {position.trained_length:,} tokens."]
     if files:
         lines += ["", "```bash", *(f"llama-server --model DIR/{name} --ctx-size {served}" for name in files), "```"]
     return lines

@@ -122,7 +122,7 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
     """
     directory = local_model(model)
     config = read_config(directory)
-    if "text_config" in config.to_dict():
+    if config.to_dict().get("text_config"):
         raise UserError(f"model={model} is multimodal ({config.model_type}); export its language model alone")
     report = weight_report(directory, config)
     for fault in report.faults:

@@ -87,6 +87,17 @@ def check_causal(config: PreTrainedConfig) -> None:
         )
 
 
+def check_generation(directory: Path) -> None:
+    """Raise UserError for a generation_config.json, which transformers reads with a model, that is not an object."""
+    file = directory / "generation_config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({in_one_line(error)}); correct it, or delete it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object; correct it, or delete it")
+
+
 def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     """A checkpoint's model; transformers by itself would fill missing weights with random ones.
 
@@ -97,13 +108,17 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: for files that cannot be read, or weights that are missing or have other shapes than in the config.
     """
-    if any(Path(path).glob("*.safetensors")):
-        StoredWeights(Path(path))  # names the file that is damaged
+    directory = Path(path)
+    if any(directory.glob("*.safetensors")) or (directory / INDEX).is_file():
+        StoredWeights(directory)  # names the file that is damaged
+    check_generation(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
-    except (RuntimeError, SafetensorError, OSError, ImportError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, SafetensorError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
         # under ZeRO-3 transformers reports no mismatched keys
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
             raise
@@ -266,13 +281,14 @@ def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
     """
     stored = StoredWeights(directory)
     check_causal(config)
+    check_generation(directory)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its own report of the same
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
-    except (RuntimeError, SafetensorError, OSError, ImportError, ValueError, KeyError) as error:
+    except (RuntimeError, SafetensorError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} cannot be loaded by transformers: {in_one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(level)

@@ -49,7 +49,7 @@ def read_config_json(model: str | Path, key: str = "model", revision: str | None
         return _read_hub(str(model), key, revision)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{key}={file} is not JSON ({error}); it must be a model's config.json") from None
     if not isinstance(content, dict):
         raise UserError(f"{key}={file} is not a JSON object; it must be a model's config.json")

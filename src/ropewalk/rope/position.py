@@ -296,12 +296,13 @@ def declared_position(
         name: of the position.
 
     Raises:
-        UserError: for a scaling that no chain expresses, or a field that contradicts one of the three facts.
+        UserError: for a scaling that no chain expresses, or a base that contradicts ``theta``.
     """
     facts = {"rope_theta": theta, "head_dim": head_dim, "max_position_embeddings": pretrained_length}
-    for key, value in facts.items():
-        if architecture.get(key, value) != value:
-            raise UserError(f"model.architecture.{key}={architecture[key]} and {value} are both given; keep one")
+    if architecture.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"model.architecture.rope_theta={architecture['rope_theta']:g} and model.theta={theta:g}; keep one"
+        )
     if not POSITION_KEYS & architecture.keys():
         return Position(name, RopeChain([]), theta, head_dim, pretrained_length, pretrained_length)
     position = position_of({**architecture, **facts})

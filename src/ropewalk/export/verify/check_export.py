@@ -82,7 +82,7 @@ class Claim:
     def rotations(self, length: int | None = None) -> list[Rotation]:
         """The rotations that stock transformers builds, read at ``length`` tokens; None: all that the model serves."""
         text = self.config.get_text_config()
-        return inspect_config(self.config, length or getattr(text, "max_position_embeddings", 1))
+        return inspect_config(self.config, length or getattr(text, "max_position_embeddings", None) or 1)
 
     def faults(self) -> list[str]:
         """The differences of stock transformers' rotation from the claimed chain's, in words."""
