@@ -133,12 +133,16 @@ def test_resolve_takes_all_three_kinds(trained, exported, tmp_path):
     assert resolve_checkpoint(exported) == exported
     run = shutil.copytree(trained, tmp_path / "run")
     made = resolve_checkpoint(run)
-    assert made == run / "exports" / "step-00000002"
+    assert made == run / "export"  # of a finished run, so that its weights lie there once
     stamp = (made / "model.safetensors").stat().st_mtime_ns
     assert resolve_checkpoint(find_checkpoint(run)).samefile(made)
     assert (made / "model.safetensors").stat().st_mtime_ns == stamp  # current: not written again
     with pytest.raises(ValueError, match="is neither a run directory"):
         resolve_checkpoint(tmp_path)
+    unfinished = shutil.copytree(trained, tmp_path / "unfinished")
+    config = (unfinished / "config.yaml").read_text()
+    (unfinished / "config.yaml").write_text(config.replace("max_steps: 2", "max_steps: 3"))
+    assert resolve_checkpoint(unfinished) == unfinished / "exports" / "step-00000002"
 
 
 def test_a_runs_own_export_serves_and_is_never_replaced(trained, tmp_path):

@@ -182,11 +182,19 @@ def test_configuration_lists_only_differing_keys_and_marks_the_others(page: str)
 
 def test_terminal_gets_the_table_and_the_path(made: tuple[str, list[str], Path]) -> None:
     _, lines, directory = made
+    summary, lines = lines[: lines.index("")], lines[lines.index("") + 3 :]
+    assert summary[0] == "Training so far"
+    # base: 192 steps of 8,192 tokens at 5,001 to 5,192 tokens a second; its loss ends 0.21 above rope's, of 44 steps
+    heads, (name, *cells) = (re.split(r" {2,}", line.strip()) for line in summary[1:3])
+    base = dict(zip(heads, cells, strict=True))
+    assert (name, base["steps"], base["tokens"], base["tokens/s"]) == ("base", "192 of 192", "1.57M", "5.1k")
+    assert float(base["loss now"]) == pytest.approx(3.6, abs=0.02)
     assert lines[1].split() == ["512", "1,024", "2,048", "4,096", "8,192"]
     assert [line.split()[0] for line in lines[2:6]] == ["cope11", "rope", "hardclip11", "base"]
     assert lines[3].endswith("2.345* [2.295, 2.395]  2.318* [2.268, 2.368]")
     assert lines[1].index("8,192") == lines[3].index("2.318*")
-    assert lines[-1] == f"report: {directory / 'out' / 'report.html'}"
+    assert lines[-2] == f"report: {directory / 'out' / 'report.html'}"
+    assert lines[-1].startswith("next: open it in a browser")
 
 
 def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:

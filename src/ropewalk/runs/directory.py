@@ -57,9 +57,8 @@ class RunDirectory:
     profile = _Entry("profile")  # torch.profiler's traces, with trainer.profile_steps
     # Around training:
     jobs = _Entry("jobs")  # <SLURM job>-<restart>/, a JobRecord each; slurm/common.sh
-    export = _Entry(
-        "export"
-    )  # the newest checkpoint for Hugging Face; scripts/export.py; export-gguf, export-yarn4, ...
+    # The newest checkpoint for Hugging Face, by scripts/export.py or an evaluation; also export-gguf, export-yarn4, ...
+    export = _Entry("export")
     exports = _Entry("exports")  # step-N/, other checkpoints for Hugging Face; an evaluation that names them
     evaluation = _Entry("evaluation")  # tables of scripts/evaluate.py with output=<run>/evaluation; reports read it
     tracked = _Entry("tracked.json")  # hash of the evaluation that scripts/compare.py has logged to the tracker
