@@ -73,8 +73,8 @@ def _replace_mappings() -> None:
 
     def override_replacing(overrides: list[Override], config: DictConfig) -> None:
         for change in overrides:
-            value = change.value()
-            if change.key_or_group in REPLACED and isinstance(value, dict) and not change.is_delete():
+            is_replaced = change.key_or_group in REPLACED and not change.is_delete()
+            if is_replaced and isinstance(value := change.value(), dict):
                 OmegaConf.update(config, change.key_or_group, {}, merge=False)
                 change.type = OverrideType.FORCE_ADD
                 if change.key_or_group.startswith("data."):  # shares, as floats: of {books: 1} OmegaConf refuses the 1

@@ -198,11 +198,11 @@ class WorkCounter:
         """The work of the global batch of ``step``."""
         slots = micro_batch_slots(self.mixture, step, self.data_size, self.micro_batch_size)
         work = [[sum(self._sequence_flops(ref) for ref in micro) for micro in slot] for slot in slots]
-        total, rows = sum(map(sum, work)), len(slots) * (self.data_size * self.micro_batch_size)
+        total, in_slot = sum(map(sum, work)), self.data_size * self.micro_batch_size  # sequences
         flops = {
             "documents": total,
-            "dense_causal": rows * self._flops(causal_pairs(self.length)),
-            "full_attention": rows * self._flops(float(self.length**2)),
+            "dense_causal": len(slots) * (in_slot * self._flops(causal_pairs(self.length))),
+            "full_attention": len(slots) * (in_slot * self._flops(float(self.length**2))),
         }
         return StepWork(flops, sum(map(max, work)) / (total / self.data_size))
 

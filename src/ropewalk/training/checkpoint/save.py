@@ -166,8 +166,8 @@ def _undone(run_dir: Path, step: int) -> Iterator[None]:
         dist.barrier()
         free = shutil.disk_usage(run_dir).free / 1e9
         raise SaveFailed(
-            f"the checkpoint of step {step} could not be written ({error}), with {free:,.1f} GB free in {run_dir}; "
-            f"{_standing(run_dir)}"
+            f"the checkpoint of step {step} could not be written ({error}); {_standing(run_dir)}; {run_dir} has "
+            f"{free:,.1f} GB free"
         ) from None
 
 
