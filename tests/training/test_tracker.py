@@ -220,6 +220,9 @@ def test_a_tracker_that_cannot_start_costs_nothing_and_keeps_its_run(tmp_path, m
 
 def test_a_key_on_the_command_line_reaches_no_tracker(store_64, tmp_path, monkeypatch):
     """W&B keeps the command line; a run of it is uploaded."""
+    import wandb
+
+    wandb.teardown()  # it reads the command line once a process
     key = f"a1{secrets.token_hex(16)}"
     monkeypatch.setattr(sys, "argv", ["train.py", f"+cluster.slurm.environment.WANDB_API_KEY={key}", "plain_word=kept"])
     train(tiny_run(store_64, tmp_path, "tracker=wandb", "trainer.max_steps=1"))

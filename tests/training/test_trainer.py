@@ -163,6 +163,7 @@ def test_every_64k_arm_takes_a_step_in_its_debug_form(store_64, tmp_path, arm):
     )  # fmt: skip
     config.model.path = None
     config.model.architecture = {"model_type": "llama", **TINY, "head_dim": 128, "num_hidden_layers": 1}
+    del config.model.architecture["max_position_embeddings"]  # model.pretrained_length says it
     train(config)
     assert losses(tmp_path)[0] == pytest.approx(math.log(512), abs=0.05)
     assert json.loads((tmp_path / "run.json").read_text())["method"] == arm
