@@ -47,7 +47,7 @@ def test_arguments_of_the_usual_form_are_taken(name, given, taken):
 
 def test_a_prompt_is_taken_letter_by_letter():
     for prompt in ("Hello, Ana. Is it 7, or 'eight' [of 9]?", "007", "abf(theta=1e7)", "a: b", "{x}", 'she said "no"'):
-        config = composed("generate", "checkpoint=run", *hydra_arguments([f"prompt={prompt}"], "generate"))
+        config = composed("generate", ["checkpoint=run", *hydra_arguments([f"prompt={prompt}"], "generate")])
         assert config.prompt == prompt
 
 
