@@ -1,6 +1,6 @@
 """Checkpoints and models for stock engines: ``python scripts/export.py checkpoint=outputs/my_run``.
 
-``python scripts/export.py check DIR_OR_GGUF`` and ``python scripts/export.py repair model=DIR rope=cope20 output=DIR``.
+``python scripts/export.py check DIR_OR_GGUF_OR_RUN`` and ``export.py repair model=DIR rope=cope20 output=DIR``.
 """
 
 import shlex
@@ -20,9 +20,14 @@ def main(config: ExportConfig) -> None:
         output = export(config)
     except NotVerified as failed:
         sys.exit(f"error: {failed}")  # exit code 1
+    import torch
+
     print(f"result: {output}")
     if config.to != "gguf":
-        print(f"next: python scripts/generate.py checkpoint={shlex.quote(str(output))} prompt='Once upon a time'")
+        device = "" if torch.cuda.is_available() else " device=cpu dtype=float32"
+        print(
+            f"next: python scripts/generate.py checkpoint={shlex.quote(str(output))} prompt='Once upon a time'{device}"
+        )
 
 
 @entry("check_export")

@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
@@ -129,7 +129,8 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
         def with_object(composed: DictConfig) -> None:
             with user_errors():  # here, so that Hydra adds no line of its own
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    sweep.run(HydraConfig.get().overrides.task, partial(checked, composed))
+                    result = OmegaConf.select(composed, "run_dir") or OmegaConf.select(composed, "output")
+                    sweep.run(HydraConfig.get().overrides.task, partial(checked, composed), result)
                 else:
                     checked(composed)
 
@@ -159,8 +160,11 @@ class Sweep:
         self.keys: set[str] = set()  # that vary; none: every override is shown
         self.rows: list[tuple[str, str]] = []
 
-    def run(self, overrides: Sequence[str], job: Callable[[], None]) -> None:
-        """Run one combination; one whose input is wrong, or that its guards end, is noted and passed over."""
+    def run(self, overrides: Sequence[str], job: Callable[[], None], result: str | None = None) -> None:
+        """Run one combination; one whose input is wrong, or that its guards end, is noted and passed over.
+
+        ``result`` is the directory that it writes, named in the table.
+        """
         varied = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.keys]
         words = " ".join(varied or overrides)
         _print_once(f"\nsweep {len(self.rows) + 1}: {words}")
@@ -174,19 +178,19 @@ class Sweep:
             self._print()
             raise
         else:
-            self.rows.append((words, "done"))
+            self.rows.append((words, f"done: {result}" if result else "done"))
 
     def end(self) -> None:
         """Print the table, if there was a sweep; exit code 2 if a combination has failed."""
         if self.rows:
             self._print()
-            if any(outcome != "done" for _, outcome in self.rows):
+            if any(not outcome.startswith("done") for _, outcome in self.rows):
                 sys.exit(2)
 
     def _print(self) -> None:
         width = max(len(words) for words, _ in self.rows)
         lines = [f"  {words:<{width}}  {outcome[:200]}" for words, outcome in self.rows]
-        done = sum(outcome == "done" for _, outcome in self.rows)
+        done = sum(outcome.startswith("done") for _, outcome in self.rows)
         _print_once("\n".join(["", f"sweep: {done} of {len(self.rows)} done", *lines]))
 
 
@@ -281,7 +285,8 @@ def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
 
     ``--key value`` and ``--flag`` of the configuration's own keys become ``key=value`` and ``flag=true``; ``+group=``
     loses its plus where the group has a default, since Hydra would add a second option to it. ``test_time=[auto,none]``
-    becomes the first option and a list of the others, since Hydra would merge them into one.
+    becomes the first option and a list of the others, since Hydra would merge them into one. The value of a key that
+    is a text is taken as it is written, except in a sweep, whose commas divide it.
     """
     kinds = {f.name: str(f.type) for f in fields(SCHEMAS[config_name])}
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))["defaults"]  # type: ignore
@@ -302,18 +307,26 @@ def hydra_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
             result.append(argument[1:])
         else:
             result.append(argument)
-    return result
+    if {"-m", "--multirun"} & {*result}:
+        return result
+    return [_as_text(word) if kinds.get(word.partition("=")[0], "").startswith("str") else word for word in result]
+
+
+def _as_text(argument: str) -> str:
+    """An override whose value Hydra reads as a text; what it would read as a list, a number or a call is quoted."""
+    key, equals, value = argument.partition("=")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        if not override.is_sweep_override() and isinstance(override.value(), str | None):
+            return argument
+    except HydraException:
+        pass
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}" if equals else argument
 
 
 def plain_argument(argument: str) -> str:
-    """An argument of a command that reads a model, as Hydra takes it.
-
-    ``model=X`` would choose from the model group, which only training has; ``chain=abf(theta=1e7)`` would call a
-    function of Hydra's own.
-    """
+    """``model=X`` of a command that reads a model as ``model.path=X``: only training has a model group."""
     key, equals, value = argument.partition("=")
-    if key == "chain" and "(" in value and value[0] not in "'\"":
-        return f"chain='{value}'"
     return f"model.path{equals}{value}" if key == "model" else argument
 
 

@@ -33,6 +33,11 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_like_directory(path: Path) -> None:
+    """Let those read and write a file who may do so in its directory: safetensors makes files for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) beside ``path`` and rename it into place; durable on return."""
     replace_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -93,6 +93,12 @@ def test_the_manifest_of_another_tokenizer_is_refused(store_64, fixture_corpus, 
     other = PackedStore(tmp_path / "o/packed-64")
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         Mixture(0, {}, {"": store_64, "more": other})
+    (tmp_path / "t.jinja").write_text("{{ messages }}")  # a chat template is no other tokenizer
+    corpus.chat_template = str(tmp_path / "t.jinja")
+    prepare(PrepareConfig(str(tmp_path / "t"), [64], workers=1, corpus=corpus), lambda line: None)
+    with_template = PackedStore(tmp_path / "t/packed-64")
+    assert with_template.tokenizer["sha256"] != other.tokenizer["sha256"]
+    Mixture(0, {}, {"": other, "more": with_template})
     config = LlamaConfig(vocab_size=512)
     fit_tokenizer(config, store_64, str(store_64.tokenizer_path))
     with pytest.raises(

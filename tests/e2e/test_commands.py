@@ -10,7 +10,7 @@ import pytest
 from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment
 
-from ropewalk.cli import choices, hydra_arguments
+from ropewalk.cli import choices, composed, hydra_arguments
 from ropewalk.config import CONFIG_DIR
 from ropewalk.evaluation import read_results
 
@@ -35,10 +35,20 @@ def test_shell_scripts_parse(script):
     ("inspect_store", ["--store", "x", "--cfg", "job"], ["store=x", "--cfg", "job"]),
     ("convert_mds", ["--format=mds", "+mds=prolong_64k"], ["format=mds", "+mds=prolong_64k"]),
     ("prepare", ["+corpus=demo", "--n-shards", "4", "--help"], ["corpus=demo", "n_shards=4", "--help"]),
+    ("generate", ["prompt=Hi, I'm a (small) ship; x=1?", "checkpoint=null"], [
+        r"prompt='Hi, I\'m a (small) ship; x=1?'", "checkpoint=null",
+    ]),
+    ("evaluate", ["checkpoint=a,b", "--multirun"], ["checkpoint=a,b", "--multirun"]),
     ("train", ["+experiment=cope20", "+rope=rope", "--multirun"], ["+experiment=cope20", "rope=rope", "--multirun"]),
 ])  # fmt: skip
 def test_arguments_of_the_usual_form_are_taken(name, given, taken):
     assert hydra_arguments(given, name) == taken
+
+
+def test_a_prompt_is_taken_letter_by_letter():
+    for prompt in ("Hello, Ana. Is it 7, or 'eight' [of 9]?", "007", "abf(theta=1e7)", "a: b", "{x}", 'she said "no"'):
+        config = composed("generate", ["checkpoint=run", *hydra_arguments([f"prompt={prompt}"], "generate")])
+        assert config.prompt == prompt
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

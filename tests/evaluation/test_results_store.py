@@ -104,12 +104,13 @@ def test_losses_of_other_documents_are_not_kept_beside_new_ones(config) -> None:
     assert set(read_document_losses(config.output)["context_length"]) == {512}
 
 
-def test_another_name_renames_the_run_and_measures_nothing(config, monkeypatch) -> None:
+def test_another_name_renames_the_run_and_measures_nothing(config, monkeypatch, capsys) -> None:
     losses = evaluate(config)
     assert set(losses["run"]) == {"tiny"}
     config.name = "other"
     monkeypatch.setattr(held_out, "ModelScorer", None)  # must not be needed
     renamed = evaluate(config)
+    assert "table.parquet calls the run other now, not tiny\n" in capsys.readouterr().out
     pd.testing.assert_frame_equal(renamed, losses.assign(run="other"))
     assert set(read_document_losses(config.output)["run"]) == {"other"}
     assert read_record(config.output)["run"] == "other"

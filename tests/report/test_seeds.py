@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_run
 
 from ropewalk.report.results_table import loss_at, results_table
-from ropewalk.report.runs import Run, load_run, with_bases
+from ropewalk.report.runs import Run, by_test_time, load_run, with_bases
 from ropewalk.report.runs_table import differences
 from ropewalk.report.seeds import UNKNOWN_NOISE, arm_of, arms, noise_words, one_run_each, styles_of, why_apart
 
@@ -114,6 +116,27 @@ def test_arms_of_the_same_seeds_are_compared_seed_by_seed(tmp_path: Path) -> Non
     block = next(block for block in table.blocks if block.title.startswith("Difference to the arm rope"))
     cell = dict(block.rows)["cope (2 seeds)"][0]
     assert (cell.main, cell.detail, cell.marked) == ("-0.0150", "[-0.0200, -0.0100]", False)
+
+
+def test_arms_are_compared_under_the_same_test_time_setting(tmp_path: Path) -> None:
+    """At 4,096 tokens ``none`` loses 0.5 (rope) and 0.7 (cope) more than ``auto``, so cope is 0.1 and 0.3 behind."""
+    fakes = [FakeRun("rope-s0"), FakeRun("rope-s1", seed=1), FakeRun("cope-s0", chain=COPE, offset=0.1)]
+    found = made(tmp_path, *fakes)
+    runs = []
+    for name, extra in (("rope-s0", 0.5), ("rope-s1", 0.5), ("cope-s0", 0.7)):
+        run = found[name]
+        own = run.table.assign(test_time="auto,none")
+        past = own["context_length"] > 2048
+        plain = own[past].assign(test_time="none", value=own[past]["value"] + extra)
+        table = pd.concat([own[~past], own[past].assign(test_time="auto"), plain], ignore_index=True)
+        runs += by_test_time(replace(run, table=table))
+    baseline = next(run for run in runs if run.label == "rope-s0")
+    table = results_table(runs, baseline)
+    block = next(block for block in table.blocks if block.title.startswith("Difference to the arm rope: mean"))
+    column = [int(name.replace(",", "")) for name in table.columns].index(4096)
+    assert {name: cells[column].main for name, cells in block.rows} == {
+        "cope-s0, auto (1 seed)": "+0.1000", "cope-s0, none (1 seed)": "+0.3000",
+    }  # fmt: skip
 
 
 def test_seeds_share_a_colour_and_differ_in_their_dash(runs: dict[str, Run]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.results import EARLIER, KEY, OWN_HARNESS, RECORD, results_table, write_results
+from ropewalk.evaluation.results import EARLIER, KEY, OWN_HARNESS, RECORD, TABLE, results_table, write_results
 from ropewalk.files import replace_atomically, write_atomically
 
 CELLS = "cells"
@@ -223,7 +223,7 @@ class ResultsStore:
         return sorted(known.values(), key=lambda setting: (setting["lengths"][0], setting["lengths"][-1]))
 
     def write_tables(self) -> None:
-        """Make table.parquet, table.csv and documents.parquet anew from all cells.
+        """Make table.parquet, table.csv and documents.parquet anew from all cells; a change of the run's name is said.
 
         Raises:
             UserError: cells of two versions of a harness lie together.
@@ -231,7 +231,11 @@ class ResultsStore:
         files = [path.with_suffix(DOCUMENTS) for path in self._files()]
         losses = [pd.read_parquet(file) for file in files if file.is_file()]
         documents = pd.concat(losses, ignore_index=True).assign(run=self.run) if losses else None
+        table = self.output / TABLE
+        earlier = set(pd.read_parquet(table, columns=["run"])["run"]) - {self.run} if table.is_file() else set()
         write_results(self.output, results_table(self.rows()), documents)
+        if earlier:
+            print(f"{table} calls the run {self.run} now, not {', '.join(sorted(earlier))}", flush=True)
 
 
 def _is_of(row: Mapping[str, Any], setting: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from ropewalk.errors import UserError
 from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_export, read_json, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
-from ropewalk.files import copy_files, fsync_path, write_atomically
+from ropewalk.files import copy_files, fsync_path, open_like_directory, write_atomically
 from ropewalk.model.hf_directory import INDEX
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
@@ -128,6 +128,7 @@ def write_weights(
         shard = {name: gather(name, planned[name][1]).contiguous() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
         del shard  # before the next one is gathered
+        open_like_directory(directory / file)
         fsync_path(directory / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -157,18 +157,19 @@ def _over_seeds(all_arms: list[Arm], baseline: Run, lengths: list[int]) -> list[
     """Means over seeds with their range, and differences of means, where any arm has more than one seed."""
     if all(arm.seeds < 2 for arm in all_arms):
         return []
-    reference = arm_of(baseline, all_arms)
+    references = [arm_of(baseline.beside(arm.runs[0]), all_arms) for arm in all_arms]
+    name = arm_of(baseline, all_arms).name
+    if baseline.settings:
+        name = name.removesuffix(f", {baseline.test_time}")
     means = [(_arm_name(arm), [_mean_cell(arm, length) for length in lengths]) for arm in all_arms]
     differences = [
         (_arm_name(arm), [_mean_difference(arm, reference, all_arms, length) for length in lengths])
-        for arm in all_arms
+        for arm, reference in zip(all_arms, references, strict=True)
         if arm is not reference
     ]
     return [
         *block_of("Loss of each arm: mean over its seeds [lowest, highest seed]", means),
-        *block_of(
-            f"Difference to the arm {reference.name}: mean over seeds [lowest, highest seed], seed by seed", differences
-        ),
+        *block_of(f"Difference to the arm {name}: mean over seeds [lowest, highest seed], seed by seed", differences),
     ]
 
 

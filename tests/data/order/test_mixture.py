@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ class Store:
     sequence_length: int = 64
     fingerprint: str = "f"
     root: str = "store"
+    tokenizer_path: Path = Path("store/tokenizer")
     tokenizer: dict[str, str] = field(default_factory=lambda: {"sha256": "t"})
 
     def trained_tokens(self, domain: str, index: int) -> int:

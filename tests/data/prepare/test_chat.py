@@ -2,6 +2,7 @@
 
 import json
 from datetime import date, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,17 @@ def test_a_conversation_that_the_template_refuses_is_counted(fixture_tokenizer, 
         read_template(str(tmp_path / "t.jinja"))
     with pytest.raises(ValueError, match=r"line 1 of the chat template has a syntax error"):
         ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, "{% for m in messages %}")
+
+
+def test_the_template_of_the_docs_trains_the_answers_to_their_end(tokenizer):
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    template = page.partition("```jinja\n")[2].partition("\n```")[0]
+    talk = [{"role": "user", "content": "Is it far?"}, {"role": "assistant", "content": "No."}] * 2
+    tokens, mask = ChatEncoder(tokenizer, template).encode(talk)
+    end = tokenizer.eos_token
+    assert tokenizer.decode(tokens[mask]) == f"No.{end}No.{end}"
+    prompt = tokenizer.apply_chat_template(talk[:1], chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(tokens).startswith(prompt + "No.")
 
 
 def test_templates_that_cannot_be_used_are_named(tokenizer):

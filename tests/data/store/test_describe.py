@@ -72,6 +72,10 @@ def test_a_directory_of_stores_is_listed(fixture_tokenizer, tmp_path, capsys):
     assert rows[1:3] == [["packed-4", "d", "1"], ["packed-8", "d", "1"]]
     with pytest.raises(ValueError, match=r"is not a packed store: it holds some; name one of .*packed-4, .*packed-8"):
         PackedStore(tmp_path)
+    file = tmp_path / "packed-4" / "d" / "tokens-00000.bin"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"packed-4.* is corrupt: its SHA-256 differs"):
+        print_store(composed("inspect_store", f"store={tmp_path}", "verify=true"))
 
 
 @pytest.mark.parametrize(("domain", "sequence", "message"), [

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from helpers import composed, save_tiny
 
+from ropewalk.errors import UserError
 from ropewalk.export.command import repair
 from ropewalk.export.gguf.gguf_file import write_gguf
 from ropewalk.export.gguf.gguf_model import GgufPosition
@@ -36,6 +37,21 @@ def test_an_export_carries_what_it_claims(exported_arm, arm, capsys):
     assert "carries what it claims" in said
     (file,) = exported_arm(arm).glob("*.gguf")
     assert faults(file) == []
+
+
+def test_of_a_run_its_export_is_checked(exported_arm, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("run_name: a\n")
+    with pytest.raises(UserError, match=r"is a run without an export; python scripts/export.py checkpoint="):
+        print_check(str(tmp_path))
+    (tmp_path / "export").symlink_to(exported_arm("rope"), target_is_directory=True)
+    assert print_check(str(tmp_path))
+    assert f"{tmp_path}/export: carries what it claims" in capsys.readouterr().out
+
+
+def test_weights_are_for_all_who_may_read_the_directory(exported_arm):
+    """safetensors itself makes files of mode 600."""
+    file = exported_arm("rope") / "model.safetensors"
+    assert file.stat().st_mode & 0o777 == file.parent.stat().st_mode & 0o666
 
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e5}

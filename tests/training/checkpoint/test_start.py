@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny_run
 from ranks import run_ranks, tiny_arguments
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropewalk.config.data import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
@@ -191,6 +191,8 @@ def test_sft_trains_what_the_assistant_says(first, tmp_path, fixture_tokenizer):
     train(
         stage(store, run_dir, first, "start_from.optimizer=drop", "trainer.warmup_ratio=0.05", "trainer.stop_after=1")
     )
+    served = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    assert served.chat_template == TEMPLATE
     row = read_metrics(run_dir)[0]
     model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(first), attn_implementation="eager")
     tokens, mask = ChatEncoder(load_tokenizer(str(fixture_tokenizer)).tokenizer, TEMPLATE).encode(TALK)

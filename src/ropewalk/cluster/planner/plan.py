@@ -214,7 +214,7 @@ def summary(plan: Plan, config: PlanConfig) -> str:
     """The plan in one line."""
     e, capacity = plan.entries, config.cluster.gpu_memory_gib
     return (
-        f"plan: {e['run_name']} on {e['gpus']} x {e['cluster']} {'fits' if plan.fits else 'DOES NOT FIT'} "
+        f"plan: {e['run_name']} on {e['gpus']} GPUs of {e['cluster']} {'fits' if plan.fits else 'DOES NOT FIT'} "
         f"({plan.memory.device_total / GIB:.1f} of {capacity} GiB), {_duration(e['seconds'])}, "
         f"{_hours(e['gpu_hours'])} GPU-hours, {e['cost']:,.0f} at the cluster's price"
         + "".join(f"; would fit: {' '.join(chosen)}" for chosen in plan.changes[:1])
@@ -226,7 +226,7 @@ def lines(plan: Plan, config: PlanConfig) -> list[str]:
     e = plan.entries
     return [
         f"{e['run_name']}: {_count(e['parameters'])} parameters, {plan.setting.length:,} tokens a sequence, "
-        f"{e['gpus']} x {e['cluster']}",
+        f"{e['gpus']} GPUs of {e['cluster']}",
         "",
         *_memory_lines(plan, config),
         "",

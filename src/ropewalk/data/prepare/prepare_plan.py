@@ -30,6 +30,7 @@ from ropewalk.data.store.tokenizer_files import (
     describe_tokenizer,
     is_plain,
     open_tokenizer,
+    set_chat_template,
 )
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, sha256_of, write_atomically
@@ -139,12 +140,14 @@ def make_plan(
         warm_up: called with a function and its arguments that a process will need, as soon as they are known.
     """
     corpus, output = config.corpus, Path(config.output)
+    template = None if corpus.chat_template is None else read_template(corpus.chat_template)
     documents: list[Document] = []
     if corpus.tokenizer is None or corpus.heldout_documents or corpus.retrieval_tokens:
         documents = sample_documents(unit for _, units in shards for unit in units if not unit.chat)
     directory = local_tokenizer(corpus)
     if directory is not None and is_plain(directory):
         copy_plain(directory, output / TOKENIZER)
+        set_chat_template(output / TOKENIZER, template)
         settings = output / TOKENIZER, corpus.engine, directory, corpus.bos, corpus.eos
         open_encoder(*settings).mark(output / TOKENIZER)
         warm_up(open_encoder, *settings)
@@ -153,6 +156,7 @@ def make_plan(
         make_encoder = partial(_make_encoder, corpus, config.seed, documents)
         encoder, heldout = choose_heldout(documents, corpus, make_encoder)
         encoder.save(output / TOKENIZER)
+        set_chat_template(output / TOKENIZER, template)
     tokenizer = describe_tokenizer(output / TOKENIZER)
     begin = "begin with BOS" if len(encoder.head) else "begin without BOS"
     report(f"tokenizer: {tokenizer['vocab_size']:,} entries; documents {begin}")
@@ -169,7 +173,7 @@ def make_plan(
         config,
         sources=[_described(source, corpus) for source in sources],
         shard_sources=[index for index, _ in shards],
-        chat_template=None if corpus.chat_template is None else read_template(corpus.chat_template),
+        chat_template=template,
         heldout=[document.name for document in kept_out],
         vocab_size=tokenizer["vocab_size"],
     )

@@ -20,26 +20,25 @@ EXCERPT = 60  # characters of text shown at either end of a piece
 def print_store(config: InspectStoreConfig) -> None:
     """Print counts, lengths of document pieces, where tokens went, and one sequence decoded with its boundaries.
 
-    Of a sequence with a loss mask each stretch that is trained is printed too. A directory of stores is listed.
+    Of a sequence with a loss mask each stretch that is trained is printed too. A directory of stores is listed, and
+    ``verify`` is of each of them.
 
     Raises:
         UserError: for a directory that is not a store, a domain or sequence that it does not have, or, with ``verify``,
             a file that is not as it was written.
     """
     root = Path(config.store)
-    inside = stores_in(root)
-    if not (root / MANIFEST).is_file() and inside:
-        for line in domain_table([PackedStore(path) for path in inside]):
-            print(line, flush=True)
-        print(f"{root} holds {len(inside)} stores; look into one with store={inside[-1]}")
-        return
-    store = PackedStore(config.store)
+    inside = [] if (root / MANIFEST).is_file() else stores_in(root)
+    stores = [PackedStore(path) for path in inside or [config.store]]
     if config.verify:
-        store.verify()
-    for line in describe(store, config.domain, config.sequence):
+        for store in stores:
+            store.verify()
+    for line in domain_table(stores) if inside else describe(stores[0], config.domain, config.sequence):
         print(line, flush=True)
     if config.verify:
         print("verified: every file has the size and SHA-256 of the manifest")
+    if inside:
+        print(f"{root} holds {len(inside)} stores; look into one with store={inside[-1]}")
 
 
 def describe(store: PackedStore, domain: str | None, sequence: int) -> Iterator[str]:
@@ -78,7 +77,7 @@ def next_commands(stores: Sequence[PackedStore], output: Path) -> Iterator[str]:
     yield f"next: python data_prep/inspect_store.py store={store.root}"
     yield (
         f"next: python train.py data=packed data.store={store.root} data.sequence_length={store.sequence_length} "
-        f"'++data.mixture={{{shares}}}'{evaluation}"
+        f"'data.mixture={{{shares}}}'{evaluation}"
     )
 
 

@@ -288,7 +288,7 @@ class JoinedStore:
                     f"{store.sequence_length} tokens, which do not divide it; set data.sequence_length to a multiple "
                     f"of {store.sequence_length} or name another store"
                 )
-            if store.tokenizer["sha256"] != first.tokenizer["sha256"]:
+            if store.tokenizer["sha256"] != first.tokenizer["sha256"] and _tokens(store) != _tokens(first):
                 raise UserError(
                     f"{store.root} holds tokens of another tokenizer than {first.root} (sha256 "
                     f"{store.tokenizer['sha256']}, not {first.tokenizer['sha256']}); prepare both with one"
@@ -342,3 +342,9 @@ class JoinedStore:
         if domain not in self._stores:
             raise UserError(f"the store has no domain {domain!r}; it has: {', '.join(sorted(self._stores))}")
         return self._stores[domain]
+
+
+def _tokens(store: PackedStore) -> dict[str, Any]:
+    """What tokens mean in a store, whichever chat template lies with them."""
+    file = store.tokenizer_path / "tokenizer.json"
+    return {**store.tokenizer, "sha256": sha256_of(file) if file.is_file() else store.tokenizer["sha256"]}

@@ -19,7 +19,8 @@ from ropewalk.files import fsync_path, sha256_of
 RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on each line
 # transformers' classes for a tokenizer.json that is used as it is
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-PLAIN_FILES = ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
+PLAIN_FILES = (TEMPLATE_FILE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 BOS_MODES = ("auto", "always", "never")
 SENTENCE = "The quick brown fox jumps over 1234567890 lazy dogs; isn't that so?"
 LOST_OF_SENTENCE = 0.2  # largest share of characters that may not come back from the tokens of SENTENCE
@@ -223,6 +224,17 @@ def set_bos(directory: Path, bos: bool) -> None:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
     saved_backend.cache_clear()
+
+
+def set_chat_template(directory: Path, template: str | None) -> None:
+    """Give the saved tokenizer a chat template in place of its own, so that it is served as it was trained."""
+    if template is None:
+        return
+    (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if config.pop("chat_template", None) is not None:  # where older forms have it
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def copy_plain(source: Path, target: Path) -> None:

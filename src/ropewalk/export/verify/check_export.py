@@ -28,6 +28,7 @@ from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
 from ropewalk.rope.position import METADATA_KEY, position_of
+from ropewalk.runs.directory import RunDirectory
 
 # The keys below <architecture>.rope that hold a GGUF file's position, and what llama.cpp takes for an absent one.
 _ABSENT = {
@@ -102,12 +103,18 @@ class Claim:
 
 
 def print_check(model: str) -> bool:
-    """Check a Hugging Face directory or GGUF file and print the findings; returns whether all passed.
+    """Check a Hugging Face directory, a GGUF file or a run's export, and print the findings; True if all passed.
 
     Raises:
-        UserError: where ``model`` is neither.
+        UserError: where ``model`` is none of them.
     """
-    path = Path(model)
+    path, run = Path(model), RunDirectory(Path(model))
+    if run.config.is_file():
+        if not run.export.is_dir():
+            raise UserError(
+                f"model={model} is a run without an export; python scripts/export.py checkpoint={model} makes one"
+            )
+        path = run.export
     claim, findings = check_gguf(path) if path.suffix == ".gguf" and path.is_file() else check_directory(path)
     print(f"claim: {claim}")
     for finding in sorted(findings, key=lambda finding: not finding.passed):

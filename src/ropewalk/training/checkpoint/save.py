@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ropewalk.errors import UserError
-from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
+from ropewalk.files import blake3_of, fsync_path, inside, open_like_directory, sha256_of, write_atomically
 from ropewalk.model.load import write_config
 from ropewalk.runs.directory import MANIFEST, MANIFEST_FORMAT, ZERO, RunDirectory, read_manifest
 from ropewalk.training.distributed import gather, together
@@ -223,6 +223,7 @@ def _settle_share(directory: Path, failures: list[str], rng: dict[str, torch.Ten
         raise OSError(failures[0])
     rank = dist.get_rank()
     save_file(rng, directory / f"rng_rank_{rank}.safetensors")
+    open_like_directory(directory / f"rng_rank_{rank}.safetensors")
     with ThreadPoolExecutor(1) as disk:  # which flushes while this thread hashes
         paths = _files_of(rank, directory)
         flushed = [disk.submit(fsync_path, path) for path in paths]
