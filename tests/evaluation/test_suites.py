@@ -234,7 +234,7 @@ def test_two_processes_share_the_samples(config, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_documents_and_needles(config, documents, tmp_path) -> None:
-    config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [128, 512]
+    config.suite, config.documents, config.lengths = SuiteConfig(), str(documents), [192, 512]
     config.needle = NeedleConfig(depths=[0.0, 1.0], samples=3)
     evaluate(config)
     shared = tmp_path / "shared"
