@@ -113,9 +113,10 @@ def test_arms_differ_in_the_rope_group_and_nothing_else(arms):
 def test_demo_clip_follows_the_papers_rule():
     config = composed("train", "+experiment=demo/cope")
     base = RopeChain(config.rope.chain[:1]).spectrum(head_dim=32, theta=1e4, pretrained_length=128, trained_length=512)
-    chain = RopeChain(config.rope.chain)
-    clipped = chain.spectrum(head_dim=32, theta=1e4, pretrained_length=128, trained_length=512)
-    assert (clipped.inv_freq != base.inv_freq).sum() == int(0.75 * (base.periods > 512).sum())
+    hard = composed("train", "+experiment=demo/hardclip").rope.chain
+    clipped = RopeChain(hard).spectrum(head_dim=32, theta=1e4, pretrained_length=128, trained_length=512)
+    assert (clipped.inv_freq == 0).sum() == int(0.75 * (base.periods > 512).sum()) == 6
+    assert [step["clip"] for step in (config.rope.chain[1], hard[1])] == ["auto", "auto"]
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])

@@ -29,7 +29,7 @@ def print_store(config: InspectStoreConfig) -> None:
     """
     root = Path(config.store)
     inside = [] if (root / MANIFEST).is_file() else stores_in(root)
-    stores = [PackedStore(path) for path in inside or [config.store]]
+    stores = [PackedStore(path) for path in inside or [root]]
     if config.verify:
         for store in stores:
             store.verify()
