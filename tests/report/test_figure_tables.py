@@ -138,8 +138,8 @@ def test_needles_found_have_a_panel_for_each_setting_and_a_line_for_each_run(tmp
     found = [setting for setting in by_test_time(load_run(run)) if setting.test_time in ("none", "auto")]
     figure = retrieval_figure(retrieval_rows(found), {"a": 512}, styles_of(found))
     assert figure is not None
-    assert [panel.title for panel in figure.panels] == ["test_time=auto", "test_time=none"]
-    for axes, shares in zip(axes_of(figure), ([0.99, 0.97], [0.99, 0.8]), strict=True):
+    assert [panel.title for panel in figure.panels] == ["test_time=none", "test_time=auto"]
+    for axes, shares in zip(axes_of(figure), ([0.99, 0.8], [0.99, 0.97]), strict=True):
         assert [values.tolist() for values in curve(axes, "a")] == [[512, 1024], pytest.approx(shares)]
         assert has_mark(axes, "length 512")
         band = axes.collections[0].get_paths()[0].vertices[:, 1]

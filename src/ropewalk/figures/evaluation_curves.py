@@ -233,11 +233,13 @@ def retrieval_figure(
     """
     if rows["context_length"].nunique() < 2:
         return None
+    settings = sorted(dict.fromkeys(rows["test_time"]), key=lambda setting: setting != NONE)
+    parts = ((setting, rows[rows["test_time"] == setting]) for setting in settings)
     panels = [
         Panel(partial(_draw_retrieval, rows=of_setting, styles=styles,
                       trained=[n for name, _ in each_run(of_setting) if (n := trained_lengths.get(name))]),
               f"test_time={setting}" if setting else "")
-        for setting, of_setting in rows.groupby("test_time", sort=False)
+        for setting, of_setting in parts
     ]  # fmt: skip
     title = "Needles found against context length"
     of_runs = {name: styles[name] for name, _ in each_run(rows)}
