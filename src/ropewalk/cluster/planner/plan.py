@@ -221,7 +221,7 @@ def summary(plan: Plan, config: PlanConfig) -> str:
     )
 
 
-def _devices(entries: dict[str, Any]) -> str:
+def _devices(entries: Mapping[str, Any]) -> str:
     """GPUs, or the processes of a CPU run, by their kind of node."""
     return f"{entries['gpus']} device{'s' if entries['gpus'] != 1 else ''} of {entries['cluster']}"
 
