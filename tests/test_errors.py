@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from ropewalk.cli import Sweep, check_grammar
 from ropewalk.config.evaluation import CompareConfig
@@ -121,19 +122,20 @@ def test_a_sweep_goes_past_a_wrong_combination_and_ends_with_a_table(capsys):
     sweep = Sweep()
     sweep.keys = check_grammar(["-m", "trainer.seed=1", "rope=cope10,cope34,snap", "data.mixture={a: 1, b: 2}"])
     assert sweep.keys == {"rope"}
-    for words, job in (
-        (["trainer.seed=1", "rope=cope10"], lambda: None),
-        (["rope=cope34"], wrong),
-        (["rope=snap"], lambda: None),
+    config = OmegaConf.create({"run_name": "snap", "run_dir": "outputs/${run_name}"})
+    for words, job, composed in (
+        (["trainer.seed=1", "rope=cope10"], lambda: None, None),
+        (["rope=cope34"], wrong, config),
+        (["rope=snap"], lambda: None, config),
     ):
-        sweep.run(words, job)
+        sweep.run(words, job, composed)
     with pytest.raises(SystemExit) as ended:
         sweep.end()
     assert ended.value.code == 2
     shown = capsys.readouterr()
     assert [line for line in shown.out.splitlines() if line] == [
         "sweep 1: rope=cope10", "sweep 2: rope=cope34", "sweep 3: rope=snap", "sweep: 2 of 3 done",
-        "  rope=cope10  done", "  rope=cope34  failed: clip=34 is too large", "  rope=snap    done",
+        "  rope=cope10  done", "  rope=cope34  failed: clip=34 is too large", "  rope=snap    done: outputs/snap",
     ]  # fmt: skip
     assert shown.err == "error: clip=34 is too large\n"
 

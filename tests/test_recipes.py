@@ -94,7 +94,7 @@ def alone(tmp_path):
 @pytest.mark.slow
 def test_without_slurm_training_is_planned_for_the_node_it_runs_on(alone):
     said = alone("train +experiment=cope20", CLUSTER="h100_8", NODES="4")
-    assert "65,536 tokens a sequence, 8 GPUs of h100_8" in said
+    assert "65,536 tokens a sequence, 8 devices of h100_8" in said
     assert said.splitlines()[-1] == "torchrun --standalone --nproc-per-node=gpu train.py +experiment=cope20"
 
 

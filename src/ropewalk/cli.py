@@ -129,8 +129,7 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
         def with_object(composed: DictConfig) -> None:
             with user_errors():  # here, so that Hydra adds no line of its own
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    result = OmegaConf.select(composed, "run_dir") or OmegaConf.select(composed, "output")
-                    sweep.run(HydraConfig.get().overrides.task, partial(checked, composed), result)
+                    sweep.run(HydraConfig.get().overrides.task, partial(checked, composed), composed)
                 else:
                     checked(composed)
 
@@ -160,10 +159,10 @@ class Sweep:
         self.keys: set[str] = set()  # that vary; none: every override is shown
         self.rows: list[tuple[str, str]] = []
 
-    def run(self, overrides: Sequence[str], job: Callable[[], None], result: str | None = None) -> None:
+    def run(self, overrides: Sequence[str], job: Callable[[], None], config: DictConfig | None = None) -> None:
         """Run one combination; one whose input is wrong, or that its guards end, is noted and passed over.
 
-        ``result`` is the directory that it writes, named in the table.
+        The table names the directory that ``config`` has it write.
         """
         varied = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.keys]
         words = " ".join(varied or overrides)
@@ -178,7 +177,8 @@ class Sweep:
             self._print()
             raise
         else:
-            self.rows.append((words, f"done: {result}" if result else "done"))
+            results = [] if config is None else [OmegaConf.select(config, key) for key in ("run_dir", "output")]
+            self.rows.append((words, ": ".join(["done", *(str(result) for result in results if result)])))
 
     def end(self) -> None:
         """Print the table, if there was a sweep; exit code 2 if a combination has failed."""

@@ -131,7 +131,7 @@ def test_a_dry_run_of_a_job_shows_what_it_would_be(store_64):
     assert first == "lr 1, into outputs/lr 1; what differs from configs/train.yaml:"
     assert "  trainer.max_steps: 5000 -> 100" in changes
     assert "  data.sequence_length: 65536 -> 64" in changes
-    assert plan.startswith("plan: lr 1 on 32 GPUs of a100_8 fits")
+    assert plan.startswith("plan: lr 1 on 32 devices of a100_8 fits")
     sbatch, *options = shlex.split(submit)
     assert sbatch == "sbatch"
     assert "--nodes=4" in options

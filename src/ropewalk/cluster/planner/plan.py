@@ -214,11 +214,16 @@ def summary(plan: Plan, config: PlanConfig) -> str:
     """The plan in one line."""
     e, capacity = plan.entries, config.cluster.gpu_memory_gib
     return (
-        f"plan: {e['run_name']} on {e['gpus']} GPUs of {e['cluster']} {'fits' if plan.fits else 'DOES NOT FIT'} "
+        f"plan: {e['run_name']} on {_devices(e)} {'fits' if plan.fits else 'DOES NOT FIT'} "
         f"({plan.memory.device_total / GIB:.1f} of {capacity} GiB), {_duration(e['seconds'])}, "
         f"{_hours(e['gpu_hours'])} GPU-hours, {e['cost']:,.0f} at the cluster's price"
         + "".join(f"; would fit: {' '.join(chosen)}" for chosen in plan.changes[:1])
     )
+
+
+def _devices(entries: Mapping[str, Any]) -> str:
+    """GPUs, or the processes of a CPU run, by their kind of node."""
+    return f"{entries['gpus']} device{'s' if entries['gpus'] != 1 else ''} of {entries['cluster']}"
 
 
 def lines(plan: Plan, config: PlanConfig) -> list[str]:
@@ -226,7 +231,7 @@ def lines(plan: Plan, config: PlanConfig) -> list[str]:
     e = plan.entries
     return [
         f"{e['run_name']}: {_count(e['parameters'])} parameters, {plan.setting.length:,} tokens a sequence, "
-        f"{e['gpus']} GPUs of {e['cluster']}",
+        f"{_devices(e)}",
         "",
         *_memory_lines(plan, config),
         "",
