@@ -341,6 +341,8 @@ def check_grammar(arguments: Sequence[str]) -> set[str]:
         key, equals, value = argument.partition("=")
         if argument.startswith("-") or not equals:
             continue
+        if not key.strip("+~"):
+            raise UserError(f"{argument} has no key before its =; write KEY{argument.lstrip('+~')}")
         try:
             if (override := parser.parse_override(argument)).is_sweep_override():
                 swept.add(override.key_or_group)

@@ -253,10 +253,17 @@ def blake3_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def inside(root: Path, name: str) -> Path:
-    """``root / name``, or UserError where a name read from data leads out of ``root``."""
+def inside(root: Path, name: str, *, links: bool = False) -> Path:
+    """``root / name``, or UserError where a name read from data leads out of ``root``.
+
+    Args:
+        root: directory.
+        name: relative to it.
+        links: a link in ``root`` may lead out of it, as each file of the hub's cache does.
+    """
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    resolve = os.path.abspath if links else os.path.realpath
+    if not Path(resolve(path)).is_relative_to(resolve(root)):
         raise UserError(
             f"{name!r} leads out of {root}; the directory was tampered with or copied wrongly: do not use it"
         )

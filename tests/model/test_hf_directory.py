@@ -32,6 +32,7 @@ REFUSED = [
         r"its own code \(auto_map\) is never",
     ),
     ({"model_type": None}, "model_type=None, which transformers"),
+    ({"model_type": ["llama"]}, r"model_type=\['llama'\] must be one name"),
 ]
 
 
@@ -114,8 +115,41 @@ def test_a_missing_shard_and_a_broken_index_are_one_line(model):
     with pytest.raises(UserError, match=rf"names {shard.name}, not there"):
         load_for_evaluation(model)
     shard.write_bytes(content)
-    (model / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="is not an index of weights"):
+    for content in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": 5}}'):
+        (model / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match="is not an index of weights"):
+            load_for_evaluation(model)
+
+
+def test_shards_in_the_hubs_cache_are_read(model, tmp_path):
+    """Each file of a snapshot is a link to a blob; a name in the index still may not lead out of it."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="40KB")
+    snapshot, blobs = tmp_path / "snapshots" / "rev", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    model.rename(blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    weights = StoredWeights(snapshot)
+    assert {name for name in weights} == set(loaded.state_dict())
+    assert torch.equal(weights["lm_head.weight"], loaded.lm_head.weight)
+    index = snapshot / "model.safetensors.index.json"
+    index.unlink()
+    index.write_text(json.dumps({"weight_map": {"a": "../../blobs/model-00001-of-00003.safetensors"}}))
+    with pytest.raises(UserError, match="leads out of"):
+        StoredWeights(snapshot)
+
+
+def test_integers_are_not_weights(model):
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to(torch.uint8)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert weight_report(model, read_config(model)).faults == (
+        f"1 weights are integers, as if quantized, {name} first",
+    )
+    with pytest.raises(UserError, match=f"has as integers, as quantized weights are kept: {name}"):
         load_for_evaluation(model)
 
 
@@ -166,7 +200,10 @@ def test_the_report_is_transformers_own(model):
       "attn_config": {"alibi": True}}, "model_type=mpt has no rotary module in transformers"),
     ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 1, "vocab_size": 64}, "gpt2 has no rotary"),
     ({"model_type": "qwen2_vl", "text_config": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}},
-     "transformers builds no qwen2_vl_text of th"),
+     "transformers builds no qwen2_vl_text of this config.json"),
+    ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 7, "long_factor": [1.0] * 9,
+        "original_max_position_embeddings": 32}}, "transformers builds no llama of this config.json"),
 ])  # fmt: skip
 def test_inspecting_a_model_without_a_rotation_of_its_own_is_one_line(tmp_path, content, message):
     (tmp_path / "config.json").write_text(json.dumps(content))

@@ -5,7 +5,6 @@ A setting is one spectrum and the context lengths that run under it; one model i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from ropewalk.errors import UserError
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.model.hf_directory import INDEX, weight_files
 from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.chain import Steps
@@ -231,16 +231,9 @@ def check_checkpoint(path: str) -> Path:
         UserError: ``path`` is not a checkpoint, or a shard of it is missing or cut short.
     """
     directory = resolve_checkpoint(path)
-    index = directory / "model.safetensors.index.json"
-    shards = {file.name for file in directory.glob("*.safetensors")}
-    if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(wanted - shards):
-            raise UserError(
-                f"checkpoint={directory} lacks {', '.join(missing[:3])} ({len(missing)} of {len(wanted)} weight files)"
-                "; copy it again, whole"
-            )
-    for name in sorted(shards):
+    if (directory / INDEX).is_file():
+        weight_files(directory)
+    for name in sorted(file.name for file in directory.glob("*.safetensors")):
         try:
             with safe_open(directory / name, "pt"):
                 pass

@@ -120,7 +120,13 @@ def _standing(output: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); correct it, or delete it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; correct it, or delete it")
+    return content
 
 
 class Unverifiable(UserError):

@@ -109,8 +109,8 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         UserError: for files that cannot be read, or weights that are missing or have other shapes than in the config.
     """
     directory = Path(path)
-    if any(directory.glob("*.safetensors")) or (directory / INDEX).is_file():
-        StoredWeights(directory)  # names the file that is damaged
+    has_weights = any(directory.glob("*.safetensors")) or (directory / INDEX).is_file()
+    stored = StoredWeights(directory) if has_weights else None  # names the file that is damaged
     check_generation(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -126,13 +126,24 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         fault = f"does not fit its own config: {mismatch}" if mismatch else f"cannot be read: {in_one_line(error)}"
         raise UserError(f"{path} {fault}") from error
     missing, misshapen = sorted(info["missing_keys"]), sorted(name for name, *_ in info["mismatched_keys"])
-    for fault, names in (("lacks", missing), ("has in other shapes than its config.json says:", misshapen)):
+    faults = (
+        ("lacks", missing),
+        ("has in other shapes than its config.json says:", misshapen),
+        ("has as integers, as quantized weights are kept:", [] if stored is None else _integers(model, stored)),
+    )
+    for fault, names in faults:
         if names:
             raise UserError(
                 f"{path} {fault} {', '.join(names[:3])} ({len(names)} weights in all); copy it again, whole, with the "
                 "config.json that belongs to it"
             )
     return model
+
+
+def _integers(model: PreTrainedModel, stored: StoredWeights) -> list[str]:
+    """Weights kept as integers, which transformers would take for the numbers themselves."""
+    names = (name for name, _ in model.named_parameters())
+    return [name for name in names if name in stored and not stored.dtypes[name].is_floating_point]
 
 
 class Weights(Mapping[str, Tensor]):
@@ -245,9 +256,11 @@ def weight_files(directory: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted({inside(index.parent, name, links=True) for name in names})
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not an index of weights ({in_one_line(error)}); copy it anew") from error
-    return sorted({inside(index.parent, name) for name in names})
 
 
 def _difference(weights: StoredWeights, others: StoredWeights) -> str | None:
@@ -295,6 +308,8 @@ def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
     missing, misshapen = sorted(info["missing_keys"]), sorted(name for name, *_ in info["mismatched_keys"])
     faults = [f"{len(missing)} weights are missing, {missing[0]} first"] if missing else []
     faults += [f"{len(misshapen)} weights have other shapes, {misshapen[0]} first"] if misshapen else []
+    integers = _integers(model, stored)
+    faults += [f"{len(integers)} weights are integers, as if quantized, {integers[0]} first"] if integers else []
     tied = {target: source for target, source in model.all_tied_weights_keys.items() if {target, source} <= set(stored)}
     faults += [
         f"{target} is stored beside {source} and differs from it, though tie_word_embeddings is true (transformers "

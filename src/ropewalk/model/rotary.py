@@ -280,7 +280,7 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError, TypeError) as error:
+    except (ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(
             f"transformers builds no {config.model_type} of this config.json: {in_one_line(error)}"
         ) from error

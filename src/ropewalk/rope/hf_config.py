@@ -53,6 +53,8 @@ def read_config_json(model: str | Path, key: str = "model", revision: str | None
         raise UserError(f"{key}={file} is not JSON ({error}); it must be a model's config.json") from None
     if not isinstance(content, dict):
         raise UserError(f"{key}={file} is not a JSON object; it must be a model's config.json")
+    if not isinstance(content.get("model_type"), (str, type(None))):
+        raise wrong("model_type", content["model_type"], "one name; write the model's own")
     return content
 
 
@@ -77,6 +79,8 @@ def modern(content: Mapping[str, Any]) -> dict[str, Any]:
 def in_one_line(error: BaseException) -> str:
     """A library's message as one line, cut where it is long; the name of its class where it has none."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):  # its message is the key alone
+        text = f"{type(error).__name__}: {text}"
     return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
 
 
@@ -136,6 +140,7 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
     kind = _kind(config, entry)
     trained_length = whole(config, "max_position_embeddings") or defaults["max_position_embeddings"]
     if trained_length is None:
+        defaults.check()
         raise UserError("config.json has no max_position_embeddings; write the length the model was trained at there")
     longest = whole(config, "max_sequence_length")
     if kind == "linear" and longest is not None and longest > trained_length:

@@ -204,6 +204,9 @@ USER = {"role": "user", "content": "Hi"}
 DEEP = "[" * 100_000
 
 
+LONE_SURROGATE = "not valid Unicode (a lone surrogate)"
+
+
 @pytest.mark.parametrize(
     ("line", "chat", "reason"),
     [
@@ -231,6 +234,24 @@ DEEP = "[" * 100_000
         ),
         ('{"messages": [{"from": "x", "value": ""}]}', True, "a role that ShareGPT's form does not have"),
         (json.dumps({"messages": [USER], "tools": "{"}), True, "tools that are not JSON"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": ["\\ud800"]}', True, LONE_SURROGATE),
+        (
+            json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "content": "misplaced"}]}]}),
+            True,
+            "a content part of type text without a text",
+        ),
+        (json.dumps({"messages": [USER], "functions": [{"name": "f"}]}), True, "a column functions, which is not read"),
+        (
+            json.dumps({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}),
+            True,
+            "a column chat_template_kwargs, which is not read",
+        ),
+        (json.dumps({"messages": [USER], "system": ["x"]}), True, "a system column that is list, not text"),
+        (
+            json.dumps({"messages": [{"role": "system", "content": "one"}, USER], "system": "two"}),
+            True,
+            "a system column beside another system message",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_left_out_or_an_error(tmp_path, line, chat, reason):
@@ -255,6 +276,19 @@ def test_text_of_the_type_binary_is_text(tmp_path):
     found, skipped = read(tmp_path / "a.parquet", shard_bytes=10**9, kind="files")
     assert found == {"a.parquet:1": "café", "a.parquet:4": "marked"}
     assert skipped == {"null": 1, "not UTF-8": 1}
+    pq.write_table(pa.table({"messages": pa.array([json.dumps([USER]).encode()], pa.binary())}), tmp_path / "b.parquet")
+    documents, _ = documents_of(CorpusConfig(sources=[SourceConfig("d", str(tmp_path / "b.parquet"), chat=True)]))
+    assert [document.messages for document in documents] == [(USER,)]
+
+
+def test_columns_that_pyarrow_does_not_convert(tmp_path):
+    """A time past the year 9999 is a bad row, a name that two columns have a fault of the file."""
+    pq.write_table(pa.table({"text": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", shard_bytes=10**9, kind="files") == ({}, {"a value out of range": 1})
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has 2 columns 'text'; write it with one of them"):
+        read(tmp_path / "b.parquet", shard_bytes=10**9, kind="files")
 
 
 def test_the_forms_of_conversations(tmp_path):

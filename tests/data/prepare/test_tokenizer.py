@@ -102,9 +102,16 @@ def test_a_plain_tokenizer_is_one_that_transformers_adds_nothing_to(fixture_toke
         ({"added_tokens_decoder": {"1": {"content": EOS}}}, True),
         ({"added_tokens_decoder": {"512": {"content": "<|pad|>"}}}, False),
         ({"tokenizer_class": "LlamaTokenizer"}, False),
+        ({"bos_token": None}, True),
+        ({"eos_token": "</s>"}, False),  # without it documents would not end
+        ({"bos_token": {"__type": "AddedToken"}}, False),
+        ({"added_tokens_decoder": {"1": {"special": True}}}, False),
+        ({"added_tokens_decoder": [EOS]}, False),
     ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **change}))
         assert is_plain(tmp_path) == plain
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    assert not is_plain(tmp_path)
     del config["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert not is_plain(tmp_path)

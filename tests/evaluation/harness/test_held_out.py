@@ -203,9 +203,13 @@ def test_an_incomplete_checkpoint_is_refused(config, checkpoint, tmp_path) -> No
     config.checkpoint = str(half)
     with pytest.raises(ValueError, match=r"model.safetensors is damaged .*copy it again, whole"):
         evaluate(config)
-    shards = {"a": "model.safetensors", "b": "model-00002.safetensors", "c": "model-00003.safetensors"}
+    shards = {"a": "model-00001.safetensors", "b": "model-00002.safetensors", "c": "model-00003.safetensors"}
     (half / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(ValueError, match=r"lacks model-00002.safetensors, model-00003.safetensors \(2 of 3 weight"):
+    weights.rename(half / "model-00001.safetensors")
+    with pytest.raises(ValueError, match=r"names model-00002.safetensors, model-00003.safetensors, not there"):
+        evaluate(config)
+    (half / "model.safetensors.index.json").write_text(json.dumps({"weight_map": [1]}))
+    with pytest.raises(ValueError, match=r"index.json is not an index of weights .*copy it anew"):
         evaluate(config)
 
 

@@ -21,6 +21,8 @@ from ropewalk.errors import UserError
 Message = dict[str, Any]
 # Fields that a conversation is another without; a template that does not name one would drop it in silence.
 CHANGING = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "tool_plan"}
+UNREAD = ("functions", "chat_template_kwargs")  # columns that would change a conversation too
+COLUMNS = ("system", "tools", *UNREAD)  # beside the messages
 NOW = re.compile(r"\bstrftime_now\s*\(")
 NOW_IN = re.compile(r"""\bstrftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")
 
@@ -207,7 +209,7 @@ def read_messages(value: Any, system: Any = None) -> tuple[dict[str, Any], ...]:
 
     Args:
         value: of the column.
-        system: of the row's own column of that name: the first message, where none of the messages is the system's.
+        system: of the row's own column of that name: the first message, where that is not the system's.
 
     Raises:
         BadRow: for anything else.
@@ -217,13 +219,22 @@ def read_messages(value: Any, system: Any = None) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise BadRow("null" if value is None else "no messages" if value == [] else "messages that are not a list")
     messages = [_message(message) for message in value]
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    if system and not isinstance(system, str):
+        raise BadRow(f"a system column that is {type(system).__name__}, not text")
+    if system and system.strip():
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        elif messages[0]["content"].strip() != system.strip():
+            raise BadRow("a system column beside another system message")
+    _check_texts(messages)
+    return tuple(messages)
+
+
+def _check_texts(value: Any) -> None:
     try:
-        check_unicode(json.dumps(messages, ensure_ascii=False, default=str))
+        check_unicode(json.dumps(value, ensure_ascii=False, default=str))
     except RecursionError:
         raise BadRow("nested too deep") from None
-    return tuple(messages)
 
 
 def _message(message: Any) -> dict[str, Any]:
@@ -243,7 +254,9 @@ def _message(message: Any) -> dict[str, Any]:
         kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
         if kinds - {"text"}:
             raise BadRow(f"a content part of type {sorted(map(str, kinds - {'text'}))[0]}")
-        content = "".join(str(part.get("text") or "") for part in content)
+        if not all(isinstance(part.get("text"), str) for part in content):
+            raise BadRow("a content part of type text without a text")
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadRow(f"a content that is {type(content).__name__}, not text")
     if "content" not in message and "value" not in message and not fields:
@@ -271,4 +284,11 @@ def read_tools(tools: Any) -> list[Any] | None:
         return None
     if not isinstance(tools, list):
         raise BadRow("tools that are not a list")
+    _check_texts(tools)
     return tools
+
+
+def check_columns(row: Mapping[str, Any]) -> None:
+    """Raise BadRow for a conversation's row with a column of UNREAD that is not empty."""
+    if unread := next((name for name in UNREAD if row.get(name)), None):
+        raise BadRow(f"a column {unread}, which is not read")

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import zstandard
 
-from ropewalk.data.prepare.chat import read_messages, read_tools
+from ropewalk.data.prepare.chat import COLUMNS, check_columns, read_messages, read_tools
 from ropewalk.data.prepare.token_files import BadRow, Skipped, check_unicode
 from ropewalk.errors import UserError
 
@@ -141,14 +141,15 @@ def _document(name: str, row: Any, unit: Unit) -> Document | None:
         raise BadRow(f"no column {column!r}")
     else:
         value = row[key]
+    if isinstance(value, bytes):  # text without the type, as Spark writes it
+        value = _decoded(value)
     if unit.chat:
+        check_columns(row)
         messages = read_messages(value, row.get("system"))
         for message in messages:
             if reason := unfit(message["content"]):
                 raise BadRow(reason)
         return Document(name, (), messages, read_tools(row.get("tools")))
-    if isinstance(value, bytes):  # text without the type, as Spark writes it
-        value = _decoded(value)
     if not isinstance(value, str):
         raise BadRow("null" if value is None else f"{column!r} is {type(value).__name__}, not text")
     check_unicode(value)
@@ -317,7 +318,9 @@ def _parquet(unit: Unit) -> Iterator[tuple[int, Any]]:
                 f"{unit.root} has the columns {names}; name the one with the documents (column=, or corpus.column): "
                 f"{unit.column!r} is none"
             )
-        columns = [column, *(name for name in ("system", "tools") if unit.chat and name in names)]
+        columns = [column, *(name for name in COLUMNS if unit.chat and name in names)]
+        if twice := [name for name in columns if names.count(name) > 1]:
+            raise UserError(f"{unit.root} has {names.count(twice[0])} columns {twice[0]!r}; write it with one of them")
         stop = file.num_row_groups if unit.stop < 0 else unit.stop
         number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         batches = file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=columns)
@@ -328,6 +331,8 @@ def _parquet(unit: Unit) -> Iterator[tuple[int, Any]]:
                     yield number, {name: cell.as_py() for name, cell in zip(columns, cells, strict=True)}
                 except UnicodeDecodeError:
                     yield number, BadRow("not UTF-8")
+                except (ValueError, OverflowError) as error:  # as a time past the year 9999
+                    yield number, BadRow("a value out of range", str(error))
 
 
 def open_parquet(path: str) -> Any:

@@ -193,16 +193,18 @@ def is_plain(directory: Path) -> bool:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:  # as a file that git-lfs has not fetched: transformers says what is wrong with it
         return False
-    if content.get("tokenizer_class") not in PLAIN_CLASSES or not {"bos_token", "eos_token"} <= content.keys():
+    if not isinstance(content, dict) or content.get("tokenizer_class") not in PLAIN_CLASSES:
+        return False
+    if not {"bos_token", "eos_token"} <= content.keys():
         return False
     if {"add_bos_token", "add_eos_token"} & content.keys():
         return False
-    # transformers would add those that tokenizer.json lacks
-    added = [
-        json.dumps(token["content"], ensure_ascii=False) for token in content.get("added_tokens_decoder", {}).values()
-    ]
-    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if added else ""
-    return all(token in text for token in added)
+    # transformers would add those that tokenizer.json lacks, and names what is not a token
+    ends = [content[name] for name in ("bos_token", "eos_token") if content[name] is not None]
+    added = content.get("added_tokens_decoder") or {}
+    tokens = [token_text(token) for token in (*(added.values() if isinstance(added, dict) else [None]), *ends)]
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8") if tokens else ""
+    return all(isinstance(token, str) and json.dumps(token, ensure_ascii=False) in text for token in tokens)
 
 
 def set_bos(directory: Path, bos: bool) -> None:
@@ -342,4 +344,4 @@ def check_same_vocabulary(store: Path, model: Path) -> None:
 
 def token_text(token: str | dict[str, Any] | None) -> str | None:
     """The text of a special token, which tokenizer_config.json writes as such or as an object that has it."""
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
