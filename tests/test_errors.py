@@ -160,3 +160,8 @@ def test_a_mapping_that_hydra_cannot_read_is_quoted_or_sent_to_a_file():
     assert OverridesParser.create().parse_override(shown).value() == {"a": "x#y", "b": 1}
     with pytest.raises(UserError, match="write it in a file of configs/experiment"):
         check_grammar(["data.mixture={bücher: 1}"])
+
+
+def test_an_override_without_a_key_is_one_line():
+    with pytest.raises(UserError, match="=5 has no key before its =; write KEY=5"):
+        check_grammar(["a=1", "+=5"])

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
-from ropewalk.export.output import begin_adding, check_addable, check_space, only_export, written_beside
+from ropewalk.export.output import begin_adding, check_addable, check_space, only_export, read_json, written_beside
 
 
 def test_two_exports_at_once(tmp_path):
@@ -76,3 +76,10 @@ def fill(output, error=None):
     with written_beside(output, 2**30) as partial:
         (partial / "half").write_text("x")
         raise error or OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("content", "fault"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
+def test_a_file_beside_the_model_that_is_no_object_is_one_line(tmp_path, content, fault):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=f"generation_config.json {fault}.*; correct it, or delete it"):
+        read_json(tmp_path / "generation_config.json")
