@@ -70,10 +70,9 @@ class RunLogger(Hook):
         tracker_id = resume_point.state.get("tracker_id")
         self.tracker = open_tracker(config.tracker, config.run_name, run_dir, details, tracker_id)
         self.progress = Progress(resume_point.step, config.trainer.max_steps)
-        where = f"from step {resume_point.step}" if resume_point.step else "from the start"
         log_once(
             f"{config.run_name}: {inputs.position}, {model['parameters']:,} parameters, "
-            f"{self.tokens_per_step:,} tokens a step, {where}"
+            f"{self.tokens_per_step:,} tokens a step, from step {resume_point.step}"
         )
         for name, words in {**_made_of(inputs), "tracker": self.tracker.place}.items():
             log_once(f"  {name:<9} {words}")
