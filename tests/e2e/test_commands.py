@@ -74,6 +74,7 @@ GROUPS = {name: set() for name in ENTRIES} | {
     "data_prep/convert_mds.py": {"mds"},
     "scripts/evaluate.py": {"rope", "suite", "test_time"},
     "scripts/export.py": {"rope", "test_time"},
+    "scripts/generate.py": {"test_time"},
 }
 GROUPS["scripts/plan.py"] = GROUPS["scripts/noise.py"] = GROUPS["train.py"]
 
@@ -162,6 +163,6 @@ def test_the_whole_path_on_the_fixture_corpus(tmp_path):
         assert nll["value"].between(1, math.log(4096) + 1).all()
     listed = ",".join(f"{out}/demo/{name}" for name in runs)
     said = command("scripts/compare.py", f"runs=[{listed}]", "baseline=base", f"output={out}/report.html")
-    assert "Difference to base" in said
+    assert "Difference to demo/base" in said
     page = (out / "report.html").read_text()
     assert "abf(theta=1e5) &gt; cope(clip=6)" in page

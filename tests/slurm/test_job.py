@@ -56,7 +56,7 @@ def test_what_it_is_made_of_is_written_before_the_ranks(jobs, tmp_path):
     assert len(begun["git_commit"].removesuffix("+changes")) == 40
     assert begun["versions"]["deepspeed"] == "0.19.8"
     assert (record / "script.sh").read_text() == "#!/bin/bash\n"
-    assert "max_steps: 384" in (record / "config.yaml").read_text()
+    assert "max_steps: 400" in (record / "config.yaml").read_text()
     assert KEY not in "".join(path.read_text() for path in record.iterdir())
 
 
