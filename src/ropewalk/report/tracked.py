@@ -217,7 +217,7 @@ def _figures(config: CompareConfig, run: Run, baseline: Run, tracker: Any) -> di
     images: dict[str, Any] = {}
     for section in sections_of(config, alone, baseline):
         key = FIGURES + word(section.title.lower())
-        for number, figure in enumerate(section.figures, start=1):
+        for number, figure in enumerate([*section.figures, *section.folded_figures], start=1):
             pixels = _pixels(compose(figure, words=False))
             images[key if number == 1 else f"{key}_{number}"] = tracker.Image(
                 pixels, caption=f"{figure.title}. {figure.explanation}"
