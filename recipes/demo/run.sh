@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path at laptop size: prepare, pretrain, extend three arms, export, evaluate with and without YaRN, compare.
-# About eight minutes on two CPU cores. Run again, it goes on from what is finished.
+# About six minutes on two CPU cores. Run again, it goes on from what is finished.
 cd "$(dirname "$0")/../.."
 CLUSTER=laptop NODES=1
 . recipes/common.sh
