@@ -151,5 +151,5 @@ def test_the_recipes_tables_are_read(path: Path) -> None:
     rows = read_published(path)
     assert rows["value"].notna().all()
     lengths = rows["context_length"].dropna()
-    assert ((lengths >= 512) & (lengths <= 524288)).all()
+    assert ((lengths >= 128) & (lengths <= 524288)).all()  # from the demo to ProLong
     assert not math.isnan(rows["value"].sum())
