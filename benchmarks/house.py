@@ -318,6 +318,7 @@ def traced_run(root: Path, run: int) -> dict[str, Any]:
             f"+data.stores.rows=prepared/packed-{length // ROWS}", "++data.mixture={rows/books: 1.0}",
             f"trainer.global_batch_size={numbers['global_batch_size']}", "trainer.micro_batch_size=2",
             "trainer.max_steps=2", "trainer.checkpoint_every=null", "model.architecture.num_hidden_layers=2",
+            "model.architecture.head_dim=64", "model.head_dim=64",
         )  # fmt: skip
         os.chdir(root)
     yaml = {p: Path(configs + p).read_text() for p in sorted(opened)}

@@ -11,7 +11,7 @@ from ropewalk.runs.launch import release_warnings
 def main(config: NoiseConfig) -> None:
     """Measure the noise of runs, start replicates and measure theirs, or plan seeds."""
     release_warnings()  # nothing is to be saved, so a job's warning may end it
-    from ropewalk.cluster.replicates import noise
+    from ropewalk.cluster.replicate_branches import noise
 
     noise(config, list(HydraConfig.get().overrides.task))
 

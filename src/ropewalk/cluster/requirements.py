@@ -153,7 +153,7 @@ COMMANDS: dict[str, Callable[[Any], Requirements]] = {
 
 
 def requirements(command: str, config: Any) -> Requirements:
-    """What ``command`` reads and writes with this configuration.
+    """The paths that ``command`` reads and writes with this configuration.
 
     Raises:
         UserError: for a command that none are listed for.
@@ -224,7 +224,7 @@ def is_elsewhere(requirement: Requirement, roots: tuple[str, ...]) -> bool:
 
 
 def _problem_on_disk(requirement: Requirement) -> str | None:
-    """What is wrong with the path on this disk; None: it is there, of the kind and length that are required."""
+    """The fault of the path on this disk; None: it is there, of the kind and length that are required."""
     path, first = Path(requirement.path), requirement.kinds[0]
     wrong = WRONG.get(first, f"is not on this disk; name one that exists ({' or '.join(requirement.kinds)})")
     if not path.exists():

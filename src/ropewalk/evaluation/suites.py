@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
 
 
 def next_step(output: Path) -> str:
-    """Where the results lie, and the command that shows them."""
+    """The place of the results, and the command that shows them."""
     run = output.parent if RunDirectory(output.parent).evaluation == output else output
     command = shlex.join(["python", "scripts/compare.py", f"runs=[{run}]"])
     return f"results: {output / TABLE}\nnext, with other runs beside it: {command}"

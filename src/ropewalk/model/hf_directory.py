@@ -273,7 +273,7 @@ def _difference(weights: StoredWeights, others: StoredWeights) -> str | None:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What stock transformers does with the weights of a directory.
+    """The use that stock transformers makes of the weights of a directory.
 
     Attributes:
         faults: weights that are missing or have another shape, in words.
@@ -287,7 +287,7 @@ class WeightReport:
 
 
 def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
-    """What stock transformers loads from ``directory``; it is asked itself, on the meta device.
+    """The weights that stock transformers loads from ``directory``; it is asked itself, on the meta device.
 
     Raises:
         UserError: where it cannot be read at all.

@@ -345,6 +345,6 @@ class JoinedStore:
 
 
 def _tokens(store: PackedStore) -> dict[str, Any]:
-    """What tokens mean in a store, whichever chat template lies with them."""
+    """The meaning of tokens in a store, whichever chat template lies with them."""
     file = store.tokenizer_path / "tokenizer.json"
     return {**store.tokenizer, "sha256": sha256_of(file) if file.is_file() else store.tokenizer["sha256"]}

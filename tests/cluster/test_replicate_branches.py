@@ -10,7 +10,7 @@ import pytest
 from helpers import TINY, composed, tiny_run
 
 from ropewalk.cluster.planner import make_plan
-from ropewalk.cluster.replicates import branches_of, noise
+from ropewalk.cluster.replicate_branches import branches_of, noise
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training import train
 
