@@ -394,7 +394,7 @@ def datasets_errors(name: str) -> Iterator[None]:
 
 
 def open_dataset(root: str, chosen: tuple[str | None, str, str | None] | None) -> Any:
-    """The rows that save_to_disk() wrote; with ``chosen`` (subset, split, revision) a hub dataset or data files, streamed."""
+    """The rows of save_to_disk(); with ``chosen`` (subset, split, revision) a hub dataset or data files, streamed."""
     import datasets
 
     if chosen is None:
