@@ -1,11 +1,11 @@
 """Evaluation: every harness, from loss by position to HELMET, into one results table."""
 
+from ropewalk.evaluation.bootstrap import paired_difference
 from ropewalk.evaluation.generate import generate
 from ropewalk.evaluation.in_training import TrainingEvaluation
 from ropewalk.evaluation.results import (
     averages,
     not_finite,
-    paired_difference,
     read_document_losses,
     read_record,
     read_results,

@@ -6,8 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from ropewalk.errors import UserError
+
+BUCKET = ["position_start", "position_end"]  # of a document, in tokens
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 FEW_DOCUMENTS = 30  # below it the bootstrap interval itself is rough
@@ -113,3 +117,39 @@ def _estimate(value: float, resampled: NDArray[np.float64], n: int) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(value), float(low), float(high), float(resampled.std(ddof=1)), n)
+
+
+def paired_difference(
+    documents_a: pd.DataFrame, documents_b: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES
+) -> pd.DataFrame:
+    """Mean NLL of a minus that of b in each bucket that both have, paired document by document.
+
+    Documents differ far more from one another than methods do on one document; pairing takes that out.
+    Losses per token compare only between runs with one tokenizer.
+
+    Args:
+        documents_a: losses by document of one run under one setting: document, position_start, position_end,
+            nll_sum and tokens at least.
+        documents_b: those of the other.
+        seed: of the bootstrap over documents.
+        resamples: number of resamples.
+
+    Returns:
+        position_start, position_end, value, ci_low, ci_high (nats per token), n (documents that both scored).
+        Negative: a predicts better. The interval is NaN with one document; no rows: no document is shared.
+
+    Raises:
+        UserError: for a document with two rows for one bucket, so that settings or runs are mixed.
+    """
+    both = documents_a.merge(documents_b, on=["document", *BUCKET], suffixes=("_a", "_b")).sort_values("document")
+    if both.duplicated(["document", *BUCKET]).any():
+        raise UserError(
+            "a document has several rows for one bucket; select one run, setting and context_length of "
+            "documents.parquet before comparing"
+        )
+    rows = []
+    for (start, end), bucket in both.groupby(BUCKET):
+        a, b = ((bucket[f"nll_sum_{side}"], bucket[f"tokens_{side}"]) for side in "ab")
+        estimate = paired_ratio_difference(a, b, seed, resamples)
+        rows.append((start, end, estimate.value, estimate.ci_low, estimate.ci_high, estimate.n))
+    return pd.DataFrame(rows, columns=[*BUCKET, "value", "ci_low", "ci_high", "n"])

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.bootstrap import RESAMPLES, paired_ratio_difference, weighted_mean
+from ropewalk.evaluation.bootstrap import BUCKET, weighted_mean
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.runs.directory import RunDirectory
 
@@ -53,7 +53,6 @@ DOCUMENT_COLUMNS = {
     "nll_sum": "float64",  # nats
     "tokens": "int64",
 }
-BUCKET = ["position_start", "position_end"]
 ESTIMATE = ["value", "ci_low", "ci_high", "stderr"]
 TABLE, DOCUMENTS, RECORD = "table.parquet", "documents.parquet", "evaluation.json"
 EARLIER = "results.parquet"  # losses and needles of an evaluation by an earlier ropewalk
@@ -360,42 +359,6 @@ def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROU
             }
         )
     return pd.DataFrame(rows, columns=[*by, "value", "stderr", "n_tasks", "tasks", "missing"])
-
-
-def paired_difference(
-    documents_a: pd.DataFrame, documents_b: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES
-) -> pd.DataFrame:
-    """Mean NLL of a minus that of b in each bucket that both have, paired document by document.
-
-    Documents differ far more from one another than methods do on one document; pairing takes that out.
-    Losses per token compare only between runs with one tokenizer.
-
-    Args:
-        documents_a: losses by document of one run under one setting: document, position_start, position_end,
-            nll_sum and tokens at least.
-        documents_b: those of the other.
-        seed: of the bootstrap over documents.
-        resamples: number of resamples.
-
-    Returns:
-        position_start, position_end, value, ci_low, ci_high (nats per token), n (documents that both scored).
-        Negative: a predicts better. The interval is NaN with one document; no rows: no document is shared.
-
-    Raises:
-        UserError: for a document with two rows for one bucket, so that settings or runs are mixed.
-    """
-    both = documents_a.merge(documents_b, on=["document", *BUCKET], suffixes=("_a", "_b")).sort_values("document")
-    if both.duplicated(["document", *BUCKET]).any():
-        raise UserError(
-            "a document has several rows for one bucket; select one run, setting and context_length of "
-            f"{DOCUMENTS} before comparing"
-        )
-    rows = []
-    for (start, end), bucket in both.groupby(BUCKET):
-        a, b = ((bucket[f"nll_sum_{side}"], bucket[f"tokens_{side}"]) for side in "ab")
-        estimate = paired_ratio_difference(a, b, seed, resamples)
-        rows.append((start, end, estimate.value, estimate.ci_low, estimate.ci_high, estimate.n))
-    return pd.DataFrame(rows, columns=[*BUCKET, "value", "ci_low", "ci_high", "n"])
 
 
 def writable_directory(name: str, path: str) -> Path:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS, ratio
+from ropewalk.evaluation.bootstrap import BUCKET, FEW_DOCUMENTS, paired_difference, ratio
 from ropewalk.evaluation.harness.loss_by_position import per_document
-from ropewalk.evaluation.results import BUCKET, RESULT_COLUMNS, paired_difference, typed_table
+from ropewalk.evaluation.results import RESULT_COLUMNS, typed_table
 
 # Those of the results table, and the arm's. Metrics: nll, nll_difference (arm minus before), answer_nll, and
 # exact_match as a share of 1.
