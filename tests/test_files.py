@@ -4,16 +4,27 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 
 import pytest
 
 from ropewalk import files
 from ropewalk.errors import UserError
-from ropewalk.files import copy_files, only_writer, replace_atomically, sha256_of_json, write_atomically, writing
+from ropewalk.files import (
+    check_space,
+    copy_files,
+    only_writer,
+    read_object,
+    replace_atomically,
+    sha256_of_json,
+    write_atomically,
+    writing,
+)
 
 
 def test_json_is_hashed_with_sorted_keys_in_ascii():
@@ -74,7 +85,7 @@ def of_another_node(directory, seconds_ago):
     return claim
 
 
-def test_a_writer_of_another_node_lives_while_its_file_is_renewed(tmp_path, monkeypatch):
+def test_a_writer_of_another_node_lives_while_its_file_is_renewed(tmp_path, monkeypatch, capsys):
     claim = of_another_node(tmp_path / "o", 100)  # less than two minutes: it is watched
     timer = threading.Timer(0.5, os.utime, [claim])
     timer.start()
@@ -84,11 +95,20 @@ def test_a_writer_of_another_node_lives_while_its_file_is_renewed(tmp_path, monk
     of_another_node(tmp_path / "o", 121)  # and not renewed
     with only_writer(tmp_path / "o", "output=o"):
         assert json.loads(claim.read_text())["pid"] == os.getpid()
-    monkeypatch.setattr(files, "DEAD_AFTER", 0.5)
+    of_another_node(tmp_path / "o", 121).write_text("torn {")
+    os.utime(claim, (0, 0))
+    with only_writer(tmp_path / "o", "output=o"):
+        pass
+    monkeypatch.setattr(files, "DEAD_AFTER", 1.5)
     of_another_node(tmp_path / "o", 0)
     began = time.monotonic()
     with only_writer(tmp_path / "o", "output=o"):
-        assert time.monotonic() - began > 0.4
+        assert time.monotonic() - began > 1.4
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        "output=o: process 1 on elsewhere has begun to write it; watched for a sign of life",
+        "output=o: process 1 on elsewhere, which was writing it, is gone; its work is taken over",
+    ]
 
 
 def test_the_file_of_an_owner_is_renewed(tmp_path, monkeypatch):
@@ -131,7 +151,7 @@ def test_two_writers_of_a_file_share_no_partial(tmp_path):
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device", "o/x"), OSError(errno.EROFS, "Read-only file system", "o/x"),
-        PermissionError(errno.EACCES, "Permission denied", "o/x"), OSError("4096 requested and 0 written"),
+        PermissionError(errno.EACCES, "Permission denied"), OSError("4096 requested and 0 written"),
         Exception("No space left on device (os error 28)"),
     ],
 )  # fmt: skip
@@ -145,3 +165,40 @@ def test_an_error_of_the_disk_is_one_line(tmp_path, error):
     for other in (OSError(errno.EIO, "Input/output error"), ValueError("a fault of the program")):
         with pytest.raises(type(other)), writing("output=o", tmp_path):
             raise other
+
+
+def test_a_disk_too_small_is_the_same_line(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 10**9))
+    check_space("output=o", tmp_path / "not/made", 9 * 10**8)
+    line = r"output=o cannot be written \(the disk is too small; about 2 GB needed, 1 GB free\); free space there, or"
+    with pytest.raises(UserError, match=line):
+        check_space("output=o", tmp_path / "not/made", 2 * 10**9)
+
+
+def test_a_file_that_is_read_elsewhere_is_not_blamed_on_the_output(tmp_path):
+    read = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "documents/a.txt"))
+    with pytest.raises(PermissionError), writing("output=o", tmp_path / "o"):
+        raise read
+    beside = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "o.partial/a"))
+    with pytest.raises(UserError, match=r"output=o cannot be written"), writing("output=o", tmp_path / "o"):
+        raise beside
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"output=o cannot be written \(Not a directory: "),
+        only_writer(tmp_path / "file/below", "output=o"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(b"{", "is not JSON"), (b"[]", "is not a JSON object"), (b"\xff", "is not JSON"), (b"[" * 100_000, "is not JSON")],
+)
+def test_a_file_that_holds_no_object_is_one_line(tmp_path, content, fault):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.json {fault}.*; correct it, or move it away"):
+        read_object(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_object(tmp_path / "a.json") == {"a": 1}
+    assert read_object(tmp_path / "not there") == {}

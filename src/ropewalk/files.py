@@ -16,12 +16,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 
 OWNER = "owner.json"  # in a directory that is being written: host and process of the writer
 BEAT = 10.0  # seconds between two renewals of its time
 DEAD_AFTER = 120.0  # seconds without one
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+_MARGIN = 64 * 2**20  # bytes, for small files, and what others write meanwhile
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # errors of nothing but writing
+_BARRED = {  # of reading as well
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE,
+}  # fmt: skip
 
 
 def fsync_path(path: Path) -> None:
@@ -85,17 +89,45 @@ def writing(name: str, directory: Path, need: Callable[[], int] | None = None) -
     except UserError:
         raise
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
+        code, where = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
         torn = "No space left" in str(error) or (isinstance(error, OSError) and " written" in str(error))
-        if code not in _DISK and not torn:  # numpy and tokenizers give no number
+        barred = code in _BARRED and (where is None or _is_on_the_way(where, directory))
+        if code not in _FULL and not barred and not torn:  # numpy, safetensors and tokenizers give no number
             raise
-        standing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-        needed = "" if need is None else f"about {need() / 1e9:,.3g} GB needed, "
-        where = getattr(error, "filename", None) or directory
-        raise UserError(
-            f"{name} cannot be written ({getattr(error, 'strerror', None) or error}: {where}; {needed}"
-            f"{shutil.disk_usage(standing).free / 1e9:,.3g} GB free); free space there, or name another directory"
-        ) from error
+        reason = f"{getattr(error, 'strerror', None) or in_one_line(error)}: {where or directory}"
+        raise _unwritable(name, reason, directory, None if need is None else need()) from error
+
+
+def check_space(name: str, directory: Path, needed: int) -> None:
+    """Raise UserError where the disk of a directory has less than ``needed`` bytes free, and some for what is small.
+
+    Args:
+        name: the setting that names the directory, with its value.
+        directory: or one that will be made.
+        needed: bytes.
+    """
+    if shutil.disk_usage(_standing(directory)).free < needed + _MARGIN:
+        raise _unwritable(name, "the disk is too small", directory, needed)
+
+
+def _unwritable(name: str, reason: str, directory: Path, needed: int | None) -> UserError:
+    space = "" if needed is None else f"about {needed / 1e9:,.3g} GB needed, "
+    free = shutil.disk_usage(_standing(directory)).free
+    return UserError(
+        f"{name} cannot be written ({reason}; {space}{free / 1e9:,.3g} GB free); free space there, or name another "
+        "directory"
+    )
+
+
+def _standing(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+
+
+def _is_on_the_way(file: str | bytes, directory: Path) -> bool:
+    """True if a file lies in a directory or in the one beside it that becomes it, or is a part of its path."""
+    path, root = Path(os.path.abspath(os.fsdecode(file))), Path(os.path.abspath(directory))
+    beside = root.with_name(f"{root.name}.partial")
+    return path.is_relative_to(root) or path.is_relative_to(beside) or root.is_relative_to(path)
 
 
 @contextmanager
@@ -114,18 +146,16 @@ def only_writer(directory: Path, name: str, claim: str = OWNER) -> Iterator[None
     Raises:
         UserError: another process writes there.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{name} cannot be made ({error.strerror}); name another directory") from error
     path, me = directory / claim, _process()
-    while True:
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(me))
-            break
-        except FileExistsError:
-            _take_over(path, name)
+    with writing(name, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(json.dumps(me))
+                break
+            except FileExistsError:
+                _take_over(path, name)
     ended = threading.Event()
 
     def renew() -> None:
@@ -158,13 +188,18 @@ def _take_over(path: Path, name: str) -> None:
         UserError: the owner lives.
     """
     owner, renewed = _owner(path), _time_of(path)
+    begun, warned = time.monotonic(), False
     while not _is_dead(owner, path):
         live = owner is not None and owner["host"] == socket.gethostname()
         if live or _time_of(path) != renewed:
             if not path.exists():
                 return
-            by = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-            raise UserError(f"{name} is being written by {by}; wait for it or end it, or name another directory")
+            raise UserError(
+                f"{name} is being written by {_words(owner)}; wait for it or end it, or name another directory"
+            )
+        if not warned and time.monotonic() - begun > 1:
+            print(f"{name}: {_words(owner)} has begun to write it; watched for a sign of life", flush=True)
+            warned = True
         time.sleep(min(1.0, BEAT / 10))
         owner = owner or _owner(path)  # it had made its file, and not yet written its name
     dead = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
@@ -174,8 +209,11 @@ def _take_over(path: Path, name: str) -> None:
             dead.rename(path)
             return
         dead.unlink()
-        by = f"process {owner['pid']} on {owner['host']}" if owner else "a process"
-        print(f"{name}: {by}, which was writing it, is gone; its work is taken over", flush=True)
+        print(f"{name}: {_words(owner)}, which was writing it, is gone; its work is taken over", flush=True)
+
+
+def _words(owner: dict[str, Any] | None) -> str:
+    return f"process {owner['pid']} on {owner['host']}" if owner else "another process"
 
 
 def _is_dead(owner: dict[str, Any] | None, path: Path) -> bool:
@@ -223,6 +261,21 @@ def _time_of(path: Path) -> float | None:
         return path.stat().st_mtime
     except FileNotFoundError:
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({in_one_line(error)}); correct it, or move it away") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; correct it, or move it away")
+    return content
 
 
 def sha256_of(path: Path) -> str:

@@ -178,7 +178,7 @@ def test_shares_are_hundredths_of_percent_and_losses_stay() -> None:
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"output=.*file/below cannot be written \(Not a directory\)"):
+    with pytest.raises(ValueError, match=r"output=.*file/below cannot be written \(Not a directory: .*below"):
         writable_directory("output", str(tmp_path / "file" / "below"))
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config.groups import RopeConfig
+from ropewalk.errors import UserError
 from ropewalk.export import export
 from ropewalk.export.hf import write_hf
 from ropewalk.export.output import findings_of
@@ -44,6 +45,25 @@ def test_conversion_by_command(model, tmp_path, capsys):
     assert "the method was applied as it is" in card
     settings = json.loads((output / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [1, 3], "temperature": 0.6, "do_sample": True, "bos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "to", "fault"),
+    [
+        (float("nan"), None, "hf", "NaN or infinite; name an earlier checkpoint, or a whole copy of the model"),
+        (float("-inf"), None, "gguf", "NaN or infinite; name an earlier checkpoint"),
+        (1e5, "float16", "all", "NaN or infinite, which are too large for float16: export in another dtype"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(model, tmp_path, value, dtype, to, fault):
+    weights, name = load_file(model / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, :2] = value
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    words = [f"model.path={model}", f"output={tmp_path / 'out'}", f"to={to}", *([f"dtype={dtype}"] if dtype else [])]
+    with pytest.raises(UserError, match=f"{name} holds 2 numbers of {weights[name].numel():,} that are {fault}"):
+        export(composed("export", *words))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow

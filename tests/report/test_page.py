@@ -277,7 +277,7 @@ def test_damaged_files_are_errors_with_their_place(tmp_path: Path) -> None:
         make_page(tmp_path, run)
     (run / "metrics.jsonl").write_text(good)
     (run / "run.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"run\.json must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"run\.json is not a JSON object"):
         make_page(tmp_path, run)
 
 

@@ -7,11 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,12 @@ from helpers import tiny_run
 from ranks import run_ranks, start_ranks, tiny_arguments
 
 from ropewalk.config.train import GuardConfig
+from ropewalk.errors import UserError
+from ropewalk.files import only_writer
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import train
 from ropewalk.training.hooks import Step
-from ropewalk.training.watchdog import Clocks, Heartbeat, Watchdog, check_only_writer
+from ropewalk.training.watchdog import Clocks, Heartbeat, Watchdog
 
 ELSEWHERE = "another-node"
 
@@ -179,59 +178,27 @@ def test_limits_that_make_no_sense_are_refused(store_64, tmp_path):
         train(tiny_run(store_64, tmp_path, "guards.stuck_multiple=1"))
 
 
-def beat(run_dir, number=1, host=ELSEWHERE, pid=1):
-    path = run_dir / "heartbeats" / "rank_00000.txt"
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".partial").write_text(
-        json.dumps(asdict(Heartbeat(number, 7, False, "is in x", host, pid))) + "\n"
-    )
-    path.with_suffix(".partial").replace(path)
-    return path
+def test_a_run_directory_that_another_process_holds_is_refused_before_there_is_a_model(store_64, tmp_path):
+    with (
+        only_writer(tmp_path, "another"),
+        pytest.raises(UserError, match=rf"run_dir={tmp_path} is being written by process {os.getpid()} on .*; wait"),
+    ):
+        train(tiny_run(store_64, tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def beating(tmp_path):
-    """A heartbeat that goes on, from a node that is not this one."""
-    over = threading.Event()
-
-    def go_on():
-        for number in count(2):
-            if over.wait(0.05):
-                return
-            beat(tmp_path, number)
-
-    beat(tmp_path)
-    thread = threading.Thread(target=go_on)
-    thread.start()
-    yield tmp_path
-    over.set()
-    thread.join()
-
-
-def test_a_heartbeat_that_goes_on_is_a_writer(beating):
-    with pytest.raises(ValueError, match=r"is written by process 1 on another-node, at step 7; wait for it or end it"):
-        check_only_writer(beating, seconds=10)
-
-
-def test_one_that_stands_still_is_not(tmp_path):
-    beat(tmp_path)
-    check_only_writer(tmp_path, seconds=0.5)
-
-
-@pytest.mark.parametrize("left", ["nothing", "an ended process", "a week old", "no heartbeat"])
-def test_nobody_waits_for_what_cannot_go_on(tmp_path, left):
+def test_a_requeued_run_takes_over_from_a_process_that_is_gone(store_64, tmp_path, capsys):
+    """It asks for no manual delete; what else a dead owner may leave, see tests/test_files.py."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    if left == "an ended process":
-        beat(tmp_path, host=socket.gethostname(), pid=ended.pid)
-    elif left == "a week old":
-        os.utime(beat(tmp_path), (time.time() - 7 * 86400,) * 2)
-    elif left == "no heartbeat":
-        beat(tmp_path).write_text("torn {")
-    waiting = threading.Thread(target=check_only_writer, args=(tmp_path, 3600), daemon=True)
-    waiting.start()
-    waiting.join(20)
-    assert not waiting.is_alive()
+    owner = {"host": socket.gethostname(), "pid": ended.pid, "started": "1", "id": "x"}
+    (tmp_path / "owner.json").write_text(json.dumps(owner))
+    train(tiny_run(store_64, tmp_path, "trainer.stop_after=1"))
+    line = (
+        f"run_dir={tmp_path}: process {ended.pid} on {socket.gethostname()}, which was writing it, is gone; its work is"
+    )
+    assert capsys.readouterr().out.count(line) == 1
+    assert not (tmp_path / "owner.json").exists()
 
 
 @pytest.mark.slow
@@ -243,10 +210,10 @@ def test_a_run_is_written_by_one_training_at_a_time(store_64, tmp_path):
         with start_ranks(1, tmp_path / "second", arguments) as second:
             assert second.wait() == [2]
             pid = first.processes[0].pid
-            assert f"run_dir={tmp_path} is written by process {pid} on {socket.gethostname()}" in second.output()
+            assert f"run_dir={tmp_path} is being written by process {pid} on {socket.gethostname()}" in second.output()
         before = len(read_metrics(tmp_path))
         first.wait_for(lambda: len(read_metrics(tmp_path)) > before)
         first.send(signal.SIGKILL)
         first.wait()
-    assert list((tmp_path / "heartbeats").iterdir())
+    assert json.loads((tmp_path / "owner.json").read_text())["pid"] == pid
     run_ranks(1, tmp_path / "logs", [*arguments, "trainer.stop_after=1"])

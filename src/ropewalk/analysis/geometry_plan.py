@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from ropewalk.analysis.statistics import sample_heads
 from ropewalk.config.analysis import GeometryConfig
@@ -20,6 +19,7 @@ from ropewalk.evaluation.evaluated_checkpoint import Setting, load_tokenizer, se
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.export import resolve_checkpoint
 from ropewalk.figures.figure import check_formats
+from ropewalk.model.hf_directory import read_config
 from ropewalk.model.load import head_dim, read_position, sliding_window
 from ropewalk.runs.directory import run_name
 
@@ -146,7 +146,7 @@ def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
 
 
 def _shape(directory: Path, longest: int) -> Shape:
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     one_of(f"model_type of {directory}", config.model_type, SUPPORTED_MODEL_TYPES)
     window = sliding_window(config)
     if window is not None and window < longest:

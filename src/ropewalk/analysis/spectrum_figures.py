@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,11 @@ from ropewalk.analysis.subjects import spectra_of
 from ropewalk.config.analysis import FiguresConfig
 from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
+from ropewalk.evaluation.results import writable_directory
 from ropewalk.figures.figure import check_formats, write_figure
 from ropewalk.figures.spectrum import SPECTRUM_FIGURES
 from ropewalk.figures.spectrum.clip_sweep import RESPONSES, UNCLIPPED, clips_figure
+from ropewalk.files import read_object
 from ropewalk.rope import RopeChain
 from ropewalk.runs.directory import RunDirectory
 
@@ -48,7 +49,7 @@ def draw(name: str, config: FiguresConfig) -> list[Path]:
     figures = dict(SPECTRUM_FIGURES)
     if config.results and name in ("clips", ALL):
         figures["clips"] = partial(clips_figure, responses=read_responses(config.results))
-    output = _directory(config.output)
+    output = writable_directory("output", config.output)
     written = []
     for chosen in SPECTRUM_FIGURES if name == ALL else (name,):
         figure = figures[chosen](spectra, train_length=config.train_length, target_length=config.target_length)
@@ -72,15 +73,6 @@ def _validate(config: FiguresConfig) -> None:
             f"target_length={config.target_length} must exceed train_length={config.train_length}: the figures are "
             "about lengths beyond training; raise one or lower the other"
         )
-
-
-def _directory(output: str) -> Path:
-    path = Path(output)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be made ({error.strerror}); name a writable directory") from error
-    return path
 
 
 def read_responses(directories: Sequence[str]) -> pd.DataFrame:
@@ -144,9 +136,7 @@ def family_and_clip(chain: RopeChain) -> tuple[str, int] | None:
 
 
 def _trained_chain(directory: Path, evaluation: Mapping[str, Any]) -> str:
-    record = RunDirectory(directory).record
-    if record.is_file():
-        chain = json.loads(record.read_text(encoding="utf-8")).get("chain")
-        if isinstance(chain, str):
-            return chain
+    chain = read_object(RunDirectory(directory).record).get("chain")
+    if isinstance(chain, str):
+        return chain
     return str(evaluation["settings"][0]["chain"])

@@ -23,7 +23,7 @@ from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import read_object, write_atomically
 
 
 def dry_run(command: str, config: Any, ledger: Path) -> None:
@@ -99,7 +99,7 @@ VALIDATIONS: dict[str, Callable[[Any], None]] = {
 
 
 def _read(ledger: Path) -> dict[str, Any]:
-    return json.loads(ledger.read_text()) if ledger.is_file() else {}
+    return read_object(ledger)
 
 
 def _write(ledger: Path, promised: Mapping[str, Any]) -> None:

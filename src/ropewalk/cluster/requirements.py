@@ -6,7 +6,6 @@ doctor on the machine where the job runs.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import STORE_FIX, is_remote
 from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
+from ropewalk.files import read_object
 from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at
 
 RECOGNISED = {"store", "run", "model"}  # kinds that a directory shows by its files
@@ -235,7 +235,7 @@ def _problem_on_disk(requirement: Requirement) -> str | None:
     if requirement.kinds == ("run",) and checkpoint_at(path) is None:
         return "holds no committed checkpoint; name a run directory that does, or one of its checkpoints"
     if kind == "store" and requirement.length is not None:
-        length = json.loads((path / MANIFEST).read_text()).get("sequence_length")
+        length = read_object(path / MANIFEST).get("sequence_length")
         if length != requirement.length:
             return (
                 f"holds sequences of {length} tokens and data.sequence_length={requirement.length}; set "

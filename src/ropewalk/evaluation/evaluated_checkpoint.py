@@ -21,13 +21,13 @@ from ropewalk.data.store.tokenizer_files import adds_bos, adds_eos, begin_with, 
 from ropewalk.errors import UserError
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
-from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.files import read_object, sha256_of_json, write_atomically
 from ropewalk.model.hf_directory import StoredWeights, read_config
 from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.chain import Steps
 from ropewalk.rope.position import METADATA_KEY, position_of
-from ropewalk.runs.directory import read_run_record, run_name, run_of
+from ropewalk.runs.directory import run_name, run_of
 
 LENGTH_RATIO = "length_over_trained"  # in a chain: a factor that follows the length under evaluation
 
@@ -151,7 +151,7 @@ class EvaluatedCheckpoint:
         if not tokenizer.is_fast:
             return tokenizer, None
         own = adds_bos(tokenizer)
-        trained = read_run_record(run_of(self.config.checkpoint)[0]).get("special_tokens", {}).get("bos")
+        trained = read_object(run_of(self.config.checkpoint)[0].record).get("special_tokens", {}).get("bos")
         begins = own if trained is None or tokenizer.bos_token is None else bool(trained)
         if begins == own and not adds_eos(tokenizer):
             return tokenizer, None

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.bootstrap import BUCKET, weighted_mean
-from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.files import read_object, replace_atomically, write_atomically, writing
 from ropewalk.runs.directory import RunDirectory
 
 RESULT_COLUMNS = {
@@ -183,23 +183,6 @@ def read_record(directory: str | Path) -> dict[str, Any]:
             f"{directory} holds no finished evaluation (no {RECORD}); run scripts/evaluate.py with output={directory}"
         )
     return read_object(path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no file.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); write it again, or move it away to do without") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object; write it again, or move it away to do without")
-    return content
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,12 +351,10 @@ def writable_directory(name: str, path: str) -> Path:
         UserError: it cannot be written.
     """
     directory = Path(path)
-    try:
+    with writing(f"{name}={path}", directory):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except OSError as error:
-        raise UserError(f"{name}={path} cannot be written ({error.strerror}); name a writable directory") from error
     return directory
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.results import EARLIER, KEY, OWN_HARNESS, RECORD, TABLE, results_table, write_results
-from ropewalk.files import replace_atomically, write_atomically
+from ropewalk.files import replace_atomically, write_atomically, writing
 
 CELLS = "cells"
 SAMPLES, DOCUMENTS = ".samples.jsonl", ".documents.parquet"  # beside a cell
@@ -132,7 +132,7 @@ class ResultsStore:
         path = self.output / cell.file
         rows = [{"source_file": cell.file.as_posix(), **row} for row in rows]
         record = {"cell": str(cell), "identity": dict(identity), "about": dict(about), "rows": rows}
-        try:
+        with writing(f"output={self.output}", self.output):
             if self.overwrite:
                 self._remove_unlike(cell, identity)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +143,6 @@ class ResultsStore:
                 replace_atomically(path.with_suffix(DOCUMENTS), lambda file: documents.to_parquet(file, index=False))
             write_atomically(path, json.dumps(record, indent=2) + "\n")
             self.write_tables()
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be written ({error.strerror}); every cell finished before is kept: make room and "
-                "repeat the command"
-            ) from error
 
     def _remove_unlike(self, cell: Cell, identity: Mapping[str, Any]) -> None:
         """Delete the cells of a harness that one table cannot hold beside ``cell``."""

@@ -24,11 +24,11 @@ from ropewalk.evaluation.harness.helmet.helmet_suite import check_checkout, run_
 from ropewalk.evaluation.harness.lm_eval_suite import check_scorers, check_tasks, run_lm_eval
 from ropewalk.evaluation.harness.ruler_suite import run_ruler, validate_ruler
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
-from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results, writable_directory
+from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results
 from ropewalk.evaluation.results_store import ResultsStore
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.training.distributed import Ranks, gather, join_launched, rank_zero_first
+from ropewalk.training.distributed import Ranks, gather, held_directory, join_launched, rank_zero_first
 
 Option = TypeVar("Option")
 PATIENCE = timedelta(days=7)  # one rank's long prompts may keep the others waiting for hours
@@ -61,7 +61,19 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
     published = None if config.suite.published is None else read_published(config.suite.published)
     ranks = ranks or join_launched(timeout=PATIENCE)
     checkpoint = rank_zero_first(lambda: open_checkpoint(config))  # it may export the run
-    output = writable_directory("output", config.output)
+    with held_directory(Path(config.output), f"output={config.output}"):
+        _run_suites(config, suites, checkpoint, published, ranks)
+    return read_results(config.output)
+
+
+def _run_suites(
+    config: EvaluateConfig,
+    suites: Sequence[SuiteConfig],
+    checkpoint: EvaluatedCheckpoint,
+    published: pd.DataFrame | None,
+    ranks: Ranks,
+) -> None:
+    output = Path(config.output)
     (output / NOT_FINITE).unlink(missing_ok=True)
     store = ResultsStore(output, config.overwrite, checkpoint.run)
     for suite in suites:
@@ -78,7 +90,6 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
         lines = not_finite(output)
         write_atomically(output / NOT_FINITE, "".join(f"{line}\n" for line in lines))
         print("\n".join([*(f"warning: not a finite number: {line}" for line in lines), next_step(output)]), flush=True)
-    return read_results(output)
 
 
 def next_step(output: Path) -> str:

@@ -35,7 +35,7 @@ from ropewalk.evaluation.results_store import ResultsStore
 from ropewalk.evaluation.suites import evaluate
 from ropewalk.evaluation.validate_report import AFTER, BEFORE, Measured, tables, validation_table
 from ropewalk.export import resolve_checkpoint
-from ropewalk.files import write_atomically
+from ropewalk.files import only_writer, write_atomically
 from ropewalk.model.load import read_position
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.advisor import recommended_clip
@@ -112,8 +112,16 @@ def validate(config: ValidateConfig) -> pd.DataFrame:
     clips = _clips_to_sweep(config, position)
     lengths, left_out = _fitting_lengths(config, directory, position.trained_length)
     arms = _make_arms(config, directory, position, lengths, clips)
-    _check_arms(arms)
-    print(_announce(config, position, arms, lengths, left_out), flush=True)
+    with only_writer(Path(config.output), f"output={config.output}"):
+        _check_arms(arms)
+        print(_announce(config, position, arms, lengths, left_out), flush=True)
+        return _run_arms(config, arms, directory, position, left_out)
+
+
+def _run_arms(
+    config: ValidateConfig, arms: Sequence[Arm], directory: Path, position: Position, left_out: Sequence[LeftOut]
+) -> pd.DataFrame:
+    lengths = arms[0].config.lengths
     for evaluation in {arm.directory: arm.config for arm in arms}.values():
         evaluate(evaluation, Ranks())
     table = validation_table([_measured(arm) for arm in arms], lengths, config.tolerance, config.seed)

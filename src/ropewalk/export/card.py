@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard, hf_hub_download
 from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
-from ropewalk.export.output import SOURCE, STOCK, findings_of, read_json
+from ropewalk.export.output import SOURCE, STOCK, findings_of
 from ropewalk.export.source import Source
-from ropewalk.files import write_atomically
+from ropewalk.files import read_object, write_atomically
 from ropewalk.model.load import head_dim
 from ropewalk.runs.directory import RunDirectory, read_manifest
 from ropewalk.runs.metrics_file import read_metrics
@@ -88,7 +88,7 @@ def _front_matter(source: Source, directory: Path, licence: str | None) -> str:
 
 def _what(source: Source, directory: Path) -> list[str]:
     title = source.run_dir.name if source.run_dir is not None else f"{_base_name(source)}, {source.position.name}"
-    made = read_json(directory / SOURCE)
+    made = read_object(directory / SOURCE)
     step = (
         f"step {made['step']:,} of the run" if "step" in made else "not trained here: the method was applied as it is"
     )
@@ -125,7 +125,7 @@ def _training(source: Source) -> list[str]:
     run, manifest = RunDirectory(source.run_dir), read_manifest(source.origin)
     contract = manifest.get("contract", {})
     settings: Any = OmegaConf.to_container(OmegaConf.load(run.config)) if run.config.is_file() else {}
-    record = read_json(run.record)
+    record = read_object(run.record)
     trainer = settings.get("trainer", {})
     tokens = manifest["step"] * contract.get("global_batch_size", 0)
     tokens *= contract.get("sequence_length", 0)

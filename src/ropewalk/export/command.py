@@ -13,7 +13,6 @@ from pathlib import Path
 from httpx2 import HTTPError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig
 
 from ropewalk.config.export import ExportConfig, RepairConfig
 from ropewalk.config.rules import one_of
@@ -22,7 +21,16 @@ from ropewalk.export.card import write_card
 from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of, gguf_position
 from ropewalk.export.hf import is_current, place_hf
-from ropewalk.export.output import STOCK, Finding, NotVerified, begin_adding, only_export, record, written_beside
+from ropewalk.export.output import (
+    STOCK,
+    Finding,
+    NotVerified,
+    begin_adding,
+    check_addable,
+    only_export,
+    record,
+    written_beside,
+)
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.export.source import (
     Source,
@@ -36,7 +44,7 @@ from ropewalk.export.source import (
 from ropewalk.export.verify.check_export import Claim, print_check
 from ropewalk.export.verify.verify_gguf import engine_name, verify_gguf
 from ropewalk.export.verify.verify_stock import verify_stock, verify_table
-from ropewalk.model.hf_directory import StoredWeights
+from ropewalk.model.hf_directory import StoredWeights, read_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.runs.directory import RunDirectory
 
@@ -126,7 +134,7 @@ def _export_hf(config: ExportConfig, source: Source, output: Path, dtype: str | 
 
 def _export_gguf(config: ExportConfig, source: Source, output: Path, dtype: str | None, failures: list[str]) -> None:
     with _directory_for(config, source, output, dtype, failures) as directory:
-        kind = gguf_type(config.gguf, AutoConfig.from_pretrained(directory))
+        kind = gguf_type(config.gguf, read_config(directory))
         path = output / f"{model_name(source)}-{kind}.gguf"
         if path.exists() and not config.overwrite:
             check_same(path, directory)
@@ -149,10 +157,11 @@ def _directory_for(
     if config.to == "all":
         yield output
         return
-    begin_adding(output, source.identity, config.overwrite)
+    check_addable(output, source.identity, config.overwrite)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         directory = Path(scratch) / "hf"
         place_hf(source, directory, dtype, overwrite=False)
+        begin_adding(output, source.identity, config.overwrite)  # now that there is a model to add
         if config.verify:
             _verify(STOCK, output, partial(verify_stock, source, directory, config.verify_tokens), failures)
         yield directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,11 @@ from safetensors.torch import save_file
 
 from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.export.output import SOURCE, check_replaceable, check_space, only_export, read_json, written_beside
+from ropewalk.export.output import SOURCE, check_replaceable, only_export, written_beside
 from ropewalk.export.portable import write_portable_config
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
-from ropewalk.files import copy_files, fsync_path, open_like_directory, write_atomically
-from ropewalk.model.hf_directory import INDEX
+from ropewalk.files import check_space, copy_files, fsync_path, open_like_directory, read_object, write_atomically
+from ropewalk.model.hf_directory import INDEX, Weights
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
 SHARD_SIZE = "1GB"  # in memory while it is written; a weight that is larger is a shard by itself
@@ -72,26 +73,44 @@ def write_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
             small, or the tokenizer has more entries than the model has embeddings.
     """
     with only_export(output):
-        place_hf(source, output, dtype, overwrite=overwrite)
+        place_hf(source, output, dtype, overwrite=overwrite, may_be_nan=True)  # which an evaluation reports
 
 
-def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool) -> None:
-    """The same for a caller that holds the output against others."""
+def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool, may_be_nan: bool = False) -> None:
+    """The same for a caller that holds the output against others.
+
+    Raises:
+        UserError: see write_hf; also for a weight that is not finite, unless ``may_be_nan``. Nothing is left then.
+    """
     check_replaceable(output, overwrite)
     tokenizer = source_tokenizer(source)
     generation = generation_settings(source, tokenizer)
     weights = source.open()
     planned = plan_weights(weights.shapes, weights.dtypes, dtype or source.dtype)
     needed = total_bytes(list(planned.values()))
-    check_space(output, needed)
+    check_space(f"output={output}", output, needed)
     with written_beside(output, needed) as partial:
-        write_weights(partial, planned, weights.gather)
+        gather = weights.gather if may_be_nan else functools.partial(_finite, source.origin, weights)
+        write_weights(partial, planned, gather)
         source.config.dtype = _config_dtype(planned)
         write_portable_config(source.config, partial)
         write_atomically(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         copy_tokenizer_files(source.tokenizer, partial)
         identity = {**source.identity, "dtype": str(source.config.dtype).removeprefix("torch.")}
         write_atomically(partial / SOURCE, json.dumps(identity, indent=2) + "\n")
+
+
+def _finite(origin: Path, weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """One weight in ``dtype``, every number of it finite."""
+    weight = weights.gather(name, dtype)
+    if dtype.is_floating_point and (count := int((~weight.isfinite()).sum())):
+        overflows = f", which are too large for {str(dtype).removeprefix('torch.')}: export in another dtype"
+        fix = "; name an earlier checkpoint, or a whole copy of the model"
+        raise UserError(
+            f"{origin}: {name} holds {count:,} numbers of {weight.numel():,} that are NaN or infinite"
+            f"{overflows if bool(weights[name].isfinite().all()) else fix}"
+        )
+    return weight
 
 
 def plan_weights(
@@ -173,7 +192,7 @@ def generation_settings(source: Source, tokenizer: Any) -> dict[str, Any]:
     checkpoint, is the tokenizer's, where there is one, since a config made from scratch names the library's defaults.
     A token outside the vocabulary is left out.
     """
-    settings = read_json(source.origin / "generation_config.json") if source.run_dir is None else {}
+    settings = read_object(source.origin / "generation_config.json") if source.run_dir is None else {}
     settings.pop("transformers_version", None)
     given = {key for key in _SPECIAL if settings.get(key) is not None}
     for key in _SPECIAL:
@@ -215,5 +234,5 @@ def is_current(output: Path, source: Source, dtype: str | None) -> bool:
     """True if ``output`` was exported from exactly this source, in this dtype (None: in any)."""
     if not (output / SOURCE).is_file() or not (output / "config.json").is_file():
         return False
-    present = json.loads((output / SOURCE).read_text())
-    return bool(present == {**source.identity, "dtype": dtype or present["dtype"]})
+    present = read_object(output / SOURCE)
+    return bool(present == {**source.identity, "dtype": dtype or present.get("dtype")})

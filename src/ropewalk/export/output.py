@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
-from ropewalk.files import only_writer, write_atomically, writing
+from ropewalk.files import only_writer, read_object, write_atomically, writing
 
 SOURCE = "export.json"  # which checkpoint an export came from; written last
 REPORT = "verification.json"
 STOCK = "transformers"  # its finding's numbers stand at the top level too, where the report reads them
-_MARGIN = 64 * 2**20  # bytes, for the tokenizer, the card, and what others write meanwhile
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def check_addable(output: Path, identity: Mapping[str, Any], overwrite: bool) ->
         return
     if not (output / SOURCE).is_file():
         raise UserError(f"{output} is not empty and is not an earlier export; name another output")
-    present = json.loads((output / SOURCE).read_text())
+    present = read_object(output / SOURCE)
     if not overwrite and not _same_export(present, identity):
         raise UserError(f"{output} holds another export; name another output or allow it with overwrite=true")
 
@@ -66,7 +65,7 @@ def begin_adding(output: Path, identity: Mapping[str, Any], overwrite: bool) -> 
     output.mkdir(parents=True, exist_ok=True)
     source = output / SOURCE
     if source.is_file():
-        if _same_export(json.loads(source.read_text()), identity):
+        if _same_export(read_object(source), identity):
             return
         for stale in (*output.glob("*.gguf"), output / REPORT):
             stale.unlink(missing_ok=True)
@@ -77,56 +76,28 @@ def _same_export(identity: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return {**identity, "dtype": None} == {**other, "dtype": None}
 
 
-def check_space(output: Path, needed: int) -> None:
-    """Raise UserError where the disk that will hold ``output`` has less than ``needed`` bytes free."""
-    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + _MARGIN:
-        raise UserError(
-            f"{output} needs {needed / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free; make room, name "
-            "another output, or export in a smaller dtype"
-        )
-
-
 @contextmanager
-def written_beside(output: Path, needed: int = 0) -> Iterator[Path]:
+def written_beside(output: Path, needed: int | None = None) -> Iterator[Path]:
     """A directory beside ``output`` that becomes it when the block ends well; on an error it is removed.
 
     A full disk gets its space back, and what stood at ``output`` stands.
 
     Args:
         output: directory.
-        needed: bytes that are written, for the error of a full disk; 0: few.
+        needed: bytes that are written, for the error of a full disk; None: few.
     """
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError) and "No space left" not in str(error):  # safetensors has an error of its own
+    with writing(f"output={output}", output, None if needed is None else lambda: needed):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        space = f", {needed / 2**30:.3g} GiB needed" if needed else ""
-        raise UserError(f"{output} could not be written ({error}{space}); {_standing(output)}") from error
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
-
-
-def _standing(output: Path) -> str:
-    return "what it held before is as it was" if output.exists() else "nothing was left there"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); correct it, or delete it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; correct it, or delete it")
-    return content
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
 
 
 class Unverifiable(UserError):
@@ -187,4 +158,4 @@ def record(directory: Path, engine: str, verify: Callable[[], Finding]) -> Findi
 
 def findings_of(directory: Path) -> dict[str, dict[str, Any]]:
     """The findings by engine, as verification.json has them; empty where nothing was verified."""
-    return dict(read_json(directory / REPORT).get("engines", {}))
+    return dict(read_object(directory / REPORT).get("engines", {}))

@@ -14,9 +14,9 @@ from torch import Tensor, distributed, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 from ropewalk.rope import Position, Spectrum
-from ropewalk.rope.hf_config import READ_SHARE, SHARE, in_one_line, rotating_layers
+from ropewalk.rope.hf_config import READ_SHARE, SHARE, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric

@@ -15,7 +15,7 @@ from typing import Any
 
 from ropewalk.config.evaluation import DashboardConfig
 from ropewalk.errors import UserError
-from ropewalk.files import write_atomically
+from ropewalk.files import read_object, write_atomically
 from ropewalk.report import tracked
 
 try:
@@ -117,7 +117,7 @@ def push(workspace: Any, report: Any, output: Path) -> None:
     import wandb
 
     pushed = output / PUSHED
-    known = json.loads(pushed.read_text()) if pushed.is_file() else {}
+    known = read_object(pushed)
     try:
         if not workspace.entity:
             workspace.entity = report.entity = wandb.Api().default_entity

@@ -24,9 +24,9 @@ from ropewalk.evaluation.results import (
     document_table,
     evaluation_directories,
     read_evaluations,
-    read_object,
     results_table,
 )
+from ropewalk.files import read_object
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_rows
 

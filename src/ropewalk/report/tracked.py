@@ -20,7 +20,7 @@ from ropewalk.config.train import TrackerConfig
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.figure import compose, render
 from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
-from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.files import read_object, sha256_of_json, write_atomically
 from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, lengths_of, scores, short_scores
 from ropewalk.report.differences import Pass, by_position, passes
 from ropewalk.report.page import find_baseline, sections_of
@@ -143,7 +143,7 @@ def _why_not(run: Run, baseline: Run) -> str | None:
     if run.results.empty and run.table.empty:
         return "not logged, as it has no finished evaluation"
     known = RunDirectory(run.directory).tracked
-    if known.is_file() and json.loads(known.read_text())["sha256"] == _digest(run, baseline):
+    if known.is_file() and read_object(known).get("sha256") == _digest(run, baseline):
         return "logged before"
     return None
 
@@ -193,7 +193,7 @@ def _opened(run: Run) -> tuple[Any, Any]:
         project=settings.project,
         name=name,
         group=settings.group,
-        id=json.loads(RunDirectory(run.directory).tracker.read_text())["wandb_id"],
+        id=read_object(RunDirectory(run.directory).tracker).get("wandb_id"),
         resume="allow",
         dir=run.directory,
         mode=wandb_mode(),

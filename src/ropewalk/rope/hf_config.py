@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
@@ -82,14 +82,6 @@ def modern(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(entry, dict) and entry.get("type") == "su":
         entry["type"] = "longrope"
     return copied
-
-
-def in_one_line(error: BaseException) -> str:
-    """A library's message as one line, cut where it is long; the name of its class where it has none."""
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError):  # its message is the key alone
-        text = f"{type(error).__name__}: {text}"
-    return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
 
 
 def unreachable(key: str, name: str, error: OSError) -> UserError:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.files import read_object
 
 # Inside checkpoints/step-N, beside config.json (with the position in it) and rng_rank_R.safetensors:
 MANIFEST = "manifest.json"  # step, contract, state, and size and checksum of every file; written last, by a rename
@@ -46,7 +46,7 @@ class RunDirectory:
     start = _Entry("start")  # of a run with start_from: start.json, and universal/ for another number of ranks
     start_record = _Entry("start/start.json")  # the checkpoint that was chosen, with its config.json
     start_universal = _Entry("start/universal")  # that checkpoint in DeepSpeed's universal form
-    # Training, while it runs:
+    # Training, while it runs, beside the file of files.only_writer that names its process:
     metrics = _Entry("metrics.jsonl")  # a row for each logged step (runs.metrics_file)
     evaluation_metrics = _Entry("evaluations.jsonl")  # a row for each evaluation inside training
     evaluations = _Entry("evaluations")  # step-N/ with the tables of that evaluation
@@ -192,18 +192,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Make an OSError of writing into a run's directory a UserError that names the directory and the fix."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"run_dir={run_dir} cannot be written ({error}); free space there, or choose another run_dir or "
-            "paths.output_dir"
-        ) from error
-
-
 def run_of(path: str | Path) -> tuple[RunDirectory, str]:
     """The run that ``path`` belongs to, and the part of it that a name of ``path`` says, too.
 
@@ -222,22 +210,7 @@ def run_of(path: str | Path) -> tuple[RunDirectory, str]:
     return run, part
 
 
-def read_run_record(run: RunDirectory) -> dict[str, Any]:
-    """The content of run.json; empty where there is none.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
-    try:
-        content = json.loads(run.record.read_text(encoding="utf-8")) if run.record.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{run.record} is not JSON ({error}); move it away, or copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{run.record} is not a JSON object; move it away, or copy it again")
-    return content
-
-
 def run_name(path: str | Path) -> str:
     """The one name of the run that ``path`` belongs to, with its part: its run_name, whether or not it was exported."""
     run, part = run_of(path)
-    return f"{read_run_record(run).get('run_name') or run.root.name} {part}".rstrip()
+    return f"{read_object(run.record).get('run_name') or run.root.name} {part}".rstrip()

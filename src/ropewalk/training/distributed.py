@@ -14,9 +14,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
+from ropewalk.files import only_writer
 from ropewalk.runs.launch import take_place
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -330,6 +332,22 @@ def by_rank_zero(work: Callable[..., T], *arguments: Any) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(results)
     return cast(T, results[0])
+
+
+@contextmanager
+def held_directory(directory: Path, name: str) -> Iterator[None]:
+    """Hold a directory against other writers, rank 0 for all; see files.only_writer. Collective.
+
+    Args:
+        directory: made if needed.
+        name: the setting that names the directory, with its value, for messages.
+
+    Raises:
+        UserError: on every rank, if another process writes there, or it cannot be written.
+    """
+    with ExitStack() as held:
+        by_rank_zero(held.enter_context, only_writer(directory, name))
+        yield
 
 
 def rank_zero_first(work: Callable[[], T]) -> T:

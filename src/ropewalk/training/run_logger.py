@@ -15,9 +15,10 @@ import torch
 
 from ropewalk.config.rules import batching
 from ropewalk.config.train import TrainConfig
+from ropewalk.files import writing
 from ropewalk.model.attention import attention_kernel
 from ropewalk.model.load import count_parameters
-from ropewalk.runs.directory import RunDirectory, writing
+from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import MetricsFile
 from ropewalk.runs.record import copy_tokenizer, differences, recorded_at, recorded_config, write_record
 from ropewalk.training.checkpoint.resume import ResumePoint
@@ -59,7 +60,7 @@ class RunLogger(Hook):
             "cuda": torch.version.cuda,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
-        with writing(run_dir):
+        with writing(f"run_dir={run_dir}", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             record = write_record(config, inputs.position, store, model, self.ranks.world_size)
             copy_tokenizer(store.tokenizer_path, run_dir)

@@ -21,9 +21,9 @@ from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.launch import EXIT_REQUEUE
 from ropewalk.runs.record import contract
-from ropewalk.training.checkpoint.resume import check_writable, find_resume_point, prepare_resume
+from ropewalk.training.checkpoint.resume import find_resume_point, prepare_resume
 from ropewalk.training.checkpoint.start import prepare_start, write_start
-from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, log, log_once
+from ropewalk.training.distributed import Ranks, control_group, held_directory, log, log_once
 from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
 from ropewalk.training.hooks import Hook, Step, StopFlag, StopRequested
@@ -32,7 +32,7 @@ from ropewalk.training.meter import Meter
 from ropewalk.training.periodic_evaluation import Evaluation, PeriodicEvaluation
 from ropewalk.training.run_logger import RunLogger, closing_lines
 from ropewalk.training.saver import Saver
-from ropewalk.training.watchdog import Watchdog, check_only_writer
+from ropewalk.training.watchdog import Watchdog
 
 Evaluator = Callable[[TrainConfig, PackedStore, Position, Ranks], Evaluation]
 
@@ -152,13 +152,16 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         SystemExit: with EXIT_REQUEUE, saved, after SIGINT, SIGTERM, SIGUSR1, SIGUSR2 or at ``trainer.stop_before``.
     """
     # What is trained on what, and where the session begins: all that can be refused, before there is a model.
-    trainer, run_dir = config.trainer, Path(config.run_dir)
     inputs = open_inputs(config)
-    ranks, mixture, start = inputs.ranks, inputs.mixture, inputs.start
     evaluation = _make_evaluation(inputs, evaluator)
+    with held_directory(Path(config.run_dir), f"run_dir={config.run_dir}"):
+        _train(inputs, evaluation)
+
+
+def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
+    config, ranks, mixture, start = inputs.config, inputs.ranks, inputs.mixture, inputs.start
+    trainer, run_dir = config.trainer, Path(config.run_dir)
     agreed = contract(config, inputs.position, inputs.store, mixture, None if start is None else start.identity())
-    check_writable(run_dir)
-    by_rank_zero(check_only_writer, run_dir)
     resume_point = find_resume_point(run_dir, agreed, config.resume)
     first_step = resume_point.step
     last_step = min(trainer.max_steps, first_step + (trainer.stop_after or trainer.max_steps))
@@ -176,7 +179,6 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
         write_start(start, run_dir)
 
     engine = _ready_engine(inputs, load)
-    by_rank_zero(check_only_writer, run_dir)  # one that was built beside this one
     guard = Guard(config.guards, resume_point.state.get("guard"))
     stop = StopFlag(instant(trainer.stop_before) if trainer.stop_before else None, control_group(trainer.device))
     # The one order of the hooks, at every moment; they are entered in it, and left in the reverse order.

@@ -23,7 +23,6 @@ from statistics import median
 from types import CodeType, FrameType, TracebackType
 
 from ropewalk.config.train import GuardConfig
-from ropewalk.errors import UserError
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import log
 from ropewalk.training.hooks import Hook, Step
@@ -259,55 +258,6 @@ class Heartbeats:
             calls.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back
         return calls
-
-
-def check_only_writer(run_dir: Path, seconds: float = 2 * BEAT) -> None:
-    """Check that no other process trains in a run directory now: both would write the same steps.
-
-    A heartbeat left behind by a process of this node that has ended costs nothing. Another recent one is watched, and
-    one that stands still counts for nothing. No lock: one could outlive a node that died.
-
-    Args:
-        run_dir: of the run.
-        seconds: to watch it for.
-
-    Raises:
-        UserError: a heartbeat goes on.
-    """
-    path = RunDirectory(run_dir).heartbeat(0)
-    first = _read(path)
-    if first is None or _has_ended(first) or _age(path) > 3 * seconds:
-        return
-    until = time.monotonic() + seconds
-    while (latest := _read(path)) == first:
-        if time.monotonic() > until:
-            return
-        time.sleep(0.2)
-    if latest is not None:
-        raise UserError(
-            f"run_dir={run_dir} is written by process {latest.pid} on {latest.host}, at step {latest.step}; wait for "
-            "it or end it, or choose another run_name"
-        )
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:  # deleted just now
-        return math.inf
-
-
-def _has_ended(heartbeat: Heartbeat) -> bool:
-    """True if its process was one of this node's and is gone."""
-    if heartbeat.host != socket.gethostname():
-        return False
-    try:
-        os.kill(heartbeat.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def _read(path: Path) -> Heartbeat | None:

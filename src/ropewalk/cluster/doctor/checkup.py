@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,6 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from ropewalk.cluster.doctor.machine import (
     check_all_reduce,
@@ -35,7 +33,10 @@ from ropewalk.cluster.requirements import check_requirements
 from ropewalk.config.data import PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.train import TrainConfig
+from ropewalk.files import read_object
+from ropewalk.model.hf_directory import read_config
 from ropewalk.model.load import count_parameters, head_dim, training_config
+from ropewalk.rope.hf_config import read_config_json
 from ropewalk.runs.directory import RunDirectory, checkpoint_at
 from ropewalk.runs.launch import take_place
 from ropewalk.training.distributed import gather, join_launched
@@ -124,9 +125,9 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
     run = config.start_from.run
     record, start = RunDirectory(run_dir).start_record, None
     if record.is_file():  # chosen in an earlier session; the other run may be gone
-        start = json.loads(record.read_text())["config"]
+        start = read_object(record)["config"]
     elif run is not None:
-        start = json.loads((Path(str(checkpoint_at(run))) / "config.json").read_text())
+        start = read_config_json(str(checkpoint_at(run)), "start_from.run")
     model_config = training_config(config.model, config.rope, config.data.sequence_length, start=start)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, run or config.model.path)
@@ -170,7 +171,7 @@ def check_evaluated(config: EvaluateConfig) -> Iterator[Finding]:
         directory = check_checkpoint(config.checkpoint)
     else:  # the evaluation exports it; its config.json stands in the checkpoint too
         directory = committed_checkpoint(directory)
-    model_config = AutoConfig.from_pretrained(directory)
+    model_config = read_config(directory, key="checkpoint")
     parameters = count_parameters(model_config)
     yield ok("model", f"{model_config.model_type}, {parameters / 1e9:.3g} billion parameters, {directory}")
     if config.backend == "vllm":

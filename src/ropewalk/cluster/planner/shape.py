@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
+from ropewalk.rope.hf_config import read_config_json
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim")
@@ -137,7 +137,7 @@ def shape_of(model: ModelConfig) -> ModelShape:
     """
     directory = Path(model.path) if model.path else None
     if directory is not None and (directory / "config.json").is_file():
-        return ModelShape.from_config(json.loads((directory / "config.json").read_text()), str(directory))
+        return ModelShape.from_config(read_config_json(directory, "model.path"), str(directory))
     if not model.architecture:
         raise UserError(
             f"model.path={model.path} holds no config.json here and model.architecture is empty, so its size is "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.data.store.hashing import canonical_json, files_signature, sha256_directory, sha256_text
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, warn_once
 from ropewalk.files import fsync_path, sha256_of
 
 RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on each line
@@ -71,9 +70,7 @@ def open_tokenizer(name: str | Path, key: str = "tokenizer", *, saved: bool = Fa
         without_state(tokenizer.backend_tokenizer, str(name))
         check_carries(tokenizer.backend_tokenizer, [SENTENCE], f"{key}={name}", LOST_OF_SENTENCE)
         if adds_eos(tokenizer):
-            print(
-                f"warning: {name} puts EOS after every text; no prompt here ends with it", file=sys.stderr, flush=True
-            )
+            warn_once(f"{name} puts EOS after every text; no prompt here ends with it")
     return tokenizer
 
 
@@ -91,11 +88,7 @@ def without_state(backend: Any, name: str) -> None:
         backend.model.dropout = None
         states.append("dropout")
     if states:
-        _warn(f"{name} has {', '.join(states)} in tokenizer.json; switched off")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+        warn_once(f"{name} has {', '.join(states)} in tokenizer.json; switched off")
 
 
 def check_carries(backend: Any, texts: Iterable[str], name: str, limit: float = LOST_OF_TEXT) -> None:

@@ -25,7 +25,7 @@ from ropewalk.evaluation.documents import Windows, make_windows, validate_length
 from ropewalk.evaluation.evaluated_checkpoint import Setting, checkpoint_sha256, open_checkpoint, settings_by_length
 from ropewalk.evaluation.model_reader import ModelScorer, Progress, Scorer, chunk_for
 from ropewalk.evaluation.results import TOO_FEW
-from ropewalk.files import sha256_of_json, write_atomically
+from ropewalk.files import sha256_of_json, write_atomically, writing
 from ropewalk.model.load import load_for_evaluation
 
 FILE = "key_tokens.json"
@@ -116,12 +116,8 @@ def write_key_tokens(config: KeyTokensConfig) -> Path:
         "length": config.length,
         "documents": documents,
     }
-    try:
+    with writing(f"documents={config.documents}", Path(config.documents)):
         write_atomically(path, json.dumps(content) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); copy the documents to a directory that can"
-        ) from error
     count = sum(len(entry["positions"]) for entry in documents.values())
     print(
         f"{path}: {count} key tokens of {len(documents)} documents"

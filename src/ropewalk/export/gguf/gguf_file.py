@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 from ropewalk.export.gguf.gguf_model import (
     FACTORS,
     GgufPosition,
@@ -27,9 +28,9 @@ from ropewalk.export.gguf.gguf_model import (
     is_matrix,
 )
 from ropewalk.export.gguf.gguf_tokenizer import add_tokenizer
-from ropewalk.export.output import SOURCE, check_space, read_json
-from ropewalk.files import fsync_path
-from ropewalk.model.hf_directory import StoredWeights
+from ropewalk.export.output import SOURCE
+from ropewalk.files import check_space, read_object, replace_atomically, writing
+from ropewalk.model.hf_directory import StoredWeights, read_config
 from ropewalk.rope.position import METADATA_KEY, position_of
 
 _KIND = gguf.GGMLQuantizationType
@@ -71,25 +72,26 @@ def write_gguf(directory: Path, path: Path, wanted: str | None, *, instead: Gguf
     Raises:
         UserError: for a model, method or tokenizer that llama.cpp would not follow, or a disk too small.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     own = gguf_position(position_of(config), config.max_position_embeddings)
     position = instead or own
     family = family_of(config, own)
     kind, file_type = TYPES[gguf_type(wanted, config)]
     layout, weights = Layout(config, family), StoredWeights(directory)
     planned = {layout.name(name): (name, shape, kind_of(shape, kind)) for name, shape in weights.shapes.items()}
-    check_space(path, sum(_bytes(shape, kind) for _, shape, kind in planned.values()))
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, family.arch)
-    add_architecture(writer, config, family)
-    add_position(writer, position)
-    add_tokenizer(writer, directory, config.vocab_size)
-    _add_general(writer, config, directory, path, file_type)
-    if position.factors is not None:
-        writer.add_tensor_info(FACTORS, position.factors.shape, position.factors.dtype, position.factors.nbytes)
-    for name, (_, shape, kind) in planned.items():
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), _bytes(shape, kind), raw_dtype=kind)
-    try:
+    needed = sum(_bytes(shape, kind) for _, shape, kind in planned.values())
+    check_space(f"output={path.parent}", path.parent, needed)
+
+    def write(partial: Path) -> None:
+        writer = gguf.GGUFWriter(partial, family.arch)
+        add_architecture(writer, config, family)
+        add_position(writer, position)
+        add_tokenizer(writer, directory, config.vocab_size)
+        _add_general(writer, config, directory, path, file_type)
+        if position.factors is not None:
+            writer.add_tensor_info(FACTORS, position.factors.shape, position.factors.dtype, position.factors.nbytes)
+        for name, (_, shape, kind) in planned.items():
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), _bytes(shape, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -97,16 +99,29 @@ def write_gguf(directory: Path, path: Path, wanted: str | None, *, instead: Gguf
         writer.write_padding(file, file.tell())
         if position.factors is not None:
             _write(writer, file, [position.factors])
-        for original, _, kind in planned.values():
-            _write(
-                writer, file, (_encoded(rows, kind) for rows in _chunks(layout.arranged(original, weights[original])))
-            )
+        for name, _, kind in planned.values():
+            _write(writer, file, _converted(name, layout.arranged(name, weights[name]), kind))
         writer.close()
-        fsync_path(partial)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); make room, or name another output") from error
-    partial.replace(path)
+
+    with writing(f"output={path.parent}", path.parent, lambda: needed):
+        replace_atomically(path, write)
+
+
+def _converted(name: str, weight: Tensor, kind: Any) -> Iterator[NDArray[Any]]:
+    """A weight in its type, some rows at a time.
+
+    Raises:
+        UserError: it holds numbers that are not finite, or float16 has none so large.
+    """
+    for rows in _chunks(weight):
+        converted = _encoded(rows, kind)
+        if not np.isfinite(rows).all() or (kind is _KIND.F16 and not np.isfinite(converted).all()):
+            overflow = " in float16" if np.isfinite(rows).all() else ""
+            raise UserError(
+                f"{name} holds numbers that are NaN or infinite{overflow}; write another type (gguf=bf16), or name a "
+                "model without them"
+            )
+        yield converted
 
 
 def kind_of(shape: torch.Size, kind: Any) -> Any:
@@ -173,8 +188,23 @@ def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     return fields, tensors
 
 
+def read_field(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The JSON object in a field that this project writes into a GGUF file; empty where there is none.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        content = json.loads(fields.get(name) or "{}")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the GGUF file's {name} is not JSON ({in_one_line(error)}); make the file anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the GGUF file's {name} is not a JSON object; make the file anew")
+    return content
+
+
 def check_same(path: Path, directory: Path) -> None:
     """Raise UserError where a GGUF file was not made from this very export."""
-    present = json.loads(gguf_fields(path)[0].get(ORIGIN, "null"))
-    if present != read_json(directory / SOURCE):
+    present = read_field(gguf_fields(path)[0], ORIGIN)
+    if present != read_object(directory / SOURCE):
         raise UserError(f"{path} is of another export; name another output or allow it with overwrite=true")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from transformers import AutoTokenizer
 
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 
 # Pre-tokenizers by the pattern they split with, in llama.cpp's names. One name stands for pattern and merging: Llama 3
@@ -48,7 +48,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
     model = content["model"]
     if model.get("type") != "BPE":
         raise UserError(f"{file} is {model.get('type')}; only BPE is written as GGUF: export to=hf")
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = open_tokenizer(directory)
     tokens, types = _entries(content, vocab_size)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")

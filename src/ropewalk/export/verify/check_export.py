@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers import PreTrainedConfig
 from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.export.card import CARD
-from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields
+from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields, read_field
 from ropewalk.export.gguf.gguf_model import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.output import Finding
 from ropewalk.export.portable import older_form
@@ -159,7 +158,7 @@ def check_gguf(path: Path) -> tuple[str, list[Finding]]:
         scaling = "with rope_freqs.weight" if tensors else (kind or "none")
         fact = f"it rotates at base {fields.get(f'{arch}.rope.freq_base')}, scaling {scaling}"
         return "none in the file", [Finding(True, fact)]
-    position = position_of({METADATA_KEY: json.loads(fields[METADATA])})
+    position = position_of({METADATA_KEY: read_field(fields, METADATA)})
     faults = gguf_faults(path, gguf_position(position, int(fields[f"{arch}.context_length"])))
     return _named(position), _findings(faults, "base, factors and scaling are those of the claimed chain")
 

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer
 
-from ropewalk.data.store.tokenizer_files import without_state
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.export.output import Unverifiable
-from ropewalk.rope.position import position_of
+from ropewalk.model.load import read_position
 
 MAX_TOKENS = 4096  # compared, unless the original length asks for more
 MAX_ROWS = 512  # positions whose logits are compared
@@ -62,12 +61,11 @@ def read_passage(directory: Path, tokens: int | None = None) -> Passage:
     Raises:
         Unverifiable: where there is no tokenizer.
     """
-    position = position_of(AutoConfig.from_pretrained(directory))
+    position = read_position(directory)
     wanted = tokens or max(min(2 * position.trained_length, MAX_TOKENS), position.pretrained_length * 9 // 8)
     if not (directory / "tokenizer.json").is_file():
         raise Unverifiable("not verified: no tokenizer.json, so no text can be read to it")
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    without_state(tokenizer.backend_tokenizer, str(directory))  # truncation would end the text
+    tokenizer = open_tokenizer(directory)
     text, ids = "", []
     for module in _MODULES:
         text += inspect.getsource(module)

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
-from ropewalk.data.store.tokenizer_files import without_state
+from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.export.gguf.gguf_file import gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import GgufPosition
 from ropewalk.export.output import Finding, Unverifiable, judged
@@ -59,9 +58,7 @@ def verify_gguf(directory: Path, path: Path, wanted: str | None, tokens: int | N
             make_linked(directory, compiled, claim.position.rope_parameters(claim.config.max_position_embeddings))
         reference, plain = (answer["logits"] for answer in stock_logits([compiled, plain_directory], passage))
         llama, llama_plain = llama_logits([path, plain_file], passage)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    without_state(tokenizer.backend_tokenizer, str(directory))
-    own_tokens = tokenizer.encode(passage.text, add_special_tokens=False)
+    own_tokens = open_tokenizer(directory).encode(passage.text, add_special_tokens=False)
     return judge(
         reference,
         plain,

@@ -22,6 +22,7 @@ from ropewalk.evaluation.results import (
     read_results,
 )
 from ropewalk.evaluation.results_store import SAMPLES
+from ropewalk.files import read_object
 from ropewalk.report.differences import second_half
 from ropewalk.report.runs import Run
 from ropewalk.report.seeds import SEED, settings_of
@@ -149,7 +150,7 @@ def _settings(run: Run) -> dict[str, Any]:
         "test-time setting": run.test_time,
         "steps trained": int(run.metrics["step"].iloc[-1]) if len(run.metrics) else 0,
         "step of the evaluation": evaluation.get("step"),  # of one inside training
-        "checkpoint it started from": json.loads(start.read_text())["manifest_sha256"] if start.is_file() else None,
+        "checkpoint it started from": read_object(start).get("manifest_sha256"),
         "items of the evaluation": [
             evaluation.get("document_prefixes") or [config.get("documents"), config.get("max_documents")],
             [config.get(name) for name in ("lengths", "seed", "needle", "answers")],

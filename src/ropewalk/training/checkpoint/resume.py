@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from ropewalk.config.train import ResumeConfig
 from ropewalk.errors import UserError
-from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically
-from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, damaged_name, read_manifest, universal_form, writing
+from ropewalk.files import blake3_of, fsync_path, inside, sha256_of, write_atomically, writing
+from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, damaged_name, read_manifest, universal_form
 from ropewalk.runs.record import check_contract
 from ropewalk.training.checkpoint.save import Deferred, load_checkpoint, verify_checkpoint
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once, together
@@ -120,19 +120,6 @@ def _set_aside(checkpoint: Path, damage: str, previous: Path) -> str:
     return f"warning: {damage}; it is kept as {target.name}, and the run goes on from {previous.name}"
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raise UserError on every rank if rank 0 cannot write into the run's directory. Collective."""
-
-    def probe() -> None:
-        with writing(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = run_dir / f".writable-{os.getpid()}"
-            file.write_bytes(b"")
-            file.unlink()
-
-    by_rank_zero(probe)
-
-
 def check_stage(saved: int, present: int, checkpoint: Path) -> None:
     """Raise UserError if a checkpoint was saved by another ZeRO stage: its shards are cut otherwise."""
     if saved != present:
@@ -208,7 +195,7 @@ class _Conversion:
     def __init__(self, checkpoint: Path, target: Path, source: str) -> None:
         self.target, self.source = target, source
         self.partial = target.with_name(target.name + ".partial")
-        with writing(target.parent.parent):
+        with writing(f"run_dir={target.parent.parent}", target.parent.parent):
             target.parent.mkdir(exist_ok=True)
         for left_over in (self.target, self.partial):
             shutil.rmtree(left_over, ignore_errors=True)

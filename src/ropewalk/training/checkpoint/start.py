@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
-from ropewalk.files import sha256_of, write_atomically
-from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest, writing
+from ropewalk.files import sha256_of, write_atomically, writing
+from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest
 from ropewalk.training.checkpoint.resume import check_stage, make_universal
 from ropewalk.training.checkpoint.save import load_state, verify_checkpoint
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once
@@ -105,7 +105,7 @@ def write_start(start: StartCheckpoint, run_dir: Path) -> None:
     """
 
     def write() -> None:
-        with writing(run_dir):
+        with writing(f"run_dir={run_dir}", run_dir):
             RunDirectory(run_dir).start.mkdir(parents=True, exist_ok=True)
             write_atomically(RunDirectory(run_dir).start_record, json.dumps(asdict(start), indent=1) + "\n")
 
