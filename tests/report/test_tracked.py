@@ -29,7 +29,7 @@ def made(root: Path, name: str, tracker: str, **fake: Any) -> Path:
 def test_rows_are_the_reports_numbers(tmp_path: Path) -> None:
     baseline = load_run(made(tmp_path, "a", "none"))
     run = load_run(made(tmp_path, "b", "none", offset=0.1, exact=lambda length, depth: depth))
-    rows = tracked.rows_of(run, baseline)
+    rows = tracked.history_of(run, baseline)
     over_position = [row for row in rows if tracked.POSITION in row]
     assert {"eval/loss/trained", "eval/loss/yarn"} < {name for row in over_position for name in row}
     assert all(row["eval/difference/yarn"] == pytest.approx(0.1) for row in over_position if "eval/loss/yarn" in row)
@@ -77,7 +77,7 @@ def test_an_offline_wandb_run_goes_on_and_wandbs_own_reader_finds_it(tmp_path: P
     defined = {metric["glob_name"]: metric["step_metric"] for metric in globs}
     history = [record["history"]["item"] for record in records if "history" in record]
     again = load_run(directory)
-    expected = tracked.rows_of(again, again)
+    expected = tracked.history_of(again, again)
     assert [{k: v for k, v in row.items() if k.startswith("eval/")} for row in history[: len(expected)]] == expected
     assert [row["_step"] for row in history] == list(range(len(expected) + 1))  # W&B's own count: nothing is dropped
     shown = history[len(expected)]

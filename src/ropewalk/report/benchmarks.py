@@ -131,7 +131,7 @@ def all_tasks(all_scores: list[Scores]) -> list[str]:
     return list(dict.fromkeys(str(task) for score in all_scores for task in score.known["task"]))
 
 
-def benchmark_table(runs: list[Run], suite: Suite) -> Section | None:
+def benchmark_section(runs: list[Run], suite: Suite) -> Section | None:
     """The table of a suite; None where no run has any of it."""
     all_scores = scores(runs, suite)
     if not all_scores:
@@ -267,7 +267,7 @@ def short_scores(run: Run) -> dict[Key, Score]:
     }
 
 
-def short_context_table(runs: list[Run], baseline: Run) -> Section | None:
+def short_context_section(runs: list[Run], baseline: Run) -> Section | None:
     """Scores by task and run, each with its difference to the base; None where no run has any.
 
     The base is the model before continued pretraining where it is known, else the baseline.

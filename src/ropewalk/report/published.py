@@ -84,7 +84,7 @@ class Measured:
         return None if pd.isna(length) else int(length)
 
 
-def published_table(runs: list[Run], published: pd.DataFrame) -> Section:
+def published_section(runs: list[Run], published: pd.DataFrame) -> Section:
     """One block for each published table and benchmark, each cell a measured number with the published one.
 
     Args:

@@ -24,7 +24,7 @@ from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, lengths_of, scores, short_scores
 from ropewalk.report.differences import Pass, by_position, passes
 from ropewalk.report.page import find_baseline, sections_of
-from ropewalk.report.results_table import losses, needle_lengths, pooled
+from ropewalk.report.results_section import losses, needle_lengths, pooled
 from ropewalk.report.runs import Run, load_runs, once, with_bases
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.tracker import wandb_mode
@@ -45,7 +45,7 @@ FIGURES = "figures/"
 Row = dict[str, float]
 
 
-def rows_of(run: Run, baseline: Run) -> list[Row]:
+def history_of(run: Run, baseline: Run) -> list[Row]:
     """The evaluation as history: rows over the position in the context, then rows over the context length."""
     return [*_by_position(run, baseline), *_by_length(run)]
 
@@ -150,7 +150,7 @@ def _why_not(run: Run, baseline: Run) -> str | None:
 
 def _digest(run: Run, baseline: Run) -> str:
     """Of the numbers that are logged."""
-    numbers = [rows_of(run, baseline), summary_of(run)]
+    numbers = [history_of(run, baseline), summary_of(run)]
     return sha256_of_json(numbers)
 
 
@@ -158,7 +158,7 @@ def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
     """History after the last step of training, then tables, figures and the summary."""
     tracker, live = _opened(run)
     last = int(run.metrics["step"].max()) if len(run.metrics) else 0
-    rows = rows_of(run, baseline)
+    rows = history_of(run, baseline)
     for number, row in enumerate(rows, start=1):
         live.log(row, **_at(run, last + number))
     tables = {TABLES["results"]: run.results, TABLES["scores"]: run.scores}

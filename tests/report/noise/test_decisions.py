@@ -18,7 +18,7 @@ from ropewalk.report.noise.decisions import (
     NOT_FINITE,
     UNDECIDED,
     decide,
-    decision_table,
+    decision_section,
     fewest_seeds,
 )
 from ropewalk.report.runs import Run, load_run, load_runs
@@ -88,7 +88,7 @@ def offset_of(run: Run) -> float:
 
 
 def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None:
-    section = decision_table(made(tmp_path, 8, PRIMARY))
+    section = decision_section(made(tmp_path, 8, PRIMARY))
     ((name, cells),) = section.blocks[0].rows
     assert section.blocks[0].title == "loss_at_length nll at 2,048, smallest difference of interest 0.05"
     assert (name, [cell.main for cell in cells]) == (
@@ -99,7 +99,7 @@ def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None
 
 
 def test_three_seeds_are_told_that_nothing_can_be_decided(tmp_path: Path) -> None:
-    section = decision_table(made(tmp_path, 3, PRIMARY))
+    section = decision_section(made(tmp_path, 3, PRIMARY))
     (cells,) = [cells for _, cells in section.blocks[0].rows]
     assert cells[4].main == UNDECIDED
     assert not cells[4].marked
@@ -112,9 +112,9 @@ def test_three_seeds_are_told_that_nothing_can_be_decided(tmp_path: Path) -> Non
 
 
 def test_runs_that_declared_nothing_are_in_no_family(tmp_path: Path) -> None:
-    assert decision_table(made(tmp_path / "none", 2, {})) is None
+    assert decision_section(made(tmp_path / "none", 2, {})) is None
     later = [load_run(write_run(tmp_path / "late", FakeRun("cope-s9", chain=COPE, seed=9)))]
-    section = decision_table([*made(tmp_path / "some", 3, PRIMARY), *later])
+    section = decision_section([*made(tmp_path / "some", 3, PRIMARY), *later])
     assert section.blocks[0].rows[0][1][1].main == "3"
     assert "Started without this declaration, so not in it: cope-s9." in section.missing
 
@@ -129,10 +129,10 @@ def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
     within, past = (load_runs(sorted(map(str, (tmp_path / name).iterdir()))) for name in ("within", "beyond"))
     assert len(past) == 8
     with pytest.raises(ValueError, match=r"cope has loss_at_length nll at 4,096 under .*; a family is one number a"):
-        decision_table(past)
+        decision_section(past)
     named = [replace(run, config=run.config | {"primary.test_time_scaling": "none"}) for run in past]
-    assert decision_table(named).blocks[0].rows[0][1][1].main == "2"
-    assert decision_table(within).blocks[0].rows[0][1][1].main == "2"
+    assert decision_section(named).blocks[0].rows[0][1][1].main == "2"
+    assert decision_section(within).blocks[0].rows[0][1][1].main == "2"
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -105,11 +105,11 @@ def declared_families(runs: Sequence[Run]) -> list[tuple[PrimaryConfig, list[Run
     return list(families.values())
 
 
-def decision_table(runs: list[Run]) -> Section | None:
+def decision_section(runs: list[Run]) -> Section | None:
     """Every family that the runs declared, a row for each pair; None if they declared none.
 
     Raises:
-        UserError: from :func:`numbers_of`, or for two arms of one name.
+        UserError: from :func:`family_numbers`, or for two arms of one name.
     """
     blocks, missing = [], []
     for family, of_family in declared_families(runs):
@@ -134,15 +134,15 @@ def paired_numbers(arm: Arm | None, other: Arm | None, family: PrimaryConfig) ->
     """Differences of two arms in the family's number, seed by seed; none where an arm is not among the runs.
 
     Raises:
-        UserError: from :func:`numbers_of`.
+        UserError: from :func:`family_numbers`.
     """
     if arm is None or other is None:
         return []
-    values, others = numbers_of(arm, family), numbers_of(other, family)
+    values, others = family_numbers(arm, family), family_numbers(other, family)
     return [values[seed] - others[seed] for seed in values if seed in others]
 
 
-def numbers_of(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
+def family_numbers(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
     """Seed -> the family's number; NaN if it is not a number, no entry if it was not measured.
 
     Raises:

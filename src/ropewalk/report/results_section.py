@@ -60,7 +60,7 @@ class Thresholds:
     ruler: float
 
 
-def results_table(runs: list[Run], baseline: Run) -> Section:
+def results_section(runs: list[Run], baseline: Run) -> Section:
     """Losses, paired differences and needle accuracies of all runs, rows from the lowest loss; arms over seeds."""
     lengths = sorted(
         {length for run in runs for length in losses(run)} | {n for run in runs for n in needle_lengths(run)}
@@ -132,7 +132,7 @@ def needle_lengths(run: Run) -> list[int]:
 
 def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
     """``metric`` averaged over depths (and lengths, where ``length`` is None), weighted by prompts."""
-    rows, control = needle_rows(run, metric), needle_rows(run, f"{metric}_shuffled")
+    rows, control = needle_scores(run, metric), needle_scores(run, f"{metric}_shuffled")
     if length is not None:
         rows, control = rows[rows["context_length"] == length], control[control["context_length"] == length]
     if rows.empty:
@@ -147,7 +147,7 @@ def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
     return None if whole is None else whole.at_chance
 
 
-def needle_rows(run: Run, metric: str) -> pd.DataFrame:
+def needle_scores(run: Run, metric: str) -> pd.DataFrame:
     """The evaluator's own pooling over depths, which weights by answer tokens; else the cells."""
     rows = run.task("needle_at_length", metric)
     return run.task("needle", metric) if rows.empty else rows
@@ -298,7 +298,7 @@ def longest_falling(values: Mapping[int, float]) -> int | None:
     return held
 
 
-def effective_table(runs: list[Run], thresholds: Thresholds) -> Section | None:
+def effective_section(runs: list[Run], thresholds: Thresholds) -> Section | None:
     """Effective context, a row for each run; None where nothing was measured at a length."""
     ruler = scores(runs, RULER)
     tasks = common_tasks(ruler)
