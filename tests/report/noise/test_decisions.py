@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_fake_evaluation, write_run
 from scipy import stats
 
 from ropewalk.config.rules import validate_train
+from ropewalk.config.train import PrimaryConfig
 from ropewalk.report.noise.decisions import (
     DECIDED,
     NO_DIFFERENCE,
@@ -20,6 +22,7 @@ from ropewalk.report.noise.decisions import (
     decide,
     decision_section,
     fewest_seeds,
+    seed_numbers,
 )
 from ropewalk.report.runs import Run, load_run, load_runs
 from ropewalk.report.section import as_text
@@ -135,9 +138,20 @@ def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
     assert decision_section(within).blocks[0].rows[0][1][1].main == "2"
 
 
+def test_of_several_lengths_a_seed_has_their_mean() -> None:
+    rows = [("0", 512, 1.0), ("0", 1024, 2.0), ("0", 2048, 9.0), ("1", 512, 4.0)]
+    table = pd.DataFrame(rows, columns=["seed", "context_length", "value"])
+    table = table.assign(task="answers", metric="recovery", test_time_scaling="none")
+    family = PrimaryConfig(task="answers", metric="recovery", length=[512, 1024])
+    assert seed_numbers(table, family, "cope") == {"0": 1.5}  # the other seed lacks a length
+    assert seed_numbers(table, replace(family, length=512), "cope") == {"0": 1.0, "1": 4.0}
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     (["primary.pairs=[[cope20]]"], r"primary.pairs has \['cope20'\]; each names two arms"),
     (["primary.pairs=[[a,b],[b,a]]"], "names a pair twice"),
+    (["primary.length=[64,long]"], r"primary.length=\[64, 'long'\] is neither tokens nor a list"),
+    (["primary.pairs=[[a,b]]", "primary.length=[]", "primary.difference=1"], "is neither tokens nor a list"),
     (["primary.pairs=[[a,b]]", "primary.length=64"], "primary.difference=None: a declared family needs"),
     (["primary.pairs=[[a,b]]", "primary.length=64", "primary.difference=0"], "primary.difference=0.0 must be positive"),
 ])  # fmt: skip
