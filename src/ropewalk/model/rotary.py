@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.errors import UserError
 from ropewalk.rope import Position, Spectrum
-from ropewalk.rope.hf_config import in_one_line, rotating_layers
+from ropewalk.rope.hf_config import READ_SHARE, SHARE, in_one_line, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
@@ -50,8 +50,10 @@ def place_position(
     if entry["rope_type"] in refused or not _is_read(config, layer_type, entry):
         entry = longrope_entry(position.spectrum(length), served)
     replaced = rope_entry(config)
-    if "partial_rotary_factor" in replaced and replaced.get("rope_type") != "proportional":
-        entry["partial_rotary_factor"] = replaced["partial_rotary_factor"]
+    if config.model_type in READ_SHARE and SHARE in replaced and replaced.get("rope_type") != "proportional":
+        entry[SHARE] = replaced[SHARE]
+    elif config.model_type not in READ_SHARE and hasattr(config, SHARE):
+        delattr(config, SHARE)  # the class ignores it under default, and fails with it under other types
     config.rope_parameters = {**present, layer_type: entry} if layer_type else entry
     if hasattr(config, _ORIGINAL):
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))

@@ -19,6 +19,14 @@ DEFAULT_THETA = 1e4  # of a config that names neither its base nor its model typ
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = ("gemma4", "deepseek_v4", "dots3", "minimax_m3")
 _WIDEST = 65536  # channels of a head
+SHARE = "partial_rotary_factor"
+# Classes of transformers 5.23.0 that read SHARE under rope_type default; the others rotate whole heads.
+_WITH_SHARE = (
+    "bamba fuyu glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_neox_japanese laguna mellum mimo_v2_flash minimax_m2 "
+    "nemotron persimmon phi phi3 phi4_multimodal qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
+    "qwen4_exp qwen4_exp_text recurrent_gemma solar_open stablelm zaya"
+)
+READ_SHARE = frozenset(_WITH_SHARE.split())
 _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text")
 
 # Keys with which CoPE's published code selects the clip; no stock engine reads them.
@@ -260,17 +268,30 @@ def _theta(config: Mapping[str, Any], entry: Mapping[str, Any], defaults: _Class
 
 
 def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str, defaults: _ClassDefaults) -> float:
-    """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none."""
-    candidates = (entry, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")
+    """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none.
+
+    A class of transformers decides which of the keys it takes into its entry; most do not read that under ``default``.
+    """
+    candidates = (entry, SHARE), (config, SHARE), (config, "rotary_pct")
     least = 0.0 if kind == "proportional" else 1e-9
-    for values, key in candidates:
-        share = number(values, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
-        if share is not None:
-            return share
-    own = defaults.of_entry("partial_rotary_factor") or defaults["partial_rotary_factor"]
-    if own is None and config.get("model_type") == "mimo_v2_flash":  # a number in its modeling code alone
+    shares = [
+        number(values, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
+        for values, key in candidates
+    ]
+    model_type = defaults["model_type"]
+    if model_type is None:
+        return next((share for share in shares if share is not None), 1.0)
+    own = defaults.of_entry(SHARE)
+    if own is None and kind != "default":  # whose functions put a top-level one into each layer type's entry
+        own = defaults[SHARE]
+    if own is None and model_type == "mimo_v2_flash":  # a number in its modeling code alone
         raise UserError("config.json names no partial_rotary_factor, which mimo_v2_flash needs; write it there: 0.334")
-    return 1.0 if own is None else float(own)
+    if own is None or kind == "proportional" or model_type in READ_SHARE:
+        return 1.0 if own is None else float(own)
+    if kind != "default" and own != 1:
+        rule = f"absent: transformers' {model_type} rotates whole heads, and fails with a share's {kind} frequencies"
+        raise wrong(SHARE, own, rule)
+    return 1.0
 
 
 def _rotating_channels(config: Mapping[str, Any], share: float, defaults: _ClassDefaults) -> int:
