@@ -13,7 +13,6 @@ from helpers import TINY, composed, one_step, tiny_run
 from ranks import run_ranks, tiny_arguments
 
 from ropewalk.config.groups import RopeConfig
-from ropewalk.config.train import TrainerConfig
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
@@ -31,12 +30,10 @@ from ropewalk.training.guards import Guard
 from ropewalk.training.hooks import Hook, StopRequested
 from ropewalk.training.inputs import micro_batches, open_data, step_batch
 from ropewalk.training.meter import Meter
-from ropewalk.training.trainer import Trainer, learning_rate
+from ropewalk.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
-TRAINER = TrainerConfig(max_steps=101, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.0)
-WARM = TrainerConfig(max_steps=100, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.1)
 
 
 def losses(run_dir):
@@ -303,22 +300,6 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
-
-
-def test_warm_up_is_linear_and_reaches_the_peak():
-    assert [learning_rate(step, WARM) for step in (0, 4, 9)] == pytest.approx([1e-6, 5e-6, 1e-5])
-    assert learning_rate(10, WARM) == pytest.approx(1e-5)
-
-
-def test_cosine_is_half_way_down_in_the_middle_and_at_the_floor_at_the_end():
-    assert learning_rate(0, TRAINER) == pytest.approx(1e-5)
-    assert learning_rate(50, TRAINER) == pytest.approx(5.5e-6)  # the mean of peak and floor
-    assert learning_rate(100, TRAINER) == pytest.approx(1e-6)
-    assert learning_rate(25, TRAINER) == pytest.approx(1e-6 + 9e-6 * (1 + 2**-0.5) / 2)
-
-
-def test_one_step_run():
-    assert learning_rate(0, TrainerConfig(max_steps=1, learning_rate=1.0, global_batch_size=1)) == 1.0
 
 
 def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_256, tmp_path, capsys):

@@ -15,6 +15,7 @@ from ropewalk.config.data import ConvertConfig, CorpusConfig, ExecutorConfig, Ga
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
+from ropewalk.config.schedule import DECAYS
 from ropewalk.config.train import (
     SUPPORTED_MODEL_TYPES,
     AssumptionConfig,
@@ -63,7 +64,7 @@ RANGES: dict[type, dict[Range, str]] = {
         POSITIVE: "max_steps global_batch_size micro_batch_size learning_rate loss_chunk_size mlp_chunk_size log_every "
         "peak_flops checkpoint_every keep_last keep_every stop_after",
         POSITIVE._replace(highest=math.inf, words="must be positive; inf clips nothing"): "gradient_clipping",
-        SHARE: "warmup_ratio min_lr_ratio",
+        SHARE: "warmup_ratio min_lr_ratio decay_ratio",
         BELOW_ONE: "adam_beta1 adam_beta2",
     },
     DeepSpeedConfig: {NOT_NEGATIVE: "param_persistence_threshold"},
@@ -149,6 +150,7 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     trainer = config.trainer
     one_of("trainer.device", trainer.device, ("cuda", "cpu"))
     one_of("trainer.dtype", trainer.dtype, ("bfloat16", "float32"))
+    one_of("trainer.schedule", trainer.schedule, tuple(DECAYS))
     if trainer.device == "cuda" and trainer.dtype == "float32":
         raise UserError(
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
@@ -170,6 +172,7 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     batching(config, world_size)
     one_of("guards.spike_action", config.guards.spike_action, ("skip", "stop"))
     one_of("start_from.optimizer", config.start_from.optimizer, ("keep", "drop"))
+    one_of("start_from.order", config.start_from.order, ("restart", "continue"))
     if not _has_weights(config) and "model_type" not in config.model.architecture:
         raise UserError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "

@@ -58,8 +58,10 @@ class TrainerConfig:
     global_batch_size: int = MISSING  # sequences a step, over all ranks
     micro_batch_size: int = 1  # sequences a rank holds at once
     learning_rate: float = MISSING  # peak
-    min_lr_ratio: float = 0.1  # floor of the cosine, as a share of the peak
+    schedule: str = "cosine"  # shape of the decay from the peak: cosine or linear
+    min_lr_ratio: float = 0.1  # floor of the decay, as a share of the peak; reached at the last step
     warmup_ratio: float = 0.1  # share of max_steps
+    decay_ratio: float = 1.0  # last share of max_steps, before which the rate stays at the peak; 0: it never decays
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -107,6 +109,7 @@ class StartConfig:
 
     run: str | None = None  # run directory (its newest committed checkpoint), or one checkpoint; null: as model says
     optimizer: str = "keep"  # keep: with its Adam moments and step count; drop: as at the beginning
+    order: str = "restart"  # of the data, which must be the same for continue: from the step that the run was at
 
 
 @dataclass
