@@ -53,7 +53,7 @@ def history_of(run: Run, baseline: Run) -> list[Row]:
 def summary_of(run: Run) -> Row:
     """Numbers without an axis: short-context scores, percent."""
     scores_of = short_scores(run)
-    return {f"{SHORT}{word(task)}/{word(metric)}": score.value for (task, metric, _), score in scores_of.items()}
+    return {f"{SHORT}{word(task)}/{word(metric)}": float(score.value) for (task, metric, _), score in scores_of.items()}
 
 
 def word(text: str) -> str:
@@ -103,8 +103,7 @@ def _by_length(run: Run) -> Iterator[Row]:
 
 def _add(rows: dict[int, Row], score: Scores, prefix: str, averages: dict[str, list[str]]) -> None:
     """Averages over tasks at each length; a setting that the run has beside others is part of the name."""
-    several = len(scores([score.run], RULER if prefix == RULER_SCORE else HELMET)) > 1
-    setting = f"{word(score.scaling)}/" if several else ""
+    setting = f"{word(score.scaling)}/" if score.name != score.run.name else ""
     for name, tasks in averages.items():
         for length in lengths_of([score]):
             if (value := score.average(tasks, length)) is not None:
