@@ -72,6 +72,18 @@ class Run:
         """The name without the test-time setting."""
         return self.name.removesuffix(f", {self.test_time}") if self.settings else self.name
 
+    @property
+    def each_setting(self) -> list[Run]:
+        """The run under each of its test-time settings; itself if there is one."""
+        return list(self.settings.values()) or [self]
+
+    @property
+    def whole(self) -> Run:
+        """The run with its numbers under all test-time settings."""
+        tables = [run.table for run in self.each_setting]
+        table = pd.concat(tables, ignore_index=True).drop_duplicates(ignore_index=True)
+        return replace(self, name=self.label, table=table, test_time="", settings={})
+
     def beside(self, other: Run) -> Run:
         """This run under the test-time setting of another, where it was measured under that, too."""
         return self.settings.get(other.test_time, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -114,7 +114,7 @@ def decision_section(runs: list[Run]) -> Section | None:
     blocks, missing = [], []
     for family, of_family in declared_families(runs):
         assert family.difference is not None
-        trained = arms([_whole(run) for run in once(of_family)])
+        trained = arms([run.whole for run in once(of_family)])
         samples = [paired_numbers(_arm(trained, pair[0]), _arm(trained, pair[1]), family) for pair in family.pairs]
         answers = decide(samples, family.difference)
         rows = [(" less ".join(pair), _cells(answer)) for pair, answer in zip(family.pairs, answers, strict=True)]
@@ -164,12 +164,6 @@ def family_numbers(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
         )
     first = rows.drop_duplicates("seed")
     return dict(zip(first["seed"], first["value"].astype(float), strict=True))
-
-
-def _whole(run: Run) -> Run:
-    """The run with its numbers under all test-time settings."""
-    tables = [setting.table for setting in run.settings.values()] or [run.table]
-    return replace(run, table=pd.concat(tables, ignore_index=True), test_time="", settings={})
 
 
 def _arm(trained: Sequence[Arm], name: str) -> Arm | None:
