@@ -13,7 +13,7 @@ from ropewalk.figures.evaluation_curves import benchmark_figure
 from ropewalk.figures.style import method_styles
 from ropewalk.report.benchmarks import HELMET, LONG, RULER, Suite, benchmark_section, short_context_section
 from ropewalk.report.figure_tables import average_table, trained_lengths
-from ropewalk.report.results_section import Thresholds, effective_length, effective_section, longest_falling
+from ropewalk.report.results_section import effective_length, effective_section, longest_falling
 from ropewalk.report.runs import Run, load_run
 from ropewalk.report.section import Block, Section
 
@@ -162,7 +162,7 @@ def test_effective_context_states_its_thresholds(tmp_path: Path) -> None:
     rows = [ruler("vt", length, value) for length, value in ((1024, 95), (2048, 86), (4096, 85))]
     run = with_rows(tmp_path, "a", *rows, exact=lambda length, depth: 1.0 if length <= 4096 else 0.5)
     bare = with_rows(tmp_path, "b", ruler("vt", 1024, 20), ruler("vt", 2048, 20), ruler("vt", 4096, 20))
-    found = effective_section([run, bare], Thresholds(needle=85.0, ruler=85.6))
+    found = effective_section([run, bare], needle=85.0, ruler=85.6)
     assert found is not None
     assert found.columns[1] == "needle: exact match ≥ 85%"
     assert found.columns[3] == "RULER: average ≥ 85.6%"

@@ -160,6 +160,14 @@ def test_opening_is_one_table_with_intervals(arms: list[Path]) -> None:
     assert cells["cope11"][8].main == "-"
 
 
+def test_each_number_of_the_opening_carries_its_head(page: str) -> None:
+    """A narrow screen shows a card for each run in place of the table's heads."""
+    opening = page.split('<div class="opening">')[1].split("</table>", maxsplit=1)[0]
+    heads = re.findall('<th scope="col">(.*?)</th>', opening)[1:]
+    row = next(row for row in opening.split("<tr>") if ">cope11</a>" in row)
+    assert re.findall('data-head="(.*?)"', row) == heads[:-1]  # the last column has nothing to say of it
+
+
 def test_what_numbers_cannot_show_stands_beside_them(page: str, tmp_path: Path) -> None:
     """Fixed words, and those that apply; no sentence is made of numbers."""
     text = " ".join(Tags(page).text.split())

@@ -13,7 +13,7 @@ from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
-from ropewalk.report.differences import Difference, Unpaired, at_length, by_position, passes
+from ropewalk.report.differences import Unpaired, at_length, by_position, passes
 from ropewalk.report.overview import facts
 from ropewalk.report.results_section import Pooled, is_at_chance, pooled, results_section
 from ropewalk.report.runs import Run, flatten, load_run
@@ -60,18 +60,18 @@ def test_constant_difference_has_no_width(runs: dict[str, Run]) -> None:
     # Every document is 0.2 worse, so each resample gives 0.2, under unlike settings as well.
     for length in (512, 2048, 8192):
         found = at_length(runs["base"], runs["rope"], length)
-        assert isinstance(found, Difference)
-        assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-9)
-        assert found.n == DOCUMENTS
+        assert not isinstance(found, Unpaired)
+        assert found[["value", "ci_low", "ci_high"]].tolist() == pytest.approx([0.2, 0.2, 0.2], abs=1e-9)
+        assert found["n"] == DOCUMENTS
 
 
 def test_alternating_difference_has_the_normal_interval(runs: dict[str, Run]) -> None:
     # 16 documents at 0.1 +- 0.4: a standard error of 0.4 / sqrt(16) = 0.1, a 95% interval of 1.96 of them.
     found = at_length(runs["cope"], runs["rope"], 512)
-    assert isinstance(found, Difference)
-    assert found.value == pytest.approx(0.1, abs=1e-9)
-    assert found.low == pytest.approx(0.1 - 1.96 * 0.1, abs=0.03)
-    assert found.high == pytest.approx(0.1 + 1.96 * 0.1, abs=0.03)
+    assert not isinstance(found, Unpaired)
+    assert found["value"] == pytest.approx(0.1, abs=1e-9)
+    assert found["ci_low"] == pytest.approx(0.1 - 1.96 * 0.1, abs=0.03)
+    assert found["ci_high"] == pytest.approx(0.1 + 1.96 * 0.1, abs=0.03)
 
 
 def test_difference_without_documents_says_why(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -110,6 +110,10 @@ def test_needle_accuracies_by_hand(runs: dict[str, Run]) -> None:
     assert exact["rope"] == [("1.00", "(0.00)")] * 3 + [("0.25", "(0.00)")] * 2
     accuracy = cells(table, "Needle: answer-token accuracy")
     assert accuracy["rope"][3] == ("0.33", "(0.10)")  # 0.1 + 0.9 / 4 = 0.325
+    assert list(exact) == ["rope"]  # the others find nothing: their rows of 0.00 are folded away
+    folded = {block.title: [name for name, _ in block.rows] for block in table.folded}
+    assert folded["Needle: exact match, beside shuffled answers"] == ["cope", "base"]
+    assert "Exact match in the needle grid is at chance: cope, base." in table.missing
     whole = pooled(runs["rope"], EXACT_MATCH)
     assert whole == Pooled(pytest.approx((3 * 1.0 + 2 * 0.25) / 5), 0.0, 100)
 

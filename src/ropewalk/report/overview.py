@@ -19,6 +19,7 @@ from ropewalk.report.results_section import (
     loss_cell,
     order_by_loss,
     shared_lengths,
+    trained_cell,
 )
 from ropewalk.report.runs import Run, once
 from ropewalk.report.section import EMPTY, UNKNOWN_NOISE, Cell, Section, block_of
@@ -174,7 +175,7 @@ def opening_section(runs: list[Run], baseline: Run) -> Section:
         described[f"difference to {baseline.label} at {length:,}"] = partial(_difference, baseline, all_arms, length)
     described |= {
         "needle": lambda run: accuracy_cell(run, EXACT_MATCH),
-        "trained at": _trained,
+        "trained at": trained_cell,
         "documents": _documents,
         "other settings than the baseline's": lambda run: Cell(", ".join(others[run.name]) or EMPTY),
     }
@@ -223,10 +224,6 @@ def _training_loss(run: Run) -> Cell:
     if not len(run.metrics):
         return Cell()
     return Cell(f"{final_mean(run.metrics, 'loss'):.3f}", hint="mean of the last tenth of the logged steps")
-
-
-def _trained(run: Run) -> Cell:
-    return Cell() if run.trained_length is None else Cell(f"{run.trained_length:,}")
 
 
 def _seeds(arm: Arm) -> Cell:

@@ -30,7 +30,7 @@ from ropewalk.report.noise.decisions import decision_section
 from ropewalk.report.noise.noise_floor import noise_among
 from ropewalk.report.overview import limits, opening_section, training_summary
 from ropewalk.report.published import published_section
-from ropewalk.report.results_section import Thresholds, effective_section, is_at_chance, results_section
+from ropewalk.report.results_section import effective_section, is_at_chance, results_section
 from ropewalk.report.runs import Run, load_runs, once, with_bases
 from ropewalk.report.section import UNKNOWN_NOISE, Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
@@ -97,12 +97,11 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
     """The sections after the opening, in their order; those that no run has anything for are left out."""
     styles, trained = styles_of(runs), once(runs)
     spectra = one_run_each(arms(trained))
-    thresholds = Thresholds(config.effective_needle, config.effective_ruler)
     sections = [
         decision_section(runs),
         results_section(runs, baseline),
         noise_among(runs),
-        effective_section(runs, thresholds),
+        effective_section(runs, config.effective_needle, config.effective_ruler),
         _training(trained, styles),
         _position(runs, baseline, styles),
         _needle(runs, styles),
@@ -146,8 +145,6 @@ def _needle(runs: list[Run], styles: dict[str, Style]) -> Section:
         )
         for at_chance in (False, True)
     )
-    if chance:
-        missing.append(f"Exact match is at chance: {', '.join(chance)}.")
     shown = [*([by_length] if by_length else []), *shown]
     return Section(
         "Needle in a haystack", figures=shown, folded_figures=folded, folded_title="Grids at chance", missing=missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -117,7 +117,7 @@ def decision_section(runs: list[Run]) -> Section | None:
     blocks, missing = [], []
     for family, of_family in declared_families(runs):
         assert family.difference is not None
-        trained = arms([_whole(run) for run in once(of_family)])
+        trained = arms([run.whole for run in once(of_family)])
         samples = [paired_numbers(_arm(trained, pair[0]), _arm(trained, pair[1]), family) for pair in family.pairs]
         answers = decide(samples, family.difference)
         rows = [
@@ -190,12 +190,6 @@ def lengths_of(family: PrimaryConfig) -> list[int]:
     """The context lengths of the family's number, tokens, each once."""
     lengths = family.length if isinstance(family.length, Sequence) else [family.length]
     return list(dict.fromkeys(lengths))
-
-
-def _whole(run: Run) -> Run:
-    """The run with its numbers under all test-time settings."""
-    tables = [setting.table for setting in run.settings.values()] or [run.table]
-    return replace(run, table=pd.concat(tables, ignore_index=True), test_time="", settings={})
 
 
 def _arm(trained: Sequence[Arm], name: str) -> Arm | None:
