@@ -144,6 +144,7 @@ def advise(
             f"theta={theta:g} must be above 1; leave it out to keep the model's own base, "
             f"{print_value(position.spectrum().theta)}, or name the one to change to, such as 1e7"
         )
+    position = replace(position, chain=position.chain.without_axes())  # all counts here are of text
     trained = position.trained_length if train_length is None else train_length
     target = 4 * trained if target_length is None else target_length
     _check_lengths(trained, target)
