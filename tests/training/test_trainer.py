@@ -53,6 +53,14 @@ def test_first_loss_is_that_of_a_uniform_guess(store_64, tmp_path):
     assert losses(tmp_path)[0] == pytest.approx(math.log(512), abs=0.02)
 
 
+def test_the_kernel_is_recorded_and_deterministic_on_request(store_64, tmp_path):
+    train(tiny_run(store_64, tmp_path, "trainer.deterministic=true", "trainer.stop_after=1"))
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["attention"] == f"sdpa (torch {torch.__version__})"
+
+
 def test_overfit_one_batch(store_64, tmp_path):
     overrides = ("+debug=overfit_one_batch", "trainer.max_steps=60", "trainer.checkpoint_every=60")
     train(tiny_run(store_64, tmp_path, *overrides, "trainer.learning_rate=0.01", hidden_size=64))

@@ -17,6 +17,7 @@ from ropewalk.config.export import ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.schedule import DECAYS
 from ropewalk.config.train import (
+    ATTENTION_CHOICES,
     SUPPORTED_MODEL_TYPES,
     AssumptionConfig,
     DataConfig,
@@ -155,6 +156,12 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         raise UserError(
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
             "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
+        )
+    one_of("trainer.attention", trainer.attention, ATTENTION_CHOICES)
+    if trainer.device == "cpu" and trainer.attention != "auto":
+        raise UserError(
+            f"trainer.attention={trainer.attention} with trainer.device=cpu: it is a kernel for GPUs; set "
+            "trainer.attention=auto"
         )
     if trainer.offload_activations and not trainer.activation_checkpointing:
         raise UserError(

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION_CHOICES = ("auto", "fa4", "fa3", "fa2", "torch")
 
 
 @dataclass
@@ -70,7 +71,9 @@ class TrainerConfig:
     activation_checkpointing: bool = True
     offload_activations: bool = False  # checkpointed activations wait in host memory
     mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
-    compile: bool = False  # torch.compile, layer by layer
+    attention: str = "auto"  # kernel on a GPU: auto, fa4, fa3, fa2 or torch; auto takes the best that is installed
+    deterministic: bool = False  # kernels that add up in one order; slower on a GPU, by how much is not measured
+    compile: bool = False  # torch.compile of the norms and the MLP's gate
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps

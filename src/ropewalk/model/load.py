@@ -151,7 +151,11 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
 
 
 def build_for_training(
-    config: PreTrainedConfig, path: str | None, dtype: torch.dtype, revision: str | None = None
+    config: PreTrainedConfig,
+    path: str | None,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attention_choice: str = "auto",
 ) -> PreTrainedModel:
     """The model with document-masked attention; ``path`` None: random weights.
 
@@ -160,7 +164,7 @@ def build_for_training(
     Raises:
         UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
-    implementation = attention.register()
+    implementation = attention.register(attention_choice)
     if path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     else:

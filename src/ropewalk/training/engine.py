@@ -70,7 +70,8 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     settings = zero_config(trainer, config.deepspeed, steps, ranks.sequence)
     partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
-    lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
+    dtype, revision = getattr(torch, trainer.dtype), config.model.revision
+    lm = build_for_training(model_config, config.model.path, dtype, revision, trainer.attention)
     del partitioned_init
     place_activations(lm, trainer)
     lm.train()

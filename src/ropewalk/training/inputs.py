@@ -17,11 +17,11 @@ from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.store.remote import open_stores
 from ropewalk.data.store.tokenizer_files import check_same_vocabulary
 from ropewalk.errors import UserError
-from ropewalk.model.attention import Documents
+from ropewalk.model.attention import Documents, attention_kernel
 from ropewalk.model.load import training_config
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint.start import StartCheckpoint, find_start, first_order_step
-from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
+from ropewalk.training.distributed import Ranks, launched_world_size, start_processes, together
 from ropewalk.training.tracker import check_tracker
 
 
@@ -63,7 +63,8 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     validate_train(config, launched_world_size())
     check_tracker(config.tracker)
     store, mixture = open_data(config)
-    ranks = start_processes(config.trainer.device, config.parallel.sequence)
+    ranks = start_processes(config.trainer.device, config.parallel.sequence, config.trainer.deterministic)
+    together(attention_kernel, ranks.device, config.trainer.attention)  # refused before a model is built
     start = find_start(config)
     first_order = first_order_step(start, config.start_from.order, mixture.contract())
     model_config = training_config(
