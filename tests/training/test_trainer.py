@@ -23,7 +23,7 @@ from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.runs.record import recorded_config
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint import resume
-from ropewalk.training.checkpoint.save import load_checkpoint
+from ropewalk.training.checkpoint.restore import load_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import place_spectrum, start_engine
 from ropewalk.training.guards import Guard
@@ -111,11 +111,13 @@ def replace_length(config, length):
     return replace(config, data=replace(config.data, sequence_length=length))
 
 
-def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path, stage):
     """zero.Init and the engine cast to bf16; the buffers must be the float32 spectrum at each of three points."""
     config = tiny_run(store_64, tmp_path, "trainer.dtype=bfloat16")
     config.rope.chain = COPE
     train(replace(config, trainer=replace(config.trainer, stop_after=2)))
+    config.deepspeed.stage = stage
     ranks = start_processes("cpu")
     _, mixture = open_data(config)
     model_config = training_config(config.model, RopeConfig("cope4", COPE), 64)
@@ -129,7 +131,8 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     load_checkpoint(engine, find_checkpoint(tmp_path))
     place_spectrum(engine)
     assert_spectrum(lm, spectrum)
-    assert lm.model.rotary_emb.long_inv_freq.dtype == torch.float32
+    rotary = lm.model.rotary_emb
+    assert {rotary.inv_freq.dtype, rotary.original_inv_freq.dtype, rotary.long_inv_freq.dtype} == {torch.float32}
     engine.destroy()
 
 
@@ -137,8 +140,8 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     """A load that casts the buffers, as DeepSpeed may, leaves no trace in the steps after it."""
     engines = []
 
-    def casting_load(engine, *origin):
-        load_checkpoint(engine, *origin)
+    def casting_load(engine, checkpoint, **options):
+        load_checkpoint(engine, checkpoint, **options)
         engine.module.lm.get_decoder().rotary_emb.to(torch.bfloat16)
         engines.append(engine)
 
@@ -151,8 +154,10 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     assert_spectrum(lm, position_of(lm.config).spectrum())
 
 
-def test_bf16_resume_is_exact(store_64, tmp_path):
-    straight, stopped = (tiny_run(store_64, tmp_path / name, "trainer.dtype=bfloat16") for name in ("a", "b"))
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_bf16_resume_is_exact(store_64, tmp_path, stage):
+    more = ["trainer.dtype=bfloat16", f"deepspeed={stage}"]
+    straight, stopped = (tiny_run(store_64, tmp_path / name, *more) for name in ("a", "b"))
     train(straight)
     train(replace(stopped, trainer=replace(stopped.trainer, stop_after=2)))
     train(stopped)

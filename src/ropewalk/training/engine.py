@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ def zero_config(
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": trainer.gradient_clipping,
-        "bf16": {"enabled": trainer.dtype == "bfloat16"},
+        # ZeRO-1 in bf16 keeps a second gradient of every parameter unless each is added up at once
+        "bf16": {"enabled": trainer.dtype == "bfloat16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "seq_parallel_communication_data_type": "fp32",
@@ -71,7 +74,10 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
     dtype, revision = getattr(torch, trainer.dtype), config.model.revision
-    lm = build_for_training(model_config, config.model.path, dtype, revision, trainer.attention)
+    # Random weights are drawn where ZeRO-3 draws them.
+    is_drawn_whole = config.model.path is None and config.deepspeed.stage < 3
+    with torch.device(ranks.device) if is_drawn_whole else nullcontext():
+        lm = build_for_training(model_config, config.model.path, dtype, revision, trainer.attention)
     del partitioned_init
     place_activations(lm, trainer)
     lm.train()
@@ -84,7 +90,12 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
         fused=is_fused(config),
     )
     mpu, _ = sequence_groups(ranks.sequence)
-    engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings, mpu=mpu)
+    with redirect_stdout(io.StringIO()):  # ZeRO-1 in bf16 prints its memory, line by line
+        engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings, mpu=mpu)
+    if hasattr(engine.optimizer, "bf16_groups"):
+        engine.optimizer.mpu = (
+            None  # ZeRO-1 in bf16 asks it for tensor parallelism, which sequence groups know nothing of
+        )
     place_spectrum(engine)
     return engine
 
@@ -100,26 +111,6 @@ def averaging_ranks(engine: Any, ranks: Ranks) -> int:
     Of ranks that share a sequence, DeepSpeed 0.19.8 averages at stage 3 and adds up at stages 1 and 2.
     """
     return ranks.world_size if engine.zero_optimization_stage() == 3 else ranks.data_size
-
-
-def restore_settings(engine: Any, config: TrainConfig) -> None:
-    """Put the run's own optimizer settings back, as loading a state brings the saved run's along.
-
-    Each step count becomes a tensor of its own where AdamW looks for it: beside the parameter if it is fused, else on
-    the CPU. DeepSpeed 0.19.8 loads a universal checkpoint with one for all on the CPU, which a fused AdamW refuses on a
-    GPU, and which any AdamW advances once for each parameter group: the bias correction is then off, and the second
-    loss after such a load by 1e-4 of itself.
-    """
-    trainer, fused = config.trainer, is_fused(config)
-    for group, decay in zip(engine.optimizer.param_groups, (trainer.weight_decay, 0.0), strict=True):
-        group["betas"] = (trainer.adam_beta1, trainer.adam_beta2)
-        group["eps"] = trainer.adam_eps
-        group["weight_decay"] = decay
-        group["fused"], group["foreach"] = fused, None
-    for parameter, state in engine.optimizer.optimizer.state.items():
-        if torch.is_tensor(state.get("step")):
-            device = parameter.device if fused else torch.device("cpu")
-            state["step"] = state["step"].to(device, torch.float32, copy=True)
 
 
 def place_spectrum(engine: Any) -> None:

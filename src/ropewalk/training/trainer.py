@@ -25,7 +25,7 @@ from ropewalk.runs.record import contract
 from ropewalk.training.checkpoint.resume import check_writable, find_resume_point, prepare_resume
 from ropewalk.training.checkpoint.start import prepare_start, write_start
 from ropewalk.training.distributed import Ranks, by_rank_zero, control_group, log, log_once
-from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
+from ropewalk.training.engine import averaging_ranks, place_spectrum, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
 from ropewalk.training.hooks import Hook, Step, StopFlag, StopRequested
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
@@ -229,7 +229,6 @@ def _ready_engine(inputs: RunInputs, load: Callable[[Any], None] | None) -> Any:
     engine = start_engine(inputs.config, inputs.model_config, inputs.ranks)
     if load is not None:
         load(engine)
-        restore_settings(engine, inputs.config)
         place_spectrum(engine)
     watch_gradients(engine)
     return engine

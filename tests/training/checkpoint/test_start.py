@@ -56,20 +56,21 @@ def test_weights_come_along_and_moments_as_told(store_64, store_256, first, tmp_
 
     def look(engine):
         states = engine.optimizer.optimizer.state.values()
-        moments = {name: torch.cat([s[name].flatten() for s in states]) for name in ("exp_avg", "exp_avg_sq")}
+        moments = {
+            name: torch.cat([s[name].flatten() for s in states]).clone() for name in ("exp_avg", "exp_avg_sq") if states
+        }
         weights = torch.cat([group.flatten() for group in engine.optimizer.fp32_partitioned_groups_flat])
-        seen.append((weights.detach().clone(), {k: v.clone() for k, v in moments.items()},
-                     {float(s["step"]) for s in states}))  # fmt: skip
+        seen.append((weights.detach().clone(), moments, {float(s["step"]) for s in states}))
 
     monkeypatch.setattr(trainer, "watch_gradients", look)
     train(stage(store_256, tmp_path, first, f"start_from.optimizer={kept}"))
     (weights, moments, steps), (saved, saved_moments, saved_steps) = seen[0], optimizer(find_checkpoint(first))
     assert torch.equal(weights, saved)
     assert saved_steps == {4.0}
+    assert (set(moments), steps) == ((set(saved_moments), saved_steps) if kept == "keep" else (set(), set()))
     for name, moment in moments.items():
         assert saved_moments[name].abs().sum() > 0
-        assert torch.equal(moment, saved_moments[name] if kept == "keep" else torch.zeros_like(moment))
-    assert steps == (saved_steps if kept == "keep" else {0.0})
+        assert torch.equal(moment, saved_moments[name])
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[0]["learning_rate"] == 3e-3  # a schedule of its own
     record = json.loads((tmp_path / "run.json").read_text())
@@ -145,8 +146,6 @@ def test_what_is_not_committed_and_whole_is_refused(store_64, first, tmp_path):
         manifest.unlink()
     with pytest.raises(ValueError, match=r"start_from.run=.*source holds no committed checkpoint"):
         train(stage(store_64, tmp_path / "other", source))
-    with pytest.raises(ValueError, match=r"was saved with deepspeed.stage=3, this run has deepspeed.stage=2; set it"):
-        train(stage(store_64, tmp_path / "third", first, "deepspeed.stage=2"))
 
 
 def test_another_tokenizer_is_refused(store_64, first, tmp_path):
@@ -254,14 +253,15 @@ def test_sft_trains_what_the_assistant_says(first, tmp_path, fixture_tokenizer):
 
 @pytest.mark.slow
 def test_two_ranks_start_from_what_one_has_saved(store_64, first, tmp_path):
-    """Converted in the new run's directory; the loss is that of a single rank that starts from it."""
+    """From ZeRO-3 into ZeRO-1, too; the loss is that of a single rank that starts from it."""
     more = ["trainer.max_steps=2", f"start_from.run={first}"]
     before = sorted(first.rglob("*"))
-    for world_size in (1, 2):
+    for world_size, stage in ((1, 3), (2, 1)):
         run_dir = tmp_path / str(world_size)
-        run_ranks(world_size, run_dir / "logs", tiny_arguments(store_64, run_dir, *more))
+        arguments = tiny_arguments(store_64, run_dir, *more, f"deepspeed=zero{stage}")
+        run_ranks(world_size, run_dir / "logs", arguments)
     assert sorted(first.rglob("*")) == before
-    assert (tmp_path / "2" / "start" / "universal").is_dir()
+    assert "was saved by 1 rank with ZeRO-3; 2 read it with ZeRO-1" in (tmp_path / "2/logs/rank0.log").read_text()
     one, two = (read_metrics(tmp_path / name) for name in "12")
     for ours, theirs in zip(one, two, strict=True):
         for key in ("loss", "grad_norm"):

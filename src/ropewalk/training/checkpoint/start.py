@@ -19,8 +19,9 @@ from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically
 from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest, writing
-from ropewalk.training.checkpoint.resume import check_stage, make_universal
-from ropewalk.training.checkpoint.save import load_state, verify_checkpoint
+from ropewalk.training.checkpoint.restore import load_checkpoint
+from ropewalk.training.checkpoint.resume import log_resharding
+from ropewalk.training.checkpoint.save import verify_checkpoint
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once
 
 
@@ -145,40 +146,27 @@ def write_start(start: StartCheckpoint, run_dir: Path) -> None:
 
 
 def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any], None]:
-    """Verify the checkpoint, convert it for another number of ranks, and make the function that loads it. Collective.
+    """Verify the checkpoint, and make the function that loads it. Collective.
 
-    Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own. The
-    universal form is made in this run's directory; the other run's files are only read.
+    Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own.
 
     Raises:
-        UserError: on every rank, if a file is not what the manifest says, or another ZeRO stage saved it.
+        UserError: on every rank, if a file is not what the manifest says.
     """
-    problem = first_problem(_problem(start, config.deepspeed.stage))
+    problem = first_problem(_problem(start))
     if problem is not None:
         raise UserError(f"start_from.run={start.run} cannot be started from: {problem}")
-    checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
-    optimizer = "without its optimizer's state" if is_dropped else "with its optimizer's state"
+    checkpoint, is_kept = Path(start.checkpoint), config.start_from.optimizer == "keep"
+    optimizer = "with its optimizer's state" if is_kept else "without its optimizer's state"
     log_once(f"starting from {checkpoint} (step {start.step}), {optimizer}")
-    if start.world_size != dist.get_world_size():
-        universal = make_universal(
-            checkpoint, config.deepspeed.stage, RunDirectory(Path(config.run_dir)).start_universal
-        )
-
-    def load(engine: Any) -> None:
-        load_state(engine, universal or checkpoint, is_universal=universal is not None)
-        if is_dropped:
-            for state in engine.optimizer.optimizer.state.values():
-                for tensor in state.values():
-                    tensor.zero_()  # exp_avg, exp_avg_sq and step: what AdamW begins with
-
-    return load
+    log_resharding(checkpoint, start.world_size, start.zero_stage, config.deepspeed.stage)
+    return lambda engine: load_checkpoint(engine, checkpoint, moments=is_kept, random_state=False)
 
 
-def _problem(start: StartCheckpoint, stage: int) -> str | None:
+def _problem(start: StartCheckpoint) -> str | None:
     """The first fault of the checkpoint, or of this rank's share of its files; None if there is none."""
     checkpoint = Path(start.checkpoint)
     try:
-        check_stage(start.zero_stage, stage, checkpoint)
         if sha256_of(checkpoint / MANIFEST) != start.manifest_sha256:
             return f"{checkpoint / MANIFEST} is not the one that this run was to start from"
         verify_checkpoint(checkpoint, dist.get_rank(), dist.get_world_size())
