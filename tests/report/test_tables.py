@@ -14,7 +14,7 @@ from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.report.differences import Unpaired, at_length, by_position, passes
-from ropewalk.report.overview import facts
+from ropewalk.report.overview import facts, opening_section
 from ropewalk.report.results_section import Pooled, is_at_chance, pooled, results_section
 from ropewalk.report.runs import Run, flatten, load_run
 from ropewalk.report.section import Section
@@ -172,6 +172,28 @@ def test_other_text_under_the_same_names_is_not_paired(tmp_path):
     found = at_length(runs[1], runs[0], 2048)
     assert isinstance(found, Unpaired)
     assert "read other text, or other tokens" in found.reason
+
+
+def test_runs_whose_documents_begin_otherwise_are_told_apart(tmp_path):
+    """By the evaluation, else by the run's own record; nothing is said where neither knows."""
+    runs = []
+    for name, bos in (("a", True), ("b", False), ("c", None), ("d", True)):
+        directory = write_run(tmp_path / name, FakeRun(name))
+        evaluation, record = directory / "evaluation" / "evaluation.json", directory / "run.json"
+        if name == "d":
+            record.write_text(json.dumps({**json.loads(record.read_text()), "special_tokens": {"bos": bos}}))
+        elif bos is not None:
+            evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "bos": bos}))
+        runs.append(load_run(directory))
+    rows = {row.name: [value for value, _ in row.cells] for row in facts(runs)}
+    assert rows["documents begin with BOS"] == ["yes", "no", "not recorded", "yes"]
+    sentence = "Documents and prompts begin with BOS in a, d, and not in b: the tokens are others."
+    assert sentence in opening_section(runs, runs[0]).missing
+    assert not any("BOS" in line for line in opening_section(runs[2:], runs[3]).missing)
+    unpaired = at_length(runs[1], runs[0], 2048)
+    assert isinstance(unpaired, Unpaired)
+    assert unpaired.reason == "the documents of one of b and a begin with BOS, those of the other not"
+    assert isinstance(at_length(runs[3], runs[0], 2048), Difference)
 
 
 def test_an_evaluation_without_its_record_is_unfinished(tmp_path):

@@ -224,6 +224,7 @@ def test_records_what_ran(store_64, tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["chain"] == "abf(theta=1e5) > cope(clip=4)"
     assert record["versions"]["torch"].startswith("2.13")
+    assert record["special_tokens"] == {"bos": True, "eos": True, "eos_left_off": 0}
     base = 1e5 ** (-np.arange(8) / 8)
     np.testing.assert_allclose(record["inv_freq"][:5], base[:5], rtol=1e-12)
     assert record["inv_freq"][-1] == 0.0

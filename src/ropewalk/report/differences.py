@@ -98,6 +98,10 @@ def _paired(run: Run, sums: pd.DataFrame, baseline: Run, baseline_sums: pd.DataF
     for side, part in ((run, sums), (baseline, baseline_sums)):
         if part.empty:
             return Unpaired(f"{side.name} has no per-document losses at those positions")
+    if {run.begins_with_bos, baseline.begins_with_bos} == {True, False}:
+        return Unpaired(
+            f"the documents of one of {run.name} and {baseline.name} begin with BOS, those of the other not"
+        )
     shared = run.document_prefixes.keys() & baseline.document_prefixes.keys()
     if any(run.document_prefixes[name] != baseline.document_prefixes[name] for name in shared):
         return Unpaired(f"{run.name} and {baseline.name} read other text, or other tokens, under the same names")

@@ -27,6 +27,7 @@ from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, ar
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
+BOS = {True: "yes", False: "no", None: UNKNOWN}
 HASH_DIGITS = 12
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the logged steps, at which a summary gives the loss
 ONCE = ("seeds", "steps", "trained at", "documents")  # columns of the opening that stand once where all are alike
@@ -57,6 +58,7 @@ def facts(runs: list[Run]) -> list[PropertyRow]:
         "tokens trained": lambda run: amount(run.metrics["tokens"].iloc[-1]) if len(run.metrics) else UNKNOWN,
         "throughput": _throughput,
         "processes": lambda run: _text(run.record.get("world_size")),
+        "documents begin with BOS": lambda run: BOS[run.begins_with_bos],
         "store fingerprint": lambda run: _hash(run.record.get("store_fingerprint")),
         "git commit": lambda run: _commit(run.record.get("git_commit")),
         "versions": lambda run: ", ".join(f"{k} {v}" for k, v in run.record.get("versions", {}).items()) or UNKNOWN,
@@ -195,9 +197,17 @@ def opening_section(runs: list[Run], baseline: Run) -> Section:
     ]
     words = "; ".join(f"{head} {value}" for head, value in alike.items() if value)
     missing = [] if shared else ["The runs share no context length, so no loss stands here."]
-    missing += why_apart(arms(once(runs)))
+    missing += [*why_apart(arms(once(runs))), *_bos_apart(once(runs))]
     legend = f"{LEGEND} The same for all runs that have it: {words}." if words else LEGEND
     return Section("At a glance", legend, list(shown), block_of("", rows), "run", missing=missing)
+
+
+def _bos_apart(runs: list[Run]) -> list[str]:
+    """A sentence where documents begin with BOS in some runs alone."""
+    names = {begins: ", ".join(run.name for run in runs if run.begins_with_bos is begins) for begins in (True, False)}
+    if not all(names.values()):
+        return []
+    return [f"Documents and prompts begin with BOS in {names[True]}, and not in {names[False]}: the tokens are others."]
 
 
 def _shared(cells: list[Cell]) -> str:

@@ -146,6 +146,13 @@ class Run:
         return name in names | {own.rpartition("/")[2] for own in names} | {str(self.directory)}
 
     @property
+    def begins_with_bos(self) -> bool | None:
+        """True if the documents that it read began with BOS; None: not recorded."""
+        trained = self.record.get("special_tokens") or {}
+        begins: bool | None = self.evaluation.get("bos", trained.get("bos"))
+        return begins
+
+    @property
     def is_trained_here(self) -> bool:
         """True if train.py made it; else it was only evaluated."""
         return bool(self.record) or len(self.metrics) > 0

@@ -195,6 +195,7 @@ def write_record(
         "attention_scaling": spectrum.attention_scaling,
         **model,
         "store_fingerprint": store.fingerprint,
+        "special_tokens": store.special_tokens,
         "git_commit": git_commit(),
         "versions": versions(),
         "world_size": world_size,
