@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.data import ConvertConfig, CorpusConfig, ExecutorConfig, GatherConfig, InspectStoreConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig
-from ropewalk.config.export import ExportConfig, RepairConfig
+from ropewalk.config.export import AverageConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.schedule import DECAYS
 from ropewalk.config.train import (
@@ -112,6 +112,7 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     ValidateConfig: {POSITIVE: "max_documents", NOT_NEGATIVE: "sweep_samples"},
     CompareConfig: {PERCENT: "effective_needle effective_ruler"},
     ExportConfig: {POSITIVE: "verify_tokens"},
+    AverageConfig: {Range(2, MOST, "is no average; set 2 or more, or null"): "last", NOT_NEGATIVE: "steps"},
     RepairConfig: {POSITIVE: "pretrained_length"},
     AdviseConfig: {POSITIVE: "theta train_length target_length"},
     InspectConfig: {POSITIVE: "length"},
