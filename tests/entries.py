@@ -15,7 +15,9 @@ ENTRIES = {
     "scripts/study.py": "study",
     "scripts/plan.py": "plan",
 }
-FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
+FIGURES = (
+    "spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "axes", "figures",
+)  # fmt: skip
 COMMANDS_OF = {
     "scripts/analyze.py": {
         "advise": "advise",
