@@ -14,7 +14,7 @@ from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.report.differences import Unpaired, at_length, by_position, passes
-from ropewalk.report.overview import facts, opening_section
+from ropewalk.report.overview import opening_section, runs_section
 from ropewalk.report.results_section import Pooled, is_at_chance, pooled, results_section
 from ropewalk.report.runs import Run, flatten, load_run
 from ropewalk.report.section import Section
@@ -151,10 +151,9 @@ def test_steps_logged_again_after_a_resume_count_once(tmp_path: Path) -> None:
 def test_commit_keeps_its_mark_of_uncommitted_changes(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run", FakeRun("run")))
     run.record["git_commit"] += "+changes"
-    rows = {row.name: row.cells for row in facts([run])}
-    assert rows["git commit"] == [("0123456789ab+changes", False)]
-    assert rows["throughput"] == [("5.02k tokens/s (median step)", False)]  # 5,001 to 5,044
-    assert rows["export"][0][0] == "passed: largest logit difference 2.4e-06 (logit std 1.9, 4,096 tokens)"
+    rows = {name: cells[0].main for name, cells in runs_section([run], run).blocks[0].rows}
+    assert rows["git commit"] == "0123456789ab+changes"
+    assert rows["throughput"] == "5.02k tokens/s (median step)"  # 5,001 to 5,044
 
 
 def test_flatten_gives_dotted_keys_and_keeps_lists() -> None:
@@ -185,7 +184,7 @@ def test_runs_whose_documents_begin_otherwise_are_told_apart(tmp_path):
         elif bos is not None:
             evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "bos": bos}))
         runs.append(load_run(directory))
-    rows = {row.name: [value for value, _ in row.cells] for row in facts(runs)}
+    rows = {name: [cell.main for cell in cells] for name, cells in runs_section(runs, runs[0]).blocks[0].rows}
     assert rows["documents begin with BOS"] == ["yes", "no", "not recorded", "yes"]
     sentence = "Documents and prompts begin with BOS in a, d, and not in b: the tokens are others."
     assert sentence in opening_section(runs, runs[0]).missing

@@ -24,11 +24,11 @@ from ropewalk.figures.spectrum.spectra import coverage_figure, spectra_figure
 from ropewalk.figures.style import Style
 from ropewalk.figures.training_curves import throughput_figure, training_figures
 from ropewalk.files import write_atomically
-from ropewalk.report import figure_tables, overview
+from ropewalk.report import figure_tables
 from ropewalk.report.benchmarks import SUITES, Suite, benchmark_section, short_context_section
 from ropewalk.report.noise.decisions import decision_section
 from ropewalk.report.noise.noise_floor import noise_among
-from ropewalk.report.overview import limits, opening_section, training_summary
+from ropewalk.report.overview import limits, opening_section, runs_section, training_summary
 from ropewalk.report.published import published_section
 from ropewalk.report.results_section import effective_section, is_at_chance, results_section
 from ropewalk.report.runs import Run, load_runs, once, with_bases
@@ -111,6 +111,7 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
         _spectra(spectra, baseline, styles),
         _spectrum_effects(spectra, baseline, styles),
         _throughput(trained, styles),
+        runs_section(runs, baseline),
     ]
     return [section for section in sections if section is not None]
 
@@ -265,14 +266,9 @@ def page_html(title: str, runs: list[Run], baseline: Run, sections: list[Section
     environment.filters |= {"svg": svg, "blocks": numbers_blocks}
     return environment.get_template("report.html").render(
         title=title,
-        runs=once(runs),
         opening=opening_section(runs, baseline),
         limits=limits(runs, baseline),
         sections=sections,
-        facts=overview.facts(once(runs)),
-        differences=overview.config_differences(once(runs), baseline),
-        without_config=[run.name for run in once(runs) if not run.config],
-        baseline=baseline,
         links={name: link_to(run, output) for run in runs for name in (run.name, run.label, f"{run.name} (base)")},
         unknown_noise=UNKNOWN_NOISE,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
