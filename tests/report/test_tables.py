@@ -13,7 +13,7 @@ from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
-from ropewalk.report.differences import Unpaired, at_length, by_position, passes
+from ropewalk.report.differences import Difference, Unpaired, at_length, by_position, passes
 from ropewalk.report.overview import opening_section, runs_section
 from ropewalk.report.results_section import Pooled, is_at_chance, pooled, results_section
 from ropewalk.report.runs import Run, flatten, load_run
