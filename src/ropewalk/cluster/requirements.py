@@ -128,7 +128,7 @@ def _evaluate(config: EvaluateConfig) -> Requirements:
 
     try:
         harnesses = {suite.harness for suite in validate_suites(config)}
-    except UserError:  # the command says so itself
+    except UserError:  # the command itself reports that
         harnesses = set()
     reads = [Requirement("checkpoint", config.checkpoint, ("run", "model"))]
     if config.documents is not None and "quick" in harnesses:

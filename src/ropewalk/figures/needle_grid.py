@@ -26,7 +26,7 @@ DARK = 0.45  # brightness above which a cell gets black figures
 SIZE = (4.2, 2.3)  # inches
 CAPTION = (
     "Dashed: the trained length. At chance: within two standard errors of the same outputs scored against shuffled "
-    "answers, where exact match orders nothing and the graded scores tell more."
+    "answers, where exact match orders nothing and the graded scores show more."
 )
 
 

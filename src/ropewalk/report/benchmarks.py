@@ -64,7 +64,7 @@ class Scores:
 
     @property
     def known(self) -> pd.DataFrame:
-        """Rows that were measured; the others say in their metric why they were not."""
+        """Rows that were measured; the metric of the others is the reason why they were not."""
         return measured(self.rows)
 
     def at(self, length: int) -> pd.DataFrame:
@@ -98,7 +98,7 @@ def scores(runs: list[Run], suite: Suite) -> list[Scores]:
 
 
 def _by_setting(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Rows of one setting each: by what they say, but nothing and something in one where no length has both."""
+    """Rows by test-time scaling; all in one where no length has two, as with scaling past the trained length alone."""
     if rows.empty:
         return []
     if rows.groupby("context_length")["test_time_scaling"].nunique().max() <= 1:

@@ -123,7 +123,7 @@ def _export(run: Run) -> str:
     )
 
 
-FACTS: dict[str, Callable[[Run], str]] = {  # name of a row -> what it says of a run
+FACTS: dict[str, Callable[[Run], str]] = {  # name of a row -> its value for a run
     "chain": lambda run: _text(run.record.get("chain") or _first_chain(run)),
     "chain sha256": lambda run: _hash(run.record.get("chain_sha256")),
     "base theta": lambda run: _text(run.record.get("theta")),

@@ -272,7 +272,7 @@ def _number(task: str, metric: str, run: Run, length: int) -> Cell:
 def effective_length(values: Mapping[int, float], threshold: float) -> int | None:
     """The longest length up to which every measured length is at ``threshold`` or above; None where none is.
 
-    A length that recovers after one that failed does not count: nobody would serve it.
+    A length that recovers after one that failed does not count: no one would serve it.
     """
     held = None
     for length in sorted(values):

@@ -104,7 +104,7 @@ class Run:
 
     @cached_property
     def trained_length(self) -> int | None:
-        """Tokens of the context that the run was trained at, where run.json or evaluation.json says so."""
+        """Tokens of the context that the run was trained at, as run.json or evaluation.json records it."""
         return self._length("trained_length")
 
     @cached_property
@@ -137,7 +137,7 @@ class Run:
         return None if rows.empty else rows.iloc[0]
 
     def harness(self, name: str) -> pd.DataFrame:
-        """The rows of one harness that are no cell of a needle grid."""
+        """The rows of one harness without the cells of needle grids."""
         return self.table[(self.table["harness"] == name) & self.table["depth"].isna()]
 
     def is_called(self, name: str) -> bool:
@@ -301,8 +301,7 @@ MODEL_PATH = "model.path"
 def with_bases(runs: list[Run], given: str | None) -> list[Run]:
     """The runs and, after them, the model that each was continued from, unless it is one of them already.
 
-    A base that was never evaluated, or cannot be found here (a hub id), is a run without numbers, so that its row
-    says so.
+    A base that was never evaluated, or cannot be found here (a hub id), is a row without numbers.
 
     Args:
         runs: as given by the user.

@@ -151,9 +151,8 @@ def equivalence_power(sd: float, difference: float, seeds: int) -> float:
 def seeds_to_decide(sd: float, difference: float, family: int = 1, power: float = POWER) -> int | None:
     """Paired seeds with which either answer is to be had at ``power``; None: more than ``MOST_SEEDS``.
 
-    A true difference of ``difference`` passes the test (by the t test's power at the first of Holm's levels,
-    ``ALPHA`` / ``family``, and where the exact test can pass it at all), and a true difference of 0 is shown to be
-    none.
+    A true difference of ``difference`` passes the test, by the t test's power at the first of Holm's levels,
+    ``ALPHA`` / ``family``, and if the exact test can pass it at all. A true difference of 0 is shown to be none.
     """
 
     def enough(seeds: int) -> bool:
