@@ -22,6 +22,7 @@ SAMPLES = {
     "rope_id": {},
     "rope_id_yarn": {"factor": 8.0},
     "axes": {"layout": "alternating", "positions": "diagonal"},
+    "temperature": {"exponent": 2.0},
 }
 
 

@@ -15,6 +15,13 @@ def test_contract_names_what_differs():
         check_contract(saved, saved, ["sede"])
 
 
+def test_a_chain_that_reads_alike_under_another_hash_is_explained():
+    saved = {"position": {"chain": "hope(length=4096)", "chain_sha256": "aa", "spectrum_sha256": "bb"}}
+    present = {"position": {"chain": "hope(length=4096)", "chain_sha256": "cc", "spectrum_sha256": "dd"}}
+    with pytest.raises(ValueError, match=r"takes other arguments since then \(CHANGELOG.md\).*accept=\[position\]"):
+        check_contract(saved, present, [])
+
+
 def test_another_tokenizer_is_named():
     saved = {"tokenizer": {"sha256": "aa", "vocab_size": 512}}
     with pytest.raises(ValueError, match=r"tokenizer.sha256 was 'aa', is 'bb'.*accept=\[tokenizer\]"):

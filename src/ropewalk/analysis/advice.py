@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
 from ropewalk.config.analysis import AdviseConfig
-from ropewalk.rope.advisor import Advice, Choice, advise
+from ropewalk.rope.advisor import BAND, Advice, Choice, LearnedBand, advise
 from ropewalk.rope.chain import clip_of, in_words, print_value
 from ropewalk.rope.hf_config import read_config_json
 from ropewalk.rope.pair_axes import PairAxes
@@ -56,6 +56,7 @@ def describe(advice: Advice, axes: PairAxes | None = None) -> str:
         *(("" if number else "never finish a turn", str(beyond)) for number, beyond in enumerate(advice.beyond)),
         ("recommended clip", _clip(advice)),
         ("YaRN", _yarn(advice)),
+        *(("" if number else "hypothesis", line) for number, line in enumerate(_band(advice.band))),
     ]
     lines = [f"{name:<22}{text}" for name, text in findings]
     base = print_value(advice.clip_at.theta)
@@ -75,7 +76,24 @@ def _clip(advice: Advice) -> str:
         return f"none: {f'the model is clipped already, by {own}' if own else 'pairs are stopped already'}"
     if advice.clip == 0:
         return f"none: 75% of {advice.clip_at}, rounded down, is no pair"
-    return f"{advice.clip}: 75% of {advice.clip_at}, rounded down"
+    return f"{advice.clip}: 75% of {advice.clip_at}, rounded down{_rounding(advice.clip_at.pairs)}"
+
+
+def _rounding(pairs: int) -> str:
+    """What the nearest whole number would be, where it is another: CoPE's one example, 20 of 27, has both alike."""
+    down, nearest = 3 * pairs // 4, (3 * pairs + 2) // 4
+    return "" if nearest == down else f"; rounding decides: {0.75 * pairs:g} is {nearest} to the nearest pair"
+
+
+def _band(band: LearnedBand) -> Iterator[str]:
+    source = f"learned spectra keep a band near {BAND:g} training lengths (LeRoPE, arXiv 2607.10134)"
+    if band.pair is None:
+        yield f"{source}: {band.period:,.0f} tokens, and the slowest pair turns once in {band.pair_period:,.0f}"
+        return
+    yield f"{source}: pair {band.pair}, {band.pair_period:,.0f} tokens a turn"
+    words = {0.0: "stops it", 1.0: "keeps it"}
+    if clips := [f"{clip} {words.get(weight, f'slows it to {weight:.0%}')}" for clip, weight in band.weights]:
+        yield ", ".join(clips)
 
 
 def _yarn(advice: Advice) -> str:

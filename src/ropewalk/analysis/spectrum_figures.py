@@ -109,7 +109,10 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
         if not evaluations.record:
             raise UserError(f"results: {directory} holds no finished evaluation; scripts/evaluate.py writes one")
         results = as_shares(evaluations.results)
-        chain = RopeChain.parse(_trained_chain(directory, evaluations.record))
+        try:
+            chain = RopeChain.parse(_trained_chain(directory, evaluations.record))
+        except UserError as error:
+            raise UserError(f"results: the chain recorded in {directory}: {error}") from error
         family = family_and_clip(chain)
         if family is None:
             left_out.append(f"{directory.name} ({chain})")

@@ -351,4 +351,8 @@ def _recorded(text: str) -> Position:
         if value is None:
             raise UserError(f"config.json: {METADATA_KEY} has no {key}; {_FIX}")
     name, base_model = str(record.get("name") or "unnamed"), record.get("base_model")
-    return Position(name=name, chain=RopeChain(steps), base_model=base_model, **facts)  # type: ignore[arg-type]
+    try:
+        chain = RopeChain(steps)
+    except UserError as error:
+        raise UserError(f"config.json: {METADATA_KEY}.chain: {error}") from error
+    return Position(name=name, chain=chain, base_model=base_model, **facts)  # type: ignore[arg-type]
