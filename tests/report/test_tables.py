@@ -13,7 +13,7 @@ from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
-from ropewalk.report.differences import Difference, Unpaired, at_length, by_position, passes
+from ropewalk.report.differences import Unpaired, at_length, by_position, passes
 from ropewalk.report.overview import opening_section, runs_section
 from ropewalk.report.results_section import Pooled, is_at_chance, pooled, results_section
 from ropewalk.report.runs import Run, flatten, load_run
@@ -192,7 +192,7 @@ def test_runs_whose_documents_begin_otherwise_are_told_apart(tmp_path):
     unpaired = at_length(runs[1], runs[0], 2048)
     assert isinstance(unpaired, Unpaired)
     assert unpaired.reason == "the documents of one of b and a begin with BOS, those of the other not"
-    assert isinstance(at_length(runs[3], runs[0], 2048), Difference)
+    assert isinstance(at_length(runs[3], runs[0], 2048), pd.Series)
 
 
 def test_an_evaluation_without_its_record_is_unfinished(tmp_path):
