@@ -44,6 +44,7 @@ FIGURES = {
     "clips": "What the number of clipped pairs and the window do.",
     "decay": "Decay of the first singular value under four spectra.",
     "figures": "All figures above.",
+    "ablations": "RULER against each argument of RoPE-ID, from evaluated runs (results=[...]).",
 }
 
 

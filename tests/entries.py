@@ -14,7 +14,10 @@ ENTRIES = {
     "scripts/noise.py": "noise",
     "scripts/plan.py": "plan",
 }
-FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
+FIGURES = (
+    "spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures",
+    "ablations",
+)  # fmt: skip
 COMMANDS_OF = {
     "scripts/analyze.py": {
         "advise": "advise",
