@@ -45,6 +45,7 @@ FIGURES = {
     "decay": "Decay of the first singular value under four spectra.",
     "axes": "Axis and period of every pair, for methods of images and videos.",
     "figures": "All figures above.",
+    "ablations": "RULER against each argument of RoPE-ID, from evaluated runs (results=[...]).",
 }
 
 

@@ -17,6 +17,7 @@ ENTRIES = {
 }
 FIGURES = (
     "spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "axes", "figures",
+    "ablations",
 )  # fmt: skip
 COMMANDS_OF = {
     "scripts/analyze.py": {

@@ -151,6 +151,7 @@ def test_a_plan_that_does_not_fit_stops_the_chain(check):
 @pytest.mark.parametrize(("recipe", "variables"), [
     *((recipe, {}) for recipe in RECIPES),
     ("rope_id_1b", {"MODEL": "rope_id_3b"}),
+    ("rope_id_1b", {"ABLATIONS": "share=0.25 temperature_exponent=1.5"}),
     ("cope_llama3_8b_64k", {"HELMET": "{helmet}", "HELMET_PYTHON": sys.executable}),
 ])  # fmt: skip
 def test_every_recipe_holds(clone, tmp_path_factory, recipe, variables):

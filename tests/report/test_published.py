@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +54,14 @@ def test_a_score_stands_with_the_published_one_and_is_marked_past_two_errors(tmp
     assert [cell.marked for cell in (low, within, above)] == [True, False, True]
     assert [cell.beyond for cell in (low, within, above)] == [False, False, True]
     assert found.missing == []
+
+
+def test_a_run_is_found_by_the_end_of_its_name_and_under_each_test_time_setting(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "a", *niah(1024, 50, 50, 50))
+    setting = replace(run, name="study/a, auto", test_time="auto", settings={"auto": run})
+    rows = published(tmp_path, "Paper,1,RULER,other,a,NIAH,1024,55")
+    (block,) = published_table([setting], rows).blocks
+    assert cells(block)["NIAH: study/a, auto"][0].main == "50.0"
 
 
 def test_a_row_that_names_a_run_is_that_runs_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.config.analysis import FiguresConfig, GeometryConfig
 from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.export import ExportConfig
@@ -143,6 +144,19 @@ def _compare(config: CompareConfig) -> Requirements:
     return Requirements(reads, [Promise(config.output, "report")])
 
 
+def _geometry(config: GeometryConfig) -> Requirements:
+    reads = [Requirement("models", model, ("run", "model")) for model in config.models]
+    kinds = ("heldout", "documents")
+    reads.append(Requirement("documents", config.documents, kinds, longest=max(config.lengths, default=None)))
+    return Requirements(reads, [Promise(config.output, "geometry")])
+
+
+def _figures(config: FiguresConfig) -> Requirements:
+    evaluations = [str(RunDirectory(Path(run)).evaluation) for run in config.results]
+    reads = [Requirement("results", path, ("evaluation",), by_chain=True) for path in evaluations]
+    return Requirements(reads, [Promise(config.output, "figures")])
+
+
 COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "train": _train,
     "gather": _gather,
@@ -151,6 +165,8 @@ COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "export": _export,
     "evaluate": _evaluate,
     "compare": _compare,
+    "geometry": _geometry,
+    "figures": _figures,
 }
 
 
