@@ -63,6 +63,27 @@ def test_the_readme_shows_the_four_commands():
     assert any(command.startswith("sbatch slurm/train_64k.sh") for command in shown)
 
 
+@pytest.mark.parametrize(("words", "index", "kernel"), [
+    ([], None, "--editable '.[fa4]'"),
+    (["TORCH_INDEX=https://cu126"], "https://cu126", "--no-deps --index-url https://cu126 flash-attn-3"),
+    (["ATTENTION=fa2"], None, "--editable '.[fa2]'"), (["ATTENTION=torch"], None, None),
+])  # fmt: skip
+def test_a_gpu_install_takes_torch_first_and_builds_kernels_beside_it(words, index, kernel):
+    """The kernels' builds import torch, so without isolation, and after it; the lock must not bring another one."""
+    command = ["make", "--dry-run", "install", "GPU=1", f"PYTHON={sys.executable}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=alone_environment())
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert installs[0].split()[2:] == ["--quiet", *(["--index-url", index] if index else []), "torch==2.13.0"]
+    assert "requirements.lock" in installs[1]
+    assert not re.search(r"^torch==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    kernels = [line for line in installs if "'.[gpu]'" in line or "|| echo" in line]
+    assert all(installs.index(line) > 1 and "--no-build-isolation" in line for line in kernels)
+    assert len(kernels) == 2 - (kernel is None)
+    assert kernel is None or kernel in kernels[1]
+    removed = next(place for place, line in enumerate(done.stdout.splitlines()) if "pip uninstall" in line)
+    assert done.stdout.splitlines()[removed].endswith("flash-attn flash-attn-4")  # they write over each other
+
+
 @pytest.mark.parametrize("words", SHOWN)
 def test_commands_hold(words):
     while words and "=" in words[0]:  # a variable for one command

@@ -39,6 +39,8 @@ def test_branches_differ_in_one_key(changes: list[str], branches: dict[str, str]
     (["replicate=seed", "branches=1"], r"replicate=seed has the branches \[0\]; it takes two or more"),
     (["replicate=horizon", "horizons=[3,6]"], r"branches \[3, 6\]; .*no horizon below trainer.max_steps=6"),
     (["replicate=sede"], "replicate=sede is not known; use one of: seed, data_order, horizon"),
+    (["replicate=horizon", "horizons=[60,120]", "trainer.warmup_ratio=0", "trainer.decay_ratio=0.5"],
+     "horizons=60 and 120 have the same learning rate in all 6 steps that are trained"),
     (["replicate=seed", "evaluation.documents=null"], "evaluation.documents is not set, so no branch"),
     (["replicate=seed", "model.path=null", "start_from.run=null"], "this run starts from random weights"),
 ])  # fmt: skip

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
-from ropewalk.evaluation.evaluated_checkpoint import scaled_copy, settings_by_length
+from ropewalk.evaluation.documents import beginning
+from ropewalk.evaluation.evaluated_checkpoint import open_checkpoint, scaled_copy, settings_by_length
 from ropewalk.rope.position import position_of
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -47,3 +52,30 @@ def test_transformers_4_finds_the_spectrum_of_the_length(tmp_path, scaled: bool)
     read = AutoConfig.from_pretrained(tmp_path / "copy")
     assert read.rope_parameters == content["rope_parameters"]
     assert not hasattr(read, "ropewalk")  # it would describe the checkpoint without the scaling
+
+
+@pytest.mark.parametrize("trained_with_bos", [True, False, None])
+@pytest.mark.parametrize("own", ["<bos> $A <eos>", "<bos> $A", "$A", "$A <eos>"])
+def test_texts_begin_as_in_training_and_never_end_in_eos(checkpoint, tmp_path, own, trained_with_bos) -> None:
+    """The tokenizer in this process, and the one that vLLM and HELMET read; the run's record comes first."""
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "export")
+    if trained_with_bos is not None:
+        (run / "run.json").write_text(json.dumps({"special_tokens": {"bos": trained_with_bos, "eos": True}}))
+    path = run / "export" / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    backend.post_processor = TemplateProcessing(single=own, special_tokens=[("<bos>", 256), ("<eos>", 257)])
+    backend.save(str(path))
+    config = json.loads((run / "export" / "tokenizer_config.json").read_text())
+    fields = {name: value for name, value in config.items() if name != "add_bos_token"}
+    (run / "export" / "tokenizer_config.json").write_text(json.dumps(fields))
+    opened = open_checkpoint(EvaluateConfig(checkpoint=str(run / "export"), device="cpu", lengths=[64]))
+    begins = own.startswith("<bos>") if trained_with_bos is None else trained_with_bos
+    expected = [256] * begins + backend.encode("rope", add_special_tokens=False).ids
+    assert opened.tokenizer.encode("rope") == expected
+    assert beginning(opened.tokenizer) == [256] * begins
+    before = path.read_bytes()
+    (setting,) = opened.settings([64], AtTestTime(name="none")).values()
+    copy = opened.scaled_copy(tmp_path / "copy", setting, 64)
+    assert AutoTokenizer.from_pretrained(copy).encode("rope") == expected
+    assert path.read_bytes() == before

@@ -1,6 +1,8 @@
 """The engine's loss and gradients are those of every document alone, whatever the ranks and micro batches."""
 
+import copy
 import json
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
-from ropewalk.training.distributed import start_processes
+from ropewalk.training.distributed import import_deepspeed, start_processes
 from ropewalk.training.engine import parameter_groups, start_engine, zero_config
 from ropewalk.training.inputs import micro_batches
 
@@ -203,6 +205,42 @@ def test_gradients_add_up_and_travel_in_fp32():
     assert settings["communication_data_type"] == "fp32"
     assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
     assert settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8 == 64
+
+
+READ_BACK = {  # key -> the attribute of DeepSpeed's parsed configuration; bf16 and offloading have objects of their own
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "gradient_clipping",
+    "bf16": "bfloat16_config.enabled",
+    "data_types": "grad_accum_dtype",
+    "communication_data_type": "communication_data_type",
+    "seq_parallel_communication_data_type": "seq_parallel_communication_data_type",
+    "zero_allow_untested_optimizer": "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer": "zero_force_ds_cpu_optimizer",
+    "steps_per_print": "steps_per_print",
+    "stage": "zero_config.stage",
+    "overlap_comm": "zero_config.overlap_comm",
+    "contiguous_gradients": "zero_config.contiguous_gradients",
+    "stage3_param_persistence_threshold": "zero_config.param_persistence_threshold",
+    "offload_optimizer": "zero_config.offload_optimizer.pin_memory",
+}
+
+
+def test_deepspeed_reads_every_setting():
+    """It passes over keys that it does not know; whatever is set here must come out of its own parser."""
+    config = composed("train", "+experiment=cope20", "trainer.micro_batch_size=2", "trainer.gradient_clipping=0.7",
+                      "deepspeed.param_persistence_threshold=1234", "deepspeed.overlap_comm=false",
+                      "deepspeed.offload_optimizer=true")  # fmt: skip
+    settings = zero_config(config.trainer, config.deepspeed, accumulation_steps=5)
+    parsed = import_deepspeed("cpu").runtime.config.DeepSpeedConfig(copy.deepcopy(settings))
+    given = {**settings, **settings.pop("zero_optimization")}
+    assert given.pop("sequence_parallel_size") == 1  # read where DeepSpeed counts its ranks
+    given |= {"bf16": given["bf16"]["enabled"], "data_types": given["data_types"]["grad_accum_dtype"]}
+    given |= {"offload_optimizer": given["offload_optimizer"]["pin_memory"]}
+    for name in ("communication_data_type", "seq_parallel_communication_data_type"):
+        given[name] = torch.float32
+    del given["zero_optimization"]
+    assert {name: attrgetter(READ_BACK[name])(parsed) for name in given} == given
 
 
 def test_weight_decay_goes_by_the_whole_shape():

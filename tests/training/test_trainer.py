@@ -13,7 +13,6 @@ from helpers import TINY, composed, one_step, tiny_run
 from ranks import run_ranks, tiny_arguments
 
 from ropewalk.config.groups import RopeConfig
-from ropewalk.config.train import TrainerConfig
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
@@ -31,12 +30,10 @@ from ropewalk.training.guards import Guard
 from ropewalk.training.hooks import Hook, StopRequested
 from ropewalk.training.inputs import micro_batches, open_data, step_batch
 from ropewalk.training.meter import Meter
-from ropewalk.training.trainer import Trainer, learning_rate
+from ropewalk.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
-TRAINER = TrainerConfig(max_steps=101, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.0)
-WARM = TrainerConfig(max_steps=100, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.1)
 
 
 def losses(run_dir):
@@ -54,6 +51,14 @@ def test_golden_losses(store_64, tmp_path):
 def test_first_loss_is_that_of_a_uniform_guess(store_64, tmp_path):
     train(tiny_run(store_64, tmp_path, "trainer.stop_after=1"))
     assert losses(tmp_path)[0] == pytest.approx(math.log(512), abs=0.02)
+
+
+def test_the_kernel_is_recorded_and_deterministic_on_request(store_64, tmp_path):
+    train(tiny_run(store_64, tmp_path, "trainer.deterministic=true", "trainer.stop_after=1"))
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["attention"] == f"sdpa (torch {torch.__version__})"
 
 
 def test_overfit_one_batch(store_64, tmp_path):
@@ -219,6 +224,7 @@ def test_records_what_ran(store_64, tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["chain"] == "abf(theta=1e5) > cope(clip=4)"
     assert record["versions"]["torch"].startswith("2.13")
+    assert record["special_tokens"] == {"bos": True, "eos": True, "eos_left_off": 0}
     base = 1e5 ** (-np.arange(8) / 8)
     np.testing.assert_allclose(record["inv_freq"][:5], base[:5], rtol=1e-12)
     assert record["inv_freq"][-1] == 0.0
@@ -308,22 +314,6 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
-
-
-def test_warm_up_is_linear_and_reaches_the_peak():
-    assert [learning_rate(step, WARM) for step in (0, 4, 9)] == pytest.approx([1e-6, 5e-6, 1e-5])
-    assert learning_rate(10, WARM) == pytest.approx(1e-5)
-
-
-def test_cosine_is_half_way_down_in_the_middle_and_at_the_floor_at_the_end():
-    assert learning_rate(0, TRAINER) == pytest.approx(1e-5)
-    assert learning_rate(50, TRAINER) == pytest.approx(5.5e-6)  # the mean of peak and floor
-    assert learning_rate(100, TRAINER) == pytest.approx(1e-6)
-    assert learning_rate(25, TRAINER) == pytest.approx(1e-6 + 9e-6 * (1 + 2**-0.5) / 2)
-
-
-def test_one_step_run():
-    assert learning_rate(0, TrainerConfig(max_steps=1, learning_rate=1.0, global_batch_size=1)) == 1.0
 
 
 def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_256, tmp_path, capsys):

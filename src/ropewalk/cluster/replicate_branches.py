@@ -7,14 +7,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
 
 from ropewalk.cluster.planner import make_plan
 from ropewalk.config.rules import one_of, validate_numbers, validate_train
-from ropewalk.config.train import NoiseConfig, TrainConfig
+from ropewalk.config.schedule import learning_rate
+from ropewalk.config.train import NoiseConfig, TrainConfig, TrainerConfig
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 from ropewalk.report.noise.noise_floor import noise_section, noise_table, write_noise
@@ -120,9 +121,26 @@ def branches_of(config: NoiseConfig) -> dict[str, list[str]]:
             f"replicate={config.replicate} has the branches {values}; it takes two or more that differ, and no horizon "
             f"below trainer.max_steps={steps}, which every branch trains"
         )
+    if config.replicate == "horizon":
+        _check_horizons(config.trainer, values)
     kind = str(config.replicate)
     own = [f"evaluation.every={steps}"]  # after the last step, whatever the horizon
     return {f"{config.run_name}-{kind}{value}": [f"{KINDS[kind]}={value}", *own] for value in values}
+
+
+def _check_horizons(trainer: TrainerConfig, horizons: Sequence[int]) -> None:
+    """Raise UserError for two schedules that agree in every step that is trained: they would be one run."""
+    earlier: dict[tuple[float, ...], int] = {}
+    for horizon in horizons:
+        schedule = replace(trainer, max_steps=horizon)
+        rates = tuple(learning_rate(step, schedule) for step in range(trainer.max_steps))
+        if rates in earlier:
+            raise UserError(
+                f"horizons={earlier[rates]} and {horizon} have the same learning rate in all {trainer.max_steps} steps "
+                f"that are trained (trainer.decay_ratio={trainer.decay_ratio:g}, trainer.warmup_ratio="
+                f"{trainer.warmup_ratio:g}), so they are one run; name nearer horizons, or replicate=seed"
+            )
+        earlier[rates] = horizon
 
 
 def plan_seeds(config: NoiseConfig) -> None:

@@ -114,8 +114,10 @@ def _convert(config: ConvertConfig) -> Requirements:
 
 def _export(config: ExportConfig) -> Requirements:
     if config.checkpoint is not None:
-        output = config.output or str(RunDirectory(Path(config.checkpoint)).export)
-        return Requirements([Requirement("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
+        output = config.output or f"{RunDirectory(Path(config.checkpoint)).export}{config.average.suffix()}"
+        reads = [Requirement("checkpoint", config.checkpoint, ("run",))]
+        reads += [Requirement("average.runs", run, ("run",)) for run in config.average.runs]
+        return Requirements(reads, [Promise(output, "model")])
     output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
     reads = [Requirement("model", config.model.path, ("model",), hub=True)] if config.model.path else []
     return Requirements(reads, [Promise(output, "model")])
@@ -126,7 +128,7 @@ def _evaluate(config: EvaluateConfig) -> Requirements:
 
     try:
         harnesses = {suite.harness for suite in validate_suites(config)}
-    except UserError:  # the command says so itself
+    except UserError:  # the command itself reports that
         harnesses = set()
     reads = [Requirement("checkpoint", config.checkpoint, ("run", "model"))]
     if config.documents is not None and "quick" in harnesses:

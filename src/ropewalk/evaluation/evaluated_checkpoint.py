@@ -5,6 +5,7 @@ A setting is one spectrum and the context lengths that run under it; one model i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import one_of, validate_device
-from ropewalk.data.store.tokenizer_files import open_tokenizer
+from ropewalk.data.store.tokenizer_files import adds_bos, adds_eos, begin_with, open_tokenizer, set_bos
 from ropewalk.errors import UserError
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
 from ropewalk.files import sha256_of_json, write_atomically
-from ropewalk.model.hf_directory import INDEX, weight_files
+from ropewalk.model.hf_directory import StoredWeights, read_config
 from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain, Spectrum
 from ropewalk.rope.chain import Steps
 from ropewalk.rope.position import METADATA_KEY, position_of
-from ropewalk.runs.directory import run_name
+from ropewalk.runs.directory import read_run_record, run_name, run_of
 
 LENGTH_RATIO = "length_over_trained"  # in a chain: a factor that follows the length under evaluation
 
@@ -137,10 +136,27 @@ class EvaluatedCheckpoint:
     directory: Path
     position: Position
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        """The tokenizer beside it, checked against its vocabulary."""
-        return load_tokenizer(self.directory)
+        """The tokenizer beside it, checked against its vocabulary; it begins texts as in training, and ends none."""
+        return self._opened[0]
+
+    @cached_property
+    def _opened(self) -> tuple[Any, bool | None]:
+        """The tokenizer, and whether it now puts BOS before a text where its files say otherwise; None: as they say.
+
+        The record of the run says how its documents began; without one, the tokenizer's own way holds.
+        """
+        tokenizer = load_tokenizer(self.directory)
+        if not tokenizer.is_fast:
+            return tokenizer, None
+        own = adds_bos(tokenizer)
+        trained = read_run_record(run_of(self.config.checkpoint)[0]).get("special_tokens", {}).get("bos")
+        begins = own if trained is None or tokenizer.bos_token is None else bool(trained)
+        if begins == own and not adds_eos(tokenizer):
+            return tokenizer, None
+        begin_with(tokenizer.backend_tokenizer, tokenizer.bos_token if begins else None)
+        return tokenizer, begins
 
     @property
     def run(self) -> str:
@@ -186,6 +202,7 @@ class EvaluatedCheckpoint:
     def identity(self, setting: Setting, length: int) -> dict[str, Any]:
         """Everything that a number depends on besides its task: weights, spectrum at ``length`` and number format."""
         spectrum = [setting.spectrum.inv_freq.tolist(), setting.spectrum.attention_scaling]
+        begins = self._opened[1]
         return {
             "checkpoint": checkpoint_sha256(self.directory),
             "chain": str(setting.chain),
@@ -194,7 +211,19 @@ class EvaluatedCheckpoint:
             "dtype": self.config.dtype,
             "backend": self.config.backend,
             "seed": self.config.seed,
+            **({} if begins is None else {"bos": begins}),
         }
+
+    def scaled_copy(self, target: Path, setting: Setting, length: int) -> Path:
+        """:func:`scaled_copy` of its directory, with a tokenizer that begins and ends texts as its own does here."""
+        scaled_copy(self.directory, target, setting, length)
+        begins = self._opened[1]
+        if begins is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (target / name).unlink(missing_ok=True)  # a link to the original
+                shutil.copyfile(self.directory / name, target / name)
+            set_bos(target, begins)
+        return target
 
 
 def open_checkpoint(config: EvaluateConfig) -> EvaluatedCheckpoint:
@@ -231,14 +260,7 @@ def check_checkpoint(path: str) -> Path:
         UserError: ``path`` is not a checkpoint, or a shard of it is missing or cut short.
     """
     directory = resolve_checkpoint(path)
-    if (directory / INDEX).is_file():
-        weight_files(directory)
-    for name in sorted(file.name for file in directory.glob("*.safetensors")):
-        try:
-            with safe_open(directory / name, "pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"checkpoint={directory}: {name} is damaged ({error}); copy it again, whole") from error
+    StoredWeights(directory)
     return directory
 
 
@@ -262,7 +284,7 @@ def load_tokenizer(directory: Path) -> Any:
             f"checkpoint={directory} has no tokenizer that transformers reads; copy the files of the one it "
             f"was trained with (tokenizer.json, tokenizer_config.json) into it: {error}"
         ) from error
-    vocab_size = AutoConfig.from_pretrained(directory).vocab_size
+    vocab_size = read_config(directory, key="checkpoint").get_text_config().vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"the tokenizer of checkpoint={directory} has {len(tokenizer)} tokens, but the model embeds "
@@ -284,7 +306,7 @@ def scaled_copy(directory: Path, target: Path, setting: Setting, length: int) ->
         setting: spectrum of the length.
         length: tokens that the copy serves at least.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory, key="checkpoint")
     position = position_of(config)
     place_portable(config, position, max(config.max_position_embeddings, length), setting.extra, length)
     delattr(config, METADATA_KEY)

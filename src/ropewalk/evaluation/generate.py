@@ -6,6 +6,7 @@ import torch
 
 from ropewalk.config.evaluation import EvaluateConfig, GenerateConfig
 from ropewalk.errors import UserError
+from ropewalk.evaluation.documents import beginning, encode
 from ropewalk.evaluation.evaluated_checkpoint import open_checkpoint, scaling_name
 from ropewalk.evaluation.model_reader import ModelReader
 
@@ -33,7 +34,7 @@ def generate(config: GenerateConfig) -> str:
     ids = (
         tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
         if config.chat
-        else tokenizer.encode(config.prompt)
+        else beginning(tokenizer) + encode(tokenizer, config.prompt)
     )
     length = len(ids) + config.max_new_tokens
     (setting,) = checkpoint.settings([length], config.test_time).values()

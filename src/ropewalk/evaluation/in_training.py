@@ -15,7 +15,7 @@ from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.store.tokenizer_files import open_tokenizer
-from ropewalk.evaluation.documents import make_windows
+from ropewalk.evaluation.documents import beginning, make_windows
 from ropewalk.evaluation.evaluated_checkpoint import Setting
 from ropewalk.evaluation.harness.answer_recovery import (
     ANSWERS,
@@ -95,7 +95,8 @@ class TrainingEvaluation:
             for row in build_questions(task, tokenizer, self.windows, length, settings, self.lengths[0])
         ]
         self.key_tokens = read_key_tokens(Path(documents), self.windows)
-        self.record = {"config": asdict(settings), "documents": self.windows.counts()}
+        bos = bool(beginning(tokenizer))
+        self.record = {"config": asdict(settings), "documents": self.windows.counts(), "bos": bos}
 
     def __call__(self, scorer: Scorer, step: int) -> dict[str, float]:
         """Measure, write ``evaluations/step-N`` of the run directory, and give the main numbers. Collective.

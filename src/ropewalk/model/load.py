@@ -154,7 +154,11 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
 
 
 def build_for_training(
-    config: PreTrainedConfig, path: str | None, dtype: torch.dtype, revision: str | None = None
+    config: PreTrainedConfig,
+    path: str | None,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attention_choice: str = "auto",
 ) -> PreTrainedModel:
     """The model with document-masked attention; ``path`` None: random weights, the same under every ZeRO stage.
 
@@ -163,7 +167,7 @@ def build_for_training(
     Raises:
         UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
-    implementation = attention.register()
+    implementation = attention.register(attention_choice)
     if path is None:
         # Under ZeRO-3 transformers builds the modules without their own random weights, and then draws the model's.
         is_partitioned = is_deepspeed_zero3_enabled()

@@ -68,30 +68,21 @@ def _kind(setting: str, own: str) -> str:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Run minus baseline, nats per token, with its 95% interval over the ``n`` documents that both scored."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Unpaired:
     """The reason why two runs have no difference."""
 
     reason: str
 
 
-def at_length(run: Run, baseline: Run, length: int) -> Difference | Unpaired:
-    """Difference over the second half of ``length`` tokens to the baseline under the run's test-time setting."""
+def at_length(run: Run, baseline: Run, length: int) -> pd.Series | Unpaired:
+    """Difference over the second half of ``length`` tokens to the baseline under the run's test-time setting.
+
+    Returns:
+        value, ci_low, ci_high (nats per token) and n (documents that both scored).
+    """
     baseline = baseline.beside(run)
     rows = _paired(run, second_half(run, length), baseline, second_half(baseline, length))
-    if isinstance(rows, Unpaired):
-        return rows
-    row = rows.iloc[0]
-    return Difference(float(row["value"]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
+    return rows if isinstance(rows, Unpaired) else rows.iloc[0]
 
 
 def by_position(run: Run, run_pass: Pass, baseline: Run, baseline_pass: Pass) -> pd.DataFrame | Unpaired:
@@ -107,6 +98,10 @@ def _paired(run: Run, sums: pd.DataFrame, baseline: Run, baseline_sums: pd.DataF
     for side, part in ((run, sums), (baseline, baseline_sums)):
         if part.empty:
             return Unpaired(f"{side.name} has no per-document losses at those positions")
+    if {run.begins_with_bos, baseline.begins_with_bos} == {True, False}:
+        return Unpaired(
+            f"the documents of one of {run.name} and {baseline.name} begin with BOS, those of the other not"
+        )
     shared = run.document_prefixes.keys() & baseline.document_prefixes.keys()
     if any(run.document_prefixes[name] != baseline.document_prefixes[name] for name in shared):
         return Unpaired(f"{run.name} and {baseline.name} read other text, or other tokens, under the same names")
@@ -130,12 +125,13 @@ def second_half(run: Run, length: int) -> pd.DataFrame:
 
     No rows where the documents' buckets do not make up that bucket.
     """
-    rows = run.task("loss_at_length", "nll")
-    rows = rows[rows["context_length"] == length]
-    reaching = [made for made in passes(run) if made.length >= length and made.chain in set(rows["chain"])]
+    row = run.number("loss_at_length", "nll", length)
+    if row is None:
+        return run.documents.iloc[:0]
+    reaching = [made for made in passes(run) if made.length >= length and made.chain == row["chain"]]
     if not reaching:
         return run.documents.iloc[:0]
-    start, end = int(rows["position_start"].iloc[0]), int(rows["position_end"].iloc[0])
+    start, end = int(row["position_start"]), int(row["position_end"])
     documents = _documents(run, reaching[0])
     inside = documents[(documents["position_start"] >= start) & (documents["position_end"] <= end)]
     buckets = inside[BUCKET].drop_duplicates()

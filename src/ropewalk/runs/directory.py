@@ -193,12 +193,12 @@ def writing(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def run_name(path: str | Path) -> str:
-    """The one name of the run that ``path`` belongs to: its run_name, whether or not it was exported.
+def run_of(path: str | Path) -> tuple[RunDirectory, str]:
+    """The run that ``path`` belongs to, and the part of it that a name of ``path`` says, too.
 
     Args:
-        path: a run directory or its export; a checkpoint or a scaled export of it, which the name then says, too; any
-            other directory, whose own name it is.
+        path: a run directory or its export; a checkpoint or a scaled export of it, which is a part; any other
+            directory, which is taken for one.
     """
     path = Path(path).absolute()
     run, outer, part = RunDirectory(path.parent), RunDirectory(path.parent.parent), ""
@@ -208,5 +208,25 @@ def run_name(path: str | Path) -> str:
         part = path.name.removeprefix(f"{run.export.name}-")
     elif path != run.export:
         run = RunDirectory(path)
-    record = json.loads(run.record.read_text(encoding="utf-8")) if run.record.is_file() else {}
-    return f"{record.get('run_name') or run.root.name} {part}".rstrip()
+    return run, part
+
+
+def read_run_record(run: RunDirectory) -> dict[str, Any]:
+    """The content of run.json; empty where there is none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    try:
+        content = json.loads(run.record.read_text(encoding="utf-8")) if run.record.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{run.record} is not JSON ({error}); move it away, or copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{run.record} is not a JSON object; move it away, or copy it again")
+    return content
+
+
+def run_name(path: str | Path) -> str:
+    """The one name of the run that ``path`` belongs to, with its part: its run_name, whether or not it was exported."""
+    run, part = run_of(path)
+    return f"{read_run_record(run).get('run_name') or run.root.name} {part}".rstrip()

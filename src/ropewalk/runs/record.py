@@ -195,6 +195,7 @@ def write_record(
         "attention_scaling": spectrum.attention_scaling,
         **model,
         "store_fingerprint": store.fingerprint,
+        "special_tokens": store.special_tokens,
         "git_commit": git_commit(),
         "versions": versions(),
         "world_size": world_size,
@@ -225,7 +226,8 @@ def contract(
         position: position encoding of the model.
         store: packed sequences that it is trained on.
         mixture: order of the data.
-        start_from: identity of the checkpoint whose weights the run started with; None: it has none.
+        start_from: identity of the checkpoint whose weights the run started with, and the step of the data order that
+            it began with; None: it has none.
     """
     trainer = config.trainer
     metadata = position.metadata()
@@ -244,7 +246,10 @@ def contract(
         **mixture.contract(),
         "overfit_one_batch": trainer.overfit_one_batch,
         "max_steps": trainer.max_steps,
-        "schedule": {name: getattr(trainer, name) for name in ("learning_rate", "min_lr_ratio", "warmup_ratio")},
+        "schedule": {
+            name: getattr(trainer, name)
+            for name in ("learning_rate", "schedule", "min_lr_ratio", "warmup_ratio", "decay_ratio")
+        },
         "optimizer": {
             name: getattr(trainer, name)
             for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
@@ -266,8 +271,13 @@ def _refusals(guards: GuardConfig) -> dict[str, Any]:
     return {"spike_window": window, "spike_deviations": None if window is None else guards.spike_deviations}
 
 
-# Entries that older checkpoints lack; they count as the default.
+# Entries that older checkpoints lack, and parts of entries; they count as the default.
 DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig()), "primary": asdict(PrimaryConfig())}
+PARTS: dict[str, dict[str, Any]] = {
+    "schedule": {"schedule": "cosine", "decay_ratio": 1.0},
+    "start_from": {"order_step": 0},
+    "primary": asdict(PrimaryConfig()),
+}
 
 
 def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
@@ -275,7 +285,10 @@ def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept:
     unknown = set(accept) - set(present)
     if unknown:
         raise UserError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
-    saved = {**DEFAULTS, **saved}
+    saved = {
+        name: {**PARTS.get(name, {}), **entry} if isinstance(entry, dict) else entry
+        for name, entry in {**DEFAULTS, **saved}.items()
+    }
     differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
     if differing:
         changes = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
@@ -291,4 +304,10 @@ def _changes(name: str, saved: Any, present: Any) -> list[str]:
         return [f"{name} was {saved!r}, is {present!r}"]
     differing = [key for key in present if saved.get(key) != present[key]]
     readable = [key for key in differing if not key.endswith("sha256")]
+    if name == "position" and not readable:
+        return [
+            f"position reads {present['chain']} as before, under another chain_sha256 ({saved.get('chain_sha256')} was "
+            f"saved, {present['chain_sha256']} is this one's): a long list in it differs, or a method takes other "
+            "arguments since then (CHANGELOG.md)"
+        ]
     return [line for key in readable or differing for line in _changes(f"{name}.{key}", saved.get(key), present[key])]

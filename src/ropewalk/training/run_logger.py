@@ -55,8 +55,9 @@ class RunLogger(Hook):
         config, store, run_dir = self.config, inputs.store, Path(self.config.run_dir)
         model = {
             "parameters": count_parameters(inputs.model_config),
-            "attention": attention_kernel(config.trainer.device),
+            "attention": str(attention_kernel(self.ranks.device, config.trainer.attention)),
             "cuda": torch.version.cuda,
+            "nccl": list(torch.cuda.nccl.version()) if self.ranks.device.type == "cuda" else None,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
         with writing(run_dir):

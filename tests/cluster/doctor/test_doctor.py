@@ -36,6 +36,7 @@ from ropewalk.cluster.doctor.machine import (
 )
 from ropewalk.cluster.doctor.screen import fail, guarded, ok, screen
 from ropewalk.config import CONFIG_DIR
+from ropewalk.model.attention import Kernel
 from ropewalk.training import train
 
 ROOT = CONFIG_DIR.parent
@@ -160,12 +161,24 @@ def test_kernels_and_data(store_64, tmp_path):
 
 
 def test_attention_that_leaks_is_told(monkeypatch):
-    def leaking(module, query, key, value, mask, documents):
+    def leaking(module, query, key, value, mask, documents, choice):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return out.transpose(1, 2), None
 
     monkeypatch.setattr(machine, "document_attention", leaking)
     assert levels(check_kernels(torch.device("cpu"), torch.float32, 64))["attention"] == "FAIL"
+
+
+@pytest.mark.parametrize(("name", "major", "level"), [
+    ("fa2", 9, "warn"), ("torch", 9, "warn"), ("fa3", 9, "ok"), ("fa4", 9, "ok"), ("torch", 8, "ok"), ("sdpa", 0, "ok"),
+])  # fmt: skip
+def test_kernels_of_an_older_generation_are_told(name, major, level):
+    """With the reasons why no better one was taken, whatever the kernel can do."""
+    kernel = Kernel(name, "package", "1.2", print, passed_over=("fa3: No module named 'flash_attn_interface'",))
+    finding = machine.check_generation(kernel, major)
+    assert (finding.level, finding.subject) == (level, "attention")
+    assert f"{name} (package 1.2)" in finding.text
+    assert ("No module named 'flash_attn_interface'" in finding.text) == (level == "warn")
 
 
 def test_a_loss_that_is_off_is_told(monkeypatch):

@@ -13,7 +13,8 @@ import zstandard
 from helpers import documents_of
 
 import ropewalk.data.prepare.corpus as module
-from ropewalk.config.data import CorpusConfig, SourceConfig
+from ropewalk.config.data import CorpusConfig, PrepareConfig, SourceConfig
+from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.data.prepare.sources import corpus_sources, list_units
 from ropewalk.data.prepare.tokenizer import load_tokenizer
 
@@ -241,6 +242,8 @@ LONE_SURROGATE = "not valid Unicode (a lone surrogate)"
             "a content part of type text without a text",
         ),
         (json.dumps({"messages": [USER], "functions": [{"name": "f"}]}), True, "a column functions, which is not read"),
+        (json.dumps({"messages": [USER], "documents": [{"text": "x"}]}), True, "a column documents, which is not read"),
+        (json.dumps({"messages": [USER], "images": ["a.png"]}), True, "a column images, which is not read"),
         (
             json.dumps({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}),
             True,
@@ -267,6 +270,25 @@ def test_rows_that_cannot_be_used_are_left_out_or_an_error(tmp_path, line, chat,
         ValueError, match=rf"a\.jsonl, row 2[^:]*: {re.escape(reason)}; correct it, or set corpus.bad_rows=sk"
     ):
         documents_of(corpus)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_columns_of_conversations_that_are_not_read_are_counted(tmp_path, fixture_tokenizer, suffix):
+    talk = [USER, {"role": "assistant", "content": "Ahoy."}]
+    rows = [{"messages": talk, "source": "a", "score": 1.0}, {"messages": talk, "source": "b", "score": 0.0}]
+    path = tmp_path / f"talks.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": talk, "source": None}]))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    corpus = CorpusConfig(
+        name="c", sources=[SourceConfig("talks", str(path), chat=True)], tokenizer=str(fixture_tokenizer),
+        chat_template=str(tmp_path / "t.jinja"),
+    )  # fmt: skip
+    lines = []
+    prepare(PrepareConfig(str(tmp_path / "o"), [64], workers=1, corpus=corpus), lines.append)
+    assert f"talks.{suffix}: columns of conversations that are not read: 2 score, 2 source" in lines
 
 
 def test_text_of_the_type_binary_is_text(tmp_path):

@@ -11,6 +11,7 @@ from ropewalk.config.data import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.data.prepare.tokenizer import load_tokenizer
+from ropewalk.data.store.describe import describe
 from ropewalk.data.store.tokenizer_files import adds_bos, adds_eos, encode, open_tokenizer
 
 STATE = {
@@ -174,7 +175,27 @@ def test_documents_begin_with_bos_where_the_tokenizers_own_encode_does(changed, 
     stock = AutoTokenizer.from_pretrained(store.tokenizer_path)
     text = stock.encode("A hack.\n", add_special_tokens=False)
     assert tokens.tolist() == [*([0] if begins else []), *text, 1]
-    assert (stock.encode("A hack.\n")[0] == 0) == begins
+    assert stock.encode("A hack.\n") == [*([0] if begins else []), *text]
+    assert store.special_tokens == {"bos": begins, "eos": True, "eos_left_off": 0}
+
+
+def test_an_eos_of_the_tokenizers_own_that_documents_do_not_end_with_is_counted(changed, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in "abc":
+        (tmp_path / "docs" / f"{name}.txt").write_text(f"A hack of {name}.\n")
+    directory, lines = changed(post_processor(OWN["adds both"])), []
+    corpus = CorpusConfig(name="c", paths=[str(tmp_path / "docs")], tokenizer=str(directory), eos=False)
+    output = prepare(PrepareConfig(str(tmp_path / "o"), [64], workers=1, corpus=corpus), lines.append)
+    store = PackedStore(output / "packed-64")
+    assert store.special_tokens == {"bos": True, "eos": False, "eos_left_off": 3}
+    assert "the tokenizer's own EOS is left off 3 documents" in lines
+    assert "documents: begin with BOS, end without EOS, own EOS left off 3 times" in describe(store, None, 0)
+    manifest = json.loads((store.root / "manifest.json").read_text())
+    del manifest["special_tokens"]  # as before it was recorded: the same store, of the same fingerprint
+    (store.root / "manifest.json").write_text(json.dumps(manifest))
+    older = PackedStore(store.root)
+    assert (older.special_tokens, older.fingerprint) == ({}, store.fingerprint)
+    older.verify()
 
 
 def test_bos_that_cannot_be_is_refused(changed, tmp_path):

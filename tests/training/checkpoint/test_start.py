@@ -18,6 +18,7 @@ from ropewalk.export import resolve_checkpoint
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train, trainer
+from ropewalk.training.checkpoint.start import StartCheckpoint, first_order_step
 
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
 
@@ -160,6 +161,52 @@ def test_another_tokenizer_is_refused(store_64, first, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"the tokenizer of the data .* is not the model's .*source/tokenizer"):
         train(stage(store_64, tmp_path / "other", source, "trainer.stop_after=1"))
+
+
+STABLE = ["trainer.warmup_ratio=0", "trainer.schedule=linear", "trainer.min_lr_ratio=0"]
+
+
+@pytest.fixture(scope="module")
+def plateau(store_64, tmp_path_factory):
+    """Three steps at the peak."""
+    run_dir = tmp_path_factory.mktemp("plateau") / "run"
+    train(tiny_run(store_64, run_dir, *STABLE, "trainer.decay_ratio=0", "trainer.max_steps=3"))
+    return run_dir
+
+
+def test_plateau_and_branch_are_the_whole_run(store_64, plateau, tmp_path):
+    """With the optimizer's state and the data order of the plateau, bit for bit."""
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    train(tiny_run(store_64, whole, *STABLE, "trainer.decay_ratio=0.5", "trainer.max_steps=6"))
+    branched = [*STABLE, f"start_from.run={plateau}", "trainer.max_steps=3"]
+    train(tiny_run(store_64, branch, *branched, "start_from.order=continue"))
+    rows = [*read_metrics(plateau), *read_metrics(branch)]
+    for name in ("loss", "grad_norm", "learning_rate", "trained_tokens"):
+        assert [row[name] for row in rows] == [row[name] for row in read_metrics(whole)]
+    with pytest.raises(ValueError, match=r"start_from.order_step was 3, is 0"):
+        train(tiny_run(store_64, branch, *branched, "start_from.order=restart"))
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ("trainer.seed=7", r"seed differ from .*run's \(seed 0, here 7\)"),
+    ("trainer.global_batch_size=2", r"global_batch_size differ from .*\(global_batch_size 4, here 2\)"),
+])  # fmt: skip
+def test_another_order_is_not_continued(store_64, plateau, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_run(store_64, tmp_path / "run", f"start_from.run={plateau}", "start_from.order=continue", changed))
+
+
+def test_a_branch_of_a_branch_goes_on_where_that_one_was():
+    """The first branch began at step 3 of the order and took 2; and a checkpoint from before there were branches."""
+    branched = {"seed": 0, "start_from": {"order_step": 3}}
+    assert first_order_step(start(2, branched), "continue", {"seed": 0}) == 5
+    assert first_order_step(start(2, branched), "restart", {"seed": 0}) == 0
+    for old in ({"seed": 0, "start_from": None}, {"seed": 0}, {"seed": 0, "start_from": {"step": 9}}):
+        assert first_order_step(start(2, old), "continue", {"seed": 0}) == 2
+
+
+def start(step, contract):
+    return StartCheckpoint("run", "run/checkpoints/step-2", "", step, 1, 3, {}, contract)
 
 
 TALK = [

@@ -111,7 +111,7 @@ def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:
     trainer = config.trainer
     run_dir = Path(config.run_dir)
     dtype = getattr(torch, trainer.dtype)
-    findings = guarded("kernels", lambda: check_kernels(device, dtype, trainer.loss_chunk_size))
+    findings = guarded("kernels", lambda: check_kernels(device, dtype, trainer.loss_chunk_size, trainer.attention))
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return findings  # the rest is the node's, and once is enough
     if device.type == "cuda" and torch.cuda.device_count() > 1:

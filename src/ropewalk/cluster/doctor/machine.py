@@ -23,7 +23,7 @@ from ropewalk.config.rules import cuda_problem
 from ropewalk.config.train import TrainConfig
 from ropewalk.data.store.remote import open_stores
 from ropewalk.files import fsync_path, write_atomically
-from ropewalk.model.attention import Documents, attention_kernel, document_attention
+from ropewalk.model.attention import HOPPER, Documents, Kernel, attention_kernel, document_attention
 from ropewalk.model.loss import tiled_linear_cross_entropy
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import by_rank_zero, gather
@@ -133,23 +133,27 @@ def _driver() -> str:
     return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.split() else "unknown"
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, loss_chunk_size: int) -> Iterator[Finding]:
+def check_kernels(
+    device: torch.device, dtype: torch.dtype, loss_chunk_size: int, attention: str = "auto"
+) -> Iterator[Finding]:
     """Run attention and loss once, forward and backward, and see that one document does not see another."""
-    name = attention_kernel(device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels that are compiled as they are called are launched
+    kernel = attention_kernel(device, attention)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 256, 64)
     query, key, value = (
         torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(True) for _ in range(3)
     )
     documents = Documents.from_cu_seqlens(torch.tensor([0, 100, 256]), device)
-    out, _ = document_attention(torch.nn.Identity(), query, key, value, None, documents=documents)
+    out, _ = document_attention(torch.nn.Identity(), query, key, value, None, documents=documents, choice=attention)
     out[:, 100:].float().sum().backward()
     if key.grad is None or not torch.isfinite(key.grad).all():
-        yield fail("attention", f"{name}: its gradient is not finite")
+        yield fail("attention", f"{kernel}: its gradient is not finite")
     elif key.grad[:, :, :100].abs().max() > 0:
-        yield fail("attention", f"{name}: a document's gradient reaches the document before it")
+        yield fail("attention", f"{kernel}: a document's gradient reaches the document before it")
     else:
-        yield ok("attention", f"{name}, documents apart")
+        yield check_generation(kernel, torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0)
     hidden, head = (torch.randn(256, 64, generator=generator).to(device, dtype).requires_grad_(True) for _ in range(2))
     labels = torch.arange(256, device=device)
     loss = tiled_linear_cross_entropy(hidden, head, labels, loss_chunk_size)
@@ -160,6 +164,23 @@ def check_kernels(device: torch.device, dtype: torch.dtype, loss_chunk_size: int
         yield fail("loss", f"tiled linear cross entropy is {off:.1%} off torch's own")
     else:
         yield ok("loss", f"tiled linear cross entropy in chunks of {loss_chunk_size} tokens")
+
+
+def check_generation(kernel: Kernel, major: int) -> Finding:
+    """Whether the attention kernel, which works, was written for this GPU.
+
+    Args:
+        kernel: chosen.
+        major: of the GPU's compute capability.
+    """
+    if major != HOPPER or not kernel.is_of_flash_attention_2:
+        return ok("attention", f"{kernel}, documents apart")
+    reasons = "; ".join(kernel.passed_over) or "trainer.attention names it"
+    return warn(
+        "attention",
+        f"{kernel}, documents apart; a kernel of FlashAttention-2 on Hopper, which -3 and -4 use better ({reasons}): "
+        "make install GPU=1 ATTENTION=fa4",
+    )
 
 
 def check_model(model_config: Any, parameters: int, path: str | None) -> Iterator[Finding]:

@@ -118,9 +118,10 @@ def memory(shape: ModelShape, setting: Setting, allowances: Allowances | None = 
         "reduce": _reduce_phase(shape, setting),
         "step": _step_phase(shape, setting),
     }
-    for name in phases:
-        if name != "step" or setting.stage == 3:  # ZeRO-1 and -2 free the bucket before they step
-            phases[name] = {"reduce bucket": _bucket(shape, setting), **phases[name]}
+    bucket = {"reduce bucket": _bucket(shape, setting)}
+    phases = {  # ZeRO-1 and -2 free the bucket before they step
+        name: of if name == "step" and setting.stage < 3 else {**bucket, **of} for name, of in phases.items()
+    }
     worst = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**held, **phases[worst]}
     if allowances is not None:

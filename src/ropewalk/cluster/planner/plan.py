@@ -13,6 +13,7 @@ from ropewalk.cluster.planner.fit import Capacity, cheapest_changes, other_ways,
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
 from ropewalk.config.rules import Batching, batching, validate_numbers, validate_train
+from ropewalk.config.schedule import describe_schedule
 from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
 
@@ -182,6 +183,7 @@ def _entries(
         "gpu_memory_gib": cluster.gpu_memory_gib,
         **division._asdict(),
         "steps": trainer.max_steps,
+        "schedule": describe_schedule(trainer),
         "tokens": division.tokens_per_step * trainer.max_steps,
         "utilisation": config.assume.utilisation,
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
@@ -293,6 +295,7 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
     return [
         f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; "
         f"{e['steps']:,} steps, {_count(e['tokens'])} tokens",
+        f"schedule: {e['schedule']}",
         f"work: {flops['linear']} FLOPs a token in linear layers, {flops['causal']} in causal attention "
         f"({flops['full']} counted in full)",
         f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "

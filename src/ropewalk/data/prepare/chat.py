@@ -21,7 +21,10 @@ from ropewalk.errors import UserError
 Message = dict[str, Any]
 # Fields that a conversation is another without; a template that does not name one would drop it in silence.
 CHANGING = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "tool_plan"}
-UNREAD = ("functions", "chat_template_kwargs")  # columns that would change a conversation too
+# Columns that would change a conversation too, or that it is about
+UNREAD = (
+    "functions", "chat_template_kwargs", "documents", "image", "images", "video", "videos", "audio", "audios",
+)  # fmt: skip
 COLUMNS = ("system", "tools", *UNREAD)  # beside the messages
 NOW = re.compile(r"\bstrftime_now\s*\(")
 NOW_IN = re.compile(r"""\bstrftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")

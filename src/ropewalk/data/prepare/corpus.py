@@ -29,6 +29,7 @@ MAX_LINE = 2**24  # characters; tokenizers take a gigabyte for a line of this le
 MAX_WINDOW = 2**31  # bytes that zstd --long=31 needs to decompress
 MAX_SPACES = 400_000  # in a row; the regular expressions of tokenizers run out of stack beyond
 _SPACES = re.compile(r"\s{2,}")
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _COMMENTS = {"# ": ".jl .pl .pm .py .r .rb .sh", "-- ": ".lua .sql", "% ": ".tex"}
 COMMENT = {suffix: sign for sign, suffixes in _COMMENTS.items() for suffix in suffixes.split()}
 
@@ -42,12 +43,14 @@ class Document:
         parts: its text, in parts that may be tokenized apart (the files of a repository).
         messages: of a conversation, which has no parts: ``role``, ``content`` and what else the row has for each.
         tools: that its template is to be given; None: none.
+        unread: columns of a conversation's row that hold something else.
     """
 
     name: str
     parts: tuple[str, ...]
     messages: tuple[dict[str, Any], ...] = ()
     tools: list[Any] | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -149,7 +152,8 @@ def _document(name: str, row: Any, unit: Unit) -> Document | None:
         for message in messages:
             if reason := unfit(message["content"]):
                 raise BadRow(reason)
-        return Document(name, (), messages, read_tools(row.get("tools")))
+        unread = tuple(column for column in row if column not in (key, *COLUMNS) and row[column] not in _NOTHING)
+        return Document(name, (), messages, read_tools(row.get("tools")), unread)
     if not isinstance(value, str):
         raise BadRow("null" if value is None else f"{column!r} is {type(value).__name__}, not text")
     check_unicode(value)
@@ -321,6 +325,7 @@ def _parquet(unit: Unit) -> Iterator[tuple[int, Any]]:
         columns = [column, *(name for name in COLUMNS if unit.chat and name in names)]
         if twice := [name for name in columns if names.count(name) > 1]:
             raise UserError(f"{unit.root} has {names.count(twice[0])} columns {twice[0]!r}; write it with one of them")
+        others = dict.fromkeys(set(names) - set(columns), ...) if unit.chat else {}  # there, and not looked into
         stop = file.num_row_groups if unit.stop < 0 else unit.stop
         number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         batches = file.iter_batches(64, row_groups=list(range(unit.start, stop)), columns=columns)
@@ -328,7 +333,7 @@ def _parquet(unit: Unit) -> Iterator[tuple[int, Any]]:
             for cells in zip(*(rows.column(name) for name in columns), strict=True):
                 number += 1
                 try:
-                    yield number, {name: cell.as_py() for name, cell in zip(columns, cells, strict=True)}
+                    yield number, {name: cell.as_py() for name, cell in zip(columns, cells, strict=True)} | others
                 except UnicodeDecodeError:
                     yield number, BadRow("not UTF-8")
                 except (ValueError, OverflowError) as error:  # as a time past the year 9999

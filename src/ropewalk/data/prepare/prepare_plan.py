@@ -25,6 +25,7 @@ from ropewalk.data.prepare.tokenizer import DocumentEncoder, load_tokenizer, tra
 from ropewalk.data.store.hashing import files_signature, stable_key
 from ropewalk.data.store.manifest import TOKENIZER
 from ropewalk.data.store.tokenizer_files import (
+    adds_eos,
     check_carries,
     copy_plain,
     describe_tokenizer,
@@ -58,6 +59,7 @@ class Plan:
         chat_template: text of it, or None.
         heldout: names of documents that are left out.
         vocab_size: entries of the tokenizer.
+        adds_eos: whether the tokenizer's own encode, as it was given, ends with EOS.
     """
 
     config: PrepareConfig
@@ -66,6 +68,7 @@ class Plan:
     chat_template: str | None
     heldout: list[str]
     vocab_size: int
+    adds_eos: bool = False
 
     @property
     def output(self) -> Path:
@@ -149,12 +152,15 @@ def make_plan(
         copy_plain(directory, output / TOKENIZER)
         set_chat_template(output / TOKENIZER, template)
         settings = output / TOKENIZER, corpus.engine, directory, corpus.bos, corpus.eos
-        open_encoder(*settings).mark(output / TOKENIZER)
+        own = open_encoder(*settings)
+        own_eos = adds_eos(own.tokenizer)
+        own.mark(output / TOKENIZER)
         warm_up(open_encoder, *settings)
         encoder, heldout = choose_heldout(documents, corpus, lambda excluded: open_encoder(*settings).unchecked())
     else:
         make_encoder = partial(_make_encoder, corpus, config.seed, documents)
         encoder, heldout = choose_heldout(documents, corpus, make_encoder)
+        own_eos = adds_eos(encoder.tokenizer)
         encoder.save(output / TOKENIZER)
         set_chat_template(output / TOKENIZER, template)
     tokenizer = describe_tokenizer(output / TOKENIZER)
@@ -176,6 +182,7 @@ def make_plan(
         chat_template=template,
         heldout=[document.name for document in kept_out],
         vocab_size=tokenizer["vocab_size"],
+        adds_eos=own_eos,
     )
     open_encoders(plan)  # an engine or a chat template that cannot be used is named before any work is done
     plan.save()

@@ -115,6 +115,7 @@ class Tokenize:
         self, number: int, file: TokenFileWriter, record: TokenRecord, skipped: Skipped, chat: ChatEncoder
     ) -> None:
         chat.unused.clear()
+        unread = Counter[str]()
         for document in self._documents(number, skipped):
             try:
                 encoded = chat.encode(document.messages, document.tools)
@@ -122,9 +123,10 @@ class Tokenize:
                 skipped.leave_out(bad, document.name)
                 continue
             record.text_bytes += sum(len(message["content"].encode()) for message in document.messages)
+            unread.update(document.unread)
             file.write(*encoded)
             file.end_document()
-        record.unused = dict(sorted(chat.unused.items()))
+        record.unused, record.unread = (dict(sorted(fields.items())) for fields in (chat.unused, unread))
 
     def _documents(self, number: int, skipped: Skipped) -> Iterator[Document]:
         heldout = set(self.plan.heldout)
@@ -234,13 +236,16 @@ def finish(plan: Plan, report: Report) -> None:
     report(f"tokenized with {', '.join(f'{name} ({count} shards)' for name, count in sorted(engines.items()))}")
     for index, source in enumerate(sources):
         _report_source(source, [record for record in records if record.source == index], report)
+    special_tokens = _special_tokens(plan, sources)
+    if special_tokens["eos_left_off"]:
+        report(f"the tokenizer's own EOS is left off {special_tokens['eos_left_off']:,} documents")
     filler: list[Document] = []
     if plan.config.corpus.retrieval_tokens:
         units = (unit for shard in range(plan.shards) for unit in plan.units(shard) if not unit.chat)
         filler = [document for document in sample_documents(units) if document.name not in set(plan.heldout)]
     for length in plan.config.sequence_lengths:
         if not (plan.store(length) / MANIFEST).is_file():
-            _assemble(plan, pack, length, filler, sources, report)
+            _assemble(plan, pack, length, filler, sources, special_tokens, report)
         _clear(plan, length)
     (output / PREPARING).replace(output / PREPARED)
     fsync_path(output)
@@ -255,6 +260,8 @@ def _report_source(source: dict[str, Any], records: list[TokenRecord], report: R
         report(f"{name}: first skipped as {reason!r}: {where}")
     if unused := sum((Counter(record.unused) for record in records), Counter[str]()):
         report(f"{name}: fields of messages that the chat template does not use: {in_words(unused)}")
+    if unread := sum((Counter(record.unread) for record in records), Counter[str]()):
+        report(f"{name}: columns of conversations that are not read: {in_words(unread)}")
 
 
 def _described(plan: Plan, records: list[TokenRecord]) -> list[dict[str, Any]]:
@@ -268,12 +275,21 @@ def _described(plan: Plan, records: list[TokenRecord]) -> list[dict[str, Any]]:
     return described
 
 
+def _special_tokens(plan: Plan, sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """See Manifest; conversations begin and end as their template has it."""
+    encoder, _ = open_encoders(plan)
+    has_eos = bool(len(encoder.tail))
+    without_eos = (source["documents"] for source in sources if source["chat"] or not has_eos)
+    return {"bos": bool(len(encoder.head)), "eos": has_eos, "eos_left_off": sum(without_eos) if plan.adds_eos else 0}
+
+
 def _assemble(
     plan: Plan,
     pack: Pack,
     length: int,
     filler: list[Document],
     sources: list[dict[str, Any]],
+    special_tokens: dict[str, Any],
     report: Report,
 ) -> None:
     root = plan.store(length)
@@ -308,7 +324,7 @@ def _assemble(
         report(f"{root.name}: no document for the domain {name}; left out")
         del domains[name]
     tokenizer = copy_tokenizer(plan.output / TOKENIZER, root / TOKENIZER)
-    store = commit_store(root, length, tokenizer, domains, accounts, sources)
+    store = commit_store(root, length, tokenizer, domains, accounts, sources, special_tokens)
     for name, info in store.domains.items():
         report(
             f"{root.name}: {name}: {info.sequences:,} sequences, fill {fill(info)}, "

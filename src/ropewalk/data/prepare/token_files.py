@@ -38,6 +38,7 @@ class TokenRecord:
         skipped: documents left out, by reason.
         first: reason -> file and row of the first of them.
         unused: fields of messages that the chat template does not use, and how many had each.
+        unread: columns of conversations that are not read, and how many had each.
     """
 
     source: int
@@ -51,6 +52,7 @@ class TokenRecord:
     skipped: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
 
 class BadRow(Exception):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.prepare.corpus import Document
 from ropewalk.data.prepare.engines import BOS, EOS, PROBE, CheckedEngine, open_engine, reference_of
-from ropewalk.data.store.tokenizer_files import adds_bos, bos_mode, open_tokenizer, set_bos
+from ropewalk.data.store.tokenizer_files import adds_bos, adds_eos, bos_mode, open_tokenizer, set_bos
 from ropewalk.errors import UserError
 
 BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about a hundred bytes of memory per token
@@ -136,8 +136,8 @@ class DocumentEncoder:
         self.mark(directory)
 
     def mark(self, directory: Path) -> None:
-        """Have the tokenizer in ``directory``, a copy of this one, put BOS before a text if documents begin with it."""
-        if adds_bos(self.tokenizer) != bool(len(self.head)):
+        """Have the tokenizer in ``directory``, a copy of this one, begin a text as documents do, and end none."""
+        if adds_bos(self.tokenizer) != bool(len(self.head)) or adds_eos(self.tokenizer):
             set_bos(directory, bool(len(self.head)))
 
     def _wrapped(self, parts: Iterable[Any]) -> NDArray[np.uint32]:

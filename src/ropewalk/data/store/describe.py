@@ -46,6 +46,10 @@ def describe(store: PackedStore, domain: str | None, sequence: int) -> Iterator[
     tokenizer = store.tokenizer
     yield f"{store.root}: sequences of {store.sequence_length:,} tokens, fingerprint {store.fingerprint}"
     yield f"tokenizer: {tokenizer['vocab_size']:,} entries, sha256 {tokenizer['sha256']}"
+    if special := store.special_tokens:
+        left_off = f", own EOS left off {special['eos_left_off']:,} times" if special["eos_left_off"] else ""
+        framing = (f"{'with' if special[name] else 'without'} {name.upper()}" for name in ("bos", "eos"))
+        yield f"documents: begin {next(framing)}, end {next(framing)}{left_off}"
     yield ""
     yield from domain_table([store], named=False)
     for name, info in store.domains.items():

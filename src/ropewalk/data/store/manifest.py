@@ -92,6 +92,9 @@ class Manifest:
         sources: what the documents were read from, as prepare.py describes it; None: not known.
         token_dtype: of the token files: ``<u2`` or ``<u4``.
         version: of the format.
+        special_tokens: of the documents, as prepare.py made them: whether they begin with ``bos`` and end with ``eos``,
+            and ``eos_left_off``, those without an EOS that the tokenizer's own encode puts. None: not known. It is no
+            part of the fingerprint, so that equal tokens have one, whichever version wrote them.
     """
 
     sequence_length: int
@@ -101,10 +104,12 @@ class Manifest:
     sources: list[dict[str, Any]] | None = None
     token_dtype: str = "<u4"
     version: int = VERSION
+    special_tokens: dict[str, Any] | None = None
 
     def content(self) -> dict[str, Any]:
         """The canonical content: what the fingerprint is taken of."""
         content = {"format": FORMAT, **asdict(self)}
+        del content["special_tokens"]
         if self.version == 1:
             del content["token_dtype"]
         for domain in content["domains"].values():
@@ -121,7 +126,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps({**self.content(), "fingerprint": self.fingerprint}, indent=2) + "\n"
+        beside = {} if self.special_tokens is None else {"special_tokens": self.special_tokens}
+        return json.dumps({**self.content(), **beside, "fingerprint": self.fingerprint}, indent=2) + "\n"
 
 
 def stores_in(root: Path) -> list[Path]:
@@ -179,6 +185,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         content.get("sources"),
         token_dtype,
         content["version"],
+        content.get("special_tokens"),
     )
 
 

@@ -88,6 +88,11 @@ class PackedStore:
         return self.root / TOKENIZER
 
     @property
+    def special_tokens(self) -> dict[str, object]:
+        """Special tokens of its documents, see Manifest; empty: not known."""
+        return self._manifest.special_tokens or {}
+
+    @property
     def accounting(self) -> dict[str, dict[str, object]]:
         """Accounting of the tokens of each domain: ``tokens_in``, ``moved``, ``dropped``."""
         return self._manifest.accounting

@@ -207,19 +207,24 @@ def is_plain(directory: Path) -> bool:
     return all(isinstance(token, str) and json.dumps(token, ensure_ascii=False) in text for token in tokens)
 
 
+def begin_with(backend: Any, token: str | None) -> None:
+    """Have a ``tokenizers.Tokenizer``'s own encode put ``token`` (None: nothing) before a text, and nothing after."""
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token}:0 $A:0" if token else "$A:0",
+        pair=f"{token}:0 $A:0 {token}:1 $B:1" if token else "$A:0 $B:1",
+        special_tokens=[(token, backend.token_to_id(token))] if token else [],
+    )
+
+
 def set_bos(directory: Path, bos: bool) -> None:
     """Make the saved tokenizer's own encode begin with BOS, or not, in every library that reads the directory."""
-    from tokenizers import Tokenizer, processors
+    from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    token = token_text(config.get("bos_token")) or ""
-    begin = [(token, backend.token_to_id(token))] if bos else []
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{token}:0 $A:0" if bos else "$A:0",
-        pair=f"{token}:0 $A:0 {token}:1 $B:1" if bos else "$A:0 $B:1",
-        special_tokens=begin,
-    )
+    begin_with(backend, token_text(config.get("bos_token")) if bos else None)
     backend.save(str(directory / "tokenizer.json"))
     if {"add_bos_token", "add_eos_token"} & config.keys():
         config |= {"add_bos_token": bos, "add_eos_token": False}

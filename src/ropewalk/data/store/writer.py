@@ -315,6 +315,7 @@ def commit_store(
     domains: Mapping[str, DomainInfo],
     accounting: Mapping[str, Accounting],
     sources: list[dict[str, Any]] | None = None,
+    special_tokens: dict[str, Any] | None = None,
 ) -> PackedStore:
     """Write the manifest, last, so that the directory is a store.
 
@@ -325,6 +326,7 @@ def commit_store(
         domains: name -> its files.
         accounting: name -> what became of its tokens; perhaps also of domains that have no sequence.
         sources: what the documents were read from.
+        special_tokens: see Manifest.
 
     Raises:
         UserError: for no sequences at all, or accounting that does not add up.
@@ -340,6 +342,7 @@ def commit_store(
         {name: asdict(account) for name, account in accounting.items()},
         sources,
         token_dtype(tokenizer["vocab_size"]).str,
+        special_tokens=special_tokens,
     )
     fsync_path(root)
     write_atomically(root / MANIFEST, manifest.to_json())

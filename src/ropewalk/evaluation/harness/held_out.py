@@ -20,7 +20,7 @@ from ropewalk.config.groups import TestTimeConfig
 from ropewalk.config.rules import existing_directory
 from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.errors import UserError
-from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
+from ropewalk.evaluation.documents import Windows, beginning, make_windows, validate_lengths
 from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, settings_by_length, validate_engine
 from ropewalk.evaluation.harness.answer_recovery import (
     ANSWERS,
@@ -299,6 +299,7 @@ def _record(
         "settings": store.settings(setting.record() for setting in passes),
         "documents": windows.counts(),
         "document_prefixes": windows.prefixes,
+        "bos": bool(beginning(checkpoint.tokenizer)),
         "needle_chance": chance_levels(checkpoint.config.needle),
     }
 

@@ -21,7 +21,7 @@ import torch
 from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
-from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, scaled_copy
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting
 from ropewalk.evaluation.model_reader import ModelReader
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks, gather
@@ -305,7 +305,7 @@ def load_vllm(checkpoint: EvaluatedCheckpoint, setting: Setting, length: int, ov
 
     scratch = tempfile.TemporaryDirectory(prefix="ropewalk-vllm-")
     model = CheckedVLLM(
-        pretrained=str(scaled_copy(checkpoint.directory, Path(scratch.name), setting, length)),
+        pretrained=str(checkpoint.scaled_copy(Path(scratch.name), setting, length)),
         dtype=checkpoint.config.dtype,
         tensor_parallel_size=max(1, torch.cuda.device_count()),
         max_model_len=length,

@@ -37,6 +37,7 @@ class StartCheckpoint:
         world_size: ranks that saved it.
         zero_stage: of the run that saved it.
         config: its config.json.
+        contract: of its run.
     """
 
     run: str
@@ -46,6 +47,12 @@ class StartCheckpoint:
     world_size: int
     zero_stage: int
     config: Mapping[str, Any]
+    contract: Mapping[str, Any]
+
+    @property
+    def order_step(self) -> int:
+        """Steps of the data order that it has seen, before its own first one those of the order that it continued."""
+        return self.step + int((self.contract.get("start_from") or {}).get("order_step", 0))
 
     @property
     def tokenizer(self) -> str:
@@ -72,7 +79,7 @@ def find_start(config: TrainConfig) -> StartCheckpoint | None:
 def _choose(run: str, run_dir: Path) -> StartCheckpoint:
     record = RunDirectory(run_dir).start_record
     if record.is_file():
-        start = StartCheckpoint(**json.loads(record.read_text()))
+        start = StartCheckpoint(**{"contract": {}, **json.loads(record.read_text())})  # the first ones had none
         if start.run == run:
             return start
     checkpoint = checkpoint_at(run)
@@ -95,7 +102,32 @@ def _choose(run: str, run_dir: Path) -> StartCheckpoint:
         world_size=manifest["world_size"],
         zero_stage=manifest.get("zero_stage", 3),
         config=json.loads((checkpoint / "config.json").read_text()),
+        contract=manifest["contract"],
     )
+
+
+def first_order_step(start: StartCheckpoint | None, order: str, data: Mapping[str, Any]) -> int:
+    """The step of the data order that a run begins with, from 0.
+
+    Args:
+        start: checkpoint that it starts from.
+        order: ``start_from.order``.
+        data: contract of its data order.
+
+    Raises:
+        UserError: the order is to be continued, and is not that of the other run.
+    """
+    if start is None or order == "restart":
+        return 0
+    different = [name for name, value in data.items() if start.contract.get(name) != value]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"start_from.order=continue, but {', '.join(different)} differ from {start.run}'s ({name} "
+            f"{start.contract.get(name)!r}, here {data[name]!r}), so the order is another; set the data, batch and "
+            "seed as they were there, or start_from.order=restart"
+        )
+    return start.order_step
 
 
 def write_start(start: StartCheckpoint, run_dir: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
-from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting, scaled_copy
+from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting
 from ropewalk.evaluation.harness.helmet.helmet_datasets import (
     CATEGORIES,
     LENGTHS,
@@ -165,7 +165,7 @@ def helmet_command(
         UserError: for a path that HELMET would take for an API.
     """
     length, setting = at
-    path = scaled_copy(checkpoint.directory, model.resolve(), setting, length)
+    path = checkpoint.scaled_copy(model.resolve(), setting, length)
     if word := next((word for word in MISROUTED if word in str(path)), None):
         raise UserError(f"{path} holds {word!r}, by which HELMET would call an API; name another output")
     options = ["--config", str(config.resolve()), "--model_name_or_path", str(path)]
