@@ -18,7 +18,7 @@ from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.files import copy_files, write_atomically
 from ropewalk.rope.position import Position
-from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.directory import RunDirectory, read_run_record
 
 PACKAGES = (
     "ropewalk",
@@ -169,7 +169,13 @@ def _version(package: str) -> str | None:
 
 
 def write_record(
-    config: TrainConfig, position: Position, store: PackedStore, model: dict[str, Any], world_size: int
+    config: TrainConfig,
+    position: Position,
+    store: PackedStore,
+    model: dict[str, Any],
+    world_size: int,
+    step: int = 0,
+    accepted: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Any]:
     """Write config.yaml and run.json into the run directory; return the content of run.json.
 
@@ -179,7 +185,12 @@ def write_record(
         store: packed sequences that it is trained on.
         model: further facts about the model (parameters, attention kernel).
         world_size: number of ranks.
+        step: that the session begins after.
+        accepted: changes of the contract that ``resume.accept`` let pass, as :func:`check_contract` returns them; they
+            stay in the record, beside those of earlier sessions whose steps are kept.
     """
+    run = RunDirectory(Path(config.run_dir))
+    earlier = read_run_record(run).get("accepted", [])
     spectrum = position.spectrum()
     record = {
         "run_name": config.run_name,
@@ -199,8 +210,11 @@ def write_record(
         "git_commit": git_commit(),
         "versions": versions(),
         "world_size": world_size,
+        "accepted": [
+            *(change for change in earlier if change["step"] < step),
+            *({"step": step, "entry": entry, "changes": changes} for entry, changes in (accepted or {}).items()),
+        ],
     }
-    run = RunDirectory(Path(config.run_dir))
     write_atomically(run.config, OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     write_atomically(run.record, json.dumps(record, indent=2) + "\n")
     return record
@@ -280,8 +294,12 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
-    """Raise UserError naming each entry that differs, with both values, and is not accepted by name."""
+def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> dict[str, list[str]]:
+    """The changes that are accepted by name, in words, by the contract's entry.
+
+    Raises:
+        UserError: naming each entry that differs, with both values, and is not accepted.
+    """
     unknown = set(accept) - set(present)
     if unknown:
         raise UserError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
@@ -289,13 +307,15 @@ def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept:
         name: {**PARTS.get(name, {}), **entry} if isinstance(entry, dict) else entry
         for name, entry in {**DEFAULTS, **saved}.items()
     }
-    differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
-    if differing:
-        changes = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
+    changes = {key: _changes(key, saved.get(key), present[key]) for key in present if saved.get(key) != present[key]}
+    refused = [key for key in changes if key not in accept]
+    if refused:
         raise UserError(
-            f"this run is not the one that was saved: {changes}. Restore the settings, choose another run_name, or "
-            f"accept the change by name: resume.accept=[{','.join(differing)}]"
+            f"this run is not the one that was saved: {'; '.join(line for key in refused for line in changes[key])}. "
+            "Restore the settings, choose another run_name, or accept the change by name: "
+            f"resume.accept=[{','.join(refused)}]"
         )
+    return changes
 
 
 def _changes(name: str, saved: Any, present: Any) -> list[str]:

@@ -122,6 +122,26 @@ def test_runs_that_declared_nothing_are_in_no_family(tmp_path: Path) -> None:
     assert "Started without this declaration, so not in it: cope-s9." in section.missing
 
 
+def test_a_declaration_that_came_later_is_named_and_decides_nothing(tmp_path: Path) -> None:
+    runs = made(tmp_path, 3, PRIMARY)
+    change = {"step": 20, "entry": "primary", "changes": ["primary.difference was 0.5, is 0.05"]}
+    other = {"step": 10, "entry": "max_steps", "changes": ["max_steps was 20, is 30"]}
+    changed = [
+        replace(run, record=run.record | {"accepted": [other, change] if run.name == "cope-s1" else [other]})
+        for run in runs
+    ]
+    section = decision_section(changed)
+    assert section.blocks[0].rows[0][1][1].main == "2"
+    said = (
+        "Started without this declaration, so not in it: cope-s1 (from step 20 on primary.difference was 0.5, is 0.05)."
+    )
+    assert said in section.missing
+    every = [replace(run, record=run.record | {"accepted": [change]}) for run in runs]
+    section = decision_section(every)
+    assert section.blocks[0].rows[0][1][1].main == "0"
+    assert section.missing[-1].count("from step 20 on") == 6
+
+
 def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
     """At 4,096 tokens runs were measured with and without scaling; at 2,048 both have one number."""
     beyond = {"primary": PRIMARY["primary"].replace("2048", "4096")}

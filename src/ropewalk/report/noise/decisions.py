@@ -97,14 +97,15 @@ def fewest_seeds(family: int) -> int:
 
 
 def declared_families(runs: Sequence[Run]) -> list[tuple[PrimaryConfig, list[Run]]]:
-    """Each family that trained runs declared, with the runs that did: no other run was started under it."""
+    """Each family that trained runs declared, with the runs that did before their first step."""
     families: dict[str, tuple[PrimaryConfig, list[Run]]] = {}
     for run in runs:
         keys = {key.removeprefix(PRIMARY): value for key, value in run.config.items() if key.startswith(PRIMARY)}
         family = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrimaryConfig), keys))
         assert isinstance(family, PrimaryConfig)
         if family.pairs and not run.is_base:
-            families.setdefault(str(family), (family, []))[1].append(run)
+            of_family = families.setdefault(str(family), (family, []))[1]
+            of_family += [] if _later_declarations(run) else [run]
     return list(families.values())
 
 
@@ -134,8 +135,22 @@ def decision_section(runs: list[Run]) -> Section | None:
 
 def _undeclared(family: PrimaryConfig, others: Sequence[Run]) -> list[str]:
     names = {name for pair in family.pairs for name in pair}
-    out = dict.fromkeys(run.label for run in others if run.config.get("rope.name") in names and not run.is_base)
-    return [f"Started without this declaration, so not in it: {', '.join(out)}."] if out else []
+    out = {
+        run.label: f"{run.label}{_later_declarations(run)}"
+        for run in others
+        if run.config.get("rope.name") in names and not run.is_base
+    }
+    return [f"Started without this declaration, so not in it: {', '.join(out.values())}."] if out else []
+
+
+def _later_declarations(run: Run) -> str:
+    """Changes of a run's declaration after its first step, in brackets; "": it kept what it began with."""
+    changes = [
+        f"from step {accepted['step']} on {'; '.join(accepted['changes'])}"
+        for accepted in run.record.get("accepted", [])
+        if accepted["entry"] == PRIMARY.rstrip(".")
+    ]
+    return f" ({'; '.join(changes)})" if changes else ""
 
 
 def paired_numbers(arm: Arm | None, other: Arm | None, family: PrimaryConfig) -> list[float]:

@@ -30,6 +30,7 @@ class ResumePoint:
         world_size: ranks that saved it.
         zero_stage: of ZeRO, that saved it.
         state: of the run, saved beside the tensors.
+        accepted: changes of the contract that ``resume.accept`` let pass, in words, by entry.
     """
 
     checkpoint: Path | None = None
@@ -37,6 +38,7 @@ class ResumePoint:
     world_size: int = 0
     zero_stage: int = 3
     state: Mapping[str, Any] = field(default_factory=dict)
+    accepted: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: ResumeConfig) -> ResumePoint:
@@ -60,11 +62,19 @@ def find_resume_point(run_dir: Path, contract: Mapping[str, Any], resume: Resume
         damage = first_problem(_problem_of(read_manifest, checkpoint))
         if damage is None:
             manifest = read_manifest(checkpoint)
-            together(check_contract, manifest["contract"], contract, resume.accept)
+            accepted = together(check_contract, manifest["contract"], contract, resume.accept)
             damage = first_problem(_problem_of(verify_checkpoint, checkpoint, dist.get_rank(), dist.get_world_size()))
         if damage is None:
-            stage = manifest.get("zero_stage", 3)
-            return ResumePoint(checkpoint, manifest["step"], manifest["world_size"], stage, manifest.get("state", {}))
+            for entry, changes in accepted.items():
+                log_once(f"resume.accept={entry}, from step {manifest['step']} on: {'; '.join(changes)}")
+            return ResumePoint(
+                checkpoint,
+                step=manifest["step"],
+                world_size=manifest["world_size"],
+                zero_stage=manifest.get("zero_stage", 3),
+                state=manifest.get("state", {}),
+                accepted=accepted,
+            )
         if not checkpoints:
             raise UserError(
                 f"{damage}, and there is no checkpoint before it; fix the file, or to begin anew rename {checkpoint}"
