@@ -60,7 +60,7 @@ def test_a_run_is_found_by_the_end_of_its_name_and_under_each_test_time_setting(
     run = run_of(tmp_path, "a", *niah(1024, 50, 50, 50))
     setting = replace(run, name="study/a, auto", test_time="auto", settings={"auto": run})
     rows = published(tmp_path, "Paper,1,RULER,other,a,NIAH,1024,55")
-    (block,) = published_table([setting], rows).blocks
+    (block,) = published_section([setting], rows).blocks
     assert cells(block)["NIAH: study/a, auto"][0].main == "50.0"
 
 
