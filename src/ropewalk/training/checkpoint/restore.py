@@ -203,7 +203,7 @@ class _Piece(NamedTuple):
     name: str
     in_flat: int
     in_parameter: int
-    count: int
+    elements: int
 
 
 def _vectors(optimizer: Any, is_partitioned: bool) -> Iterator[tuple[Tensor, list[_Piece]]]:
@@ -238,7 +238,7 @@ def _fill(shards: Shards, kind: str, flat: Tensor, pieces: Sequence[_Piece]) -> 
     values, filled = flat.data, 0
     for piece in pieces:
         values[filled : piece.in_flat].zero_()  # padding
-        filled = piece.in_flat + piece.count
+        filled = piece.in_flat + piece.elements
         shards.read(piece.name, kind, values[piece.in_flat : filled], piece.in_parameter)
     values[filled:].zero_()
 
