@@ -1,5 +1,6 @@
 # make demo   the whole path on real text, on a laptop without a GPU, then a report to look at
 # make test   all tests that need no GPU, as CI runs them
+# make wheels  what a GPU machine without a network needs to be checked, in .whl/
 # make docs   the pages of docs/ as a site, in site/
 # make test-slurm  jobs of slurm/ in a real SLURM that it starts on this machine (apt-get install slurm-wlm munge)
 # make check  lint, types and the fast tests, for the working day
@@ -13,7 +14,7 @@ KERNEL_fa3 = --no-deps --index-url $(or $(TORCH_INDEX),$(error ATTENTION=fa3 is 
 KERNEL_fa2 = --editable '.[fa2]'
 INSTALLED := $(VENV)/.installed$(if $(GPU),-gpu-$(ATTENTION))
 
-.PHONY: install demo demo-smollm2 test test-slurm docs check lint lint-shell types format
+.PHONY: install demo demo-smollm2 wheels test test-slurm docs check lint lint-shell types format
 
 install: $(INSTALLED)
 
@@ -32,6 +33,19 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(if $(GPU),DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[gpu]')
 	$(if $(GPU),$(if $(KERNEL_$(ATTENTION)),DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation $(KERNEL_$(ATTENTION)) || echo "warning: $(ATTENTION) was not installed; torch's own kernel is used"))
 	@touch $(VENV)/.installed $(INSTALLED)
+
+# make wheels [WHEELS_PYTHON=3.12] [MORE_WHEELS="PACKAGE==VERSION ..."]: into .whl/, what scripts/gpu_check.py needs on a GPU
+# machine without a network that has a torch of its own (docs/performance.md). Two have no wheels and are built here.
+WHEELS_PYTHON ?= 3.12
+WHEELS := annotated-types anyio blake3 dill gguf hjson httpcore2 httpx2 huggingface_hub hydra-core omegaconf pydantic \
+  pydantic_core sniffio tokenizers transformers truststore zstandard
+BUILT := antlr4-python3-runtime deepspeed
+pins = $(foreach name,$(1),$(shell grep -E '^$(name)==' requirements.lock))
+wheels: $(INSTALLED)
+	rm -rf .whl
+	$(BIN)/pip download --quiet --no-deps --dest .whl --only-binary :all: --python-version $(WHEELS_PYTHON) $(call pins,$(WHEELS)) $(shell grep -o 'liger-kernel==[0-9.]*' pyproject.toml) $(MORE_WHEELS)
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir .whl $(call pins,$(BUILT))
+	@du -sh .whl
 
 demo: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" recipes/demo/run.sh

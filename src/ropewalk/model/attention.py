@@ -218,7 +218,7 @@ def _sdpa_per_document(
 def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, softmax_scale: float | None, causal: bool, **rest: Any,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     """torch's own kernel, which is FlashAttention-2's. Its backward pass looks up itself whether torch is to be
     deterministic.
     """
