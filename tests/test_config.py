@@ -57,6 +57,7 @@ def test_every_test_time_composes(test_time):
     expected = {
         "none": ([], []), "auto": ([], yarn), "yarn4": (yarn, yarn), "yarn_follow": ([], [{**yarn[0], **follow}]),
         "pi_follow": ([], [{"method": "pi", **follow}]), "ntk_follow": ([], [{"method": "ntk", **follow}]),
+        "no_temperature": ([{"method": "temperature", "exponent": 0.0}],) * 2,
     }[test_time]  # fmt: skip
     assert (config.test_time.within, config.test_time.beyond) == expected
 

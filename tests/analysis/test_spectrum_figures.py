@@ -129,6 +129,14 @@ def test_ablations_are_the_runs_that_change_one_argument(ablated: list[str]) -> 
         read_ablations(ablated[-1:])
 
 
+def test_a_recorded_chain_that_is_not_read_any_more_is_named_with_its_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", FakeRun("old", chain="hope(length=4096, share=0.5)"))
+    with pytest.raises(
+        ValueError, match=r"the chain recorded in .*old: hope: share=0\.5 is refused: .* write rotating"
+    ):
+        read_responses([str(tmp_path / "old")])
+
+
 def test_the_papers_ablations_are_read_from_the_recipe() -> None:
     rows = published_ablations(str(PUBLISHED)).set_index(["argument", "setting", "context_length"])["value"]
     assert len(rows) == 3 * (7 + 4 + 2 + 4)  # values of each argument, at three lengths

@@ -123,10 +123,7 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
         if not evaluations.record:
             raise UserError(f"results: {directory} holds no finished evaluation; scripts/evaluate.py writes one")
         results = as_shares(evaluations.results)
-        try:
-            chain = RopeChain.parse(_trained_chain(directory, evaluations.record))
-        except UserError as error:
-            raise UserError(f"results: the chain recorded in {directory}: {error}") from error
+        chain = _parsed(_trained_chain(directory, evaluations.record), directory)
         family = family_and_clip(chain)
         if family is None:
             left_out.append(f"{directory.name} ({chain})")
@@ -144,6 +141,13 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
     note += " The runs without a clip begin every line." if (responses["clip"] == 0).any() else ""
     responses.attrs["note"] = note + (f" Left out, no plain clip: {', '.join(left_out)}." if left_out else "")
     return responses
+
+
+def _parsed(recorded: str, directory: Path) -> RopeChain:
+    try:
+        return RopeChain.parse(recorded)
+    except UserError as error:
+        raise UserError(f"results: the chain recorded in {directory}: {error}") from error
 
 
 def family_and_clip(chain: RopeChain) -> tuple[str, int] | None:
@@ -190,7 +194,7 @@ def read_ablations(directories: Sequence[str]) -> pd.DataFrame:
     for directory in map(Path, directories):
         results = read_evaluations(directory).results
         for text, of_chain in results[results["harness"] == "ruler"].groupby("chain", sort=False):
-            shown = _ablated(RopeChain.parse(str(text)))
+            shown = _ablated(_parsed(str(text), directory))
             left_out += [] if shown else [f"{directory.name} ({text})"]
             for length in of_chain["context_length"].unique() if shown else ():
                 cell = {"benchmark": "RULER", "task": RULER, "context_length": length, "method": "", "source": ""}
