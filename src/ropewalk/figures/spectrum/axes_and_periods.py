@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,9 @@ from ropewalk.rope.pair_axes import IntArray
 from ropewalk.rope.spectrum import Spectrum
 
 NAMES = ("time", "height", "width", "one dimension")
-LOOKS = {name: {"color": color, "marker": marker} for name, color, marker in zip(NAMES, PALETTE, MARKERS, strict=False)}
+LOOKS: dict[str, dict[str, Any]] = {
+    name: {"color": color, "marker": marker} for name, color, marker in zip(NAMES, PALETTE, MARKERS, strict=False)
+}
 LOOKS["one dimension"] = {"color": GREY, "marker": "o"}
 CAPTION = (
     "Period of each rotary pair in positions, its colour the axis that the pair reads. Hollow, on the upper edge: "
