@@ -12,6 +12,7 @@ ENTRIES = {
     "scripts/compare.py": "compare",
     "scripts/dashboard.py": "dashboard",
     "scripts/noise.py": "noise",
+    "scripts/study.py": "study",
     "scripts/plan.py": "plan",
 }
 FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")

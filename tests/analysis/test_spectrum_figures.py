@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from figures.drawings import ABF, YARN
-from report.fake_runs import FakeRun, write_run
+from report.fake_runs import FakeRun, write_fake_evaluation, write_run
 
 from ropewalk.analysis.spectrum_figures import draw, family_and_clip, read_responses
 from ropewalk.config.analysis import FiguresConfig
@@ -59,6 +59,18 @@ def test_responses_are_the_results_of_the_clipped_runs(runs: list[str]) -> None:
     loss = results[(results["task"] == "loss_at_length") & (results["context_length"] == 8192)]
     row = responses[(responses["run"] == "cope11") & (responses["task"] == "loss_at_length")]
     assert row.set_index("context_length").loc[8192, "value"] == loss["value"].item()
+
+
+def test_a_number_of_two_test_time_settings_is_in_both(tmp_path: Path) -> None:
+    """To 2,048 tokens both are the spectrum of training; past it each has its own losses."""
+    cope = FakeRun("cope", chain="abf(theta=1e5) > cope(clip=6)")
+    directory = write_run(tmp_path / "cope", cope)
+    write_fake_evaluation(directory / "evaluation_none", cope, "none")
+    loss = read_responses([str(directory)]).query("task == 'loss_at_length'")
+    assert loss.groupby("test_time")["context_length"].apply(sorted).to_dict() == {
+        "auto": [512, 1024, 2048, 4096, 8192],
+        "none": [512, 1024, 2048, 4096, 8192],
+    }
 
 
 def test_responses_need_a_clip(runs: list[str], tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def edited(model, **fields):
     return model
 
 
+def test_a_config_that_can_be_read_two_ways_is_warned_of_once_wherever_it_is_read(model, capsys):
+    edited(model, rope_parameters={**ENTRY, "rope_type": "linear", "factor": 4.0}, max_sequence_length=None)  # Vicuna's
+    load_for_evaluation(model, length=64)
+    read_config(model)
+    warning = "linear scaling by 4 is read in the convention of Gemma 3, from 16 tokens to max_position_embeddings=64"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
 @pytest.mark.parametrize(("fields", "message"), REFUSED)
 def test_a_config_that_cannot_be_read_is_one_line_for_every_reader(model, fields, message):
     edited(model, **fields)

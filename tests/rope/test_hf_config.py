@@ -10,15 +10,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ropewalk.config.train import SUPPORTED_MODEL_TYPES
 from ropewalk.errors import UserError
 from ropewalk.export.gguf.gguf_model import FAMILIES
-from ropewalk.model.rotary import inspect_config
+from ropewalk.model.rotary import inspect_config, place_position
 from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.advisor import config_warnings
+from ropewalk.rope.hf_config import READ_SHARE
 from ropewalk.rope.position import position_of
 
 FACTORS = [1.0 + i / 8 for i in range(48)]
@@ -210,6 +212,60 @@ def test_keys_that_are_left_out_have_their_class_s_own_value():
     assert answered >= {*SUPPORTED_MODEL_TYPES, *FAMILIES, "olmo3", "phi3"}
 
 
+def with_share(content, top, entry, **scaling):
+    """A config.json with partial_rotary_factor, of the (text) config itself, and in every entry of its rotations."""
+    content = deepcopy(content)
+    text = content["text_config"] if isinstance(content.get("text_config"), dict) else content
+    parameters = text.setdefault("rope_parameters", {})
+    for values in [value for value in parameters.values() if isinstance(value, dict)] or [parameters]:
+        values.pop("partial_rotary_factor", None)
+        values.update(scaling | ({} if entry is None else {"partial_rotary_factor": entry}))
+    text |= {} if top is None else {"partial_rotary_factor": top}
+    return content
+
+
+def test_a_share_of_channels_rotates_where_the_class_reads_it():
+    """Every causal model type that is read, a share at the top or also in the entry: its rotary class, or an error."""
+    read = set()
+    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            whole = CONFIG_MAPPING[model_type]().to_dict()
+            position_of(whole)
+        except (StrictDataclassError, UserError):
+            continue
+        for top, entry, scaling in ((0.5, None, {}), (0.5, 0.75, {}), (0.5, None, LINEAR)):
+            content = with_share(whole, top, entry, **scaling)
+            try:
+                position = position_of(content)
+            except UserError:
+                continue
+            stock = stock_rotation(content)
+            near = [np.allclose(s.inv_freq, stock, rtol=1e-4, atol=0.0) for s in
+                    (position.spectrum(), position.spectrum(1)) if s.inv_freq.shape == stock.shape]  # fmt: skip
+            assert any(near), (model_type, top, entry, scaling)
+            read |= {model_type} if position.head_dim < position_of(whole).head_dim else set()
+    assert read <= READ_SHARE
+    assert {"phi3", "glm4_moe_lite", "minimax_m2"} <= read  # whose classes have no share of their own
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def test_a_share_that_the_class_does_not_read_is_named_and_not_carried_into_a_scaling():
+    content = {"model_type": "llama", "head_dim": 16, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 32,
+               "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 64,
+               "rope_theta": 1e4, "partial_rotary_factor": 0.5}  # fmt: skip
+    position = position_of(content)
+    assert position.head_dim == 16
+    assert any("partial_rotary_factor=0.5: transformers' llama does not read it" in w for w in config_warnings(content))
+    with pytest.raises(UserError, match="must be absent: transformers' llama rotates whole heads"):
+        position_of({**content, "rope_scaling": LINEAR})
+    config = LlamaConfig.from_dict(content)
+    place_position(config, position.extended([{"method": "pi", "factor": 2.0}]))
+    reloaded = LlamaConfig.from_dict(json.loads(config.to_json_string()))
+    assert AutoModelForCausalLM.from_config(reloaded)(torch.arange(8)[None]).logits.isfinite().all()
+
+
 def test_a_nested_config_has_its_class_s_own_values():
     published = {  # Gemma-3-4b-it's config.json
         "model_type": "gemma3",
@@ -263,6 +319,7 @@ def test_whatever_stands_in_config_json_only_a_value_error_comes_out(config, met
             s = position_of(content).spectrum()
         except ValueError:
             continue
+        assert all(isinstance(warning, str) for warning in config_warnings(content))
         assert np.all(np.isfinite(s.inv_freq))
         assert np.all(s.inv_freq >= 0)
         assert np.isfinite(s.attention_scaling)

@@ -452,6 +452,8 @@ ARGUMENTS = {  # of every method, over its whole range
                  "long_factor": st.lists(st.floats(0.1, 1e38), min_size=64, max_size=64),
                  "original_max_position_embeddings": tokens, "factor": st.none() | factors},
     "rope_id_yarn": STRETCH,
+    "axes": {"layout": st.sampled_from(["bands", "alternating"]), "positions": st.just("diagonal"),
+             "temporal_scales": st.lists(st.floats(0.1, 4), min_size=1, max_size=4)},
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from ropewalk.config.analysis import AdviseConfig
 from ropewalk.rope.advisor import Advice, Choice, advise
 from ropewalk.rope.chain import clip_of, in_words, print_value
 from ropewalk.rope.hf_config import read_config_json
+from ropewalk.rope.pair_axes import PairAxes
 
 
 def print_advice(config: AdviseConfig) -> Advice:
@@ -18,20 +19,26 @@ def print_advice(config: AdviseConfig) -> Advice:
         UserError: for a model that cannot be read, or a length or chain that does not fit it.
     """
     chain = None if config.chain is None else next(iter(read_chains([config.chain]).values()))
+    position = read_model(config.model.path)
     advice = advise(
-        read_model(config.model.path),
+        position,
         theta=config.theta,
         train_length=config.train_length,
         target_length=config.target_length,
         chain=chain,
         config=None if is_declared(config.model.path) else read_config_json(locate(config.model.path)),
     )
-    print(describe(advice), flush=True)
+    print(describe(advice, position.axes), flush=True)
     return advice
 
 
-def describe(advice: Advice) -> str:
-    """The findings as a page of text."""
+def describe(advice: Advice, axes: PairAxes | None = None) -> str:
+    """The findings as a page of text.
+
+    Args:
+        advice: of the advisor.
+        axes: of the model's pairs; None: it reads text alone.
+    """
     position = advice.position
     base = print_value(position.theta)
     findings = [
@@ -40,6 +47,7 @@ def describe(advice: Advice) -> str:
             f"{in_words(position.chain)}, pretrained at base {base} and {position.pretrained_length:,} tokens, trained "
             f"at {position.trained_length:,} tokens; {position.head_dim // 2} pairs",
         ),
+        *([] if axes is None else [("axes", f"{axes}; all numbers below are of text, whose three positions are one")]),
         (
             "critical dimension",
             f"{advice.critical_dimension} of {position.head_dim} channels, at base {base} and "

@@ -23,7 +23,7 @@ from ropewalk.runs.directory import RunDirectory
 ALL = "figures"
 MOST_METHODS = 12  # small panels and colours carry no more
 SHORTEST, LONGEST = 64, 2**22  # tokens: below, no axis is left; above, the clip figure takes minutes
-COLUMNS = ["run", "family", "clip", "task", "metric", "context_length", "value", "ci_low", "ci_high"]
+COLUMNS = ["run", "family", "clip", "test_time", "task", "metric", "context_length", "value", "ci_low", "ci_high"]
 DEFAULTS = ("raised_cosine", "index")  # of cope: left out of a family's name
 
 
@@ -93,9 +93,9 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
         directories: run directories with an ``evaluation``, or what evaluate.py wrote itself.
 
     Returns:
-        One row for each run, metric and context length: run, family (method with its window, "" without a clip), clip
-        (pairs), task, metric, context_length (tokens), value, ci_low, ci_high. ``attrs["note"]`` names the runs that
-        were left out.
+        One row for each run, test-time setting, metric and context length: run, family (method with its window, ""
+        without a clip), clip (pairs), test_time (name of the setting; "": not recorded), task, metric, context_length
+        (tokens), value, ci_low, ci_high. ``attrs["note"]`` names the runs that were left out.
 
     Raises:
         UserError: if a directory holds no finished evaluation, or no run has a clip.
@@ -115,7 +115,8 @@ def read_responses(directories: Sequence[str]) -> pd.DataFrame:
             left_out.append(f"{directory.name} ({chain})")
             continue
         wanted = pd.MultiIndex.from_frame(results[["task", "metric"]]).isin(list(RESPONSES))
-        rows.append(results[wanted].assign(family=family[0], clip=family[1])[COLUMNS])
+        of_run = results[wanted].assign(family=family[0], clip=family[1], test_time=results["test_time"].str.split(","))
+        rows.append(of_run.explode("test_time")[COLUMNS])
     responses = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=COLUMNS)
     if not (responses["clip"] > 0).any():
         raise UserError(

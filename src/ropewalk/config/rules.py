@@ -196,6 +196,11 @@ def _validate_primary(primary: PrimaryConfig) -> None:
             raise UserError(f"primary.pairs has {pair}; each names two arms by their rope.name: [cope20, rope]")
     if len({frozenset(pair) for pair in primary.pairs}) < len(primary.pairs):
         raise UserError(f"primary.pairs={primary.pairs} names a pair twice; name each once")
+    lengths = primary.length if isinstance(primary.length, list) else [primary.length]
+    if primary.length is not None and not (lengths and all(type(length) is int for length in lengths)):
+        raise UserError(
+            f"primary.length={primary.length} is neither tokens nor a list of them: 65536 or [131072,262144]"
+        )
     if primary.pairs and (primary.length is None or primary.difference is None):
         raise UserError(
             f"primary.length={primary.length} and primary.difference={primary.difference}: a declared family needs the "

@@ -155,13 +155,13 @@ class PrimaryConfig:
     """The primary family of a study, declared before its runs: a report decides what it names and nothing else.
 
     Runs record it, and a run that goes on must declare what it began with. One number a seed: the row of the results
-    table with this task, metric, length and test-time scaling.
+    table with this task, metric, length and test-time scaling; of several lengths, the mean of their rows.
     """
 
     pairs: list[list[str]] = field(default_factory=list)  # [arm, the arm it is compared with], each a rope.name
     task: str = "loss_at_length"
     metric: str = "nll"
-    length: int | None = None  # tokens
+    length: Any = None  # tokens, or a list of lengths
     test_time_scaling: str | None = None  # as the table prints it; null: whichever was measured, if only one was
     difference: float | None = None  # smallest of interest, in the table's unit: nats, or points of a percentage
 
@@ -242,6 +242,48 @@ class NoiseConfig(PlanConfig):
     pairs: int = 1  # in the primary family
     seeds: list[int] = field(default_factory=lambda: [3, 5, 8, 10])  # an arm, whose detectable differences are shown
     output: str | None = None  # directory for noise.csv and noise.json; null: only printed
+
+
+@dataclass
+class RegimeConfig:
+    """One way in which a study trains its arms."""
+
+    runs: str = MISSING  # directory that holds a run directory for each arm and seed
+    trained: int = MISSING  # tokens
+    lengths: list[int] = MISSING  # tokens; the declared number is the mean over them
+
+
+@dataclass
+class BaseConfig:
+    """What a seed's base must score for the seed to count; nothing else leaves a seed out."""
+
+    regime: str = MISSING
+    arm: str = MISSING  # rope.name
+    task: str = "answers"
+    metric: str = "exact_match"
+    length: int = MISSING  # tokens
+    at_least: float = MISSING  # percent
+
+
+@dataclass
+class StudyPlan:
+    """plan.yaml of a study, declared before its runs. A decision is over all pairs in all regimes."""
+
+    primary: PrimaryConfig = field(default_factory=PrimaryConfig)
+    regimes: dict[str, RegimeConfig] = field(default_factory=dict)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    seeds: int = MISSING  # accepted seeds an arm
+
+
+@dataclass
+class StudyConfig:
+    """``python scripts/study.py``."""
+
+    plan: str = MISSING  # plan.yaml
+    results: str | None = None  # directory of results.csv, runs.csv and the figure; null: that of the plan
+    collect: bool = False  # first write results.csv and runs.csv from the runs on this machine
+    seeds: str | None = None  # print seeds alone: next (bases to be tried), accepted
+    paths: PathsConfig = field(default_factory=PathsConfig)
 
 
 @dataclass

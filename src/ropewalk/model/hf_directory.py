@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from ropewalk.errors import UserError
 from ropewalk.files import inside
+from ropewalk.rope.advisor import config_warnings
 from ropewalk.rope.hf_config import in_one_line, modern, read_config_json
 from ropewalk.rope.position import position_of
 
@@ -68,7 +72,17 @@ def read_config(
             f"{key}={model}: transformers refuses its config.json: {in_one_line(error)}"
         ) from error
     config.name_or_path = str(model)
+    if fault is None:
+        for warning in config_warnings(content):
+            _warn(f"{key}={model}: {warning}")
     return config
+
+
+@cache
+def _warn(text: str) -> None:
+    """Print a warning once, by the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def check_causal(config: PreTrainedConfig) -> None:

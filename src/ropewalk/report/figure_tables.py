@@ -11,7 +11,7 @@ from ropewalk.figures.evaluation_curves import UNKNOWN, kind_title
 from ropewalk.figures.needle_grid import ANSWER_NLL, EXACT_MATCH, NAMES
 from ropewalk.report.benchmarks import Suite, categories, common_tasks, lengths_of, scores
 from ropewalk.report.differences import Unpaired, by_position, passes
-from ropewalk.report.results_table import loss_at, needle_rows, pooled
+from ropewalk.report.results_section import loss_at, needle_scores, pooled
 from ropewalk.report.runs import Run
 from ropewalk.report.section import UNKNOWN_NOISE
 from ropewalk.report.seeds import arms, noise_words
@@ -103,7 +103,7 @@ def _standard_error(run: Run) -> float:
     """Of the pooled answer NLL less its control, as if lengths, answer and control were independent; nan if unknown."""
     variance = 0.0
     for metric in (ANSWER_NLL, f"{ANSWER_NLL}_shuffled"):
-        rows = needle_rows(run, metric)
+        rows = needle_scores(run, metric)
         if rows.empty:
             return math.nan
         variance += float(((rows["n"] * rows["stderr"]) ** 2).sum(skipna=False)) / float(rows["n"].sum()) ** 2
@@ -123,7 +123,7 @@ def average_table(runs: list[Run], suite: Suite) -> tuple[pd.DataFrame, dict[str
     return pd.DataFrame(rows, columns=AVERAGES), tasks_of
 
 
-def spectra_of(runs: Sequence[Run]) -> dict[str, Spectrum]:
+def run_spectra(runs: Sequence[Run]) -> dict[str, Spectrum]:
     """Run -> spectrum, of the runs that recorded theirs."""
     return {run.name: _spectrum(run) for run in runs if run.inv_freq is not None}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ropewalk.errors import UserError
 from ropewalk.rope.chain import RopeChain, clip_of, print_value, reached_length
-from ropewalk.rope.hf_config import REFERENCE_KEYS, read_hf_position
+from ropewalk.rope.hf_config import READ_SHARE, REFERENCE_KEYS, SHARE, read_hf_position
 from ropewalk.rope.methods.clipping import recommended_clip
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import METADATA_KEY, Position
@@ -144,6 +144,7 @@ def advise(
             f"theta={theta:g} must be above 1; leave it out to keep the model's own base, "
             f"{print_value(position.spectrum().theta)}, or name the one to change to, such as 1e7"
         )
+    position = replace(position, chain=position.chain.without_axes())  # all counts here are of text
     trained = position.trained_length if train_length is None else train_length
     target = 4 * trained if target_length is None else target_length
     _check_lengths(trained, target)
@@ -243,7 +244,8 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
             f"length that the first one reached, or a longer one, so YaRN would stretch {yarn_from:,} tokens here; "
             "start from abf to scale once"
         )
-    yield from _of_config(config)
+    yield from _layers_that_differ(config)
+    yield from config_warnings(config)
 
 
 def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
@@ -282,17 +284,19 @@ def _clipped_already(run: Position) -> Iterator[str]:
         )
 
 
-def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
+def config_warnings(config: Mapping[str, Any]) -> Iterator[str]:
+    """Warnings about a config.json that can be read two ways, or says more than stock transformers reads."""
     if not config:
         return
-    yield from _layers_that_differ(config)
     text = config.get("text_config") or config
     if "dual_chunk_attention_config" in text:
-        length = (text["dual_chunk_attention_config"] or {}).get("original_max_position_embeddings")
+        chunks = text["dual_chunk_attention_config"]
+        named = chunks.get("original_max_position_embeddings") if isinstance(chunks, Mapping) else None
+        served, length = (f"{n:,}" if isinstance(n, int) else n for n in (text.get("max_position_embeddings"), named))
         yield (
             "dual_chunk_attention_config: stock transformers ignores it and attends without the chunks, so "
-            f"max_position_embeddings={text.get('max_position_embeddings'):,} is no length that it was trained at; the "
-            f"file names {f'{length:,} tokens' if length else 'none'} as that"
+            f"max_position_embeddings={served} is no length that it was trained at; the "
+            f"file names {f'{length} tokens' if length else 'none'} as that"
         )
     if config.get(METADATA_KEY):
         return
@@ -304,13 +308,20 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
             f"type={older!r} beside rope_type={kind!r}: transformers takes rope_type, as here, and vLLM refuses the "
             "file; delete the one that is not the model's"
         )
-    named_start = {"original_max_position_embeddings", "max_sequence_length"} & {*stock.entry, *text}
+    starts = ("original_max_position_embeddings", "max_sequence_length")
+    named_start = any(values.get(key) is not None for values in (stock.entry, text) for key in starts)
     if kind == "linear" and not named_start:
         factor, served = float(stock.entry["factor"]), stock.trained_length
         yield (
             f"linear scaling by {factor:g} is read in the convention of Gemma 3, from {served / factor:,.0f} tokens to "
             f"max_position_embeddings={served:,}; in that of Vicuna-16k and LongChat it is from {served:,} to "
             f"{served * factor:,.0f}, and the file does not say which: write original_max_position_embeddings into it"
+        )
+    share = next((values[SHARE] for values in (stock.entry, text) if values.get(SHARE) is not None), 1)
+    if kind in (None, "default") and share != 1 and text.get("model_type") not in READ_SHARE:
+        yield (
+            f"{SHARE}={share}: transformers' {text.get('model_type')} does not read it and rotates whole heads, as is "
+            "counted here; other engines rotate the share alone: delete it where whole heads were trained"
         )
     named = any("original_max_position_embeddings" in values for values in (stock.entry, text))
     if kind in NEEDS_ORIGINAL and not named:

@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError
+from ropewalk.rope.chain import AXES
 from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.pair_axes import READ_BANDS, read_stock_axes
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
 DEFAULT_THETA = 1e4  # of a config that names neither its base nor its model type
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = ("gemma4", "deepseek_v4", "dots3", "minimax_m3")
 _WIDEST = 65536  # channels of a head
+SHARE = "partial_rotary_factor"
+# Classes of transformers 5.23.0 that read SHARE under rope_type default; the others rotate whole heads.
+_WITH_SHARE = (
+    "bamba fuyu glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_neox_japanese laguna mellum mimo_v2_flash minimax_m2 "
+    "nemotron persimmon phi phi3 phi4_multimodal qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
+    "qwen4_exp qwen4_exp_text recurrent_gemma solar_open stablelm zaya"
+)
+READ_SHARE = frozenset(_WITH_SHARE.split())
 _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text")
 
 # Keys with which CoPE's published code selects the clip; no stock engine reads them.
@@ -129,7 +139,7 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
     """
     nested = mapping(config, "text_config")
     defaults = _ClassDefaults(config, nested, stock)
-    config = nested or config
+    outer_type, config = config.get("model_type"), nested or config
     _refuse_other_encodings(config)
     entry = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
     layer_types = strings(config, "layer_types") or (None if entry else defaults["layer_types"])
@@ -153,13 +163,16 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
         top_level = whole(config, ORIGINAL) if not layers else None
         original = top_level or whole(entry, ORIGINAL) or defaults[ORIGINAL] or trained_length
     share = _share(config, entry, kind, defaults)
+    head_dim = _rotating_channels(config, 1.0 if kind == "proportional" else share, defaults)
+    axes = read_stock_axes(config.get("model_type") or outer_type, entry, head_dim // 2)
+    scaling = Scaling(kind, entry, original, trained_length, share, bool(layers))
     position = HfPosition(
         entry=entry,
         theta=_theta(config, entry, defaults),
-        head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share, defaults),
+        head_dim=head_dim,
         pretrained_length=original,
         trained_length=trained_length,
-        chain=scaling_steps(Scaling(kind, entry, original, trained_length, share, bool(layers))),
+        chain=[*([] if axes is None else [{"method": AXES, **axes.arguments}]), *scaling_steps(scaling)],
     )
     defaults.check()
     return position
@@ -194,7 +207,7 @@ class _ClassDefaults:
     @cached_property
     def _config(self) -> Any:
         if self.stock is not None:
-            return self.stock.get_text_config() if self.nested else self.stock
+            return _text_config(self.stock)
         if not any(isinstance(values.get("model_type"), str) for values in (self.content, self.nested)):
             return None
         from transformers import CONFIG_MAPPING  # late: most of this package needs numpy alone
@@ -205,13 +218,17 @@ class _ClassDefaults:
                 level = logging.get_verbosity()
                 logging.set_verbosity_error()  # it warns again where the model is loaded
                 try:
-                    config = CONFIG_MAPPING[values["model_type"]].from_dict(modern(values))
-                    return config.get_text_config() if values is self.content and self.nested else config
+                    return _text_config(CONFIG_MAPPING[values["model_type"]].from_dict(modern(values)))
                 except Exception as error:  # whatever its classes make of a user's file
                     return error
                 finally:
                     logging.set_verbosity(level)
         return None
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the language model in one of several modalities; any other as it is."""
+    return config.get_text_config() if hasattr(config, "text_config") else config
 
 
 def _refuse_other_encodings(config: Mapping[str, Any]) -> None:
@@ -230,6 +247,8 @@ def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
         raise wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
     if config.get("model_type") in ("phi3", "phi4_multimodal") and kind in ("su", "yarn"):
         return "longrope"  # their earlier names for it
+    if kind == "mrope" and str(config.get("model_type")).removesuffix("_text") in READ_BANDS:
+        return "default"  # Qwen2-VL's name for sections over plain RoPE
     if kind == "dynamic" and entry.get("alpha"):
         if config.get("model_type") not in _HUNYUAN:
             raise wrong("alpha", entry["alpha"], f"absent: transformers reads it for {', '.join(_HUNYUAN)} alone")
@@ -260,17 +279,30 @@ def _theta(config: Mapping[str, Any], entry: Mapping[str, Any], defaults: _Class
 
 
 def _share(config: Mapping[str, Any], entry: Mapping[str, Any], kind: str, defaults: _ClassDefaults) -> float:
-    """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none."""
-    candidates = (entry, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")
+    """The share of a head's channels that rotates; under ``proportional`` that of its pairs, which may be none.
+
+    A class of transformers decides which of the keys it takes into its entry; most do not read that under ``default``.
+    """
+    candidates = (entry, SHARE), (config, SHARE), (config, "rotary_pct")
     least = 0.0 if kind == "proportional" else 1e-9
-    for values, key in candidates:
-        share = number(values, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
-        if share is not None:
-            return share
-    own = defaults.of_entry("partial_rotary_factor") or defaults["partial_rotary_factor"]
-    if own is None and config.get("model_type") == "mimo_v2_flash":  # a number in its modeling code alone
+    shares = [
+        number(values, key, "above 0, at most 1; 1 rotates whole heads", lambda value: least <= value <= 1)
+        for values, key in candidates
+    ]
+    model_type = defaults["model_type"]
+    if model_type is None:
+        return next((share for share in shares if share is not None), 1.0)
+    own = defaults.of_entry(SHARE)
+    if own is None and kind != "default":  # whose functions put a top-level one into each layer type's entry
+        own = defaults[SHARE]
+    if own is None and model_type == "mimo_v2_flash":  # a number in its modeling code alone
         raise UserError("config.json names no partial_rotary_factor, which mimo_v2_flash needs; write it there: 0.334")
-    return 1.0 if own is None else float(own)
+    if own is None or kind == "proportional" or model_type in READ_SHARE:
+        return 1.0 if own is None else float(own)
+    if kind != "default" and own != 1:
+        rule = f"absent: transformers' {model_type} rotates whole heads, and fails with a share's {kind} frequencies"
+        raise wrong(SHARE, own, rule)
+    return 1.0
 
 
 def _rotating_channels(config: Mapping[str, Any], share: float, defaults: _ClassDefaults) -> int:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO configuration, optimizer, and the model whose output is the loss."""
+"""The DeepSpeed engine: ZeRO configuration, optimizer, spectrum."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ropewalk.config.rules import batching
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.model.activations import place_activations
-from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training
-from ropewalk.model.loss import tiled_linear_cross_entropy
+from ropewalk.model.loss import LossModel
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.rope.position import position_of
 from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
@@ -46,48 +45,6 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-class LossModel(nn.Module):
-    """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
-
-    def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float = 0.0) -> None:
-        super().__init__()
-        self.lm = lm
-        self.chunk_size, self.z_loss = chunk_size, z_loss
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        documents: Documents,
-        token_losses: Tensor | None = None,
-        logits_at: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross entropy of one packed row, and its z-loss if there is one; or some of its logits.
-
-        Args:
-            input_ids: int64 (1, tokens).
-            position_ids: int64 (1, tokens), from 0 in each document.
-            labels: int64 (1, tokens), already shifted; -100 is not trained on.
-            documents: where each document begins and ends.
-            token_losses: fp32 (tokens,), gets the loss of each trained token.
-            logits_at: int64 (n,), positions in the row.
-
-        Returns:
-            fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
-        """
-        # use_cache=True would let packed documents see each other in stock attention.
-        decoder = self.lm.get_decoder()
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
-        hidden = output.last_hidden_state[0]
-        head = self.lm.get_output_embeddings().weight
-        if not torch.is_grad_enabled():
-            head = head.detach()  # else the loss would form the head's gradient all the same
-        if logits_at is not None:
-            return (hidden[logits_at] @ head.T).float()
-        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -13,12 +13,13 @@ from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.figures.style import amount
 from ropewalk.figures.training_curves import final_mean
-from ropewalk.report.results_table import (
+from ropewalk.report.results_section import (
     accuracy_cell,
     difference_cell,
     loss_cell,
     order_by_loss,
     shared_lengths,
+    trained_cell,
 )
 from ropewalk.report.runs import Run, once
 from ropewalk.report.section import EMPTY, UNKNOWN_NOISE, Cell, Section, block_of
@@ -64,7 +65,7 @@ def facts(runs: list[Run]) -> list[PropertyRow]:
     return [PropertyRow(name, [(describe(run), False) for run in runs]) for name, describe in described.items()]
 
 
-def differences(runs: list[Run], baseline: Run) -> list[PropertyRow]:
+def config_differences(runs: list[Run], baseline: Run) -> list[PropertyRow]:
     """The configuration keys whose values are not the same in all runs that have a config.yaml.
 
     A value is marked if it is not the baseline's and may change what is trained. run_name and run_dir name the run and
@@ -155,7 +156,7 @@ CONFOUNDED = "A run that also differs in other settings shows the method and tho
 NOT_TRAINED = "None of these runs was trained here, so nothing is known of training noise."
 
 
-def opening_table(runs: list[Run], baseline: Run) -> Section:
+def opening_section(runs: list[Run], baseline: Run) -> Section:
     """A row for each run: arm, steps, training loss, losses and differences at two lengths, needle, other settings.
 
     The lengths are the baseline's trained one, where all runs were evaluated there, and the longest they share. What is
@@ -174,7 +175,7 @@ def opening_table(runs: list[Run], baseline: Run) -> Section:
         described[f"difference to {baseline.label} at {length:,}"] = partial(_difference, baseline, all_arms, length)
     described |= {
         "needle": lambda run: accuracy_cell(run, EXACT_MATCH),
-        "trained at": _trained,
+        "trained at": trained_cell,
         "documents": _documents,
         "other settings than the baseline's": lambda run: Cell(", ".join(others[run.name]) or EMPTY),
     }
@@ -225,10 +226,6 @@ def _training_loss(run: Run) -> Cell:
     return Cell(f"{final_mean(run.metrics, 'loss'):.3f}", hint="mean of the last tenth of the logged steps")
 
 
-def _trained(run: Run) -> Cell:
-    return Cell() if run.trained_length is None else Cell(f"{run.trained_length:,}")
-
-
 def _seeds(arm: Arm) -> Cell:
     return Cell(str(arm.seeds)) if arm.is_trained else Cell()
 
@@ -269,7 +266,8 @@ def other_settings(runs: list[Run], baseline: Run) -> dict[str, list[str]]:
     The base, which differs by nature, has none.
     """
     free, trained = ("rope.", *GROUPS_WITHOUT_EFFECT), once(runs)
-    rows = [r for r in differences(trained, baseline) if not r.name.startswith(free) and r.name not in WITHOUT_EFFECT]
+    rows = config_differences(trained, baseline)
+    rows = [row for row in rows if not row.name.startswith(free) and row.name not in WITHOUT_EFFECT]
     keys = {run.label: [row.name for row in rows if row.cells[i][1]] for i, run in enumerate(trained)}
     return {run.name: [] if run.is_base else keys[run.label] for run in runs}
 
