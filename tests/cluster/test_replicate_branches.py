@@ -65,10 +65,11 @@ def test_a_plan_counts_seeds_and_the_planners_hours(tmp_path: Path, capsys: pyte
     asked = ["spread=0.02", "difference=0.02", "pairs=2", "seeds=[5]", f"output={tmp_path}"]
     noise(composed("noise", *PLANNED, *asked), [])
     plan = json.loads((tmp_path / "noise.json").read_text())
-    hours = make_plan(composed("plan", *PLANNED)).entries["gpu_hours"]
+    hours, price = (make_plan(composed("plan", *PLANNED)).entries[name] for name in ("gpu_hours", "cost"))
     few, enough = plan["plan"]
     assert (few["seeds"], few["smallest_p"]) == (5, 0.125)  # 2^-4, over two pairs
     assert few["gpu_hours"] == pytest.approx(3 * 5 * hours)  # two arms and the one that both are compared with
+    assert few["cost"] == pytest.approx(3 * 5 * price)
     assert enough["seeds"] == plan["seeds_to_decide"]
     assert enough["detectable"] <= 0.02
     assert enough["power_no_difference"] >= 0.8

@@ -154,7 +154,7 @@ def plan_seeds(config: NoiseConfig) -> None:
     if difference is None:
         raise UserError(f"spread={config.spread} without difference: a plan needs the difference to decide; set both")
     needed = seeds_to_decide(config.spread, difference, pairs)
-    hours = float(make_plan(config).entries["gpu_hours"])
+    entries = make_plan(config).entries
     arms = pairs + 1  # one that all others are compared with
     rows = pd.DataFrame(
         {
@@ -162,15 +162,18 @@ def plan_seeds(config: NoiseConfig) -> None:
             "detectable": detectable_difference(config.spread, seeds, paired=True, alpha=ALPHA / pairs),
             "power_no_difference": equivalence_power(config.spread, difference, seeds),
             "smallest_p": min(1.0, smallest_p(seeds) * pairs),  # by Holm; 0.05 or more: nothing can be decided
-            "gpu_hours": arms * seeds * hours,
+            "gpu_hours": arms * seeds * entries["gpu_hours"],
+            "cost": arms * seeds * entries["cost"],
         }
         for seeds in sorted({*config.seeds, *([needed] if needed else [])})
     )
+    whole = {"gpu_hours": _whole, "cost": _whole}
     print(
         f"{needed or 'more than 10,000'} seeds an arm decide {difference:g} at a spread of {config.spread:g}, {pairs} "
-        f"pairs, power {POWER:.0%}\n{rows.to_string(index=False, float_format='{:.4g}'.format)}\n"
-        f"smallest_p of {ALPHA:g} or more: with so few seeds nothing can be decided. GPU-hours: {arms} arms of "
-        f"{config.run_name}, {hours:,.1f} a run on {config.cluster.name} (scripts/plan.py)"
+        f"pairs, power {POWER:.0%}\n"
+        f"{rows.to_string(index=False, float_format='{:.4g}'.format, formatters=whole)}\n"
+        f"smallest_p of {ALPHA:g} or more: with so few seeds nothing can be decided. GPU-hours and cost are of {arms} "
+        f"arms of {config.run_name}, {entries['gpu_hours']:,.1f} hours a run on {config.cluster.name} (scripts/plan.py)"
     )
     if config.output is not None:
         plan = {"spread": config.spread, "difference": difference, "pairs": pairs, "seeds_to_decide": needed}
@@ -178,6 +181,10 @@ def plan_seeds(config: NoiseConfig) -> None:
         rows.to_csv(Path(config.output) / "noise.csv", index=False)
         text = json.dumps(plan | {"plan": rows.to_dict("records")}, indent=2)
         write_atomically(Path(config.output) / "noise.json", text + "\n")
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2f}"
 
 
 def _directory(config: NoiseConfig, run_name: str) -> Path:

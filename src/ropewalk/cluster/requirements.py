@@ -18,7 +18,7 @@ from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import STORE_FIX, is_remote
-from ropewalk.config.train import TrainConfig
+from ropewalk.config.train import NoiseConfig, TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at
 
@@ -157,6 +157,12 @@ def _figures(config: FiguresConfig) -> Requirements:
     return Requirements(reads, [Promise(config.output, "figures")])
 
 
+def _noise(config: NoiseConfig) -> Requirements:
+    evaluations = [str(RunDirectory(Path(run)).evaluation) for run in config.runs]
+    reads = [Requirement("runs", path, ("evaluation",), by_chain=True) for path in evaluations]
+    return Requirements(reads + (_train(config).reads if config.replicate else []), [])
+
+
 COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "train": _train,
     "gather": _gather,
@@ -167,6 +173,7 @@ COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "compare": _compare,
     "geometry": _geometry,
     "figures": _figures,
+    "noise": _noise,
 }
 
 
