@@ -72,7 +72,8 @@ def test_parts_that_train():
     assert alone["ranks"] == 1
     assert alone["steps"][0]["losses"] == values("shared_rows")["steps"][0]["losses"] == rows["plain", 2]["losses"]
     resumed = values("resume")
-    assert (resumed["largest difference, same"], resumed["largest difference, universal"]) == (0, 0)
+    assert resumed["largest difference, as saved"] == 0
+    assert resumed["largest difference, under ZeRO-1"] < 1e-5 * min(resumed["losses"])
 
 
 @pytest.mark.slow

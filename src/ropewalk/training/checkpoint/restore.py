@@ -112,7 +112,8 @@ def _partitioned_each(
     groups: list[dict[str, torch.Size]], ranks: _Vectors, directory: Path
 ) -> dict[str, Sequence[Tensor]]:
     """ZeRO-3: every parameter is cut into as many equal parts as there are ranks, the last one padded."""
-    segments, offset = {}, 0
+    segments: dict[str, Sequence[Tensor]] = {}
+    offset = 0
     for name, shape in (item for group in groups for item in group.items()):
         part = math.ceil(shape.numel() / len(ranks))
         segments[name] = [view for vectors in ranks for view in _stretch(vectors, offset, part)]
