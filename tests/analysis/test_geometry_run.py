@@ -19,6 +19,7 @@ from ropewalk.analysis.capture import LayerHeads, observe
 from ropewalk.analysis.geometry import geometry
 from ropewalk.analysis.measure import COLUMNS, STATISTICS, is_of_keys
 from ropewalk.config.analysis import GeometryConfig
+from ropewalk.config.rules import validate_numbers
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.figures.key_clouds import GEOMETRY_FIGURES
 from ropewalk.model.load import load_for_evaluation, read_position
@@ -201,6 +202,7 @@ def test_before_rope_attention_differs_by_the_rotation_alone(config, checkpoints
 
 def test_snapshots_and_maps_may_be_left_out(config) -> None:
     config.pca_heads, config.attention_heads, config.formats = 0, [], ["svg"]
+    validate_numbers(config)  # as the command does first
     geometry(config)
     drawn = {path.stem for path in Path(config.output).glob("*.svg")}
     assert drawn == set(GEOMETRY_FIGURES) - {"geometry_pca", "geometry_attention", "geometry_cosine_maps"}

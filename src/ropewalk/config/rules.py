@@ -117,7 +117,7 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     AdviseConfig: {POSITIVE: "theta train_length target_length"},
     InspectConfig: {POSITIVE: "length"},
     FiguresConfig: {POSITIVE: "train_length target_length"},
-    GeometryConfig: {POSITIVE: "lengths max_documents pca_heads cluster_samples", NOT_NEGATIVE: "layers"},
+    GeometryConfig: {POSITIVE: "lengths max_documents cluster_samples", NOT_NEGATIVE: "layers pca_heads"},
 }
 
 
