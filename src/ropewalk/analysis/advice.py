@@ -80,7 +80,7 @@ def _clip(advice: Advice) -> str:
 
 
 def _rounding(pairs: int) -> str:
-    """What the nearest whole number would be, where it is another: CoPE's one example, 20 of 27, has both alike."""
+    """The nearest whole number, where it is another: CoPE's one example, 20 of 27, has both alike."""
     down, nearest = 3 * pairs // 4, (3 * pairs + 2) // 4
     return "" if nearest == down else f"; rounding decides: {0.75 * pairs:g} is {nearest} to the nearest pair"
 

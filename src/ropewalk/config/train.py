@@ -258,7 +258,7 @@ class RegimeConfig:
 
 @dataclass
 class BaseConfig:
-    """What a seed's base must score for the seed to count; nothing else leaves a seed out."""
+    """The score that a seed's base must reach for the seed to count; nothing else leaves a seed out."""
 
     regime: str = MISSING
     arm: str = MISSING  # rope.name

@@ -167,7 +167,7 @@ def check_kernels(
 
 
 def check_generation(kernel: Kernel, major: int) -> Finding:
-    """Whether the attention kernel, which works, was written for this GPU.
+    """Check that the attention kernel, which works, was written for this GPU.
 
     Args:
         kernel: chosen.
