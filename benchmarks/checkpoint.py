@@ -23,7 +23,8 @@ from demo import demo_config, packed_batch
 from ropewalk.config.groups import RopeConfig
 from ropewalk.files import fsync_path
 from ropewalk.model.load import training_config
-from ropewalk.training.checkpoint.save import load_checkpoint, save_checkpoint, start_save, verify_checkpoint
+from ropewalk.training.checkpoint.restore import load_checkpoint
+from ropewalk.training.checkpoint.save import save_checkpoint, start_save, verify_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import start_engine
 from ropewalk.training.guards import Guard

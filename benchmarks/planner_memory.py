@@ -1,4 +1,4 @@
-"""Peak resident memory of real ZeRO-3 steps beside what the planner says: python benchmarks/planner_memory.py [CASE...]
+"""Peak resident memory of real steps beside what the planner says: python benchmarks/planner_memory.py [CASE...]
 
 Each case trains two steps of a random model on one long document in processes of their own, on the CPU. The measured
 number is the increment of the peak (VmHWM of the largest rank) over the same engine around an empty model; the plan is
@@ -35,6 +35,7 @@ class Case:
     sequence: int = 1
     dtype: str = "float32"
     ratio: int = 3  # intermediate / hidden
+    stage: int = 3  # of ZeRO
 
 
 EMPTY = Case(1, 64, 1, 64, vocabulary=256)
@@ -59,6 +60,11 @@ CASES = {
     "loss_2": Case(2, 256, 2, 8192, vocabulary=65536, chunk=2048),
     # bf16: slow on this CPU, so short
     "bf16_states_1": Case(1, 768, 8, 64, dtype="bfloat16"),
+    # the lower stages
+    "zero1_2": Case(2, 768, 12, 256, stage=1),
+    "zero2_2": Case(2, 768, 12, 256, stage=2),
+    "zero1_bf16_2": Case(2, 1024, 10, 64, dtype="bfloat16", stage=1),
+    "zero2_bf16_2": Case(2, 1024, 10, 64, dtype="bfloat16", stage=2),
 }
 
 
@@ -110,7 +116,7 @@ def _config(case: Case):
             f"model.head_dim={case.hidden // case.heads}", f"trainer.activation_checkpointing={case.checkpointing}",
             f"trainer.loss_chunk_size={case.chunk}", f"parallel.sequence={case.sequence}",
             "trainer.micro_batch_size=1", f"trainer.global_batch_size={case.ranks // case.sequence}",
-            f"trainer.dtype={case.dtype}",
+            f"trainer.dtype={case.dtype}", f"deepspeed=zero{case.stage}",
         ]))  # fmt: skip
     config.model.architecture = architecture(case)
     return config
@@ -149,7 +155,7 @@ def planned(case: Case):
 
     setting = Setting(
         ranks=case.ranks, length=case.length, sequence=case.sequence, element=4 if case.dtype == "float32" else 2,
-        cuda=False, checkpointing=case.checkpointing, loss_chunk=case.chunk,
+        cuda=False, checkpointing=case.checkpointing, loss_chunk=case.chunk, stage=case.stage,
     )  # fmt: skip
     return memory(ModelShape.from_config(architecture(case), "case"), setting)
 
@@ -160,9 +166,10 @@ def main() -> None:
     empty = {}
     for name in names:
         case = CASES[name]
-        if case.ranks not in empty:
-            empty[case.ranks] = measure(f"empty_{case.ranks}", replace(EMPTY, ranks=case.ranks))
-        found, plan = measure(name, case) - empty[case.ranks], planned(case)
+        kind = f"empty_{case.ranks}_{case.stage}_{case.dtype}"
+        if kind not in empty:
+            empty[kind] = measure(kind, replace(EMPTY, ranks=case.ranks))
+        found, plan = measure(name, case) - empty[kind], planned(case)
         ratio = plan.device_total / found
         held = "" if found < GIB else ("within 20%" if abs(ratio - 1) <= 0.2 else "OUTSIDE 20%")
         parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in plan.parts.items() if size > 0.01 * GIB)
@@ -176,6 +183,10 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--step"]:
         which = sys.argv[2]
-        step(replace(EMPTY, ranks=int(which.split("_")[1])) if which.startswith("empty_") else CASES[which])
+        if which.startswith("empty_"):
+            _, ranks, stage, dtype = which.split("_")
+            step(replace(EMPTY, ranks=int(ranks), stage=int(stage), dtype=dtype))
+        else:
+            step(CASES[which])
     else:
         main()

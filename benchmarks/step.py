@@ -26,8 +26,9 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training, training_config
+from ropewalk.model.loss import LossModel
 from ropewalk.training.distributed import Ranks, start_processes
-from ropewalk.training.engine import LossModel, parameter_groups, start_engine, zero_config
+from ropewalk.training.engine import parameter_groups, start_engine, zero_config
 from ropewalk.training.guards import Guard
 from ropewalk.training.inputs import StepBatch
 from ropewalk.training.meter import Meter

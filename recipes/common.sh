@@ -92,3 +92,37 @@ evaluate() {
     [ "$status" -eq 0 ] || [ "$status" -eq 4 ] || return "$status"
   fi
 }
+
+# analyze COMMAND ARGUMENTS...: scripts/analyze.py on a GPU, through SLURM where there is one
+analyze() {
+  local options
+  if [ -n "${DRY_RUN:-}" ]; then
+    note scripts/analyze.py "$@"
+  elif [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
+    options=$(python scripts/job.py options "cluster=$CLUSTER" nodes=1 cluster.gpus_per_node=1)
+    mapfile -t options <<<"$options"
+    sbatch --wait "${options[@]}" --job-name=ropewalk-analyze --output='%x-%j.log' \
+      --wrap "$(printf '%q ' exec python scripts/analyze.py "$@")"
+  else
+    python scripts/analyze.py "$@"
+  fi
+}
+
+# aside COMMAND ARGUMENTS...: one of several stages that need nothing of each other: side by side in SLURM's queue, else now
+background=()
+aside() {
+  if [ -z "${DRY_RUN:-}" ] && [ "$CLUSTER" != laptop ] && command -v sbatch >/dev/null; then
+    "$@" &
+    background+=($!)
+  else
+    "$@"
+  fi
+}
+
+# all_done: waits for what was put aside; ends the recipe where one of them has failed
+all_done() {
+  local pid status=0
+  for pid in "${background[@]}"; do wait "$pid" || status=$?; done
+  background=()
+  return "$status"
+}

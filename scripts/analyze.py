@@ -43,7 +43,9 @@ FIGURES = {
     "textbook": "Original, scaled and Llama-3.1 frequencies of a 256-wide head at base 10,000.",
     "clips": "What the number of clipped pairs and the window do.",
     "decay": "Decay of the first singular value under four spectra.",
+    "axes": "Axis and period of every pair, for methods of images and videos.",
     "figures": "All figures above.",
+    "ablations": "RULER against each argument of RoPE-ID, from evaluated runs (results=[...]).",
 }
 
 

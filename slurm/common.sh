@@ -151,7 +151,7 @@ leave_by() {
 train() {
   local until
   if [ -n "${DRY_RUN:-}" ]; then
-    python scripts/job.py preview "$0" "$@"
+    python scripts/job.py preview "slurm/${0##*/}" "$@"
     exit
   fi
   begin train "$@"

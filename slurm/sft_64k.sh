@@ -14,7 +14,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-[ -n "${DRY_RUN:-}" ] || cd "${SLURM_SUBMIT_DIR:?submit it: sbatch $0 (DRY_RUN=1 $0 shows it first)}" # SLURM runs a copy
+root=${DRY_RUN:+$(dirname "$0")/..} # a job is a copy in SLURM's spool, so its root is where it was submitted
+cd "${root:-${SLURM_SUBMIT_DIR:?submit it: sbatch $0 (DRY_RUN=1 $0 shows it first)}}"
 [ -f slurm/common.sh ] || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
 . slurm/common.sh
 

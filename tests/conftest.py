@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="path of an interpreter with vllm or sglang, whose rotary tables are compared then",
     )
     parser.addoption(
+        "--kernels",
+        metavar="DIRECTORY",
+        help="archives of flash-attn and flash-attn-4, whose sources and signatures are compared then",
+    )
+    parser.addoption(
         "--smollm2",
         metavar="DIRECTORY",
         help="what recipes/smollm2_135m_cpu/fetch.py has fetched; its export is verified then",

@@ -12,9 +12,13 @@ ENTRIES = {
     "scripts/compare.py": "compare",
     "scripts/dashboard.py": "dashboard",
     "scripts/noise.py": "noise",
+    "scripts/study.py": "study",
     "scripts/plan.py": "plan",
 }
-FIGURES = ("spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "figures")
+FIGURES = (
+    "spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "axes", "figures",
+    "ablations",
+)  # fmt: skip
 COMMANDS_OF = {
     "scripts/analyze.py": {
         "advise": "advise",

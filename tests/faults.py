@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ropewalk.training.engine import LossModel
+from ropewalk.model.loss import LossModel
 
 
 def _in_forward(happen: Callable[[int], bool], do: Callable[[object], object]) -> None:

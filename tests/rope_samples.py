@@ -21,6 +21,8 @@ SAMPLES = {
     "half_rope": {},
     "rope_id": {},
     "rope_id_yarn": {"factor": 8.0},
+    "axes": {"layout": "alternating", "positions": "diagonal"},
+    "temperature": {"exponent": 2.0},
 }
 
 

@@ -57,6 +57,7 @@ def test_every_test_time_composes(test_time):
     expected = {
         "none": ([], []), "auto": ([], yarn), "yarn4": (yarn, yarn), "yarn_follow": ([], [{**yarn[0], **follow}]),
         "pi_follow": ([], [{"method": "pi", **follow}]), "ntk_follow": ([], [{"method": "ntk", **follow}]),
+        "no_temperature": ([{"method": "temperature", "exponent": 0.0}],) * 2,
     }[test_time]  # fmt: skip
     assert (config.test_time.within, config.test_time.beyond) == expected
 
@@ -197,6 +198,8 @@ def test_a_mistake_is_one_line_on_stderr(store_64, tmp_path, script, arguments, 
     ({"learning_rate": -1.0}, r"trainer.learning_rate=-1\.0 must be positive"),
     ({"warmup_ratio": 10.0}, r"trainer.warmup_ratio=10\.0 is a share; set it between 0 and 1"),
     ({"device": "cuda", "dtype": "float32"}, "trainer.dtype=float32 with trainer.device=cuda"),
+    ({"attention": "fa5"}, "trainer.attention=fa5 is not known; use one of: auto, fa4, fa3, fa2, torch"),
+    ({"attention": "fa3"}, "trainer.attention=fa3 with trainer.device=cpu: it is a kernel for GPUs"),
 ])  # fmt: skip
 def test_trainer_values_are_validated(store_64, tmp_path, changes, message):
     config = tiny_run(store_64, tmp_path)

@@ -1,11 +1,13 @@
 """What recipes/common.sh refuses, what it submits where there is SLURM, and what it runs where there is none."""
 
 import os
+import re
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from helpers import alone_environment
 
@@ -137,3 +139,42 @@ def test_torchrun_has_one_code_and_the_output_tells(tmp_path, written, passes):
     script = f"torchrun() {{ return 1; }}\nevaluate checkpoint=a output={tmp_path}\necho reached"
     done = recipe(script, path, CLUSTER="laptop", EVALUATION_GPUS="2")
     assert ("reached" in done.stdout) is passes
+
+
+def test_the_sweep_of_rope_id_has_every_ablation_of_the_paper():
+    script = Path("recipes/rope_id_1b/run.sh").read_text()
+    swept = set(re.search(r'^every="(.+?)"$', script, re.MULTILINE | re.DOTALL)[1].split())
+    names = {"rope_id_" + ablation.replace("=", "_") + "_4k" for ablation in swept}
+    published = pd.read_csv("recipes/rope_id_1b/expected.csv", dtype=str)
+    assert names | {"rope_id_4k"} == set(published[published["table"] == "5"]["run"])
+
+
+@pytest.mark.parametrize(("where", "order"), [("h100_8", ["two", "one", "end"]), ("laptop", ["one", "two", "end"])])
+def test_stages_that_need_nothing_of_each_other_wait_side_by_side_under_slurm(tmp_path, where, order):
+    """Without SLURM each is done before the next begins."""
+    command(tmp_path / "sbatch", "exit 1")
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slow = f"slow() {{ sleep 1; echo one >>{tmp_path}/order; }}\nfast() {{ echo two >>{tmp_path}/order; }}\n"
+    done = recipe(f"{slow}aside slow\naside fast\nall_done\necho end >>{tmp_path}/order", path, CLUSTER=where)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "order").read_text().split() == order
+
+
+@pytest.mark.parametrize("where", ["h100_8", "laptop"])
+def test_a_stage_put_aside_that_fails_ends_the_recipe(tmp_path, where):
+    command(tmp_path / "sbatch", "exit 1")
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = "bad() { false; echo went on; }\naside bad\naside true\nall_done\necho reached"
+    done = recipe(script, path, CLUSTER=where)
+    assert done.returncode == 1
+    assert "reached" not in done.stdout
+    assert "went on" not in done.stdout
+
+
+@pytest.mark.slow
+def test_an_analysis_is_one_job_of_one_gpu(tmp_path):
+    words = submitted(tmp_path, "analyze geometry 'models=[a b,c]' output=d", CLUSTER="h100_8")
+    assert {"--wait", "--nodes=1", "--gpus-per-node=1"} <= set(words)
+    ran = subprocess.run(["bash", "-c", words[-1].replace("exec python", "printf '%s\\n'")], capture_output=True,
+                         text=True, check=True)  # fmt: skip
+    assert ran.stdout.splitlines() == ["scripts/analyze.py", "geometry", "models=[a b,c]", "output=d"]

@@ -8,9 +8,12 @@ import pytest
 import torch
 from helpers import TINY, save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 from ropewalk.analysis.capture import LayerHeads, observe
-from ropewalk.analysis.statistics import attention_scores
+from ropewalk.analysis.geometry_plan import MEASURED_TYPES
+from ropewalk.analysis.statistics import Scores, attention_scores
+from ropewalk.export.gguf.gguf_model import FAMILIES
 from ropewalk.model.load import load_for_evaluation
 
 TOKENS, HEADS, KEY_HEADS, DIM = 50, 4, 2, 16
@@ -23,9 +26,24 @@ YARN = {
 IDS = torch.randint(0, TINY["vocab_size"], (TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3"])
+LAYERED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+FIELDS: dict[str, dict] = {  # of each family that export takes: windows, clamps and caps that act at this size
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "olmo": {"clip_qkv": 0.5, "eos_token_id": 1},
+    "olmo2": {},
+    "olmo3": LAYERED,
+    "gemma": {},
+    "gemma2": {**LAYERED, "attn_logit_softcapping": 2.0},
+    "gemma3_text": LAYERED,
+}
+
+
+@pytest.fixture(params=FIELDS)
 def checkpoint(request, tmp_path) -> Path:
-    directory = save_tiny(tmp_path / "tiny", request.param)
+    directory = save_tiny(tmp_path / "tiny", request.param, **FIELDS[request.param])
     model = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():  # a bias of zero, or a norm of one, would hide a capture on its wrong side
         for name, parameter in model.named_parameters():
@@ -39,6 +57,12 @@ def captured(model: PreTrainedModel, layers: list[int]) -> list[LayerHeads]:
     found: list[LayerHeads] = []
     observe(model, IDS, layers, found.append)
     return found
+
+
+def scores_of(heads: LayerHeads, lengths: list[int]) -> Scores:
+    """Attention after RoPE, as the layer has it."""
+    options = {"window": heads.window, "softcap": heads.softcap}
+    return attention_scores(heads.queries["after"], heads.keys["after"], lengths, heads.logit_scaling, **options)
 
 
 def normalised(x: np.ndarray, weight: torch.Tensor, epsilon: float) -> np.ndarray:
@@ -67,15 +91,30 @@ def rotated(cloud: np.ndarray, inv_freq: np.ndarray, scaling: float) -> np.ndarr
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
+INV_FREQ = 1e4 ** (-np.arange(DIM // 2) / (DIM // 2))
+
+
+def test_every_family_that_export_takes_is_here() -> None:
+    assert set(FIELDS) == set(MEASURED_TYPES) >= set(FAMILIES)
+
+
+def test_after_is_the_rotation_of_before(checkpoint) -> None:
+    for heads in captured(load_for_evaluation(checkpoint), [0, 1]):
+        for vectors, count in ((heads.queries, HEADS), (heads.keys, KEY_HEADS)):
+            assert vectors["before"].shape == vectors["after"].shape == (count, TOKENS, DIM)
+            expected = rotated(vectors["before"].double().numpy(), INV_FREQ, 1.0)
+            np.testing.assert_allclose(vectors["after"].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", ["llama", "mistral", "qwen2", "qwen3"], indirect=True)
 def test_before_is_the_projection_and_after_its_rotation(checkpoint) -> None:
     model = load_for_evaluation(checkpoint)
     (heads,) = captured(model, [0])
-    inv_freq = 1e4 ** (-np.arange(DIM // 2) / (DIM // 2))
     for side, vectors, count in (("q", heads.queries, HEADS), ("k", heads.keys, KEY_HEADS)):
         expected = unrotated(model, side)
         assert vectors["before"].shape == vectors["after"].shape == (count, TOKENS, DIM)
         np.testing.assert_allclose(vectors["before"].numpy(), expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(vectors["after"].numpy(), rotated(expected, inv_freq, 1.0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(vectors["after"].numpy(), rotated(expected, INV_FREQ, 1.0), rtol=1e-4, atol=1e-5)
 
 
 def test_attention_of_the_capture_is_transformers_eager_attention(checkpoint) -> None:
@@ -83,15 +122,16 @@ def test_attention_of_the_capture_is_transformers_eager_attention(checkpoint) ->
     with torch.no_grad():
         attentions = eager(IDS[None], output_attentions=True, use_cache=False).attentions
     for heads in captured(load_for_evaluation(checkpoint), [0, 1]):
-        found = attention_scores(heads.queries["after"], heads.keys["after"], [20, TOKENS], heads.logit_scaling)
-        weights = attentions[heads.layer][0]
+        found = scores_of(heads, [20, TOKENS])
+        weights, reach = attentions[heads.layer][0], heads.window or TOKENS
         for length in (20, TOKENS):
-            sink = weights[:, 1:length, 0].mean(-1)
+            sink = weights[:, 1 : min(length, reach), 0].mean(-1)
             torch.testing.assert_close(found.sink_weight[length], sink, rtol=1e-4, atol=1e-6)
-            by_key = weights[:, :length, :length].sum(1) / torch.arange(length, 0, -1)
+            by_key = weights[:, :length, :length].sum(1) / torch.arange(length, 0, -1).clamp_max(reach)
             torch.testing.assert_close(found.key_scores[length], by_key, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpoint", [family for family in FIELDS if family != "gemma2"], indirect=True)
 def test_the_largest_dot_product_is_that_of_eager_attentions_logits(checkpoint, monkeypatch) -> None:
     """Softmax forgets the size of its logits, so eager attention is stopped in front of it."""
     logits = []
@@ -106,8 +146,8 @@ def test_the_largest_dot_product_is_that_of_eager_attentions_logits(checkpoint, 
         patch.setattr(torch.nn.functional, "softmax", keep)
         eager(IDS[None], use_cache=False)
     for heads, of_layer in zip(captured(load_for_evaluation(checkpoint), [0, 1]), logits, strict=True):
-        found = attention_scores(heads.queries["after"], heads.keys["after"], [TOKENS], heads.logit_scaling)
-        largest = of_layer.amax((-2, -1)) * DIM**0.5
+        found = scores_of(heads, [TOKENS])
+        largest = of_layer.amax((-2, -1)) / heads.logit_scaling
         torch.testing.assert_close(found.max_dot[TOKENS], largest, rtol=1e-4, atol=1e-5)
 
 
@@ -127,13 +167,14 @@ def test_attention_scaling_is_part_of_after(tmp_path) -> None:
 
 def test_the_model_is_left_as_it_was(tmp_path) -> None:
     model = load_for_evaluation(save_tiny(tmp_path / "tiny"))
+    rotation = modeling_llama.apply_rotary_pos_emb
     with torch.no_grad():
         before = model(IDS[None]).logits
     assert [heads.layer for heads in captured(model, [1])] == [1]
     with torch.no_grad():
         torch.testing.assert_close(model(IDS[None]).logits, before, rtol=0, atol=0)
     assert model.config._attn_implementation == "sdpa"
-    assert not any(module._forward_hooks for module in model.modules())
+    assert modeling_llama.apply_rotary_pos_emb is rotation
 
 
 def test_a_capture_that_is_no_rotation_stops_the_run(tmp_path) -> None:

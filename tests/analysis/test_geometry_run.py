@@ -19,6 +19,7 @@ from ropewalk.analysis.capture import LayerHeads, observe
 from ropewalk.analysis.geometry import geometry
 from ropewalk.analysis.measure import COLUMNS, STATISTICS, is_of_keys
 from ropewalk.config.analysis import GeometryConfig
+from ropewalk.config.rules import validate_numbers
 from ropewalk.evaluation.documents import make_windows
 from ropewalk.figures.key_clouds import GEOMETRY_FIGURES
 from ropewalk.model.load import load_for_evaluation, read_position
@@ -201,9 +202,10 @@ def test_before_rope_attention_differs_by_the_rotation_alone(config, checkpoints
 
 def test_snapshots_and_maps_may_be_left_out(config) -> None:
     config.pca_heads, config.attention_heads, config.formats = 0, [], ["svg"]
+    validate_numbers(config)  # as the command does first
     geometry(config)
     drawn = {path.stem for path in Path(config.output).glob("*.svg")}
-    assert drawn == set(GEOMETRY_FIGURES) - {"geometry_pca", "geometry_attention"}
+    assert drawn == set(GEOMETRY_FIGURES) - {"geometry_pca", "geometry_attention", "geometry_cosine_maps"}
     assert pd.read_parquet(Path(config.output) / "pca.parquet").empty
 
 
@@ -268,10 +270,49 @@ def test_checkpoints_that_cannot_stand_side_by_side_are_refused(config, tmp_path
     config.models = [plain, str(other)]
     with pytest.raises(ValueError, match="head by head"):
         geometry(config)
-    windowed = save_tiny(tmp_path / "windowed", "mistral", sliding_window=80)
-    shutil.copytree(fixture_tokenizer, windowed, dirs_exist_ok=True)
-    config.models = [str(windowed)]
-    with pytest.raises(ValueError, match="sliding_window=80"):
+    config.models = [str(save_tiny(tmp_path / "phi3", "phi3", pad_token_id=0))]
+    with pytest.raises(ValueError, match=r"model_type of .*phi3 is not known; use one of: llama, mistral"):
         geometry(config)
-    config.lengths = [64]
-    assert not geometry(config).empty
+
+
+def test_layers_that_see_a_window_are_measured_within_it(config, tmp_path, fixture_tokenizer) -> None:
+    """Gemma 3, its first layer with a window of 40 of the 96 tokens: against transformers' eager attention."""
+    gemma = save_tiny(
+        tmp_path / "gemma", "gemma3_text", sliding_window=40, layer_types=["sliding_attention", "full_attention"]
+    )
+    shutil.copytree(fixture_tokenizer, gemma, dirs_exist_ok=True)
+    config.models, config.max_documents = [str(gemma)], 1
+    config.attention_heads = ["0.3"]
+    table = geometry(config)
+    (ids,) = documents(gemma, Path(config.documents), 1)
+    model = AutoModelForCausalLM.from_pretrained(gemma, attn_implementation="eager")
+    with torch.no_grad():
+        attentions = model(ids[None], output_attentions=True, use_cache=False).attentions
+    scores = pd.read_parquet(Path(config.output) / "key_scores.parquet")
+    for layer, window in ((0, 40), (1, LENGTHS[-1])):
+        weights = attentions[layer][0].double()
+        where = {"layer": layer, "length": LENGTHS[-1], "rope": "after"}
+        sink = values(table, statistic="sink_weight", **where)
+        np.testing.assert_allclose(sink, weights[:, 1:window, 0].mean(-1), rtol=1e-4)
+        by_key = weights.sum(1).mean(0) / np.minimum(np.arange(LENGTHS[-1], 0, -1), window)
+        np.testing.assert_allclose(values(scores, **where), by_key, rtol=1e-4)
+
+
+def test_norms_and_cosines_by_position_are_those_of_the_vectors(measured, checkpoints, fixture_corpus) -> None:
+    (ids,) = documents(checkpoints["clipped"], fixture_corpus, 1)
+    found: list[LayerHeads] = []
+    observe(load_for_evaluation(checkpoints["clipped"]), ids, [1], found.append)
+    scores = pd.read_parquet(measured.attrs["output"] / "key_scores.parquet")
+    for rope in ("before", "after"):
+        query, key = (side[rope].double().numpy() for side in (found[0].queries, found[0].keys))
+        rows = scores[(scores["model"] == "clipped") & (scores["layer"] == 1) & (scores["rope"] == rope)]
+        for length in LENGTHS:
+            of_length = rows[rows["length"] == length]
+            norms = np.linalg.norm(key[:, :length], axis=-1).mean(0)
+            np.testing.assert_allclose(of_length["key_norm"], norms, rtol=1e-5)
+            cosines = [
+                np.tril(cosine_similarity(query[head, :length], key[head // 2, :length])).sum(0)
+                / np.arange(length, 0, -1)
+                for head in range(HEADS)
+            ]
+            np.testing.assert_allclose(of_length["cosine"], np.mean(cosines, axis=0), atol=1e-5)

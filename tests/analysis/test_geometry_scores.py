@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics.pairwise import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropewalk.analysis import statistics
-from ropewalk.analysis.statistics import attention_scores, basis_table, fit_basis, sample_heads, sample_positions
-from ropewalk.figures.key_clouds import log_bins
+from ropewalk.analysis.statistics import (
+    attention_scores,
+    basis_table,
+    fit_basis,
+    key_cosines,
+    sample_heads,
+    sample_positions,
+)
+from ropewalk.figures.key_positions import log_bins
 
 HEADS, KEY_HEADS, TOKENS, DIM = 4, 2, 90, 8
 LENGTHS = [10, 64, 90]
@@ -20,45 +28,72 @@ def vectors() -> tuple[torch.Tensor, torch.Tensor]:
     return queries, 2 * torch.randn(KEY_HEADS, TOKENS, DIM, generator=generator)
 
 
-def whole(vectors: tuple[torch.Tensor, torch.Tensor], head: int) -> tuple[np.ndarray, np.ndarray]:
+def whole(
+    vectors: tuple[torch.Tensor, torch.Tensor], head: int, window: int = TOKENS, softcap: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """q.k and attention weights of one head, causal, in float64."""
     query, key = (x.double().numpy() for x in vectors)
     dots = query[head] @ key[head // (HEADS // KEY_HEADS)].T
-    dots[np.triu_indices(TOKENS, 1)] = -np.inf
-    weights = np.exp(dots * DIM**-0.5)
-    return dots, weights / weights.sum(-1, keepdims=True)
+    logits = dots * DIM**-0.5
+    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+    weights = np.where(seen(window), np.exp(logits), 0.0)
+    return np.where(seen(window), dots, -np.inf), weights / weights.sum(-1, keepdims=True)
+
+
+def seen(window: int = TOKENS) -> np.ndarray:
+    """(queries, keys): the last ``window`` keys up to the query's own."""
+    return np.tril(np.ones((TOKENS, TOKENS), dtype=bool)) & ~np.tril(np.ones((TOKENS, TOKENS), dtype=bool), -window)
 
 
 @pytest.mark.parametrize("block", [1, 1000, 10**9])
-def test_blocks_make_up_the_whole_attention(vectors, block) -> None:
-    found = attention_scores(*vectors, LENGTHS, DIM**-0.5, block=block)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, None), (64, 1.5)])
+def test_blocks_make_up_the_whole_attention(vectors, block, window, softcap) -> None:
+    found = attention_scores(*vectors, LENGTHS, DIM**-0.5, window=window, softcap=softcap, block=block)
+    reach = window or TOKENS
     for head in range(HEADS):
-        dots, weights = whole(vectors, head)
+        dots, weights = whole(vectors, head, reach, softcap)
         for length in LENGTHS:
             shown = weights[:length, :length]
-            assert found.sink_weight[length][head].item() == pytest.approx(shown[1:, 0].mean(), rel=1e-5)
+            sink = shown[1 : min(reach, length), 0].mean()
+            assert found.sink_weight[length][head].item() == pytest.approx(sink, rel=1e-5)
             assert found.max_dot[length][head].item() == pytest.approx(dots[:length, :length].max(), rel=1e-6)
-            by_key = [shown[key:, key].mean() for key in range(length)]
+            by_key = [shown[key : key + reach, key].mean() for key in range(length)]
             np.testing.assert_allclose(found.key_scores[length][head].numpy(), by_key, rtol=2e-5)
 
 
-def test_a_map_holds_the_mean_of_the_pairs_that_causality_allows(vectors, monkeypatch) -> None:
+@pytest.mark.parametrize("window", [None, 17, 200])
+def test_cosines_of_a_key_are_the_mean_over_the_queries_that_see_it(vectors, window) -> None:
+    found = key_cosines(*vectors, window).numpy()
+    query, key = (x.double().numpy() for x in vectors)
+    for head in range(HEADS):
+        cosines = cosine_similarity(query[head], key[head // (HEADS // KEY_HEADS)])
+        by_key = [cosines[at : at + (window or TOKENS), at].mean() for at in range(TOKENS)]
+        np.testing.assert_allclose(found[head], by_key, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_a_map_holds_the_mean_of_the_pairs_that_are_seen(vectors, window, monkeypatch) -> None:
     monkeypatch.setattr(statistics, "GRID", 20)  # cells of ceil(90 / 20) = 5 tokens
-    found = attention_scores(*vectors, LENGTHS, DIM**-0.5, map_heads=[1, 2], block=1000)
+    found = attention_scores(*vectors, LENGTHS, DIM**-0.5, map_heads=[1, 2], window=window, block=1000)
     assert set(found.maps) == {1, 2}
+    allowed = seen(window or TOKENS)
+    query, key = (x.double().numpy() for x in vectors)
     for head in (1, 2):
-        _, weights = whole(vectors, head)
-        cells = found.maps[head].numpy()
-        assert cells.shape == (18, 18)
-        allowed = np.tril(np.ones((TOKENS, TOKENS), dtype=bool))
-        for row in range(18):
-            for column in range(18):
-                place = np.s_[5 * row : 5 * row + 5, 5 * column : 5 * column + 5]
-                if column > row:
-                    assert np.isnan(cells[row, column])
-                else:
-                    assert cells[row, column] == pytest.approx(weights[place][allowed[place]].mean(), rel=1e-5)
-        np.testing.assert_allclose(found.sink_by_query[head].numpy(), weights[:, 0], rtol=1e-5)
+        _, weights = whole(vectors, head, window or TOKENS)
+        cosines = cosine_similarity(query[head], key[head // 2])
+        maps = found.maps[head].numpy()
+        assert maps.shape == (2, 18, 18)
+        for cells, whole_map in zip(maps, (weights, cosines), strict=True):
+            for row in range(18):
+                for column in range(18):
+                    place = np.s_[5 * row : 5 * row + 5, 5 * column : 5 * column + 5]
+                    shown = whole_map[place][allowed[place]]
+                    if shown.size == 0:
+                        assert np.isnan(cells[row, column])
+                    else:
+                        assert cells[row, column] == pytest.approx(shown.mean(), rel=1e-4, abs=1e-6)
+        for sink, whole_map in zip(found.sink_by_query[head].numpy(), (weights, cosines), strict=True):
+            np.testing.assert_allclose(sink, np.where(allowed[:, 0], whole_map[:, 0], np.nan), rtol=1e-5, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -11,11 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from figures.drawings import ABF, YARN
-from report.fake_runs import FakeRun, write_run
+from report.fake_runs import FakeRun, benchmark_row, write_fake_evaluation, write_run
 
-from ropewalk.analysis.spectrum_figures import draw, family_and_clip, read_responses
+from ropewalk.analysis.spectrum_figures import (
+    draw,
+    family_and_clip,
+    published_ablations,
+    read_ablations,
+    read_responses,
+)
+from ropewalk.config import CONFIG_DIR
 from ropewalk.config.analysis import FiguresConfig
-from ropewalk.evaluation.results import read_results, write_results
+from ropewalk.evaluation.harness.ruler_tasks import TASKS
+from ropewalk.evaluation.results import read_results, results_table, write_results
 from ropewalk.figures.spectrum import SPECTRUM_FIGURES
 from ropewalk.rope import RopeChain
 
@@ -61,11 +69,87 @@ def test_responses_are_the_results_of_the_clipped_runs(runs: list[str]) -> None:
     assert row.set_index("context_length").loc[8192, "value"] == loss["value"].item()
 
 
+def test_a_number_of_two_test_time_settings_is_in_both(tmp_path: Path) -> None:
+    """To 2,048 tokens both are the spectrum of training; past it each has its own losses."""
+    cope = FakeRun("cope", chain="abf(theta=1e5) > cope(clip=6)")
+    directory = write_run(tmp_path / "cope", cope)
+    write_fake_evaluation(directory / "evaluation_none", cope, "none")
+    loss = read_responses([str(directory)]).query("task == 'loss_at_length'")
+    assert loss.groupby("test_time")["context_length"].apply(sorted).to_dict() == {
+        "auto": [512, 1024, 2048, 4096, 8192],
+        "none": [512, 1024, 2048, 4096, 8192],
+    }
+
+
 def test_responses_need_a_clip(runs: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no evaluated run with a cope or hardclip chain"):
         read_responses([runs[0]])
     with pytest.raises(ValueError, match="holds no finished evaluation"):
         read_responses([str(tmp_path)])
+
+
+ROPE_ID = "longest_period=2048, trained_length=4096"
+ABLATED = {  # RULER's mean at 8,192 tokens by run, with its chain as results print it
+    "default": (f"rope_id({ROPE_ID})", 40.0),
+    "share": (f"rope_id(share=0.25, {ROPE_ID})", 30.0),
+    "longest": ("rope_id(longest_period=4096, trained_length=4096)", 20.0),
+    "exponent": (f"rope_id({ROPE_ID}) > temperature(exponent=3, trained_length=4096)", 50.0),
+    "two": (f"rope_id(share=0.25, shortest_period=2, {ROPE_ID})", 90.0),
+    "rope": ("rope", 10.0),
+}
+PUBLISHED = CONFIG_DIR.parent / "recipes" / "rope_id_1b" / "expected.csv"
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Evaluations with RULER's 13 tasks, each 6 to one side of the mean or on it."""
+    root = tmp_path_factory.mktemp("ablated")
+    for name, (chain, mean) in ABLATED.items():
+        rows = [
+            benchmark_row(name, "ruler", task, 8192, mean + 6 * (place % 3 - 1), metric=TASKS[task].metric, chain=chain)
+            for place, task in enumerate(sorted(TASKS)[:12])
+        ]
+        last = sorted(TASKS)[12]
+        rows.append(benchmark_row(name, "ruler", last, 8192, mean, metric=TASKS[last].metric, chain=chain))
+        (root / name).mkdir()
+        write_results(root / name, results_table(rows))
+    return [str(root / name) for name in ABLATED]
+
+
+def test_ablations_are_the_runs_that_change_one_argument(ablated: list[str]) -> None:
+    found = read_ablations(ablated)
+    points = {(row.argument, row.setting, row.context_length): row.value for row in found.itertuples()}
+    defaults = {("share", 0.5): 40, ("shortest_period", 32): 40, ("longest_period", 2048): 40,
+                ("temperature_exponent", 2): 40}  # fmt: skip
+    changed = {("share", 0.25): 30, ("longest_period", 4096): 20, ("temperature_exponent", 3): 50}
+    assert points == {(*key, 8192): pytest.approx(value) for key, value in {**defaults, **changed}.items()}
+    assert "two (rope_id(share=0.25, shortest_period=2" in found.attrs["note"]
+    assert "rope (rope)" in found.attrs["note"]
+    with pytest.raises(ValueError, match="holds no run with RULER's 13 tasks under a rope_id chain"):
+        read_ablations(ablated[-1:])
+
+
+def test_a_recorded_chain_that_is_not_read_any_more_is_named_with_its_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", FakeRun("old", chain="hope(length=4096, share=0.5)"))
+    with pytest.raises(
+        ValueError, match=r"the chain recorded in .*old: hope: share=0\.5 is refused: .* write rotating"
+    ):
+        read_responses([str(tmp_path / "old")])
+
+
+def test_the_papers_ablations_are_read_from_the_recipe() -> None:
+    rows = published_ablations(str(PUBLISHED)).set_index(["argument", "setting", "context_length"])["value"]
+    assert len(rows) == 3 * (7 + 4 + 2 + 4)  # values of each argument, at three lengths
+    assert rows["share", 0.375, 8192] == 32.83
+    assert rows["shortest_period", 64, 16384] == 9.46
+    assert rows["temperature_exponent", 1.5, 4096] == 39.15
+    with pytest.raises(ValueError, match="has no ablation of RoPE-ID"):
+        published_ablations(str(PUBLISHED.with_name("expected_128k.csv")))
+
+
+def test_the_ablations_are_one_figure(ablated: list[str], tmp_path: Path) -> None:
+    changes = {"results": ablated, "published": str(PUBLISHED)}
+    assert [path.name for path in draw("ablations", config(tmp_path, **changes))] == ["ablations.png"]
 
 
 def config(output: Path, **changes: object) -> FiguresConfig:

@@ -61,9 +61,13 @@ def test_a_chain_that_holds(check, clone):
     (2, DEMO[2] + " output=outputs/export", "model.path=outputs/demo/base/export is not on this disk"),
     (4, "scripts/export.py checkpoint=outputs/demo/cope12", "checkpoint=outputs/demo/cope12 is not on this disk"),
     (4, "scripts/export.py checkpoint=data/demo/packed-128", "will hold a store, not a run"),
+    (4, "scripts/export.py checkpoint=outputs/demo/cope average.runs=[outputs/demo/rope]",
+     "average.runs=outputs/demo/rope is not on this disk"),
+    (5, DEMO[5].replace("demo/cope ", "demo/cope/export-average2 "), "demo/cope/export-average2 is not on this disk"),
     (5, DEMO[5].replace("heldout", "held_out"), "documents=data/demo/held_out is not on this disk"),
     (5, DEMO[5].replace("lengths", "lenghts"), "did you mean lengths?"),
     (6, "scripts/compare.py 'runs=[outputs/demo/base]'", "runs=outputs/demo/base/evaluation is not on this disk"),
+    (6, "scripts/noise.py 'runs=[outputs/demo/base,outputs/demo/cope]'", "runs=outputs/demo/base/evaluation is not on"),
     (6, DEMO[6] + " baseline=rope", "baseline=rope is none of the runs; use one of cope"),
 ])  # fmt: skip
 def test_a_chain_that_does_not_hold_stops_at_its_stage(check, number, changed, message):
@@ -146,9 +150,11 @@ def test_a_plan_that_does_not_fit_stops_the_chain(check):
 
 
 @pytest.mark.parametrize(("recipe", "variables"), [
-    *((recipe, {}) for recipe in RECIPES),
+    *((recipe, {"FLOOR_SEEDS": "0 1"}) for recipe in RECIPES),
     ("rope_id_1b", {"MODEL": "rope_id_3b"}),
-    ("cope_llama3_8b_64k", {"HELMET": "{helmet}", "HELMET_PYTHON": sys.executable}),
+    ("rope_id_1b", {"ABLATIONS": "share=0.25 temperature_exponent=1.5"}),
+    ("cope_llama3_8b_64k", {"HELMET": "{helmet}", "HELMET_PYTHON": sys.executable, "SEEDS": "3 4",
+                            "FLOOR_SEEDS": "0 1"}),
 ])  # fmt: skip
 def test_every_recipe_holds(clone, tmp_path_factory, recipe, variables):
     """DRY_RUN=1 recipes/NAME/run.sh, in a clone with no data; nothing is written."""

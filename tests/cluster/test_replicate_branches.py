@@ -39,6 +39,8 @@ def test_branches_differ_in_one_key(changes: list[str], branches: dict[str, str]
     (["replicate=seed", "branches=1"], r"replicate=seed has the branches \[0\]; it takes two or more"),
     (["replicate=horizon", "horizons=[3,6]"], r"branches \[3, 6\]; .*no horizon below trainer.max_steps=6"),
     (["replicate=sede"], "replicate=sede is not known; use one of: seed, data_order, horizon"),
+    (["replicate=horizon", "horizons=[60,120]", "trainer.warmup_ratio=0", "trainer.decay_ratio=0.5"],
+     "horizons=60 and 120 have the same learning rate in all 6 steps that are trained"),
     (["replicate=seed", "evaluation.documents=null"], "evaluation.documents is not set, so no branch"),
     (["replicate=seed", "model.path=null", "start_from.run=null"], "this run starts from random weights"),
 ])  # fmt: skip
@@ -63,10 +65,11 @@ def test_a_plan_counts_seeds_and_the_planners_hours(tmp_path: Path, capsys: pyte
     asked = ["spread=0.02", "difference=0.02", "pairs=2", "seeds=[5]", f"output={tmp_path}"]
     noise(composed("noise", *PLANNED, *asked), [])
     plan = json.loads((tmp_path / "noise.json").read_text())
-    hours = make_plan(composed("plan", *PLANNED)).entries["gpu_hours"]
+    hours, price = (make_plan(composed("plan", *PLANNED)).entries[name] for name in ("gpu_hours", "cost"))
     few, enough = plan["plan"]
     assert (few["seeds"], few["smallest_p"]) == (5, 0.125)  # 2^-4, over two pairs
     assert few["gpu_hours"] == pytest.approx(3 * 5 * hours)  # two arms and the one that both are compared with
+    assert few["cost"] == pytest.approx(3 * 5 * price)
     assert enough["seeds"] == plan["seeds_to_decide"]
     assert enough["detectable"] <= 0.02
     assert enough["power_no_difference"] >= 0.8

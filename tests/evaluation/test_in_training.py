@@ -86,7 +86,7 @@ def test_no_fault_of_an_evaluation_ends_the_run(store_256, tmp_path, asked, monk
         raise ZeroDivisionError("made by the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropewalk.evaluation.in_training.loss_rows", fault)
+        patch.setattr("ropewalk.evaluation.harness.held_out.loss_rows", fault)
         train(tiny_run(store_256, tmp_path / "fault", *asked), TrainingEvaluation)
     assert "ZeroDivisionError: made by the test" in capsys.readouterr().out
     assert len(read_metrics(tmp_path / "fault")) == 4

@@ -8,7 +8,7 @@ import pytest
 
 from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES
 from ropewalk.evaluation.harness.ruler_tasks import TASKS
-from ropewalk.evaluation.paper import MEASURES, beside_published, not_measured, read_published
+from ropewalk.evaluation.paper import LONGBENCH, MEASURES, beside_published, not_measured, read_published
 from ropewalk.evaluation.results import NEEDS_JUDGE, results_table
 
 EXPECTED = Path(__file__).parents[2] / "recipes" / "cope_llama3_8b_64k" / "expected.csv"
@@ -117,3 +117,43 @@ def test_a_wrong_file_is_named(tmp_path) -> None:
     (tmp_path / "short.csv").write_text("method,value\nrope,1\n")
     with pytest.raises(ValueError, match="lacks source, table, benchmark"):
         read_published(tmp_path / "short.csv")
+
+
+ROPE_ID = EXPECTED.parents[1] / "rope_id_1b"
+
+
+@pytest.mark.parametrize("name", ["expected.csv", "expected_3b.csv"])
+def test_rope_ids_tasks_and_categories_add_up_to_its_averages(name) -> None:
+    """The paper's tables by task and by category give its table of averages, to what their two digits leave."""
+    published = read_published(ROPE_ID / name)
+    for benchmark, table, mean, weights in (
+        ("RULER", "by task", "13-task average", dict.fromkeys(TASKS, 1)),
+        ("LongBench", "by category", "14-task average", {name: len(tasks) for name, tasks in LONGBENCH.items()}),
+    ):
+        rows = published[(published["benchmark"] == benchmark) & (published["table"] == table)]
+        assert set(rows["task"]) == set(weights)
+        means = published[(published["benchmark"] == benchmark) & (published["task"] == mean)]
+        means = means[means["table"] != "5"].set_index(["method", "context_length"])["value"]
+        for key, parts in rows.groupby(["method", "context_length"]):
+            weighed = parts["value"] * parts["task"].map(weights)
+            assert weighed.sum() / sum(weights.values()) == pytest.approx(means[key], abs=0.02)
+
+
+@pytest.mark.parametrize("path", sorted(ROPE_ID.glob("expected*.csv")), ids=lambda path: path.name)
+def test_every_number_of_rope_id_can_stand_beside_a_measured_one(path) -> None:
+    published = read_published(path)
+    known = [(row.benchmark, row.task.partition(",")[0]) in MEASURES for row in published.itertuples()]
+    assert all(known)
+    assert published["run"].notna().all()
+
+
+def test_a_published_run_is_that_of_a_longer_name_or_a_setting() -> None:
+    """A run's name begins with its study's, and an ablation's task says what was changed."""
+    published = read_published(ROPE_ID / "expected.csv")
+    run = "rope_id_1b/rope_id_shortest_period_16_4k"
+    rows = [row(task, 30.0, 8192, run=run, method="rope_id", metric=TASKS[task].metric) for task in TASKS]
+    found = beside_published(results_table(rows), published)
+    measured = found[found["measured"].notna()]
+    assert measured[["task", "published", "measured"]].to_numpy().tolist() == [
+        ["13-task average, shortest_period=16", 36.52, 30.0]
+    ]

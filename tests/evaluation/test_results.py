@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation import averages, paired_difference, read_document_losses, read_record, read_results
 from ropewalk.evaluation.results import (
     NEEDS_JUDGE,
@@ -22,7 +21,6 @@ from ropewalk.evaluation.results import (
     write_results,
 )
 
-EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier_evaluation"
 SCORE = {
     "run": "a",
     "method": "cope20",
@@ -136,30 +134,19 @@ def test_a_table_of_other_columns_is_named(tmp_path) -> None:
         read_results(tmp_path)
 
 
-def test_an_evaluation_of_an_earlier_ropewalk_is_read() -> None:
-    """tests/fixtures/earlier_evaluation was written by the version that had results.parquet beside table.parquet."""
-    results = read_results(EARLIER)
-    earlier = pd.read_parquet(EARLIER / "results.parquet")
-    is_loss = earlier["metric"].isin(["nll", "answer_nll", "answer_nll_shuffled"])
-    for column in ("value", "ci_low", "ci_high", "stderr"):
-        expected = earlier[column].where(is_loss, earlier[column] * 100)
-        pd.testing.assert_series_equal(results[column], expected, check_names=False)
-    places = ["task", "context_length", "position_start", "position_end", "depth", "metric", "n"]
-    pd.testing.assert_frame_equal(results[places], earlier[places], check_dtype=False)
-    yarn = "yarn(factor=4, original_max_position_embeddings=256)"
-    scalings = results[["context_length", "test_time_scaling"]].drop_duplicates().to_numpy().tolist()
-    assert scalings == [[256, "none"], [128, "none"], [512, yarn]]
-    assert list(results.columns) == list(RESULT_COLUMNS)
-    evaluations = read_evaluations(EARLIER)
-    pd.testing.assert_frame_equal(evaluations.results, results)
-    assert len(evaluations.documents) == 3 * (3 + 4)  # documents, and buckets up to 256 and to 512
-    assert evaluations.record["trained_length"] == 256
-
-
-def test_an_evaluation_inside_the_training_of_an_earlier_ropewalk_is_read(tmp_path) -> None:
-    """It had no table.parquet, and no scaling."""
-    shutil.copy(EARLIER / "results.parquet", tmp_path)
-    assert set(read_results(tmp_path)["test_time_scaling"]) == {"none"}
+def test_an_evaluation_of_an_earlier_ropewalk_is_refused_by_name(tmp_path) -> None:
+    """It had losses and needles in results.parquet, beside a table.parquet or without one."""
+    directory = tmp_path / "evaluation"
+    directory.mkdir()
+    write_results(directory, results_table(ROWS))
+    (directory / "results.parquet").write_bytes(b"")
+    message = r"evaluation/results\.parquet holds losses .*; move .*evaluation away, and run"
+    for read in (lambda: read_results(directory), lambda: read_evaluations(tmp_path)):
+        with pytest.raises(UserError, match=message):
+            read()
+    (directory / "table.parquet").unlink()
+    with pytest.raises(UserError, match=message):
+        read_evaluations(tmp_path)
 
 
 def test_scores_of_an_earlier_ropewalk_are_read(tmp_path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +12,11 @@ import pytest
 from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import NeedleConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
+from ropewalk.errors import UserError
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.harness import held_out
 from ropewalk.evaluation.results_store import CELLS, Cell, ResultsStore
 
-EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier_evaluation"
 ROW = {"run": "a", "chain": "rope", "test_time_scaling": "none", "harness": "ruler", "harness_version": "1"}
 ROW |= {"task": "vt", "metric": "m", "value": 1.0, "n": 1, "context_length": 1024}
 
@@ -152,24 +151,10 @@ def test_a_setting_that_is_not_there_is_named_before_a_model_is_loaded(config, m
         evaluate(config)
 
 
-def test_an_evaluation_of_an_earlier_ropewalk_is_refused_or_replaced(config, tmp_path) -> None:
-    shutil.copytree(EARLIER, config.output)
-    with pytest.raises(ValueError, match=r"results.parquet holds losses and needles as an earlier ropewalk wrote them"):
-        evaluate(config)
-    config.overwrite = True
-    table = evaluate(config)
-    assert not (Path(config.output) / "results.parquet").exists()
-    assert set(table["context_length"]) == {128, 256}
-    assert cells(config) == ["loss/256.none.json", "needle/128.none.json", "needle/256.none.json"]
-
-
-def test_other_harnesses_are_added_to_an_evaluation_of_an_earlier_ropewalk(tmp_path) -> None:
-    shutil.copytree(EARLIER, tmp_path / "out")
-    losses = read_results(tmp_path / "out")
-    ResultsStore(tmp_path / "out", overwrite=False, run="a").write(Cell("ruler", "vt", 1024, "none"), {}, [ROW], {})
-    table = read_results(tmp_path / "out")
-    assert table[table["harness"] == "ruler"]["value"].tolist() == [1.0]
-    pd.testing.assert_frame_equal(table[table["harness"] == "ropewalk"].reset_index(drop=True), losses)
+def test_nothing_is_added_to_an_evaluation_of_an_earlier_ropewalk(tmp_path) -> None:
+    (tmp_path / "results.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"results\.parquet holds losses and needles as an earlier ropewalk wrote them"):
+        ResultsStore(tmp_path, overwrite=True, run="a").is_finished(Cell("ruler", "vt", 1024, "none"), {})
 
 
 def test_tables_are_in_the_order_of_tasks_and_lengths(tmp_path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import composed
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
@@ -76,3 +77,14 @@ def test_a_length_may_have_a_chain_of_its_own() -> None:
     found = settings_by_length(position, RopeConfig("default"), test_time, [256, 512, 1024, 2048])
     assert [setting.lengths for setting in found] == [(256,), (512,), (1024,), (2048,)]
     assert [setting.name.partition("(")[0] for setting in found] == ["none", "pi", "none", "ntk"]
+
+
+def test_without_its_temperature_rope_id_is_one_spectrum_at_every_length() -> None:
+    test_time = composed("evaluate", "checkpoint=c", "output=o", "lengths=[8192]", "test_time=no_temperature").test_time
+    rope_id = Position("rope_id", RopeChain([{"method": "rope_id"}]), 5e5, 80, 2048, 2048)
+    (setting,) = settings_by_length(rope_id, NO_ROPE, test_time, LENGTHS)
+    assert (setting.lengths, setting.spectrum.attention_scaling) == (tuple(LENGTHS), 1.0)
+    scaled = settings_by_length(rope_id, NO_ROPE, AtTestTime("none"), LENGTHS)
+    temperatures = [one.spectrum.attention_scaling**2 for one in scaled]  # of logits
+    assert temperatures == pytest.approx([1.0, (0.1 * np.log(2) + 1) ** 2, (0.1 * np.log(4) + 1) ** 2])
+    assert all(np.array_equal(one.spectrum.inv_freq, setting.spectrum.inv_freq) for one in scaled)

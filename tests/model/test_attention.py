@@ -6,6 +6,7 @@ from helpers import save_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, masking_utils
 
+from ropewalk.errors import UserError
 from ropewalk.model import attention
 from ropewalk.model.attention import Documents
 
@@ -65,9 +66,19 @@ def test_isolation_is_what_the_test_above_would_miss():
 
 def test_bounds_are_made_once():
     made = documents(LENGTHS)
-    assert made.bounds == (0, 37, 38, 102, 128)
+    assert made.cu_seqlens.tolist() == [0, 37, 38, 102, 128]
     assert made.max_seqlen == 64
     assert made.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("lengths", "message"), [
+    ((4, 0, 3), "document 1 of 3 in a row has 0 tokens"),
+    ((4, 3, 0), "document 2 of 3 in a row has 0 tokens"),
+    ((4, -1), "document 1 of 2 in a row has -1 tokens"),
+])  # fmt: skip
+def test_documents_without_a_token_are_refused(lengths, message):
+    with pytest.raises(UserError, match=message):
+        documents(lengths)
 
 
 class KernelInputs(TorchDispatchMode):
@@ -112,20 +123,22 @@ def test_what_would_leak_or_be_ignored_is_refused(arguments, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["torch", "flash-attn"])
-def test_cuda_kernels_equal_cpu(monkeypatch, kernel, head_dim):
-    """Output and all three gradients, against fp32 on the CPU at bf16's precision."""
-    if kernel == "torch":
-        monkeypatch.setattr(attention, "_flash_attn_varlen", lambda: None)
-    elif attention._flash_attn_varlen() is None:
-        pytest.skip("flash-attn is not installed")
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("kernel", ["torch", *attention.PACKAGES])
+def test_cuda_kernels_equal_cpu(kernel, heads_first, head_dim):
+    """Output and all three gradients, against fp32 on the CPU at bf16's precision; both layouts that they get."""
+    try:
+        attention.attention_kernel(torch.device("cuda"), kernel)
+    except UserError as error:
+        pytest.skip(str(error))
     torch.manual_seed(0)
     found = {}
     inputs = [torch.randn(1, heads, 128, head_dim) for heads in (4, 2, 2)]
     for device, dtype in ((CPU, torch.float32), (torch.device("cuda"), torch.bfloat16)):
         moved = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
         there = Documents.from_cu_seqlens(documents(LENGTHS).cu_seqlens, device)
-        out, _ = attention.document_attention(torch.nn.Module(), *moved, None, documents=there)
+        arranged = moved if heads_first else [x.transpose(1, 2).contiguous().transpose(1, 2) for x in moved]
+        out, _ = attention.document_attention(torch.nn.Module(), *arranged, None, documents=there, choice=kernel)
         gradients = torch.autograd.grad(out.float().square().mean(), moved)
         found[device.type] = [t.float().cpu() for t in (out, *gradients)]
     for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):

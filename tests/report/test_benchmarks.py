@@ -11,9 +11,9 @@ from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
 
 from ropewalk.figures.evaluation_curves import benchmark_figure
 from ropewalk.figures.style import method_styles
-from ropewalk.report.benchmarks import HELMET, LONG, RULER, Suite, benchmark_table, short_context_table
+from ropewalk.report.benchmarks import HELMET, LONG, RULER, Suite, benchmark_section, short_context_section
 from ropewalk.report.figure_tables import average_table, trained_lengths
-from ropewalk.report.results_table import Thresholds, effective_length, effective_table, longest_falling
+from ropewalk.report.results_section import effective_length, effective_section, longest_falling
 from ropewalk.report.runs import Run, load_run
 from ropewalk.report.section import Block, Section
 
@@ -35,7 +35,7 @@ def cells(block: Block) -> dict[str, list[str]]:
 
 
 def table(runs: list[Run], suite: Suite) -> Section:
-    found = benchmark_table(runs, suite)
+    found = benchmark_section(runs, suite)
     assert found is not None
     return found
 
@@ -122,7 +122,7 @@ def test_short_context_compares_with_the_base_task_by_task(tmp_path: Path) -> No
 
     base = with_rows(tmp_path, "base", score("mmlu", 60, 0.3), score("gsm8k", 50, 1.0), trained_length=512)
     arm = with_rows(tmp_path, "arm", score("mmlu", 59, 0.4), score("gsm8k", 48.5, 1.0), score("piqa", 70, 1.0))
-    found = short_context_table([base, arm], base)
+    found = short_context_section([base, arm], base)
     assert found is not None
     assert found.columns == ["base", "arm"]
     rows = dict(found.blocks[0].rows)
@@ -133,7 +133,7 @@ def test_short_context_compares_with_the_base_task_by_task(tmp_path: Path) -> No
     assert mmlu.noise == "training noise unknown"
     assert rows["piqa (acc)"][1].detail == "± 1.0"
     worse = with_rows(tmp_path, "worse", score("mmlu", 58.9, 0.4))
-    lost = short_context_table([base, worse], base)
+    lost = short_context_section([base, worse], base)
     assert lost is not None
     assert not lost.blocks[0].rows[0][1][1].marked  # past two standard errors, and exploratory all the same
 
@@ -162,7 +162,7 @@ def test_effective_context_states_its_thresholds(tmp_path: Path) -> None:
     rows = [ruler("vt", length, value) for length, value in ((1024, 95), (2048, 86), (4096, 85))]
     run = with_rows(tmp_path, "a", *rows, exact=lambda length, depth: 1.0 if length <= 4096 else 0.5)
     bare = with_rows(tmp_path, "b", ruler("vt", 1024, 20), ruler("vt", 2048, 20), ruler("vt", 4096, 20))
-    found = effective_table([run, bare], Thresholds(needle=85.0, ruler=85.6))
+    found = effective_section([run, bare], needle=85.0, ruler=85.6)
     assert found is not None
     assert found.columns[1] == "needle: exact match ≥ 85%"
     assert found.columns[3] == "RULER: average ≥ 85.6%"

@@ -86,7 +86,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     rows += [benchmark_row("b", "lm-eval", "mmlu", None, 60, metric="acc")]
     write_table(directory / "evaluation", rows)
     run = load_run(directory)
-    names = {name for row in tracked.rows_of(run, baseline) for name in row}
+    names = {name for row in tracked.history_of(run, baseline) for name in row}
     return names | set(tracked.summary_of(run)) | set(TRAINED) | {tracked.TOKENS}
 
 

@@ -24,7 +24,7 @@ from ropewalk.report.figure_tables import (
     metrics_table,
     needle_tables,
     retrieval_rows,
-    spectra_of,
+    run_spectra,
     trained_lengths,
 )
 from ropewalk.report.runs import Run, by_test_time, load_run
@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 
 def test_the_spectra_are_the_runs_with_their_onsets_and_lengths(runs: list[Run]) -> None:
-    spectra, marked = spectra_of(runs), marked_lengths(runs)
+    spectra, marked = run_spectra(runs), marked_lengths(runs)
     assert marked == {512: "pretrained", 2048: "trained"}
     assert spectra["rope"].theta == pytest.approx(1e5, rel=1e-5)  # off the first two frequencies, as float32
     styles = styles_of(runs)
@@ -236,4 +236,4 @@ def test_runs_without_anything_give_empty_tables(tmp_path: Path) -> None:
     assert needle_figures(cells, pooled, {}) == []
     assert position_figures(curve_table(bare), difference_table(bare, bare[0])[0], {}, {}, "a") == []
     assert isinstance(pooled, pd.DataFrame)
-    assert spectra_of(bare) == {}
+    assert run_spectra(bare) == {}

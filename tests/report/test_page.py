@@ -16,10 +16,10 @@ from report.fake_runs import FakeRun, write_config, write_fake_evaluation, write
 
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.report import compare
+from ropewalk.report.overview import DOCUMENTS, NOT_TRAINED, ONE_SEED, SEEDS, opening_section, runs_section
 from ropewalk.report.page import check_files, find_baseline, sections_of, write_figures
-from ropewalk.report.results_table import results_table
+from ropewalk.report.results_section import results_section
 from ropewalk.report.runs import load_runs
-from ropewalk.report.runs_table import DOCUMENTS, NOT_TRAINED, ONE_SEED, SEEDS, opening_table
 from ropewalk.report.section import Section
 
 HOSTILE = '<b>x</b> & "q" </script><script src="http://e.example/a.js">'
@@ -137,7 +137,7 @@ def test_page_has_every_figure_and_its_numbers(page: str) -> None:
 
 def test_opening_is_one_table_with_intervals(arms: list[Path]) -> None:
     runs = load_runs([str(arm) for arm in arms])
-    section = opening_table(runs, runs[1])
+    section = opening_section(runs, runs[1])
     (block,) = section.blocks
     assert section.columns == [
         "steps", "training loss", "loss at 2,048", "difference to rope at 2,048", "loss at 8,192",
@@ -160,6 +160,14 @@ def test_opening_is_one_table_with_intervals(arms: list[Path]) -> None:
     assert cells["cope11"][8].main == "-"
 
 
+def test_each_number_of_the_opening_carries_its_head(page: str) -> None:
+    """A narrow screen shows a card for each run in place of the table's heads."""
+    opening = page.split('<div class="opening">')[1].split("</table>", maxsplit=1)[0]
+    heads = re.findall('<th scope="col">(.*?)</th>', opening)[1:]
+    row = next(row for row in opening.split("<tr>") if ">cope11</a>" in row)
+    assert re.findall('data-head="(.*?)"', row) == heads[:-1]  # the last column has nothing to say of it
+
+
 def test_what_numbers_cannot_show_stands_beside_them(page: str, tmp_path: Path) -> None:
     """Fixed words, and those that apply; no sentence is made of numbers."""
     text = " ".join(Tags(page).text.split())
@@ -172,12 +180,19 @@ def test_what_numbers_cannot_show_stands_beside_them(page: str, tmp_path: Path) 
     assert NOT_TRAINED in make_page(tmp_path, evaluated)
 
 
-def test_configuration_lists_only_differing_keys_and_marks_the_others(page: str) -> None:
-    table = page.split("Configuration differences")[1]
-    keys = re.findall(r"<code>(.*?)</code>", table)
-    assert keys == ["data.sequence_length", "rope.chain", "rope.name", "trainer.max_steps"]
-    row = next(row for row in table.split("<tr>") if "trainer.max_steps" in row)
-    assert re.findall(r"<td>(.*?)</td>", row) == ["<mark>≠ 192</mark>", "44", "44", "44"]
+def test_configuration_lists_only_differing_keys_and_marks_the_others(arms: list[Path]) -> None:
+    runs = load_runs([str(arm) for arm in arms])
+    facts, differences = runs_section(runs, runs[1]).blocks
+    assert {name: [cell.main for cell in cells] for name, cells in facts.rows if len(cells) == 1} == {
+        "pretrained length": ["512 tokens"], "parameters": ["1.74M"], "processes": ["1"],
+        "store fingerprint": ["5f5f5f5f5f5f"], "git commit": ["0123456789ab"],
+        "versions": ["torch 2.13.0, transformers 5.23.0, deepspeed 0.19.8"],
+        "export": ["passed: largest logit difference 2.4e-06 (logit std 1.9, 4,096 tokens)"],
+    }  # fmt: skip
+    rows = dict(differences.rows)
+    assert list(rows) == ["data.sequence_length", "rope.chain", "rope.name", "trainer.max_steps"]
+    assert [cell.main for cell in rows["trainer.max_steps"]] == ["≠ 192", "44", "44", "44"]
+    assert [cell.marked for cell in rows["trainer.max_steps"]] == [True, False, False, False]
 
 
 def test_terminal_gets_the_table_and_the_path(made: tuple[str, list[str], Path]) -> None:
@@ -360,7 +375,7 @@ def test_each_test_time_setting_is_a_row_and_is_compared_with_its_own(tmp_path: 
     directories = [str(tmp_path / name) for name in "ab"]
     runs = load_runs(directories)
     assert [run.name for run in runs] == ["a, auto", "a, none", "b, auto", "b, none"]
-    differences = results_table(runs, runs[0]).blocks[1]
+    differences = results_section(runs, runs[0]).blocks[1]
     assert differences.title.startswith("Difference to a (nats/token)")
     cells = {name: [cell.main for cell in row] for name, row in differences.rows}
     assert cells == {"b, auto": ["+0.1000"] * 5, "b, none": [*["+0.1000"] * 4, "+0.3000"]}
@@ -397,7 +412,7 @@ def test_a_loss_that_is_not_a_number_is_shown_and_never_ranked_first(tmp_path: P
     table.to_parquet(evaluation / "table.parquet")
     runs = load_runs([str(tmp_path / name) for name in order])
     baseline = find_baseline(runs, "a")
-    losses, differences, *_, exact, _ = results_table(runs, baseline).blocks
+    losses, differences, *_, exact, _ = results_section(runs, baseline).blocks
     assert [name for name, _ in losses.rows] == ["a", "b"]
     of_b = dict(losses.rows)["b"]
     assert [(cell.main, cell.detail) for cell in of_b][-1] == ("NaN", "in 1 of 16 documents")

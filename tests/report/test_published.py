@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 from report.fake_runs import FakeRun, benchmark_row, bucket_loss, write_run, write_table
 
 from ropewalk.evaluation.paper import read_published
-from ropewalk.report.published import published_table
+from ropewalk.report.published import published_section
 from ropewalk.report.runs import Run, load_run
 from ropewalk.report.section import Block, Cell, Section
 
@@ -45,7 +46,7 @@ def test_a_score_stands_with_the_published_one_and_is_marked_past_two_errors(tmp
     run = run_of(tmp_path, "cope20", *niah(1024, 90, 90, 90), *niah(2048, 80, 80, 80), *niah(4096, 70, 70, 70))
     rows = published(tmp_path, "Paper,1,RULER,cope20,,NIAH,1024,91.2", "Paper,1,RULER,cope20,,NIAH,2048,78.9",
                      "Paper,1,RULER,cope20,,NIAH,4096,68.8")  # fmt: skip
-    found = published_table([run], rows)
+    found = published_section([run], rows)
     (block,) = found.blocks
     assert (block.title, found.columns) == ("RULER: Paper, table 1", ["1,024", "2,048", "4,096"])
     (low, within, above) = cells(block)["NIAH: cope20"]
@@ -55,16 +56,24 @@ def test_a_score_stands_with_the_published_one_and_is_marked_past_two_errors(tmp
     assert found.missing == []
 
 
+def test_a_run_is_found_by_the_end_of_its_name_and_under_each_test_time_setting(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "a", *niah(1024, 50, 50, 50))
+    setting = replace(run, name="study/a, auto", test_time="auto", settings={"auto": run})
+    rows = published(tmp_path, "Paper,1,RULER,other,a,NIAH,1024,55")
+    (block,) = published_section([setting], rows).blocks
+    assert cells(block)["NIAH: study/a, auto"][0].main == "50.0"
+
+
 def test_a_row_that_names_a_run_is_that_runs_alone(tmp_path: Path) -> None:
     a, b = (run_of(tmp_path, name, *niah(1024, value, value, value)) for name, value in (("a", 50), ("b", 60)))
     rows = published(tmp_path, "Paper,1,RULER,a,b,NIAH,1024,55")
-    (block,) = published_table([a, b], rows).blocks
+    (block,) = published_section([a, b], rows).blocks
     assert {name: [cell.main for cell in row] for name, row in block.rows} == {"NIAH: b": ["60.0"]}
 
 
 def test_each_scaling_is_a_row(tmp_path: Path) -> None:
     run = run_of(tmp_path, "a", *niah(4096, 10, 10, 10), *niah(4096, 30, 30, 30, test_time_scaling="yarn(factor=4)"))
-    (block,) = published_table([run], published(tmp_path, "Paper,1,RULER,a,,NIAH,4096,20")).blocks
+    (block,) = published_section([run], published(tmp_path, "Paper,1,RULER,a,,NIAH,4096,20")).blocks
     assert {name: row[0].main for name, row in block.rows} == {"NIAH: a": "10.0", "NIAH: a, yarn(factor=4)": "30.0"}
 
 
@@ -77,7 +86,7 @@ def test_losses_are_the_evaluations(tmp_path: Path) -> None:
         "Here,README,loss over positions 128-512,a,,nll,2048,2.000",
         "Here,README,loss over positions 100-512,a,,nll,2048,2.000",
     )  # fmt: skip
-    found = published_table([run], rows)
+    found = published_section([run], rows)
     values = [cell.main for block in found.blocks for _, row in block.rows for cell in row if cell.main != "-"]
     assert values == [f"{bucket_loss(fake, 512, 1024):.3f}", f"{bucket_loss(fake, 128, 512):.3f}"]
     assert found.blocks[0].title == "loss over the second half: Here, README"
@@ -90,7 +99,7 @@ def test_what_training_took_is_read_from_its_metrics(tmp_path: Path) -> None:
     run = run_of(tmp_path, "a")
     lines = [f"Plan,,training,a,,{task},2048,{value}" for task, value in
              (("tokens/s a GPU", 5000), ("GPU-hours", 1), ("GiB a GPU", 2))]  # fmt: skip
-    (block,) = published_table([run], published(tmp_path, *lines)).blocks
+    (block,) = published_section([run], published(tmp_path, *lines)).blocks
     found = {name: row[0] for name, row in block.rows}
     assert found["tokens/s a GPU: a"].main == f"{5022.5:,.0f}"
     assert found["tokens/s a GPU: a"].detail == f"(published 5,000, {22.5:+,.0f})"
@@ -98,7 +107,7 @@ def test_what_training_took_is_read_from_its_metrics(tmp_path: Path) -> None:
     assert found["GiB a GPU: a"].main == "1.0"
     marks = {name: cell.marked for name, cell in found.items()}
     assert marks == {"tokens/s a GPU: a": False, "GPU-hours: a": True, "GiB a GPU: a": True}
-    other = published_table([run], published(tmp_path, "Plan,,training,a,,GPU-hours,65536,1"))
+    other = published_section([run], published(tmp_path, "Plan,,training,a,,GPU-hours,65536,1"))
     assert other.blocks == []  # of another length
 
 
@@ -109,16 +118,16 @@ def test_what_has_no_error_is_marked_past_a_stated_difference(tmp_path: Path) ->
     run = run_of(tmp_path, "a", *niah(1024, 50, 50, 50, stderr=math.nan))
     for value, mark in ((loss + 0.04, False), (loss + 0.06, True), (loss - 0.06, True)):
         rows = published(tmp_path, f"Here,README,loss over the second half,a,,nll,1024,{value:.3f}")
-        (cell,) = marked(published_table([run], rows))
+        (cell,) = marked(published_section([run], rows))
         assert cell.marked == mark
     for value, mark in ((51.9, False), (52.1, True), (47.9, True)):
-        found = published_table([run], published(tmp_path, f"Paper,1,RULER,a,,NIAH,1024,{value}"))
+        found = published_section([run], published(tmp_path, f"Paper,1,RULER,a,,NIAH,1024,{value}"))
         (cell,) = marked(found)
         assert cell.marked == mark
     assert "more than 0.05 nats, 2 points or, of training, 10%" in found.legend
     for value, mark in ((5500, False), (5600, True)):  # of 5,022.5
         rows = published(tmp_path, f"Plan,,training,a,,tokens/s a GPU,2048,{value}")
-        (cell,) = marked(published_table([run], rows))
+        (cell,) = marked(published_section([run], rows))
         assert cell.marked == mark
 
 
@@ -131,7 +140,7 @@ def test_what_was_not_measured_is_counted(tmp_path: Path) -> None:
     run = run_of(tmp_path, "a", *niah(1024, 50, 50))
     rows = published(tmp_path, "Paper,1,RULER,a,,NIAH,1024,55", "Paper,1,RULER,b,,NIAH,1024,55",
                      "Paper,1,RULER,b,,MK,1024,55")  # fmt: skip
-    found = published_table([run], rows)
+    found = published_section([run], rows)
     assert found.blocks == []
     assert found.missing == [
         "Published and not measured in these runs: 1 of RULER (a).",

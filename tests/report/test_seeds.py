@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_run
 
-from ropewalk.report.results_table import loss_at, results_table
+from ropewalk.report.overview import config_differences
+from ropewalk.report.results_section import loss_at, results_section
 from ropewalk.report.runs import Run, by_test_time, load_run, with_bases
-from ropewalk.report.runs_table import differences
 from ropewalk.report.seeds import UNKNOWN_NOISE, arm_of, arms, noise_words, one_run_each, styles_of, why_apart
 
 COPE = "abf(theta=1e5) > cope(clip=11)"
@@ -67,8 +67,8 @@ def test_another_cluster_or_evaluation_is_no_other_arm(tmp_path: Path) -> None:
     config.write_text(config.read_text() + "\ncluster: {name: h100_8}\nevaluation: {every: 5}\n")
     found["b"] = load_run(tmp_path / "b")
     assert len(arms(list(found.values()))) == 1
-    red = {row.name for row in differences(list(found.values()), found["a"]) if any(cell[1] for cell in row.cells)}
-    assert red == {"trainer.seed"}
+    rows = config_differences(list(found.values()), found["a"])
+    assert {key for key, cells in rows if any(cell.marked for cell in cells)} == {"trainer.seed"}
 
 
 def test_the_same_seed_twice_says_nothing_of_noise(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_noise_is_the_larger_spread_and_unknown_with_one_seed(runs: dict[str, Ru
 
 
 def test_the_table_has_means_over_seeds_and_noise_beside_every_difference(runs: dict[str, Run]) -> None:
-    table = results_table(list(runs.values()), runs["rope-s0"])
+    table = results_section(list(runs.values()), runs["rope-s0"])
     blocks = {block.title.partition(":")[0].partition(" (")[0]: dict(block.rows) for block in table.blocks}
     base = 2.3781  # 2 + 4 / log2(1536 + 8), rope's loss over 1,024..2,048, seed 0; seed 1 is 0.02 above
     mean = blocks["Loss of each arm"]["rope (2 seeds)"][2]
@@ -112,7 +112,7 @@ def test_arms_of_the_same_seeds_are_compared_seed_by_seed(tmp_path: Path) -> Non
     words = noise_words(found["cope-s0"], found["rope-s0"], of_seeds, loss_at(512))
     assert words == "over 2 seeds -0.020 to -0.010"
     assert noise_words(found["cope-s1"], found["rope-s0"], of_seeds, loss_at(512)) == "seeds differ by up to 0.050"
-    table = results_table(list(found.values()), found["rope-s0"])
+    table = results_section(list(found.values()), found["rope-s0"])
     block = next(block for block in table.blocks if block.title.startswith("Difference to the arm rope"))
     cell = dict(block.rows)["cope (2 seeds)"][0]
     assert (cell.main, cell.detail, cell.marked) == ("-0.0150", "[-0.0200, -0.0100]", False)
@@ -131,7 +131,7 @@ def test_arms_are_compared_under_the_same_test_time_setting(tmp_path: Path) -> N
         table = pd.concat([own[~past], own[past].assign(test_time="auto"), plain], ignore_index=True)
         runs += by_test_time(replace(run, table=table))
     baseline = next(run for run in runs if run.label == "rope-s0")
-    table = results_table(runs, baseline)
+    table = results_section(runs, baseline)
     block = next(block for block in table.blocks if block.title.startswith("Difference to the arm rope: mean"))
     column = [int(name.replace(",", "")) for name in table.columns].index(4096)
     assert {name: cells[column].main for name, cells in block.rows} == {
@@ -156,7 +156,7 @@ def test_the_base_is_found_from_the_model_that_the_arms_started_from(tmp_path: P
     arm = arm_from(tmp_path, "arm", tmp_path / "base" / "export")
     found = with_bases([arm], None)
     assert [(run.name, run.is_base) for run in found] == [("arm", False), ("base", True)]
-    row = dict(results_table(found, arm).blocks[1].rows)["base"][0]
+    row = dict(results_section(found, arm).blocks[1].rows)["base"][0]
     assert row.main == "+0.2000"
     assert row.noise == UNKNOWN_NOISE  # the arm has one seed
     given = with_bases([load_run(tmp_path / "base"), arm], None)
@@ -177,7 +177,7 @@ def test_a_base_that_nobody_evaluated_is_an_empty_row(tmp_path: Path) -> None:
     arm = arm_from(tmp_path, "arm", tmp_path / "meta-llama" / "Meta-Llama-3-8B")
     found = with_bases([arm], None)
     assert [run.name for run in found] == ["arm", str(tmp_path / "meta-llama" / "Meta-Llama-3-8B")]
-    table = results_table(found, arm)
+    table = results_section(found, arm)
     assert {cell.main for cell in dict(table.blocks[0].rows)[found[1].name]} == {"-"}
     assert table.missing[0].startswith(
         f"{found[1].name} was not evaluated here: python scripts/evaluate.py checkpoint="

@@ -13,10 +13,10 @@ from report.fake_runs import DOCUMENTS, FakeRun, write_run, write_table
 
 from ropewalk.figures.evaluation_curves import OWN
 from ropewalk.figures.needle_grid import EXACT_MATCH
-from ropewalk.report.differences import Difference, Unpaired, at_length, by_position, passes
-from ropewalk.report.results_table import Pooled, is_at_chance, pooled, results_table
+from ropewalk.report.differences import Unpaired, at_length, by_position, passes
+from ropewalk.report.overview import opening_section, runs_section
+from ropewalk.report.results_section import Pooled, is_at_chance, pooled, results_section
 from ropewalk.report.runs import Run, flatten, load_run
-from ropewalk.report.runs_table import facts, opening_table
 from ropewalk.report.section import Section
 
 
@@ -41,7 +41,7 @@ def loss_at(position: float) -> float:
 
 
 def test_losses_are_those_of_the_results_in_order_of_loss(runs: dict[str, Run]) -> None:
-    table = results_table(list(runs.values()), runs["rope"])
+    table = results_section(list(runs.values()), runs["rope"])
     losses = cells(table, "Loss")
     assert list(losses) == ["cope", "rope", "base"]  # at 8,192: 0.1 - 0.3, 0, 0.2 above the common curve
     middles = [384, 768, 1536, 3072, 6144]
@@ -50,7 +50,7 @@ def test_losses_are_those_of_the_results_in_order_of_loss(runs: dict[str, Run]) 
 
 
 def test_cells_beyond_the_trained_length_are_marked(runs: dict[str, Run]) -> None:
-    table = results_table(list(runs.values()), runs["rope"])
+    table = results_section(list(runs.values()), runs["rope"])
     marks = {name: [cell.beyond for cell in row] for name, row in table.blocks[0].rows}
     assert marks["base"] == [False, True, True, True, True]
     assert marks["rope"] == [False, False, False, True, True]
@@ -60,18 +60,18 @@ def test_constant_difference_has_no_width(runs: dict[str, Run]) -> None:
     # Every document is 0.2 worse, so each resample gives 0.2, under unlike settings as well.
     for length in (512, 2048, 8192):
         found = at_length(runs["base"], runs["rope"], length)
-        assert isinstance(found, Difference)
-        assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-9)
-        assert found.n == DOCUMENTS
+        assert not isinstance(found, Unpaired)
+        assert found[["value", "ci_low", "ci_high"]].tolist() == pytest.approx([0.2, 0.2, 0.2], abs=1e-9)
+        assert found["n"] == DOCUMENTS
 
 
 def test_alternating_difference_has_the_normal_interval(runs: dict[str, Run]) -> None:
     # 16 documents at 0.1 +- 0.4: a standard error of 0.4 / sqrt(16) = 0.1, a 95% interval of 1.96 of them.
     found = at_length(runs["cope"], runs["rope"], 512)
-    assert isinstance(found, Difference)
-    assert found.value == pytest.approx(0.1, abs=1e-9)
-    assert found.low == pytest.approx(0.1 - 1.96 * 0.1, abs=0.03)
-    assert found.high == pytest.approx(0.1 + 1.96 * 0.1, abs=0.03)
+    assert not isinstance(found, Unpaired)
+    assert found["value"] == pytest.approx(0.1, abs=1e-9)
+    assert found["ci_low"] == pytest.approx(0.1 - 1.96 * 0.1, abs=0.03)
+    assert found["ci_high"] == pytest.approx(0.1 + 1.96 * 0.1, abs=0.03)
 
 
 def test_difference_without_documents_says_why(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -105,11 +105,15 @@ def test_method_put_on_without_training_is_the_runs_own_setting(tmp_path: Path) 
 
 
 def test_needle_accuracies_by_hand(runs: dict[str, Run]) -> None:
-    table = results_table(list(runs.values()), runs["rope"])
+    table = results_section(list(runs.values()), runs["rope"])
     exact = cells(table, "Needle: exact match")
     assert exact["rope"] == [("1.00", "(0.00)")] * 3 + [("0.25", "(0.00)")] * 2
     accuracy = cells(table, "Needle: answer-token accuracy")
     assert accuracy["rope"][3] == ("0.33", "(0.10)")  # 0.1 + 0.9 / 4 = 0.325
+    assert list(exact) == ["rope"]  # the others find nothing: their rows of 0.00 are folded away
+    folded = {block.title: [name for name, _ in block.rows] for block in table.folded}
+    assert folded["Needle: exact match, beside shuffled answers"] == ["cope", "base"]
+    assert "Exact match in the needle grid is at chance: cope, base." in table.missing
     whole = pooled(runs["rope"], EXACT_MATCH)
     assert whole == Pooled(pytest.approx((3 * 1.0 + 2 * 0.25) / 5), 0.0, 100)
 
@@ -147,10 +151,9 @@ def test_steps_logged_again_after_a_resume_count_once(tmp_path: Path) -> None:
 def test_commit_keeps_its_mark_of_uncommitted_changes(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run", FakeRun("run")))
     run.record["git_commit"] += "+changes"
-    rows = {row.name: row.cells for row in facts([run])}
-    assert rows["git commit"] == [("0123456789ab+changes", False)]
-    assert rows["throughput"] == [("5.02k tokens/s (median step)", False)]  # 5,001 to 5,044
-    assert rows["export"][0][0] == "passed: largest logit difference 2.4e-06 (logit std 1.9, 4,096 tokens)"
+    rows = {name: cells[0].main for name, cells in runs_section([run], run).blocks[0].rows}
+    assert rows["git commit"] == "0123456789ab+changes"
+    assert rows["throughput"] == "5.02k tokens/s (median step)"  # 5,001 to 5,044
 
 
 def test_flatten_gives_dotted_keys_and_keeps_lists() -> None:
@@ -181,15 +184,15 @@ def test_runs_whose_documents_begin_otherwise_are_told_apart(tmp_path):
         elif bos is not None:
             evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "bos": bos}))
         runs.append(load_run(directory))
-    rows = {row.name: [value for value, _ in row.cells] for row in facts(runs)}
+    rows = {name: [cell.main for cell in cells] for name, cells in runs_section(runs, runs[0]).blocks[0].rows}
     assert rows["documents begin with BOS"] == ["yes", "no", "not recorded", "yes"]
     sentence = "Documents and prompts begin with BOS in a, d, and not in b: the tokens are others."
-    assert sentence in opening_table(runs, runs[0]).missing
-    assert not any("BOS" in line for line in opening_table(runs[2:], runs[3]).missing)
+    assert sentence in opening_section(runs, runs[0]).missing
+    assert not any("BOS" in line for line in opening_section(runs[2:], runs[3]).missing)
     unpaired = at_length(runs[1], runs[0], 2048)
     assert isinstance(unpaired, Unpaired)
     assert unpaired.reason == "the documents of one of b and a begin with BOS, those of the other not"
-    assert isinstance(at_length(runs[3], runs[0], 2048), Difference)
+    assert isinstance(at_length(runs[3], runs[0], 2048), pd.Series)
 
 
 def test_an_evaluation_without_its_record_is_unfinished(tmp_path):
@@ -212,7 +215,7 @@ def test_answers_order_and_longppl_are_rows_with_their_intervals(tmp_path: Path)
     write_run(tmp_path / "a", FakeRun("a"))
     write_table(tmp_path / "a" / "evaluation", rows)
     run = load_run(tmp_path / "a")
-    blocks = {block.title.partition(":")[0]: block.rows[0][1][2] for block in results_table([run], run).blocks}
+    blocks = {block.title.partition(":")[0]: block.rows[0][1][2] for block in results_section([run], run).blocks}
     shown = {name: (blocks[name].main, blocks[name].detail) for name in ("Answers", "Order probe", "LongPPL")}
     assert shown == {  # scores as shares of 1, as everywhere in this table
         "Answers": ("0.810", "[0.780, 0.840]"), "Order probe": ("0.250", "[0.210, 0.290]"),

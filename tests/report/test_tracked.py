@@ -6,15 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report.fake_runs import FakeRun, benchmark_row, write_run, write_table
+from report.fake_runs import FakeRun, benchmark_row, write_fake_evaluation, write_run, write_table
 
 from ropewalk.config.evaluation import CompareConfig
+from ropewalk.evaluation.results import read_document_losses, read_results, write_results
 from ropewalk.report import tracked
-from ropewalk.report.runs import load_run
+from ropewalk.report.runs import load_run, load_runs, once
 from ropewalk.report.tracked import track
 
 
@@ -29,7 +31,7 @@ def made(root: Path, name: str, tracker: str, **fake: Any) -> Path:
 def test_rows_are_the_reports_numbers(tmp_path: Path) -> None:
     baseline = load_run(made(tmp_path, "a", "none"))
     run = load_run(made(tmp_path, "b", "none", offset=0.1, exact=lambda length, depth: depth))
-    rows = tracked.rows_of(run, baseline)
+    rows = tracked.history_of(run, baseline)
     over_position = [row for row in rows if tracked.POSITION in row]
     assert {"eval/loss/trained", "eval/loss/yarn"} < {name for row in over_position for name in row}
     assert all(row["eval/difference/yarn"] == pytest.approx(0.1) for row in over_position if "eval/loss/yarn" in row)
@@ -41,6 +43,20 @@ def test_rows_are_the_reports_numbers(tmp_path: Path) -> None:
     assert at[4096]["eval/ruler/vt"] == 80
     assert "eval/ruler/average" not in at[512]
     assert tracked.summary_of(run) == {"eval/short/mmlu/acc": 61}
+
+
+def test_a_second_test_time_setting_is_a_level_of_its_own(tmp_path: Path) -> None:
+    """Past the trained 2,048 tokens both settings have numbers, and neither hides the other's."""
+    plain = FakeRun("b", exact=lambda length, depth: 0.25)
+    directory = write_run(tmp_path / "b", replace(plain, exact=lambda length, depth: 0.75))
+    write_fake_evaluation(directory / "evaluation_none", replace(plain, offset=0.5), "none")
+    table = read_results(directory / "evaluation_none")
+    past = table["context_length"] > 2048  # the numbers up to there would be two of one kind
+    write_results(directory / "evaluation_none", table[past], read_document_losses(directory / "evaluation_none"))
+    (run,) = once(load_runs([str(directory)]))
+    at = {row[tracked.LENGTH]: row for row in tracked.history_of(run, run) if tracked.LENGTH in row}
+    assert (at[8192]["eval/needle/exact_match"], at[8192]["eval/needle/none/exact_match"]) == (75, 25)
+    assert at[8192]["eval/loss_at_length/none"] == pytest.approx(at[8192]["eval/loss_at_length"] + 0.5)
 
 
 def test_runs_without_a_tracker_or_an_evaluation_are_left_out(
@@ -77,7 +93,7 @@ def test_an_offline_wandb_run_goes_on_and_wandbs_own_reader_finds_it(tmp_path: P
     defined = {metric["glob_name"]: metric["step_metric"] for metric in globs}
     history = [record["history"]["item"] for record in records if "history" in record]
     again = load_run(directory)
-    expected = tracked.rows_of(again, again)
+    expected = tracked.history_of(again, again)
     assert [{k: v for k, v in row.items() if k.startswith("eval/")} for row in history[: len(expected)]] == expected
     assert [row["_step"] for row in history] == list(range(len(expected) + 1))  # W&B's own count: nothing is dropped
     shown = history[len(expected)]
@@ -89,4 +105,5 @@ def test_an_offline_wandb_run_goes_on_and_wandbs_own_reader_finds_it(tmp_path: P
     for name in ("figures/loss_by_position", "figures/needle_in_a_haystack", "figures/what_the_spectra_do_3"):
         assert (files / shown[f"{name}.path"]).read_bytes().startswith(b"\x89PNG")
     assert defined["eval/loss/*"] == tracked.POSITION
+    assert defined["eval/loss_at_length/*"] == tracked.LENGTH
     assert defined["eval/ruler/*"] == tracked.LENGTH

@@ -26,6 +26,39 @@ def test_llama3_at_64k_with_the_papers_base():
     assert advice.yarn_factor == 4
 
 
+def test_where_rounding_decides_it_is_said():
+    """75% of 29 pairs are 21.75; 27 give 20.25 and 24 give 18, which no rounding to the nearest changes."""
+    assert "rounded down; rounding decides: 21.75 is 22 to the nearest pair" in describe(advise(model()))
+    for unmoved in (advise(model(), theta=1e7, train_length=65536), advise(model(1e6, 32768))):
+        assert "rounding decides" not in describe(unmoved)
+
+
+@pytest.mark.parametrize(("clip", "weight"), [
+    ("cope(clip=20)", 1.0),  # it begins with pair 44
+    ("cope(clip=29)", (1 + math.cos(math.pi * 5 / 28)) / 2),  # with pair 35
+    ("cope(clip=34)", (1 + math.cos(math.pi * 10 / 33)) / 2),
+    ("hardclip(clip=34)", 0.0),
+])  # fmt: skip
+def test_the_band_that_learned_spectra_keep(clip, weight):
+    """LeRoPE's 2.205 training lengths are 144,507 tokens at 64k; of base 1e7's pairs number 40 is nearest: 148,998."""
+    advice = advise(model(), theta=1e7, train_length=65536, chain=RopeChain.parse(clip))
+    assert (advice.band.period, advice.band.pair) == (pytest.approx(144506.88), 40)
+    assert advice.band.pair_period == pytest.approx(2 * math.pi * 1e7 ** (80 / 128), rel=1e-12)
+    assert dict(advice.band.weights)[clip] == pytest.approx(weight, rel=1e-12)
+    page = describe(advice)
+    assert "hypothesis            learned spectra keep a band near 2.205 training lengths (LeRoPE, arXiv 2607" in page
+    assert "pair 40, 148,998 tokens a turn" in page
+    assert f"{clip} { ({1.0: 'keeps it', 0.0: 'stops it'}.get(weight, f'slows it to {weight:.0%}')) }" in page
+
+
+def test_a_clipped_models_own_clip_is_held_against_the_band():
+    assert advise(COPE20).band.weights == (("cope(clip=20)", 1.0),)
+    assert advise(model()).band.pair == 39  # 18,063 tokens at 8,192; pair 39 turns once in 18,663
+    short = advise(model(theta=1e4, length=65536))  # its slowest pair turns once in 54,410 tokens
+    assert short.band.pair is None
+    assert "144,507 tokens, and the slowest pair turns once in 54,410" in describe(short)
+
+
 @pytest.mark.parametrize(("theta", "length", "pairs", "clip"), [(5e5, 8192, 29, 21), (1e6, 32768, 24, 18)])
 def test_without_training_the_models_own_base_and_length_count(theta, length, pairs, clip):
     advice = advise(model(theta, length))

@@ -213,7 +213,8 @@ def test_rotation_keeps_the_norm_times_the_attention_scaling(name):
     {"method": "mrrope_pro", "factor": 1.0, "original_max_position_embeddings": 8192},
     {"method": "mrrope_uni", "factor": 1.0, "original_max_position_embeddings": 8192},
     {"method": "dynamic_ntk", "factor": 1.0, "original_max_position_embeddings": 65536},
-    {"method": "hope", "share": 0.0}, {"method": "half_rope", "share": 1.0},
+    {"method": "hope", "rotating": 1.0}, {"method": "half_rope", "share": 1.0},
+    {"method": "temperature", "exponent": 2.0},  # at the trained length
 ])  # fmt: skip
 def test_more_identities(method):
     np.testing.assert_allclose(spectrum(method).inv_freq, spectrum().inv_freq, rtol=1e-15)
@@ -281,8 +282,31 @@ def test_rope_id_yarn_keeps_the_fastest_and_divides_the_slowest():
 def test_hope_stops_what_never_turns():
     s = spectrum({"method": "hope", "length": 8192})
     assert np.array_equal(s.inv_freq, spectrum({"method": "hardclip", "clip": 29}).inv_freq)
-    assert int((spectrum({"method": "hope", "share": 0.8}).inv_freq == 0).sum()) == 51
+    assert np.flatnonzero(spectrum({"method": "hope", "rotating": 0.8}).inv_freq).tolist() == list(range(51))
     assert np.array_equal(spectrum({"method": "hope"}, trained_length=8192).inv_freq, s.inv_freq)
+
+
+def test_hopes_half_at_1b_fits_base_5e5_at_4096_tokens_and_80_channels():
+    """20 of the 40 pairs of base 5e5 finish a turn in 4,096 tokens: those up to 40 log_b(4096 / 2 pi) = 19.75."""
+    facts = {"head_dim": 80, "theta": 5e5, "trained_length": 4096}
+    by_length, by_share = spectrum({"method": "hope"}, **facts), spectrum({"method": "hope", "rotating": 0.5}, **facts)
+    assert int(40 * math.log(4096 / (2 * math.pi), 5e5)) == 19
+    assert np.flatnonzero(by_length.inv_freq).tolist() == list(range(20))
+    assert np.array_equal(by_length.inv_freq, by_share.inv_freq)
+
+
+def test_temperature_replaces_that_of_rope_id_alone():
+    with_it = spectrum({"method": "rope_id"}, trained_length=4096, length=16384)
+    without = spectrum(
+        {"method": "rope_id"}, {"method": "temperature", "exponent": 0.0}, trained_length=4096, length=16384
+    )
+    assert with_it.attention_scaling == pytest.approx(0.1 * math.log(4) + 1, rel=1e-12)
+    assert without.attention_scaling == 1.0
+    assert np.array_equal(without.inv_freq, with_it.inv_freq)
+    cubed = spectrum(
+        {"method": "rope_id"}, {"method": "temperature", "exponent": 3.0}, trained_length=4096, length=16384
+    )
+    assert cubed.attention_scaling**2 == pytest.approx((0.1 * math.log(4) + 1) ** 3, rel=1e-12)
 
 
 def test_resonance_periods_are_whole():
@@ -348,7 +372,9 @@ def test_yarn_and_cope_commute_with_every_window(window):
     ({"method": "rope_id", "shortest_period": 100, "longest_period": 50}, r"shortest_period=100\.0 must be positive"),
     ({"method": "rope_id", "temperature_exponent": -1}, r"temperature_exponent=-1\.0 must be 0"),
     ({"method": "high_frequency", "length": 6}, "length=6 must be 7 tokens or more"),
-    ({"method": "hope", "share": 2}, r"share=2\.0 must lie between 0 and 1"),
+    ({"method": "hope", "rotating": 2}, r"rotating=2\.0 must lie between 0 and 1"),
+    ({"method": "temperature", "exponent": -1}, r"temperature: exponent=-1\.0 must be 0"),
+    ({"method": "temperature", "exponent": 1, "trained_length": 0}, "temperature: trained_length=0 must be 1 token"),
 ])  # fmt: skip
 def test_values_out_of_range_are_named(method, message):
     with pytest.raises(ValueError, match=message):
@@ -442,8 +468,9 @@ ARGUMENTS = {  # of every method, over its whole range
     "cope": {"clip": st.integers(0, 64), "window": windows, "taper_domain": st.sampled_from(["index", "frequency"])},
     "hardclip": {"clip": st.integers(0, 64)},
     "p_rope": {"fraction": st.floats(0, 1)},
-    "hope": {"length": tokens, "share": st.none() | st.floats(0, 1)},
+    "hope": {"length": tokens, "rotating": st.none() | st.floats(0, 1)},
     "resonance": {},
+    "temperature": {"exponent": st.floats(0, 4), "trained_length": tokens},
     "high_frequency": {"length": tokens},
     "half_rope": {"share": shares},
     "rope_id": {"share": shares, "shortest_period": st.floats(1, 64), "longest_period": st.floats(64, 1e6),
@@ -452,6 +479,8 @@ ARGUMENTS = {  # of every method, over its whole range
                  "long_factor": st.lists(st.floats(0.1, 1e38), min_size=64, max_size=64),
                  "original_max_position_embeddings": tokens, "factor": st.none() | factors},
     "rope_id_yarn": STRETCH,
+    "axes": {"layout": st.sampled_from(["bands", "alternating"]), "positions": st.just("diagonal"),
+             "temporal_scales": st.lists(st.floats(0.1, 4), min_size=1, max_size=4)},
 }  # fmt: skip
 
 

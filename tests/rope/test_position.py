@@ -12,6 +12,7 @@ from helpers import tiny_run
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import ModelConfig
+from ropewalk.files import sha256_of_json
 from ropewalk.model.load import build_for_training, training_config, write_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.rope import Position, RopeChain, register_method
@@ -55,6 +56,34 @@ def test_the_record_comes_back():
 def test_an_edited_record_is_refused(edits, message):
     with pytest.raises(ValueError, match=message):
         position_of(written(**edits))
+
+
+OLD_HOPE = {"method": "hope", "length": 4096, "share": 0.8}
+
+
+@pytest.mark.parametrize("chain", [[OLD_HOPE], [{"method": "abf", "theta": 1e7}, OLD_HOPE]])
+def test_a_recorded_share_of_hope_is_refused_by_name(chain):
+    """It counted the pairs that stop; the hashes of such a record are its own."""
+    facts = {"head_dim": 128, "theta": 5e5, "pretrained_length": 4096, "trained_length": 4096}
+    hashes = {
+        "chain_sha256": sha256_of_json(chain, compact=True),
+        "spectrum_sha256": sha256_of_json([chain, facts], compact=True),
+    }
+    with pytest.raises(
+        ValueError, match=r"^config.json: ropewalk.chain: hope: share=0\.8 is refused.* write rotating, .*chain_sha256"
+    ):
+        position_of({"ropewalk": {"name": "hope", "chain": chain, **facts, **hashes}})
+    with pytest.raises(ValueError, match=r"hope: share=0\.8 is refused"):
+        RopeChain.parse("hope(length=4096, share=0.8)")
+    corrected = [*chain[:-1], {"method": "hope", "length": 4096, "rotating": 0.2}]
+    position = position_of({"ropewalk": {"name": "hope", "chain": corrected, **facts}})
+    assert int((position.spectrum().inv_freq > 0).sum()) == 12  # of 64
+
+
+def test_a_recorded_hope_without_a_share_is_read():
+    facts = {"head_dim": 128, "theta": 5e5, "pretrained_length": 4096, "trained_length": 4096}
+    recorded = {"name": "hope", "chain": [{"method": "hope", "length": 4096, "share": None}], **facts}
+    assert position_of({"ropewalk": recorded}).chain == RopeChain.parse("hope(length=4096)")
 
 
 def test_a_record_of_another_kind_is_refused():

@@ -12,7 +12,6 @@ from ropewalk.runs.directory import (
     checkpoint_at,
     damaged_name,
     read_manifest,
-    universal_form,
 )
 
 
@@ -40,21 +39,9 @@ def test_the_newest_checkpoint_is_the_last_that_has_a_manifest(tmp_path):
     first, second = commit(tmp_path, 2), commit(tmp_path, 10)
     run.checkpoint(12).mkdir()  # its save is not finished
     damaged_name(second).mkdir()
-    commit(tmp_path, 11).rename(universal_form(run.checkpoint(11)))
     assert run.saved_checkpoints() == [first, second, run.checkpoint(12)]
     assert run.committed_checkpoints() == [first, second]
     assert (run.newest_checkpoint(), run.committed_step()) == (second, 10)
-
-
-def test_a_universal_form_names_the_checkpoint_that_it_is_made_of(tmp_path):
-    run = RunDirectory(tmp_path)
-    form = universal_form(run.checkpoint(4))
-    form.mkdir(parents=True)
-    form.with_name(f"{form.name}.partial").mkdir()
-    assert dict(run.universal_forms()) == {
-        form: run.checkpoint(4),
-        form.with_name("universal-step-00000004.partial"): run.checkpoint(4),
-    }
 
 
 def test_a_second_damaged_checkpoint_of_a_step_gets_a_name_of_its_own(tmp_path):

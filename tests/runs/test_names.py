@@ -18,7 +18,7 @@ NAMES = {
     for part in Path(entry.name).parts
 }
 FILES = {name for name in NAMES if "." in name}
-COUNTED = re.compile(r"(universal-|damaged-)?step-.*|rank[_-].*")  # names with a step or a rank in them
+COUNTED = re.compile(r"(damaged-)?step-.*|rank[_-].*")  # names with a step or a rank in them
 # Folders and files of the same name that are not a run's.
 OTHERS = {
     ("data", "tokenizer"): "of a corpus or a store",

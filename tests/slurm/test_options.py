@@ -118,14 +118,14 @@ def test_a_lead_time_that_cannot_be_planned_is_told(capsys):
     assert "warning: the lead time is not planned but 300 s (parallel.sequence=3" in capsys.readouterr().err
 
 
-def test_a_dry_run_of_a_job_shows_what_it_would_be(store_64):
-    """By the script itself: 100 of 5,000 steps on the nodes of its #SBATCH line, and the words that submit it."""
+def test_a_dry_run_of_a_job_shows_what_it_would_be(store_64, tmp_path):
+    """By the script itself, from anywhere: 100 of 5,000 steps on its #SBATCH line's nodes, and the words to submit."""
     words = ["+experiment=cope20", "trainer.max_steps=100", f"data.store={store_64.root}", "data=packed",
              "data.sequence_length=64", "cluster=a100_8", "run_name=lr 1"]  # fmt: skip
     environment = {**alone_environment(), "DRY_RUN": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = ["bash", "slurm/train_64k.sh", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = ["bash", str(Path.cwd() / "slurm/train_64k.sh"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     first, *changes, plan, submit = done.stdout.splitlines()
     assert first == "lr 1, into outputs/lr 1; what differs from configs/train.yaml:"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers import composed
 
-from ropewalk.cluster.slurm.job import got_on, progress_of, work_of
+from ropewalk.cluster.slurm.job import has_advanced, progress_of, work_of
 from ropewalk.data.prepare.pipeline import prepare
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -45,20 +45,20 @@ def test_a_comparison_gets_on_when_its_report_is_written(tmp_path):
     (tmp_path / "report.html").write_text("one")
     os.utime(tmp_path / "report.html", (5, 5))
     assert progress_of(**work) == 5 * 10**9
-    assert got_on(work["kind"], None, 5 * 10**9)
-    assert got_on(work["kind"], 5 * 10**9, 6 * 10**9)  # written again
-    assert not got_on(work["kind"], 5 * 10**9, 5 * 10**9)
+    assert has_advanced(work["kind"], None, 5 * 10**9)
+    assert has_advanced(work["kind"], 5 * 10**9, 6 * 10**9)  # written again
+    assert not has_advanced(work["kind"], 5 * 10**9, 5 * 10**9)
 
 
 def test_a_newest_checkpoint_that_is_put_aside_is_no_progress():
-    assert got_on("steps", None, 10)
-    assert got_on("steps", 10, 20)
-    assert not got_on("steps", 20, 10)
-    assert not got_on("steps", 10, None)
+    assert has_advanced("steps", None, 10)
+    assert has_advanced("steps", 10, 20)
+    assert not has_advanced("steps", 20, 10)
+    assert not has_advanced("steps", 10, None)
 
 
 def test_a_neighbour_that_disproves_an_engine_gets_no_task_on():
     """Its shards are no longer finished; a share that falls has done nothing, one that grows has."""
-    assert not got_on("share", 3, 0)
-    assert not got_on("share", 3, 3)
-    assert got_on("share", 0, 1)
+    assert not has_advanced("share", 3, 0)
+    assert not has_advanced("share", 3, 3)
+    assert has_advanced("share", 0, 1)

@@ -214,7 +214,7 @@ def test_an_evaluation_is_requeued_at_its_limit_and_goes_on(site):
     """The cell from before is kept, not measured again, and all numbers are those of one undisturbed process."""
     first, second = site.record("evaluation", 0), site.record("evaluation", 1)
     assert (first["State"], first["Progress"]) == ("REQUEUED", True)
-    assert first["Reason"].startswith("told to leave")
+    assert first["Reason"].startswith("asked to leave")
     assert (second["State"], [rank["code"] for rank in second["Ranks"]]) == ("COMPLETED", [0, 0])
     begun = site.record("evaluation", 1, "begin.json")
     written = begun["progress"] - site.record("evaluation", 0, "begin.json")["progress"]

@@ -6,12 +6,8 @@ import pytest
 from helpers import composed
 from ranks import run_ranks, start_ranks, tiny_arguments
 
-from ropewalk.files import blake3_of
-from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train
-from ropewalk.training.checkpoint.resume import make_universal
-from ropewalk.training.distributed import start_processes
 
 pytestmark = pytest.mark.slow
 SIZE = ["trainer.max_steps=4", "trainer.checkpoint_every=2"]
@@ -66,41 +62,6 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed(store_64, by_two, tmp_path)
     told = last_lines(store_64, run_dir)
     assert "optim_states.pt is missing, but the manifest lists it; it could not be renamed ([Errno 20]" in told
     assert told.endswith("the run goes on from step-00000002")
-
-
-def test_a_conversion_that_cannot_be_kept(store_64, by_one, tmp_path):
-    run_dir = shutil.copytree(by_one, tmp_path / "run")
-    shutil.rmtree(RunDirectory(run_dir).checkpoint(4))
-    universal = run_dir / "checkpoints" / "universal-step-00000002"
-    universal.write_text("in the way")
-    told = last_lines(store_64, run_dir)
-    assert "step-00000002 could not be converted for another number of ranks ([Errno 20] Not a directory" in told
-    assert told.endswith("resume with as many ranks as saved it")
-    assert universal.read_text() == "in the way"
-
-
-@pytest.mark.parametrize("damage", ["flipped", "record"])
-def test_a_conversion_that_is_damaged_is_made_again(by_one, tmp_path, damage, capsys):
-    start_processes("cpu")
-    checkpoint, target = RunDirectory(by_one).checkpoint(2), tmp_path / "run" / "universal"
-    (tmp_path / "run").mkdir()
-    made = {
-        path: blake3_of(path) for path in sorted(make_universal(checkpoint, 3, target).rglob("*")) if path.is_file()
-    }
-    assert make_universal(checkpoint, 3, target) == target
-    assert capsys.readouterr().out.count("converting it") == 1  # once, and then it was there
-    victim = next(path for path in made if path.name == "exp_avg.pt")
-    if damage == "flipped":
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    else:
-        (target / "source.json").write_text('{"manifest')
-    make_universal(checkpoint, 3, target)
-    told = capsys.readouterr().out
-    assert ("exp_avg.pt" in told) == (damage != "record")
-    assert "converting it" in told
-    assert {path: blake3_of(path) for path in made} == made
 
 
 def test_what_a_refused_step_saw(store_64, tmp_path):

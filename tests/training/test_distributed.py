@@ -1,6 +1,7 @@
 """Ranks join, gather and agree: no rank waits for one that failed."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import alone_environment
 from ropewalk.errors import UserError
 from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import (
+    Ranks,
     by_rank_zero,
     exact_products,
     gather,
@@ -189,6 +191,26 @@ def test_a_rank_that_raises_does_not_wait_for_the_others(end, sleep, code, outpu
                           timeout=100, env=alone_environment())  # fmt: skip
     assert (done.returncode, done.stdout) == (code, output)
     assert done.stderr.rstrip().endswith(error)
+
+
+def test_kernels_add_up_in_one_order_on_request(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    start_processes("cpu", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # cuBLAS, "Results reproducibility"
+    start_processes("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("rank", "device"), [(0, 0), (3, 3), (9, 1)])
+def test_a_process_opens_its_own_gpu_alone(monkeypatch, rank, device):
+    """Eight a node; torch's current device is 0 until it is set, and the first call opens a context on it."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert Ranks(rank, 16).local_device("cuda") == f"cuda:{device}"
+    assert current == [f"cuda:{device}"]
 
 
 def test_an_images_rounding_is_undone():

@@ -1,8 +1,9 @@
 """The engine's loss and gradients are those of every document alone, whatever the ranks and micro batches."""
 
+import copy
 import json
+from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
-from ropewalk.training.distributed import start_processes
-from ropewalk.training.engine import parameter_groups, restore_settings, start_engine, zero_config
+from ropewalk.training.distributed import import_deepspeed, start_processes
+from ropewalk.training.engine import parameter_groups, start_engine, zero_config
 from ropewalk.training.inputs import micro_batches
 
 HERE = Path(__file__).parent
@@ -51,13 +52,19 @@ def assert_gradients(directory, ranks, cases, sequence=1):
     torchrun(ranks, str(HERE / "engine_gradients.py"), str(directory / "cases.json"), str(directory))
     for case in cases:
         loss, expected = per_document_gradients(case["model"], PackedStore(case["store"]), case.get("z_loss", 0.0))
+        is_bf16 = "trainer.dtype=bfloat16" in case["overrides"]
+        rounding = 2e-2 if is_bf16 else 1e-5
         with np.load(directory / f"{case['name']}.npz") as found:
-            assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
+            assert float(found["loss"]) == pytest.approx(loss, rel=rounding)
             norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-            assert float(found["norm"]) == pytest.approx(norm.item(), rel=1e-5)
+            assert float(found["norm"]) == pytest.approx(norm.item(), rel=rounding)
             assert set(found.files) == {"loss", "norm", *expected}
             for name, gradient in expected.items():
-                torch.testing.assert_close(torch.from_numpy(found[name]), gradient, rtol=1e-4, atol=1e-6, msg=name)
+                own = torch.from_numpy(found[name])
+                if is_bf16:
+                    assert F.cosine_similarity(own.flatten(), gradient.flatten(), dim=0) > 0.99, name
+                else:
+                    torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
@@ -117,18 +124,23 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "sequence"), [(2, 2), (4, 2), (4, 4)])
 def test_gradients_of_shared_sequences_equal_each_document_alone(tmp_path, store_64, ranks, sequence):
-    """Documents that cross the ranks' borders, grouped heads, accumulation 2; ZeRO stages average differently."""
+    """Documents that cross the ranks' borders, grouped heads, accumulation 2; ZeRO stages average differently.
+
+    ZeRO-1 in bf16 is another optimizer of DeepSpeed's.
+    """
     model = save_tiny(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
     cases = [
         {
-            "name": f"checkpointing{checkpointing}_stage{stage}",
+            "name": f"stage{stage}_{dtype}",
             "model": str(model),
             "store": str(store_64.root),
             "accumulation": 2,
-            "overrides": [f"trainer.activation_checkpointing={checkpointing}", f"deepspeed.stage={stage}"],
+            "overrides": [
+                f"trainer.activation_checkpointing={stage == 3}", f"deepspeed=zero{stage}", f"trainer.dtype={dtype}"
+            ],
         }
-        for checkpointing, stage in [(False, 2), (True, 3)]
-    ]
+        for stage, dtype in [(1, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32")]
+    ]  # fmt: skip
     assert_gradients(tmp_path, ranks, cases, sequence)
 
 
@@ -191,8 +203,44 @@ def test_gradients_add_up_and_travel_in_fp32():
     settings = zero_config(config.trainer, config.deepspeed, batching(config, 8).accumulation_steps)
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
     assert settings["communication_data_type"] == "fp32"
-    assert settings["bf16"] == {"enabled": True}
+    assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
     assert settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8 == 64
+
+
+READ_BACK = {  # key -> the attribute of DeepSpeed's parsed configuration; bf16 and offloading have objects of their own
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "gradient_clipping",
+    "bf16": "bfloat16_config.enabled",
+    "data_types": "grad_accum_dtype",
+    "communication_data_type": "communication_data_type",
+    "seq_parallel_communication_data_type": "seq_parallel_communication_data_type",
+    "zero_allow_untested_optimizer": "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer": "zero_force_ds_cpu_optimizer",
+    "steps_per_print": "steps_per_print",
+    "stage": "zero_config.stage",
+    "overlap_comm": "zero_config.overlap_comm",
+    "contiguous_gradients": "zero_config.contiguous_gradients",
+    "stage3_param_persistence_threshold": "zero_config.param_persistence_threshold",
+    "offload_optimizer": "zero_config.offload_optimizer.pin_memory",
+}
+
+
+def test_deepspeed_reads_every_setting():
+    """It passes over keys that it does not know; whatever is set here must come out of its own parser."""
+    config = composed("train", "+experiment=cope20", "trainer.micro_batch_size=2", "trainer.gradient_clipping=0.7",
+                      "deepspeed.param_persistence_threshold=1234", "deepspeed.overlap_comm=false",
+                      "deepspeed.offload_optimizer=true")  # fmt: skip
+    settings = zero_config(config.trainer, config.deepspeed, accumulation_steps=5)
+    parsed = import_deepspeed("cpu").runtime.config.DeepSpeedConfig(copy.deepcopy(settings))
+    given = {**settings, **settings.pop("zero_optimization")}
+    assert given.pop("sequence_parallel_size") == 1  # read where DeepSpeed counts its ranks
+    given |= {"bf16": given["bf16"]["enabled"], "data_types": given["data_types"]["grad_accum_dtype"]}
+    given |= {"offload_optimizer": given["offload_optimizer"]["pin_memory"]}
+    for name in ("communication_data_type", "seq_parallel_communication_data_type"):
+        given[name] = torch.float32
+    del given["zero_optimization"]
+    assert {name: attrgetter(READ_BACK[name])(parsed) for name in given} == given
 
 
 def test_weight_decay_goes_by_the_whole_shape():
@@ -205,23 +253,3 @@ def test_weight_decay_goes_by_the_whole_shape():
     assert decayed["weight_decay"] == 0.1
     assert [id(p) for p in undecayed["params"]] == [id(norm)]
     assert undecayed["weight_decay"] == 0.0
-
-
-@pytest.mark.parametrize(("offload", "device", "fused"), [(False, "meta", True), (True, "cpu", False)])
-def test_a_loaded_state_is_put_where_adamw_looks_for_it(offload, device, fused):
-    """As a universal load leaves it: one step count on the CPU for both groups, and the saving run's settings.
-
-    ``meta`` stands for the GPU that holds the parameters; a fused AdamW refuses a step count on another device.
-    """
-    config = composed("train", "+experiment=cope20", f"deepspeed.offload_optimizer={str(offload).lower()}")
-    parameters = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], fused=not fused, betas=(0.1, 0.2))
-    shared = torch.tensor(7.0)
-    for parameter in parameters:
-        optimizer.state[parameter]["step"] = shared
-    restore_settings(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer, **vars(optimizer))), config)
-    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
-    assert [step.device.type for step in steps] == [device] * 2
-    assert steps[0] is not steps[1]
-    assert [group["fused"] for group in optimizer.param_groups] == [fused] * 2
-    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 2

@@ -25,7 +25,8 @@ from ropewalk.training.meter import Meter
 def masters(engine):
     """fp32 weights of the engine."""
     optimizer = engine.optimizer
-    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    flat = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
     return torch.cat([group.detach().flatten().clone() for group in flat])
 
 
@@ -40,7 +41,9 @@ class OneRefusal(Guard):
         return "told to" if self.object_next else super().objection(loss)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")]
+)
 def test_a_refused_step_leaves_no_trace(store_64, tmp_path, stage, dtype):
     """Steps 0 and 2 with a refused step 1 between them are, bit for bit, steps 0 and 2 alone; accumulation 2."""
     ranks = start_processes("cpu")

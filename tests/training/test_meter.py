@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ropewalk.data import Mixture, SequenceRef
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import meter, train
+from ropewalk.training.distributed import CPU, start_processes
 from ropewalk.training.inputs import open_data
-from ropewalk.training.meter import WorkCounter, position_edges
+from ropewalk.training.meter import Meter, WorkCounter, position_edges
 
 BATCH = 4
 MIXTURE = {"long": 1.0, "short": 1.0}  # short has rows of several documents
@@ -26,6 +27,20 @@ def test_edges_are_powers_of_two_to_the_sequence_length():
     assert position_edges(64) == [16, 32, 64]
     assert position_edges(100) == [16, 32, 64, 100]
     assert position_edges(65536) == [2**k for k in range(4, 17)]
+
+
+def test_reserved_memory_and_retries_are_logged_on_a_gpu(monkeypatch):
+    """From the allocator's statistics as torch's C++ gives them; of all ranks the largest, here of one."""
+    start_processes("cpu")
+    own = Meter(CPU)
+    own.device = torch.device("cuda")
+    statistics = {kind: {"all": {"peak": peak}} for kind, peak in (("allocated_bytes", 5), ("reserved_bytes", 7))}
+    monkeypatch.setattr(
+        torch.cuda.memory, "memory_stats_as_nested_dict", lambda device: {**statistics, "num_alloc_retries": 3}
+    )
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    own.reduce(torch.zeros((), dtype=torch.float64))
+    assert own.memory == {"peak_memory_bytes": 5, "peak_reserved_bytes": 7, "allocation_retries": 3}
 
 
 def per_document(directory, config):

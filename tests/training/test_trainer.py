@@ -13,7 +13,6 @@ from helpers import TINY, composed, one_step, tiny_run
 from ranks import run_ranks, tiny_arguments
 
 from ropewalk.config.groups import RopeConfig
-from ropewalk.config.train import TrainerConfig
 from ropewalk.data import Mixture
 from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
@@ -24,19 +23,17 @@ from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.runs.record import recorded_config
 from ropewalk.training import find_checkpoint, train
 from ropewalk.training.checkpoint import resume
-from ropewalk.training.checkpoint.save import load_checkpoint
+from ropewalk.training.checkpoint.restore import load_checkpoint
 from ropewalk.training.distributed import start_processes
 from ropewalk.training.engine import place_spectrum, start_engine
 from ropewalk.training.guards import Guard
 from ropewalk.training.hooks import Hook, StopRequested
 from ropewalk.training.inputs import micro_batches, open_data, step_batch
 from ropewalk.training.meter import Meter
-from ropewalk.training.trainer import Trainer, learning_rate
+from ropewalk.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 COPE = [{"method": "abf", "theta": 1e5}, {"method": "cope", "clip": 4}]
-TRAINER = TrainerConfig(max_steps=101, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.0)
-WARM = TrainerConfig(max_steps=100, global_batch_size=1, learning_rate=1e-5, warmup_ratio=0.1)
 
 
 def losses(run_dir):
@@ -54,6 +51,14 @@ def test_golden_losses(store_64, tmp_path):
 def test_first_loss_is_that_of_a_uniform_guess(store_64, tmp_path):
     train(tiny_run(store_64, tmp_path, "trainer.stop_after=1"))
     assert losses(tmp_path)[0] == pytest.approx(math.log(512), abs=0.02)
+
+
+def test_the_kernel_is_recorded_and_deterministic_on_request(store_64, tmp_path):
+    train(tiny_run(store_64, tmp_path, "trainer.deterministic=true", "trainer.stop_after=1"))
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["attention"] == f"sdpa (torch {torch.__version__})"
 
 
 def test_overfit_one_batch(store_64, tmp_path):
@@ -106,11 +111,13 @@ def replace_length(config, length):
     return replace(config, data=replace(config.data, sequence_length=length))
 
 
-def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path, stage):
     """zero.Init and the engine cast to bf16; the buffers must be the float32 spectrum at each of three points."""
     config = tiny_run(store_64, tmp_path, "trainer.dtype=bfloat16")
     config.rope.chain = COPE
     train(replace(config, trainer=replace(config.trainer, stop_after=2)))
+    config.deepspeed.stage = stage
     ranks = start_processes("cpu")
     _, mixture = open_data(config)
     model_config = training_config(config.model, RopeConfig("cope4", COPE), 64)
@@ -124,7 +131,8 @@ def test_bf16_keeps_the_spectrum_through_build_step_and_load(store_64, tmp_path)
     load_checkpoint(engine, find_checkpoint(tmp_path))
     place_spectrum(engine)
     assert_spectrum(lm, spectrum)
-    assert lm.model.rotary_emb.long_inv_freq.dtype == torch.float32
+    rotary = lm.model.rotary_emb
+    assert {rotary.inv_freq.dtype, rotary.original_inv_freq.dtype, rotary.long_inv_freq.dtype} == {torch.float32}
     engine.destroy()
 
 
@@ -132,8 +140,8 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     """A load that casts the buffers, as DeepSpeed may, leaves no trace in the steps after it."""
     engines = []
 
-    def casting_load(engine, *origin):
-        load_checkpoint(engine, *origin)
+    def casting_load(engine, checkpoint, **options):
+        load_checkpoint(engine, checkpoint, **options)
         engine.module.lm.get_decoder().rotary_emb.to(torch.bfloat16)
         engines.append(engine)
 
@@ -146,8 +154,10 @@ def test_a_resumed_run_puts_its_spectrum_back(store_64, tmp_path, monkeypatch):
     assert_spectrum(lm, position_of(lm.config).spectrum())
 
 
-def test_bf16_resume_is_exact(store_64, tmp_path):
-    straight, stopped = (tiny_run(store_64, tmp_path / name, "trainer.dtype=bfloat16") for name in ("a", "b"))
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_bf16_resume_is_exact(store_64, tmp_path, stage):
+    more = ["trainer.dtype=bfloat16", f"deepspeed={stage}"]
+    straight, stopped = (tiny_run(store_64, tmp_path / name, *more) for name in ("a", "b"))
     train(straight)
     train(replace(stopped, trainer=replace(stopped.trainer, stop_after=2)))
     train(stopped)
@@ -304,22 +314,6 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
         runs.append(losses(run_dir))
     assert len(runs[0]) == 4
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
-
-
-def test_warm_up_is_linear_and_reaches_the_peak():
-    assert [learning_rate(step, WARM) for step in (0, 4, 9)] == pytest.approx([1e-6, 5e-6, 1e-5])
-    assert learning_rate(10, WARM) == pytest.approx(1e-5)
-
-
-def test_cosine_is_half_way_down_in_the_middle_and_at_the_floor_at_the_end():
-    assert learning_rate(0, TRAINER) == pytest.approx(1e-5)
-    assert learning_rate(50, TRAINER) == pytest.approx(5.5e-6)  # the mean of peak and floor
-    assert learning_rate(100, TRAINER) == pytest.approx(1e-6)
-    assert learning_rate(25, TRAINER) == pytest.approx(1e-6 + 9e-6 * (1 + 2**-0.5) / 2)
-
-
-def test_one_step_run():
-    assert learning_rate(0, TrainerConfig(max_steps=1, learning_rate=1.0, global_batch_size=1)) == 1.0
 
 
 def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_256, tmp_path, capsys):

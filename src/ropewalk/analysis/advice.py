@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
 from ropewalk.config.analysis import AdviseConfig
-from ropewalk.rope.advisor import Advice, Choice, advise
+from ropewalk.rope.advisor import BAND, Advice, Choice, LearnedBand, advise
 from ropewalk.rope.chain import clip_of, in_words, print_value
 from ropewalk.rope.hf_config import read_config_json
+from ropewalk.rope.pair_axes import PairAxes
 
 
 def print_advice(config: AdviseConfig) -> Advice:
@@ -18,20 +19,26 @@ def print_advice(config: AdviseConfig) -> Advice:
         UserError: for a model that cannot be read, or a length or chain that does not fit it.
     """
     chain = None if config.chain is None else next(iter(read_chains([config.chain]).values()))
+    position = read_model(config.model.path)
     advice = advise(
-        read_model(config.model.path),
+        position,
         theta=config.theta,
         train_length=config.train_length,
         target_length=config.target_length,
         chain=chain,
         config=None if is_declared(config.model.path) else read_config_json(locate(config.model.path)),
     )
-    print(describe(advice), flush=True)
+    print(describe(advice, position.axes), flush=True)
     return advice
 
 
-def describe(advice: Advice) -> str:
-    """The findings as a page of text."""
+def describe(advice: Advice, axes: PairAxes | None = None) -> str:
+    """The findings as a page of text.
+
+    Args:
+        advice: of the advisor.
+        axes: of the model's pairs; None: it reads text alone.
+    """
     position = advice.position
     base = print_value(position.theta)
     findings = [
@@ -40,6 +47,7 @@ def describe(advice: Advice) -> str:
             f"{in_words(position.chain)}, pretrained at base {base} and {position.pretrained_length:,} tokens, trained "
             f"at {position.trained_length:,} tokens; {position.head_dim // 2} pairs",
         ),
+        *([] if axes is None else [("axes", f"{axes}; all numbers below are of text, whose three positions are one")]),
         (
             "critical dimension",
             f"{advice.critical_dimension} of {position.head_dim} channels, at base {base} and "
@@ -48,6 +56,7 @@ def describe(advice: Advice) -> str:
         *(("" if number else "never finish a turn", str(beyond)) for number, beyond in enumerate(advice.beyond)),
         ("recommended clip", _clip(advice)),
         ("YaRN", _yarn(advice)),
+        *(("" if number else "hypothesis", line) for number, line in enumerate(_band(advice.band))),
     ]
     lines = [f"{name:<22}{text}" for name, text in findings]
     base = print_value(advice.clip_at.theta)
@@ -67,7 +76,24 @@ def _clip(advice: Advice) -> str:
         return f"none: {f'the model is clipped already, by {own}' if own else 'pairs are stopped already'}"
     if advice.clip == 0:
         return f"none: 75% of {advice.clip_at}, rounded down, is no pair"
-    return f"{advice.clip}: 75% of {advice.clip_at}, rounded down"
+    return f"{advice.clip}: 75% of {advice.clip_at}, rounded down{_rounding(advice.clip_at.pairs)}"
+
+
+def _rounding(pairs: int) -> str:
+    """The nearest whole number, where it is another: CoPE's one example, 20 of 27, has both alike."""
+    down, nearest = 3 * pairs // 4, (3 * pairs + 2) // 4
+    return "" if nearest == down else f"; rounding decides: {0.75 * pairs:g} is {nearest} to the nearest pair"
+
+
+def _band(band: LearnedBand) -> Iterator[str]:
+    source = f"learned spectra keep a band near {BAND:g} training lengths (LeRoPE, arXiv 2607.10134)"
+    if band.pair is None:
+        yield f"{source}: {band.period:,.0f} tokens, and the slowest pair turns once in {band.pair_period:,.0f}"
+        return
+    yield f"{source}: pair {band.pair}, {band.pair_period:,.0f} tokens a turn"
+    words = {0.0: "stops it", 1.0: "keeps it"}
+    if clips := [f"{clip} {words.get(weight, f'slows it to {weight:.0%}')}" for clip, weight in band.weights]:
+        yield ", ".join(clips)
 
 
 def _yarn(advice: Advice) -> str:

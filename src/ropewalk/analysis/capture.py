@@ -1,21 +1,21 @@
 """Queries and keys of one forward pass, before and after RoPE, handed over layer by layer and then forgotten.
 
-Both sides are captured, neither is computed: *after* is what a registered attention function receives, *before* is the
-output of the last module ahead of the rotation. Turning *after* back would be exact only in real numbers: in bfloat16
-the cosines, the sines and the rotated values are rounded, and an un-rotated query would not be the model's.
+Both sides are captured, neither is computed: *before* is what the model's own rotation receives, *after* is what a
+registered attention function receives. Turning *after* back would be exact only in real numbers: in bfloat16 the
+cosines, the sines and the rotated values are rounded, and an un-rotated query would not be the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "ropewalk_observed"
@@ -33,7 +33,9 @@ class LayerHeads:
         queries: "before" and "after" RoPE, each (heads, tokens, head_dim) in the model's dtype.
         keys: likewise (key/value heads, tokens, head_dim); query head h attends to key head h // (heads / key heads).
         attention_scaling: factor of cosines and sines, so *after* is a rotation of *before* times this.
-        logit_scaling: what the model multiplies q.k by before the softmax, head_dim^-0.5.
+        logit_scaling: what the model multiplies q.k by before the softmax, mostly head_dim^-0.5.
+        window: keys that a query sees, the last ones up to its own; None: all up to its own.
+        softcap: bound of the scaled logits, c tanh(x / c) (Gemma 2); None: they have none.
     """
 
     layer: int
@@ -41,6 +43,8 @@ class LayerHeads:
     keys: dict[str, Tensor]
     attention_scaling: float
     logit_scaling: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 Observer = Callable[[LayerHeads], None]
@@ -52,7 +56,7 @@ def observe(model: PreTrainedModel, ids: Tensor, layers: Collection[int], observ
     The logits are never computed, and no layer's queries and keys outlive its call, but for what the observer keeps.
 
     Args:
-        model: of a type in SUPPORTED_MODEL_TYPES, in evaluation mode.
+        model: of a type in geometry_plan.MEASURED_TYPES, in evaluation mode.
         ids: LongTensor (tokens,).
         layers: indices of the layers to observe.
         observer: gets each layer's queries and keys.
@@ -60,82 +64,89 @@ def observe(model: PreTrainedModel, ids: Tensor, layers: Collection[int], observ
     Raises:
         RuntimeError: where *after* is not a rotation of *before*, so that the model was not read right.
     """
-    AttentionInterface.register(NAME, _observed_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    decoder = model.get_decoder()
-    stock = model.config._attn_implementation
+    decoder, stock = model.get_decoder(), model.config._attn_implementation
+    modeling = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    attend = AttentionInterface().get_interface(stock, getattr(modeling, "eager_attention_forward", None))
+    capture = _Capture({layer: _attention_scaling(decoder, layer) for layer in layers}, observer, attend)
+    AttentionInterface.register(NAME, capture.attention)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()[stock])
     model.set_attn_implementation(NAME)
     try:
-        with torch.inference_mode(), _unrotated(decoder, layers) as before:
-            scaling = decoder.rotary_emb.attention_scaling
-            handover = _Handover(before, observer, scaling)
-            decoder(input_ids=ids[None].to(model.device), use_cache=False, handover=handover)
+        with torch.inference_mode(), _watched_rotation(modeling, capture):
+            decoder(input_ids=ids[None].to(model.device), use_cache=False)
     finally:
         model.set_attn_implementation(stock)
 
 
+def _attention_scaling(decoder: Any, layer: int) -> float:
+    rotary = decoder.rotary_emb
+    if hasattr(rotary, "attention_scaling"):
+        return float(rotary.attention_scaling)
+    return float(getattr(rotary, f"{decoder.config.layer_types[layer]}_attention_scaling"))
+
+
 @dataclass
-class _Handover:
-    """Joins both sides of a layer, checks them and passes them on."""
+class _Capture:
+    """Joins both sides of a layer, checks them and passes them on.
 
-    before: dict[int, dict[str, Tensor]]
+    Attributes:
+        scalings: attention scaling of each layer to observe.
+        observer: gets them.
+        attend: the model's own attention function.
+        unrotated: queries and keys of the rotation that no attention has followed yet.
+    """
+
+    scalings: Mapping[int, float]
     observer: Observer
-    attention_scaling: float
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    unrotated: tuple[Tensor, ...] = field(default=(), init=False)
 
-    def __call__(self, module: Any, query: Tensor, key: Tensor, logit_scaling: float) -> None:
-        unrotated = self.before.pop(module.layer_idx, None)
-        if unrotated is None:
-            return
-        heads = LayerHeads(
-            layer=module.layer_idx,
-            queries={"before": unrotated["q"], "after": query[0]},
-            keys={"before": unrotated["k"], "after": key[0]},
-            attention_scaling=self.attention_scaling,
-            logit_scaling=logit_scaling,
-        )
-        _check_rotation(heads)
-        self.observer(heads)
-
-
-def _observed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    handover: _Handover | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Stock causal SDPA that shows the handover its queries and keys; transformers' attention signature."""
-    if handover is not None:
-        handover(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention, which shows its queries and keys first; transformers' signature."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        unrotated, self.unrotated = self.unrotated, ()
+        if module.layer_idx in self.scalings and unrotated:
+            q, k = unrotated
+            heads = LayerHeads(
+                layer=int(module.layer_idx),  # type: ignore[arg-type]
+                queries={"before": q[0], "after": query[0]},
+                keys={"before": k[0], "after": key[0]},
+                attention_scaling=self.scalings[module.layer_idx],  # type: ignore[index]
+                logit_scaling=scaling,
+                window=kwargs.get("sliding_window"),
+                softcap=kwargs.get("softcap"),
+            )
+            _check_rotation(heads)
+            self.observer(heads)
+        return self.attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 @contextmanager
-def _unrotated(decoder: Any, layers: Collection[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
-    """Output of the last module before the rotation, by layer and side, (heads, tokens, head_dim) each.
+def _watched_rotation(modeling: Any, capture: _Capture) -> Iterator[None]:
+    """Have the rotation of transformers' modeling file note what it is given, whatever norm or clamp stands before it.
 
-    That is the norm of the heads where there is one (Qwen3), else the projection, whose bias (Qwen2) is part of it.
+    Every layer looks the function up there when it is called; nothing else of the file is touched.
     """
-    outputs: dict[int, dict[str, Tensor]] = {}
-    hooks = []
-    for layer in layers:
-        attention = decoder.layers[layer].self_attn
-        for side in "qk":
-            module = getattr(attention, f"{side}_norm", None) or getattr(attention, f"{side}_proj")
+    stock = modeling.apply_rotary_pos_emb
 
-            def keep(_module: nn.Module, _args: Any, out: Tensor, layer: int = layer, side: str = side) -> None:
-                head_dim = decoder.layers[layer].self_attn.head_dim
-                outputs.setdefault(layer, {})[side] = out[0].view(out.shape[1], -1, head_dim).transpose(0, 1)
+    def noting(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        capture.unrotated = (q, k)
+        return stock(q, k, cos, sin, *args, **kwargs)
 
-            hooks.append(module.register_forward_hook(keep))
+    modeling.apply_rotary_pos_emb = noting
     try:
-        yield outputs
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        modeling.apply_rotary_pos_emb = stock
 
 
 def _check_rotation(heads: LayerHeads) -> None:

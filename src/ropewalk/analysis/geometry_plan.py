@@ -12,18 +12,19 @@ from ropewalk.analysis.statistics import sample_heads
 from ropewalk.config.analysis import GeometryConfig
 from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.config.rules import existing_directory, one_of, validate_device
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, make_windows, validate_lengths
 from ropewalk.evaluation.evaluated_checkpoint import Setting, load_tokenizer, settings_by_length
 from ropewalk.evaluation.results import writable_directory
 from ropewalk.export import resolve_checkpoint
+from ropewalk.export.gguf.gguf_model import FAMILIES
 from ropewalk.figures.figure import check_formats
-from ropewalk.model.hf_directory import read_config
-from ropewalk.model.load import head_dim, read_position, sliding_window
+from ropewalk.model.hf_directory import check_causal, read_config
+from ropewalk.model.load import head_dim, read_position
 from ropewalk.runs.directory import run_name
 
 RECORD = "geometry.json"
+MEASURED_TYPES = (*FAMILIES, "olmo3")  # what export.py model= converts
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def make_plan(config: GeometryConfig) -> Plan:
     documents = existing_directory("documents", config.documents, "write one with data_prep/prepare.py")
     _check_unused(config)
     directories = {run_name(model): resolve_checkpoint(model) for model in _distinct(config.models)}
-    shape = _shared_shape(directories, config.lengths[-1])
+    shape = _shared_shape(directories)
     layers = _layers(config, shape)
     return Plan(
         config=config,
@@ -133,8 +134,8 @@ def _settings(directory: Path, lengths: list[int]) -> list[Setting]:
     return settings_by_length(read_position(directory), RopeConfig("native"), TestTimeConfig("none"), lengths)
 
 
-def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
-    shapes = {name: _shape(path, longest) for name, path in directories.items()}
+def _shared_shape(directories: dict[str, Path]) -> Shape:
+    shapes = {name: _shape(path) for name, path in directories.items()}
     first = next(iter(shapes.values()))
     for name, shape in shapes.items():
         if shape != first:
@@ -145,15 +146,10 @@ def _shared_shape(directories: dict[str, Path], longest: int) -> Shape:
     return first
 
 
-def _shape(directory: Path, longest: int) -> Shape:
+def _shape(directory: Path) -> Shape:
     config = read_config(directory)
-    one_of(f"model_type of {directory}", config.model_type, SUPPORTED_MODEL_TYPES)
-    window = sliding_window(config)
-    if window is not None and window < longest:
-        raise UserError(
-            f"lengths={longest} is past the sliding_window={window} of {directory}, where the sink token is out of "
-            f"sight; measure up to {window} tokens, or set sliding_window: null in its config.json"
-        )
+    check_causal(config)
+    one_of(f"model_type of {directory}", config.model_type, MEASURED_TYPES)
     heads = config.num_attention_heads
     return Shape(config.num_hidden_layers, heads, config.num_key_value_heads, head_dim(config))
 

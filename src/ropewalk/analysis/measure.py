@@ -26,6 +26,7 @@ from ropewalk.analysis.statistics import (
     fsv_share,
     inter_dot,
     intra_dot,
+    key_cosines,
     sample_positions,
     silhouette,
     stable_rank,
@@ -65,7 +66,7 @@ STATISTICS = {
     "stable_rank_keys": "squared Frobenius norm over squared first singular value, keys",
     "silhouette": "mean silhouette of queries against keys, Euclidean",
     "davies_bouldin": "Davies-Bouldin index of queries against keys",
-    "sink_weight": "mean softmax weight on position 0 over queries 1 and later",
+    "sink_weight": "mean softmax weight on position 0 over queries 1 and later that see it",
     "max_dot": "largest q.k of a query and a key it sees, before any scaling of the logits",
     "sink_key_norm": "Euclidean norm of the key at position 0",
     "other_key_norm": "mean Euclidean norm of the keys at positions 1 and later",
@@ -102,24 +103,28 @@ def geometry_table(means: Means) -> pd.DataFrame:
     return typed_table((dict(zip(COLUMNS, (*key, value), strict=True)) for key, value in means.items()), COLUMNS)
 
 
-def key_score_table(means: Means) -> pd.DataFrame:
-    """One row for each position: model, chain, layer, length, rope, position, value.
+POSITION_COLUMNS = ("value", "cosine", "key_norm")
 
-    The value is the mean softmax weight of a key over the queries that see it, over a layer's heads and documents.
+
+def key_score_table(means: Means) -> pd.DataFrame:
+    """One row for each position: model, chain, layer, length, rope, position, value, cosine, key_norm.
+
+    The value is the mean softmax weight of a key over the queries that see it, the cosine its mean normalised dot
+    product with them, both over a layer's heads and documents; key_norm is its Euclidean norm, over its key heads.
 
     Args:
-        means: float32 (length,) by model, chain, layer, length, rope.
+        means: float32 (3, length), in the order of ``POSITION_COLUMNS``, by model, chain, layer, length, rope.
     """
     names = ("model", "chain", "layer", "length", "rope")
     keys, arrays = zip(*means.items(), strict=True)
-    counts = [values.size for values in arrays]
+    counts = [values.shape[-1] for values in arrays]
     columns: dict[str, Any] = {}
     for i, name in enumerate(names):
         column = pd.Series([key[i] for key in keys])
         column = column.astype("category") if name in ("model", "chain", "rope") else column
         columns[name] = column.repeat(counts).reset_index(drop=True)
     columns["position"] = np.concatenate([np.arange(count) for count in counts])
-    columns["value"] = np.concatenate(arrays)
+    columns |= dict(zip(POSITION_COLUMNS, np.concatenate(arrays, axis=-1), strict=True))
     return pd.DataFrame(columns)
 
 
@@ -137,8 +142,8 @@ def write_tables(
 class Findings:
     """Results of the passes so far."""
 
-    statistics: Means = field(default_factory=Means)  # as table.geometry_table takes them
-    key_scores: Means = field(default_factory=Means)  # as table.key_scores takes them
+    statistics: Means = field(default_factory=Means)  # as geometry_table takes them
+    key_scores: Means = field(default_factory=Means)  # as key_score_table takes them
     clouds: list[pd.DataFrame] = field(default_factory=list)
     maps: list[AttentionMap] = field(default_factory=list)
     bases: dict[tuple[int, int], Basis] = field(default_factory=dict)  # by layer and key head
@@ -194,19 +199,24 @@ class LayerMeasurement:
         draws = self.first_document and self.setting.longest == self.plan.config.lengths[-1]
         # The unrotated logits get the attention scaling that RoPE brings, so that the rotation is all that differs.
         scaling = heads.logit_scaling * (heads.attention_scaling**2 if rope == "before" else 1.0)
+        queries, keys = heads.queries[rope], heads.keys[rope]
         scores = attention_scores(
-            heads.queries[rope], heads.keys[rope], self.setting.lengths, scaling, wanted if draws else ()
-        )
+            queries, keys, self.setting.lengths, scaling, wanted if draws else (), window=heads.window,
+            softcap=heads.softcap,
+        )  # fmt: skip
+        norms = torch.linalg.vector_norm(keys.double(), dim=-1).mean(0)
         for length in self.setting.lengths:
-            mean = scores.key_scores[length].mean(0)
-            self.findings.key_scores.add((*self._where(heads), length, rope), mean.cpu().numpy())
-        key_heads = heads.keys[rope].shape[0]
+            prefixes = [(q[:, :length], k[:, :length]) for _, q, k in groups(heads, rope)]
+            cosines = torch.cat([key_cosines(q, k, heads.window) for q, k in prefixes]).mean(0)
+            by_position = torch.stack([scores.key_scores[length].double().mean(0), cosines, norms[:length]])
+            self.findings.key_scores.add((*self._where(heads), length, rope), by_position.float().cpu().numpy())
+        key_heads = keys.shape[0]
         for statistic, by_length in (("sink_weight", scores.sink_weight), ("max_dot", scores.max_dot)):
             for length, values in by_length.items():
                 for kv_head, group in enumerate(values.view(key_heads, -1)):
                     self._record([(statistic, length, group)], heads, rope, kv_head)
-        for head, weights in scores.maps.items():
-            arrays = weights.cpu().numpy(), scores.sink_by_query[head].cpu().numpy()
+        for head, cells in scores.maps.items():
+            arrays = *cells.cpu().numpy(), *scores.sink_by_query[head].cpu().numpy()
             attention_map = AttentionMap(self.subject.name, heads.layer, head, rope, self.setting.longest, *arrays)
             self.findings.maps.append(attention_map)
 

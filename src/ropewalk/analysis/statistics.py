@@ -187,14 +187,18 @@ GRID = 256  # cells of an attention map on each side, at most
 class Scores:
     """Causal attention of every head over prefixes of one document; float32 but for the exact maxima.
 
+    A query sees the keys up to its own position, or the last ``window`` of them.
+
     Attributes:
         key_scores: length -> (heads, length): mean softmax weight of each key over the queries that see it.
-        sink_weight: length -> (heads,): mean weight on position 0 over queries 1..length-1. Query 0 sees nothing
-            else, so it has no say.
+        sink_weight: length -> (heads,): mean weight on position 0 over the queries 1..length-1 that see it. Query 0
+            sees nothing else, so it has no say.
         max_dot: length -> (heads,): largest q.k of a query and a key that it sees, not scaled.
-        maps: head -> (cells, cells): mean weight in each cell of the longest prefix, over the pairs of the cell that
-            causality allows, NaN where there are none; rows are queries. The cells are equal but for the last.
-        sink_by_query: head -> (tokens,): weight on position 0 of every query, for the heads of ``maps``.
+        maps: head -> (2, cells, cells): mean weight, and mean cosine, in each cell of the longest prefix, over the
+            pairs of the cell that are seen, NaN where there are none; rows are queries. The cells are equal but for
+            the last.
+        sink_by_query: head -> (2, tokens): weight on position 0 of every query, and its cosine with that key, for the
+            heads of ``maps``; NaN where it is out of sight.
     """
 
     key_scores: dict[int, Tensor]
@@ -210,6 +214,9 @@ def attention_scores(
     lengths: Sequence[int],
     logit_scaling: float,
     map_heads: Collection[int] = (),
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
     block: int = BLOCK,
 ) -> Scores:
     """Scores of the first ``length`` tokens for every length; one pass over the longest serves all.
@@ -219,42 +226,69 @@ def attention_scores(
         keys: (key heads, tokens, head_dim).
         lengths: tokens, ascending, the last at most ``tokens``.
         logit_scaling: of q.k before the softmax.
-        map_heads: heads whose map is made.
+        map_heads: heads whose maps are made.
+        window: keys that a query sees; None: all up to its own.
+        softcap: c of c tanh(x / c), which bounds the scaled logits; None: they have no bound.
         block: attention weights that exist at once.
     """
     heads, longest = queries.shape[0], lengths[-1]
     group = heads // keys.shape[0]
-    cell = -(-longest // GRID)
-    sink = torch.empty(heads, longest, device=queries.device)
-    summed = torch.zeros_like(sink)
-    largest = torch.empty_like(sink)
+    reach = min(window or longest, longest)
+    sink = torch.full((heads, longest), torch.nan, device=queries.device)
+    summed = torch.zeros(heads, longest, device=queries.device)
+    largest = torch.empty_like(summed)
     key_scores = {length: torch.empty(heads, length, device=queries.device) for length in lengths}
     maps: dict[int, Tensor] = {}
     for head in range(0, heads, group):
         query_heads = slice(head, head + group)
         key = keys[head // group, :longest].float()
-        pooled = {h: _Pooled(longest, cell, queries.device) for h in map_heads if head <= h < head + group}
+        pooled = {h: _Pooled(longest, reach, queries.device) for h in map_heads if head <= h < head + group}
         for start, end in pairwise(_edges(lengths, max(1, block // (group * longest)))):
-            logits = queries[query_heads, start:end].float() @ key[:end].T
-            hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=logits.device).triu(1)
-            logits[..., start:end].masked_fill_(hidden, -torch.inf)
+            query = queries[query_heads, start:end].float()
+            hidden = _hidden(start, end, reach, query.device)
+            logits = (query @ key[:end].T).masked_fill_(hidden, -torch.inf)
             largest[query_heads, start:end] = logits.amax(-1)
-            weights = logits.mul_(logit_scaling).softmax(-1)
-            sink[query_heads, start:end] = weights[..., 0]
+            logits.mul_(logit_scaling)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden, -torch.inf)
+            weights = logits.softmax(-1)
+            seeing = slice(start, max(start, min(end, reach)))  # the queries that see position 0
+            sink[query_heads, seeing] = weights[:, : seeing.stop - start, 0]
             summed[query_heads, :end] += weights.sum(-2)
             for h, grid in pooled.items():
-                grid.add(weights[h - head], start)
+                cosines = unit(query[h - head]).float() @ unit(key[:end]).float().T
+                grid.add(weights[h - head], cosines.masked_fill_(hidden, 0.0), start)
             if end in key_scores:
-                visible = torch.arange(end, 0, -1, device=summed.device)
-                key_scores[end][query_heads] = summed[query_heads, :end] / visible
+                key_scores[end][query_heads] = summed[query_heads, :end] / _seen(end, reach, summed.device)
         maps |= {h: grid.mean() for h, grid in pooled.items()}
+    with_first = {h: (unit(queries[h, :longest]) @ unit(keys[h // group, 0])).float() for h in maps}
     return Scores(
         key_scores=key_scores,
-        sink_weight={length: sink[:, 1:length].mean(-1) for length in lengths},
+        sink_weight={length: sink[:, 1:length].nanmean(-1) for length in lengths},
         max_dot={length: largest[:, :length].amax(-1) for length in lengths},
         maps=maps,
-        sink_by_query={h: sink[h] for h in maps},
+        sink_by_query={h: torch.stack([sink[h], torch.where(sink[h].isnan(), torch.nan, with_first[h])]) for h in maps},
     )
+
+
+def key_cosines(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """Mean cosine (normalised dot product) of each key with the queries that see it, (heads, tokens), float64.
+
+    The mean over queries is taken before the product: a key's cosines with the queries i..j sum to its unit vector
+    times the sum of theirs.
+
+    Args:
+        queries: (heads, tokens, head_dim).
+        keys: (key heads, tokens, head_dim).
+        window: keys that a query sees; None: all up to its own.
+    """
+    heads, tokens, _ = queries.shape
+    reach = min(window or tokens, tokens)
+    sums = torch.nn.functional.pad(unit(queries).cumsum(-2), (0, 0, 1, 0))  # of the first 0..tokens
+    first = torch.arange(tokens, device=queries.device)
+    seeing = sums[:, (first + reach).clamp_max(tokens)] - sums[:, first]
+    of_head = unit(keys).repeat_interleave(heads // keys.shape[0], dim=0)
+    return (seeing * of_head).sum(-1) / _seen(tokens, reach, queries.device)
 
 
 def _edges(lengths: Sequence[int], rows: int) -> list[int]:
@@ -262,25 +296,44 @@ def _edges(lengths: Sequence[int], rows: int) -> list[int]:
     return sorted({*range(0, lengths[-1], rows), *lengths})
 
 
-class _Pooled:
-    """Sums of attention weights over square cells of queries and keys."""
+def _hidden(start: int, end: int, reach: int, device: torch.device) -> Tensor:
+    """(queries start..end, keys 0..end): True where the key is later, or ``reach`` or more before the query."""
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
+    return (distance < 0) | (distance >= reach)
 
-    def __init__(self, tokens: int, cell: int, device: torch.device) -> None:
-        self.cell = cell
+
+def _seen(length: int, reach: int, device: torch.device) -> Tensor:
+    """(length,): of as many queries, how many see each key."""
+    return torch.arange(length, 0, -1, device=device).clamp_max(reach)
+
+
+class _Pooled:
+    """Sums of attention weights and of cosines over square cells of queries and keys.
+
+    Args:
+        tokens: of the document.
+        reach: keys that a query sees.
+        device: of the sums.
+    """
+
+    def __init__(self, tokens: int, reach: int, device: torch.device) -> None:
+        cell = -(-tokens // GRID)
         positions = torch.arange(tokens, device=device)
         self.of = positions // cell
         cells = int(self.of[-1]) + 1
-        self.sums = torch.zeros(cells, cells, device=device)
-        # Pairs of a cell that causality allows: for each query, of each cell, the keys up to its own position.
-        allowed = (positions[:, None] + 1 - cell * torch.arange(cells, device=device)).clamp(0, cell)
+        self.sums = torch.zeros(2, cells, cells, device=device)
+        # Pairs of a cell that are seen: for each query, of each cell, the keys up to its own position within reach.
+        offsets = positions[:, None] + 1 - cell * torch.arange(cells, device=device)
+        allowed = offsets.clamp(0, cell) - (offsets - reach).clamp(0, cell)
         self.pairs = torch.zeros(cells, cells, device=device).index_add_(0, self.of, allowed.float())
 
-    def add(self, weights: Tensor, start: int) -> None:
-        """Count a block of queries, (queries, keys), whose first is ``start``."""
+    def add(self, weights: Tensor, cosines: Tensor, start: int) -> None:
+        """Count a block of queries, each (queries, keys), whose first is ``start``."""
         rows, columns = weights.shape
-        cells = self.sums.shape[0]
-        by_key = torch.zeros(rows, cells, device=weights.device).index_add_(1, self.of[:columns], weights)
-        self.sums.index_add_(0, self.of[start : start + rows], by_key)
+        cells = self.sums.shape[-1]
+        for sums, values in zip(self.sums, (weights, cosines), strict=True):
+            by_key = torch.zeros(rows, cells, device=values.device).index_add_(1, self.of[:columns], values)
+            sums.index_add_(0, self.of[start : start + rows], by_key)
 
     def mean(self) -> Tensor:
         return self.sums / torch.where(self.pairs > 0, self.pairs, torch.nan)

@@ -111,7 +111,7 @@ def dry_run_chain(chain: Path) -> None:
     """Check the commands of a file in their order: ``ENTRY OVERRIDES...``, or ``given PATH KIND``. The planner plans.
 
     Raises:
-        SystemExit: with the code of the first entry that does not hold; it has said why.
+        SystemExit: with the code of the first entry that does not hold; it has reported why.
     """
     with tempfile.TemporaryDirectory() as scratch:
         ledger = Path(scratch) / "ledger.json"

@@ -7,14 +7,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
 
 from ropewalk.cluster.planner import make_plan
 from ropewalk.config.rules import one_of, validate_numbers, validate_train
-from ropewalk.config.train import NoiseConfig, TrainConfig
+from ropewalk.config.schedule import learning_rate
+from ropewalk.config.train import NoiseConfig, TrainConfig, TrainerConfig
 from ropewalk.errors import UserError
 from ropewalk.files import write_atomically
 from ropewalk.report.noise.noise_floor import noise_section, noise_table, write_noise
@@ -120,9 +121,26 @@ def branches_of(config: NoiseConfig) -> dict[str, list[str]]:
             f"replicate={config.replicate} has the branches {values}; it takes two or more that differ, and no horizon "
             f"below trainer.max_steps={steps}, which every branch trains"
         )
+    if config.replicate == "horizon":
+        _check_horizons(config.trainer, values)
     kind = str(config.replicate)
     own = [f"evaluation.every={steps}"]  # after the last step, whatever the horizon
     return {f"{config.run_name}-{kind}{value}": [f"{KINDS[kind]}={value}", *own] for value in values}
+
+
+def _check_horizons(trainer: TrainerConfig, horizons: Sequence[int]) -> None:
+    """Raise UserError for two schedules that agree in every step that is trained: they would be one run."""
+    earlier: dict[tuple[float, ...], int] = {}
+    for horizon in horizons:
+        schedule = replace(trainer, max_steps=horizon)
+        rates = tuple(learning_rate(step, schedule) for step in range(trainer.max_steps))
+        if rates in earlier:
+            raise UserError(
+                f"horizons={earlier[rates]} and {horizon} have the same learning rate in all {trainer.max_steps} steps "
+                f"that are trained (trainer.decay_ratio={trainer.decay_ratio:g}, trainer.warmup_ratio="
+                f"{trainer.warmup_ratio:g}), so they are one run; name nearer horizons, or replicate=seed"
+            )
+        earlier[rates] = horizon
 
 
 def plan_seeds(config: NoiseConfig) -> None:
@@ -136,7 +154,7 @@ def plan_seeds(config: NoiseConfig) -> None:
     if difference is None:
         raise UserError(f"spread={config.spread} without difference: a plan needs the difference to decide; set both")
     needed = seeds_to_decide(config.spread, difference, pairs)
-    hours = float(make_plan(config).entries["gpu_hours"])
+    entries = make_plan(config).entries
     arms = pairs + 1  # one that all others are compared with
     rows = pd.DataFrame(
         {
@@ -144,15 +162,18 @@ def plan_seeds(config: NoiseConfig) -> None:
             "detectable": detectable_difference(config.spread, seeds, paired=True, alpha=ALPHA / pairs),
             "power_no_difference": equivalence_power(config.spread, difference, seeds),
             "smallest_p": min(1.0, smallest_p(seeds) * pairs),  # by Holm; 0.05 or more: nothing can be decided
-            "gpu_hours": arms * seeds * hours,
+            "gpu_hours": arms * seeds * entries["gpu_hours"],
+            "cost": arms * seeds * entries["cost"],
         }
         for seeds in sorted({*config.seeds, *([needed] if needed else [])})
     )
+    whole = {"gpu_hours": _whole, "cost": _whole}
     print(
         f"{needed or 'more than 10,000'} seeds an arm decide {difference:g} at a spread of {config.spread:g}, {pairs} "
-        f"pairs, power {POWER:.0%}\n{rows.to_string(index=False, float_format='{:.4g}'.format)}\n"
-        f"smallest_p of {ALPHA:g} or more: with so few seeds nothing can be decided. GPU-hours: {arms} arms of "
-        f"{config.run_name}, {hours:,.1f} a run on {config.cluster.name} (scripts/plan.py)"
+        f"pairs, power {POWER:.0%}\n"
+        f"{rows.to_string(index=False, float_format='{:.4g}'.format, formatters=whole)}\n"
+        f"smallest_p of {ALPHA:g} or more: with so few seeds nothing can be decided. GPU-hours and cost are of {arms} "
+        f"arms of {config.run_name}, {entries['gpu_hours']:,.1f} hours a run on {config.cluster.name} (scripts/plan.py)"
     )
     if config.output is not None:
         plan = {"spread": config.spread, "difference": difference, "pairs": pairs, "seeds_to_decide": needed}
@@ -160,6 +181,10 @@ def plan_seeds(config: NoiseConfig) -> None:
         rows.to_csv(Path(config.output) / "noise.csv", index=False)
         text = json.dumps(plan | {"plan": rows.to_dict("records")}, indent=2)
         write_atomically(Path(config.output) / "noise.json", text + "\n")
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2f}"
 
 
 def _directory(config: NoiseConfig, run_name: str) -> Path:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.config.analysis import FiguresConfig, GeometryConfig
 from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import STORE_FIX, is_remote
-from ropewalk.config.train import TrainConfig
+from ropewalk.config.train import NoiseConfig, TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import read_object
 from ropewalk.runs.directory import MANIFEST, ZERO, RunDirectory, checkpoint_at
@@ -114,8 +115,10 @@ def _convert(config: ConvertConfig) -> Requirements:
 
 def _export(config: ExportConfig) -> Requirements:
     if config.checkpoint is not None:
-        output = config.output or str(RunDirectory(Path(config.checkpoint)).export)
-        return Requirements([Requirement("checkpoint", config.checkpoint, ("run",))], [Promise(output, "model")])
+        output = config.output or f"{RunDirectory(Path(config.checkpoint)).export}{config.average.suffix()}"
+        reads = [Requirement("checkpoint", config.checkpoint, ("run",))]
+        reads += [Requirement("average.runs", run, ("run",)) for run in config.average.runs]
+        return Requirements(reads, [Promise(output, "model")])
     output = config.output or f"{config.paths.output_dir}/exports/{Path(config.model.path).name}"
     reads = [Requirement("model", config.model.path, ("model",), hub=True)] if config.model.path else []
     return Requirements(reads, [Promise(output, "model")])
@@ -126,7 +129,7 @@ def _evaluate(config: EvaluateConfig) -> Requirements:
 
     try:
         harnesses = {suite.harness for suite in validate_suites(config)}
-    except UserError:  # the command says so itself
+    except UserError:  # the command itself reports that
         harnesses = set()
     reads = [Requirement("checkpoint", config.checkpoint, ("run", "model"))]
     if config.documents is not None and "quick" in harnesses:
@@ -141,6 +144,25 @@ def _compare(config: CompareConfig) -> Requirements:
     return Requirements(reads, [Promise(config.output, "report")])
 
 
+def _geometry(config: GeometryConfig) -> Requirements:
+    reads = [Requirement("models", model, ("run", "model")) for model in config.models]
+    kinds = ("heldout", "documents")
+    reads.append(Requirement("documents", config.documents, kinds, longest=max(config.lengths, default=None)))
+    return Requirements(reads, [Promise(config.output, "geometry")])
+
+
+def _figures(config: FiguresConfig) -> Requirements:
+    evaluations = [str(RunDirectory(Path(run)).evaluation) for run in config.results]
+    reads = [Requirement("results", path, ("evaluation",), by_chain=True) for path in evaluations]
+    return Requirements(reads, [Promise(config.output, "figures")])
+
+
+def _noise(config: NoiseConfig) -> Requirements:
+    evaluations = [str(RunDirectory(Path(run)).evaluation) for run in config.runs]
+    reads = [Requirement("runs", path, ("evaluation",), by_chain=True) for path in evaluations]
+    return Requirements(reads + (_train(config).reads if config.replicate else []), [])
+
+
 COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "train": _train,
     "gather": _gather,
@@ -149,6 +171,9 @@ COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "export": _export,
     "evaluate": _evaluate,
     "compare": _compare,
+    "geometry": _geometry,
+    "figures": _figures,
+    "noise": _noise,
 }
 
 

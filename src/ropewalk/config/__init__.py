@@ -14,6 +14,7 @@ SCHEMAS: dict[str, type] = {
     "train": train.TrainConfig,
     "plan": train.PlanConfig,
     "noise": train.NoiseConfig,
+    "study": train.StudyConfig,
     "sbatch": train.SbatchConfig,
     "prepare": data.PrepareConfig,
     "gather": data.GatherConfig,

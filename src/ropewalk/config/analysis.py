@@ -40,7 +40,8 @@ class FiguresConfig:
     target_length: int = 262144  # tokens
     output: str = "figures"  # directory
     formats: list[str] = field(default_factory=lambda: ["png", "pdf"])
-    results: list[str] = field(default_factory=list)  # run directories, for the clip figure's response
+    results: list[str] = field(default_factory=list)  # evaluated runs: the clip figure's response, all of ablations
+    published: str | None = None  # csv of published numbers (a recipe's expected.csv), for ablations
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

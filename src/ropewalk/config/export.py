@@ -16,10 +16,28 @@ class EnginesConfig:
 
 
 @dataclass
+class AverageConfig:
+    """Checkpoints whose mean is exported in place of one; members are chosen by one of the three, or there is no mean.
+
+    Members must have one chain, model and tokenizer, and must have begun with the same weights.
+    """
+
+    last: int | None = None  # of the run: ``checkpoint`` and the newest before it, so many in all
+    steps: list[int] = field(default_factory=list)  # of the run: those after so many steps
+    runs: list[str] = field(default_factory=list)  # beside ``checkpoint``: the newest of other runs, or checkpoints
+
+    def suffix(self) -> str:
+        """The end of the export's name; empty: there is no mean."""
+        members = self.last or len(self.steps) or (len(self.runs) + 1 if self.runs else 0)
+        return f"-average{members}" if members else ""
+
+
+@dataclass
 class ExportConfig:
     """``python scripts/export.py``: one of ``checkpoint`` and ``model``."""
 
     checkpoint: str | None = None  # training checkpoint, or run directory for its newest
+    average: AverageConfig = field(default_factory=AverageConfig)
     model: ModelPath = field(
         default_factory=lambda: ModelPath("")
     )  # Hugging Face directory or hub id, not trained here

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
 from ropewalk.config.data import ConvertConfig, CorpusConfig, ExecutorConfig, GatherConfig, InspectStoreConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig
-from ropewalk.config.export import ExportConfig, RepairConfig
+from ropewalk.config.export import AverageConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
+from ropewalk.config.schedule import DECAYS
 from ropewalk.config.train import (
+    ATTENTION_CHOICES,
     SUPPORTED_MODEL_TYPES,
     AssumptionConfig,
     DataConfig,
@@ -63,7 +65,7 @@ RANGES: dict[type, dict[Range, str]] = {
         POSITIVE: "max_steps global_batch_size micro_batch_size learning_rate loss_chunk_size mlp_chunk_size log_every "
         "peak_flops checkpoint_every keep_last keep_every stop_after",
         POSITIVE._replace(highest=math.inf, words="must be positive; inf clips nothing"): "gradient_clipping",
-        SHARE: "warmup_ratio min_lr_ratio",
+        SHARE: "warmup_ratio min_lr_ratio decay_ratio",
         BELOW_ONE: "adam_beta1 adam_beta2",
     },
     DeepSpeedConfig: {NOT_NEGATIVE: "param_persistence_threshold"},
@@ -110,11 +112,12 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     ValidateConfig: {POSITIVE: "max_documents", NOT_NEGATIVE: "sweep_samples"},
     CompareConfig: {PERCENT: "effective_needle effective_ruler"},
     ExportConfig: {POSITIVE: "verify_tokens"},
+    AverageConfig: {Range(2, MOST, "is no average; set 2 or more, or null"): "last", NOT_NEGATIVE: "steps"},
     RepairConfig: {POSITIVE: "pretrained_length"},
     AdviseConfig: {POSITIVE: "theta train_length target_length"},
     InspectConfig: {POSITIVE: "length"},
     FiguresConfig: {POSITIVE: "train_length target_length"},
-    GeometryConfig: {POSITIVE: "lengths max_documents pca_heads cluster_samples", NOT_NEGATIVE: "layers"},
+    GeometryConfig: {POSITIVE: "lengths max_documents cluster_samples", NOT_NEGATIVE: "layers pca_heads"},
 }
 
 
@@ -149,10 +152,17 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     trainer = config.trainer
     one_of("trainer.device", trainer.device, ("cuda", "cpu"))
     one_of("trainer.dtype", trainer.dtype, ("bfloat16", "float32"))
+    one_of("trainer.schedule", trainer.schedule, tuple(DECAYS))
     if trainer.device == "cuda" and trainer.dtype == "float32":
         raise UserError(
             "trainer.dtype=float32 with trainer.device=cuda: the variable-length attention kernels take bf16 only; set "
             "trainer.dtype=bfloat16 (master weights and gradients are fp32 all the same)"
+        )
+    one_of("trainer.attention", trainer.attention, ATTENTION_CHOICES)
+    if trainer.device == "cpu" and trainer.attention != "auto":
+        raise UserError(
+            f"trainer.attention={trainer.attention} with trainer.device=cpu: it is a kernel for GPUs; set "
+            "trainer.attention=auto"
         )
     if trainer.offload_activations and not trainer.activation_checkpointing:
         raise UserError(
@@ -170,6 +180,7 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     batching(config, world_size)
     one_of("guards.spike_action", config.guards.spike_action, ("skip", "stop"))
     one_of("start_from.optimizer", config.start_from.optimizer, ("keep", "drop"))
+    one_of("start_from.order", config.start_from.order, ("restart", "continue"))
     if not _has_weights(config) and "model_type" not in config.model.architecture:
         raise UserError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "
@@ -192,6 +203,11 @@ def _validate_primary(primary: PrimaryConfig) -> None:
             raise UserError(f"primary.pairs has {pair}; each names two arms by their rope.name: [cope20, rope]")
     if len({frozenset(pair) for pair in primary.pairs}) < len(primary.pairs):
         raise UserError(f"primary.pairs={primary.pairs} names a pair twice; name each once")
+    lengths = primary.length if isinstance(primary.length, list) else [primary.length]
+    if primary.length is not None and not (lengths and all(type(length) is int for length in lengths)):
+        raise UserError(
+            f"primary.length={primary.length} is neither tokens nor a list of them: 65536 or [131072,262144]"
+        )
     if primary.pairs and (primary.length is None or primary.difference is None):
         raise UserError(
             f"primary.length={primary.length} and primary.difference={primary.difference}: a declared family needs the "

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION_CHOICES = ("auto", "fa4", "fa3", "fa2", "torch")
 
 
 @dataclass
@@ -58,8 +59,10 @@ class TrainerConfig:
     global_batch_size: int = MISSING  # sequences a step, over all ranks
     micro_batch_size: int = 1  # sequences a rank holds at once
     learning_rate: float = MISSING  # peak
-    min_lr_ratio: float = 0.1  # floor of the cosine, as a share of the peak
+    schedule: str = "cosine"  # shape of the decay from the peak: cosine or linear
+    min_lr_ratio: float = 0.1  # floor of the decay, as a share of the peak; reached at the last step
     warmup_ratio: float = 0.1  # share of max_steps
+    decay_ratio: float = 1.0  # last share of max_steps, before which the rate stays at the peak; 0: it never decays
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -68,7 +71,9 @@ class TrainerConfig:
     activation_checkpointing: bool = True
     offload_activations: bool = False  # checkpointed activations wait in host memory
     mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
-    compile: bool = False  # torch.compile, layer by layer
+    attention: str = "auto"  # kernel on a GPU: auto, fa4, fa3, fa2 or torch; auto takes the best that is installed
+    deterministic: bool = False  # kernels that add up in one order; slower on a GPU, by how much is not measured
+    compile: bool = False  # torch.compile of the norms and the MLP's gate
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps
@@ -107,6 +112,7 @@ class StartConfig:
 
     run: str | None = None  # run directory (its newest committed checkpoint), or one checkpoint; null: as model says
     optimizer: str = "keep"  # keep: with its Adam moments and step count; drop: as at the beginning
+    order: str = "restart"  # of the data, which must be the same for continue: from the step that the run was at
 
 
 @dataclass
@@ -152,13 +158,13 @@ class PrimaryConfig:
     """The primary family of a study, declared before its runs: a report decides what it names and nothing else.
 
     Runs record it, and a run that goes on must declare what it began with. One number a seed: the row of the results
-    table with this task, metric, length and test-time scaling.
+    table with this task, metric, length and test-time scaling; of several lengths, the mean of their rows.
     """
 
     pairs: list[list[str]] = field(default_factory=list)  # [arm, the arm it is compared with], each a rope.name
     task: str = "loss_at_length"
     metric: str = "nll"
-    length: int | None = None  # tokens
+    length: Any = None  # tokens, or a list of lengths
     test_time_scaling: str | None = None  # as the table prints it; null: whichever was measured, if only one was
     difference: float | None = None  # smallest of interest, in the table's unit: nats, or points of a percentage
 
@@ -239,6 +245,48 @@ class NoiseConfig(PlanConfig):
     pairs: int = 1  # in the primary family
     seeds: list[int] = field(default_factory=lambda: [3, 5, 8, 10])  # an arm, whose detectable differences are shown
     output: str | None = None  # directory for noise.csv and noise.json; null: only printed
+
+
+@dataclass
+class RegimeConfig:
+    """One way in which a study trains its arms."""
+
+    runs: str = MISSING  # directory that holds a run directory for each arm and seed
+    trained: int = MISSING  # tokens
+    lengths: list[int] = MISSING  # tokens; the declared number is the mean over them
+
+
+@dataclass
+class BaseConfig:
+    """The score that a seed's base must reach for the seed to count; nothing else leaves a seed out."""
+
+    regime: str = MISSING
+    arm: str = MISSING  # rope.name
+    task: str = "answers"
+    metric: str = "exact_match"
+    length: int = MISSING  # tokens
+    at_least: float = MISSING  # percent
+
+
+@dataclass
+class StudyPlan:
+    """plan.yaml of a study, declared before its runs. A decision is over all pairs in all regimes."""
+
+    primary: PrimaryConfig = field(default_factory=PrimaryConfig)
+    regimes: dict[str, RegimeConfig] = field(default_factory=dict)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    seeds: int = MISSING  # accepted seeds an arm
+
+
+@dataclass
+class StudyConfig:
+    """``python scripts/study.py``."""
+
+    plan: str = MISSING  # plan.yaml
+    results: str | None = None  # directory of results.csv, runs.csv and the figure; null: that of the plan
+    collect: bool = False  # first write results.csv and runs.csv from the runs on this machine
+    seeds: str | None = None  # print seeds alone: next (bases to be tried), accepted
+    paths: PathsConfig = field(default_factory=PathsConfig)
 
 
 @dataclass

@@ -21,16 +21,14 @@ from ropewalk.evaluation.harness.answer_recovery import (
     ANSWERS,
     ORDER,
     answer_samples,
-    build_questions,
     question_rows,
     score_row,
 )
-from ropewalk.evaluation.harness.held_out import in_order, table_row, validate_held_out
-from ropewalk.evaluation.harness.key_tokens import longppl_rows, read_key_tokens
-from ropewalk.evaluation.harness.loss_by_position import bucket_edges, document_rows, loss_rows
-from ropewalk.evaluation.harness.needle_retrieval import build_grid, chance_levels, needle_rows, score_prompts
+from ropewalk.evaluation.harness.held_out import DocumentScores, HeldOutText, in_order, table_row, validate_held_out
+from ropewalk.evaluation.harness.key_tokens import read_key_tokens
+from ropewalk.evaluation.harness.needle_retrieval import chance_levels, needle_rows, score_prompts
 from ropewalk.evaluation.model_reader import Scorer
-from ropewalk.evaluation.results import RECORD, document_table, results_table, write_record, write_results
+from ropewalk.evaluation.results import RECORD, results_table, write_record, write_results
 from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import Ranks, gather, log
@@ -82,21 +80,17 @@ class TrainingEvaluation:
             )
         )  # fmt: skip
         tokenizer = open_tokenizer(store.tokenizer_path)
-        self.windows = make_windows(Path(documents), tokenizer, self.lengths[-1], settings.max_documents)
-        self.prompts = [
-            prompt
-            for length in self.lengths
-            for prompt in build_grid(tokenizer, self.windows, length, settings.needle, settings.seed)
-        ]
-        self.asked = [
+        windows = make_windows(Path(documents), tokenizer, self.lengths[-1], settings.max_documents)
+        self.text = HeldOutText(tokenizer, windows, self.lengths, settings, read_key_tokens(Path(documents), windows))
+        self.prompts = [prompt for prompts in self.text.prompts.values() for prompt in prompts]
+        self.questions = [
             (task, row)
             for length in (self.lengths if settings.answers.count else [])
             for task in (ANSWERS, ORDER)
-            for row in build_questions(task, tokenizer, self.windows, length, settings, self.lengths[0])
+            for row in self.text.questions(task, length)
         ]
-        self.key_tokens = read_key_tokens(Path(documents), self.windows)
         bos = bool(beginning(tokenizer))
-        self.record = {"config": asdict(settings), "documents": self.windows.counts(), "bos": bos}
+        self.record = {"config": asdict(settings), "documents": windows.counts(), "bos": bos}
 
     def __call__(self, scorer: Scorer, step: int) -> dict[str, float]:
         """Measure, write ``evaluations/step-N`` of the run directory, and give the main numbers. Collective.
@@ -104,16 +98,15 @@ class TrainingEvaluation:
         Returns:
             On rank 0, metrics by name; elsewhere nothing.
         """
-        edges = bucket_edges(self.lengths)
-        names = list(self.windows.tokens)
-        documents: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
-        for index in self._dealt(names):
-            losses = scorer.token_losses(self.windows.tokens[names[index]])
-            key_sums = self.key_tokens.sums(names[index], losses, self.lengths) if self.key_tokens else ()
-            documents[index] = list(document_rows(names[index], losses, edges)), list(key_sums)
+        names = list(self.text.windows.tokens)
+        documents = {
+            index: self.text.score_document(scorer, names[index], self.lengths) for index in self._dealt(names)
+        }
         scores = {index: score_prompts(scorer, [self.prompts[index]]) for index in self._dealt(self.prompts)}
         answers = {
-            index: (self.asked[index][0], score_row(scorer, self.asked[index][1])) for index in self._dealt(self.asked)
+            index: (task, score_row(scorer, row))
+            for index in self._dealt(self.questions)
+            for task, row in [self.questions[index]]
         }
         shares = gather((documents, scores, answers))
         if not self.ranks.is_main:
@@ -133,22 +126,19 @@ class TrainingEvaluation:
     def _report(
         self,
         step: int,
-        losses: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]],
+        losses: list[DocumentScores],
         grades: list[pd.DataFrame],
         entries: list[tuple[str, list[dict[str, Any]]]],
     ) -> dict[str, float]:
         setting = Setting((), self.position.chain, self.position.spectrum(), tuple(self.lengths))
-        of_documents = {"run": self.name, "setting": setting.name, "context_length": setting.longest}
-        documents = document_table(of_documents | row for of_document, _ in losses for row in of_document)
+        rows_of_losses, documents = self.text.loss_rows(losses, setting, self.name)
         answers = {
             task: [sample for of_task, samples in entries if of_task == task for sample in samples]
             for task in (ANSWERS, ORDER)
         }
         # In the order of the cells of scripts/evaluate.py.
         rows = question_rows(ANSWERS, answer_samples(answers[ANSWERS]), self.seed)
-        rows += loss_rows(documents, setting, self.seed)
-        if self.key_tokens:
-            rows += longppl_rows((entry for _, sums in losses for entry in sums), setting, self.seed)
+        rows += rows_of_losses
         rows += needle_rows(pd.concat(grades), self.seed) if grades else []
         rows += question_rows(ORDER, answers[ORDER], self.seed)
         columns = {

@@ -20,10 +20,13 @@ PAPER_LENGTH = 65_536  # that it trains at; up to here it adds no scaling, past 
 HELMET_NAMES = {"Summ": "Summ", "QA": "LongQA", "ICL": "ICL", "Recall": "Recall", "RAG": "RAG"}
 HELMET_AT_256K = ("Summ", "QA", "Recall")  # the published 256k average is over these three, the others over all five
 
-LONGBENCH = (
-    "narrativeqa", "qasper", "multifieldqa_en", "2wikimqa", "hotpotqa", "musique", "gov_report", "multi_news", "qmsum",
-    "samsum", "trec", "triviaqa", "lcc", "repobench-p",
-)  # fmt: skip
+LONGBENCH = {  # its 14 English tasks by category, as RoPE-ID's table has them (arXiv 2603.18017)
+    "single_doc_qa": ("narrativeqa", "qasper", "multifieldqa_en"),
+    "multi_doc_qa": ("2wikimqa", "hotpotqa", "musique"),
+    "summarization": ("gov_report", "multi_news", "qmsum"),
+    "few_shot": ("samsum", "trec", "triviaqa"),
+    "code": ("lcc", "repobench-p"),
+}
 COMMON_SENSE = {"ARC-C": "arc_challenge", "HellaSwag": "hellaswag", "PIQA": "piqa"}  # RoPE-ID's (arXiv 2603.18017)
 
 
@@ -48,6 +51,10 @@ def _single(harness: str, task: str, metric: str) -> Measure:
     return Measure(harness, ({task: metric},))
 
 
+def _longbench(*categories: str) -> Measure:
+    return Measure("lm-eval", ({f"longbench_{task}": "score" for name in categories for task in LONGBENCH[name]},))
+
+
 def _helmet(*categories: str) -> Measure:
     return Measure("helmet", tuple({d.name: d.metrics[0] for d in CATEGORIES[c].datasets} for c in categories))
 
@@ -56,6 +63,7 @@ MEASURES = {
     ("RULER", "NIAH"): _ruler("niah_single_1", "niah_single_2", "niah_single_3"),
     ("RULER", "MK"): _ruler("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
     ("RULER", "13-task average"): _ruler(*TASKS),
+    **{("RULER", name): _ruler(name) for name in TASKS},
     ("InfiniteBench", "KV"): _single("lm-eval", "infinitebench_kv_retrieval", "score"),
     ("InfiniteBench", "Math.Find"): _single("lm-eval", "infinitebench_math_find", "score"),
     ("short-context", "MMLU"): _single("lm-eval", "mmlu", "acc"),
@@ -65,7 +73,8 @@ MEASURES = {
     ("short-context", "GSM8K"): _single("lm-eval", "gsm8k", "exact_match,strict-match"),
     **{("short-context", column): _single("lm-eval", task, "acc_norm") for column, task in COMMON_SENSE.items()},
     ("short-context", "average"): Measure("lm-eval", (dict.fromkeys(COMMON_SENSE.values(), "acc_norm"),)),
-    ("LongBench", "14-task average"): Measure("lm-eval", ({f"longbench_{name}": "score" for name in LONGBENCH},)),
+    ("LongBench", "14-task average"): _longbench(*LONGBENCH),
+    **{("LongBench", name): _longbench(name) for name in LONGBENCH},
     **{("HELMET", column): _helmet(category) for column, category in HELMET_NAMES.items()},
     ("HELMET", "average"): _helmet(*HELMET_NAMES.values()),
 }
@@ -74,7 +83,8 @@ MEASURES = {
 def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFrame:
     """Published numbers: source, table, benchmark, method, task, context_length (null: short context), value.
 
-    A column ``run`` may name the run that a number is to stand beside; without it, it is every run of the method.
+    A column ``run`` may name the run that a number is to stand beside; without it, it is every run of the method. What
+    follows a comma in ``task`` says under which setting (13-task average, shortest_period=16).
 
     Raises:
         UserError: the file is missing, is not a table, or lacks a column.
@@ -99,8 +109,8 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
 
 
 def published_of(published: pd.DataFrame, run: str, method: str | None) -> pd.DataFrame:
-    """The rows to set beside a run: those that name it, and those of its method that name none."""
-    named = published["run"] == run
+    """The rows to set beside a run: those that name it or the last part of its name, and those of its method alone."""
+    named = published["run"].isin([run, run.rpartition("/")[2]])
     return published[(named | (published["run"].isna() & (published["method"] == method))).fillna(False)]
 
 
@@ -154,7 +164,7 @@ def not_measured(table: pd.DataFrame, published: pd.DataFrame) -> str:
 def _measure(cell: pd.Series) -> Measure | None:
     if (cell["benchmark"], cell["task"]) == ("HELMET", "average") and cell["context_length"] > 131_072:
         return _helmet(*(HELMET_NAMES[name] for name in HELMET_AT_256K))
-    return MEASURES.get((cell["benchmark"], cell["task"]))
+    return MEASURES.get((cell["benchmark"], cell["task"].partition(",")[0]))
 
 
 def _row(cell: pd.Series, measure: Measure, rows: pd.DataFrame) -> dict[str, Any]:

@@ -146,17 +146,23 @@ def write_record(output: Path, record: Mapping[str, Any]) -> None:
 def read_results(directory: str | Path) -> pd.DataFrame:
     """The results table of an evaluation, columns and dtypes as in ``RESULT_COLUMNS``.
 
-    An evaluation by an earlier ropewalk, which kept losses and needles apart in results.parquet, is read as well.
-
     Raises:
-        UserError: for a directory that holds none.
+        UserError: for a directory that holds none, or one by an earlier ropewalk.
     """
-    directory = Path(directory)
-    if (directory / EARLIER).is_file():
-        return _read_earlier(directory)
-    if not (directory / TABLE).is_file():
+    check_form(Path(directory))
+    path = Path(directory) / TABLE
+    if not path.is_file():
         raise UserError(f"{directory} holds no {TABLE}; run scripts/evaluate.py with output={directory}")
-    return _read_typed(directory / TABLE, RESULT_COLUMNS, ADDED).fillna({"test_time": ""})
+    return _read_typed(path, RESULT_COLUMNS, ADDED).fillna({"test_time": ""})
+
+
+def check_form(directory: Path) -> None:
+    """Raise UserError for an evaluation by an earlier ropewalk, which kept losses and needles in results.parquet."""
+    if (directory / EARLIER).is_file():
+        raise UserError(
+            f"{directory / EARLIER} holds losses and needles as an earlier ropewalk wrote them, which is no longer "
+            f"read; move {directory} away, and run scripts/evaluate.py again"
+        )
 
 
 def read_document_losses(directory: str | Path) -> pd.DataFrame:
@@ -365,17 +371,3 @@ def _read_typed(path: Path, columns: Mapping[str, str], absent: Collection[str] 
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
     return table.reindex(columns=list(columns)).astype(dict(columns))
-
-
-def _read_earlier(directory: Path) -> pd.DataFrame:
-    """The results of an earlier ropewalk: losses and needles (in shares of 1) apart from the other harnesses' table."""
-    table = typed_table([], RESULT_COLUMNS)
-    if (directory / TABLE).is_file():
-        table = _read_typed(directory / TABLE, RESULT_COLUMNS, ADDED)
-    own = pd.read_parquet(directory / EARLIER).rename(columns={"source": "source_file"})
-    is_own = table["harness"] == OWN_HARNESS  # the same numbers, without intervals and positions
-    scalings = dict(zip(table[is_own]["context_length"], table[is_own]["test_time_scaling"], strict=True))
-    own["test_time_scaling"] = [scalings.get(length, "none") for length in own["context_length"]]
-    own.loc[~own["metric"].map(is_loss).astype(bool), ESTIMATE] *= 100
-    own = own.reindex(columns=list(RESULT_COLUMNS)).astype(RESULT_COLUMNS)
-    return pd.concat([table[~is_own], own], ignore_index=True).fillna({"test_time": ""})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -14,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.results import EARLIER, KEY, OWN_HARNESS, RECORD, TABLE, results_table, write_results
+from ropewalk.evaluation.results import KEY, OWN_HARNESS, TABLE, check_form, results_table, write_results
 from ropewalk.files import replace_atomically, write_atomically, writing
 
 CELLS = "cells"
@@ -72,7 +71,7 @@ class ResultsStore:
             UserError: it was measured under another one and may not be replaced, or lies beside cells of its harness
                 that one table cannot hold together with it.
         """
-        self._check_earlier_form(cell)
+        check_form(self.output)
         path = self.output / cell.file
         known = _read(path)
         if known is not None:
@@ -99,13 +98,6 @@ class ResultsStore:
                 "overwrite=true"
             )
         return differing
-
-    def _check_earlier_form(self, cell: Cell) -> None:
-        if cell.harness == OWN_HARNESS and (self.output / EARLIER).is_file() and not self.overwrite:
-            raise UserError(
-                f"{self.output / EARLIER} holds losses and needles as an earlier ropewalk wrote them; reports read "
-                "it, and nothing is added to it: name another output, or measure them again with overwrite=true"
-            )
 
     def write(
         self,
@@ -146,10 +138,6 @@ class ResultsStore:
 
     def _remove_unlike(self, cell: Cell, identity: Mapping[str, Any]) -> None:
         """Delete the cells of a harness that one table cannot hold beside ``cell``."""
-        if cell.harness == OWN_HARNESS and (self.output / EARLIER).is_file():
-            shutil.rmtree(self.output / CELLS / OWN_HARNESS, ignore_errors=True)
-            for name in (EARLIER, "results.csv", RECORD):
-                (self.output / name).unlink(missing_ok=True)
         for path in self._files(cell.harness):
             known = _read(path)
             if known is not None and any(known["identity"].get(name) != identity.get(name) for name in SHARED):

@@ -92,6 +92,9 @@ def _what(source: Source, directory: Path) -> list[str]:
     step = (
         f"step {made['step']:,} of the run" if "step" in made else "not trained here: the method was applied as it is"
     )
+    if "average" in made:
+        members = ", ".join(f"{member['run']} step {member['step']:,}" for member in made["average"])
+        step = f"mean of the fp32 weights of {len(made['average'])} checkpoints ({members})"
     files = sorted(path.name for path in directory.glob("*.gguf"))
     return [
         f"# {title}",

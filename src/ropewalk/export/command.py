@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from ropewalk.config.export import ExportConfig, RepairConfig
 from ropewalk.config.rules import one_of
 from ropewalk.errors import UserError
+from ropewalk.export.average import averaged_source
 from ropewalk.export.card import write_card
 from ropewalk.export.gguf.gguf_file import check_same, gguf_type, write_gguf
 from ropewalk.export.gguf.gguf_model import family_of, gguf_position
@@ -91,7 +92,12 @@ def _source(config: ExportConfig) -> Source:
                 f"rope={config.rope.name} is for model=; a training checkpoint has the chain it was trained with "
                 "(test_time= appends to that)"
             )
-        return trained_source(committed_checkpoint(config.checkpoint), extra)
+        checkpoint = committed_checkpoint(config.checkpoint)
+        if config.average.suffix():
+            return averaged_source(checkpoint, config.average, extra)
+        return trained_source(checkpoint, extra)
+    if config.average.suffix():
+        raise UserError(f"average={config.average} is of training checkpoints; name a run (checkpoint=RUN), not model=")
     if not config.model.path:
         raise UserError(
             "checkpoint is not set; give it on the command line (checkpoint=RUN_OR_CHECKPOINT), or a model to convert "
@@ -106,7 +112,8 @@ def _output(config: ExportConfig, source: Source) -> Path:
     scaled = f"-{config.test_time.name}" if config.test_time.beyond else ""
     if source.run_dir is not None:
         export = RunDirectory(source.run_dir).export
-        return export.with_name(f"{export.name}{'-gguf' if config.to == 'gguf' else ''}{scaled}")
+        kind = "-gguf" if config.to == "gguf" else ""
+        return export.with_name(f"{export.name}{config.average.suffix()}{kind}{scaled}")
     method = f"-{config.rope.name}" if config.rope.chain else ""
     return Path(config.paths.output_dir) / "exports" / f"{model_name(source)}{method}{scaled}"
 

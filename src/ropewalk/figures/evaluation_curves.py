@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ropewalk.figures.figure import ALONE, PANEL, Figure, Panel, file_name, rows_of
-from ropewalk.figures.style import Style, draw_curve, interval, label, mark_lengths, tokens_axis
+from ropewalk.figures.style import Style, draw_curve, interval, label, mark_lengths, method_styles, tokens_axis
 from ropewalk.figures.training_curves import each_run
 
 TITLE = "Loss by position"
@@ -146,6 +146,39 @@ def _numbers(losses: pd.DataFrame, differences: pd.DataFrame, baseline: str) -> 
 
 def _at(rows: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
     return rows[(rows["position_start"] == start) & (rows["position_end"] == end)]
+
+
+def study_figure(means: pd.DataFrame, trained: Mapping[str, int], metric: str) -> Figure:
+    """A study's metric by context length: a panel for each regime, a line for each arm.
+
+    Args:
+        means: over seeds: regime, arm, x (tokens), value, ci_low, ci_high (percent or nats), n (seeds).
+        trained: regime -> tokens.
+        metric: its name.
+    """
+    names = list(dict.fromkeys(means["arm"]))
+    styles = method_styles(names)
+
+    def panel(regime: str) -> Panel:
+        rows = means[means["regime"] == regime]
+
+        def draw(axes: Axes) -> None:
+            for name, of_arm in rows.groupby("arm", sort=False):
+                tips = [
+                    f"{int(r.x):,} tokens, {r.value:.1f} {interval(r.ci_low, r.ci_high)}" for r in of_arm.itertuples()
+                ]
+                draw_curve(axes, str(name), styles[str(name)], of_arm.sort_values("x"), tips)
+            low, high = float(rows["x"].min()), float(rows["x"].max())
+            tokens_axis(axes, low / 1.2, high * 1.2, "context length (tokens)")
+            mark_lengths(axes, [trained[regime]], low, high)
+            axes.set_ylabel(label(metric))
+
+        return Panel(draw, regime)
+
+    title = f"{metric} against context length"
+    caption = "Mean over seeds; band: its 95% interval (Student's t)."
+    regimes = list(dict.fromkeys(means["regime"]))
+    return Figure(file_name(title), title, rows_of([panel(r) for r in regimes]), caption, styles, share="all")
 
 
 Z = 1.96  # of the 95% interval

@@ -1,4 +1,4 @@
-"""Statistics of queries and keys by layer: a colour for each length, a dash for each side of RoPE."""
+"""Statistics of queries and keys by layer and by input length: a dash for each side of RoPE."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ropewalk.figures.figure import Figure, Panel
-from ropewalk.figures.style import GREY, PAGE, PALETTE, tokens
+from ropewalk.figures.style import GREY, INK, MARKERS, PAGE, PALETTE, tokens, tokens_axis
 
 SIDES = {"before": "before RoPE", "after": "after RoPE"}
 SIDE_DASHES: dict[str, Any] = {"before": (0, (3, 1.6)), "after": "-"}
 SIZE, NARROW = (3.6, 2.1), (2.7, 2.1)  # inches, of a panel
+BY_LENGTH = "mean over layers and heads"  # title of the panels over input length
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class LayerTable:
         """Mean over all layers and heads."""
         return float(self.over_heads(statistic, model, length, rope)["mean"].mean())
 
+    def by_length(self, statistic: str, model: str, rope: str) -> list[float]:
+        """The same for every length."""
+        return [self.mean(statistic, model, length, rope) for length in self.lengths]
+
+    @property
+    def has_lengths(self) -> bool:
+        """True if there are several lengths, so that a curve over them is one."""
+        return len(self.lengths) > 1
+
     def of_key_heads(self, heads: Collection[tuple[int, int]]) -> LayerTable:
         """The same of some (layer, key head) alone, with their query heads."""
         kept = [head in heads for head in zip(self.table["layer"], self.table["kv_head"], strict=True)]
@@ -81,7 +91,7 @@ class LayerTable:
         """The lines and the band of :func:`draw_layers`, for captions."""
         return (
             f"Lines: mean over heads. Bands: the middle 80% of them, {tokens(self.lengths[-1])} tokens after RoPE. "
-            "Numbers: mean over layers and heads."
+            f"Numbers{' and the panels over input length' if self.has_lengths else ''}: mean over layers and heads."
         )
 
 
@@ -101,12 +111,35 @@ def rope_legend(lengths: Sequence[int]) -> list[Line2D]:
     return [*entries, *(entry(SIDES[rope], GREY, SIDE_DASHES[rope]) for rope in ("after", "before"))]
 
 
+def figure_legend(layers: LayerTable) -> list[Line2D]:
+    """Entries of :func:`rope_legend`, and the markers of several checkpoints over input length."""
+    is_marked = layers.has_lengths and len(layers.models) > 1
+    return [*rope_legend(layers.lengths), *(_model_entries(layers) if is_marked else [])]
+
+
+def _model_entries(layers: LayerTable) -> list[Line2D]:
+    return [Line2D([], [], color=INK, label=model, **look) for model, look in _marks(layers).items()]
+
+
+def _marks(layers: LayerTable) -> dict[str, dict[str, Any]]:
+    """Marker of each checkpoint: those that are drawn first are hollow and larger, and show where curves coincide."""
+    last = len(layers.models) - 1
+    return {
+        model: {
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4 + 2 * min(last - i, 3),
+            "markerfacecolor": INK if i == last else PAGE,
+        }
+        for i, model in enumerate(layers.models)
+    }
+
+
 def draw_layers(
     axes: Axes, layers: LayerTable, model: str, quantity: Quantity, bounds: Mapping[str, float] | None = None
 ) -> None:
     """Mean over heads for every length and side, with the deciles of the longest length after RoPE.
 
-    ``bounds``: name -> value of dotted reference lines; the axis then shows shares, 0 to 1.
+    ``bounds``: name -> value of dotted reference lines of a share; the axis then shows 0 and 1.
     """
     colors = length_colors(layers.lengths)
     for length in layers.lengths:
@@ -119,11 +152,37 @@ def draw_layers(
     longest = layers.over_heads(quantity.statistic, model, layers.lengths[-1], "after")
     color = colors[layers.lengths[-1]]
     axes.fill_between(longest.index, longest["low"], longest["high"], color=color, alpha=0.13, linewidth=0)
+    _draw_bounds(axes, bounds)
+    _dress(axes, quantity.label)
+
+
+def draw_lengths(axes: Axes, layers: LayerTable, quantity: Quantity, bounds: Mapping[str, float] | None = None) -> None:
+    """Mean over layers and heads against the input's length, a marker for each checkpoint, a dash for each side."""
+    for model, look in _marks(layers).items():
+        for rope in quantity.sides:
+            values = layers.by_length(quantity.statistic, model, rope)
+            axes.plot(layers.lengths, values, color=INK, linestyle=SIDE_DASHES[rope], linewidth=1.2, **look)
+    _draw_bounds(axes, bounds)
+    _dress_lengths(axes, layers, quantity.label)
+
+
+def _dress_lengths(axes: Axes, layers: LayerTable, label: str) -> None:
+    spread = (layers.lengths[-1] / layers.lengths[0]) ** 0.06  # so that the outermost markers are whole
+    tokens_axis(axes, layers.lengths[0] / spread, layers.lengths[-1] * spread, "input length (tokens)", ticks=6)
+    axes.set_ylabel(label)
+
+
+def include(axes: Axes, *values: float) -> None:
+    """Make the y axis, with all that share it, reach to each of ``values``; set_ylim would cut off what comes later."""
+    axes.update_datalim([(0.0, value) for value in values], updatex=False)
+    axes.autoscale_view()
+
+
+def _draw_bounds(axes: Axes, bounds: Mapping[str, float] | None) -> None:
     for name, value in (bounds or {}).items():
         _draw_bound(axes, value, name)
     if bounds:
-        axes.set_ylim(0, 1.04)
-    _dress(axes, quantity.label)
+        include(axes, 0.0, 1.0)
 
 
 def _draw_bound(axes: Axes, value: float, name: str) -> None:
@@ -141,14 +200,17 @@ def _dress(axes: Axes, label: str) -> None:
 
 
 def _grid(layers: LayerTable, quantities: Sequence[Quantity]) -> list[list[Panel | None]]:
-    """Rows of quantities, a column for each checkpoint."""
-    return [
-        [
-            Panel(partial(draw_layers, layers=layers, model=model, quantity=quantity), "" if row else model)
+    """Rows of quantities, a column for each checkpoint, and one over input length for all."""
+    rows: list[list[Panel | None]] = []
+    for quantity in quantities:
+        row: list[Panel | None] = [
+            Panel(partial(draw_layers, layers=layers, model=model, quantity=quantity), "" if rows else model)
             for model in layers.models
         ]
-        for row, quantity in enumerate(quantities)
-    ]
+        if layers.has_lengths:
+            row.append(Panel(partial(draw_lengths, layers=layers, quantity=quantity), "" if rows else BY_LENGTH))
+        rows.append(row)
+    return rows
 
 
 def _figure(
@@ -156,7 +218,7 @@ def _figure(
 ) -> Figure:
     return Figure(
         name, title, _grid(layers, quantities), f"{caption} {layers.band}", numbers=numbers,
-        legend=rope_legend(layers.lengths), size=SIZE, share="row",
+        legend=figure_legend(layers), size=SIZE, share="row",
     )  # fmt: skip
 
 
@@ -203,29 +265,28 @@ def singular_value_figure(layers: LayerTable, head_dim: int) -> Figure:
         lambda side: Quantity(f"stable_rank_{side}", "stable rank\n$\\|X\\|_F^2/\\sigma_1^2$"),
     ]
     columns = [(model, side) for model in layers.models for side in ("queries", "keys")]
+    sides = ("queries", "keys") if layers.has_lengths else ()
     bounds = {r"$1/\sqrt{2}$": 2**-0.5, r"$1/\sqrt{d}$": head_dim**-0.5}
-    rows: list[list[Panel | None]] = [
-        [
+    rows: list[list[Panel | None]] = []
+    for number, quantity in enumerate(quantities):
+        common: dict[str, Any] = {"layers": layers, "bounds": bounds if number == 1 else None}
+        row: list[Panel | None] = [
             Panel(
-                partial(
-                    draw_layers,
-                    layers=layers,
-                    model=model,
-                    quantity=quantity(side),
-                    bounds=bounds if row == 1 else None,
-                ),
-                "" if row else f"{model}: {side}",
+                partial(draw_layers, model=model, quantity=quantity(side), **common), "" if rows else f"{model}: {side}"
             )
             for model, side in columns
         ]
-        for row, quantity in enumerate(quantities)
-    ]
+        row += [
+            Panel(partial(draw_lengths, quantity=quantity(side), **common), "" if rows else f"{side}: {BY_LENGTH}")
+            for side in sides
+        ]
+        rows.append(row)
     caption = (
         "X: one row a token, not centred. Dotted: the bounds of the ratio for a cloud along one line whose pairs all "
         f"turn many times, with d={head_dim}; pairs that have hardly turned keep it above them. {layers.band}"
     )
     numbers = layers.numbers("fsv_share_keys", "first singular value share of keys")
-    title, legend = "First singular value of queries and keys", rope_legend(layers.lengths)
+    title, legend = "First singular value of queries and keys", figure_legend(layers)
     return Figure(
         "geometry_singular_values", title, rows, caption, numbers=numbers, legend=legend, size=NARROW, share="row"
     )  # fmt: skip
@@ -235,25 +296,37 @@ def sink_figure(layers: LayerTable) -> Figure:
     """Attention on position 0, the norm of its key against the others', and the largest q.k."""
     quantities = [Quantity("sink_weight", "attention weight\non position 0"), Quantity("max_dot", "largest q.k")]
     rows = _grid(layers, quantities)
-    rows.append([Panel(partial(_draw_norms, layers=layers, model=model)) for model in layers.models])
+    norms: list[Panel | None] = [Panel(partial(_draw_norms, layers=layers, model=model)) for model in layers.models]
+    rows.append([*norms, Panel(partial(_draw_norms_by_length, layers=layers))] if layers.has_lengths else norms)
     legend = [
-        *rope_legend(layers.lengths),
+        *figure_legend(layers),
         entry("key at position 0", PALETTE[3], marker="o"),
         entry("mean of other keys", GREY, marker="s"),
     ]
     caption = (
-        "Weight: softmax, mean over all later queries. Largest q.k: of a query and a key that it sees, before any "
-        "scaling of the logits. Before RoPE, attention is what the same vectors would give without rotation. "
-        f"{layers.band}"
+        "Weight: softmax, mean over the later queries that see it. Largest q.k: of a query and a key that it sees, "
+        "before any scaling of the logits. Before RoPE, attention is what the same vectors would give without "
+        f"rotation. {layers.band}"
     )
     numbers = layers.numbers("sink_weight", "weight on position 0")
     title = "The sink: attention on position 0"
     return Figure("geometry_sink", title, rows, caption, numbers=numbers, legend=legend, size=SIZE, share="row")
 
 
+NORMS = (("sink_key_norm", PALETTE[3], "o"), ("other_key_norm", GREY, "s"))
+
+
 def _draw_norms(axes: Axes, layers: LayerTable, model: str) -> None:
-    for statistic, color, marker in (("sink_key_norm", PALETTE[3], "o"), ("other_key_norm", GREY, "s")):
+    for statistic, color, marker in NORMS:
         values = layers.over_heads(statistic, model, layers.lengths[-1], "after")
         axes.plot(values.index, values["mean"], color=color, marker=marker, markersize=3)
-    axes.set_ylim(bottom=0)
+    include(axes, 0.0)
     _dress(axes, "key norm")
+
+
+def _draw_norms_by_length(axes: Axes, layers: LayerTable) -> None:
+    for statistic, color, _ in NORMS:
+        for model, look in _marks(layers).items():
+            axes.plot(layers.lengths, layers.by_length(statistic, model, "after"), color=color, linewidth=1.2, **look)
+    include(axes, 0.0)
+    _dress_lengths(axes, layers, "key norm")

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ropewalk.figures.figure import ColorScale, Figure, Panel, file_name, rows_of
-from ropewalk.figures.style import LEVEL_DASH, PAGE, PALETTE, tokens, with_tips
+from ropewalk.figures.style import LEVEL_DASH, PAGE, PALETTE, number, tokens, with_tips
 
 TITLE = "Needle in a haystack"
 EXACT_MATCH, TOKEN_ACCURACY, ANSWER_NLL = "exact_match", "answer_token_accuracy", "answer_nll"
@@ -26,7 +26,7 @@ DARK = 0.45  # brightness above which a cell gets black figures
 SIZE = (4.2, 2.3)  # inches
 CAPTION = (
     "Dashed: the trained length. At chance: within two standard errors of the same outputs scored against shuffled "
-    "answers, where exact match orders nothing and the graded scores tell more."
+    "answers, where exact match orders nothing and the graded scores show more."
 )
 
 
@@ -68,16 +68,8 @@ def _figure(
     ]
     title, columns = NAMES[metric], min(len(panels), 2 if len(panels) == 4 else 3)
     name = file_name(f"{TITLE} {title}")
-    return Figure(
-        name,
-        title,
-        rows_of(panels, columns),
-        CAPTION,
-        {},
-        _numbers(rows, metric, pooled, trained_lengths),
-        scale=scale,
-        size=SIZE,
-    )
+    numbers = _numbers(rows, metric, pooled, trained_lengths)
+    return Figure(name, title, rows_of(panels, columns), CAPTION, {}, numbers, scale=scale, size=SIZE)
 
 
 def _numbers(
@@ -88,12 +80,12 @@ def _numbers(
     of_metric = pooled[pooled["metric"] == metric].set_index("run").reindex(table.index)
     lengths = [trained_lengths.get(name) for name in table.index]
     table["trained at"] = ["not recorded" if length is None else f"{length:,}" for length in lengths]
-    table["mean over the grid"] = [_number(value) for value in of_metric["value"]]
-    table["shuffled answers"] = [_number(value) for value in of_metric["control"]]
+    table["mean over the grid"] = [number(value, ".2f") for value in of_metric["value"]]
+    table["shuffled answers"] = [number(value, ".2f") for value in of_metric["control"]]
     if metric == ANSWER_NLL:
         gains, errors = of_metric["control"] - of_metric["value"], 2 * of_metric["error"]
         table["right answer likelier by (± 2 standard errors)"] = [
-            f"{_number(gain)}{'' if math.isnan(error) else f' ± {error:.2f}'}"
+            f"{number(gain, '.2f')}{'' if math.isnan(error) else f' ± {error:.2f}'}"
             for gain, error in zip(gains, errors, strict=True)
         ]
     else:
@@ -106,10 +98,6 @@ def _numbers(
 def _counts(counts: pd.Series) -> str:
     low, high = int(counts.min()), int(counts.max())
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _number(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.2f}"
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, scale: ColorScale, trained: int | None) -> None:

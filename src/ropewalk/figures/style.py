@@ -141,8 +141,13 @@ def amount(count: float) -> str:
     return f"{count:.3g}"
 
 
+def number(value: float, form: str) -> str:
+    """A value in a format; a dash where there is none."""
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
 def interval(low: float, high: float, *, signed: bool = False) -> str:
-    """``[3.381, 3.443]``; a difference, ``signed``, with a digit more; nothing where an end is unknown."""
+    """``[3.381, 3.443]``, or ``signed`` with a digit more, for a difference; "" where an end is unknown."""
     if math.isnan(low) or math.isnan(high):
         return ""
     return f"[{low:+.4f}, {high:+.4f}]" if signed else f"[{low:.3f}, {high:.3f}]"

@@ -18,6 +18,7 @@ from ropewalk.figures.style import (
     draw_curve,
     draw_line,
     label,
+    number,
     reserve_headroom,
     tokens,
     tokens_axis,
@@ -86,14 +87,10 @@ def final_mean(rows: pd.DataFrame, column: str) -> float:
 def _numbers(rows: pd.DataFrame, columns: list[str], heads: list[str] | None = None) -> pd.DataFrame:
     """Tokens seen, and the end of every column, for each run."""
     cells = {
-        name: [amount(part["tokens"].iloc[-1]), *(_number(final_mean(part, column)) for column in columns)]
+        name: [amount(part["tokens"].iloc[-1]), *(number(final_mean(part, column), ".3f") for column in columns)]
         for name, part in each_run(rows)
     }
     return pd.DataFrame.from_dict(cells, orient="index", columns=["tokens seen", *(heads or columns)])
-
-
-def _number(value: float, form: str = ".3f") -> str:
-    return "-" if math.isnan(value) else f"{value:{form}}"
 
 
 def _smoothed(losses: pd.Series) -> pd.Series | None:
@@ -162,7 +159,7 @@ def _by_position(length: str, rows: pd.DataFrame, styles: Mapping[str, Style]) -
     numbers = _numbers(rows, [f"{POSITION}{edge}" for edge in edges], [f"to {edge:,}" for edge in edges])
     if len(edges) > 1:
         numbers[f"to {edges[-1]:,} less to {edges[-2]:,}"] = [
-            _number(final_mean(part, f"{POSITION}{edges[-1]}") - final_mean(part, f"{POSITION}{edges[-2]}"), "+.3f")
+            number(final_mean(part, f"{POSITION}{edges[-1]}") - final_mean(part, f"{POSITION}{edges[-2]}"), "+.3f")
             for _, part in each_run(rows)
         ]
     caption = f"A bucket holds contexts of up to so many tokens, from the bucket before on. {END}"
@@ -180,13 +177,8 @@ def _draw_ends(axes: Axes, rows: pd.DataFrame, edges: list[int], styles: Mapping
     for name, part in each_run(rows):
         ends = [(edge, final_mean(part, f"{POSITION}{edge}")) for edge in edges]
         curve = pd.DataFrame(ends, columns=["x", "value"]).dropna().assign(ci_low=math.nan, ci_high=math.nan)
-        draw_curve(
-            axes,
-            name,
-            styles[name],
-            curve,
-            [f"up to {edge:,} tokens, {value:.3f}" for edge, value in ends if not math.isnan(value)],
-        )
+        tips = [f"up to {edge:,} tokens, {value:.3f}" for edge, value in ends if not math.isnan(value)]
+        draw_curve(axes, name, styles[name], curve, tips)
     tokens_axis(axes, edges[0] / 1.3, edges[-1] * 1.3, "context so far (tokens)")
     axes.set_ylabel("loss (nats/token)")
 
@@ -221,8 +213,8 @@ def throughput_figure(metrics: pd.DataFrame, styles: Mapping[str, Style]) -> Fig
     if work in metrics and metrics[work].notna().any():
         draw = partial(_draw_column, rows=metrics, column=work, styles=styles, unit="TFLOP/s")
         panels.append(Panel(draw, "TFLOP/s a device", WORK))
-    of_runs = {name: styles[name] for name, _ in each_run(metrics)}
-    return Figure("throughput", "Throughput", rows_of(panels), SPEED_CAPTION, of_runs, _speeds(metrics, phases))
+    of_runs, speeds = _of_runs(metrics, styles), _speeds(metrics, phases)
+    return Figure("throughput", "Throughput", rows_of(panels), SPEED_CAPTION, of_runs, speeds)
 
 
 def phases_of(metrics: pd.DataFrame) -> list[str]:
@@ -246,10 +238,10 @@ def _speeds(metrics: pd.DataFrame, phases: list[str]) -> pd.DataFrame:
     for head, (column, form) in columns.items():
         values = [_median(rows, column) for _, rows in each_run(metrics)]
         if not all(map(math.isnan, values)):
-            table[head] = ["-" if math.isnan(value) else f"{value:{form}}" for value in values]
+            table[head] = [number(value, form) for value in values]
     if MEMORY in metrics:
         peaks = [float(rows[MEMORY].max()) / 2**30 for _, rows in each_run(metrics)]
-        table["GiB"] = ["-" if math.isnan(peak) else f"{peak:.2f}" for peak in peaks]
+        table["GiB"] = [number(peak, ".2f") for peak in peaks]
     return table
 
 
@@ -257,9 +249,9 @@ def _draw_phases(axes: Axes, rows: pd.DataFrame, phases: list[str]) -> None:
     """Stacked horizontal bars with a legend of their own."""
     names = [name for name, _ in each_run(rows)]
     left = np.zeros(len(names))
-    for number, phase in enumerate(phases):
+    for i, phase in enumerate(phases):
         widths = np.nan_to_num([_median(part, SECONDS + phase) for _, part in each_run(rows)])
-        color = PALETTE[number % len(PALETTE)]
+        color = PALETTE[i % len(PALETTE)]
         bars = axes.barh(range(len(names)), widths, left=left, color=color, label=phase)
         for bar, name, width in zip(bars, names, widths, strict=True):
             with_tips(bar, [f"{name}, {phase}: {width:.3g} s"])

@@ -1,15 +1,23 @@
-"""Document-masked causal attention over packed sequences: one registered function, a back end for each device.
+"""Document-masked causal attention over packed sequences: one registered function, a kernel for each device.
 
 Stock attention isolates packed documents only under conditions that it does not check (no cache, no mask, no sequence
 parallelism) and leaks in silence otherwise. Here the documents are an argument, and without it there is an error.
+
+On a GPU one call by keyword suits every kernel. FlashAttention is called by its own packages: torch's activation of
+FlashAttention-4 unpacks two results of a function that returns four or five in its betas since 4.0.0b22, and changes
+SDPA in the whole process.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +25,64 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from ropewalk.config.train import ATTENTION_CHOICES
+from ropewalk.errors import UserError
+
 NAME = "ropewalk_documents"
+HOPPER = 9  # major compute capability of H100 and H200
+ARGUMENTS = (
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "deterministic",
+)  # fmt: skip
+
+
+class Package(NamedTuple):
+    """The package of a kernel.
+
+    Attributes:
+        module: that has ``flash_attn_varlen_func``.
+        distribution: its name in an index.
+        majors: compute capabilities that it has kernels for.
+    """
+
+    module: str
+    distribution: str
+    majors: tuple[int, ...]
+
+
+# In order of preference where several fit a GPU.
+PACKAGES = {
+    "fa3": Package("flash_attn_interface", "flash-attn-3", (9,)),
+    "fa4": Package("flash_attn.cute", "flash-attn-4", (9, 10)),
+    "fa2": Package("flash_attn", "flash-attn", (8, 9, 10, 12)),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A variable-length attention kernel.
+
+    Attributes:
+        name: as in ``trainer.attention``.
+        distribution: what it came with.
+        version: of that.
+        call: takes q (tokens, heads, head_dim), k and v, and ARGUMENTS by keyword; returns the output like q, or a
+            tuple that begins with it.
+        passed_over: why kernels that would be preferred are not used.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    call: Callable[..., Any]
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def is_of_flash_attention_2(self) -> bool:
+        """True for kernels that use nothing that Hopper has and Ampere has not."""
+        return self.name in ("fa2", "torch")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.distribution} {self.version})"
 
 
 @dataclass(frozen=True)
@@ -26,13 +91,11 @@ class Documents:
 
     Attributes:
         cu_seqlens: int32 (n + 1,) on the model's device: 0, end of document 1, ..., number of tokens.
-        bounds: the same numbers as Python ints, so that no layer waits for the device.
-        max_seqlen: tokens of the longest document.
+        max_seqlen: tokens of the longest document; a Python int, so that no layer waits for the device.
         group: the ranks that each hold an equal stretch of the row, in order; None where this rank holds all of it.
     """
 
     cu_seqlens: Tensor
-    bounds: tuple[int, ...]
     max_seqlen: int
     group: dist.ProcessGroup | None = None
 
@@ -40,10 +103,19 @@ class Documents:
     def from_cu_seqlens(
         cls, cu_seqlens: Tensor, device: torch.device, group: dist.ProcessGroup | None = None
     ) -> Documents:
-        """From cumulative lengths of the whole row, on the CPU."""
-        bounds = tuple(cu_seqlens.tolist())
-        longest = max(end - start for start, end in pairwise(bounds))
-        return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), bounds, longest, group)
+        """From cumulative lengths of the whole row, on the CPU.
+
+        Raises:
+            UserError: for a document without a token, with which FlashAttention-3's backward pass does not end.
+        """
+        lengths = cu_seqlens.diff().tolist()
+        if min(lengths) <= 0:
+            number = next(number for number, length in enumerate(lengths) if length <= 0)
+            raise UserError(
+                f"document {number} of {len(lengths)} in a row has {lengths[number]} tokens, and must have one or "
+                "more; prepare the store again"
+            )
+        return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), max(lengths), group)
 
 
 @torch.compiler.disable  # a compiled graph would be made anew for the bounds of every batch
@@ -55,6 +127,7 @@ def document_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     documents: Documents | None = None,
+    choice: str = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, with transformers' attention signature.
@@ -68,6 +141,7 @@ def document_attention(
         scaling: of the logits; None for head_dim^-0.5.
         documents: bounds of the documents in this row; where its ``group`` shares the row, ``tokens`` is this rank's
             stretch of it.
+        choice: kernel on a GPU, one of ATTENTION_CHOICES.
         **kwargs: dropout must be 0; a sliding window is refused.
 
     Returns:
@@ -83,11 +157,10 @@ def document_attention(
             f"dropout={kwargs.get('dropout')}, sliding_window={kwargs.get('sliding_window')}: {NAME} has neither; "
             "set attention_dropout: 0.0 and sliding_window: null in the model's config"
         )
-    attend = _varlen if query.is_cuda else _per_document
-    if documents.group is None:
-        return attend(query, key, value, scaling, documents), None
-    query, key, value = (_tokens_for_heads(x, documents.group) for x in (query, key, value))
-    return _heads_for_tokens(attend(query, key, value, scaling, documents), documents.group), None
+    if documents.group is not None:
+        query, key, value = (_tokens_for_heads(x, documents.group) for x in (query, key, value))
+    out = attend(attention_kernel(query.device, choice), query, key, value, scaling, documents)
+    return out if documents.group is None else _heads_for_tokens(out, documents.group), None
 
 
 def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -110,58 +183,136 @@ def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return traded.transpose(0, 1).reshape(1, tokens // n, n * heads, head_dim)
 
 
-def _per_document(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, documents: Documents) -> Tensor:
-    """One causal SDPA per document: O(sum of squared lengths) work, O(tokens) memory."""
+def attend(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, documents: Documents
+) -> Tensor:
+    """One kernel over all documents; the layouts are those of :func:`document_attention`."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    cu, longest = documents.cu_seqlens, documents.max_seqlen
+    out = kernel.call(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scaling,
+        causal=True, deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
+
+
+def _sdpa_per_document(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, softmax_scale: float | None, causal: bool, **rest: Any
+) -> Tensor:
+    """One SDPA per document, for CPUs: O(sum of squared lengths) work, O(tokens) memory."""
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     pieces = [
         F.scaled_dot_product_attention(
             query[:, :, start:end],
             key[:, :, start:end],
             value[:, :, start:end],
-            is_causal=True,
-            scale=scaling,
+            is_causal=causal,
+            scale=softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in pairwise(documents.bounds)
+        for start, end in pairwise(cu_seqlens_q.tolist())
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+    return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, documents: Documents) -> Tensor:
-    """The variable-length kernel: flash-attn's if installed, else torch's own."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    cu, longest = documents.cu_seqlens, documents.max_seqlen
-    flash = _flash_attn_varlen()
-    if flash is not None:
-        out = flash(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
-    else:
-        from torch.nn.attention.varlen import varlen_attn
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, softmax_scale: float | None, causal: bool, **rest: Any,
+) -> Any:  # fmt: skip
+    """torch's own kernel, which is FlashAttention-2's. Its backward pass looks up itself whether torch is to be
+    deterministic.
+    """
+    from torch.nn.attention.varlen import varlen_attn
 
-        grouped = q.shape[1] != k.shape[1]
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
-    return out[None]
+    return varlen_attn(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale,
+        window_size=(-1, 0 if causal else -1), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+OF_TORCH: dict[str, Callable[..., Any]] = {"torch": _torch_varlen, "sdpa": _sdpa_per_document}
+
+
+def load_kernel(name: str) -> Kernel:
+    """The kernel of that name, imported.
+
+    Raises:
+        UserError: its package cannot be imported, or its function lacks one of ARGUMENTS.
+    """
+    if name in OF_TORCH:
+        return Kernel(name, "torch", torch.__version__, OF_TORCH[name])
+    package = PACKAGES[name]
+    fix = f"install {package.distribution} (docs/quickstart.md), or set trainer.attention=auto"
+    try:
+        call = import_module(package.module).flash_attn_varlen_func
+    except Exception as error:  # whatever a package raises that does not fit its CUDA, driver or dependencies
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"trainer.attention={name}: {package.module} cannot be imported ({type(error).__name__}: {words}); {fix}"
+        ) from error
+    missing = [argument for argument in ARGUMENTS if argument not in signature(call).parameters]
+    if missing:
+        raise UserError(
+            f"trainer.attention={name}: flash_attn_varlen_func of {package.module} does not take {', '.join(missing)} "
+            f"(flash-attn 2 brings an old {PACKAGES['fa4'].module} along, over that of flash-attn-4); {fix}"
+        )
+    try:
+        installed = version(package.distribution)
+    except PackageNotFoundError:  # built in place
+        installed = "of unknown version"
+    return Kernel(name, package.distribution, installed, call)
 
 
 @cache
-def _flash_attn_varlen() -> Any:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
+def choose_kernel(choice: str, major: int) -> Kernel:
+    """The kernel for a GPU.
+
+    Args:
+        choice: one of ATTENTION_CHOICES; auto takes the first of PACKAGES that fits and can be imported, else torch's.
+        major: of the GPU's compute capability; 9: Hopper.
+
+    Raises:
+        UserError: the one that is named cannot be imported, or has no kernels for the GPU.
+    """
+    if choice != "auto":
+        if choice in PACKAGES and major not in PACKAGES[choice].majors:
+            majors = ", ".join(map(str, PACKAGES[choice].majors))
+            raise UserError(
+                f"trainer.attention={choice}: {PACKAGES[choice].distribution} is for compute capability {majors}, and "
+                f"this GPU has {major}; set trainer.attention=auto"
+            )
+        return load_kernel(choice)
+    reasons: list[str] = []
+    for name in [name for name, package in PACKAGES.items() if major in package.majors]:
+        try:
+            return replace(load_kernel(name), passed_over=tuple(reasons))
+        except UserError as error:
+            reasons.append(f"{name}: {error.__cause__ or error}")
+    return replace(load_kernel("torch"), passed_over=tuple(reasons))
 
 
-def attention_kernel(device: str) -> str:
-    """Name of the back end that this machine will use, for the run's record."""
-    if device == "cpu":
-        return "sdpa per document"
-    return "flash-attn varlen" if _flash_attn_varlen() is not None else "torch varlen"
+def attention_kernel(device: torch.device, choice: str = "auto") -> Kernel:
+    """The kernel that document attention uses on a device; on a CPU one SDPA for each document.
+
+    Raises:
+        UserError: see :func:`choose_kernel`.
+    """
+    if device.type != "cuda":
+        return load_kernel("sdpa")
+    return choose_kernel(choice, torch.cuda.get_device_capability(device)[0])
 
 
-def register() -> str:
+def register(choice: str = "auto") -> str:
     """Make the function known to transformers; returns the name for ``attn_implementation``.
 
     No mask function is registered with it: transformers would look for packed documents in every forward pass to build
     its mask, for which the CPU waits for a GPU, and the documents are an argument here.
+
+    Args:
+        choice: kernel on a GPU, one of ATTENTION_CHOICES; each has a name of its own.
     """
-    AttentionInterface.register(NAME, document_attention)
-    return NAME
+    if choice not in ATTENTION_CHOICES:
+        raise ValueError(f"{choice} is not one of {ATTENTION_CHOICES}")
+    name = f"{NAME}_{choice}"
+    AttentionInterface.register(name, partial(document_attention, choice=choice))
+    return name

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from ropewalk.config.groups import RopeConfig
@@ -151,18 +154,28 @@ def _check_declared(model: ModelConfig, origin: Position) -> None:
 
 
 def build_for_training(
-    config: PreTrainedConfig, path: str | None, dtype: torch.dtype, revision: str | None = None
+    config: PreTrainedConfig,
+    path: str | None,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attention_choice: str = "auto",
 ) -> PreTrainedModel:
-    """The model with document-masked attention; ``path`` None: random weights.
+    """The model with document-masked attention; ``path`` None: random weights, the same under every ZeRO stage.
 
     Under a live HfDeepSpeedConfig of stage 3 the parameters come out partitioned.
 
     Raises:
         UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
-    implementation = attention.register()
+    implementation = attention.register(attention_choice)
     if path is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+        # Under ZeRO-3 transformers builds the modules without their own random weights, and then draws the model's.
+        is_partitioned = is_deepspeed_zero3_enabled()
+        with nullcontext() if is_partitioned else no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+        if not is_partitioned:
+            model.initialize_weights()
+            model.tie_weights()
     else:
         model = load_whole(path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation)
     model.config.architectures = [type(model).__name__]  # what vLLM and SGLang choose the class by

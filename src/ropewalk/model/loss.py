@@ -1,14 +1,16 @@
-"""Cross entropy from hidden states, summed over tokens, with the logits of one chunk in memory at a time."""
+"""The loss: cross entropy from hidden states, one chunk of logits in memory at a time; the model whose output it is."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from transformers import PreTrainedModel
 
 from ropewalk.data.order.batches import IGNORE_INDEX
+from ropewalk.model.attention import Documents
 
 
 class _TiledLinearCrossEntropy(torch.autograd.Function):
@@ -93,3 +95,45 @@ def tiled_linear_cross_entropy(
         fp32 scalar; exactly 0 where no token is trained on.
     """
     return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size, token_losses, z_loss)
+
+
+class LossModel(nn.Module):
+    """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
+
+    def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float = 0.0) -> None:
+        super().__init__()
+        self.lm = lm
+        self.chunk_size, self.z_loss = chunk_size, z_loss
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        documents: Documents,
+        token_losses: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Summed cross entropy of one packed row, and its z-loss if there is one; or some of its logits.
+
+        Args:
+            input_ids: int64 (1, tokens).
+            position_ids: int64 (1, tokens), from 0 in each document.
+            labels: int64 (1, tokens), already shifted; -100 is not trained on.
+            documents: where each document begins and ends.
+            token_losses: fp32 (tokens,), gets the loss of each trained token.
+            logits_at: int64 (n,), positions in the row.
+
+        Returns:
+            fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
+        """
+        # use_cache=True would let packed documents see each other in stock attention.
+        decoder = self.lm.get_decoder()
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        hidden = output.last_hidden_state[0]
+        head = self.lm.get_output_embeddings().weight
+        if not torch.is_grad_enabled():
+            head = head.detach()  # else the loss would form the head's gradient all the same
+        if logits_at is not None:
+            return (hidden[logits_at] @ head.T).float()
+        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)

@@ -11,13 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.errors import UserError, in_one_line
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.hf_config import READ_SHARE, SHARE, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
+from ropewalk.rope.pair_axes import IntArray, axis_letters
 from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
 
@@ -43,7 +51,12 @@ def place_position(
         position: how the model shall rotate.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
         refused: stock types that readers of the checkpoint differ on; their spectrum is written as longrope factors.
+
+    Raises:
+        UserError: for axes of pairs that transformers' class for the model does not read.
     """
+    config = config.get_text_config()
+    _check_axes(config, position)
     served, present = config.max_position_embeddings, config.rope_parameters
     layer_type = _layer_types(config)[0]
     entry = position.rope_parameters(served, length)
@@ -59,8 +72,18 @@ def place_position(
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
 
 
+def _check_axes(config: PreTrainedConfig, position: Position) -> None:
+    """Raise UserError unless the model's class reads the chain's axes, which others ignore in silence."""
+    if position.axes is not None and not position.axes.is_read_by(config.model_type):
+        raise UserError(
+            f"model_type={config.model_type} does not read {position.chain.only_axes()}; choose a chain without axes, "
+            "or a model of images and videos with this layout (bands, alternating: qwen2_vl, qwen2_5_vl)"
+        )
+
+
 def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
     """The stock entry that a chain is about: the only one, or the full-attention layers'."""
+    config = config.get_text_config()
     layer_type = _layer_types(config)[0]
     return dict(config.rope_parameters[layer_type] if layer_type else config.rope_parameters)
 
@@ -83,13 +106,26 @@ def stock_spectrum(model: PreTrainedModel, layer_type: str | None = None) -> tup
     Returns:
         inverse frequencies, float32 (head_dim / 2,) on the CPU, and the attention scaling.
     """
-    entry = model.config.rope_parameters[layer_type] if layer_type else model.config.rope_parameters
+    config = model.config.get_text_config()
+    entry = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
     rotary = model.get_decoder().rotary_emb
     is_default = entry["rope_type"] == "default"
     compute = rotary.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[entry["rope_type"]]
     options = {"layer_type": layer_type} if layer_type else {}
-    inv_freq, scaling = compute(model.config, device=torch.device("cpu"), **options)
+    inv_freq, scaling = compute(config, device=torch.device("cpu"), **options)
     return inv_freq, float(scaling)
+
+
+def stock_axes(rotary: Any, pairs: int) -> IntArray | None:
+    """The axis that a live rotary module of transformers gives each pair, int64 (pairs,); None: text alone.
+
+    Its own function hands out the numbers of the axes, in the place of cosines, so this is what it does with them.
+    """
+    hand_out = getattr(rotary, "recomposition_frequencies", None)
+    if hand_out is None:
+        return None
+    numbers = torch.arange(3.0)[:, None, None, None].expand(3, 1, 1, pairs).clone()
+    return hand_out(numbers)[0, 0, :pairs].long().numpy()
 
 
 def install_spectrum(model: PreTrainedModel) -> None:
@@ -99,7 +135,7 @@ def install_spectrum(model: PreTrainedModel) -> None:
     inv_freq at every call, so both are set. Call it after the engine is built and after every load.
     """
     rotary = model.get_decoder().rotary_emb
-    for layer_type in _layer_types(model.config):
+    for layer_type in _layer_types(model.config.get_text_config()):
         truth, scaling = stock_spectrum(model, layer_type)
         prefix = f"{layer_type}_" if layer_type else ""
         for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
@@ -116,16 +152,19 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     """Check that the model rotates with ``spectrum``.
 
     The buffers must be float32 and bitwise the stock function's, those within float32 rounding of the float64
-    spectrum, exact zeros exact. Where layers differ, the full-attention ones rotate with ``spectrum``, the others
-    with their own entry.
+    spectrum, exact zeros exact, each pair on its axis. Where layers differ, the full-attention ones rotate with
+    ``spectrum``, the others with their own entry.
 
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.
     """
-    for layer_type in _layer_types(model.config):
+    layer_types = _layer_types(model.config.get_text_config())
+    for layer_type in layer_types:
         _assert_buffers(model, layer_type)
-    layer_type = _layer_types(model.config)[0]
-    faults = spectrum_faults(*stock_spectrum(model, layer_type), spectrum, _entry(model.config, layer_type))
+    inv_freq, scaling = stock_spectrum(model, layer_types[0])
+    axes = stock_axes(model.get_decoder().rotary_emb, inv_freq.numel())
+    entry = _entry(model.config.get_text_config(), layer_types[0])
+    faults = spectrum_faults(inv_freq, scaling, spectrum, entry, axes)
     if faults:
         raise RuntimeError("; ".join(faults))
 
@@ -137,7 +176,11 @@ def _entry(config: PreTrainedConfig, layer_type: str | None) -> dict[str, Any]:
 
 
 def spectrum_faults(
-    inv_freq: Tensor, attention_scaling: float, spectrum: Spectrum, entry: Mapping[str, Any]
+    inv_freq: Tensor,
+    attention_scaling: float,
+    spectrum: Spectrum,
+    entry: Mapping[str, Any],
+    axes: IntArray | None = None,
 ) -> list[str]:
     """The differences of a model's rotation from ``spectrum`` beyond float32 rounding, in words; exact zeros exact.
 
@@ -146,6 +189,7 @@ def spectrum_faults(
         attention_scaling: multiplies cos and sin.
         spectrum: of the chain.
         entry: stock entry that ``inv_freq`` was computed from.
+        axes: (rotating channels / 2,), the axis that each pair reads; None: text alone.
     """
     stock, exact = inv_freq.detach().cpu().double().numpy(), spectrum.inv_freq
     if stock.shape != exact.shape:
@@ -157,6 +201,9 @@ def spectrum_faults(
     faults = [f"stock transformers rotates other than the claimed chain at pairs {pairs}"] if pairs else []
     if not np.isclose(attention_scaling, spectrum.attention_scaling, rtol=SPECTRUM_TOLERANCE):
         faults.append(f"attention scaling is {attention_scaling:g}, the claimed chain's {spectrum.attention_scaling:g}")
+    claimed = None if spectrum.axes is None else spectrum.axes.of_pairs
+    if axis_letters(axes) != axis_letters(claimed):
+        faults.append(f"its pairs read the axes {axis_letters(axes)}, the claimed chain's {axis_letters(claimed)}")
     return faults
 
 
@@ -238,6 +285,7 @@ class Rotation:
         attention_scaling: multiplies cos and sin.
         length: tokens of the input it was read for.
         equal_on_all_ranks: None outside torch.distributed.
+        axes: (rotating channels / 2,), 0 for time, 1 for height, 2 for width; None: text alone.
     """
 
     module: str
@@ -246,6 +294,7 @@ class Rotation:
     attention_scaling: float
     length: int
     equal_on_all_ranks: bool | None
+    axes: IntArray | None = None
 
     @property
     def rope_type(self) -> str:
@@ -259,7 +308,7 @@ class Rotation:
 
     def faults(self, spectrum: Spectrum) -> list[str]:
         """The differences from the spectrum of a chain, at ``length`` tokens; see :func:`spectrum_faults`."""
-        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry)
+        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry, self.axes)
 
 
 def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
@@ -277,11 +326,15 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     Raises:
         UserError: where it builds none.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        config = config.get_text_config()  # of a model of several modalities
+    builder: Any = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of several modalities
+        if type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            config = config.get_text_config()
+        elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            builder = AutoModelForImageTextToText
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = builder.from_config(config)
     except (ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(
             f"transformers builds no {config.model_type} of this config.json: {in_one_line(error)}"
@@ -299,9 +352,12 @@ def chain_rotation(modules: list[Rotation]) -> Rotation:
     return next((rotation for rotation in modules if "full_attention" in rotation.module), modules[0])
 
 
-def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _rotary_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    is_multimodal = model.config.get_text_config() is not model.config
+    # a tower of images rotates too, by no chain
+    modules = set(model.get_decoder().modules()) if is_multimodal else set(model.modules())
     for name, module in model.named_modules():
-        if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
+        if module in modules and any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
             yield name, module
 
 
@@ -317,7 +373,8 @@ def _read(name: str, module: Any, length: int) -> Iterator[Rotation]:
         scaling = float(getattr(module, f"{prefix}attention_scaling"))
         entry = _entry(module.config, layer_type)
         label = f"{name}[{layer_type}]" if layer_type else name
-        yield Rotation(label, entry, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq))
+        axes = stock_axes(module, inv_freq.numel())
+        yield Rotation(label, entry, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq), axes)
 
 
 def _equal_on_all_ranks(inv_freq: Tensor) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
@@ -53,15 +54,17 @@ class Scores:
         run: the run.
         scaling: printed test-time part of the chain, or "none".
         rows: of the results' table, with a context length each.
+        name: the run's, with the setting where the run has several.
     """
 
     run: Run
     scaling: str
     rows: pd.DataFrame
+    name: str
 
     @property
     def known(self) -> pd.DataFrame:
-        """Rows that were measured; the others say in their metric why they were not."""
+        """Rows that were measured; the metric of the others is the reason why they were not."""
         return measured(self.rows)
 
     def at(self, length: int) -> pd.DataFrame:
@@ -87,27 +90,20 @@ def scores(runs: list[Run], suite: Suite) -> list[Scores]:
     all_scores = []
     for run in runs:
         rows = run.harness(suite.harness)
-        rows = rows[rows["context_length"].notna()]
-        for scalings, part in _by_setting(rows):
-            all_scores.append(Scores(run, scalings, part))
+        settings = _by_setting(rows[rows["context_length"].notna()])
+        for scaling, part in settings:
+            setting = "" if len(settings) == 1 else f", {'no scaling' if scaling == 'none' else scaling}"
+            all_scores.append(Scores(run, scaling, part, run.name + setting))
     return all_scores
 
 
 def _by_setting(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Rows of one setting each: by what they say, but nothing and something in one where no length has both."""
+    """Rows by test-time scaling; all in one where no length has two, as with scaling past the trained length alone."""
     if rows.empty:
         return []
     if rows.groupby("context_length")["test_time_scaling"].nunique().max() <= 1:
         return [(" / ".join(dict.fromkeys(rows["test_time_scaling"].astype(str))), rows)]
     return [(str(name), part) for name, part in rows.groupby("test_time_scaling", sort=True)]
-
-
-def named(score: Scores, all_scores: list[Scores]) -> str:
-    """The run's name, with its setting where the run has several."""
-    several = sum(other.run is score.run for other in all_scores) > 1
-    return (
-        f"{score.run.name}, {'no scaling' if score.scaling == 'none' else score.scaling}" if several else score.run.name
-    )
 
 
 def lengths_of(all_scores: list[Scores]) -> list[int]:
@@ -131,7 +127,7 @@ def all_tasks(all_scores: list[Scores]) -> list[str]:
     return list(dict.fromkeys(str(task) for score in all_scores for task in score.known["task"]))
 
 
-def benchmark_table(runs: list[Run], suite: Suite) -> Section | None:
+def benchmark_section(runs: list[Run], suite: Suite) -> Section | None:
     """The table of a suite; None where no run has any of it."""
     all_scores = scores(runs, suite)
     if not all_scores:
@@ -172,13 +168,10 @@ def _categories(all_scores: list[Scores], suite: Suite, lengths: list[int]) -> l
     for category, parts in categories(all_scores, suite).items():
         if tasks := common_tasks(parts):
             used[category] = tasks
-            rows = _rows(parts, tasks, lengths, all_scores)
+            rows = _rows(parts, tasks, lengths)
             blocks += block_of(f"{category}: average over {', '.join(tasks)}", rows)
     if len(used) > 1:
-        rows = [
-            (named(score, all_scores), [_over_categories(score, used, length) for length in lengths])
-            for score in all_scores
-        ]
+        rows = [(score.name, [_over_categories(score, used, n) for n in lengths]) for score in all_scores]
         blocks += block_of(f"Average over the {len(used)} categories above: {', '.join(used)}", rows)
     return blocks
 
@@ -191,18 +184,8 @@ def _over_categories(score: Scores, used: dict[str, list[str]], length: int) -> 
     return Cell(f"{sum(known) / len(known):.1f}", beyond=score.run.is_beyond(length))
 
 
-def _rows(
-    all_scores: list[Scores], tasks: list[str], lengths: list[int], among: list[Scores] | None = None
-) -> list[tuple[str, list[Cell]]]:
-    names = [
-        next(named(other, among or all_scores) for other in (among or all_scores) if _same(score, other))
-        for score in all_scores
-    ]
-    return [(name, [_cell(score, tasks, n) for n in lengths]) for name, score in zip(names, all_scores, strict=True)]
-
-
-def _same(score: Scores, other: Scores) -> bool:
-    return score.run is other.run and score.scaling == other.scaling
+def _rows(all_scores: list[Scores], tasks: list[str], lengths: list[int]) -> list[tuple[str, list[Cell]]]:
+    return [(score.name, [_cell(score, tasks, n) for n in lengths]) for score in all_scores]
 
 
 def _cell(score: Scores, tasks: list[str], length: int) -> Cell:
@@ -222,7 +205,7 @@ def _task_blocks(all_scores: list[Scores], task: str, lengths: list[int]) -> lis
     metrics = list(dict.fromkeys(str(name) for score in parts for name in score.known["metric"]))
     blocks = []
     for metric in metrics:
-        rows = _rows([score.only("metric", metric) for score in parts], [task], lengths, all_scores)
+        rows = _rows([score.only("metric", metric) for score in parts], [task], lengths)
         blocks += block_of(f"{task} ({metric})", rows)
     return blocks
 
@@ -243,31 +226,17 @@ def _left_out(all_scores: list[Scores]) -> list[str]:
     return [f"{words}: {', '.join(others)}."] if others else []
 
 
-@dataclass(frozen=True)
-class Score:
-    """Percent, with its standard error over samples (nan: unknown) and their number."""
-
-    value: float
-    stderr: float
-    n: int
-
-
 Key = tuple[str, str, str]  # task, metric, test-time scaling
 
 
-def short_scores(run: Run) -> dict[Key, Score]:
-    """Scores of the tasks that have no context length of their own."""
+def short_scores(run: Run) -> dict[Key, Any]:
+    """Rows of the tasks that have no context length of their own: value and stderr in percent (nan: unknown), n."""
     rows = run.harness(SHORT_HARNESS)
     rows = measured(rows[rows["context_length"].isna()])
-    return {
-        (str(row.task), str(row.metric), str(row.test_time_scaling)): Score(
-            float(row.value), float(row.stderr), int(row.n)
-        )
-        for row in rows.itertuples()
-    }
+    return {(str(row.task), str(row.metric), str(row.test_time_scaling)): row for row in rows.itertuples()}
 
 
-def short_context_table(runs: list[Run], baseline: Run) -> Section | None:
+def short_context_section(runs: list[Run], baseline: Run) -> Section | None:
     """Scores by task and run, each with its difference to the base; None where no run has any.
 
     The base is the model before continued pretraining where it is known, else the baseline.
@@ -287,7 +256,7 @@ def short_context_table(runs: list[Run], baseline: Run) -> Section | None:
     )
 
 
-def _short_cell(key: Key, run: Run, base: Run, all_scores: dict[str, dict[Key, Score]], all_arms: list[Arm]) -> Cell:
+def _short_cell(key: Key, run: Run, base: Run, all_scores: dict[str, dict[Key, Any]], all_arms: list[Arm]) -> Cell:
     score, reference = all_scores[run.name].get(key), all_scores[base.name].get(key)
     if score is None:
         return Cell()
@@ -303,9 +272,9 @@ def _short_cell(key: Key, run: Run, base: Run, all_scores: dict[str, dict[Key, S
     return Cell(main, f"{detail} {apart}".lstrip(), hint=hint, noise=noise)
 
 
-def _value(all_scores: dict[str, dict[Key, Score]], run: Run, key: Key) -> float | None:
+def _value(all_scores: dict[str, dict[Key, Any]], run: Run, key: Key) -> float | None:
     score = all_scores[run.name].get(key)
-    return None if score is None else score.value
+    return None if score is None else float(score.value)
 
 
 def _label(key: Key, keys: list[Key]) -> str:

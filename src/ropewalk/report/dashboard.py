@@ -15,6 +15,7 @@ from typing import Any
 
 from ropewalk.config.evaluation import DashboardConfig
 from ropewalk.errors import UserError
+from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
 from ropewalk.files import read_object, write_atomically
 from ropewalk.report import tracked
 
@@ -37,6 +38,7 @@ PUSHED = "pushed.json"  # what to update the next time
 TRAIN = "train/"
 WIDTH, HEIGHT, IN_A_ROW = 8, 6, 3  # of a panel, in units of which a row has 24; panels in a row
 ID_LETTERS = 12
+SHORT_TASKS = ("mmlu/acc", "gsm8k/exact_match", "arc_challenge/acc_norm", "hellaswag/acc_norm", "piqa/acc_norm")
 
 
 def dashboard(config: DashboardConfig) -> list[Path]:
@@ -151,9 +153,10 @@ class PanelSection:
 def sections() -> list[PanelSection]:
     """Training, loss by position, needle, RULER, HELMET, short context, throughput and the figures of the report.
 
-    Panels have an id made from section and place, where the library would draw one at random.
+    Panels have an id made from section and number, where the library would draw one at random.
     """
-    made = [_training(), _position(), _needle(), _ruler(), _helmet(), _short(), _throughput(), _figures()]
+    training, throughput = _of_training()
+    made = [training, *_of_evaluations(), throughput, _figures()]
     for section in made:
         for i, panel in enumerate(section.panels):
             panel._id = fixed_id(f"{section.name} {i}")
@@ -183,14 +186,14 @@ over_lengths = _over(tracked.LENGTH, "context length (tokens)", log=True)
 NATS, PERCENT = "nats/token", "percent"
 
 
-def _all(prefix: str) -> str:
-    """A pattern for every metric below a prefix."""
-    return f"^{prefix}.+"
+def _all(prefix: str, end: str = "") -> str:
+    """A pattern for every metric below a prefix, or for those that end so, at whatever level."""
+    return f"^{prefix}(.+/)?{end}$" if end else f"^{prefix}.+"
 
 
-def _training() -> PanelSection:
+def _of_training() -> tuple[PanelSection, PanelSection]:
     smooth = {"smoothing_type": "average", "smoothing_factor": 10, "smoothing_show_original": True}
-    return PanelSection(
+    training = PanelSection(
         "Training",
         "Lines are means over the seeds of a method, bands their range; with one seed the training noise is unknown.",
         [
@@ -202,58 +205,7 @@ def _training() -> PanelSection:
             over_tokens("Refused steps", f"{TRAIN}refused_steps"),
         ],
     )
-
-
-def _position() -> PanelSection:
-    return PanelSection(
-        "Loss by position",
-        "Held-out documents. trained: the spectrum of training; other names: what test time adds. Differences are "
-        "paired by document; their intervals are in report.html.",
-        [
-            over_positions("Loss by position", regex=_all(tracked.LOSS), unit=NATS),
-            over_positions("Difference to the baseline", regex=_all(tracked.DIFFERENCE), unit=NATS),
-            over_lengths("Loss over the second half of the context", tracked.LOSS_AT_LENGTH, unit=NATS),
-        ],
-    )
-
-
-def _needle() -> PanelSection:
-    return PanelSection(
-        "Needle in a haystack",
-        "Means over depths; the heat maps are among the figures.",
-        [
-            over_lengths("Exact match", f"{tracked.NEEDLE}exact_match", unit=PERCENT, range_y=(0, 100)),
-            over_lengths("Answer-token accuracy", f"{tracked.NEEDLE}answer_token_accuracy", unit=PERCENT),
-        ],
-    )
-
-
-def _ruler() -> PanelSection:
-    return PanelSection(
-        "RULER",
-        "The average is over the tasks of the panel beside it. Names in between are test-time settings.",
-        [
-            over_lengths("Average", regex=rf"^{tracked.RULER_SCORE}(.+/)?{tracked.AVERAGE}$", unit=PERCENT),
-            over_lengths("By task", regex=_all(tracked.RULER_SCORE), unit=PERCENT),
-            wr.WeavePanelSummaryTable(table_name=tracked.TABLES["scores"]),
-        ],
-    )
-
-
-def _helmet() -> PanelSection:
-    panel = over_lengths("By category", regex=_all(tracked.HELMET_SCORE), unit=PERCENT)
-    return PanelSection("HELMET", "Each category is the mean of its tasks that were scored at every length.", [panel])
-
-
-def _short() -> PanelSection:
-    tasks = ("mmlu/acc", "gsm8k/exact_match", "arc_challenge/acc_norm", "hellaswag/acc_norm", "piqa/acc_norm")
-    names = [f"{tracked.SHORT}{task}" for task in tasks]
-    panel = wr.BarPlot(title="Short-context tasks", metrics=names, title_x=PERCENT)
-    return PanelSection("Short context", "What training cost; the table of scores has every task.", [panel])
-
-
-def _throughput() -> PanelSection:
-    return PanelSection(
+    throughput = PanelSection(
         "Throughput",
         "Work by the attention that the packed documents need.",
         [
@@ -265,16 +217,63 @@ def _throughput() -> PanelSection:
             over_tokens("Work of the slowest rank over the mean", f"{TRAIN}work_imbalance"),
         ],
     )
+    return training, throughput
+
+
+def _of_evaluations() -> list[PanelSection]:
+    """Names in between, after a run's first test-time setting, are settings."""
+    short = [f"{tracked.SHORT}{task}" for task in SHORT_TASKS]
+    return [
+        PanelSection(
+            "Loss by position",
+            "Held-out documents. trained: the spectrum of training; other names: what test time adds. Differences are "
+            "paired by document; their intervals are in report.html.",
+            [
+                over_positions("Loss by position", regex=_all(tracked.LOSS), unit=NATS),
+                over_positions("Difference to the baseline", regex=_all(tracked.DIFFERENCE), unit=NATS),
+                over_lengths(
+                    "Loss over the second half of the context", regex=f"^{tracked.LOSS_AT_LENGTH}(/.+)?$", unit=NATS
+                ),
+            ],
+        ),
+        PanelSection(
+            "Needle in a haystack",
+            "Means over depths; the heat maps are among the figures.",
+            [
+                over_lengths("Exact match", regex=_all(tracked.NEEDLE, EXACT_MATCH), unit=PERCENT, range_y=(0, 100)),
+                over_lengths("Answer-token accuracy", regex=_all(tracked.NEEDLE, TOKEN_ACCURACY), unit=PERCENT),
+            ],
+        ),
+        PanelSection(
+            "RULER",
+            "The average is over the tasks of the panel beside it. Names in between are test-time settings.",
+            [
+                over_lengths("Average", regex=_all(tracked.RULER_SCORE, tracked.AVERAGE), unit=PERCENT),
+                over_lengths("By task", regex=_all(tracked.RULER_SCORE), unit=PERCENT),
+                wr.WeavePanelSummaryTable(table_name=tracked.TABLES["scores"]),
+            ],
+        ),
+        PanelSection(
+            "HELMET",
+            "Each category is the mean of its tasks that were scored at every length.",
+            [over_lengths("By category", regex=_all(tracked.HELMET_SCORE), unit=PERCENT)],
+        ),
+        PanelSection(
+            "Short context",
+            "What training cost; the table of scores has every task.",
+            [wr.BarPlot(title="Short-context tasks", metrics=short, title_x=PERCENT)],
+        ),
+    ]
 
 
 def _figures() -> PanelSection:
-    names = ("training_curves", "loss_by_position", "needle_in_a_haystack", "spectra", "what_the_spectra_do")
-    parts = ("", "_2", "_3", "_4")  # of a section with several figures
     panels: list[Any] = [
         wr.MediaBrowser(
-            title=name.replace("_", " "), num_columns=2, media_keys=[f"{tracked.FIGURES}{name}{part}" for part in parts]
+            title=name.replace("_", " "),
+            num_columns=2,
+            media_keys=[f"{tracked.FIGURES}{name}{part}" for part in ("", "_2", "_3", "_4")],
         )
-        for name in names
+        for name in ("training_curves", "loss_by_position", "needle_in_a_haystack", "spectra", "what_the_spectra_do")
     ]
     panels.append(wr.WeavePanelSummaryTable(table_name=tracked.TABLES["results"]))
     return PanelSection("Figures", "Each run's own, as scripts/compare.py draws them, and its results.", panels)

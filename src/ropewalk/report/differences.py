@@ -68,30 +68,21 @@ def _kind(setting: str, own: str) -> str:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Run minus baseline, nats per token, with its 95% interval over the ``n`` documents that both scored."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Unpaired:
     """The reason why two runs have no difference."""
 
     reason: str
 
 
-def at_length(run: Run, baseline: Run, length: int) -> Difference | Unpaired:
-    """Difference over the second half of ``length`` tokens to the baseline under the run's test-time setting."""
+def at_length(run: Run, baseline: Run, length: int) -> pd.Series | Unpaired:
+    """Difference over the second half of ``length`` tokens to the baseline under the run's test-time setting.
+
+    Returns:
+        value, ci_low, ci_high (nats per token) and n (documents that both scored).
+    """
     baseline = baseline.beside(run)
     rows = _paired(run, second_half(run, length), baseline, second_half(baseline, length))
-    if isinstance(rows, Unpaired):
-        return rows
-    row = rows.iloc[0]
-    return Difference(float(row["value"]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
+    return rows if isinstance(rows, Unpaired) else rows.iloc[0]
 
 
 def by_position(run: Run, run_pass: Pass, baseline: Run, baseline_pass: Pass) -> pd.DataFrame | Unpaired:
@@ -134,12 +125,13 @@ def second_half(run: Run, length: int) -> pd.DataFrame:
 
     No rows where the documents' buckets do not make up that bucket.
     """
-    rows = run.task("loss_at_length", "nll")
-    rows = rows[rows["context_length"] == length]
-    reaching = [made for made in passes(run) if made.length >= length and made.chain in set(rows["chain"])]
+    row = run.number("loss_at_length", "nll", length)
+    if row is None:
+        return run.documents.iloc[:0]
+    reaching = [made for made in passes(run) if made.length >= length and made.chain == row["chain"]]
     if not reaching:
         return run.documents.iloc[:0]
-    start, end = int(rows["position_start"].iloc[0]), int(rows["position_end"].iloc[0])
+    start, end = int(row["position_start"]), int(row["position_end"])
     documents = _documents(run, reaching[0])
     inside = documents[(documents["position_start"] >= start) & (documents["position_end"] <= end)]
     buckets = inside[BUCKET].drop_duplicates()

@@ -11,7 +11,7 @@ from ropewalk.figures.evaluation_curves import UNKNOWN, kind_title
 from ropewalk.figures.needle_grid import ANSWER_NLL, EXACT_MATCH, NAMES
 from ropewalk.report.benchmarks import Suite, categories, common_tasks, lengths_of, scores
 from ropewalk.report.differences import Unpaired, by_position, passes
-from ropewalk.report.results_table import loss_at, needle_rows, pooled
+from ropewalk.report.results_section import loss_at, needle_scores, pooled
 from ropewalk.report.runs import Run
 from ropewalk.report.section import UNKNOWN_NOISE
 from ropewalk.report.seeds import arms, noise_words
@@ -26,6 +26,10 @@ POOLED = ["run", "metric", "value", "control", "error", "at_chance"]
 AVERAGES = ["run", "scaling", "category", "context_length", "value", "stderr"]
 
 
+def _stacked(parts: Sequence[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
 def trained_lengths(runs: Sequence[Run]) -> dict[str, int | None]:
     """Run -> tokens that it was trained at; None: not recorded."""
     return {run.name: run.trained_length for run in runs}
@@ -34,7 +38,7 @@ def trained_lengths(runs: Sequence[Run]) -> dict[str, int | None]:
 def metrics_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Logged steps of all runs, with the columns run and trained_length before those of metrics.jsonl."""
     parts = [run.metrics.assign(run=run.name, trained_length=run.trained_length) for run in runs if len(run.metrics)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "trained_length"])
+    return _stacked(parts, ["run", "trained_length"])
 
 
 def curve_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -44,7 +48,7 @@ def curve_table(runs: Sequence[Run]) -> pd.DataFrame:
         for run in runs
         for made in passes(run)
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=CURVE)
+    return _stacked(parts, CURVE)
 
 
 def difference_table(runs: Sequence[Run], baseline: Run) -> tuple[pd.DataFrame, list[str]]:
@@ -70,7 +74,7 @@ def difference_table(runs: Sequence[Run], baseline: Run) -> tuple[pd.DataFrame, 
                 noise = noise_words(run, counterpart, all_arms, loss_at(length), digits=4)
                 known = UNKNOWN if noise == UNKNOWN_NOISE else noise
                 parts.append(rows.assign(run=run.name, kind=kind, noise=known)[DIFFERENCE])
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=DIFFERENCE), unpaired
+    return _stacked(parts, DIFFERENCE), unpaired
 
 
 def needle_tables(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -78,7 +82,7 @@ def needle_tables(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     drawn = [run for run in runs if len(run.task("needle", EXACT_MATCH))]
     cells = [run.task("needle", metric).assign(run=run.name)[CELLS] for run in drawn for metric in NAMES]
     whole = pd.DataFrame([row for run in drawn for row in _pooled_rows(run)], columns=POOLED)
-    return pd.concat(cells, ignore_index=True) if cells else pd.DataFrame(columns=CELLS), whole
+    return _stacked(cells, CELLS), whole
 
 
 def retrieval_rows(runs: Sequence[Run]) -> pd.DataFrame:
@@ -87,7 +91,7 @@ def retrieval_rows(runs: Sequence[Run]) -> pd.DataFrame:
         run.task("needle_at_length", EXACT_MATCH).assign(run=run.label, test_time=run.test_time)[RETRIEVAL]
         for run in runs
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=RETRIEVAL)
+    return _stacked(parts, RETRIEVAL)
 
 
 def _pooled_rows(run: Run) -> Iterator[tuple[object, ...]]:
@@ -103,7 +107,7 @@ def _standard_error(run: Run) -> float:
     """Of the pooled answer NLL less its control, as if lengths, answer and control were independent; nan if unknown."""
     variance = 0.0
     for metric in (ANSWER_NLL, f"{ANSWER_NLL}_shuffled"):
-        rows = needle_rows(run, metric)
+        rows = needle_scores(run, metric)
         if rows.empty:
             return math.nan
         variance += float(((rows["n"] * rows["stderr"]) ** 2).sum(skipna=False)) / float(rows["n"].sum()) ** 2
@@ -123,7 +127,7 @@ def average_table(runs: list[Run], suite: Suite) -> tuple[pd.DataFrame, dict[str
     return pd.DataFrame(rows, columns=AVERAGES), tasks_of
 
 
-def spectra_of(runs: Sequence[Run]) -> dict[str, Spectrum]:
+def run_spectra(runs: Sequence[Run]) -> dict[str, Spectrum]:
     """Run -> spectrum, of the runs that recorded theirs."""
     return {run.name: _spectrum(run) for run in runs if run.inv_freq is not None}
 

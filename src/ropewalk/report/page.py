@@ -24,14 +24,14 @@ from ropewalk.figures.spectrum.spectra import coverage_figure, spectra_figure
 from ropewalk.figures.style import Style
 from ropewalk.figures.training_curves import throughput_figure, training_figures
 from ropewalk.files import write_atomically
-from ropewalk.report import figure_tables, runs_table
-from ropewalk.report.benchmarks import SUITES, Suite, benchmark_table, short_context_table
-from ropewalk.report.noise.decisions import decision_table
+from ropewalk.report import figure_tables
+from ropewalk.report.benchmarks import SUITES, Suite, benchmark_section, short_context_section
+from ropewalk.report.noise.decisions import decision_section
 from ropewalk.report.noise.noise_floor import noise_among
-from ropewalk.report.published import published_table
-from ropewalk.report.results_table import Thresholds, effective_table, is_at_chance, results_table
+from ropewalk.report.overview import limits, opening_section, runs_section, training_summary
+from ropewalk.report.published import published_section
+from ropewalk.report.results_section import effective_section, is_at_chance, results_section
 from ropewalk.report.runs import Run, load_runs, once, with_bases
-from ropewalk.report.runs_table import limits, opening_table, training_summary
 from ropewalk.report.section import UNKNOWN_NOISE, Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
 
@@ -61,7 +61,7 @@ def compare(config: CompareConfig) -> Path:
     runs = with_bases(load_runs(config.runs), config.base)
     baseline = find_baseline(runs, config.baseline)
     sections = sections_of(config, runs, baseline)
-    page = render(config.title, runs, baseline, sections, output)
+    page = page_html(config.title, runs, baseline, sections, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page)
     if config.figures is not None:
@@ -97,21 +97,21 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
     """The sections after the opening, in their order; those that no run has anything for are left out."""
     styles, trained = styles_of(runs), once(runs)
     spectra = one_run_each(arms(trained))
-    thresholds = Thresholds(config.effective_needle, config.effective_ruler)
     sections = [
-        decision_table(runs),
-        results_table(runs, baseline),
+        decision_section(runs),
+        results_section(runs, baseline),
         noise_among(runs),
-        effective_table(runs, thresholds),
+        effective_section(runs, config.effective_needle, config.effective_ruler),
         _training(trained, styles),
         _position(runs, baseline, styles),
         _needle(runs, styles),
         *(_benchmark(runs, suite, styles) for suite in SUITES),
-        short_context_table(runs, baseline),
-        published_table(runs, read_published(config.published, "published")) if config.published else None,
+        short_context_section(runs, baseline),
+        published_section(runs, read_published(config.published, "published")) if config.published else None,
         _spectra(spectra, baseline, styles),
         _spectrum_effects(spectra, baseline, styles),
         _throughput(trained, styles),
+        runs_section(runs, baseline),
     ]
     return [section for section in sections if section is not None]
 
@@ -146,8 +146,6 @@ def _needle(runs: list[Run], styles: dict[str, Style]) -> Section:
         )
         for at_chance in (False, True)
     )
-    if chance:
-        missing.append(f"Exact match is at chance: {', '.join(chance)}.")
     shown = [*([by_length] if by_length else []), *shown]
     return Section(
         "Needle in a haystack", figures=shown, folded_figures=folded, folded_title="Grids at chance", missing=missing
@@ -155,7 +153,7 @@ def _needle(runs: list[Run], styles: dict[str, Style]) -> Section:
 
 
 def _benchmark(runs: list[Run], suite: Suite, styles: dict[str, Style]) -> Section | None:
-    section = benchmark_table(runs, suite)
+    section = benchmark_section(runs, suite)
     if section is not None:
         averages, tasks = figure_tables.average_table(runs, suite)
         figure = benchmark_figure(suite.title, averages, tasks, figure_tables.trained_lengths(runs), styles)
@@ -164,7 +162,7 @@ def _benchmark(runs: list[Run], suite: Suite, styles: dict[str, Style]) -> Secti
 
 
 def _spectra(runs: list[Run], baseline: Run, styles: dict[str, Style]) -> Section:
-    spectra, marked = figure_tables.spectra_of(runs), figure_tables.marked_lengths(runs)
+    spectra, marked = figure_tables.run_spectra(runs), figure_tables.marked_lengths(runs)
     missing = [f"{run.name}: no inv_freq in run.json, so no spectrum." for run in runs if run.inv_freq is None]
     length = baseline.trained_length or 1
     figures = (
@@ -189,7 +187,7 @@ def _spectrum_effects(runs: list[Run], baseline: Run, styles: dict[str, Style]) 
     train_length = baseline.trained_length or max(lengths)
     evaluated = [int(run.results["context_length"].max()) for run in known if len(run.results)]
     target_length = max([TIMES_TRAINED * train_length, *evaluated])
-    spectra = figure_tables.spectra_of(known)
+    spectra = figure_tables.run_spectra(known)
     figures = [
         draw(spectra, train_length=train_length, target_length=target_length, styles=styles)
         for draw in (kernel_figure, coverage_figure, semantic_figure)
@@ -251,7 +249,7 @@ def _markdown(numbers: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows) + "\n"
 
 
-def render(title: str, runs: list[Run], baseline: Run, sections: list[Section], output: Path) -> str:
+def page_html(title: str, runs: list[Run], baseline: Run, sections: list[Section], output: Path) -> str:
     """The page at ``output`` as HTML text; everything that comes from data is escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -268,14 +266,9 @@ def render(title: str, runs: list[Run], baseline: Run, sections: list[Section], 
     environment.filters |= {"svg": svg, "blocks": numbers_blocks}
     return environment.get_template("report.html").render(
         title=title,
-        runs=once(runs),
-        opening=opening_table(runs, baseline),
+        opening=opening_section(runs, baseline),
         limits=limits(runs, baseline),
         sections=sections,
-        facts=runs_table.facts(once(runs)),
-        differences=runs_table.differences(once(runs), baseline),
-        without_config=[run.name for run in once(runs) if not run.config],
-        baseline=baseline,
         links={name: link_to(run, output) for run in runs for name in (run.name, run.label, f"{run.name} (base)")},
         unknown_noise=UNKNOWN_NOISE,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),

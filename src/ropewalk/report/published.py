@@ -84,7 +84,7 @@ class Measured:
         return None if pd.isna(length) else int(length)
 
 
-def published_table(runs: list[Run], published: pd.DataFrame) -> Section:
+def published_section(runs: list[Run], published: pd.DataFrame) -> Section:
     """One block for each published table and benchmark, each cell a measured number with the published one.
 
     Args:
@@ -108,7 +108,7 @@ def published_table(runs: list[Run], published: pd.DataFrame) -> Section:
 def _beside(run: Run, published: pd.DataFrame) -> Iterator[Measured]:
     """Every published number of the run's method, measured or not."""
     method = run.record.get("method", run.evaluation.get("method"))
-    rows = published_of(published, run.name, method)
+    rows = published_of(published, run.label, method)
     for _, row in rows.iterrows():
         scores = [score for score in measured_beside(row, run.table) if not math.isnan(score["measured"])]
         for score in scores:
@@ -123,23 +123,20 @@ def _of_run(run: Run, row: pd.Series) -> float:
         return _training(run, str(row["task"]), row["context_length"])
     if row["task"] != "nll":
         return math.nan
+    length = row["context_length"]
     if row["benchmark"] == SECOND_HALF:
-        rows = run.task("loss_at_length", "nll")
-        rows = rows[rows["context_length"] == row["context_length"]]
-    elif stretch := STRETCH.fullmatch(str(row["benchmark"])):
-        rows = run.task("loss_by_position", "nll")
-        rows = rows[rows["context_length"] == row["context_length"]]
-        begins, ends = rows["position_start"] >= int(stretch[1]), rows["position_end"] <= int(stretch[2])
-        rows = rows[begins & ends]
-        if rows.empty or (rows["position_start"].min(), rows["position_end"].max()) != tuple(
-            map(int, stretch.groups())
-        ):
-            return math.nan
-        weights = rows["position_end"] - rows["position_start"]
-        return weighted_mean(rows["value"], weights)
-    else:
+        loss = None if pd.isna(length) else run.number("loss_at_length", "nll", length)
+        return math.nan if loss is None else float(loss["value"])
+    stretch = STRETCH.fullmatch(str(row["benchmark"]))
+    if stretch is None:
         return math.nan
-    return float(rows["value"].iloc[0]) if len(rows) == 1 else math.nan
+    start, end = map(int, stretch.groups())
+    rows = run.task("loss_by_position", "nll")
+    rows = rows[rows["context_length"] == length]
+    rows = rows[(rows["position_start"] >= start) & (rows["position_end"] <= end)]
+    if (rows["position_start"].min(), rows["position_end"].max()) != (start, end):  # NaN without any
+        return math.nan
+    return weighted_mean(rows["value"], rows["position_end"] - rows["position_start"])
 
 
 def _training(run: Run, task: str, length: Any) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,13 @@ class Run:
 
     name: str
     directory: Path
-    config: dict[str, Any]
-    record: dict[str, Any]
-    metrics: pd.DataFrame
-    table: pd.DataFrame
-    documents: pd.DataFrame
-    evaluation: dict[str, Any]
-    verification: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    metrics: pd.DataFrame = field(default_factory=partial(pd.DataFrame, columns=list(METRIC_COLUMNS)))
+    table: pd.DataFrame = field(default_factory=partial(results_table, ()))
+    documents: pd.DataFrame = field(default_factory=partial(document_table, ()))
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     is_base: bool = False
     test_time: str = ""
@@ -71,6 +71,18 @@ class Run:
     def label(self) -> str:
         """The name without the test-time setting."""
         return self.name.removesuffix(f", {self.test_time}") if self.settings else self.name
+
+    @property
+    def each_setting(self) -> list[Run]:
+        """The run under each of its test-time settings; itself if there is one."""
+        return list(self.settings.values()) or [self]
+
+    @property
+    def whole(self) -> Run:
+        """The run with its numbers under all test-time settings."""
+        tables = [run.table for run in self.each_setting]
+        table = pd.concat(tables, ignore_index=True).drop_duplicates(ignore_index=True)
+        return replace(self, name=self.label, table=table, test_time="", settings={})
 
     def beside(self, other: Run) -> Run:
         """This run under the test-time setting of another, where it was measured under that, too."""
@@ -92,7 +104,7 @@ class Run:
 
     @cached_property
     def trained_length(self) -> int | None:
-        """Tokens of the context that the run was trained at, where run.json or evaluation.json says so."""
+        """Tokens of the context that the run was trained at, as run.json or evaluation.json records it."""
         return self._length("trained_length")
 
     @cached_property
@@ -118,8 +130,14 @@ class Run:
         """The rows of one task and metric."""
         return self.results[(self.results["task"] == task) & (self.results["metric"] == metric)]
 
+    def number(self, task: str, metric: str, length: int) -> pd.Series | None:
+        """The row of one task and metric at a context length; None where it was not measured."""
+        rows = self.task(task, metric)
+        rows = rows[rows["context_length"] == length]
+        return None if rows.empty else rows.iloc[0]
+
     def harness(self, name: str) -> pd.DataFrame:
-        """The rows of one harness that are no cell of a needle grid."""
+        """The rows of one harness without the cells of needle grids."""
         return self.table[(self.table["harness"] == name) & self.table["depth"].isna()]
 
     def is_called(self, name: str) -> bool:
@@ -200,11 +218,8 @@ def by_test_time(run: Run) -> list[Run]:
 
 def once(runs: Sequence[Run]) -> list[Run]:
     """Each run once and by its label, under whichever setting: for what test time does not change."""
-    return [run if run.label == run.name else replace(run, name=run.label) for run in _first_settings(runs)]
-
-
-def _first_settings(runs: Sequence[Run]) -> list[Run]:
-    return [run for i, run in enumerate(runs) if not any(run.is_same(other) for other in runs[:i])]
+    first = [run for i, run in enumerate(runs) if not any(run.is_same(other) for other in runs[:i])]
+    return [run if run.label == run.name else replace(run, name=run.label) for run in first]
 
 
 def load_run(directory: Path) -> Run:
@@ -286,8 +301,7 @@ MODEL_PATH = "model.path"
 def with_bases(runs: list[Run], given: str | None) -> list[Run]:
     """The runs and, after them, the model that each was continued from, unless it is one of them already.
 
-    A base that was never evaluated, or cannot be found here (a hub id), is a run without numbers, so that its row
-    says so.
+    A base that was never evaluated, or cannot be found here (a hub id), is a row without numbers.
 
     Args:
         runs: as given by the user.
@@ -336,14 +350,4 @@ def _look_up(path: str) -> Run:
     for candidate in (directory.parent, directory) if is_export else (directory,):
         if holds_run(candidate):
             return load_run(candidate)
-    return Run(
-        name=path,
-        directory=directory,
-        config={},
-        record={},
-        metrics=pd.DataFrame(columns=list(METRIC_COLUMNS)),
-        table=results_table([]),
-        documents=document_table([]),
-        evaluation={},
-        verification={},
-    )
+    return Run(path, directory)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ropewalk.figures.figure import Figure
 
 EMPTY = "-"
-UNKNOWN_NOISE = "training noise unknown"  # said once, and not in every cell
+UNKNOWN_NOISE = "training noise unknown"  # shown once, and not in every cell
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Block:
 
     @property
     def is_empty(self) -> bool:
-        """True if no cell has a number or says why there is none."""
+        """True if no cell has a number or a reason for none."""
         return not any(cell.main != EMPTY or cell.hint for _, cells in self.rows for cell in cells)
 
 
@@ -56,7 +56,7 @@ class Section:
         columns: heads of the columns.
         blocks: quantities, those with nothing to show left out.
         corner: what the columns are.
-        folded: blocks that the page hides until asked for.
+        folded: blocks that the page hides until they are unfolded.
         figures: drawn under the table.
         folded_figures: figures that the page hides likewise.
         folded_title: what is hidden.

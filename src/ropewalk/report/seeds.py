@@ -1,6 +1,6 @@
 """Arms trained over several seeds, and how far the seeds of an arm lie apart.
 
-Intervals over documents say nothing of this: two seeds of one arm score the same documents and still differ.
+Intervals over documents do not show this: two seeds of one arm score the same documents and still differ.
 """
 
 from __future__ import annotations

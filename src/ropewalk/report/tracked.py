@@ -22,9 +22,9 @@ from ropewalk.figures.figure import compose, render
 from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
 from ropewalk.files import read_object, sha256_of_json, write_atomically
 from ropewalk.report.benchmarks import HELMET, RULER, Scores, common_tasks, lengths_of, scores, short_scores
-from ropewalk.report.differences import Pass, by_position, passes
+from ropewalk.report.differences import Unpaired, by_position, passes
 from ropewalk.report.page import find_baseline, sections_of
-from ropewalk.report.results_table import losses, needle_lengths, pooled
+from ropewalk.report.results_section import losses, needle_lengths, pooled
 from ropewalk.report.runs import Run, load_runs, once, with_bases
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.tracker import wandb_mode
@@ -38,22 +38,34 @@ AVERAGE = "average"
 # Axis -> the metrics over it, as define_metric takes them.
 AXES = {
     POSITION: (f"{LOSS}*", f"{DIFFERENCE}*"),
-    LENGTH: (LOSS_AT_LENGTH, f"{NEEDLE}*", f"{RULER_SCORE}*", f"{HELMET_SCORE}*"),
+    LENGTH: (LOSS_AT_LENGTH, f"{LOSS_AT_LENGTH}/*", f"{NEEDLE}*", f"{RULER_SCORE}*", f"{HELMET_SCORE}*"),
 }
 TABLES = {"results": "tables/results", "scores": "tables/scores"}
 FIGURES = "figures/"
 Row = dict[str, float]
 
 
-def rows_of(run: Run, baseline: Run) -> list[Row]:
-    """The evaluation as history: rows over the position in the context, then rows over the context length."""
-    return [*_by_position(run, baseline), *_by_length(run)]
+def history_of(run: Run, baseline: Run) -> list[Row]:
+    """The evaluation as history: rows over the position in the context, then rows over the context length.
+
+    A test-time setting after the run's first is a level of its metrics' names: ``eval/needle/none/exact_match``.
+    """
+    over_position: dict[float, Row] = {}
+    over_length: dict[float, Row] = {}
+    for level, setting in _levels(run):
+        _add_positions(over_position, level, setting, baseline.beside(setting))
+        _add_lengths(over_length, level, setting)
+    axes = ((POSITION, over_position), (LENGTH, over_length))
+    return [{axis: x, **values} for axis, rows in axes for x, values in sorted(rows.items())]
 
 
 def summary_of(run: Run) -> Row:
     """Numbers without an axis: short-context scores, percent."""
-    scores_of = short_scores(run)
-    return {f"{SHORT}{word(task)}/{word(metric)}": score.value for (task, metric, _), score in scores_of.items()}
+    return {
+        f"{SHORT}{level}{word(task)}/{word(metric)}": float(score.value)
+        for level, setting in _levels(run)
+        for (task, metric, _), score in short_scores(setting).items()
+    }
 
 
 def word(text: str) -> str:
@@ -61,54 +73,48 @@ def word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_")
 
 
-def _by_position(run: Run, baseline: Run) -> Iterator[Row]:
-    reference = {run_pass.kind: run_pass for run_pass in passes(baseline)}
-    for run_pass in passes(run):
-        name = "trained" if run_pass.kind == OWN else word(run_pass.kind)
-        rows: dict[tuple[int, int], Row] = {}
-        for row in run_pass.curve.itertuples():
-            rows[int(row.position_start), int(row.position_end)] = {LOSS + name: float(row.value)}
-        for bucket, difference in _differences(run, run_pass, baseline, reference.get(run_pass.kind)):
-            rows.setdefault(bucket, {})[DIFFERENCE + name] = difference
-        for (start, end), values in sorted(rows.items()):
-            yield {POSITION: (start + end) / 2, **values}
+def _levels(run: Run) -> Iterator[tuple[str, Run]]:
+    """Level in the names of metrics, and the run, for each of its test-time settings."""
+    for number, setting in enumerate(run.each_setting):
+        yield f"{word(setting.test_time)}/" if number else "", setting
 
 
-def _differences(
-    run: Run, run_pass: Pass, baseline: Run, other: Pass | None
-) -> Iterator[tuple[tuple[int, int], float]]:
-    differences = by_position(run, run_pass, baseline, other) if other is not None and run is not baseline else None
-    if isinstance(differences, pd.DataFrame):
-        for row in differences.itertuples():
-            yield (int(row.position_start), int(row.position_end)), float(row.value)
+def _add_positions(rows: dict[float, Row], level: str, run: Run, baseline: Run) -> None:
+    reference = {made.kind: made for made in passes(baseline)}
+    for made in passes(run):
+        name, tables = level + ("trained" if made.kind == OWN else word(made.kind)), {LOSS: made.curve}
+        if made.kind in reference and not run.is_same(baseline):
+            differences = by_position(run, made, baseline, reference[made.kind])
+            tables |= {} if isinstance(differences, Unpaired) else {DIFFERENCE: differences}
+        for prefix, table in tables.items():
+            for row in table.itertuples():
+                middle = (int(row.position_start) + int(row.position_end)) / 2
+                rows.setdefault(middle, {})[prefix + name] = float(row.value)
 
 
-def _by_length(run: Run) -> Iterator[Row]:
-    rows: dict[int, Row] = {}
+def _add_lengths(rows: dict[float, Row], level: str, run: Run) -> None:
     for length, loss in losses(run).items():
-        rows.setdefault(length, {})[LOSS_AT_LENGTH] = loss
+        rows.setdefault(length, {})[f"{LOSS_AT_LENGTH}/{level}".rstrip("/")] = loss
     for length in needle_lengths(run):
         for metric in (EXACT_MATCH, TOKEN_ACCURACY):
             if (whole := pooled(run, metric, length)) is not None:
-                rows.setdefault(length, {})[NEEDLE + metric] = 100 * whole.value
+                rows.setdefault(length, {})[f"{NEEDLE}{level}{metric}"] = 100 * whole.value
     for score in scores([run], RULER):
         tasks = common_tasks([score])
-        _add(rows, score, RULER_SCORE, {AVERAGE: tasks, **{task: [task] for task in tasks}})
+        _add(rows, score, RULER_SCORE + level, {AVERAGE: tasks, **{task: [task] for task in tasks}})
     for score in scores([run], HELMET):
         names = dict.fromkeys(str(name) for name in score.known["category"])
-        _add(rows, score, HELMET_SCORE, {name: common_tasks([score.only("category", name)]) for name in names})
-    for length, values in sorted(rows.items()):
-        yield {LENGTH: length, **values}
+        by_category = {name: common_tasks([score.only("category", name)]) for name in names}
+        _add(rows, score, HELMET_SCORE + level, by_category)
 
 
-def _add(rows: dict[int, Row], score: Scores, prefix: str, averages: dict[str, list[str]]) -> None:
-    """Averages over tasks at each length; a setting that the run has beside others is part of the name."""
-    several = len(scores([score.run], RULER if prefix == RULER_SCORE else HELMET)) > 1
-    setting = f"{word(score.scaling)}/" if several else ""
+def _add(rows: dict[float, Row], score: Scores, prefix: str, averages: dict[str, list[str]]) -> None:
+    """Averages over tasks at each length; a scaling that the run has beside others is part of the name."""
+    scaling = f"{word(score.scaling)}/" if score.name != score.run.name else ""
     for name, tasks in averages.items():
         for length in lengths_of([score]):
             if (value := score.average(tasks, length)) is not None:
-                rows.setdefault(length, {})[f"{prefix}{setting}{word(name)}"] = value[0]
+                rows.setdefault(length, {})[f"{prefix}{scaling}{word(name)}"] = value[0]
 
 
 def track(config: CompareConfig) -> list[str]:
@@ -120,7 +126,7 @@ def track(config: CompareConfig) -> list[str]:
     Raises:
         UserError: for runs that :func:`ropewalk.report.compare` refuses.
     """
-    runs = once(with_bases(load_runs(config.runs), config.base))  # under its first test-time setting
+    runs = once(with_bases(load_runs(config.runs), config.base))
     baseline = find_baseline(runs, config.baseline)
     logged = []
     for run in runs:
@@ -140,7 +146,7 @@ def _why_not(run: Run, baseline: Run) -> str | None:
         return "not logged, as it was trained without a tracker"
     if tracker == "wandb" and not RunDirectory(run.directory).tracker.is_file():
         return "not logged, as it has no tracker.json with the id of its W&B run"
-    if run.results.empty and run.table.empty:
+    if run.table.empty:
         return "not logged, as it has no finished evaluation"
     known = RunDirectory(run.directory).tracked
     if known.is_file() and read_object(known).get("sha256") == _digest(run, baseline):
@@ -150,18 +156,17 @@ def _why_not(run: Run, baseline: Run) -> str | None:
 
 def _digest(run: Run, baseline: Run) -> str:
     """Of the numbers that are logged."""
-    numbers = [rows_of(run, baseline), summary_of(run)]
-    return sha256_of_json(numbers)
+    return sha256_of_json([history_of(run, baseline), summary_of(run)])
 
 
 def _log(config: CompareConfig, run: Run, baseline: Run) -> None:
     """History after the last step of training, then tables, figures and the summary."""
     tracker, live = _opened(run)
     last = int(run.metrics["step"].max()) if len(run.metrics) else 0
-    rows = rows_of(run, baseline)
+    rows = history_of(run, baseline)
     for number, row in enumerate(rows, start=1):
         live.log(row, **_at(run, last + number))
-    tables = {TABLES["results"]: run.results, TABLES["scores"]: run.scores}
+    tables = {TABLES["results"]: run.whole.results, TABLES["scores"]: run.whole.scores}
     shown: dict[str, Any] = {
         name: tracker.Table(dataframe=_plain(frame)) for name, frame in tables.items() if len(frame)
     }
@@ -213,9 +218,9 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _figures(config: CompareConfig, run: Run, baseline: Run, tracker: Any) -> dict[str, Any]:
     """The run's own figures as images with their captions: the first of a section by its name, then _2, _3."""
-    alone = [run] if run is baseline else [run, baseline]
+    shown = run.each_setting + ([] if run is baseline else baseline.each_setting)
     images: dict[str, Any] = {}
-    for section in sections_of(config, alone, baseline):
+    for section in sections_of(config, shown, baseline.each_setting[0]):
         key = FIGURES + word(section.title.lower())
         for number, figure in enumerate([*section.figures, *section.folded_figures], start=1):
             pixels = _pixels(compose(figure, words=False))

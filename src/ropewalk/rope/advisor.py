@@ -19,6 +19,7 @@ from ropewalk.rope.registry import get_method
 
 LARGEST_CLIP = 0.75  # of all pairs
 NEEDS_ORIGINAL = ("yarn", "llama3", "longrope", "su")
+BAND = 2.205  # training lengths in a turn of the band that learned spectra keep (LeRoPE, arXiv 2607.10134, table 10)
 SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
 
 
@@ -80,6 +81,49 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class LearnedBand:
+    """A hypothesis on clips: the pair where a learned spectrum would have its dominant band, and what a clip leaves it.
+
+    Spectra that are learned in training from scratch at 2,048 to 8,192 tokens have one band whose period is near 2.205
+    training lengths; without it the loss rises by 0.762 nats, without any other by 0.069 at most (LeRoPE, arXiv
+    2607.10134, table 10 and figure 8). Whether a clip that slows this pair costs anything was not tested there.
+
+    Attributes:
+        period: 2.205 training lengths, tokens.
+        pair: the rotating pair nearest to it on a log scale; None: the period is outside those of the spectrum.
+        pair_period: tokens in a turn of ``pair``; of the slowest pair that rotates where there is none.
+        weights: each clipped choice, printed, with the factor that its clip leaves the frequency of ``pair``.
+    """
+
+    period: float
+    pair: int | None
+    pair_period: float
+    weights: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, positions: Sequence[Position]) -> LearnedBand:
+        """That of the first position's spectrum before its clip, and what the clips of all leave of their own."""
+        bands = [_band_of(position) for position in positions]
+        clips = [(clip_of(position.chain), weight) for position, (_, weight) in zip(positions, bands, strict=True)]
+        weights = {str(clip): weight for clip, weight in clips if weight is not None}
+        return replace(bands[0][0], weights=tuple(weights.items()))
+
+
+def _band_of(position: Position) -> tuple[LearnedBand, float | None]:
+    """The band of a position's spectrum before its clip, and the factor that the clip leaves it; None without one."""
+    clip = clip_of(position.chain)
+    steps = [{"method": step.method, **step.arguments} for step in position.chain.steps if step is not clip]
+    unclipped = replace(position, chain=RopeChain(steps)).spectrum()
+    period = BAND * position.trained_length
+    turning = unclipped.periods[np.isfinite(unclipped.periods)]
+    if not turning.size or not turning.min() <= period <= turning.max():
+        return LearnedBand(period, None, float(turning.max(initial=0.0))), None
+    pair = int(np.argmin(np.abs(np.log(unclipped.periods / period))))
+    weight = float(position.spectrum().inv_freq[pair] / unclipped.inv_freq[pair])
+    return LearnedBand(period, pair, float(unclipped.periods[pair])), None if clip is None else weight
+
+
+@dataclass(frozen=True)
 class Advice:
     """The advisor's findings.
 
@@ -97,6 +141,7 @@ class Advice:
             reached.
         yarn_factor: target length over that; 1 or less: there is nothing to stretch.
         yarn_ramp: pair indices between which YaRN's ramp rises; None: the pairs follow no base (RoPE-ID).
+        band: a hypothesis on the clips among the choices.
         choices: each choice's effect on the slowest periods.
         warnings: sentences.
     """
@@ -112,6 +157,7 @@ class Advice:
     yarn_from: int
     yarn_factor: float
     yarn_ramp: tuple[float, float] | None
+    band: LearnedBand
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...]
 
@@ -144,6 +190,7 @@ def advise(
             f"theta={theta:g} must be above 1; leave it out to keep the model's own base, "
             f"{print_value(position.spectrum().theta)}, or name the one to change to, such as 1e7"
         )
+    position = replace(position, chain=position.chain.without_axes())  # all counts here are of text
     trained = position.trained_length if train_length is None else train_length
     target = 4 * trained if target_length is None else target_length
     _check_lengths(trained, target)
@@ -176,6 +223,7 @@ def advise(
         yarn_from=yarn_from,
         yarn_factor=target / yarn_from,
         yarn_ramp=yarn_ramp_ends(base, yarn_from) if base.rotary_dim else None,
+        band=LearnedBand.of([run, *clips, *own]),
         choices=tuple(_choice(start, trained_as, served, target) for trained_as, served in arms),
         warnings=tuple(warnings(run, warned, yarn_from, config or {})),
     )

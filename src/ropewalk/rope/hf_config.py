@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError, in_one_line
+from ropewalk.rope.chain import AXES
 from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.pair_axes import READ_BANDS, read_stock_axes
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
 DEFAULT_THETA = 1e4  # of a config that names neither its base nor its model type
@@ -129,7 +131,7 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
     """
     nested = mapping(config, "text_config")
     defaults = _ClassDefaults(config, nested, stock)
-    config = nested or config
+    outer_type, config = config.get("model_type"), nested or config
     _refuse_other_encodings(config)
     entry = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
     layer_types = strings(config, "layer_types") or (None if entry else defaults["layer_types"])
@@ -153,13 +155,16 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
         top_level = whole(config, ORIGINAL) if not layers else None
         original = top_level or whole(entry, ORIGINAL) or defaults[ORIGINAL] or trained_length
     share = _share(config, entry, kind, defaults)
+    head_dim = _rotating_channels(config, 1.0 if kind == "proportional" else share, defaults)
+    axes = read_stock_axes(config.get("model_type") or outer_type, entry, head_dim // 2)
+    scaling = Scaling(kind, entry, original, trained_length, share, bool(layers))
     position = HfPosition(
         entry=entry,
         theta=_theta(config, entry, defaults),
-        head_dim=_rotating_channels(config, 1.0 if kind == "proportional" else share, defaults),
+        head_dim=head_dim,
         pretrained_length=original,
         trained_length=trained_length,
-        chain=scaling_steps(Scaling(kind, entry, original, trained_length, share, bool(layers))),
+        chain=[*([] if axes is None else [{"method": AXES, **axes.arguments}]), *scaling_steps(scaling)],
     )
     defaults.check()
     return position
@@ -194,7 +199,7 @@ class _ClassDefaults:
     @cached_property
     def _config(self) -> Any:
         if self.stock is not None:
-            return self.stock.get_text_config() if self.nested else self.stock
+            return _text_config(self.stock)
         if not any(isinstance(values.get("model_type"), str) for values in (self.content, self.nested)):
             return None
         from transformers import CONFIG_MAPPING  # late: most of this package needs numpy alone
@@ -205,13 +210,17 @@ class _ClassDefaults:
                 level = logging.get_verbosity()
                 logging.set_verbosity_error()  # it warns again where the model is loaded
                 try:
-                    config = CONFIG_MAPPING[values["model_type"]].from_dict(modern(values))
-                    return config.get_text_config() if values is self.content and self.nested else config
+                    return _text_config(CONFIG_MAPPING[values["model_type"]].from_dict(modern(values)))
                 except Exception as error:  # whatever its classes make of a user's file
                     return error
                 finally:
                     logging.set_verbosity(level)
         return None
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the language model in one of several modalities; any other as it is."""
+    return config.get_text_config() if hasattr(config, "text_config") else config
 
 
 def _refuse_other_encodings(config: Mapping[str, Any]) -> None:
@@ -230,6 +239,8 @@ def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
         raise wrong("rope_type", kind, f"one of {', '.join(KINDS)}")
     if config.get("model_type") in ("phi3", "phi4_multimodal") and kind in ("su", "yarn"):
         return "longrope"  # their earlier names for it
+    if kind == "mrope" and str(config.get("model_type")).removesuffix("_text") in READ_BANDS:
+        return "default"  # Qwen2-VL's name for sections over plain RoPE
     if kind == "dynamic" and entry.get("alpha"):
         if config.get("model_type") not in _HUNYUAN:
             raise wrong("alpha", entry["alpha"], f"absent: transformers reads it for {', '.join(_HUNYUAN)} alone")

@@ -17,6 +17,7 @@ from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
 from ropewalk.rope.chain import RopeChain, Step, Steps, WatchedSpectrum, check_lengths, reached_length, unwatched
 from ropewalk.rope.hf_config import read_config_json, read_hf_position
+from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 from ropewalk.rope.values import mapping, number, whole, wrong
 
@@ -112,6 +113,11 @@ class Position:
             return self._as_trained.at_length(length)
         return self.chain.run(self._start().at_length(length))
 
+    @property
+    def axes(self) -> PairAxes | None:
+        """The axis that each pair reads, and how images and videos get positions; None: text alone."""
+        return self._as_trained.axes
+
     def rope_parameters(self, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
         """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens."""
         return compile_to_stock(self, max_position_embeddings, length)
@@ -183,14 +189,19 @@ def compile_to_stock(position: Position, max_position_embeddings: int, length: i
         max_position_embeddings: N, the length the checkpoint serves, in tokens.
         length: tokens of the inputs, where the spectrum depends on them; None: the trained length.
     """
-    spectrum, steps = position.spectrum(length), position.chain.steps
+    spectrum, steps = position.spectrum(length), position.chain.without_axes().steps
     steps = steps[1:] if steps and steps[0].method == "abf" else steps
     base = _plain_base(spectrum)
     if base is not None and spectrum.attention_scaling == 1.0:
-        return {"rope_type": "default", "rope_theta": base}
+        return {"rope_type": "default", "rope_theta": base, **_axes_keys(spectrum)}
     if len(steps) == 1 and steps[0].method in _STOCK and _is_read_alike(steps[0]):
-        return {"rope_theta": spectrum.theta, **_STOCK[steps[0].method](steps[0].arguments)}
+        stock = _STOCK[steps[0].method](steps[0].arguments)
+        return {"rope_theta": spectrum.theta, **stock, **_axes_keys(spectrum)}
     return longrope_entry(spectrum, max_position_embeddings)
+
+
+def _axes_keys(spectrum: Spectrum) -> dict[str, Any]:
+    return {} if spectrum.axes is None else spectrum.axes.stock_keys()
 
 
 def _plain_base(spectrum: Spectrum) -> float | None:
@@ -256,6 +267,7 @@ def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str
         "attention_factor": scaling,
         "short_mscale": scaling,
         "long_mscale": scaling,
+        **_axes_keys(spectrum),
     }
 
 
@@ -339,4 +351,8 @@ def _recorded(text: str) -> Position:
         if value is None:
             raise UserError(f"config.json: {METADATA_KEY} has no {key}; {_FIX}")
     name, base_model = str(record.get("name") or "unnamed"), record.get("base_model")
-    return Position(name=name, chain=RopeChain(steps), base_model=base_model, **facts)  # type: ignore[arg-type]
+    try:
+        chain = RopeChain(steps)
+    except UserError as error:
+        raise UserError(f"config.json: {METADATA_KEY}.chain: {error}") from error
+    return Position(name=name, chain=chain, base_model=base_model, **facts)  # type: ignore[arg-type]

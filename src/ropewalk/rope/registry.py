@@ -40,6 +40,7 @@ class Method:
     uses_base: bool
     clips: bool
     reaches: Callable[[Mapping[str, Any], Spectrum], float] | None
+    retired: Mapping[str, str]  # former arguments, with the way on
 
     @property
     def scaling(self) -> bool:
@@ -50,8 +51,11 @@ class Method:
         """The canonical arguments: defaults filled in, numbers in their annotated type, words as they stand.
 
         Raises:
-            UserError: for an unknown or missing argument, or a value that is not of the annotated type.
+            UserError: for an unknown, retired or missing argument, or a value that is not of the annotated type.
         """
+        given = {name: value for name, value in given.items() if name not in self.retired or value is not None}
+        for retired in given.keys() & self.retired.keys():
+            raise UserError(f"{self.name}: {retired}={_shown(given[retired])} is refused: {self.retired[retired]}")
         for unknown in given.keys() - self.hints.keys():
             takes = ", ".join(self.hints) or "nothing"
             raise UserError(f"{self.name}: {unknown}={_shown(given[unknown])} is not an argument; it takes: {takes}")
@@ -101,6 +105,7 @@ def register_method(
     uses_base: bool = True,
     clips: bool = False,
     reaches: Callable[[Mapping[str, Any], Spectrum], float] | None = None,
+    retired: Mapping[str, str] | None = None,
 ) -> Callable[[Function], Function]:
     """Make ``method(spectrum, *, ...)`` usable in chains as ``{"method": name, ...}``.
 
@@ -116,6 +121,7 @@ def register_method(
         clips: the method slows or stops the ``clip`` slowest pairs; a chain takes one of these.
         reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
             arguments, which include ``original_max_position_embeddings``; mostly ``stretched``.
+        retired: former arguments that saved chains may hold, each with the reason and the fix; a null is dropped.
 
     Raises:
         ValueError: at registration, for a name that is taken or cannot be written in a chain, a parameter of another
@@ -135,6 +141,7 @@ def register_method(
             uses_base=uses_base,
             clips=clips,
             reaches=reaches,
+            retired=dict(retired or {}),
         )
         _check_registration(method, parameters)
         _METHODS[name] = method

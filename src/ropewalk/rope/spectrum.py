@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.errors import UserError
+from ropewalk.rope.pair_axes import PairAxes
 
 FloatArray = NDArray[np.float64]
 
@@ -48,6 +49,7 @@ class Spectrum:
         attention_scaling: multiplies cos and sin, so logits scale by its square.
         rotary_dim: channels over which theta^(-2i/rotary_dim) was laid out, before anything slowed or stopped a pair.
             None: all of them, head_dim. 0: the pairs follow no base.
+        axes: the coordinate of a token that each pair reads, in a model of images and videos; None: text alone.
     """
 
     inv_freq: FloatArray
@@ -57,6 +59,7 @@ class Spectrum:
     length: int | None = None
     attention_scaling: float = 1.0
     rotary_dim: int | None = None
+    axes: PairAxes | None = None
 
     def __post_init__(self) -> None:
         inv_freq = np.array(self.inv_freq, dtype=np.float64)
@@ -138,6 +141,10 @@ class Spectrum:
     def at_length(self, length: int | None) -> Spectrum:
         """The same for an input of ``length`` tokens; None: the trained length."""
         return self._with(length=length)
+
+    def on_axes(self, axes: PairAxes) -> Spectrum:
+        """The same frequencies, each pair reading its axis of ``axes``."""
+        return self._with(axes=axes)
 
     def _with(self, **changes: Any) -> Spectrum:
         return type(self)(**{**vars(self), **changes})

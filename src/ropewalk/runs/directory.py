@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ropewalk.files import read_object
 MANIFEST = "manifest.json"  # step, contract, state, and size and checksum of every file; written last, by a rename
 ZERO = "zero"  # DeepSpeed's shards of weights and optimizer; its tag
 MANIFEST_FORMAT = 1
-_STEP, _UNIVERSAL, _DAMAGED = "step-", "universal-", "damaged-"
+_STEP, _DAMAGED = "step-", "damaged-"
 
 
 class _Entry:
@@ -43,14 +42,13 @@ class RunDirectory:
     record = _Entry("run.json")  # position, model, store, git commit, package versions, world size (runs.record)
     tokenizer = _Entry("tokenizer")  # the store's, so that an export needs nothing else
     tracker = _Entry("tracker.json")  # id of the W&B run, in which a resumed run goes on; W&B's own files: wandb/
-    start = _Entry("start")  # of a run with start_from: start.json, and universal/ for another number of ranks
+    start = _Entry("start")  # of a run with start_from
     start_record = _Entry("start/start.json")  # the checkpoint that was chosen, with its config.json
-    start_universal = _Entry("start/universal")  # that checkpoint in DeepSpeed's universal form
     # Training, while it runs, beside the file of files.only_writer that names its process:
     metrics = _Entry("metrics.jsonl")  # a row for each logged step (runs.metrics_file)
     evaluation_metrics = _Entry("evaluations.jsonl")  # a row for each evaluation inside training
     evaluations = _Entry("evaluations")  # step-N/ with the tables of that evaluation
-    checkpoints = _Entry("checkpoints")  # step-N/; also universal-step-N/ and damaged-step-N/, see below
+    checkpoints = _Entry("checkpoints")  # step-N/; also damaged-step-N/, see below
     heartbeats = _Entry("heartbeats")  # rank_R.txt, rewritten by every rank every few seconds; gone after a clean end
     stuck = _Entry("stuck")  # step-N/ with the stacks of all ranks, where the watchdog found that step too slow
     refused = _Entry("refused")  # step-N.json with the sequences of a step that a guard kept from the weights
@@ -113,11 +111,6 @@ class RunDirectory:
         planned = re.search(r"^  max_steps: (\d+)$", self.config.read_text(encoding="utf-8"), re.MULTILINE)
         return planned is not None and step >= int(planned[1])
 
-    def universal_forms(self) -> Iterator[tuple[Path, Path]]:
-        """Universal forms beside the checkpoints, unfinished ones included, each with the checkpoint it is made of."""
-        for path in self.checkpoints.glob(f"{_UNIVERSAL}{_STEP}*"):
-            yield path, path.with_name(path.name.removeprefix(_UNIVERSAL).removesuffix(".partial"))
-
 
 @dataclass(frozen=True)
 class JobRecord:
@@ -147,11 +140,6 @@ class JobRecord:
 
 def _step(step: int) -> str:
     return f"{_STEP}{step:08d}"
-
-
-def universal_form(checkpoint: Path) -> Path:
-    """Path of the universal form of a checkpoint (training, when another number of ranks resumes)."""
-    return checkpoint.with_name(f"{_UNIVERSAL}{checkpoint.name}")
 
 
 def damaged_name(checkpoint: Path) -> Path:

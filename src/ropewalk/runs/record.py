@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from ropewalk.config.train import GuardConfig, PrimaryConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
-from ropewalk.files import copy_files, write_atomically
+from ropewalk.files import copy_files, read_object, write_atomically
 from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
 
@@ -169,7 +169,13 @@ def _version(package: str) -> str | None:
 
 
 def write_record(
-    config: TrainConfig, position: Position, store: PackedStore, model: dict[str, Any], world_size: int
+    config: TrainConfig,
+    position: Position,
+    store: PackedStore,
+    model: dict[str, Any],
+    world_size: int,
+    step: int = 0,
+    accepted: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Any]:
     """Write config.yaml and run.json into the run directory; return the content of run.json.
 
@@ -179,7 +185,12 @@ def write_record(
         store: packed sequences that it is trained on.
         model: further facts about the model (parameters, attention kernel).
         world_size: number of ranks.
+        step: that the session begins after.
+        accepted: changes of the contract that ``resume.accept`` let pass, as :func:`check_contract` returns them; they
+            stay in the record, beside those of earlier sessions whose steps are kept.
     """
+    run = RunDirectory(Path(config.run_dir))
+    earlier = read_object(run.record).get("accepted", [])
     spectrum = position.spectrum()
     record = {
         "run_name": config.run_name,
@@ -199,8 +210,11 @@ def write_record(
         "git_commit": git_commit(),
         "versions": versions(),
         "world_size": world_size,
+        "accepted": [
+            *(change for change in earlier if change["step"] < step),
+            *({"step": step, "entry": entry, "changes": changes} for entry, changes in (accepted or {}).items()),
+        ],
     }
-    run = RunDirectory(Path(config.run_dir))
     write_atomically(run.config, OmegaConf.to_yaml(OmegaConf.create(recorded_config(config))))
     write_atomically(run.record, json.dumps(record, indent=2) + "\n")
     return record
@@ -226,7 +240,8 @@ def contract(
         position: position encoding of the model.
         store: packed sequences that it is trained on.
         mixture: order of the data.
-        start_from: identity of the checkpoint whose weights the run started with; None: it has none.
+        start_from: identity of the checkpoint whose weights the run started with, and the step of the data order that
+            it began with; None: it has none.
     """
     trainer = config.trainer
     metadata = position.metadata()
@@ -245,7 +260,10 @@ def contract(
         **mixture.contract(),
         "overfit_one_batch": trainer.overfit_one_batch,
         "max_steps": trainer.max_steps,
-        "schedule": {name: getattr(trainer, name) for name in ("learning_rate", "min_lr_ratio", "warmup_ratio")},
+        "schedule": {
+            name: getattr(trainer, name)
+            for name in ("learning_rate", "schedule", "min_lr_ratio", "warmup_ratio", "decay_ratio")
+        },
         "optimizer": {
             name: getattr(trainer, name)
             for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "gradient_clipping")
@@ -267,23 +285,37 @@ def _refusals(guards: GuardConfig) -> dict[str, Any]:
     return {"spike_window": window, "spike_deviations": None if window is None else guards.spike_deviations}
 
 
-# Entries that older checkpoints lack; they count as the default.
+# Entries that older checkpoints lack, and parts of entries; they count as the default.
 DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig()), "primary": asdict(PrimaryConfig())}
+PARTS: dict[str, dict[str, Any]] = {
+    "schedule": {"schedule": "cosine", "decay_ratio": 1.0},
+    "start_from": {"order_step": 0},
+    "primary": asdict(PrimaryConfig()),
+}
 
 
-def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> None:
-    """Raise UserError naming each entry that differs, with both values, and is not accepted by name."""
+def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept: list[str]) -> dict[str, list[str]]:
+    """The changes that are accepted by name, in words, by the contract's entry.
+
+    Raises:
+        UserError: naming each entry that differs, with both values, and is not accepted.
+    """
     unknown = set(accept) - set(present)
     if unknown:
         raise UserError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
-    saved = {**DEFAULTS, **saved}
-    differing = [k for k in present if saved.get(k) != present[k] and k not in accept]
-    if differing:
-        changes = "; ".join(line for key in differing for line in _changes(key, saved.get(key), present[key]))
+    saved = {
+        name: {**PARTS.get(name, {}), **entry} if isinstance(entry, dict) else entry
+        for name, entry in {**DEFAULTS, **saved}.items()
+    }
+    changes = {key: _changes(key, saved.get(key), present[key]) for key in present if saved.get(key) != present[key]}
+    refused = [key for key in changes if key not in accept]
+    if refused:
         raise UserError(
-            f"this run is not the one that was saved: {changes}. Restore the settings, choose another run_name, or "
-            f"accept the change by name: resume.accept=[{','.join(differing)}]"
+            f"this run is not the one that was saved: {'; '.join(line for key in refused for line in changes[key])}. "
+            "Restore the settings, choose another run_name, or accept the change by name: "
+            f"resume.accept=[{','.join(refused)}]"
         )
+    return changes
 
 
 def _changes(name: str, saved: Any, present: Any) -> list[str]:
@@ -292,4 +324,10 @@ def _changes(name: str, saved: Any, present: Any) -> list[str]:
         return [f"{name} was {saved!r}, is {present!r}"]
     differing = [key for key in present if saved.get(key) != present[key]]
     readable = [key for key in differing if not key.endswith("sha256")]
+    if name == "position" and not readable:
+        return [
+            f"position reads {present['chain']} as before, under another chain_sha256 ({saved.get('chain_sha256')} was "
+            f"saved, {present['chain_sha256']} is this one's): a long list in it differs, or a method takes other "
+            "arguments since then (CHANGELOG.md)"
+        ]
     return [line for key in readable or differing for line in _changes(f"{name}.{key}", saved.get(key), present[key])]

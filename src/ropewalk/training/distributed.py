@@ -132,13 +132,15 @@ def join_launched(timeout: timedelta | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def start_processes(device: str, sequence: int = 1) -> Ranks:
+def start_processes(device: str, sequence: int = 1, deterministic: bool = False) -> Ranks:
     """Join the process group that the engine works in; a process alone makes one of a single process.
 
     Args:
         device: cpu or cuda.
         sequence: neighbouring ranks that share a row of tokens.
+        deterministic: see :func:`set_deterministic`.
     """
+    set_deterministic(deterministic)  # before cuBLAS starts
     deepspeed = import_deepspeed(device)
     exact_products()
     if not dist.is_initialized():
@@ -233,6 +235,16 @@ def exact_products() -> None:
     """Undo an image's settings that round matrix products on a GPU: TF32 for fp32, bf16 sums of split bf16 ones."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Have kernels add up in one order, so that a step on a GPU gives the same bits again; or leave it to them.
+
+    An operation that has no such kernel raises RuntimeError. Attention's kernels ask torch for this setting.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that cuBLAS is deterministic with
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def import_deepspeed(device: str) -> Any:

@@ -1,20 +1,21 @@
-"""The DeepSpeed engine: ZeRO configuration, optimizer, and the model whose output is the loss."""
+"""The DeepSpeed engine: ZeRO configuration, optimizer, spectrum."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ropewalk.config.rules import batching
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.model.activations import place_activations
-from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training
-from ropewalk.model.loss import tiled_linear_cross_entropy
+from ropewalk.model.loss import LossModel
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.rope.position import position_of
 from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
@@ -36,7 +37,8 @@ def zero_config(
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": trainer.gradient_clipping,
-        "bf16": {"enabled": trainer.dtype == "bfloat16"},
+        # ZeRO-1 in bf16 keeps a second gradient of every parameter unless each is added up at once
+        "bf16": {"enabled": trainer.dtype == "bfloat16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "seq_parallel_communication_data_type": "fp32",
@@ -46,48 +48,6 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-class LossModel(nn.Module):
-    """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
-
-    def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float = 0.0) -> None:
-        super().__init__()
-        self.lm = lm
-        self.chunk_size, self.z_loss = chunk_size, z_loss
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        documents: Documents,
-        token_losses: Tensor | None = None,
-        logits_at: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross entropy of one packed row, and its z-loss if there is one; or some of its logits.
-
-        Args:
-            input_ids: int64 (1, tokens).
-            position_ids: int64 (1, tokens), from 0 in each document.
-            labels: int64 (1, tokens), already shifted; -100 is not trained on.
-            documents: where each document begins and ends.
-            token_losses: fp32 (tokens,), gets the loss of each trained token.
-            logits_at: int64 (n,), positions in the row.
-
-        Returns:
-            fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
-        """
-        # use_cache=True would let packed documents see each other in stock attention.
-        decoder = self.lm.get_decoder()
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
-        hidden = output.last_hidden_state[0]
-        head = self.lm.get_output_embeddings().weight
-        if not torch.is_grad_enabled():
-            head = head.detach()  # else the loss would form the head's gradient all the same
-        if logits_at is not None:
-            return (hidden[logits_at] @ head.T).float()
-        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -113,7 +73,11 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     settings = zero_config(trainer, config.deepspeed, steps, ranks.sequence)
     partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
-    lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
+    dtype, revision = getattr(torch, trainer.dtype), config.model.revision
+    # Random weights are drawn where ZeRO-3 draws them.
+    is_drawn_whole = config.model.path is None and config.deepspeed.stage < 3
+    with torch.device(ranks.device) if is_drawn_whole else nullcontext():
+        lm = build_for_training(model_config, config.model.path, dtype, revision, trainer.attention)
     del partitioned_init
     place_activations(lm, trainer)
     lm.train()
@@ -126,7 +90,12 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
         fused=is_fused(config),
     )
     mpu, _ = sequence_groups(ranks.sequence)
-    engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings, mpu=mpu)
+    with redirect_stdout(io.StringIO()):  # ZeRO-1 in bf16 prints its memory, line by line
+        engine, *_ = deepspeed.initialize(model=loss_model, optimizer=optimizer, config=settings, mpu=mpu)
+    if hasattr(engine.optimizer, "bf16_groups"):
+        engine.optimizer.mpu = (
+            None  # ZeRO-1 in bf16 asks it for tensor parallelism, which sequence groups know nothing of
+        )
     place_spectrum(engine)
     return engine
 
@@ -142,26 +111,6 @@ def averaging_ranks(engine: Any, ranks: Ranks) -> int:
     Of ranks that share a sequence, DeepSpeed 0.19.8 averages at stage 3 and adds up at stages 1 and 2.
     """
     return ranks.world_size if engine.zero_optimization_stage() == 3 else ranks.data_size
-
-
-def restore_settings(engine: Any, config: TrainConfig) -> None:
-    """Put the run's own optimizer settings back, as loading a state brings the saved run's along.
-
-    Each step count becomes a tensor of its own where AdamW looks for it: beside the parameter if it is fused, else on
-    the CPU. DeepSpeed 0.19.8 loads a universal checkpoint with one for all on the CPU, which a fused AdamW refuses on a
-    GPU, and which any AdamW advances once for each parameter group: the bias correction is then off, and the second
-    loss after such a load by 1e-4 of itself.
-    """
-    trainer, fused = config.trainer, is_fused(config)
-    for group, decay in zip(engine.optimizer.param_groups, (trainer.weight_decay, 0.0), strict=True):
-        group["betas"] = (trainer.adam_beta1, trainer.adam_beta2)
-        group["eps"] = trainer.adam_eps
-        group["weight_decay"] = decay
-        group["fused"], group["foreach"] = fused, None
-    for parameter, state in engine.optimizer.optimizer.state.items():
-        if torch.is_tensor(state.get("step")):
-            device = parameter.device if fused else torch.device("cpu")
-            state["step"] = state["step"].to(device, torch.float32, copy=True)
 
 
 def place_spectrum(engine: Any) -> None:

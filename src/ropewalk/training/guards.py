@@ -115,7 +115,8 @@ def refuse_update(engine: Any) -> None:
     Its own path keeps its counters, buckets and offloaded copies right, in every ZeRO stage.
     """
     optimizer = engine.optimizer
-    for gradients in optimizer.averaged_gradients.values():
+    averaged = getattr(optimizer, "averaged_gradients", {}).values()
+    for gradients in (*averaged, getattr(optimizer, "fp32_groups_gradients_flat", ())):  # these: ZeRO-1 in bf16
         for gradient in gradients or ():
             gradient.fill_(math.nan)
     offloaded_norms = getattr(optimizer, "norm_for_param_grads", {})

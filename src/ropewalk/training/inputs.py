@@ -17,11 +17,11 @@ from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
 from ropewalk.data.store.remote import open_stores
 from ropewalk.data.store.tokenizer_files import check_same_vocabulary
 from ropewalk.errors import UserError
-from ropewalk.model.attention import Documents
+from ropewalk.model.attention import Documents, attention_kernel
 from ropewalk.model.load import training_config
 from ropewalk.rope.position import Position, position_of
-from ropewalk.training.checkpoint.start import StartCheckpoint, find_start
-from ropewalk.training.distributed import Ranks, launched_world_size, start_processes
+from ropewalk.training.checkpoint.start import StartCheckpoint, find_start, first_order_step
+from ropewalk.training.distributed import Ranks, launched_world_size, start_processes, together
 from ropewalk.training.tracker import check_tracker
 
 
@@ -35,6 +35,7 @@ class RunInputs:
         store: that the tokenizer is taken from.
         mixture: the order in which it and any others are read.
         start: checkpoint of another run that this one starts from; None: it starts from ``model``.
+        first_order_step: step of the data order that its first step takes.
         model_config: of the model, its position encoding included.
     """
 
@@ -43,6 +44,7 @@ class RunInputs:
     store: PackedStore
     mixture: Mixture
     start: StartCheckpoint | None
+    first_order_step: int
     model_config: PreTrainedConfig
 
     @property
@@ -61,8 +63,10 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     validate_train(config, launched_world_size())
     check_tracker(config.tracker)
     store, mixture = open_data(config)
-    ranks = start_processes(config.trainer.device, config.parallel.sequence)
+    ranks = start_processes(config.trainer.device, config.parallel.sequence, config.trainer.deterministic)
+    together(attention_kernel, ranks.device, config.trainer.attention)  # refused before a model is built
     start = find_start(config)
+    first_order = first_order_step(start, config.start_from.order, mixture.contract())
     model_config = training_config(
         config.model,
         config.rope,
@@ -71,7 +75,7 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     )
     fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
     check_heads(model_config, config.parallel.sequence)
-    return RunInputs(config, ranks, store, mixture, start, model_config)
+    return RunInputs(config, ranks, store, mixture, start, first_order, model_config)
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
@@ -130,12 +134,14 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
         )
 
 
-def describe_order(mixture: Mixture, steps: int) -> str:
+def describe_order(mixture: Mixture, steps: int, first_order_step: int = 0) -> str:
     """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
-    epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(steps).items())
+    seen = first_order_step + steps
+    epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(seen).items())
     unused = f"; not used: {', '.join(mixture.unused)}" if mixture.unused else ""
-    repeated = f"; run out and repeated: {', '.join(names)}" if (names := mixture.repeated(steps)) else ""
-    return f"epochs at step {steps}: {epochs}{repeated}{unused}"
+    repeated = f"; run out and repeated: {', '.join(names)}" if (names := mixture.repeated(seen)) else ""
+    earlier = f", the {first_order_step} before the start included" if first_order_step else ""
+    return f"epochs at step {steps}{earlier}: {epochs}{repeated}{unused}"
 
 
 @dataclass(frozen=True)

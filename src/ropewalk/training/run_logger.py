@@ -56,13 +56,16 @@ class RunLogger(Hook):
         config, store, run_dir = self.config, inputs.store, Path(self.config.run_dir)
         model = {
             "parameters": count_parameters(inputs.model_config),
-            "attention": attention_kernel(config.trainer.device),
+            "attention": str(attention_kernel(self.ranks.device, config.trainer.attention)),
             "cuda": torch.version.cuda,
+            "nccl": list(torch.cuda.nccl.version()) if self.ranks.device.type == "cuda" else None,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
         with writing(f"run_dir={run_dir}", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            record = write_record(config, inputs.position, store, model, self.ranks.world_size)
+            record = write_record(
+                config, inputs.position, store, model, self.ranks.world_size, resume_point.step, resume_point.accepted
+            )
             copy_tokenizer(store.tokenizer_path, run_dir)
             self.metrics = MetricsFile(RunDirectory(run_dir).metrics, resume_point.step, log)
             if config.evaluation.every is not None:

@@ -135,7 +135,7 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     Kept are the newest ``keep_last`` (at least 1), and those whose step is a multiple of ``keep_every``. A checkpoint
     with a file missing or of another size is left for a person to look at and does not count. The manifest goes first,
     so a death in between leaves a directory that nothing takes for a checkpoint; such directories before the newest
-    checkpoint are removed too, and universal forms of checkpoints before it or of the one that the run started from.
+    checkpoint are removed too.
 
     Args:
         run_dir: the run's directory.
@@ -154,9 +154,7 @@ def prune_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | No
     if keep_every is not None:
         kept |= {path for path in whole if int(read_manifest(path)["step"]) % keep_every == 0}
     torn = [path for path in steps if not (path / MANIFEST).exists() and whole and path < whole[-1]]
-    universal = [path for path, source in run.universal_forms() if whole and source < whole[-1]]
-    started = [path for path in run.start.glob(f"{run.start_universal.name}*") if whole]
-    expendable = sorted([*(path for path in whole if path not in kept), *torn, *universal, *started])
+    expendable = sorted([*(path for path in whole if path not in kept), *torn])
     for path in expendable:
         (path / MANIFEST).unlink(missing_ok=True)
         fsync_path(path)

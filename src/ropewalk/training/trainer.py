@@ -13,7 +13,8 @@ from typing import Any, Self
 import torch
 
 from ropewalk.config.rules import instant
-from ropewalk.config.train import TrainConfig, TrainerConfig
+from ropewalk.config.schedule import learning_rate
+from ropewalk.config.train import TrainConfig
 from ropewalk.data import PackedStore
 from ropewalk.data.order.batches import prefetched
 from ropewalk.rope.advisor import chain_warnings
@@ -24,7 +25,7 @@ from ropewalk.runs.record import contract
 from ropewalk.training.checkpoint.resume import find_resume_point, prepare_resume
 from ropewalk.training.checkpoint.start import prepare_start, write_start
 from ropewalk.training.distributed import Ranks, control_group, held_directory, log, log_once
-from ropewalk.training.engine import averaging_ranks, place_spectrum, restore_settings, start_engine
+from ropewalk.training.engine import averaging_ranks, place_spectrum, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
 from ropewalk.training.hooks import Hook, Step, StopFlag, StopRequested
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
@@ -161,7 +162,8 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
 def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
     config, ranks, mixture, start = inputs.config, inputs.ranks, inputs.mixture, inputs.start
     trainer, run_dir = config.trainer, Path(config.run_dir)
-    agreed = contract(config, inputs.position, inputs.store, mixture, None if start is None else start.identity())
+    started = None if start is None else start.identity() | {"order_step": inputs.first_order_step}
+    agreed = contract(config, inputs.position, inputs.store, mixture, started)
     resume_point = find_resume_point(run_dir, agreed, config.resume)
     first_step = resume_point.step
     last_step = min(trainer.max_steps, first_step + (trainer.stop_after or trainer.max_steps))
@@ -170,7 +172,7 @@ def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
         log_once("\n".join(closing_lines(config, first_step)))
         return
     cautions = [f"warning: {caution}" for caution in chain_warnings([inputs.position])]
-    log_once("\n".join([describe_order(mixture, last_step), *cautions]))
+    log_once("\n".join([describe_order(mixture, last_step, inputs.first_order_step), *cautions]))
     load = prepare_resume(resume_point, config.deepspeed.stage)
     if load is None and start is not None:
         load = prepare_start(start, config)
@@ -195,7 +197,8 @@ def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
         Profiler(trainer.profile_steps if ranks.is_main else 0, run_dir),  # the trace of a step has it all
     )  # fmt: skip
 
-    order_steps = [0 if trainer.overfit_one_batch else step for step in range(first_step, last_step)]
+    ordered = (0 if trainer.overfit_one_batch else step for step in range(first_step, last_step))
+    order_steps = [inputs.first_order_step + step for step in ordered]
     with closing(prefetched(lambda step: step_batch(mixture, step, ranks, config), order_steps)) as batches:
         Trainer(
             engine=engine,
@@ -228,26 +231,9 @@ def _ready_engine(inputs: RunInputs, load: Callable[[Any], None] | None) -> Any:
     engine = start_engine(inputs.config, inputs.model_config, inputs.ranks)
     if load is not None:
         load(engine)
-        restore_settings(engine, inputs.config)
         place_spectrum(engine)
     watch_gradients(engine)
     return engine
-
-
-def learning_rate(step: int, trainer: TrainerConfig) -> float:
-    """Linear warm-up to the peak, then a half cosine down to the floor: nothing to save, nothing to restore.
-
-    Args:
-        step: 0-based index of the step about to be taken.
-        trainer: peak ``learning_rate``, ``warmup_ratio`` and ``max_steps``; the floor is ``min_lr_ratio`` x peak,
-            reached at the last step.
-    """
-    warmup = math.ceil(trainer.warmup_ratio * trainer.max_steps)
-    if step < warmup:
-        return trainer.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, trainer.max_steps - 1 - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return trainer.learning_rate * (trainer.min_lr_ratio + (1 - trainer.min_lr_ratio) * cosine)
 
 
 class Profiler(Hook):

@@ -31,10 +31,12 @@ from ropewalk.cluster.doctor.machine import (
     check_device,
     check_file_system,
     check_kernels,
+    check_peers,
     check_space,
 )
 from ropewalk.cluster.doctor.screen import fail, guarded, ok, screen
 from ropewalk.config import CONFIG_DIR
+from ropewalk.model.attention import Kernel
 from ropewalk.training import train
 
 ROOT = CONFIG_DIR.parent
@@ -43,6 +45,25 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 def levels(findings):
     return {finding.subject: finding.level for finding in findings}
+
+
+@pytest.mark.parametrize(("gpus", "apart", "broken", "level", "said"), [
+    (8, (), (), "ok", "8 GPUs reach each other's memory"),
+    (4, [(0, 2), (2, 0)], (), "warn", "no direct access where GPU 0 sends 2, 2 sends 0, so all goes through the host"),
+    (2, [(0, 1), (1, 0)], (), "warn", "no direct access where any GPU sends another, so"),
+    (8, [(6, 7)], [(0, n) for n in range(1, 8)], "FAIL",
+     "what GPU 0 sends 1, 0 sends 2, 0 sends 3, 0 sends 4 and 3 more arrives changed; switch the IOMMU"),
+    (2, [(0, 1)], [(0, 1)], "warn", "GPU 0 sends 1"),  # through the host it does not take that way
+])  # fmt: skip
+def test_gpus_that_do_not_reach_each_other_or_change_what_they_send(gpus, apart, broken, level, said):
+    """Over hardware that is made up: which pairs have peer access, and whose copies lose their last value."""
+
+    def sent(values, *pair):
+        return torch.cat([values[:-1], values.new_zeros(1)]) if pair in broken else values.clone()
+
+    (finding,) = check_peers(gpus, lambda *pair: pair not in apart, sent)
+    assert (finding.level, finding.subject) == (level, "peers")
+    assert said in finding.text
 
 
 def test_equal_findings_are_one_line_and_others_name_their_nodes():
@@ -109,11 +130,11 @@ def test_a_clock_beside_the_files_is_told(tmp_path, monkeypatch):
     (100e9, 1, "warn"), (200e9, 1, "ok"), (100e9, 2, "ok"), (95e9, 2, "FAIL"), (95e9, 3, "FAIL"),
 ])  # fmt: skip
 def test_space_is_counted_in_checkpoints(tmp_path, monkeypatch, free, there, level):
-    """8 billion parameters are 96 GB a checkpoint. Two kept and one under way need 288, less what is there."""
+    """Of 96 GB each. Two kept and one under way need 288, less what is there."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e12, 0, free))
     commit(tmp_path, *range(10, 10 * (there + 1), 10))
-    (finding,) = check_space(tmp_path, 8_000_000_000, 2, steps=100)
+    (finding,) = check_space(tmp_path, 96e9, 2, steps=100)
     assert finding.level == level
     need = {0: 288, 1: 192, 2: 96, 3: 96}[there]
     assert f"96.0 GB a checkpoint, 2 kept, {there} there: {need}.0 GB" in finding.text
@@ -123,8 +144,8 @@ def test_a_finished_run_needs_no_space(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e12, 0, 1e9))
     commit(tmp_path, 90, 100)
-    assert levels(check_space(tmp_path, 8_000_000_000, 2, steps=100)) == {"space": "ok"}
-    assert levels(check_space(tmp_path, 8_000_000_000, 2, steps=110)) == {"space": "FAIL"}
+    assert levels(check_space(tmp_path, 96e9, 2, steps=100)) == {"space": "ok"}
+    assert levels(check_space(tmp_path, 96e9, 2, steps=110)) == {"space": "FAIL"}
 
 
 def commit(run_dir, *steps):
@@ -134,28 +155,30 @@ def commit(run_dir, *steps):
         manifest.write_text("{}")
 
 
-def test_a_checkpoint_is_as_large_as_said(store_64, tmp_path):
-    """The optimizer's states dominate even the tiny model's; its files are within a tenth of 12 bytes a parameter."""
-    config = tiny_run(store_64, tmp_path, "trainer.checkpoint_every=4", vocab_size=8192)
-    train(config)
-    (checkpoint,) = tmp_path.glob("checkpoints/step-*")
-    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    parameters = 2 * 8192 * 32  # embedding and head; the layers are small beside them
-    assert machine.FP32_STATES * parameters == pytest.approx(size, rel=0.25)
-
-
 def test_kernels_and_data(store_64, tmp_path):
     assert levels(check_kernels(torch.device("cpu"), torch.float32, 64)) == {"attention": "ok", "loss": "ok"}
     assert levels(check_data(tiny_run(store_64, tmp_path))) == {"tokenizer": "ok", "data": "ok"}
 
 
 def test_attention_that_leaks_is_told(monkeypatch):
-    def leaking(module, query, key, value, mask, documents):
+    def leaking(module, query, key, value, mask, documents, choice):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return out.transpose(1, 2), None
 
     monkeypatch.setattr(machine, "document_attention", leaking)
     assert levels(check_kernels(torch.device("cpu"), torch.float32, 64))["attention"] == "FAIL"
+
+
+@pytest.mark.parametrize(("name", "major", "level"), [
+    ("fa2", 9, "warn"), ("torch", 9, "warn"), ("fa3", 9, "ok"), ("fa4", 9, "ok"), ("torch", 8, "ok"), ("sdpa", 0, "ok"),
+])  # fmt: skip
+def test_kernels_of_an_older_generation_are_told(name, major, level):
+    """With the reasons why no better one was taken, whatever the kernel can do."""
+    kernel = Kernel(name, "package", "1.2", print, passed_over=("fa3: No module named 'flash_attn_interface'",))
+    finding = machine.check_generation(kernel, major)
+    assert (finding.level, finding.subject) == (level, "attention")
+    assert f"{name} (package 1.2)" in finding.text
+    assert ("No module named 'flash_attn_interface'" in finding.text) == (level == "warn")
 
 
 def test_a_loss_that_is_off_is_told(monkeypatch):

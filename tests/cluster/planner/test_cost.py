@@ -103,14 +103,21 @@ def test_checkpoints_on_disk(config, every, last, keep_every, kept):
 
 def test_communication_by_hand(config, shape):
     """Two gathers of bf16 and one scatter of fp32, 8 bytes a parameter: over NVLink, or a 32nd of it over each port."""
-    one_node = communication_seconds(shape, Setting(8, 65536), config.cluster)
+    one_node = communication_seconds(shape, Setting(8, 65536), config.cluster, 1)
     assert one_node == pytest.approx(8 * shape.parameters * 7 / 8 / 450e9)
-    four = communication_seconds(shape, Setting(32, 65536), config.cluster)
+    four = communication_seconds(shape, Setting(32, 65536), config.cluster, 1)
     assert four == pytest.approx(max(8 * shape.parameters * 31 / 32 / 450e9, 8 * shape.parameters * 3 / 4 / 8 / 50e9))
     traded = 3 * 32 * 32768 * 2 * 2 * (4096 + 1024) / 2 / 450e9  # forward, again, backward; half goes to the other
-    assert communication_seconds(shape, Setting(8, 65536, sequence=2), config.cluster) == pytest.approx(
-        one_node + traded
-    )
+    shared = Setting(8, 65536, sequence=2)
+    assert communication_seconds(shape, shared, config.cluster, 1) == pytest.approx(one_node + traded)
+    assert communication_seconds(shape, shared, config.cluster, 3) == pytest.approx(3 * (one_node + traded))
+
+
+@pytest.mark.parametrize(("stage", "micro_batches", "nbytes"), [(1, 1, 10), (1, 4, 10), (2, 1, 10), (2, 4, 34)])
+def test_communication_of_the_lower_stages(config, shape, stage, micro_batches, nbytes):
+    """An all-reduce of fp32 gradients is twice their bytes, a step or a micro batch; the bf16 weights once a step."""
+    seconds = communication_seconds(shape, Setting(8, 65536, stage=stage), config.cluster, micro_batches)
+    assert seconds == pytest.approx(nbytes * shape.parameters * 7 / 8 / 450e9)
 
 
 def test_lead_covers_a_micro_batch_and_a_save_twice():
@@ -125,9 +132,11 @@ def test_the_planned_lead_covers_the_optimizers_step_too():
     assert make_plan(composed("plan", *given, "assume.step_overhead=60")).lead_seconds == without + 120
 
 
-def test_checkpoint_bytes_are_those_of_a_real_checkpoint(tmp_path, store_64):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoint_bytes_are_those_of_a_real_checkpoint(tmp_path, store_64, stage):
     """A committed step of a model whose weights outweigh the files' headers."""
-    config = tiny_run(store_64, tmp_path, "trainer.max_steps=1", vocab_size=16384, hidden_size=128)
+    more = ["trainer.max_steps=1", f"deepspeed=zero{stage}"]
+    config = tiny_run(store_64, tmp_path, *more, vocab_size=16384, hidden_size=128)
     train(config)
     found = sum(path.stat().st_size for path in find_checkpoint(tmp_path).rglob("*.pt"))
-    assert found == pytest.approx(checkpoint_bytes(shape_of(config.model)), rel=0.02)
+    assert found == pytest.approx(checkpoint_bytes(shape_of(config.model).parameters, stage, 4), rel=0.02)

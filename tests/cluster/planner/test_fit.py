@@ -48,6 +48,7 @@ def test_the_smallest_degree_is_the_first_that_fits():
     ["+experiment=llama3_70b_64k", "nodes=8", "parallel.sequence=1"],
     ["+experiment=cope20", "trainer.micro_batch_size=8"],
     ["+experiment=cope20", "trainer.micro_batch_size=2", "data.sequence_length=524292"],  # four divide it, not eight
+    ["+experiment=cope20", "deepspeed=zero1"],
 ])  # fmt: skip
 def test_every_change_that_is_offered_fits(overrides):
     """Each set, put on the command line, makes the plan fit; none of it is needless."""
@@ -201,8 +202,9 @@ WAYS = {
     "logits in chunks": "trainer.loss_chunk_size=2048",
     "optimizer on the GPU": "deepspeed.offload_optimizer=false",
     "optimizer on the host": "deepspeed.offload_optimizer=true",
+    **{f"ZeRO-{stage}": f"deepspeed=zero{stage}" for stage in (1, 2, 3)},
 }
-CONFIGURED = {"layer inputs kept", "logits in chunks", "optimizer on the GPU"}
+CONFIGURED = {"layer inputs kept", "logits in chunks", "optimizer on the GPU", "ZeRO-3"}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -213,11 +215,23 @@ def test_each_way_is_what_a_plan_of_it_says(way, capsys):
     assert beside.device_total == itself.memory.device_total
     assert beside.host_total == itself.memory.host_total
     assert beside.fits == itself.fits
+    assert beside.communication == itself.entries["communication_seconds"]
     assert print_plan(composed("plan", "+experiment=cope20", "advisory=true"))
     said = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(way))
     assert f"{beside.device_total / GIB:,.1f} GiB" in said
     assert ("does not fit" in said) != beside.fits
     assert ("(configured)" in said) == (way in CONFIGURED)
+
+
+def test_the_fastest_stage_is_the_one_that_fits_and_sends_least():
+    """What recipes/rope_id_1b trains under on eight GPUs; 8B fits there under ZeRO-3 alone, which sends most."""
+    plan = planned("+experiment=rope_id_1b", "cluster=a100_8", "nodes=1")
+    assert plan.setting.stage == 1
+    assert plan.entries["fastest_stage"] == "ZeRO-1"
+    large = planned("+experiment=cope20", "nodes=1")
+    seconds = large.entries["communication_by_stage"]
+    assert min(seconds, key=seconds.get) == "ZeRO-1"
+    assert large.entries["fastest_stage"] == "ZeRO-3"
 
 
 def test_all_logits_at_once_is_stock_cross_entropy():

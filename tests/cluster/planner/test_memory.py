@@ -2,6 +2,7 @@
 
 import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from helpers import composed
 
 from ropewalk.cluster.planner import Allowances, ModelShape, Setting, memory, shape_of
@@ -34,6 +35,34 @@ def test_stages_share_less_and_less(llama3_8b):
     expected = {1: 2 * psi + 4 * psi + 12 * psi / n, 2: 2 * psi + (4 + 12) * psi / n, 3: (2 + 4 + 12) * psi / n}
     for stage, total in expected.items():
         assert sum(states(llama3_8b, Setting(n, 4096, stage=stage)).values()) == pytest.approx(total)
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 4)])
+def test_states_of_zero2_are_deepspeeds_estimate(llama3_8b, gpus, nodes):
+    """Less the bf16 gradients of a rank's share, which it counts and which are freed as they are added up in fp32."""
+    _, on_gpu = estimate_zero2_model_states_mem_needs(llama3_8b.parameters, gpus, nodes, cpu_offload=False)
+    found = sum(states(llama3_8b, Setting(gpus * nodes, 4096, stage=2)).values())
+    assert found == pytest.approx(on_gpu - 2 * llama3_8b.parameters / (gpus * nodes), abs=8)
+
+
+def test_buckets_of_the_lower_stages(llama3_8b):
+    """ZeRO-2 fills one bf16 bucket while the other travels, joined and widened; ZeRO-1 reduces where it lies."""
+    two, one = (memory(llama3_8b, Setting(8, 4096, stage=stage)) for stage in (2, 1))
+    assert two.parts["reduce bucket"] == 2 * 2 * REDUCE_BUCKET
+    assert memory(llama3_8b, Setting(8, 4096, stage=2, overlap_comm=False)).parts["reduce bucket"] == 2 * REDUCE_BUCKET
+    assert one.parts["reduce bucket"] == 0
+    embedding = 128256 * 4096
+    always = {stage: sum(states(llama3_8b, Setting(8, 4096, stage=stage)).values()) for stage in (1, 2)}
+    assert two.phases["reduce"] - always[2] - 4 * REDUCE_BUCKET == 2 * embedding + (4 + 2) * REDUCE_BUCKET
+    assert one.phases["reduce"] - always[1] == 2 * embedding
+    assert {found.parts["gathered parameters"] for found in (one, two)} == {0}
+
+
+@pytest.mark.parametrize(("stage", "on_gpu", "on_host"), [(1, 2 + 4, 12 / 8 + 6 / 8), (2, 2 + 4 / 8, 12 / 8 + 6 / 8)])
+def test_gradients_of_the_lower_stages_stay_where_they_add_up(llama3_8b, stage, on_gpu, on_host):
+    setting = Setting(8, 4096, stage=stage, offload_optimizer=True)
+    assert sum(states(llama3_8b, setting).values()) == pytest.approx(on_gpu * llama3_8b.parameters)
+    assert memory(llama3_8b, setting).host_total == pytest.approx(on_host * llama3_8b.parameters)
 
 
 def test_saved_activations_of_a_layer_are_those_that_torch_saves():

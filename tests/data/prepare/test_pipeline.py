@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import documents_of
+from helpers import composed, documents_of
 
 from ropewalk.config.data import CorpusConfig, DomainConfig, PrepareConfig, SourceConfig
 from ropewalk.data import PackedStore
@@ -402,3 +402,18 @@ def test_the_command(fixture_corpus, fixture_tokenizer, tmp_path):
     assert refused.stderr.startswith("error: ")
     assert "differs in: seed" in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+def test_wikitext_is_packed_as_one_text_of_all_its_articles(tmp_path):
+    """The rows of the hub's data set are lines, empty ones without their end; joined, an article follows the other."""
+    rows = [" = Ropewalk = \n", "", " A long hall , in which rope is made . \n", "", " = = Use = = \n", " Walking . \n"]
+    text = "".join(rows * 40)
+    (tmp_path / "text/wikitext/train").mkdir(parents=True)
+    (tmp_path / "text/wikitext/train/train.txt").write_text(text)
+    output = tmp_path / "wikitext"
+    overrides = [f"paths.data_dir={tmp_path}", f"corpus.tokenizer={TOKENIZER}", f"output={output}"]
+    prepare(composed("prepare", "corpus=wikitext", "sequence_lengths=[64]", *overrides), lambda _: None)
+    store, encoder = PackedStore(output / "packed-64"), load_tokenizer(str(output / "tokenizer"))
+    sequences = [store.read("wikitext", i) for i in range(store.domains["wikitext"].sequences)]
+    packed = np.concatenate([sequence.tokens[: sequence.ends[-1]] for sequence in sequences])
+    assert np.array_equal(packed, encoder.encode_document(text))

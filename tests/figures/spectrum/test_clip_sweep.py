@@ -46,7 +46,7 @@ def test_responses_are_drawn_with_their_intervals() -> None:
         for length in (2048, 8192)
     ]
     table = pd.DataFrame(rows, columns=["family", "clip", "context_length", "value", "ci_low", "ci_high"])
-    table = table.assign(task="needle_at_length", metric="exact_match")
+    table = table.assign(task="needle_at_length", metric="exact_match", test_time="auto")
     table.attrs["note"] = "Left out: p."
     small = {"cope8": RopeChain(CLIP8["cope8"]).spectrum(**(FACTS | {"head_dim": 32}))}
     figure = clips_figure(small, train_length=2048, target_length=8192, responses=table)
@@ -59,3 +59,20 @@ def test_responses_are_drawn_with_their_intervals() -> None:
     np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), [0.05, 0.2, 0.3])
     ends = [segment[:, 1] for segment in errors.get_segments()]
     np.testing.assert_allclose(ends, [[0.025, 0.1], [0.1, 0.4], [0.15, 0.6]])
+
+
+def test_each_test_time_setting_is_a_line_that_begins_with_its_own_run_without_a_clip() -> None:
+    """The losses of two settings: joined into one line they would jump from one to the other."""
+    rows = [
+        (family, clip, setting, 8192, value + shift, value, value + 1)
+        for family, clip, value in (("", 0, 0.1), ("cope", 6, 0.2))
+        for setting, shift in (("none", 0.5), ("yarn", 0.0))
+    ]
+    names = ["family", "clip", "test_time", "context_length", "value", "ci_low", "ci_high"]
+    table = pd.DataFrame(rows, columns=names).assign(task="loss_at_length", metric="nll")
+    table.attrs["note"] = ""
+    small = {"cope8": RopeChain(CLIP8["cope8"]).spectrum(**(FACTS | {"head_dim": 32}))}
+    figure = clips_figure(small, train_length=2048, target_length=8192, responses=table)
+    bars = {bar.get_label(): bar.lines[0] for bar in axes_of(figure)[4].containers}
+    drawn = {name: np.asarray(line.get_ydata(), dtype=float).tolist() for name, line in bars.items()}
+    assert drawn == {"cope, test_time=none, 8k": [0.6, 0.7], "cope, test_time=yarn, 8k": [0.1, 0.2]}

@@ -7,19 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from report.fake_runs import FakeRun, write_fake_evaluation, write_run
 from scipy import stats
 
 from ropewalk.config.rules import validate_train
+from ropewalk.config.train import PrimaryConfig
 from ropewalk.report.noise.decisions import (
     DECIDED,
     NO_DIFFERENCE,
     NOT_FINITE,
     UNDECIDED,
     decide,
-    decision_table,
+    decision_section,
     fewest_seeds,
+    seed_numbers,
 )
 from ropewalk.report.runs import Run, load_run, load_runs
 from ropewalk.report.section import as_text
@@ -88,7 +91,7 @@ def offset_of(run: Run) -> float:
 
 
 def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None:
-    section = decision_table(made(tmp_path, 8, PRIMARY))
+    section = decision_section(made(tmp_path, 8, PRIMARY))
     ((name, cells),) = section.blocks[0].rows
     assert section.blocks[0].title == "loss_at_length nll at 2,048, smallest difference of interest 0.05"
     assert (name, [cell.main for cell in cells]) == (
@@ -99,7 +102,7 @@ def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None
 
 
 def test_three_seeds_are_told_that_nothing_can_be_decided(tmp_path: Path) -> None:
-    section = decision_table(made(tmp_path, 3, PRIMARY))
+    section = decision_section(made(tmp_path, 3, PRIMARY))
     (cells,) = [cells for _, cells in section.blocks[0].rows]
     assert cells[4].main == UNDECIDED
     assert not cells[4].marked
@@ -112,11 +115,31 @@ def test_three_seeds_are_told_that_nothing_can_be_decided(tmp_path: Path) -> Non
 
 
 def test_runs_that_declared_nothing_are_in_no_family(tmp_path: Path) -> None:
-    assert decision_table(made(tmp_path / "none", 2, {})) is None
+    assert decision_section(made(tmp_path / "none", 2, {})) is None
     later = [load_run(write_run(tmp_path / "late", FakeRun("cope-s9", chain=COPE, seed=9)))]
-    section = decision_table([*made(tmp_path / "some", 3, PRIMARY), *later])
+    section = decision_section([*made(tmp_path / "some", 3, PRIMARY), *later])
     assert section.blocks[0].rows[0][1][1].main == "3"
     assert "Started without this declaration, so not in it: cope-s9." in section.missing
+
+
+def test_a_declaration_that_came_later_is_named_and_decides_nothing(tmp_path: Path) -> None:
+    runs = made(tmp_path, 3, PRIMARY)
+    change = {"step": 20, "entry": "primary", "changes": ["primary.difference was 0.5, is 0.05"]}
+    other = {"step": 10, "entry": "max_steps", "changes": ["max_steps was 20, is 30"]}
+    changed = [
+        replace(run, record=run.record | {"accepted": [other, change] if run.name == "cope-s1" else [other]})
+        for run in runs
+    ]
+    section = decision_section(changed)
+    assert section.blocks[0].rows[0][1][1].main == "2"
+    said = (
+        "Started without this declaration, so not in it: cope-s1 (from step 20 on primary.difference was 0.5, is 0.05)."
+    )
+    assert said in section.missing
+    every = [replace(run, record=run.record | {"accepted": [change]}) for run in runs]
+    section = decision_section(every)
+    assert section.blocks[0].rows[0][1][1].main == "0"
+    assert section.missing[-1].count("from step 20 on") == 6
 
 
 def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
@@ -129,15 +152,26 @@ def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
     within, past = (load_runs(sorted(map(str, (tmp_path / name).iterdir()))) for name in ("within", "beyond"))
     assert len(past) == 8
     with pytest.raises(ValueError, match=r"cope has loss_at_length nll at 4,096 under .*; a family is one number a"):
-        decision_table(past)
+        decision_section(past)
     named = [replace(run, config=run.config | {"primary.test_time_scaling": "none"}) for run in past]
-    assert decision_table(named).blocks[0].rows[0][1][1].main == "2"
-    assert decision_table(within).blocks[0].rows[0][1][1].main == "2"
+    assert decision_section(named).blocks[0].rows[0][1][1].main == "2"
+    assert decision_section(within).blocks[0].rows[0][1][1].main == "2"
+
+
+def test_of_several_lengths_a_seed_has_their_mean() -> None:
+    rows = [("0", 512, 1.0), ("0", 1024, 2.0), ("0", 2048, 9.0), ("1", 512, 4.0)]
+    table = pd.DataFrame(rows, columns=["seed", "context_length", "value"])
+    table = table.assign(task="answers", metric="recovery", test_time_scaling="none")
+    family = PrimaryConfig(task="answers", metric="recovery", length=[512, 1024])
+    assert seed_numbers(table, family, "cope") == {"0": 1.5}  # the other seed lacks a length
+    assert seed_numbers(table, replace(family, length=512), "cope") == {"0": 1.0, "1": 4.0}
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     (["primary.pairs=[[cope20]]"], r"primary.pairs has \['cope20'\]; each names two arms"),
     (["primary.pairs=[[a,b],[b,a]]"], "names a pair twice"),
+    (["primary.length=[64,long]"], r"primary.length=\[64, 'long'\] is neither tokens nor a list"),
+    (["primary.pairs=[[a,b]]", "primary.length=[]", "primary.difference=1"], "is neither tokens nor a list"),
     (["primary.pairs=[[a,b]]", "primary.length=64"], "primary.difference=None: a declared family needs"),
     (["primary.pairs=[[a,b]]", "primary.length=64", "primary.difference=0"], "primary.difference=0.0 must be positive"),
 ])  # fmt: skip

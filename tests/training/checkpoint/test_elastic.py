@@ -1,57 +1,80 @@
-"""A run goes on with another number of ranks, or of ranks that share a row: the same batches, the same losses."""
+"""Every ZeRO stage trains the same model, and goes on from another's checkpoint with another number of ranks."""
 
 import shutil
 
 import pytest
 import torch
-from ranks import run_ranks, start_ranks, tiny_arguments
+from helpers import composed
+from ranks import run_ranks, tiny_arguments
 
+from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
-from ropewalk.training import find_checkpoint
+from ropewalk.training import find_checkpoint, train
 
 SIZE = ["trainer.max_steps=6", "trainer.checkpoint_every=3", "deepspeed.param_persistence_threshold=0"]
+STAGES = ("zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def by_two(store_64, tmp_path_factory):
+    """Six steps of two ranks under each stage, saved after the third and the sixth."""
+    runs = {stage: tmp_path_factory.mktemp(stage) / "run" for stage in STAGES}
+    for stage, run_dir in runs.items():
+        run_ranks(2, run_dir / "logs", tiny_arguments(store_64, run_dir, *SIZE, f"deepspeed={stage}"))
+    return runs
+
+
+def stopped_at_3(run_dir, copy):
+    """A copy of a run that died after its third step."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(RunDirectory(copy).checkpoint(6))
+    return copy
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_as_one_and_as_four(store_64, tmp_path):
-    straight = tmp_path / "straight"
-    run_ranks(2, straight / "logs", tiny_arguments(store_64, straight, *SIZE))
-    rows = read_metrics(straight)
-    assert len(rows) == 6
-    shutil.rmtree(RunDirectory(straight).checkpoint(6))
-    conversions = []
-    for world_size in (4, 1):
-        run_dir = shutil.copytree(straight, tmp_path / f"ranks{world_size}")
-        if conversions:  # made once
-            shutil.copytree(conversions[0], run_dir / "checkpoints" / conversions[0].name)
-        run_ranks(world_size, run_dir / "logs", tiny_arguments(store_64, run_dir, *SIZE))
-        told = (run_dir / "logs" / "rank0.log").read_text()
-        assert ("was saved by another number of ranks: converting it" in told) == (not conversions)
-        assert "from step 3" in told
-        found = read_metrics(run_dir)
-        assert found[:3] == rows[:3]
-        for name in ("loss", "grad_norm"):
-            assert [row[name] for row in found[3:]] == pytest.approx([row[name] for row in rows[3:]], rel=1e-6)
-        assert [row["learning_rate"] for row in found] == [row["learning_rate"] for row in rows]
-        conversions += run_dir.glob("checkpoints/universal-*")
-    groups = optimizer_groups(tmp_path / "ranks1")
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]  # DeepSpeed gives all groups the first one's
+def test_the_stages_are_one_training(store_64, by_two, tmp_path):
+    """Losses, gradient norms and exported weights of two ranks under each, and of one rank under two."""
+    runs = dict(by_two)
+    for stage in ("zero1", "zero2"):
+        runs[f"{stage} of one"] = tmp_path / stage
+        train(composed("train", *tiny_arguments(store_64, tmp_path / stage, *SIZE, f"deepspeed={stage}")))
+    expected = read_metrics(runs["zero3"])
+    weights = dict(ZeroWeights(find_checkpoint(runs["zero3"]), tied=True).items())
+    for name, run_dir in runs.items():
+        same(read_metrics(run_dir), expected)
+        for weight, value in ZeroWeights(find_checkpoint(run_dir), tied=True).items():
+            torch.testing.assert_close(value, weights[weight], rtol=1e-6, atol=2e-7, msg=f"{name}: {weight}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "stage"), [("zero3", "zero1"), ("zero1", "zero2"), ("zero2", "zero3")])
+def test_one_rank_goes_on_from_two_under_another_stage(store_64, by_two, tmp_path, saved, stage, capsys):
+    run_dir = stopped_at_3(by_two[saved], tmp_path / "run")
+    train(composed("train", *tiny_arguments(store_64, run_dir, *SIZE, f"deepspeed={stage}")))
+    told = capsys.readouterr().out
+    assert f"step-00000003 was saved by 2 ranks with ZeRO-{saved[-1]}; 1 reads it with ZeRO-{stage[-1]}" in told
+    assert "from step 3" in told
+    rows = read_metrics(by_two[saved])
+    assert read_metrics(run_dir)[:3] == rows[:3]
+    same(read_metrics(run_dir), rows)
+    settings = optimizer_groups(run_dir)
+    assert [(group["weight_decay"], group["betas"]) for group in settings] == [(0.1, (0.9, 0.95)), (0.0, (0.9, 0.95))]
 
 
 def optimizer_groups(run_dir):
     path = next(find_checkpoint(run_dir).rglob("*optim_states.pt"))
-    return torch.load(path, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+    state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+    return state.get("optimizer_state_dict", state.get("base_optimizer_state"))["param_groups"]
 
 
 @pytest.mark.slow
-def test_lower_stages_refuse_another_number_of_ranks(store_64, tmp_path):
-    more = [*SIZE, "trainer.stop_after=3", "deepspeed.stage=2"]
-    arguments = tiny_arguments(store_64, tmp_path, *more)
-    run_ranks(2, tmp_path / "logs", arguments)
-    with start_ranks(1, tmp_path / "alone", arguments) as alone:
-        assert alone.wait() == [2]
-        assert "needs deepspeed.stage=3, this run has deepspeed.stage=2" in alone.output()
+def test_four_ranks_go_on_from_two(store_64, by_two, tmp_path):
+    """Small parameters are whole on every rank there, and were shared before."""
+    run_dir = stopped_at_3(by_two["zero3"], tmp_path / "run")
+    whole = "deepspeed.param_persistence_threshold=100000"
+    run_ranks(4, tmp_path / "logs", tiny_arguments(store_64, run_dir, *SIZE, whole))
+    same(read_metrics(run_dir), read_metrics(by_two["zero3"]))
 
 
 @pytest.mark.slow

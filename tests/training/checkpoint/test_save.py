@@ -200,6 +200,28 @@ def test_accepted_optimizer_settings_take_effect(store_64, copied):
     assert [(group["betas"], group["weight_decay"]) for group in groups] == [((0.9, 0.5), 0.5), ((0.9, 0.5), 0.0)]
 
 
+def test_what_was_accepted_stays_in_the_record(store_64, copied, capsys):
+    """Under its step and in words; what was accepted for steps that are lost is forgotten with them."""
+    declared = ["primary.pairs=[[a,b]]", "primary.length=64"]
+    first = [*declared, "primary.difference=0.1", "trainer.max_steps=6", "resume.accept=[primary,max_steps]"]
+    train(tiny_run(store_64, copied, *first, "trainer.stop_after=1"))
+    told = capsys.readouterr().out
+    assert "resume.accept=max_steps, from step 4 on: max_steps was 4, is 6" in told
+    train(tiny_run(store_64, copied, *first, "primary.difference=0.2", "trainer.stop_after=1"))
+    shutil.rmtree(RunDirectory(copied).checkpoint(6))
+    train(tiny_run(store_64, copied, *first, "primary.difference=0.3"))
+    accepted = json.loads(RunDirectory(copied).record.read_text())["accepted"]
+    assert [(change["step"], change["entry"]) for change in accepted] == [
+        (4, "max_steps"),
+        (4, "primary"),
+        (5, "primary"),
+    ]
+    assert accepted[1]["changes"] == [
+        "primary.pairs was [], is [['a', 'b']]", "primary.length was None, is 64", "primary.difference was None, is 0.1"
+    ]  # fmt: skip
+    assert accepted[2]["changes"] == ["primary.difference was 0.1, is 0.3"]
+
+
 @pytest.mark.parametrize(("override", "entry"), [
     ("trainer.seed=7", "seed"), ("trainer.learning_rate=0.5", "schedule"), ("trainer.max_steps=8", "max_steps"),
     ("trainer.weight_decay=0.3", "optimizer"), ("trainer.global_batch_size=8", "global_batch_size"),

@@ -22,13 +22,14 @@ from ropewalk.cluster.doctor.machine import (
     check_file_system,
     check_kernels,
     check_model,
+    check_peers,
     check_shared,
     check_space,
     links,
     make_directory,
 )
 from ropewalk.cluster.doctor.screen import Finding, fail, guarded, ok, screen, warn
-from ropewalk.cluster.planner.cost import checkpoints_kept
+from ropewalk.cluster.planner.cost import checkpoint_bytes, checkpoints_kept
 from ropewalk.cluster.requirements import check_requirements
 from ropewalk.config.data import PrepareConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
@@ -111,9 +112,11 @@ def _of_this_rank(config: TrainConfig, device: torch.device) -> list[Finding]:
     trainer = config.trainer
     run_dir = Path(config.run_dir)
     dtype = getattr(torch, trainer.dtype)
-    findings = guarded("kernels", lambda: check_kernels(device, dtype, trainer.loss_chunk_size))
+    findings = guarded("kernels", lambda: check_kernels(device, dtype, trainer.loss_chunk_size, trainer.attention))
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return findings  # the rest is the node's, and once is enough
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        findings += guarded("peers", lambda: check_peers(torch.cuda.device_count()))
     findings += guarded("data", lambda: _after_inputs("train", config, check_data(config), "store"))
     findings += guarded("file system", lambda: check_file_system(make_directory(run_dir)))
     return findings + guarded(
@@ -131,7 +134,8 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
     model_config = training_config(config.model, config.rope, config.data.sequence_length, start=start)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, run or config.model.path)
-    yield from check_space(run_dir, parameters, checkpoints_kept(config.trainer), config.trainer.max_steps)
+    size = checkpoint_bytes(parameters, config.deepspeed.stage, ELEMENT[config.trainer.dtype])
+    yield from check_space(run_dir, size, checkpoints_kept(config.trainer), config.trainer.max_steps)
 
 
 def _together(config: TrainConfig, device: torch.device, findings: list[Finding]) -> list[tuple[str, list[Finding]]]:

@@ -8,8 +8,9 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from ropewalk.config.rules import cuda_problem
 from ropewalk.config.train import TrainConfig
 from ropewalk.data.store.remote import open_stores
 from ropewalk.files import fsync_path, write_atomically
-from ropewalk.model.attention import Documents, attention_kernel, document_attention
+from ropewalk.model.attention import HOPPER, Documents, Kernel, attention_kernel, document_attention
 from ropewalk.model.loss import tiled_linear_cross_entropy
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training.distributed import by_rank_zero, gather
 
 INFINIBAND = Path("/sys/class/infiniband")
 BUSY_GIB = 1.0  # of a GPU's memory that another process may hold
-FP32_STATES = 12  # bytes a parameter of a checkpoint: master weights and Adam's two moments
+PEER_ELEMENTS = 2**20  # int32 that are copied from each GPU to each other
 SKEW = 5.0  # seconds between a clock and another that nothing minds
 SLOW_FSYNC = 1.0  # seconds for a file of a few bytes
 GB = 1e9
@@ -76,6 +77,47 @@ def check_device(device: str, gpus: int, local_rank: int) -> Iterator[Finding]:
         yield fail("device", f"{properties.name} has no bf16; use GPUs of Ampere or later")
 
 
+def _sent(values: torch.Tensor, source: int, target: int) -> torch.Tensor:
+    return values.to(f"cuda:{source}").to(f"cuda:{target}").cpu()
+
+
+def check_peers(
+    gpus: int,
+    reaches: Callable[[int, int], bool] = torch.cuda.can_device_access_peer,
+    sent: Callable[[torch.Tensor, int, int], torch.Tensor] = _sent,
+) -> Iterator[Finding]:
+    """The node's GPUs, every one to every other: whether it reaches that one's memory, and what arrives there.
+
+    Without peer access NCCL goes through the host's memory. Over PCIe it can be granted and still break: CUDA supports
+    no copies between peers behind an IOMMU on bare metal, which may corrupt memory without a word (CUDA C++ Programming
+    Guide, "IOMMU on Linux").
+
+    Args:
+        gpus: of the node.
+        reaches: true if a GPU is granted access to another's memory.
+        sent: int32 values as they arrive that were copied from a GPU to another.
+    """
+    values = torch.arange(PEER_ELEMENTS, dtype=torch.int32)
+    pairs = list(permutations(range(gpus), 2))
+    apart = [pair for pair in pairs if not reaches(*pair)]
+    broken = [pair for pair in pairs if pair not in apart and not torch.equal(sent(values, *pair), values)]
+    if broken:
+        fix = "switch the IOMMU or PCI access control off, or set NCCL_P2P_DISABLE=1 and give up the speed"
+        yield fail("peers", f"what {_between(broken, pairs)} arrives changed; {fix}")
+    elif apart:
+        reason = "nvidia-smi topo -p2p r says why; it is often a virtual machine, or PCI access control"
+        yield warn("peers", f"no direct access where {_between(apart, pairs)}, so all goes through the host; {reason}")
+    else:
+        yield ok("peers", f"{gpus} GPUs reach each other's memory, and what one sends arrives")
+
+
+def _between(some: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> str:
+    if len(some) == len(pairs):
+        return "any GPU sends another"
+    named = ", ".join(f"{source} sends {target}" for source, target in some[:4])
+    return f"GPU {named}" + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+
+
 def check_locked_memory() -> Iterator[Finding]:
     """The limit on locked memory, where there is InfiniBand to register it with."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
@@ -91,23 +133,27 @@ def _driver() -> str:
     return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.split() else "unknown"
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, loss_chunk_size: int) -> Iterator[Finding]:
+def check_kernels(
+    device: torch.device, dtype: torch.dtype, loss_chunk_size: int, attention: str = "auto"
+) -> Iterator[Finding]:
     """Run attention and loss once, forward and backward, and see that one document does not see another."""
-    name = attention_kernel(device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels that are compiled as they are called are launched
+    kernel = attention_kernel(device, attention)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 256, 64)
     query, key, value = (
         torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(True) for _ in range(3)
     )
     documents = Documents.from_cu_seqlens(torch.tensor([0, 100, 256]), device)
-    out, _ = document_attention(torch.nn.Identity(), query, key, value, None, documents=documents)
+    out, _ = document_attention(torch.nn.Identity(), query, key, value, None, documents=documents, choice=attention)
     out[:, 100:].float().sum().backward()
     if key.grad is None or not torch.isfinite(key.grad).all():
-        yield fail("attention", f"{name}: its gradient is not finite")
+        yield fail("attention", f"{kernel}: its gradient is not finite")
     elif key.grad[:, :, :100].abs().max() > 0:
-        yield fail("attention", f"{name}: a document's gradient reaches the document before it")
+        yield fail("attention", f"{kernel}: a document's gradient reaches the document before it")
     else:
-        yield ok("attention", f"{name}, documents apart")
+        yield check_generation(kernel, torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0)
     hidden, head = (torch.randn(256, 64, generator=generator).to(device, dtype).requires_grad_(True) for _ in range(2))
     labels = torch.arange(256, device=device)
     loss = tiled_linear_cross_entropy(hidden, head, labels, loss_chunk_size)
@@ -118,6 +164,23 @@ def check_kernels(device: torch.device, dtype: torch.dtype, loss_chunk_size: int
         yield fail("loss", f"tiled linear cross entropy is {off:.1%} off torch's own")
     else:
         yield ok("loss", f"tiled linear cross entropy in chunks of {loss_chunk_size} tokens")
+
+
+def check_generation(kernel: Kernel, major: int) -> Finding:
+    """Check that the attention kernel, which works, was written for this GPU.
+
+    Args:
+        kernel: chosen.
+        major: of the GPU's compute capability.
+    """
+    if major != HOPPER or not kernel.is_of_flash_attention_2:
+        return ok("attention", f"{kernel}, documents apart")
+    reasons = "; ".join(kernel.passed_over) or "trainer.attention names it"
+    return warn(
+        "attention",
+        f"{kernel}, documents apart; a kernel of FlashAttention-2 on Hopper, which -3 and -4 use better ({reasons}): "
+        "make install GPU=1 ATTENTION=fa4",
+    )
 
 
 def check_model(model_config: Any, parameters: int, path: str | None) -> Iterator[Finding]:
@@ -202,17 +265,16 @@ def _check_lock(file: Path) -> Iterator[Finding]:
             yield warn("flock", f"does not exclude in {file.parent.parent}; data.cache_dir must be on another disk")
 
 
-def check_space(directory: Path, parameters: int, checkpoints: int, steps: int) -> Iterator[Finding]:
+def check_space(directory: Path, size: float, checkpoints: int, steps: int) -> Iterator[Finding]:
     """Room for what a run has still to save: the checkpoints that it keeps and the one that is being written.
 
     Args:
         directory: of the run; what it holds already needs no more room.
-        parameters: of the model.
+        size: bytes of a checkpoint.
         checkpoints: that stay.
         steps: of the whole run.
     """
     free = shutil.disk_usage(directory).free
-    size = FP32_STATES * parameters
     run = RunDirectory(directory)
     saved = len(run.committed_checkpoints())
     need = max(1, checkpoints + 1 - saved) * size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ropewalk.cluster.planner.memory import FP32, Setting
+from ropewalk.cluster.planner.memory import ADAM, FP32, Setting
 from ropewalk.cluster.planner.shape import ModelShape
 from ropewalk.config.groups import ClusterConfig
 from ropewalk.config.train import AssumptionConfig, TrainerConfig
@@ -32,7 +32,7 @@ class Time:
         micro_step: forward and backward of one micro batch.
         step: one optimizer step.
         training: all steps, and the checkpoints between them.
-        communication: of one micro batch, if none of it is hidden behind computing.
+        communication: of one step, if none of it is hidden behind computing.
         tokens_per_second_per_gpu: at the assumed utilisation.
     """
 
@@ -51,14 +51,21 @@ def flops_per_token(shape: ModelShape, length: int) -> Flops:
     return Flops(linear / length, causal / length, full / length)
 
 
-def checkpoint_bytes(shape: ModelShape) -> float:
-    """Master weights and both moments, in fp32."""
-    return 3.0 * FP32 * shape.parameters
+def checkpoint_bytes(parameters: float, stage: int, element: int) -> float:
+    """Master weights and both moments, in fp32; under ZeRO-1 and -2 the weights as they are computed with, too.
+
+    Args:
+        parameters: of the model.
+        stage: of ZeRO.
+        element: bytes of a parameter.
+    """
+    return parameters * (FP32 + ADAM + (element if stage < 3 else 0))
 
 
 def checkpoint_seconds(shape: ModelShape, setting: Setting, cluster: ClusterConfig, assume: AssumptionConfig) -> float:
     """Writing at what the nodes' file system takes, then hashing what each rank wrote."""
-    size, nodes = checkpoint_bytes(shape), max(1, setting.ranks // cluster.gpus_per_node)
+    size = checkpoint_bytes(shape.parameters, setting.stage, setting.element)
+    nodes = max(1, setting.ranks // cluster.gpus_per_node)
     return size / (GB * cluster.disk_write_gb_s * nodes) + size / (GB * assume.hash_gb_s * setting.ranks)
 
 
@@ -74,17 +81,27 @@ def checkpoints_kept(trainer: TrainerConfig) -> int:
     return len(newest | {step for step in saved if trainer.keep_every and step % trainer.keep_every == 0})
 
 
-def communication_seconds(shape: ModelShape, setting: Setting, cluster: ClusterConfig) -> float:
-    """Of one micro batch: ZeRO-3 gathers the weights twice and scatters fp32 gradients; Ulysses trades heads.
+def communication_seconds(
+    shape: ModelShape, setting: Setting, cluster: ClusterConfig, accumulation_steps: int
+) -> float:
+    """Of one step. Ulysses trades heads in every micro batch; what ZeRO sends depends on its stage.
+
+    ZeRO-3 gathers the weights twice in every micro batch and scatters fp32 gradients. ZeRO-2 adds those up on all ranks
+    (DeepSpeed's ``use_multi_rank_bucket_allreduce``), which is a scatter and a gather of them, and gathers the new
+    weights once a step. ZeRO-1 does each once a step.
 
     Every byte enters a GPU over NVLink; what another node holds enters the node once, spread over its GPUs' ports.
     """
     ranks, nodes = setting.ranks, max(1, setting.ranks // cluster.gpus_per_node)
-    gathers = 2 * setting.element if setting.stage == 3 else 0
-    zero = (gathers + FP32) * shape.parameters
+    per_parameter = {
+        1: 2 * FP32 + setting.element,
+        2: accumulation_steps * 2 * FP32 + setting.element,
+        3: accumulation_steps * (2 * setting.element + FP32),
+    }
+    zero = per_parameter[setting.stage] * shape.parameters
     inside = zero * (ranks - 1) / ranks / (GB * cluster.nvlink_gb_s)
     between = zero * (nodes - 1) / nodes / (GB * cluster.network_gb_s * cluster.gpus_per_node)
-    passes = 3 if setting.checkpointing else 2
+    passes = (3 if setting.checkpointing else 2) * accumulation_steps
     traded = passes * shape.layers * setting.tokens * setting.element * 2 * (shape.query + shape.key)
     share = (setting.sequence - 1) / setting.sequence
     return max(inside, between) + traded * share / (GB * cluster.nvlink_gb_s)
@@ -106,7 +123,7 @@ def run_time(
     every = trainer.checkpoint_every
     saves = math.ceil(trainer.max_steps / every) if every else 0
     saving = saves * checkpoint_seconds(shape, setting, cluster, assume)
-    communication = communication_seconds(shape, setting, cluster)
+    communication = communication_seconds(shape, setting, cluster, accumulation_steps)
     return Time(micro_step, step, trainer.max_steps * step + saving, communication, speed)
 
 

@@ -84,7 +84,7 @@ def smallest_fit(
 
 
 def other_ways(setting: Setting) -> dict[str, Setting]:
-    """The setting with activations, loss and optimizer held in each of the known ways, one at a time, by name."""
+    """The setting with activations, loss, optimizer or states held in each known way, one at a time, by name."""
     ways = {
         "all activations kept": {"checkpointing": False, "offload_activations": False},
         "layer inputs kept": {"checkpointing": True, "offload_activations": False},
@@ -93,9 +93,10 @@ def other_ways(setting: Setting) -> dict[str, Setting]:
         "logits in chunks": {"loss_chunk": setting.loss_chunk or TILE},
         "optimizer on the GPU": {"offload_optimizer": False},
         "optimizer on the host": {"offload_optimizer": True},
+        **{f"ZeRO-{stage}": {"stage": stage} for stage in (1, 2, 3)},
     }
     if not setting.cuda:  # its host is the device
-        ways = {name: changed for name, changed in ways.items() if "optimizer" not in name and "host" not in name}
+        ways = {name: changed for name, changed in ways.items() if " on the " not in name}
     return {name: replace(setting, **changed) for name, changed in ways.items()}  # type: ignore[arg-type]
 
 
@@ -138,6 +139,8 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
         if degree > setting.sequence:
             doublings = math.log2(degree / setting.sequence)
             yield Change(f"parallel.sequence={degree}", 1 + 0.02 * doublings, {"sequence": degree})
+    for stage in range(setting.stage + 1, 4):
+        yield Change(f"deepspeed=zero{stage}", 1.01 ** (stage - setting.stage), {"stage": stage})
     factor = 2
     while setting.cuda and setting.ranks * factor <= global_batch * max(degrees):
         yield Change(f"nodes={nodes * factor}", 1.01**factor, {"ranks": setting.ranks * factor})

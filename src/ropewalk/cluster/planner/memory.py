@@ -30,6 +30,7 @@ class Setting:
         sequence: ranks that share a row.
         element: bytes of a parameter and of an activation: 2 or 4.
         stage: of ZeRO.
+        overlap_comm: ZeRO-2 fills one bucket while the other travels.
         cuda: whether the ranks are GPUs.
         checkpointing: only each layer's input is kept, the rest computed again.
         offload_activations: those inputs wait in host memory.
@@ -46,6 +47,7 @@ class Setting:
     sequence: int = 1
     element: int = 2
     stage: int = 3
+    overlap_comm: bool = True
     cuda: bool = True
     checkpointing: bool = True
     offload_activations: bool = False
@@ -59,6 +61,11 @@ class Setting:
     def tokens(self) -> int:
         """Tokens that a rank holds at once."""
         return self.micro_batch * self.length // self.sequence
+
+    @property
+    def adds_up_whole(self) -> bool:
+        """True under ZeRO-1 in bf16, whose gradients are added up in place and travel without a bucket."""
+        return self.stage == 1 and self.element < FP32 and not self.offload_optimizer
 
     @property
     def even(self) -> bool:
@@ -111,15 +118,16 @@ def memory(shape: ModelShape, setting: Setting, allowances: Allowances | None = 
         "reduce": _reduce_phase(shape, setting),
         "step": _step_phase(shape, setting),
     }
+    bucket = {"reduce bucket": _bucket(shape, setting)}
+    phases = {  # ZeRO-1 and -2 free the bucket before they step
+        name: of if name == "step" and setting.stage < 3 else {**bucket, **of} for name, of in phases.items()
+    }
     worst = max(phases, key=lambda name: sum(phases[name].values()))
-    bucket = _bucket(shape, setting)
-    parts = {**held, "reduce bucket": bucket, **phases[worst]}
+    parts = {**held, **phases[worst]}
     if allowances is not None:
-        passing = bucket + sum(phases[worst].values())
         parts["context and NCCL"] = _fixed(setting, allowances)
-        parts["fragmentation"] = allowances.fragmentation * passing
-    always = sum(held.values()) + bucket
-    totals = {name: always + sum(of.values()) for name, of in phases.items()}
+        parts["fragmentation"] = allowances.fragmentation * sum(phases[worst].values())
+    totals = {name: sum(held.values()) + sum(of.values()) for name, of in phases.items()}
     return Memory(parts, worst, _host(shape, setting), totals)
 
 
@@ -127,16 +135,17 @@ def states(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Parameters, gradients and optimizer of one rank on the device (ZeRO, arXiv 1910.02054, section 5).
 
     Gradients add up in fp32. The optimizer holds an fp32 master copy, of fp32 parameters too (DeepSpeed 0.19.8 would
-    share them, but compares a torch.device with its name), and two moments.
+    share them, but compares a torch.device with its name), and two moments. Where it is offloaded, gradients add up on
+    the host under ZeRO-3, and still on the device under ZeRO-1 and -2.
     """
     whole, share = shape.parameters, shape.parameters / setting.ranks
     parameters = share if setting.stage == 3 else whole
     gradients = share if setting.stage >= 2 else whole
-    on_device = 0 if setting.offload_optimizer else 1
+    offloaded = setting.offload_optimizer
     return {
         "parameters": 0.0 if setting.offload_parameters else setting.element * parameters,
-        "gradients": FP32 * gradients * on_device,
-        "optimizer": (FP32 + ADAM) * share * on_device,
+        "gradients": 0.0 if offloaded and setting.stage == 3 else FP32 * gradients,
+        "optimizer": 0.0 if offloaded else (FP32 + ADAM) * share,
     }
 
 
@@ -213,33 +222,60 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
 def _reduce_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """The end of the backward pass: the embedding's gradient, and the bucket's contents laid out for the ranks.
 
-    gloo reduces a copy of what it is given, where there are several ranks.
+    gloo scatters a copy of what it is given, where there are several ranks; it adds up where the values lie.
     """
-    filled = min(REDUCE_BUCKET, shape.parameters)
-    copies = 1 if setting.cuda or setting.ranks == 1 else 2
+    laid_out = _laid_out(setting, min(REDUCE_BUCKET, shape.parameters))
+    if setting.adds_up_whole and shape.parameters > REDUCE_BUCKET:
+        laid_out = 0.0  # a vector past the bucket's size is reduced where it lies
+    copies = not setting.cuda and setting.ranks > 1 and setting.stage == 3
+    copied = FP32 * min(REDUCE_BUCKET, shape.parameters) if copies else 0
     return {
-        "weight gradients": float(setting.element * shape.embedding + copies * FP32 * filled),
+        "weight gradients": float(setting.element * shape.embedding + laid_out + copied),
         "gathered parameters": _gathered(shape, setting),
     }
 
 
 def _step_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
-    """The optimizer: gradients of one sub-group laid flat, and on the CPU the temporaries of an unfused AdamW."""
+    """The optimizer: gradients laid flat, and on the CPU the temporaries of an unfused AdamW.
+
+    ZeRO-3 steps one sub-group at a time. In bf16 the gradients of ZeRO-1 and -2 are flat already.
+    """
     if setting.offload_optimizer:
         return {"weight gradients": 0.0}
-    group = min(SUB_GROUP, shape.parameters / setting.ranks)
+    share = shape.parameters / setting.ranks
+    group = min(SUB_GROUP, share) if setting.stage == 3 else share
+    is_flat = setting.stage < 3 and setting.element < FP32
     temporaries = 0 if setting.cuda else 2 * FP32  # the square root, and the quotient beside it
-    return {"weight gradients": FP32 * group, "optimizer temporaries": temporaries * group}
+    return {"weight gradients": 0.0 if is_flat else FP32 * group, "optimizer temporaries": temporaries * group}
 
 
 def _bucket(shape: ModelShape, setting: Setting) -> float:
-    """DeepSpeed's flat fp32 bucket. CUDA allocates it whole; on the CPU a page counts once it was written to."""
-    return float(FP32 * (REDUCE_BUCKET if setting.cuda else min(REDUCE_BUCKET, shape.parameters)))
+    """DeepSpeed's flat bucket. CUDA allocates it whole; on the CPU a page counts once it was written to.
+
+    It holds fp32 under ZeRO-3, and the gradients as they come under ZeRO-2, which has a second one to overlap with.
+    Under ZeRO-1 in fp32 the gradients move into it, and the rank's own part out of it again.
+    """
+    if setting.adds_up_whole:
+        return 0.0
+    if setting.stage == 1 and not setting.cuda:
+        return FP32 * shape.parameters / setting.ranks
+    element = setting.element if setting.stage == 2 else FP32
+    buckets = 2 if setting.stage < 3 and setting.overlap_comm else 1
+    size = buckets * REDUCE_BUCKET
+    return float(element * (size if setting.cuda else min(size, shape.parameters)))
 
 
 def _flushed(shape: ModelShape, setting: Setting) -> float:
     """The copy of a full bucket, where it fills before the backward pass is over."""
-    return float(FP32 * REDUCE_BUCKET) if shape.parameters > REDUCE_BUCKET else 0.0
+    if setting.adds_up_whole or shape.parameters <= REDUCE_BUCKET:
+        return 0.0
+    return _laid_out(setting, REDUCE_BUCKET)
+
+
+def _laid_out(setting: Setting, elements: float) -> float:
+    """What a reduction makes of the bucket's contents; ZeRO-2 in bf16 joins the ranks' parts, and then widens them."""
+    widened = setting.element if setting.stage == 2 and setting.element < FP32 else 0
+    return float((FP32 + widened) * elements)
 
 
 def _gathered(shape: ModelShape, setting: Setting) -> float:
@@ -256,15 +292,19 @@ def _fixed(setting: Setting, allowances: Allowances) -> float:
 
 
 def _host(shape: ModelShape, setting: Setting) -> dict[str, float]:
-    """Host memory of one rank. Offloaded gradients exist twice: added up, and laid flat for the optimizer."""
+    """Host memory of one rank. Offloaded gradients of ZeRO-3 exist twice: added up, and laid flat for the optimizer.
+
+    Those of ZeRO-1 and -2 come once a step, and the new weights go back through a copy.
+    """
     share, host = shape.parameters / setting.ranks, {}
     if setting.offload_optimizer:
         host["optimizer"] = (FP32 + ADAM) * share
-        host["gradients"] = 2 * FP32 * share
+        host["gradients"] = (2 * FP32 if setting.stage == 3 else FP32 + setting.element) * share
     if setting.offload_parameters:
         host["parameters"] = setting.element * share
     if setting.checkpointing and setting.offload_activations:
         host["stored activations"] = float(shape.layers * setting.tokens * setting.element * shape.hidden)
     if setting.save_in_background:
-        host["checkpoint"] = (FP32 + ADAM) * share
+        # rank 0's is the larger one under ZeRO-1 and -2, as it saves the whole weights, too
+        host["checkpoint"] = (FP32 + ADAM) * share + (setting.element * shape.parameters if setting.stage < 3 else 0)
     return host

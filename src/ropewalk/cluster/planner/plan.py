@@ -13,6 +13,7 @@ from ropewalk.cluster.planner.fit import Capacity, cheapest_changes, other_ways,
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
 from ropewalk.config.rules import Batching, batching, validate_numbers, validate_train
+from ropewalk.config.schedule import describe_schedule
 from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
 
@@ -27,12 +28,14 @@ class Variant:
     Attributes:
         device_total: bytes on a GPU.
         host_total: bytes in host memory, for one rank.
+        communication: seconds of a step, if none of it is hidden behind computing.
         fits: whether GPU and host have room.
         configured: whether it is the run's own.
     """
 
     device_total: float
     host_total: float
+    communication: float
     fits: bool
     configured: bool
 
@@ -43,7 +46,7 @@ class Plan:
 
     Attributes:
         fits: whether every GPU and host has room for what is configured.
-        ways: the same run with activations, loss or optimizer held in each way, by name.
+        ways: the same run with activations, loss, optimizer or states held in each way, by name.
         smallest: (sequence-parallel degree, micro batch) that fits at least, or None.
         changes: sets of overrides that would make it fit, cheapest first; empty where it fits.
         lead_seconds: how long before the time limit the save signal should come.
@@ -84,6 +87,7 @@ def setting_of(config: PlanConfig) -> Setting:
         sequence=config.parallel.sequence,
         element=2 if trainer.dtype == "bfloat16" else 4,
         stage=config.deepspeed.stage,
+        overlap_comm=config.deepspeed.overlap_comm,
         cuda=config.cluster.device == "cuda",
         checkpointing=trainer.activation_checkpointing,
         offload_activations=trainer.offload_activations,
@@ -128,25 +132,38 @@ def make_plan(config: PlanConfig) -> Plan:
     changes = [] if fits else cheapest_changes(shape, setting, capacity, batch, degrees, config.nodes)
     time = cost.run_time(shape, setting, trainer, cluster, config.assume, division.accumulation_steps)
     save = cost.checkpoint_seconds(shape, setting, cluster, config.assume)
+    ways = _ways(shape, setting, capacity, division.accumulation_steps)
     return Plan(
         fits=fits,
         memory=needed,
         setting=setting,
         shape=shape,
-        ways=_ways(shape, setting, capacity),
+        ways=ways,
         smallest=smallest_fit(shape, setting, capacity, batch, degrees),
         changes=[[change.override for change in chosen] for chosen in changes],
         lead_seconds=cost.lead_seconds(time.micro_step + config.assume.step_overhead, save),
-        entries=_entries(config, shape, setting, division, time, save),
+        entries=_entries(config, shape, setting, division, time, save) | _stages(ways),
     )
 
 
-def _ways(shape: ModelShape, setting: Setting, capacity: Capacity) -> dict[str, Variant]:
+def _ways(shape: ModelShape, setting: Setting, capacity: Capacity, accumulation_steps: int) -> dict[str, Variant]:
     variants = {}
     for name, way in other_ways(setting).items():
         needed = memory(shape, way, capacity.allowances)
-        variants[name] = Variant(needed.device_total, needed.host_total, capacity.has_room(needed, way), way == setting)
+        talk = cost.communication_seconds(shape, way, capacity.cluster, accumulation_steps)
+        fits = capacity.has_room(needed, way)
+        variants[name] = Variant(needed.device_total, needed.host_total, talk, fits, way == setting)
     return variants
+
+
+def _stages(ways: Mapping[str, Variant]) -> dict[str, Any]:
+    """Seconds that each ZeRO stage communicates in a step, and the stage that fits with the fewest; None: none fits."""
+    seconds = {name: way.communication for name, way in ways.items() if name.startswith("ZeRO")}
+    fitting = [name for name in seconds if ways[name].fits]
+    return {
+        "communication_by_stage": {name: round(value, 4) for name, value in seconds.items()},
+        "fastest_stage": min(fitting, key=lambda name: seconds[name]) if fitting else None,
+    }
 
 
 def _entries(
@@ -155,7 +172,7 @@ def _entries(
     trainer, cluster = config.trainer, config.cluster
     hours = time.training / HOUR * setting.ranks
     kept = cost.checkpoints_kept(trainer)
-    size = cost.checkpoint_bytes(shape)
+    size = cost.checkpoint_bytes(shape.parameters, setting.stage, setting.element)
     flops = cost.flops_per_token(shape, setting.length)
     return {
         "run_name": config.run_name,
@@ -166,6 +183,7 @@ def _entries(
         "gpu_memory_gib": cluster.gpu_memory_gib,
         **division._asdict(),
         "steps": trainer.max_steps,
+        "schedule": describe_schedule(trainer),
         "tokens": division.tokens_per_step * trainer.max_steps,
         "utilisation": config.assume.utilisation,
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
@@ -277,6 +295,7 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
     return [
         f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; "
         f"{e['steps']:,} steps, {_count(e['tokens'])} tokens",
+        f"schedule: {e['schedule']}",
         f"work: {flops['linear']} FLOPs a token in linear layers, {flops['causal']} in causal attention "
         f"({flops['full']} counted in full)",
         f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
@@ -284,8 +303,8 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
         f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, "
         f"{_hours(e['gpu_hours'])} GPU-hours, "
         f"{e['cost']:,.0f} at the cluster's price",
-        f"communication: {e['communication_seconds']:.1f} s of a micro batch's {e['micro_step_seconds']:.1f} s, if "
-        "none of it is hidden",
+        f"communication: {e['communication_seconds']:.2g} s of a step's {e['step_seconds']:.2g} s, if none of it is "
+        f"hidden; {', '.join(f'{name} {seconds:.2g} s' for name, seconds in e['communication_by_stage'].items())}",
     ]
 
 

@@ -108,7 +108,7 @@ def end(record: Path, code: int, *, warned: bool = False, terminated: bool = Fal
 
 
 def _has_progress(begun: Mapping[str, Any], now: int | None) -> bool:
-    return got_on(begun["work"]["kind"], begun["progress"], now)
+    return has_advanced(begun["work"]["kind"], begun["progress"], now)
 
 
 def _write_end(
@@ -194,7 +194,7 @@ def work_of(command: str, config: Any) -> dict[str, Any]:
 
 
 def progress_of(kind: str, path: str | Path, **share: Any) -> int | None:
-    """A number that changes when the work of one job has got on, and not when another's has.
+    """A number that changes when the work of one job has advanced, and not when another's has.
 
     Args:
         kind: "steps": of the newest committed checkpoint, None before the first. "files": results in a directory; it
@@ -213,8 +213,8 @@ def progress_of(kind: str, path: str | Path, **share: Any) -> int | None:
     return sum(file.suffix in (".json", ".parquet") for file in path.rglob("*"))
 
 
-def got_on(kind: str, earlier: int | None, now: int | None) -> bool:
-    """True if two answers of :func:`progress_of` say that something was done between them.
+def has_advanced(kind: str, earlier: int | None, now: int | None) -> bool:
+    """True if two values of :func:`progress_of` show that something was done between them.
 
     A newest checkpoint that is damaged and put aside leaves an earlier one, and an engine that a neighbour has found to
     differ leaves fewer finished tasks: neither is progress.
@@ -231,7 +231,7 @@ def _finished_tasks(output: Path, stage: str, shard: int, n_shards: int) -> int:
     try:
         plan = Plan.load(output)
         tasks = Tokenize(plan) if stage == "tokenize" else Pack.of(plan)
-    except ValueError:  # no plan yet, or not all is tokenized: the stage itself says so, and ends
+    except ValueError:  # no plan yet, or not all is tokenized: the stage itself reports that, and ends
         return 0
     return sum(map(tasks.finished, range(shard, len(tasks), n_shards)))
 

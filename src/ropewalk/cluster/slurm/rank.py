@@ -20,7 +20,7 @@ from ropewalk.runs.launch import hold_warnings, take_place
 
 
 class RankNote:
-    """RECORD/ranks/rank-N.json; one that cannot be written is told and costs nothing else."""
+    """RECORD/ranks/rank-N.json; if it cannot be written, that is a warning and no error."""
 
     def __init__(self, record: Path) -> None:
         number = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

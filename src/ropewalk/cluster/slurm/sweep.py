@@ -1,8 +1,8 @@
 """One job of ``train.py -m hydra/launcher=slurm``, run by slurm/common.sh as every other training job.
 
 Submitit leaves a file for each job with what is to be called there, and waits for a file with the result. Its own
-process on the nodes would know no doctor, no record and no verdict, so the batch script asks here for the job's
-overrides, trains with them as slurm/train_64k.sh does, and has the result written once the job has ended for good.
+process on the nodes would skip the doctor, the record and the verdict. So the batch script reads the job's overrides
+here, trains with them as slurm/train_64k.sh does, and has the result written once the job has ended for good.
 
 ``python -m ropewalk.cluster.slurm.sweep overrides FOLDER``: prints them, quoted for the shell
 ``python -m ropewalk.cluster.slurm.sweep end FOLDER CODE ANSWER``: see :func:`end`
@@ -46,7 +46,7 @@ def overrides(folder: str, seconds: float = SECONDS_TO_SUBMIT) -> list[str]:
 
 
 def end(folder: str, code: int, answer: str) -> None:
-    """Tell the launcher how this job has ended, unless it goes on later.
+    """Report to the launcher how this job has ended, unless it goes on later.
 
     Args:
         folder: the launcher's ``submitit_folder``.
@@ -58,13 +58,13 @@ def end(folder: str, code: int, answer: str) -> None:
     job = SlurmJobEnvironment().job_id
     try:
         combination = overrides(folder, seconds=0)
-    except ValueError:  # what it has ended for
+    except ValueError:  # they were the reason of its end
         combination = []
     result = JobReturn(overrides=combination, status=JobStatus.COMPLETED)
     if code != 0:
         reason = answer.removeprefix("stop ") or "it ended before its ranks began"
         result.status = JobStatus.FAILED
-        # An exception that Hydra does not print itself; without a traceback, since none would tell anything.
+        # An exception that Hydra does not print itself; without a traceback, as none would show anything.
         result.return_value = SystemExit(
             f"error: job {job} ended with {code}: {reason}; its log: {JobPaths(folder, job_id=job).stdout}"
         )

@@ -11,9 +11,9 @@ from typing import Any
 from ropewalk.runs.launch import EXIT_NOT_FINITE, EXIT_REQUEUE
 
 EXIT_OWN_ERROR = 2  # a configuration error, in one line
-EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit; slurm/common.sh says so with this code
+EXIT_UNFIT = 3  # scripts/doctor.py found the machine unfit: the code of slurm/common.sh for it
 OWN_ERRORS = ("TrainingStopped",)  # exceptions by which a run ends itself: the guards have had enough
-# Exceptions of a GPU or a link that has failed, and what torch says where it has no exception of its own for it. Too
+# Exceptions of a GPU or a link that has failed, and torch's words where it has no exception of its own for it. Too
 # little memory has one, and an assertion on the device is the program's.
 OF_THE_MACHINE = re.compile(
     r"(AcceleratorError|DistBackendError|DistNetworkError|DistStoreError)\b(?!.*device-side assert)"
@@ -21,7 +21,7 @@ OF_THE_MACHINE = re.compile(
 )
 # What may come of a disk or of a peer that is gone; every other exception is the program's own.
 PERHAPS = re.compile(r"(RuntimeError|OSError|\w*ConnectionError|\w*TimeoutError|BrokenPipeError|KeyboardInterrupt)\b")
-FRUITLESS_SESSIONS = 2  # sessions in a row that got nothing on; after one more a person must look
+FRUITLESS_SESSIONS = 2  # sessions in a row without progress; after one more a person must look
 
 
 class Ending(Enum):
@@ -52,7 +52,7 @@ class Verdict:
 def ending_of(shown: str, restart: int, *, terminated: bool) -> Ending:
     """Read what SLURM is doing to a job.
 
-    While SLURM ends a job whose script still runs, it shows COMPLETING whatever the cause; the others of its words tell
+    While SLURM ends a job whose script still runs, it shows COMPLETING whatever the cause; its other words show which
     (seen in SLURM 22.05).
 
     Args:
@@ -93,7 +93,7 @@ def judge(
         tasks: how many ranks there should have been.
         warned: SLURM has announced the end (SIGUSR1).
         ending: what SLURM is doing to the job.
-        progress: whether this session got something on; see progress.got_on.
+        progress: whether this session made any; see :func:`ropewalk.cluster.slurm.job.has_advanced`.
         fruitless: sessions before this one that ended early without progress, in a row.
     """
     codes = [int(rank["code"]) for rank in ranks if "code" in rank]
@@ -109,11 +109,11 @@ def judge(
         return Verdict(False, "REQUEUED", "SLURM has put the job back into the queue itself")
     saved = EXIT_REQUEUE in (code, *codes)
     was_signalled = saved or warned or ending is not Ending.NONE
-    why = "told to leave" if was_signalled else f"{tasks - len(codes)} of {tasks} ranks were killed"
+    why = "asked to leave" if was_signalled else f"{tasks - len(codes)} of {tasks} ranks were killed"
     if len(codes) == tasks and not was_signalled:
         why = f"a GPU or a link has failed ({_first(ranks)})"
     if not progress and fruitless >= FRUITLESS_SESSIONS:
-        return Verdict(False, "FAILED", f"{why}; it and {fruitless} sessions before it have got nothing on")
+        return Verdict(False, "FAILED", f"{why}; it and {fruitless} sessions before it made no progress")
     return Verdict(True, "REQUEUED", "saved, to go on" if saved else f"{why}; goes on from what was saved last")
 
 
@@ -138,6 +138,6 @@ def _own_reason(code: int, codes: Sequence[int], ranks: Sequence[Mapping[str, An
 
 
 def _first(ranks: Sequence[Mapping[str, Any]]) -> str:
-    """The first error of all, with its rank; "" where no rank has told one."""
+    """The first error of all, with its rank; "" where no rank noted one."""
     first = min((rank for rank in ranks if rank.get("error")), key=lambda rank: rank["ended"], default=None)
     return f"rank {first['rank']}: {first['error']}" if first else ""

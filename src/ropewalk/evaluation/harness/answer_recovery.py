@@ -18,9 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import AnswersConfig, NeedleConfig
-from ropewalk.config.train import InTrainingConfig
 from ropewalk.data.prepare import retrieval
 from ropewalk.evaluation.bootstrap import Estimate, proportion, ratio
 from ropewalk.evaluation.documents import Windows, beginning, encode
@@ -101,11 +99,10 @@ def build_answers(
         if not turns:
             return []
         text = _text(windows, length - used, begin, [(rng.random(), fact) for fact in facts], rng) + line
-        asked = [_row(length, FULL, sequence, text, turns, end)]
-        told = [(number, [*facts[number], *question], answer) for number, question, answer in turns]
-        for context, some in ((ORACLE, told), (NONE, turns)):
-            asked += [_row(length, context, sequence, begin, part, end) for part in _parts(some, shortest, begin, end)]
-        rows += asked
+        rows.append(_row(length, FULL, sequence, text, turns, end))
+        with_facts = [(number, [*facts[number], *question], answer) for number, question, answer in turns]
+        for context, short in ((ORACLE, with_facts), (NONE, turns)):
+            rows += [_row(length, context, sequence, begin, part, end) for part in _parts(short, shortest, begin, end)]
         answers += len(turns)
         sequence += 1
     return rows
@@ -158,27 +155,18 @@ def build_order(
     return rows
 
 
-def build_questions(
-    task: str, tokenizer: Any, windows: Windows, length: int, config: EvaluateConfig | InTrainingConfig, shortest: int
-) -> list[Row]:
-    """The passes of ``answers`` or ``order`` at one context length, as an evaluation asks for them."""
-    if task == ANSWERS:
-        return build_answers(tokenizer, windows, length, config.answers, config.needle, config.seed, shortest)
-    return build_order(tokenizer, windows, length, config.answers, config.needle, config.seed)
-
-
 def score_row(scorer: Scorer, row: Row) -> list[dict[str, Any]]:
     """One entry for each answer of a pass; exactly one call of the scorer."""
     kept = [1] * len(row.answers) if row.choices else [len(answer) for answer in row.answers]
     positions = [start - 1 + i for start, tokens in zip(row.starts, kept, strict=True) for i in range(tokens)]
     logits = scorer.logits_at(row.ids, torch.tensor(positions)).split(kept)
     entries = []
-    for place, (number, of_answer) in enumerate(zip(row.numbers, logits, strict=True)):
+    for i, (number, of_answer) in enumerate(zip(row.numbers, logits, strict=True)):
         entry = {"context_length": row.length, "sequence": row.sequence, "number": number}
         if row.choices:
-            entries.append(entry | _chosen(of_answer[0], *row.choices[place]))
+            entries.append(entry | _chosen(of_answer[0], *row.choices[i]))
         else:
-            entries.append(entry | {"context": row.context} | vars(grade(of_answer, row.answers[place])))
+            entries.append(entry | {"context": row.context} | vars(grade(of_answer, row.answers[i])))
     return entries
 
 
@@ -271,8 +259,8 @@ def _text(
 
 def _row(length: int, context: str, sequence: int, text: list[int], turns: Sequence[Turn], end: list[int]) -> Row:
     ids, starts = list(text), []
-    for _, before, answer in turns:
-        ids += before
+    for _, question, answer in turns:
+        ids += question
         starts.append(len(ids))
         ids += [*answer, *end]
     numbers, answers = tuple(turn[0] for turn in turns), tuple(torch.tensor(turn[2]) for turn in turns)

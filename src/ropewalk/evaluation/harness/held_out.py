@@ -18,6 +18,7 @@ import pandas as pd
 from ropewalk.config.evaluation import EvaluateConfig, SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.config.rules import existing_directory
+from ropewalk.config.train import InTrainingConfig
 from ropewalk.data.prepare.retrieval import number_of_keys
 from ropewalk.errors import UserError
 from ropewalk.evaluation.documents import Windows, beginning, make_windows, validate_lengths
@@ -25,8 +26,10 @@ from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Settin
 from ropewalk.evaluation.harness.answer_recovery import (
     ANSWERS,
     ORDER,
+    Row,
     answer_samples,
-    build_questions,
+    build_answers,
+    build_order,
     question_rows,
     score_row,
 )
@@ -39,6 +42,7 @@ from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks, gather
 
 LOSS, NEEDLE = "loss", "needle"  # tasks of the cells, beside ANSWERS and ORDER
+DocumentScores = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # losses by bucket, and those of key tokens
 PASSES_A_LINE = 16  # of answers, between two lines of progress
 
 
@@ -96,7 +100,8 @@ def run_held_out(
         if ranks.rank == 0:
             (store.output / RECORD).unlink(missing_ok=True)  # until these cells are finished, too
         unfinished = [cell for _, cells in todo for cell in cells]
-        measurement = _Measurement(checkpoint, windows, unfinished, store, ranks, key_tokens)
+        text = HeldOutText(checkpoint.tokenizer, windows, checkpoint.config.lengths, checkpoint.config, key_tokens)
+        measurement = _Measurement(checkpoint, text, unfinished, store, ranks)
         for setting, cells in todo:
             measurement.run(setting, cells)
     else:
@@ -146,10 +151,63 @@ def unfinished_cells(
         identity = checkpoint.identity(setting, length) | shared | {"needle": asdict(config.needle)}
         cells[Cell(OWN_HARNESS, NEEDLE, length, scaling)] = identity
     for length in setting.lengths if config.answers.count else ():
-        asked = {"answers": asdict(config.answers), "keys": [config.needle.names, config.needle.digits]}
+        questions = {"answers": asdict(config.answers), "keys": [config.needle.names, config.needle.digits]}
         for task in (ANSWERS, ORDER):
-            cells[Cell(OWN_HARNESS, task, length, scaling)] = checkpoint.identity(setting, length) | shared | asked
+            cells[Cell(OWN_HARNESS, task, length, scaling)] = checkpoint.identity(setting, length) | shared | questions
     return {cell: identity for cell, identity in cells.items() if not store.is_finished(cell, identity)}
+
+
+class HeldOutText:
+    """Held-out documents and what is asked about them, made once: needle prompts, questions, LongPPL's tokens.
+
+    Args:
+        tokenizer: of the checkpoint.
+        windows: the documents, as many tokens as the longest context has.
+        lengths: tokens of the contexts, ascending.
+        config: needle, answers and seed.
+        key_tokens: of LongPPL; None: it is not measured.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        windows: Windows,
+        lengths: Sequence[int],
+        config: EvaluateConfig | InTrainingConfig,
+        key_tokens: KeyTokens | None,
+    ) -> None:
+        self.tokenizer, self.windows, self.config, self.key_tokens = tokenizer, windows, config, key_tokens
+        self.edges, self.shortest = bucket_edges(lengths), lengths[0]
+        self.prompts: dict[int, list[Prompt]] = {
+            length: build_grid(tokenizer, windows, length, config.needle, config.seed) for length in lengths
+        }
+        self._questions: dict[tuple[str, int], list[Row]] = {}
+
+    def questions(self, task: str, length: int) -> list[Row]:
+        """The passes of ``answers`` or ``order`` at one context length."""
+        if (task, length) not in self._questions:
+            config = self.config
+            of_task = (self.tokenizer, self.windows, length, config.answers, config.needle, config.seed)
+            rows = build_answers(*of_task, self.shortest) if task == ANSWERS else build_order(*of_task)
+            self._questions[task, length] = rows
+        return self._questions[task, length]
+
+    def score_document(self, scorer: Scorer, name: str, lengths: Sequence[int]) -> DocumentScores:
+        """The losses of one document by bucket of positions, and of its key tokens, in one pass to the last length."""
+        losses = scorer.token_losses(self.windows.tokens[name][: lengths[-1]])
+        sums = self.key_tokens.sums(name, losses, lengths) if self.key_tokens else ()
+        return list(document_rows(name, losses, self.edges)), list(sums)
+
+    def loss_rows(
+        self, scores: Sequence[DocumentScores], setting: Setting, run: str
+    ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+        """Rows of the losses and of LongPPL under one setting, and the table of losses by document."""
+        columns = {"run": run, "setting": setting.name, "context_length": setting.longest}
+        documents = document_table(columns | row for rows, _ in scores for row in rows)
+        rows = list(loss_rows(documents, setting, self.config.seed))
+        if self.key_tokens:
+            rows += longppl_rows((entry for _, sums in scores for entry in sums), setting, self.config.seed)
+        return rows, documents
 
 
 class _Measurement:
@@ -158,33 +216,20 @@ class _Measurement:
     def __init__(
         self,
         checkpoint: EvaluatedCheckpoint,
-        windows: Windows,
+        text: HeldOutText,
         cells: Sequence[Cell],
         store: ResultsStore,
         ranks: Ranks,
-        key_tokens: KeyTokens | None,
     ) -> None:
-        self.checkpoint, self.windows, self.store, self.ranks = checkpoint, windows, store, ranks
-        self.key_tokens = key_tokens
-        self.config, self.edges = checkpoint.config, bucket_edges(checkpoint.config.lengths)
-        self.prompts: dict[int, list[Prompt]] = {
-            length: build_grid(checkpoint.tokenizer, windows, length, self.config.needle, self.config.seed)
-            for length in self.config.lengths
-        }
-        self.asked = {
-            (task, length): build_questions(
-                task, checkpoint.tokenizer, windows, length, self.config, self.config.lengths[0]
-            )
-            for task, length in {(cell.task, int(cell.length or 0)) for cell in cells}
-            if task in (ANSWERS, ORDER)
-        }
+        self.checkpoint, self.config, self.text = checkpoint, checkpoint.config, text
+        self.store, self.ranks = store, ranks
         self.progress = Progress("evaluate", sum(self._tokens(cell) for cell in cells) // ranks.world_size)
 
     def _tokens(self, cell: Cell) -> int:
         length = int(cell.length or 0)
         if cell.task in (ANSWERS, ORDER):
-            return sum(row.ids.numel() for row in self.asked[cell.task, length])
-        return length * len(self.windows.tokens if cell.task == LOSS else self.prompts[length])
+            return sum(row.ids.numel() for row in self.text.questions(cell.task, length))
+        return length * len(self.text.windows.tokens if cell.task == LOSS else self.text.prompts[length])
 
     def run(self, setting: Setting, cells: Mapping[Cell, Mapping[str, Any]]) -> None:
         """Measure and write the cells of one pass."""
@@ -199,12 +244,8 @@ class _Measurement:
             seed, length = self.config.seed, int(cell.length or 0)
             documents, samples, about = None, [], dict[str, Any]()
             if cell.task == LOSS:
-                documents, key_sums = self._documents(setting, scorer())
-                rows, about = (
-                    [*loss_rows(documents, setting, seed)],
-                    {"documents": self.windows.counts(), "setting": setting.record()},
-                )
-                rows += longppl_rows(key_sums, setting, seed) if self.key_tokens else []
+                rows, documents = self.text.loss_rows(self._documents(setting, scorer()), setting, self.checkpoint.run)
+                about = {"documents": self.text.windows.counts(), "setting": setting.record()}
             elif cell.task == NEEDLE:
                 scores = self._scores(length, scorer())
                 rows, about = [*needle_rows(scores, seed)], {"chance": chance_levels(self.config.needle)}
@@ -219,34 +260,30 @@ class _Measurement:
                 table = [table_row(row, columns) for row in rows]
                 self.store.write(cell, identity, table, about, samples, documents)
 
-    def _documents(self, setting: Setting, scorer: Scorer) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-        """The losses of every document and of its key tokens, in order; each rank reads its share of them."""
-        columns = {"run": self.checkpoint.run, "setting": setting.name, "context_length": setting.longest}
-        share: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
-        numbered = list(enumerate(self.windows.tokens.items()))
-        for number, (name, ids) in numbered[self.ranks.rank :: self.ranks.world_size]:
-            losses = scorer.token_losses(ids[: setting.longest])
-            rows = [columns | row for row in document_rows(name, losses, self.edges)]
-            share[number] = rows, [*self.key_tokens.sums(name, losses, setting.lengths)] if self.key_tokens else []
+    def _documents(self, setting: Setting, scorer: Scorer) -> list[DocumentScores]:
+        """The scores of every document, in order; each rank reads its share of them."""
+        share: dict[int, DocumentScores] = {}
+        numbered = list(enumerate(self.text.windows.tokens))
+        for number, name in numbered[self.ranks.rank :: self.ranks.world_size]:
+            share[number] = self.text.score_document(scorer, name, setting.lengths)
             self.progress.advance(setting.longest, f"loss to {setting.longest}, document {number + 1}/{len(numbered)}")
-        both = in_order(gather(share))
-        return document_table(row for rows, _ in both for row in rows), [entry for _, sums in both for entry in sums]
+        return in_order(gather(share))
 
     def _answers(self, task: str, length: int, scorer: Callable[[], Scorer]) -> list[dict[str, Any]]:
         """The sample of every answer, in order; each rank makes its share of the passes."""
-        asked = self.asked[task, length]
+        passes = self.text.questions(task, length)
         share: dict[int, list[dict[str, Any]]] = {}
-        own = range(len(asked))[self.ranks.rank :: self.ranks.world_size]
+        own = range(len(passes))[self.ranks.rank :: self.ranks.world_size]
         for part in (own[start : start + PASSES_A_LINE] for start in range(0, len(own), PASSES_A_LINE)):
-            share |= {number: score_row(scorer(), asked[number]) for number in part}
-            tokens = sum(asked[number].ids.numel() for number in part)
-            self.progress.advance(tokens, f"{task} at {length}, pass {part[-1] + 1}/{len(asked)}")
+            share |= {number: score_row(scorer(), passes[number]) for number in part}
+            tokens = sum(passes[number].ids.numel() for number in part)
+            self.progress.advance(tokens, f"{task} at {length}, pass {part[-1] + 1}/{len(passes)}")
         entries = [entry for entries in in_order(gather(share)) for entry in entries]
         return answer_samples(entries) if task == ANSWERS else entries
 
     def _scores(self, length: int, scorer: Scorer) -> pd.DataFrame:
         """The scores of every prompt, in order; each rank answers its share of every depth."""
-        prompts, samples = self.prompts[length], self.config.needle.samples
+        prompts, samples = self.text.prompts[length], self.config.needle.samples
         share: dict[int, pd.DataFrame] = {}
         for first in range(0, len(prompts), samples):
             numbers = range(first, first + samples)[self.ranks.rank :: self.ranks.world_size]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ropewalk.figures.figure import Figure
 from ropewalk.figures.spectrum.attention_kernel import kernel_figure, semantic_figure
+from ropewalk.figures.spectrum.axes_and_periods import axes_figure
 from ropewalk.figures.spectrum.clip_leakage import leakage_figure
 from ropewalk.figures.spectrum.clip_sweep import clips_figure
 from ropewalk.figures.spectrum.fixed_spectra import decay_figure, textbook_figure
@@ -22,6 +23,7 @@ SPECTRUM_FIGURES: dict[str, Callable[..., Figure]] = {
     "textbook": textbook_figure,
     "clips": clips_figure,
     "decay": decay_figure,
+    "axes": axes_figure,
 }
 
 __all__ = ["SPECTRUM_FIGURES"]

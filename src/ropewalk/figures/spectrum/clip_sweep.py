@@ -47,9 +47,10 @@ def clips_figure(
             are compared is that of :func:`ropewalk.figures.spectrum.clip_leakage.compared_clip`.
         train_length: tokens; the kernel's minimum is taken up to there,
         target_length: tokens; and up to there.
-        responses: measured on trained runs, a row for each run, metric and context length: family ("" without a clip),
-            clip (pairs), task, metric (a key of ``RESPONSES``), context_length (tokens), value, ci_low, ci_high;
-            ``attrs["note"]`` is added to the caption. None: no trained runs are drawn.
+        responses: measured on trained runs, a row for each run, test-time setting, metric and context length: family
+            ("" without a clip), clip (pairs), test_time (name of the setting), task, metric (a key of ``RESPONSES``),
+            context_length (tokens), value, ci_low, ci_high; ``attrs["note"]`` is added to the caption. None: no trained
+            runs are drawn.
 
     Returns:
         A figure with four panels, and one more for each metric in ``responses``.
@@ -166,31 +167,37 @@ def _draw_window_minima(axes: Axes, base: Spectrum, target_length: int) -> None:
 def _response_panels(responses: pd.DataFrame, train_length: int) -> list[Panel]:
     """A panel for each metric that the runs have."""
     panels = []
+    lines = responses.loc[responses["family"] != UNCLIPPED, ["family", "test_time"]]
+    names = {(family, setting): family for family, setting in sorted(set(lines.itertuples(index=False, name=None)))}
+    if responses["test_time"].nunique() > 1:
+        names = {(family, setting): f"{family}, test_time={setting or 'unknown'}" for family, setting in names}
     for (task, metric), (title, unit) in RESPONSES.items():
         rows = responses[(responses["task"] == task) & (responses["metric"] == metric)]
         if len(rows):
-            draw = partial(
-                _draw_response, rows=rows, families=sorted(set(responses["family"]) - {UNCLIPPED}), unit=unit,
-                train_length=train_length,
-            )  # fmt: skip
+            draw = partial(_draw_response, rows=rows, names=names, unit=unit, train_length=train_length)
             panels.append(Panel(draw, title))
     return panels
 
 
-def _draw_response(axes: Axes, rows: pd.DataFrame, families: list[str], unit: str, train_length: int) -> None:
-    """One metric against the clip, a line for each family at the longest length in training and the longest of all."""
+def _draw_response(
+    axes: Axes, rows: pd.DataFrame, names: Mapping[tuple[str, str], str], unit: str, train_length: int
+) -> None:
+    """One metric against the clip at the longest length in training and the longest of all.
+
+    ``names`` has a line for each family and test-time setting; runs without a clip begin those of their own setting.
+    """
     lengths = np.array(sorted(rows["context_length"].astype(int).unique()))
     chosen = sorted({int(lengths[lengths <= train_length].max(initial=lengths[0])), int(lengths[-1])})
-    styles = method_styles(families)
-    for family in families:
+    styles = method_styles(names.values())
+    for (family, setting), name in names.items():
+        of_line = rows[rows["family"].isin([family, UNCLIPPED]) & (rows["test_time"] == setting)]
         for length, dash in zip(chosen, DASHES, strict=False):
-            line = rows[(rows["context_length"] == length) & rows["family"].isin([family, UNCLIPPED])]
-            line = line.sort_values(["clip", "value"])
+            line = of_line[of_line["context_length"] == length].sort_values(["clip", "value"])
             bars = np.maximum([line["value"] - line["ci_low"], line["ci_high"] - line["value"]], 0)
             axes.errorbar(
-                line["clip"], line["value"], yerr=bars, color=styles[family].color, linestyle=dash,
-                marker=styles[family].marker, linewidth=1.5, elinewidth=1, capsize=2.5,
-                label=label(f"{family}, {tokens(length)}"),
+                line["clip"], line["value"], yerr=bars, color=styles[name].color, linestyle=dash,
+                marker=styles[name].marker, linewidth=1.5, elinewidth=1, capsize=2.5,
+                label=label(f"{name}, {tokens(length)}"),
             )  # fmt: skip
     axes.set_xlabel("clip (pairs)")
     axes.set_ylabel(unit)

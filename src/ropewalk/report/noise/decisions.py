@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -33,6 +33,9 @@ from ropewalk.report.seeds import PRIMARY, SEED, Arm, arms
 
 DECIDED, NO_DIFFERENCE, UNDECIDED = "decided", "no difference", "undecided"
 NOT_FINITE = "not a number"
+DECISION_COLUMNS = [
+    "mean difference, 90% interval", "paired seeds", "p", "p by Holm", "answer", "seeds it would take"
+]  # fmt: skip
 LEGEND = (
     f"Decided: exact sign-flip test over paired seeds, Holm over the family, adjusted p below {ALPHA:g}, and the mean "
     "at least the declared difference. No difference: the 90% interval lies inside plus and minus it. The family was "
@@ -94,82 +97,114 @@ def fewest_seeds(family: int) -> int:
 
 
 def declared_families(runs: Sequence[Run]) -> list[tuple[PrimaryConfig, list[Run]]]:
-    """Each family that trained runs declared, with the runs that did: no other run was started under it."""
+    """Each family that trained runs declared, with the runs that did before their first step."""
     families: dict[str, tuple[PrimaryConfig, list[Run]]] = {}
     for run in runs:
         keys = {key.removeprefix(PRIMARY): value for key, value in run.config.items() if key.startswith(PRIMARY)}
         family = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrimaryConfig), keys))
         assert isinstance(family, PrimaryConfig)
         if family.pairs and not run.is_base:
-            families.setdefault(str(family), (family, []))[1].append(run)
+            of_family = families.setdefault(str(family), (family, []))[1]
+            of_family += [] if _later_declarations(run) else [run]
     return list(families.values())
 
 
-def decision_table(runs: list[Run]) -> Section | None:
+def decision_section(runs: list[Run]) -> Section | None:
     """Every family that the runs declared, a row for each pair; None if they declared none.
 
     Raises:
-        UserError: from :func:`numbers_of`, or for two arms of one name.
+        UserError: from :func:`family_numbers`, or for two arms of one name.
     """
     blocks, missing = [], []
     for family, of_family in declared_families(runs):
         assert family.difference is not None
-        trained = arms([_whole(run) for run in once(of_family)])
+        trained = arms([run.whole for run in once(of_family)])
         samples = [paired_numbers(_arm(trained, pair[0]), _arm(trained, pair[1]), family) for pair in family.pairs]
         answers = decide(samples, family.difference)
-        rows = [(" less ".join(pair), _cells(answer)) for pair, answer in zip(family.pairs, answers, strict=True)]
+        rows = [
+            (" less ".join(pair), decision_cells(answer)) for pair, answer in zip(family.pairs, answers, strict=True)
+        ]
         blocks += block_of(f"{_words(family)}, smallest difference of interest {family.difference:g}", rows)
         missing += _too_few(answers) + _undeclared(family, [run for run in runs if run not in of_family])
-    columns = ["mean difference, 90% interval", "paired seeds", "p", "p by Holm", "answer", "seeds it would take"]
-    return Section("Decisions", LEGEND, columns, blocks, "pair", missing=missing, on_terminal=True) if blocks else None
+    return (
+        Section("Decisions", LEGEND, DECISION_COLUMNS, blocks, "pair", missing=missing, on_terminal=True)
+        if blocks
+        else None
+    )
 
 
 def _undeclared(family: PrimaryConfig, others: Sequence[Run]) -> list[str]:
     names = {name for pair in family.pairs for name in pair}
-    out = dict.fromkeys(run.label for run in others if run.config.get("rope.name") in names and not run.is_base)
-    return [f"Started without this declaration, so not in it: {', '.join(out)}."] if out else []
+    out = {
+        run.label: f"{run.label}{_later_declarations(run)}"
+        for run in others
+        if run.config.get("rope.name") in names and not run.is_base
+    }
+    return [f"Started without this declaration, so not in it: {', '.join(out.values())}."] if out else []
+
+
+def _later_declarations(run: Run) -> str:
+    """Changes of a run's declaration after its first step, in brackets; "": it kept what it began with."""
+    changes = [
+        f"from step {accepted['step']} on {'; '.join(accepted['changes'])}"
+        for accepted in run.record.get("accepted", [])
+        if accepted["entry"] == PRIMARY.rstrip(".")
+    ]
+    return f" ({'; '.join(changes)})" if changes else ""
 
 
 def paired_numbers(arm: Arm | None, other: Arm | None, family: PrimaryConfig) -> list[float]:
     """Differences of two arms in the family's number, seed by seed; none where an arm is not among the runs.
 
     Raises:
-        UserError: from :func:`numbers_of`.
+        UserError: from :func:`family_numbers`.
     """
     if arm is None or other is None:
         return []
-    values, others = numbers_of(arm, family), numbers_of(other, family)
+    values, others = family_numbers(arm, family), family_numbers(other, family)
     return [values[seed] - others[seed] for seed in values if seed in others]
 
 
-def numbers_of(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
-    """Seed -> the family's number; NaN if it is not a number, no entry if it was not measured.
+def family_numbers(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
+    """Seed -> the family's number of an arm, by :func:`seed_numbers`.
 
     Raises:
         UserError: it was measured under several test-time scalings, and the family names none.
     """
     rows = pd.concat([run.table.assign(seed=str(run.config.get(SEED))) for run in arm.runs], ignore_index=True)
+    return seed_numbers(rows[rows["depth"].isna()], family, arm.name)
+
+
+def seed_numbers(rows: pd.DataFrame, family: PrimaryConfig, arm: str) -> dict[str, float]:
+    """Seed -> the family's number; NaN if it is not a number, no entry if it was not measured at every length.
+
+    Args:
+        rows: of the results table, with a column ``seed`` (text).
+        family: as declared.
+        arm: its name, for errors.
+
+    Raises:
+        UserError: it was measured under several test-time scalings, and the family names none.
+    """
+    lengths = lengths_of(family)
     rows = rows[
-        (rows["task"] == family.task)
-        & (rows["metric"] == family.metric)
-        & (rows["context_length"] == family.length)
-        & rows["depth"].isna()
+        (rows["task"] == family.task) & (rows["metric"] == family.metric) & rows["context_length"].isin(lengths)
     ]
     if family.test_time_scaling is not None:
         rows = rows[rows["test_time_scaling"] == family.test_time_scaling]
     if rows["test_time_scaling"].nunique() > 1:
         raise UserError(
-            f"{arm.name} has {_words(family)} under {', '.join(rows['test_time_scaling'].unique())}; a family is one "
+            f"{arm} has {_words(family)} under {', '.join(rows['test_time_scaling'].unique())}; a family is one "
             "number a seed: leave evaluations out, or declare primary.test_time_scaling with the next runs"
         )
-    first = rows.drop_duplicates("seed")
-    return dict(zip(first["seed"], first["value"].astype(float), strict=True))
+    by_seed = rows.drop_duplicates(["seed", "context_length"]).groupby("seed", sort=False)["value"]
+    return {str(s): float(np.mean(part.to_numpy(float))) for s, part in by_seed if len(part) == len(lengths)}
 
 
-def _whole(run: Run) -> Run:
-    """The run with its numbers under all test-time settings."""
-    tables = [setting.table for setting in run.settings.values()] or [run.table]
-    return replace(run, table=pd.concat(tables, ignore_index=True), test_time="", settings={})
+def lengths_of(family: PrimaryConfig) -> list[int]:
+    """The context lengths of the family's number, tokens, each once."""
+    lengths = family.length if isinstance(family.length, Sequence) else [family.length]
+    return list(dict.fromkeys(lengths))
 
 
 def _arm(trained: Sequence[Arm], name: str) -> Arm | None:
@@ -183,7 +218,8 @@ def _arm(trained: Sequence[Arm], name: str) -> Arm | None:
     return named[0] if named else None
 
 
-def _cells(answer: Decision) -> list[Cell]:
+def decision_cells(answer: Decision) -> list[Cell]:
+    """A row of a table with ``DECISION_COLUMNS``."""
     if not answer.mean.n:
         blank = [Cell() for _ in range(3)]
         return [Cell(hint="no seed is common to both arms"), Cell("0"), *blank, Cell(f"{answer.seeds_needed} or more")]
@@ -216,4 +252,4 @@ def _too_few(answers: Sequence[Decision]) -> list[str]:
 
 def _words(family: PrimaryConfig) -> str:
     scaling = f", {family.test_time_scaling}" if family.test_time_scaling else ""
-    return f"{family.task} {family.metric} at {family.length:,}{scaling}"
+    return f"{family.task} {family.metric} at {' and '.join(f'{n:,}' for n in lengths_of(family))}{scaling}"

@@ -81,18 +81,18 @@ def _pair_rows(
         shared = [key for key in values if key in reference.get(number, {})]
         if len(shared) < 2:
             continue
-        ours, theirs = ([side[key][0] for key in shared] for side in (values, reference[number]))
+        own, other = ([side[key][0] for key in shared] for side in (values, reference[number]))
         by_item = [(values[key][1], reference[number][key][1]) for key in shared]
         items = [a - b for a, b in by_item if a is not None and b is not None]
         row = _columns(
-            [a - b for a, b in zip(ours, theirs, strict=True)],
+            [a - b for a, b in zip(own, other, strict=True)],
             pd.DataFrame(items) if len(items) == len(shared) else None,
             seeds,
             paired=True,
         )
         row |= {
-            "unpaired_spread": math.hypot(spread(ours).value, spread(theirs).value),
-            "correlation": correlation(ours, theirs),
+            "unpaired_spread": math.hypot(spread(own).value, spread(other).value),
+            "correlation": correlation(own, other),
         }
         if difference is not None:
             row["seeds_to_decide"] = seeds_to_decide(row["spread"], difference)
@@ -101,12 +101,12 @@ def _pair_rows(
 
 def _numbers(group: Replicates) -> dict[tuple[Any, ...], dict[str, tuple[float, pd.Series | None]]]:
     """Number -> value of what differs -> the number of that run and its items; those of two runs or more."""
-    found: dict[tuple[Any, ...], dict[str, tuple[float, pd.Series | None]]] = {}
+    by_number: dict[tuple[Any, ...], dict[str, tuple[float, pd.Series | None]]] = {}
     for key, run in group.runs.items():
         for row in numbers_of(run).to_dict("records"):
             number = tuple(None if pd.isna(row[name]) else row[name] for name in NUMBER)
-            found.setdefault(number, {})[key] = (float(row["value"]), item_values(run, row))
-    return {number: values for number, values in found.items() if len(values) > 1}
+            by_number.setdefault(number, {})[key] = (float(row["value"]), item_values(run, row))
+    return {number: values for number, values in by_number.items() if len(values) > 1}
 
 
 def _columns(

@@ -70,7 +70,7 @@ def find_replicates(runs: Sequence[Run]) -> list[Replicates]:
     settings = {run.name: _settings(run) for run in measured}
     for run in measured:
         if not settings[run.name]:
-            raise UserError(f"{run.directory} holds no config.yaml, so nobody knows what it differs in; leave it out")
+            raise UserError(f"{run.directory} holds no config.yaml, so it is unknown in what it differs; leave it out")
         if not len(run.table):
             raise UserError(
                 f"{run.directory} holds no evaluation; run scripts/evaluate.py on it, or train with evaluation.every "

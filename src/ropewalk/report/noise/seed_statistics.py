@@ -6,7 +6,8 @@ A seed is one training run. Values are (seeds,) for one arm; differences are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,9 +151,8 @@ def equivalence_power(sd: float, difference: float, seeds: int) -> float:
 def seeds_to_decide(sd: float, difference: float, family: int = 1, power: float = POWER) -> int | None:
     """Paired seeds with which either answer is to be had at ``power``; None: more than ``MOST_SEEDS``.
 
-    A true difference of ``difference`` passes the test (by the t test's power at the first of Holm's levels,
-    ``ALPHA`` / ``family``, and where the exact test can pass it at all), and a true difference of 0 is shown to be
-    none.
+    A true difference of ``difference`` passes the test, by the t test's power at the first of Holm's levels,
+    ``ALPHA`` / ``family``, and if the exact test can pass it at all. A true difference of 0 is shown to be none.
     """
 
     def enough(seeds: int) -> bool:
@@ -162,7 +162,8 @@ def seeds_to_decide(sd: float, difference: float, family: int = 1, power: float 
             and equivalence_power(sd, difference, seeds) >= power
         )
 
-    return _fewest(enough)
+    seeds = 2 + bisect_left(range(2, MOST_SEEDS + 1), True, key=enough)  # what is enough stays so with more
+    return seeds if seeds <= MOST_SEEDS else None
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
@@ -197,9 +198,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values (Scandinavian Journal of Statistics 6, 1979), in the order given."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
     return adjusted
 
 
@@ -221,17 +222,3 @@ def _signed_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
     for value in values:
         sums = np.concatenate([sums + value, sums - value])
     return sums
-
-
-def _fewest(is_enough: Callable[[int], bool]) -> int | None:
-    """The smallest number from 2 on for which a condition holds, which then holds for every larger one."""
-    high = 2
-    while not is_enough(high):
-        if high >= MOST_SEEDS:
-            return None
-        high = min(2 * high, MOST_SEEDS)
-    low = max(2, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
-    return high

@@ -138,16 +138,24 @@ def _first_kept(spectrum: Spectrum, pairs: int) -> Spectrum:
     return spectrum.scaled(np.where(np.arange(spectrum.inv_freq.size) < pairs, 1.0, 0.0))
 
 
-@register_method("hope")
-def hope(spectrum: Spectrum, *, length: Tokens = TRAINED_LENGTH, share: float | None = None) -> Spectrum:
+_SHARE_OF_HOPE = (
+    "it counted the pairs that stop, and the paper's shares count those that rotate; write rotating, which is 1 less "
+    "that share. In the config.json of an export delete chain_sha256 and spectrum_sha256 beside the chain, too; a "
+    "training checkpoint is exported by the version that saved it"
+)
+
+
+@register_method("hope", retired={"share": _SHARE_OF_HOPE})
+def hope(spectrum: Spectrum, *, length: Tokens = TRAINED_LENGTH, rotating: float | None = None) -> Spectrum:
     """Stop the pairs that never finish a turn in L tokens (HoPE for text, Chen et al., arXiv 2410.21216).
 
-    length = L, by default the training length. share, 0..1, stops that share of the pairs instead, the slowest ones,
-    rounded down. The paper's own cut is not recoverable; it reports 50% at 1B and 80% at 3B parameters.
+    length = L, by default the training length. rotating, 0..1, keeps that share of the pairs instead, the fastest
+    ones, rounded down. The paper's own cut is not recoverable; it reports that 50% of the channels rotate at 1B
+    parameters and 80% at 3B.
     """
-    if share is not None:
-        check(0 <= share <= 1, f"hope: share={share} must lie between 0 and 1; 1 stops every pair")
-        return _first_kept(spectrum, spectrum.inv_freq.size - int(share * spectrum.inv_freq.size))
+    if rotating is not None:
+        check(0 <= rotating <= 1, f"hope: rotating={rotating} must lie between 0 and 1; 1 keeps every pair")
+        return _first_kept(spectrum, int(rotating * spectrum.inv_freq.size))
     check(length >= 1, f"hope: length={length} must be 1 token or more")
     return spectrum.scaled(np.where(spectrum.periods > length, 0.0, 1.0))
 

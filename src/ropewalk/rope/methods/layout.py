@@ -1,4 +1,4 @@
-"""Methods that lay the spectrum out anew: another base, or rotation on a share of the channels."""
+"""Methods that lay the spectrum out anew: another base, rotation on a share of the channels; and the temperature."""
 
 from __future__ import annotations
 
@@ -79,10 +79,28 @@ def rope_id(
         temperature_exponent >= 0,
         f"rope_id: temperature_exponent={temperature_exponent} must be 0 (no temperature) or more; the paper's is 2",
     )
-    check(trained_length >= 1, f"rope_id: trained_length={trained_length} must be 1 token or more")
     rotated = np.geomspace(2 * np.pi / shortest_period, 2 * np.pi / longest_period, pairs)
-    temperature = 0.1 * math.log(max(spectrum.present_length / trained_length, 1.0)) + 1
-    return spectrum.laid_out(rotated, attention_scaling=temperature ** (temperature_exponent / 2))
+    scaling = _temperature("rope_id", spectrum, temperature_exponent, trained_length)
+    return spectrum.laid_out(rotated, attention_scaling=scaling)
+
+
+def _temperature(method: str, spectrum: Spectrum, exponent: float, trained_length: int) -> float:
+    """The factor on cos and sin, of queries and of keys, that multiplies logits by RoPE-ID's temperature."""
+    check(trained_length >= 1, f"{method}: trained_length={trained_length} must be 1 token or more")
+    return (0.1 * math.log(max(spectrum.present_length / trained_length, 1.0)) + 1) ** (exponent / 2)
+
+
+@register_method("temperature")
+def temperature(spectrum: Spectrum, *, exponent: float, trained_length: Tokens = TRAINED_LENGTH) -> Spectrum:
+    """RoPE-ID's logit temperature (0.1 ln max(len/T, 1) + 1)^exponent, in place of any that the chain has.
+
+    See :func:`rope_id` (arXiv 2603.18017). The frequencies stay. exponent >= 0; 0 for no temperature, the paper's rows
+    without scaling. trained_length = T, tokens. Any other attention scaling of the chain, such as YaRN's, is replaced
+    as well.
+    """
+    check(exponent >= 0, f"temperature: exponent={exponent} must be 0 (no temperature) or more; RoPE-ID's is 2")
+    scaling = _temperature("temperature", spectrum, exponent, trained_length)
+    return spectrum.laid_out(spectrum.inv_freq, scaling, spectrum.rotary_dim or 0)
 
 
 @register_method("rope_id_yarn", reaches=stretched)

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, open_like_directory, sha256_of, write_atomically
@@ -260,28 +260,6 @@ def _standing(run_dir: Path) -> str:
     return f"{newest.name} stands" if newest else "there is none before it"
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, universal: Path | None = None) -> None:
-    """Bring engine and random state back to a checkpoint. Collective.
-
-    Args:
-        engine: the DeepSpeed engine.
-        checkpoint: verified.
-        universal: its universal form, if another number of ranks saved it. Random state is left alone then: it belongs
-            to ranks that no longer exist, and training draws nothing from it.
-    """
-    load_state(engine, universal or checkpoint, is_universal=universal is not None)
-    if universal is None:
-        _restore_rng(load_file(checkpoint / f"rng_rank_{dist.get_rank()}.safetensors"))
-
-
-def load_state(engine: Any, directory: Path, *, is_universal: bool) -> None:
-    """Load weights and optimizer state from a verified checkpoint or its universal form. Collective."""
-    engine._config.load_universal_checkpoint = is_universal
-    loaded, _ = engine.load_checkpoint(str(directory), tag=ZERO)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {directory / ZERO}")
-
-
 def _owner(path: Path) -> int:
     """The rank that wrote a file: the one whose number it carries, else 0."""
     numbered = re.search(r"_rank_(\d+)", path.name)
@@ -303,12 +281,6 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _restore_rng(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def snapshot(content: Any) -> Any:

@@ -19,8 +19,9 @@ from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of, write_atomically, writing
 from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest
-from ropewalk.training.checkpoint.resume import check_stage, make_universal
-from ropewalk.training.checkpoint.save import load_state, verify_checkpoint
+from ropewalk.training.checkpoint.restore import load_checkpoint
+from ropewalk.training.checkpoint.resume import log_resharding
+from ropewalk.training.checkpoint.save import verify_checkpoint
 from ropewalk.training.distributed import by_rank_zero, first_problem, log_once
 
 
@@ -36,6 +37,7 @@ class StartCheckpoint:
         world_size: ranks that saved it.
         zero_stage: of the run that saved it.
         config: its config.json.
+        contract: of its run.
     """
 
     run: str
@@ -45,6 +47,12 @@ class StartCheckpoint:
     world_size: int
     zero_stage: int
     config: Mapping[str, Any]
+    contract: Mapping[str, Any]
+
+    @property
+    def order_step(self) -> int:
+        """Steps of the data order that it has seen, before its own first one those of the order that it continued."""
+        return self.step + int((self.contract.get("start_from") or {}).get("order_step", 0))
 
     @property
     def tokenizer(self) -> str:
@@ -71,7 +79,7 @@ def find_start(config: TrainConfig) -> StartCheckpoint | None:
 def _choose(run: str, run_dir: Path) -> StartCheckpoint:
     record = RunDirectory(run_dir).start_record
     if record.is_file():
-        start = StartCheckpoint(**json.loads(record.read_text()))
+        start = StartCheckpoint(**{"contract": {}, **json.loads(record.read_text())})  # the first ones had none
         if start.run == run:
             return start
     checkpoint = checkpoint_at(run)
@@ -94,7 +102,32 @@ def _choose(run: str, run_dir: Path) -> StartCheckpoint:
         world_size=manifest["world_size"],
         zero_stage=manifest.get("zero_stage", 3),
         config=json.loads((checkpoint / "config.json").read_text()),
+        contract=manifest["contract"],
     )
+
+
+def first_order_step(start: StartCheckpoint | None, order: str, data: Mapping[str, Any]) -> int:
+    """The step of the data order that a run begins with, from 0.
+
+    Args:
+        start: checkpoint that it starts from.
+        order: ``start_from.order``.
+        data: contract of its data order.
+
+    Raises:
+        UserError: the order is to be continued, and is not that of the other run.
+    """
+    if start is None or order == "restart":
+        return 0
+    different = [name for name, value in data.items() if start.contract.get(name) != value]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"start_from.order=continue, but {', '.join(different)} differ from {start.run}'s ({name} "
+            f"{start.contract.get(name)!r}, here {data[name]!r}), so the order is another; set the data, batch and "
+            "seed as they were there, or start_from.order=restart"
+        )
+    return start.order_step
 
 
 def write_start(start: StartCheckpoint, run_dir: Path) -> None:
@@ -113,40 +146,27 @@ def write_start(start: StartCheckpoint, run_dir: Path) -> None:
 
 
 def prepare_start(start: StartCheckpoint, config: TrainConfig) -> Callable[[Any], None]:
-    """Verify the checkpoint, convert it for another number of ranks, and make the function that loads it. Collective.
+    """Verify the checkpoint, and make the function that loads it. Collective.
 
-    Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own. The
-    universal form is made in this run's directory; the other run's files are only read.
+    Weights come along, and the optimizer's state unless it is dropped; random state stays the new run's own.
 
     Raises:
-        UserError: on every rank, if a file is not what the manifest says, or another ZeRO stage saved it.
+        UserError: on every rank, if a file is not what the manifest says.
     """
-    problem = first_problem(_problem(start, config.deepspeed.stage))
+    problem = first_problem(_problem(start))
     if problem is not None:
         raise UserError(f"start_from.run={start.run} cannot be started from: {problem}")
-    checkpoint, universal, is_dropped = Path(start.checkpoint), None, config.start_from.optimizer == "drop"
-    optimizer = "without its optimizer's state" if is_dropped else "with its optimizer's state"
+    checkpoint, is_kept = Path(start.checkpoint), config.start_from.optimizer == "keep"
+    optimizer = "with its optimizer's state" if is_kept else "without its optimizer's state"
     log_once(f"starting from {checkpoint} (step {start.step}), {optimizer}")
-    if start.world_size != dist.get_world_size():
-        universal = make_universal(
-            checkpoint, config.deepspeed.stage, RunDirectory(Path(config.run_dir)).start_universal
-        )
-
-    def load(engine: Any) -> None:
-        load_state(engine, universal or checkpoint, is_universal=universal is not None)
-        if is_dropped:
-            for state in engine.optimizer.optimizer.state.values():
-                for tensor in state.values():
-                    tensor.zero_()  # exp_avg, exp_avg_sq and step: what AdamW begins with
-
-    return load
+    log_resharding(checkpoint, start.world_size, start.zero_stage, config.deepspeed.stage)
+    return lambda engine: load_checkpoint(engine, checkpoint, moments=is_kept, random_state=False)
 
 
-def _problem(start: StartCheckpoint, stage: int) -> str | None:
+def _problem(start: StartCheckpoint) -> str | None:
     """The first fault of the checkpoint, or of this rank's share of its files; None if there is none."""
     checkpoint = Path(start.checkpoint)
     try:
-        check_stage(start.zero_stage, stage, checkpoint)
         if sha256_of(checkpoint / MANIFEST) != start.manifest_sha256:
             return f"{checkpoint / MANIFEST} is not the one that this run was to start from"
         verify_checkpoint(checkpoint, dist.get_rank(), dist.get_world_size())

@@ -23,7 +23,6 @@ from ropewalk.evaluation.harness.ruler_tasks import TASKS
 from ropewalk.files import write_atomically
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-LONGEST_PUBLISHED = LENGTHS[-1]
 JSON_KV_PAIRS = (50, 105, 220, 440, 900, 1800)
 REBUILT_PAIRS = {262_144: 3600}  # ours: twice as many pairs as at half the length
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ from ropewalk.evaluation.bootstrap import FEW_DOCUMENTS
 from ropewalk.figures.needle_grid import EXACT_MATCH
 from ropewalk.figures.style import amount
 from ropewalk.figures.training_curves import final_mean
-from ropewalk.report.results_table import (
+from ropewalk.report.results_section import (
     accuracy_cell,
     difference_cell,
     loss_cell,
     order_by_loss,
     shared_lengths,
+    trained_cell,
 )
 from ropewalk.report.runs import Run, once
 from ropewalk.report.section import EMPTY, UNKNOWN_NOISE, Cell, Section, block_of
@@ -32,42 +33,24 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the logged steps, at which a summary 
 ONCE = ("seeds", "steps", "trained at", "documents")  # columns of the opening that stand once where all are alike
 
 
-@dataclass(frozen=True)
-class PropertyRow:
-    """One property of every run: (value, whether it is marked) in the order of the runs."""
-
-    name: str
-    cells: list[tuple[str, bool]]
-
-    @property
-    def is_shared(self) -> bool:
-        """True if all of several runs have the same value, which then stands once."""
-        return len(self.cells) > 1 and len(set(self.cells)) == 1
-
-
-def facts(runs: list[Run]) -> list[PropertyRow]:
-    """Chain, lengths, provenance, throughput and export verification."""
-    described: dict[str, Callable[[Run], str]] = {
-        "chain": lambda run: _text(run.record.get("chain") or _first_chain(run)),
-        "chain sha256": lambda run: _hash(run.record.get("chain_sha256")),
-        "base theta": lambda run: _text(run.record.get("theta")),
-        "pretrained length": lambda run: _count(run.pretrained_length),
-        "trained length": lambda run: _count(run.trained_length),
-        "parameters": lambda run: amount(run.record["parameters"]) if "parameters" in run.record else UNKNOWN,
-        "tokens trained": lambda run: amount(run.metrics["tokens"].iloc[-1]) if len(run.metrics) else UNKNOWN,
-        "throughput": _throughput,
-        "processes": lambda run: _text(run.record.get("world_size")),
-        "documents begin with BOS": lambda run: BOS[run.begins_with_bos],
-        "store fingerprint": lambda run: _hash(run.record.get("store_fingerprint")),
-        "git commit": lambda run: _commit(run.record.get("git_commit")),
-        "versions": lambda run: ", ".join(f"{k} {v}" for k, v in run.record.get("versions", {}).items()) or UNKNOWN,
-        "export": _export,
-    }
-    return [PropertyRow(name, [(describe(run), False) for run in runs]) for name, describe in described.items()]
+def runs_section(runs: list[Run], baseline: Run) -> Section:
+    """Chain, lengths, provenance, throughput and export check of each run, and the keys in which they differ."""
+    runs = once(runs)
+    rows = [(name, _once_if_shared([Cell(describe(run)) for run in runs])) for name, describe in FACTS.items()]
+    blocks = [
+        *block_of("", rows),
+        *block_of("Configuration differences; ≠, bold: not the baseline's value", config_differences(runs, baseline)),
+    ]
+    missing = [f"{run.name}: no config.yaml, so its configuration is not compared." for run in runs if not run.config]
+    legend = (
+        f"Baseline: {baseline.label}. Of the configuration, keys that differ are listed, save run_name and run_dir."
+    )
+    columns = [f"{run.name} (base)" if run.is_base else run.name for run in runs]
+    return Section("Runs", legend, columns, blocks, "run", missing=missing)
 
 
-def differences(runs: list[Run], baseline: Run) -> list[PropertyRow]:
-    """The configuration keys whose values are not the same in all runs that have a config.yaml.
+def config_differences(runs: list[Run], baseline: Run) -> list[tuple[str, list[Cell]]]:
+    """The configuration keys whose values are not the same in all runs that have a config.yaml, a cell for each run.
 
     A value is marked if it is not the baseline's and may change what is trained. run_name and run_dir name the run and
     are left out.
@@ -77,14 +60,16 @@ def differences(runs: list[Run], baseline: Run) -> list[PropertyRow]:
     rows = []
     for key in sorted({key for run in with_config for key in run.config} - set(ALWAYS_DIFFERENT)):
         matters = not key.startswith(GROUPS_WITHOUT_EFFECT)
-        values = [_value(run, key) for run in with_config]
-        if any(value != values[0] for value in values):
-            cells = [
-                (_value(run, key), matters and bool(run.config) and _value(run, key) != _value(reference, key))
-                for run in runs
-            ]
-            rows.append(PropertyRow(key, cells))
+        if len({_value(run, key) for run in with_config}) > 1:
+            marked = [matters and bool(run.config) and _value(run, key) != _value(reference, key) for run in runs]
+            cells = [Cell("≠ " * mark + _value(run, key), marked=mark) for run, mark in zip(runs, marked, strict=True)]
+            rows.append((key, cells))
     return rows
+
+
+def _once_if_shared(cells: list[Cell]) -> list[Cell]:
+    """One cell for a whole row of equal ones."""
+    return [replace(cells[0], detail="(all runs)")] if len(cells) > 1 and len(set(cells)) == 1 else cells
 
 
 def _value(run: Run, key: str) -> str:
@@ -138,6 +123,22 @@ def _export(run: Run) -> str:
     )
 
 
+FACTS: dict[str, Callable[[Run], str]] = {  # name of a row -> its value for a run
+    "chain": lambda run: _text(run.record.get("chain") or _first_chain(run)),
+    "chain sha256": lambda run: _hash(run.record.get("chain_sha256")),
+    "base theta": lambda run: _text(run.record.get("theta")),
+    "pretrained length": lambda run: _count(run.pretrained_length),
+    "trained length": lambda run: _count(run.trained_length),
+    "parameters": lambda run: amount(run.record["parameters"]) if "parameters" in run.record else UNKNOWN,
+    "tokens trained": lambda run: amount(run.metrics["tokens"].iloc[-1]) if len(run.metrics) else UNKNOWN,
+    "throughput": _throughput,
+    "processes": lambda run: _text(run.record.get("world_size")),
+    "documents begin with BOS": lambda run: BOS[run.begins_with_bos],
+    "store fingerprint": lambda run: _hash(run.record.get("store_fingerprint")),
+    "git commit": lambda run: _commit(run.record.get("git_commit")),
+    "versions": lambda run: ", ".join(f"{k} {v}" for k, v in run.record.get("versions", {}).items()) or UNKNOWN,
+    "export": _export,
+}
 LEGEND = (
     "Loss over the second half of the context, nats per token, 95% interval over documents; differences paired by "
     "document, exploratory. Needle: exact match over the grid, in brackets against shuffled answers. Shaded: past the "
@@ -157,7 +158,7 @@ CONFOUNDED = "A run that also differs in other settings shows the method and tho
 NOT_TRAINED = "None of these runs was trained here, so nothing is known of training noise."
 
 
-def opening_table(runs: list[Run], baseline: Run) -> Section:
+def opening_section(runs: list[Run], baseline: Run) -> Section:
     """A row for each run: arm, steps, training loss, losses and differences at two lengths, needle, other settings.
 
     The lengths are the baseline's trained one, where all runs were evaluated there, and the longest they share. What is
@@ -176,7 +177,7 @@ def opening_table(runs: list[Run], baseline: Run) -> Section:
         described[f"difference to {baseline.label} at {length:,}"] = partial(_difference, baseline, all_arms, length)
     described |= {
         "needle": lambda run: accuracy_cell(run, EXACT_MATCH),
-        "trained at": _trained,
+        "trained at": trained_cell,
         "documents": _documents,
         "other settings than the baseline's": lambda run: Cell(", ".join(others[run.name]) or EMPTY),
     }
@@ -235,10 +236,6 @@ def _training_loss(run: Run) -> Cell:
     return Cell(f"{final_mean(run.metrics, 'loss'):.3f}", hint="mean of the last tenth of the logged steps")
 
 
-def _trained(run: Run) -> Cell:
-    return Cell() if run.trained_length is None else Cell(f"{run.trained_length:,}")
-
-
 def _seeds(arm: Arm) -> Cell:
     return Cell(str(arm.seeds)) if arm.is_trained else Cell()
 
@@ -279,8 +276,9 @@ def other_settings(runs: list[Run], baseline: Run) -> dict[str, list[str]]:
     The base, which differs by nature, has none.
     """
     free, trained = ("rope.", *GROUPS_WITHOUT_EFFECT), once(runs)
-    rows = [r for r in differences(trained, baseline) if not r.name.startswith(free) and r.name not in WITHOUT_EFFECT]
-    keys = {run.label: [row.name for row in rows if row.cells[i][1]] for i, run in enumerate(trained)}
+    rows = config_differences(trained, baseline)
+    rows = [(key, cells) for key, cells in rows if not key.startswith(free) and key not in WITHOUT_EFFECT]
+    keys = {run.label: [key for key, cells in rows if cells[i].marked] for i, run in enumerate(trained)}
     return {run.name: [] if run.is_base else keys[run.label] for run in runs}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import pandas as pd
@@ -12,7 +13,7 @@ import pandas as pd
 from ropewalk.evaluation.bootstrap import extent, weighted_mean
 from ropewalk.figures.needle_grid import EXACT_MATCH, TOKEN_ACCURACY
 from ropewalk.figures.style import interval
-from ropewalk.report.benchmarks import RULER, Scores, common_tasks, lengths_of, named, scores
+from ropewalk.report.benchmarks import RULER, Scores, common_tasks, lengths_of, scores
 from ropewalk.report.differences import Unpaired, at_length, not_finite_documents
 from ropewalk.report.runs import Run, how_to_evaluate, once
 from ropewalk.report.section import Block, Cell, Section, block_of
@@ -27,6 +28,7 @@ MEASURES = {
     ("order", "answers_last"): "Order probe: share that answers a marker's last value, 95% interval",
     ("longppl", "nll"): "LongPPL: nats per key token, 95% interval over documents",
 }
+AT_CHANCE = "Needle grids at chance"
 LEGEND = (
     "Rows from the lowest loss at the longest length that all runs share. *, shaded: longer than the run was trained "
     "at. All of it is exploratory: see Decisions for what was declared before the runs."
@@ -52,24 +54,25 @@ class Pooled:
         return self.value - control <= 2 * math.sqrt(variance / max(self.n, 1))
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """In percent: of exact match in the needle grid, and of RULER's average."""
+def results_section(runs: list[Run], baseline: Run) -> Section:
+    """Losses, paired differences and needle accuracies of all runs, rows from the lowest loss; arms over seeds.
 
-    needle: float
-    ruler: float
-
-
-def results_table(runs: list[Run], baseline: Run) -> Section:
-    """Losses, paired differences and needle accuracies of all runs, rows from the lowest loss; arms over seeds."""
-    lengths = sorted(
-        {length for run in runs for length in losses(run)} | {n for run in runs for n in needle_lengths(run)}
-    )
+    Needle grids at chance, whose accuracies order nothing, are folded away.
+    """
+    lengths = sorted({length for run in runs for length in (*losses(run), *needle_lengths(run))})
     ordered, all_arms = order_by_loss(runs), arms(runs)
 
     def block(title: str, rows: list[Run], cell: Callable[[Run, int], Cell]) -> list[Block]:
         return block_of(title, [(run.name, [cell(run, length) for length in lengths]) for run in rows])
 
+    def needle(rows: list[Run]) -> list[Block]:
+        return [
+            part
+            for title, metric in (("exact match", EXACT_MATCH), ("answer-token accuracy", TOKEN_ACCURACY))
+            for part in block(f"Needle: {title}, beside shuffled answers", rows, partial(_accuracy, metric))
+        ]
+
+    at_chance = [run for run in ordered if is_at_chance(run)]
     blocks = [
         *block(
             "Loss (nats/token) over the second half of the context, 95% interval over documents", ordered, loss_cell
@@ -80,17 +83,21 @@ def results_table(runs: list[Run], baseline: Run) -> Section:
             lambda run, length: difference_cell(run, baseline, all_arms, length),
         ),
         *_over_seeds(all_arms, baseline, lengths),
-        *block("Needle: exact match, beside shuffled answers", ordered, _accuracy(EXACT_MATCH)),
-        *block("Needle: answer-token accuracy, beside shuffled answers", ordered, _accuracy(TOKEN_ACCURACY)),
-        *(part for task, metric in MEASURES for part in block(MEASURES[task, metric], ordered, _number(task, metric))),
+        *needle([run for run in ordered if run not in at_chance]),
+        *(part for measure in MEASURES for part in block(MEASURES[measure], ordered, partial(_number, *measure))),
     ]
     missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
     missing += [words for run in once(runs) for words in run.left_out]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
+    if at_chance:
+        missing.append(f"Exact match in the needle grid is at chance: {', '.join(run.name for run in at_chance)}.")
     columns, legend = [f"{length:,}" for length in lengths], LEGEND if blocks else ""
     settings = dict.fromkeys(run.test_time for run in runs if losses(run))
     title = f"Results, test_time={''.join(settings)}" if len(settings) == 1 and all(settings) else "Results"
-    return Section(title, legend, columns, blocks, missing=missing, on_terminal=True)
+    return Section(
+        title, legend, columns, blocks, missing=missing, folded=needle(at_chance), folded_title=AT_CHANCE,
+        on_terminal=True,
+    )  # fmt: skip
 
 
 def loss_at(length: int) -> Quantity:
@@ -132,7 +139,7 @@ def needle_lengths(run: Run) -> list[int]:
 
 def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
     """``metric`` averaged over depths (and lengths, where ``length`` is None), weighted by prompts."""
-    rows, control = needle_rows(run, metric), needle_rows(run, f"{metric}_shuffled")
+    rows, control = needle_scores(run, metric), needle_scores(run, f"{metric}_shuffled")
     if length is not None:
         rows, control = rows[rows["context_length"] == length], control[control["context_length"] == length]
     if rows.empty:
@@ -147,7 +154,7 @@ def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
     return None if whole is None else whole.at_chance
 
 
-def needle_rows(run: Run, metric: str) -> pd.DataFrame:
+def needle_scores(run: Run, metric: str) -> pd.DataFrame:
     """The evaluator's own pooling over depths, which weights by answer tokens; else the cells."""
     rows = run.task("needle_at_length", metric)
     return run.task("needle", metric) if rows.empty else rows
@@ -213,16 +220,11 @@ def _mean_difference(arm: Arm, reference: Arm, all_arms: list[Arm], length: int)
 
 def loss_cell(run: Run, length: int) -> Cell:
     """Loss over the second half of ``length`` tokens, with its interval."""
-    rows = run.task("loss_at_length", "nll")
-    rows = rows[rows["context_length"] == length]
-    if rows.empty:
-        return Cell()
-    row = rows.iloc[0]
-    hint = f"{row['chain']}, {int(row['n'])} documents"
-    if not math.isfinite(row["value"]):
-        count, whole = not_finite_documents(run, length)
-        return Cell(NOT_FINITE, f"in {count} of {whole} documents", run.is_beyond(length), hint=hint)
-    return Cell(f"{row['value']:.3f}", interval(row["ci_low"], row["ci_high"]), run.is_beyond(length), hint=hint)
+    cell = _number("loss_at_length", "nll", run, length)
+    if cell.main != NOT_FINITE:
+        return cell
+    count, whole = not_finite_documents(run, length)
+    return replace(cell, detail=f"in {count} of {whole} documents")
 
 
 def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -> Cell:
@@ -233,12 +235,12 @@ def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -
     difference = at_length(run, baseline, length)
     if isinstance(difference, Unpaired):
         return Cell(hint=difference.reason)
-    hint = f"{difference.n} documents that both scored"
-    if not math.isfinite(difference.value):
+    hint = f"{difference['n']:.0f} documents that both scored"
+    if not math.isfinite(difference["value"]):
         return Cell(NOT_FINITE, beyond=run.is_beyond(length), hint=hint)
-    detail = interval(difference.low, difference.high, signed=True)
+    detail = interval(difference["ci_low"], difference["ci_high"], signed=True)
     noise = noise_words(run, baseline, all_arms, loss_at(length), digits=4)
-    return Cell(f"{difference.value:+.4f}", detail, run.is_beyond(length), hint=hint, noise=noise)
+    return Cell(f"{difference['value']:+.4f}", detail, run.is_beyond(length), hint=hint, noise=noise)
 
 
 def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
@@ -253,29 +255,24 @@ def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
     return Cell(f"{share.value:.2f}", control, beyond, hint=f"{share.n} prompts")
 
 
-def _accuracy(metric: str) -> Callable[[Run, int], Cell]:
-    return lambda run, length: accuracy_cell(run, metric, length)
+def _accuracy(metric: str, run: Run, length: int) -> Cell:
+    return accuracy_cell(run, metric, length)
 
 
-def _number(task: str, metric: str) -> Callable[[Run, int], Cell]:
-    """The cell of a number with its interval; its n where it is pointed at."""
-
-    def cell(run: Run, length: int) -> Cell:
-        rows = run.task(task, metric)
-        rows = rows[rows["context_length"] == length]
-        if rows.empty:
-            return Cell()
-        row = rows.iloc[0]
-        detail = interval(row["ci_low"], row["ci_high"])
-        return Cell(f"{row['value']:.3f}", detail, run.is_beyond(length), hint=f"{row['chain']}, n = {int(row['n'])}")
-
-    return cell
+def _number(task: str, metric: str, run: Run, length: int) -> Cell:
+    """A number with its interval; its chain and n where it is pointed at."""
+    row = run.number(task, metric, length)
+    if row is None:
+        return Cell()
+    main = f"{row['value']:.3f}" if math.isfinite(row["value"]) else NOT_FINITE
+    detail = interval(row["ci_low"], row["ci_high"])
+    return Cell(main, detail, run.is_beyond(length), hint=f"{row['chain']}, n = {int(row['n'])}")
 
 
 def effective_length(values: Mapping[int, float], threshold: float) -> int | None:
     """The longest length up to which every measured length is at ``threshold`` or above; None where none is.
 
-    A length that recovers after one that failed does not count: nobody would serve it.
+    A length that recovers after one that failed does not count: no one would serve it.
     """
     held = None
     for length in sorted(values):
@@ -298,20 +295,24 @@ def longest_falling(values: Mapping[int, float]) -> int | None:
     return held
 
 
-def effective_table(runs: list[Run], thresholds: Thresholds) -> Section | None:
-    """Effective context, a row for each run; None where nothing was measured at a length."""
-    ruler = scores(runs, RULER)
-    tasks = common_tasks(ruler)
-    columns: dict[str, Callable[[Run], list[Cell]]] = {
-        "trained length": lambda run: [_trained(run)],
-        f"needle: exact match ≥ {thresholds.needle:g}%": lambda run: [_needle_reach(run, thresholds.needle)],
-        "loss falls with every step to": lambda run: [_loss_reach(run)],
+def effective_section(runs: list[Run], needle: float, ruler: float) -> Section | None:
+    """Effective context, a row for each run; None where nothing was measured at a length.
+
+    Args:
+        runs: of the report.
+        needle: percent of exact match that a length must reach.
+        ruler: percent of RULER's average.
+    """
+    all_scores = scores(runs, RULER)
+    tasks = common_tasks(all_scores)
+    columns: dict[str, Callable[[Run], Cell]] = {
+        "trained length": trained_cell,
+        f"needle: exact match ≥ {needle:g}%": lambda run: _needle_reach(run, needle),
+        "loss falls with every step to": _loss_reach,
     }
     if tasks:
-        columns[f"RULER: average ≥ {thresholds.ruler:g}%"] = lambda run: _ruler_reach(
-            run, ruler, tasks, thresholds.ruler
-        )
-    rows = [(run.name, [_joined(cells(run)) for cells in columns.values()]) for run in runs]
+        columns[f"RULER: average ≥ {ruler:g}%"] = lambda run: _ruler_reach(run, all_scores, tasks, ruler)
+    rows = [(run.name, [cell(run) for cell in columns.values()]) for run in runs]
     if not any(cell.hint for _, cells in rows for cell in cells):
         return None
     blocks = block_of("Longest length, tokens, up to which every measured length is at the threshold or above", rows)
@@ -319,14 +320,8 @@ def effective_table(runs: list[Run], thresholds: Thresholds) -> Section | None:
     return Section("Effective context", legend, list(columns), blocks, "run")
 
 
-def _joined(cells: list[Cell]) -> Cell:
-    """Several settings of one run in one cell."""
-    if len(cells) < 2:
-        return cells[0] if cells else Cell()
-    return Cell("; ".join(f"{cell.main} {cell.detail}" for cell in cells), hint=cells[0].hint)
-
-
-def _trained(run: Run) -> Cell:
+def trained_cell(run: Run) -> Cell:
+    """Tokens that the run was trained at."""
     return Cell() if run.trained_length is None else Cell(f"{run.trained_length:,}")
 
 
@@ -341,16 +336,18 @@ def _loss_reach(run: Run) -> Cell:
     return _reach(longest_falling(values), values, run) if len(values) > 1 else Cell()
 
 
-def _ruler_reach(run: Run, ruler: list[Scores], tasks: list[str], threshold: float) -> list[Cell]:
+def _ruler_reach(run: Run, all_scores: list[Scores], tasks: list[str], threshold: float) -> Cell:
+    """The reach under each test-time setting of the run, in one cell."""
     cells = []
-    for score in ruler:
-        if score.run is run:
-            averages = {length: score.average(tasks, length) for length in lengths_of([score])}
-            values = {length: value[0] for length, value in averages.items() if value is not None}
-            cell = _reach(effective_length(values, threshold), values, run)
-            scaling = named(score, ruler).removeprefix(run.name).lstrip(", ")
-            cells.append(Cell(cell.main, scaling and f"({scaling})", cell.beyond, hint=cell.hint))
-    return cells
+    for score in (score for score in all_scores if score.run is run):
+        averages = {length: score.average(tasks, length) for length in lengths_of([score])}
+        values = {length: value[0] for length, value in averages.items() if value is not None}
+        cell = _reach(effective_length(values, threshold), values, run)
+        setting = score.name.removeprefix(run.name).lstrip(", ")
+        cells.append(replace(cell, detail=setting and f"({setting})"))
+    if len(cells) < 2:
+        return cells[0] if cells else Cell()
+    return Cell("; ".join(f"{cell.main} {cell.detail}" for cell in cells), hint=cells[0].hint)
 
 
 def _reach(held: int | None, values: Mapping[int, float], run: Run) -> Cell:

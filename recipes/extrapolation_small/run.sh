@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Does clipping help? RoPE, HardClip and CoPE over ten seeds in two regimes, as plan.yaml declares; then a survey of other
+# methods, and test-time scaling of the core's runs. run.sh [core] [survey] [scaling]; core by default. One process a core
+# (PROCESSES); run again, it goes on from what is finished.
+cd "$(dirname "$0")/../.."
+CLUSTER=laptop NODES=1
+. recipes/common.sh
+export OMP_NUM_THREADS=1
+: "${PROCESSES:=$(nproc)}"
+
+out=outputs/extrapolation_small
+data=data/extrapolation_small
+study=(scripts/study.py plan=recipes/extrapolation_small/plan.yaml "results=$out")
+
+# The survey's arms, from scratch: name and chain
+declare -A survey=(
+  [hope]='[{method: hope}]'
+  [p_rope]='[{method: p_rope, fraction: 0.75}]'
+  [half]='[{method: half_rope}]'
+  [high_frequency]='[{method: high_frequency}]'
+  [rope_id]='[{method: rope_id}]'
+  [cope4]='[{method: cope, clip: 4}]'
+  [cope11]='[{method: cope, clip: 11}]'
+  [nope]='[{method: p_rope, fraction: 0.0}]'
+)
+
+# each FUNCTION SEED...: the function once for each seed, PROCESSES at a time
+each() {
+  local job=$1 seed
+  shift
+  for seed; do
+    if [ -n "${DRY_RUN:-}" ]; then
+      "$job" "$seed"
+    else
+      while [ "$(jobs -rp | wc -l)" -ge "$PROCESSES" ]; do wait -n; done
+      "$job" "$seed" &
+    fi
+  done
+  while [ -n "$(jobs -rp)" ]; do wait -n; done
+}
+
+# measure REGIME SEED TEST_TIME ARM...: answers, order and loss of the arms of one seed
+measure() {
+  local regime=$1 seed=$2 test_time=$3 lengths='[64,128,256,512]'
+  shift 3
+  [ "$regime" = scratch ] || lengths='[256,512,1024,2048]'
+  # shellcheck disable=SC2046,SC2059 # words
+  evaluate runs $(printf "$out/$regime/%s-s$seed " "$@") "documents=$data/heldout" "lengths=$lengths" \
+    "test_time=$test_time" device=cpu dtype=float32 needle.names=false needle.samples=0 answers.count=512 \
+    "compare.output=$out/reports/$regime-s$seed-$1.html"
+}
+
+# base SEED: RoPE from scratch, which is an arm of the first regime and where the arms of the second continue from
+base() {
+  train +experiment=extrapolation/scratch rope.name=rope "trainer.seed=$1"
+  measure scratch "$1" none rope
+}
+
+# arms SEED: all other runs of the core
+arms() {
+  local arm
+  for arm in hardclip cope; do
+    train +experiment=extrapolation/scratch "rope=${arm}_auto" "rope.name=$arm" "trainer.seed=$1"
+  done
+  measure scratch "$1" none hardclip cope
+  for arm in rope hardclip cope; do
+    train +experiment=extrapolation/continued "rope=demo_$arm" "trainer.seed=$1" "start_from.run=$out/scratch/rope-s$1"
+  done
+  measure continued "$1" none rope hardclip cope
+}
+
+# others SEED: the survey's runs
+others() {
+  local arm
+  for arm in "${!survey[@]}"; do
+    train +experiment=extrapolation/scratch "rope.name=$arm" "rope.chain=${survey[$arm]}" "trainer.seed=$1"
+  done
+  measure scratch "$1" none "${!survey[@]}"
+}
+
+# scaled SEED: the core's runs of the second regime with scaling at test time
+scaled() { measure continued "$1" '[none,yarn_follow,pi_follow,ntk_follow]' rope hardclip cope; }
+
+# seeds WHICH: next or accepted; of a dry run the first alone
+seeds() { if [ -n "${DRY_RUN:-}" ]; then echo 0; else python "${study[@]}" collect=true "seeds=$1"; fi; }
+
+stage data_prep/prepare.py corpus=demo "output=$data" 'sequence_lengths=[64,256]'
+
+for stage in "${@:-core}"; do
+  case $stage in
+    core)
+      while wanted=$(seeds next) && [ -n "$wanted" ]; do
+        # shellcheck disable=SC2086 # numbers
+        each base $wanted
+        [ -z "${DRY_RUN:-}" ] || break
+      done
+      # shellcheck disable=SC2046
+      each arms $(seeds accepted)
+      ;;
+    survey)
+      # shellcheck disable=SC2046
+      each others $(seeds accepted | cut -d' ' -f1-5)
+      ;;
+    scaling)
+      # shellcheck disable=SC2046
+      each scaled $(seeds accepted | cut -d' ' -f1-5)
+      ;;
+    *)
+      echo "error: $stage is not a stage; there are core, survey and scaling" >&2
+      exit 2
+      ;;
+  esac
+done
+[ -n "${DRY_RUN:-}" ] || python "${study[@]}" collect=true

@@ -1,0 +1,36 @@
+"""The step of a chain that says which axis, time, height or width, each pair reads; it changes no frequency."""
+
+from __future__ import annotations
+
+from ropewalk.rope.methods.checks import check
+from ropewalk.rope.pair_axes import Layout, PairAxes, Rule, quarter_section
+from ropewalk.rope.registry import AUTO, register_method
+from ropewalk.rope.spectrum import Spectrum
+
+
+@register_method("axes", auto={"section": lambda spectrum: quarter_section(spectrum.inv_freq.size)})
+def axes(
+    spectrum: Spectrum,
+    *,
+    layout: Layout,
+    positions: Rule,
+    section: list[int] = AUTO,
+    temporal_scales: list[float] | None = None,
+) -> Spectrum:
+    """Hand the pairs out to time, height and width, and name the rule by which videos get positions.
+
+    It stands first in a chain and takes the place of the checkpoint's own. On text, whose three positions are equal, it
+    changes nothing.
+
+    layout: ``bands``: time, height, width from the fastest pair on (M-RoPE, arXiv 2409.12191); ``alternating``: height
+    and width in turn, then time on the slowest pairs (VideoRoPE, arXiv 2502.05173; HoPE, arXiv 2505.20444);
+    ``interleaved``: the three in turn, then time (Qwen3-VL's).
+    section: pairs that read time, height and width, d/2 together; ``auto``: a quarter for time, the rest halved.
+    positions: ``mrope``, ``mrope_v5``, ``diagonal`` or ``index``; see docs/position.md.
+    temporal_scales: positive; positions that a frame of a video takes under ``diagonal``, 1 by default. VideoRoPE has
+    2; HoPE draws one of 0.5, 0.75, 1, 1.25 and 1.5 for each video.
+    """
+    pairs = spectrum.inv_freq.size
+    check(sum(section) == pairs, f"axes: section={section} must add up to a head's {pairs} pairs; use section=auto")
+    scales = (1.0,) if temporal_scales is None else tuple(temporal_scales)
+    return spectrum.on_axes(PairAxes(layout, tuple(section), positions, scales))  # type: ignore[arg-type]
