@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +15,7 @@ import pytest
 from helpers import TINY, composed, tiny_run
 
 from ropewalk.cluster.planner import make_plan
-from ropewalk.cluster.replicate_branches import branches_of, noise
+from ropewalk.cluster.replicate_branches import _run, branches_of, noise
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.training import train
 
@@ -101,3 +106,27 @@ def test_branches_start_from_one_checkpoint_and_their_noise_is_measured(store_64
     assert (row["replicated"], row["runs"], row["items"]) == ("horizon", 2, 4)
     assert row["spread"] > 0  # the learning rates of the second step differ
     noise(composed("noise", *given, *own), [*given, *own, "trainer.bogus=1"])  # nothing is left to start
+
+
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)  # longer than subprocess.run waits after Ctrl-C
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1], "begun").touch()
+time.sleep(20)
+"""
+
+
+def test_a_branch_may_save_when_the_command_is_interrupted(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        _run([sys.executable, "-c", SAVES, str(tmp_path)])
+    assert (tmp_path / "saved").exists()

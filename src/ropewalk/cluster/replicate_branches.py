@@ -90,10 +90,21 @@ def start_replicates(config: NoiseConfig, overrides: Sequence[str]) -> list[Path
         left = f"trainer.stop_after={config.trainer.max_steps - done}"
         words = [*command, *kept, f"run_name={run_name}", f"run_dir={directory}", *own, left]
         print(f"branch: {shlex.join(words)}", flush=True)
-        code = subprocess.run(words, check=False).returncode
+        code = _run(words)
         if code:
             raise UserError(f"{run_name} ended with {code}; repeat the command, and it goes on from what is finished")
     return [_directory(config, run_name) for run_name in branches]
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a command to its end; on Ctrl-C or SIGTERM it is sent SIGTERM and given the time to save."""
+    process = subprocess.Popen(words)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def branches_of(config: NoiseConfig) -> dict[str, list[str]]:
