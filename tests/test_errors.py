@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ropewalk.cli import Sweep, check_grammar
+from ropewalk.cli import Sweep, check_grammar, entry
 from ropewalk.config.evaluation import CompareConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
@@ -138,6 +138,21 @@ def test_a_sweep_goes_past_a_wrong_combination_and_ends_with_a_table(capsys):
         "  rope=cope10  done", "  rope=cope34  failed: clip=34 is too large", "  rope=snap    done: outputs/snap",
     ]  # fmt: skip
     assert shown.err == "error: clip=34 is too large\n"
+
+
+def test_a_sweep_goes_past_what_hydra_cannot_compose(monkeypatch, tmp_path, capsys):
+    """An option that is not there, a value of the wrong type, and one that only its use shows to be wrong."""
+    words = ["+experiment=nowhere,rope", "trainer.seed=a,1", "baseline='${nothing}',x", f"hydra.sweep.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["train.py", "-m", *words])
+    composed = []
+    with pytest.raises(SystemExit) as ended:
+        entry("train", reads_inputs=False)(composed.append)()
+    assert ended.value.code == 2
+    assert [(config.trainer.seed, config.baseline) for config in composed] == [(1, "x")]
+    shown = capsys.readouterr()
+    assert "sweep: 1 of 8 done" in shown.out
+    assert len(shown.err.splitlines()) == 7
+    assert all(line.startswith("error: ") for line in shown.err.splitlines())
 
 
 @pytest.mark.parametrize("error", [SystemExit(75), RuntimeError("a fault")])

@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import CompactHydraException, HydraException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +37,8 @@ from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
 
 DRY_RUN = "--dry-run="
+IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+USER_FAULTS = (UserError, CompactHydraException, OmegaConfBaseException)
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
 REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
 
@@ -129,7 +132,8 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
         def with_object(composed: DictConfig) -> None:
             with user_errors():  # here, so that Hydra adds no line of its own
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    sweep.run(HydraConfig.get().overrides.task, partial(checked, composed), composed)
+                    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # their ${...} as written
+                    sweep.run(words, partial(checked, composed), composed)
                 else:
                     checked(composed)
 
@@ -144,7 +148,8 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
                 if takes_path:
                     sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
                 sweep.keys = check_grammar(sys.argv[1:])
-                run()
+                with sweep.composing():
+                    run()
                 sweep.end()
 
         return command
@@ -164,14 +169,11 @@ class Sweep:
 
         The table names the directory that ``config`` has it write.
         """
-        varied = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.keys]
-        words = " ".join(varied or overrides)
-        _print_once(f"\nsweep {len(self.rows) + 1}: {words}")
+        words = self._announce(overrides)
         try:
             job()
-        except (UserError, FloatingPointError) as error:  # all ranks raise them alike, so all go on
-            _report(error)
-            self.rows.append((words, f"failed: {' '.join(str(error).split())}"))
+        except (*USER_FAULTS, FloatingPointError) as error:  # all ranks raise them alike, so all go on
+            self.rows.append((words, f"failed: {_report(error)}"))
         except BaseException as error:  # a signal, or a fault of the program: the sweep ends here
             self.rows.append((words, f"left with {error.code}" if isinstance(error, SystemExit) else repr(error)))
             self._print()
@@ -179,6 +181,36 @@ class Sweep:
         else:
             results = [] if config is None else [OmegaConf.select(config, key) for key in ("run_dir", "output")]
             self.rows.append((words, ": ".join(["done", *(str(result) for result in results if result)])))
+
+    @contextmanager
+    def composing(self) -> Iterator[None]:
+        """Have Hydra 1.3.8 note and pass over combinations that do not compose; of jobs it submits all or none."""
+        validate = Sweeper.validate_batch_is_legal
+
+        def drop_wrong(sweeper: Sweeper, batch: list[list[str]]) -> None:
+            if sweeper.config.hydra.launcher._target_ != IN_THIS_PROCESS:
+                validate(sweeper, batch)
+                return
+            legal = []
+            for overrides in batch:
+                try:
+                    validate(sweeper, [overrides])
+                    legal.append(overrides)
+                except USER_FAULTS as error:
+                    self.rows.append((self._announce(overrides), f"failed: {_report(error)}"))
+            batch[:] = legal
+
+        Sweeper.validate_batch_is_legal = drop_wrong  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            Sweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
+
+    def _announce(self, overrides: Sequence[str]) -> str:
+        varied = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.keys]
+        words = " ".join(varied or overrides)
+        _print_once(f"\nsweep {len(self.rows) + 1}: {words}")
+        return words
 
     def end(self) -> None:
         """Print the table, if there was a sweep; exit code 2 if a combination has failed."""
@@ -216,8 +248,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
         _output_is_closed()
-    except (UserError, CompactHydraException, OmegaConfBaseException) as error:
-        sys.exit(_report(error))
+    except USER_FAULTS as error:
+        _report(error)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -375,15 +408,17 @@ def _print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception) -> str:
+    """Print an error in one line, once a node; returns it."""
     message = str(error)
     if isinstance(error, CompactHydraException) and error.__cause__ is not None:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):  # without the search path, with a way on
         message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_fix(message)}"
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    message = " ".join(message.split())
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # not one a GPU
+        print(f"error: {message}", file=sys.stderr)
+    return message
 
 
 def _fix(message: str) -> str:

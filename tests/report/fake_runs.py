@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ropewalk.errors import UserError
 from ropewalk.evaluation import results
+from ropewalk.rope import RopeChain
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -73,10 +75,14 @@ def write_run(directory: Path, run: FakeRun) -> Path:
 
 def write_config(directory: Path, run: FakeRun) -> None:
     method = run.chain.replace("(", ": ").split(" > ")[-1].split(":")[0]
+    try:
+        steps = RopeChain.parse(run.chain).to_list()
+    except UserError:
+        steps = [{"method": method}]
     lines = [
         f"run_name: {json.dumps(run.name)}",
         f"run_dir: {directory}",
-        f"rope: {{name: {method}, chain: [{{method: {method}}}]}}",
+        f"rope: {{name: {method}, chain: {json.dumps(steps)}}}",
         f"data: {{sequence_length: {run.trained_length}, mixture: {{long: 0.7, retrieval: 0.3}}}}",
         f"trainer: {{seed: {run.seed}, learning_rate: 1.0e-3, max_steps: {run.steps}}}",
         *(f"{key}: {value}" for key, value in run.config.items()),

@@ -185,7 +185,8 @@ def test_configuration_lists_only_differing_keys_and_marks_the_others(arms: list
     facts, differences = runs_section(runs, runs[1]).blocks
     assert {name: [cell.main for cell in cells] for name, cells in facts.rows if len(cells) == 1} == {
         "pretrained length": ["512 tokens"], "parameters": ["1.74M"], "processes": ["1"],
-        "store fingerprint": ["5f5f5f5f5f5f"], "git commit": ["0123456789ab"],
+        "store fingerprint": ["5f5f5f5f5f5f"], "documents begin with BOS": ["not recorded"],
+        "git commit": ["0123456789ab"],
         "versions": ["torch 2.13.0, transformers 5.23.0, deepspeed 0.19.8"],
         "export": ["passed: largest logit difference 2.4e-06 (logit std 1.9, 4,096 tokens)"],
     }  # fmt: skip
@@ -193,6 +194,9 @@ def test_configuration_lists_only_differing_keys_and_marks_the_others(arms: list
     assert list(rows) == ["data.sequence_length", "rope.chain", "rope.name", "trainer.max_steps"]
     assert [cell.main for cell in rows["trainer.max_steps"]] == ["≠ 192", "44", "44", "44"]
     assert [cell.marked for cell in rows["trainer.max_steps"]] == [True, False, False, False]
+    assert [cell.main for cell in rows["rope.chain"]] == [
+        "≠ rope", "abf(theta=1e5)", "≠ abf(theta=1e5) > hardclip(clip=11)", "≠ abf(theta=1e5) > cope(clip=11)",
+    ]  # fmt: skip
 
 
 def test_terminal_gets_the_table_and_the_path(made: tuple[str, list[str], Path]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, composed, one_step, tiny_run
+from omegaconf import OmegaConf
 from ranks import run_ranks, tiny_arguments
 
 from ropewalk.config.groups import RopeConfig
@@ -18,6 +19,7 @@ from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.model.load import training_config
 from ropewalk.model.rotary import assert_spectrum
 from ropewalk.rope.position import position_of
+from ropewalk.runs.directory import MANIFEST, RunDirectory
 from ropewalk.runs.launch import EXIT_REQUEUE
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.runs.record import recorded_config
@@ -30,6 +32,7 @@ from ropewalk.training.guards import Guard
 from ropewalk.training.hooks import Hook, StopRequested
 from ropewalk.training.inputs import micro_batches, open_data, step_batch
 from ropewalk.training.meter import Meter
+from ropewalk.training.run_logger import closing_lines
 from ropewalk.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
@@ -317,7 +320,7 @@ def test_two_ranks_give_the_losses_of_one(store_64, tmp_path):
 
 
 def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_256, tmp_path, capsys):
-    """Shares of weights 3 and 1; the learning rate alone differs from the baseline's record."""
+    """Shares of weights 3 and 1; the clip and the learning rate differ from the baseline's record."""
     more = [
         "trainer.max_steps=2",
         "data.mixture={long: 3, short: 1}",
@@ -325,7 +328,8 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_
         "rope.chain=[{method: cope, clip: 2}]",
     ]
     baseline, run_dir = tmp_path / "base", tmp_path / "run"
-    train(tiny_run(store_256, baseline, *more, "trainer.stop_after=1", f"baseline={run_dir}"))
+    other = "rope.chain=[{method: cope, clip: 3}]"
+    train(tiny_run(store_256, baseline, *more, other, "trainer.stop_after=1", f"baseline={run_dir}"))
     first = capsys.readouterr().out.splitlines()
     assert f"  baseline  {run_dir}: has no record yet" in first
     assert first[-1] == f"{baseline} is at step 1 of 2; the same command goes on"
@@ -334,15 +338,37 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_comes_next(store_
     assert [line for line in lines if line.startswith("  ")] == [
         "  chain     cope(clip=2)", "  base      random weights", f"  data      store {store_256.root}",
         "  shares    long 75.0%, short 25.0%",
-        f"  baseline  {baseline}: trainer.learning_rate 0.003 -> 0.001", "  tracker   none",
+        f"  baseline  {baseline}: rope.chain cope(clip=3) -> cope(clip=2); trainer.learning_rate 0.003 -> 0.001",
+        "  tracker   none",
     ]  # fmt: skip
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         f"finished: {run_dir}, step-00000002",
         f"next: python scripts/evaluate.py checkpoint={run_dir} output={run_dir}/evaluation "
         "documents=DIRECTORY_OF_TEXTS 'lengths=[256]' device=cpu dtype=float32",
+        "DIRECTORY_OF_TEXTS: text files that were not trained on; no preparation of this run's data has kept any "
+        "(corpus.heldout_documents)",
     ]
     train(tiny_run(store_256, run_dir, *more, f"baseline={baseline}", "trainer.learning_rate=1e-3", "tracker.group=x"))
-    assert capsys.readouterr().out.splitlines()[-2:] == lines[-2:]
+    assert capsys.readouterr().out.splitlines()[-3:] == lines[-3:]
+
+
+def test_the_last_line_names_held_out_text_of_the_run_or_of_the_run_before(store_256, tmp_path):
+    """SFT on a store without held-out text, after a run on one whose preparation has kept some."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    store = tmp_path / "data" / "256"
+    config = tiny_run(store_256, first, "trainer.max_steps=1", f"data.store={store}")
+    for run in (first, second):
+        manifest = RunDirectory(run).checkpoint(1) / MANIFEST
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+    OmegaConf.save(OmegaConf.create(recorded_config(config)), RunDirectory(first).config)
+    after = tiny_run(store_256, second, "trainer.max_steps=1", f"start_from.run={first}")
+    assert "documents=DIRECTORY_OF_TEXTS " in closing_lines(after, 1)[1]
+    (store.parent / "heldout").mkdir(parents=True)
+    for run in (config, after):
+        lines = closing_lines(run, 1)
+        assert len(lines) == 2
+        assert f" documents={store.parent / 'heldout'} " in lines[1]
 
 
 def test_the_record_of_a_cpu_run_names_no_gpu_cluster(store_64, tmp_path):

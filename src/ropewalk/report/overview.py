@@ -24,6 +24,7 @@ from ropewalk.report.results_section import (
 from ropewalk.report.runs import Run, once
 from ropewalk.report.section import EMPTY, UNKNOWN_NOISE, Cell, Section, block_of
 from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms, why_apart
+from ropewalk.runs.record import in_notation
 
 ALWAYS_DIFFERENT = ("run_name", "run_dir")
 UNKNOWN = "not recorded"
@@ -75,7 +76,7 @@ def _once_if_shared(cells: list[Cell]) -> list[Cell]:
 def _value(run: Run, key: str) -> str:
     if not run.config:
         return UNKNOWN
-    return _text(run.config[key]) if key in run.config else "no such key"
+    return _text(in_notation(key, run.config[key])) if key in run.config else "no such key"
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,7 @@ from ropewalk.config.train import GuardConfig, PrimaryConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.errors import UserError
 from ropewalk.files import copy_files, read_object, write_atomically
+from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.position import Position
 from ropewalk.runs.directory import RunDirectory
 
@@ -130,11 +131,25 @@ def recorded_at(run_dir: str | Path) -> dict[str, Any] | None:
 def differences(config: Any, baseline: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys in which a configuration differs from another one as recorded, with the other's value and its own.
 
-    Keys of WITHOUT_EFFECT are left out.
+    Keys of WITHOUT_EFFECT are left out; a chain is in its notation.
     """
     own, other = _flat(recorded_config(config)), _flat(baseline)
     keys = sorted(key for key in {**other, **own} if not key.startswith(WITHOUT_EFFECT))
-    return {key: (other.get(key), own.get(key)) for key in keys if other.get(key) != own.get(key)}
+    return {
+        key: (in_notation(key, other.get(key)), in_notation(key, own.get(key)))
+        for key in keys
+        if other.get(key) != own.get(key)
+    }
+
+
+def in_notation(key: str, value: Any) -> Any:
+    """The recorded value of ``rope.chain`` in a chain's notation; of any other key, or no chain of today, as it is."""
+    if key != "rope.chain" or value is None:
+        return value
+    try:
+        return str(RopeChain(value))
+    except UserError:  # of a method that has gone
+        return value
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

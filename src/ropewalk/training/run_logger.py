@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from types import TracebackType
@@ -18,7 +19,7 @@ from ropewalk.config.train import TrainConfig
 from ropewalk.files import writing
 from ropewalk.model.attention import attention_kernel
 from ropewalk.model.load import count_parameters
-from ropewalk.runs.directory import RunDirectory
+from ropewalk.runs.directory import RunDirectory, checkpoint_at
 from ropewalk.runs.metrics_file import MetricsFile
 from ropewalk.runs.record import copy_tokenizer, differences, recorded_at, recorded_config, write_record
 from ropewalk.training.checkpoint.resume import ResumePoint
@@ -27,6 +28,8 @@ from ropewalk.training.hooks import Hook, Step
 from ropewalk.training.inputs import RunInputs
 from ropewalk.training.meter import CONVENTIONS, Meter, StepWork, WorkCounter, known_peak
 from ropewalk.training.tracker import open_tracker
+
+PLACEHOLDER = "DIRECTORY_OF_TEXTS"  # in the command that a run ends with, where no held-out text is known
 
 
 class RunLogger(Hook):
@@ -218,14 +221,32 @@ def closing_lines(config: TrainConfig, step: int) -> list[str]:
     result = f"finished: {run_dir}" + (f", {newest.name}" if newest else ", without a checkpoint")
     if newest is None:
         return [result]
-    heldout = Path(config.data.store).parent / "heldout"
-    documents = config.evaluation.documents or (heldout if heldout.is_dir() else "DIRECTORY_OF_TEXTS")
+    documents = _held_out(asdict(config))
     device = " device=cpu dtype=float32" if config.trainer.device == "cpu" else ""
-    return [
+    lines = [
         result,
-        f"next: python scripts/evaluate.py checkpoint={run_dir} output={run_dir}/evaluation documents={documents} "
-        f"'lengths=[{config.data.sequence_length}]'{device}",
+        f"next: python scripts/evaluate.py checkpoint={run_dir} output={run_dir}/evaluation "
+        f"documents={documents or PLACEHOLDER} 'lengths=[{config.data.sequence_length}]'{device}",
     ]
+    if documents is None:
+        lines.append(
+            f"{PLACEHOLDER}: text files that were not trained on; no preparation of this run's data has kept any "
+            "(corpus.heldout_documents)"
+        )
+    return lines
+
+
+def _held_out(config: Mapping[str, Any] | None) -> str | None:
+    """Documents that were kept from training: the run's own, its preparations', or those of the run it began with."""
+    if config is None:
+        return None
+    data, start = config["data"], config["start_from"]["run"]
+    beside = [Path(store).parent / "heldout" for store in (data["store"], *data.get("stores", {}).values())]
+    kept = config["evaluation"]["documents"] or next((str(path) for path in beside if path.is_dir()), None)
+    if kept or start is None:
+        return kept
+    checkpoint = checkpoint_at(start)  # None: the other run has gone
+    return None if checkpoint is None else _held_out(recorded_at(RunDirectory.of(checkpoint).root))
 
 
 def _finite(value: float) -> float | None:
