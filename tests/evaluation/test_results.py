@@ -134,6 +134,17 @@ def test_a_table_of_other_columns_is_named(tmp_path) -> None:
         read_results(tmp_path)
 
 
+def test_a_damaged_table_is_named(tmp_path) -> None:
+    (tmp_path / "table.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"table\.parquet cannot be read .*; copy it again, or evaluate again"):
+        read_results(tmp_path)
+    write_results(tmp_path, results_table(ROWS))
+    table = pd.read_parquet(tmp_path / "table.parquet")
+    table.assign(value="much").to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(UserError, match=r"table\.parquet has a column of another type .*'much'"):
+        read_results(tmp_path)
+
+
 def test_an_evaluation_of_an_earlier_ropewalk_is_refused_by_name(tmp_path) -> None:
     """It had losses and needles in results.parquet, beside a table.parquet or without one."""
     directory = tmp_path / "evaluation"

@@ -1,6 +1,7 @@
 """A run directory's layout: which checkpoints are committed, which is the newest, and what their manifests say."""
 
 import json
+import shutil
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ropewalk.runs.directory import (
     damaged_name,
     read_manifest,
 )
+from ropewalk.runs.record import recorded_at
 
 
 def commit(run: Path, step: int, content: str = '{"format": 1}') -> Path:
@@ -39,6 +41,8 @@ def test_the_newest_checkpoint_is_the_last_that_has_a_manifest(tmp_path):
     first, second = commit(tmp_path, 2), commit(tmp_path, 10)
     run.checkpoint(12).mkdir()  # its save is not finished
     damaged_name(second).mkdir()
+    for name in ("step-00000010.bak", "step-00000010 (copy)", "step-final"):  # of a user's hand
+        shutil.copytree(second, second.with_name(name))
     assert run.saved_checkpoints() == [first, second, run.checkpoint(12)]
     assert run.committed_checkpoints() == [first, second]
     assert (run.newest_checkpoint(), run.committed_step()) == (second, 10)
@@ -71,10 +75,25 @@ def test_a_checkpoint_behind_a_link_is_found_in_its_run(tmp_path):
 
 @pytest.mark.parametrize(("content", "said"), [
     ("{", "is not the manifest that was written"), ('{"format": 9}', "has format 9; this version reads 1"),
+    ("[]", "is not the manifest that was written"), ("[" * 100_000, "is not the manifest that was written"),
 ])  # fmt: skip
 def test_a_manifest_that_cannot_be_read_is_a_user_error(tmp_path, content, said):
     with pytest.raises(UserError, match=said):
         read_manifest(commit(tmp_path, 1, content))
+
+
+@pytest.mark.parametrize("edited", ["    max_steps: 4", "  max_steps:  4  # a short run"])
+def test_a_config_that_was_edited_still_plans_its_steps(tmp_path, edited):
+    commit(tmp_path, 4)
+    (tmp_path / "config.yaml").write_text(f"trainer:\n{edited}\n")
+    assert RunDirectory(tmp_path).is_finished()
+
+
+@pytest.mark.parametrize("content", [b"a:\n\tb: 1", b"a: 1\na: 2", b"a: ${b}", b"a: \xe9", b"- a"])
+def test_a_config_that_cannot_be_read_is_a_user_error(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml (cannot be read|is not a mapping).*; correct it, or move"):
+        recorded_at(tmp_path)
 
 
 def test_a_directory_without_a_manifest_was_never_committed(tmp_path):

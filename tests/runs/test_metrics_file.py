@@ -18,8 +18,9 @@ def test_a_last_line_without_its_end_is_left_out(tmp_path, torn):
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
-def test_a_line_that_is_not_text_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\xff\n')
+@pytest.mark.parametrize("line", [b"\xff\xfe\xff", b"[1]", b"3", b'{"loss": 1}', b'{"step": "2"}', b"[" * 100_000])
+def test_a_line_that_is_not_a_row_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
     with pytest.raises(UserError, match="line 2 is not what was written"):
         read_metrics(tmp_path)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 from ropewalk.evaluation.bootstrap import BUCKET, weighted_mean
 from ropewalk.files import read_object, replace_atomically, write_atomically, writing
 from ropewalk.runs.directory import RunDirectory
@@ -366,8 +366,14 @@ def writable_directory(name: str, path: str) -> Path:
 
 def _read_typed(path: Path, columns: Mapping[str, str], absent: Collection[str] = ()) -> pd.DataFrame:
     """The table at ``path`` with these columns alone; those of ``absent`` may be missing and are null then."""
-    table = pd.read_parquet(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({in_one_line(error)}); copy it again, or evaluate again") from error
     missing = [name for name in columns if name not in table.columns and name not in absent]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; write it again with this version of ropewalk")
-    return table.reindex(columns=list(columns)).astype(dict(columns))
+    try:
+        return table.reindex(columns=list(columns)).astype(dict(columns))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has a column of another type ({in_one_line(error)}); evaluate again") from error

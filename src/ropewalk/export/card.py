@@ -12,7 +12,6 @@ import pandas as pd
 import yaml
 from httpx2 import HTTPError
 from huggingface_hub import ModelCard, hf_hub_download
-from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
 from ropewalk.export.output import SOURCE, STOCK, findings_of
@@ -21,6 +20,7 @@ from ropewalk.files import read_object, write_atomically
 from ropewalk.model.load import head_dim
 from ropewalk.runs.directory import RunDirectory, read_manifest
 from ropewalk.runs.metrics_file import read_metrics
+from ropewalk.runs.record import recorded_at
 
 CARD = "README.md"
 
@@ -127,7 +127,7 @@ def _training(source: Source) -> list[str]:
         return ["## Training", "", "None. The method changes the model without training; measure before relying on it."]
     run, manifest = RunDirectory(source.run_dir), read_manifest(source.origin)
     contract = manifest.get("contract", {})
-    settings: Any = OmegaConf.to_container(OmegaConf.load(run.config)) if run.config.is_file() else {}
+    settings: Any = recorded_at(run.root) or {}
     record = read_object(run.record)
     trainer = settings.get("trainer", {})
     tokens = manifest["step"] * contract.get("global_batch_size", 0)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from ropewalk.errors import UserError
 from ropewalk.evaluation.results import (
@@ -29,6 +28,7 @@ from ropewalk.evaluation.results import (
 from ropewalk.files import read_object
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_rows
+from ropewalk.runs.record import recorded_at
 
 METRIC_COLUMNS = ("step", "tokens", "loss", "tokens_per_second")
 
@@ -231,7 +231,7 @@ def load_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise UserError(f"runs: {directory} is not a directory; give run directories, as train.py writes them")
     run = RunDirectory(directory)
-    config = _config(run.config)
+    config = flatten(recorded_at(directory) or {})
     record = read_object(run.record)
     metrics = _metrics(run.metrics)
     evaluations = read_evaluations(directory)
@@ -267,12 +267,6 @@ def _name(directory: Path, run_column: pd.Series, record: dict[str, Any], config
             "nothing again)"
         )
     return str((names or [trained or root.name])[0])
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return flatten(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

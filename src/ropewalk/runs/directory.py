@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 from ropewalk.files import read_object
 
 # Inside checkpoints/step-N, beside config.json (with the position in it) and rng_rank_R.safetensors:
@@ -87,8 +87,8 @@ class RunDirectory:
         return self.heartbeats / f"rank_{rank:05d}.txt"
 
     def saved_checkpoints(self) -> list[Path]:
-        """Directories ``checkpoints/step-N`` from the oldest on, committed or not."""
-        return sorted(self.checkpoints.glob(f"{_STEP}*"))
+        """Directories ``checkpoints/step-N`` from the oldest on, committed or not; copies of other names are none."""
+        return sorted(path for path in self.checkpoints.glob(f"{_STEP}*") if path.name[len(_STEP) :].isdecimal())
 
     def committed_checkpoints(self) -> list[Path]:
         """Checkpoints with a manifest, from the oldest on; none of their files is read."""
@@ -108,7 +108,7 @@ class RunDirectory:
         step = self.committed_step()
         if step is None or not self.config.is_file():
             return False
-        planned = re.search(r"^  max_steps: (\d+)$", self.config.read_text(encoding="utf-8"), re.MULTILINE)
+        planned = re.search(r"^\s+max_steps:\s*(\d+)\b", self.config.read_text(encoding="utf-8"), re.MULTILINE)
         return planned is not None and step >= int(planned[1])
 
 
@@ -172,9 +172,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{checkpoint} holds no {MANIFEST}, so it was never committed; name one that was, or the run")
     try:
-        manifest = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not the manifest that was written: {error}") from error
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not the manifest that was written: {in_one_line(error)}") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is not the manifest that was written: it is no JSON object")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(f"{path} has format {manifest.get('format')}; this version reads {MANIFEST_FORMAT}")
     return manifest

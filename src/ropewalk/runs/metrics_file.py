@@ -74,7 +74,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     A last line without its end is left out: a crash cut it off, or the run is writing it.
 
     Raises:
-        UserError: naming a line that is not JSON.
+        UserError: naming a line that is not a JSON object with a step.
     """
     if not path.is_file():
         return []
@@ -82,7 +82,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not what was written ({error}); remove it") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}, line {number} is not what was written (no object with a whole step); remove it")
+        rows.append(row)
     return rows

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ropewalk.config.train import GuardConfig, PrimaryConfig, TrainConfig
 from ropewalk.data import Mixture, PackedStore
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, in_one_line
 from ropewalk.files import copy_files, read_object, write_atomically
 from ropewalk.rope.chain import RopeChain
 from ropewalk.rope.position import Position
@@ -123,9 +125,21 @@ WITHOUT_EFFECT = (
 
 
 def recorded_at(run_dir: str | Path) -> dict[str, Any] | None:
-    """The configuration that a run has recorded; None: it has no record yet."""
+    """The configuration that a run has recorded; None: it has no record yet.
+
+    Raises:
+        UserError: its config.yaml is not what was written, as after an edit.
+    """
     path = RunDirectory(Path(run_dir)).config
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read ({in_one_line(error)}); correct it, or move it away") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a mapping of keys; correct it, or move it away")
+    return cast(dict[str, Any], content)
 
 
 def differences(config: Any, baseline: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

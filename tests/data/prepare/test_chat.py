@@ -102,12 +102,29 @@ def test_a_template_gets_what_it_names_of_a_message(tokenizer):
         (TALK, [{"name": "multiply"}], "tools, which the chat template does not use"),
         ([{**TALK[2], "weight": 0.5}], None, "weight of a message, which is neither 0 nor 1"),
         ([*TALK, {"role": "user", "content": "", "x": ["<|end_of_text|>"]}], None, "special token in a message"),
+        ([{"role": "assistant", "content": "", "value": "Ho"}], None, "a message without content, whose fields the"),
     ],
 )
 def test_what_a_template_would_drop_is_named(tokenizer, messages, tools, reason):
     messages = [{key: field for key, field in message.items() if field is not None} for message in messages]
     with pytest.raises(BadRow, match=f"^{reason}"):
         ChatEncoder(tokenizer, TEMPLATE).encode(messages, tools)
+
+
+@pytest.mark.parametrize("mark", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+@pytest.mark.parametrize("role", ["tool", "bot", "system"])
+def test_a_message_that_the_template_leaves_out_is_named(tokenizer, role, mark):
+    """Templates of two roles, and those that write the system's prompt at the beginning alone."""
+    begin, end = mark
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' or (m.role == 'system' and loop.first) %}[{{ m.content }}]\n"
+        f"{{% elif m.role == 'assistant' %}}{begin}{{{{ m.content }}}}\n{end}{{% endif %}}{{% endfor %}}"
+    )
+    encoder = ChatEncoder(tokenizer, template)
+    encoder.encode(TALK)
+    with pytest.raises(BadRow, match=r"^a message that the chat template leaves out$") as error:
+        encoder.encode([*TALK, {"role": role, "content": "it"}, TALK[4]])
+    assert error.value.detail == f"role {role}"
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED])

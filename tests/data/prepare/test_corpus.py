@@ -224,6 +224,8 @@ LONE_SURROGATE = "not valid Unicode (a lone surrogate)"
         ('{"messages": {}}', True, "messages that are not a list"),
         ('{"messages": ["Hi"]}', True, "a message that is not an object"),
         ('{"messages": [{"role": "user"}]}', True, "a message without content"),
+        ('{"messages": [{"role": "user", "content": null}]}', True, "a message without content"),
+        ('{"messages": [{"role": "user", "content": [{"type": ["x"]}]}]}', True, "a content part of type ['x']"),
         ('{"messages": [{"content": "Hi"}]}', True, "a message without a role"),
         ('{"messages": [{"role": "user", "content": 3}]}', True, "a content that is int, not text"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', True, "not valid Unicode (a lone surrogate)"),

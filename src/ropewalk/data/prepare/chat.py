@@ -67,6 +67,12 @@ class ChatEncoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.backend_tokenizer.encode_special_tokens = False
         template = template or tokenizer.chat_template
+        if isinstance(template, dict):
+            names = ", ".join(template)
+            raise UserError(
+                f"{tokenizer.name_or_path} has several chat templates ({names}); save the right one as a file and set "
+                "corpus.chat_template=FILE"
+            )
         if not isinstance(template, str):
             raise UserError(f"{tokenizer.name_or_path} has no chat template; set corpus.chat_template=FILE")
         self._template = _dated(template, today)
@@ -74,6 +80,7 @@ class ChatEncoder:
         added = self._tokenizer.added_tokens_decoder.values()
         self._special = tuple(token.content for token in added if token.special)
         self.unused = Counter[str]()
+        self._unwritten: dict[Any, str | None] = {}
         try:
             self._render([{"role": "user", "content": "Hi"}])
         except TemplateSyntaxError as error:
@@ -91,7 +98,7 @@ class ChatEncoder:
 
         Raises:
             BadRow: no assistant speaks; a message has the text of a special token and could end its own turn; the
-                template refuses the conversation, or does not use a field that changes it.
+                template refuses the conversation, leaves a message out, or does not use a field that changes it.
             UserError: for a template that takes back what it wrote when a message follows.
         """
         if any(special in text for text in _texts([*messages, tools]) for special in self._special):
@@ -107,6 +114,8 @@ class ChatEncoder:
         except Exception as error:  # a template is the user's code
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadRow("refused by the chat template", reason) from error
+        if (role := self._role_left_out(given, tools)) is not None:
+            raise BadRow("a message that the chat template leaves out", f"role {role}")
         if 0 in weights and len(spans) != len(weights):
             raise BadRow("weight 0, where the template's marks are not one for each message of the assistant")
         if len(spans) == len(weights):
@@ -131,7 +140,29 @@ class ChatEncoder:
         named = {name: field for name, field in message.items() if name in ("role", "content") or self._names(name)}
         if missing := sorted((message.keys() & CHANGING) - named.keys()):
             raise BadRow(f"{missing[0]} of a message, which the chat template does not use")
+        others = message.keys() - {"role", "content", "weight"}
+        if not message["content"] and others and not others & named.keys():
+            raise BadRow("a message without content, whose fields the chat template does not use", sorted(others)[0])
         return named
+
+    def _role_left_out(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
+        """The role of the first message whose content the template does not write; None: it writes all.
+
+        Every content is put through the template as a mark, once for each sequence of roles and fields.
+        """
+        form = tools is None, *((message["role"], bool(message["content"]), *message) for message in messages)
+        if form not in self._unwritten:
+            marked = [
+                {**message, "content": f"(message {index})"} if message["content"] else message
+                for index, message in enumerate(messages)
+            ]
+            try:
+                text = self._render(marked, tools)
+                left_out = [message["role"] for message in marked if message["content"] not in text]
+            except Exception:  # it looks into the contents
+                left_out = []
+            self._unwritten[form] = next(iter(left_out), None)
+        return self._unwritten[form]
 
     def _generated(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -254,15 +285,15 @@ def _message(message: Any) -> dict[str, Any]:
     if not isinstance(role, str):
         raise BadRow("a message without a role")
     if isinstance(content, (list, tuple)):
-        kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
+        kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in content}
         if kinds - {"text"}:
-            raise BadRow(f"a content part of type {sorted(map(str, kinds - {'text'}))[0]}")
+            raise BadRow(f"a content part of type {sorted(kinds - {'text'})[0]}")
         if not all(isinstance(part.get("text"), str) for part in content):
             raise BadRow("a content part of type text without a text")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadRow(f"a content that is {type(content).__name__}, not text")
-    if "content" not in message and "value" not in message and not fields:
+    if message.get("content") is None and message.get("value") is None and not fields:
         raise BadRow("a message without content")
     return {"role": role, "content": content, **fields}
 
