@@ -112,7 +112,7 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
     if (wrong := (empty | out_of_range).to_numpy(bool)).any():
         raise UserError(
             f"{key}={path}: row {int(wrong.argmax()) + 1} lacks a cell or has a number out of range; only "
-            "table, run and context_length may be empty, value is finite, context_length 1 or more: complete or remove it"
+            "table, run and context_length may be empty, value is finite, context_length 1 or more: complete it"
         )
     return published
 
