@@ -228,7 +228,7 @@ def test_the_report_is_transformers_own(model):
       "attn_config": {"alibi": True}}, "model_type=mpt has no rotary module in transformers"),
     ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 1, "vocab_size": 64}, "gpt2 has no rotary"),
     ({"model_type": "qwen2_vl", "text_config": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}},
-     "transformers builds no qwen2_vl_text of this config.json"),
+     "transformers builds no qwen2_vl of this config.json: split"),
     ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 7, "long_factor": [1.0] * 9,
         "original_max_position_embeddings": 32}}, "transformers builds no llama of this config.json"),
