@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ropewalk.evaluation.documents import find_documents, make_windows
+from ropewalk.errors import UserError
+from ropewalk.evaluation.documents import Document, find_documents, make_windows
 
 
 def test_windows_are_bos_and_the_first_tokens(documents, tokenizer) -> None:
@@ -72,10 +74,42 @@ def test_no_document_long_enough_names_the_longest(documents, tokenizer) -> None
         ('{"name": "a", "text": "x"}\n{"name": "a", "text": "y"}\n', "two documents named 'a'"),
         ('{"name": "a"}\n', "line 1 is not a document"),
         ("nonsense\n", "line 1 is not a document"),
+        ('{"name": "a", "text": null}\n', "line 1 is not a document"),
+        ('{"name": null, "text": "x"}\n', "line 1 is not a document"),
+        ('\n{"name": "a", "text": ["x"]}\n', "line 2 is not a document"),
+        ("[" * 100_000, "line 1 is not a document"),
+        ('{"name": "a", "text": "\\ud83d"}\n', "documents.jsonl, line 1' has a name or text that is not valid Unicode"),
         ("", "holds no document"),
     ],
 )
 def test_damaged_documents_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "documents.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
+        list(find_documents(tmp_path))
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert list(find_documents(tmp_path)) == [Document("a.txt", "one\ntwo\n")]
+    (tmp_path / "documents.jsonl").write_bytes(b'\xef\xbb\xbf{"name": "a", "text": "x\xe2\x80\xa8y"}\r\n\n')
+    assert list(find_documents(tmp_path)) == [Document("a", "x\u2028y")]
+
+
+def test_documents_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt cannot be read .*; save it as text in UTF-8, or move it away"):
+        list(find_documents(tmp_path))
+    (tmp_path / "documents.jsonl").write_bytes(b'{"name": "a", "text": "caf\xe9"}')
+    with pytest.raises(UserError, match="line 1 is not a document"):
+        list(find_documents(tmp_path))
+
+
+def test_files_that_are_not_there_or_have_no_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to("missing.txt")
+    with pytest.raises(UserError, match=r"a\.txt is not a file that can be read; save it as text"):
+        list(find_documents(tmp_path))
+    (tmp_path / "a.txt").unlink()
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "w") as file:
+        file.write("x")
+    with pytest.raises(UserError, match="has a name or text that is not valid Unicode"):
         list(find_documents(tmp_path))

@@ -119,6 +119,17 @@ def test_a_wrong_file_is_named(tmp_path) -> None:
         read_published(tmp_path / "short.csv")
 
 
+@pytest.mark.parametrize(
+    "row", ["s,1,RULER", "s,1,RULER,,qa,8192,1", "s,1,RULER,rope,qa,8192,inf", "s,1,RULER,rope,qa,0,1"]
+)
+def test_a_row_without_a_number_is_named(tmp_path, row) -> None:
+    (tmp_path / "e.csv").write_text(
+        f"source,table,benchmark,method,task,context_length,value\ns,,RULER,rope,qa,,1\n{row}\n"
+    )
+    with pytest.raises(ValueError, match=r"row 2 lacks a cell or has a number out of range"):
+        read_published(tmp_path / "e.csv")
+
+
 ROPE_ID = EXPECTED.parents[1] / "rope_id_1b"
 
 

@@ -129,6 +129,26 @@ def test_a_missing_shard_and_a_broken_index_are_one_line(model):
             load_for_evaluation(model)
 
 
+def test_a_weight_that_two_shards_have_is_the_same_in_both(model):
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="40KB")
+    first, second, *_ = sorted(model.glob("model-0000*"))
+    name, weight = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: weight}, second, {"format": "pt"})
+    assert torch.equal(StoredWeights(model)[name], weight)
+    save_file({**load_file(second), name: weight + 1}, second, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{first.name} and {second.name} both have {name}, and differ; delete"):
+        load_for_evaluation(model)
+
+
+def test_a_size_that_no_model_can_have_is_one_line(model):
+    edited(model, num_key_value_heads=0)
+    for reader in (load_for_evaluation, lambda path: weight_report(path, read_config(path))):
+        with pytest.raises(UserError, match=r"model cannot be (read|loaded).*by zero"):
+            reader(model)
+
+
 def test_shards_in_the_hubs_cache_are_read(model, tmp_path):
     """Each file of a snapshot is a link to a blob; a name in the index still may not lead out of it."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
@@ -208,7 +228,7 @@ def test_the_report_is_transformers_own(model):
       "attn_config": {"alibi": True}}, "model_type=mpt has no rotary module in transformers"),
     ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 1, "vocab_size": 64}, "gpt2 has no rotary"),
     ({"model_type": "qwen2_vl", "text_config": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}},
-     "transformers builds no qwen2_vl_text of this config.json"),
+     "transformers builds no qwen2_vl of this config.json: split"),
     ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 7, "long_factor": [1.0] * 9,
         "original_max_position_embeddings": 32}}, "transformers builds no llama of this config.json"),

@@ -145,17 +145,44 @@ def _read(directory: Path) -> Iterator[Document]:
             yield from _read_jsonl(path)
             return
     for path in sorted(directory.rglob("*")):
-        if path.suffix in TEXT_SUFFIXES and path.is_file():
-            yield Document(path.relative_to(directory).as_posix(), path.read_text(encoding="utf-8"))
+        if path.suffix in TEXT_SUFFIXES and not path.is_dir():
+            yield _checked(path.relative_to(directory).as_posix(), _content(path), str(path))
+
+
+def _content(path: Path) -> str:
+    """The text of a file, line ends as ``\\n``, without a byte order mark."""
+    fix = "save it as text in UTF-8, or move it away"
+    if not path.is_file():
+        raise UserError(f"{path} is not a file that can be read; {fix}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {fix}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
-                entry = json.loads(line)
-                yield Document(str(entry["name"]), str(entry["text"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f'{path}, line {number} is not a document; each line holds one {{"name": ..., "text": ...}} object'
-                ) from error
+                entry = json.loads(line.decode("utf-8-sig"))
+                name, text = entry["name"], entry["text"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise _not_a_document(path, number) from error
+            if isinstance(name, bool) or not isinstance(name, (str, int)) or not isinstance(text, str):
+                raise _not_a_document(path, number)
+            yield _checked(str(name), text, f"{path}, line {number}")
+
+
+def _not_a_document(path: Path, number: int) -> UserError:
+    form = '{"name": ..., "text": ...} object with a text, in UTF-8'
+    return UserError(f"{path}, line {number} is not a document; each line holds one {form}")
+
+
+def _checked(name: str, text: str, where: str) -> Document:
+    try:
+        (name + text).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where!r} has a name or text that is not valid Unicode; correct it") from error
+    return Document(name, text)

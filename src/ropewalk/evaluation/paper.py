@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ropewalk.errors import UserError
@@ -87,7 +88,7 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
     follows a comma in ``task`` says under which setting (13-task average, shortest_period=16).
 
     Raises:
-        UserError: the file is missing, is not a table, or lacks a column.
+        UserError: the file is missing, is not a table, lacks a column, or has a row without a cell that it needs.
     """
     if not Path(path).is_file():
         raise UserError(f"{key}={path} is not a file; the paper's is recipes/cope_llama3_8b_64k/expected.csv")
@@ -96,16 +97,24 @@ def read_published(path: str | Path, key: str = "suite.published") -> pd.DataFra
     except ValueError as error:
         raise UserError(f"{key}={path} is not a table: {' '.join(str(error).split())}; correct it") from error
     if missing := [name for name in COLUMNS if name not in published.columns]:
-        raise UserError(f"{key}={path} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}")
+        raise UserError(f"{key}={path} lacks {', '.join(missing)}; it needs the columns {','.join(COLUMNS)}")
     if "run" not in published.columns:
         published["run"] = pd.Series(pd.NA, index=published.index, dtype="string")
     try:
-        return published.astype({"context_length": "Int64", "value": "float64"})
+        published = published.astype({"context_length": "Int64", "value": "float64"})
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{key}={path}: context_length must be whole numbers or nothing and value numbers ({error}); "
             "quote a name that has a comma"
         ) from error
+    empty = published[[name for name in COLUMNS if name not in ("table", "context_length")]].isna().any(axis=1)
+    out_of_range = np.isinf(published["value"]) | (published["context_length"] < 1).fillna(False)
+    if (wrong := (empty | out_of_range).to_numpy(bool)).any():
+        raise UserError(
+            f"{key}={path}: row {int(wrong.argmax()) + 1} lacks a cell or has a number out of range; only "
+            "table, run and context_length may be empty, value is finite, context_length 1 or more: complete it"
+        )
+    return published
 
 
 def published_of(published: pd.DataFrame, run: str, method: str | None) -> pd.DataFrame:

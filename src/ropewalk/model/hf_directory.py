@@ -29,6 +29,11 @@ from ropewalk.rope.position import position_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+# What transformers raises of a user's files: num_key_value_heads of 0 is a division by it
+_REFUSALS = (
+    RuntimeError, SafetensorError, OSError, ImportError, ValueError, LookupError, TypeError, ArithmeticError,
+    AttributeError, AssertionError,
+)  # fmt: skip
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -122,7 +127,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         )
     except UserError:
         raise
-    except (RuntimeError, SafetensorError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
+    except _REFUSALS as error:
         # under ZeRO-3 transformers reports no mismatched keys
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
             raise
@@ -203,6 +208,8 @@ class StoredWeights(Weights):
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                         part = opened.get_slice(name)
+                        if name in self._files:
+                            self._check_alike(name, self._files[name], file)
                         self._files[name], self.shapes[name] = file, torch.Size(part.get_shape())
                         self.dtypes[name] = _DTYPES[part.get_dtype()]
             except (SafetensorError, OSError) as error:
@@ -210,10 +217,22 @@ class StoredWeights(Weights):
             except KeyError as error:
                 raise UserError(f"{file} has weights of dtype {error}; use one of: {', '.join(_DTYPES)}") from None
 
+    @staticmethod
+    def _check_alike(name: str, *files: Path) -> None:
+        """Raise UserError where two files have different weights of one name: engines take either."""
+        if not torch.equal(*(_weight(file, name) for file in files)):
+            raise UserError(
+                f"{files[0]} and {files[1].name} both have {name}, and differ; delete the file that is not the model's"
+            )
+
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        return _weight(self._files[name], name)
+
+
+def _weight(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def _damage(file: Path, error: Exception) -> str:
@@ -305,7 +324,7 @@ def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
-    except (RuntimeError, SafetensorError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
+    except _REFUSALS as error:
         raise UserError(f"{directory} cannot be loaded by transformers: {in_one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(level)

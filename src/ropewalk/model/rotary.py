@@ -335,16 +335,17 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     try:
         with torch.device("meta"):
             model = builder.from_config(config)
+        modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
+        rotations = [rotation for name, module in modules for rotation in _read(name, module, length)]
     except (ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(
             f"transformers builds no {config.model_type} of this config.json: {in_one_line(error)}"
         ) from error
-    modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
     if not modules:
         raise UserError(
             f"model_type={config.model_type} has no rotary module in transformers, so it has no RoPE to read"
         )
-    return [rotation for name, module in modules for rotation in _read(name, module, length)]
+    return rotations
 
 
 def chain_rotation(modules: list[Rotation]) -> Rotation:

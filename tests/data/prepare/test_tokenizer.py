@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 from helpers import documents_of
+from transformers import AutoTokenizer
 
 from ropewalk.config.data import CorpusConfig, SourceConfig
 from ropewalk.data.prepare.corpus import Document
 from ropewalk.data.prepare.tokenizer import BOS, EOS, DocumentEncoder, load_tokenizer, train_tokenizer
 from ropewalk.data.store.tokenizer_files import describe_tokenizer, is_plain
+from ropewalk.files import copy_files
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,17 @@ def test_a_plain_tokenizer_is_one_that_transformers_adds_nothing_to(fixture_toke
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert not is_plain(tmp_path)
     assert not is_plain(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("decoder", [{}, {"added_tokens_decoder": {"1": {"content": EOS, "special": True}}}])
+def test_documents_end_as_transformers_has_it_where_two_files_name_eos(fixture_tokenizer, tmp_path, decoder):
+    copy_files(fixture_tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **decoder}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": BOS}}))
+    stock = AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+    assert load_tokenizer(tmp_path, saved=True).tail.tolist() == [stock]
+    assert describe_tokenizer(tmp_path)["eos_id"] == stock
 
 
 def test_vocabularies_that_cannot_be_are_refused():

@@ -209,6 +209,9 @@ def test_directories_that_are_no_store_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "ropewalk-packed", "version": 1}')
     with pytest.raises(ValueError, match="lacks or mistypes 'domains'"):
         PackedStore(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is torn"):
+        PackedStore(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,7 @@ def test_directories_that_are_no_store_are_refused(tmp_path):
             lambda content: content.update(sequence_length=8),
             "was altered: its fingerprint is not that of its content",
         ),
+        (lambda content: content.update(domains=[]), "lacks or mistypes 'list' object has no attribute 'items'"),
     ],
 )
 def test_altered_manifests_are_refused(root, change, message):

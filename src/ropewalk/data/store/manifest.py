@@ -151,7 +151,7 @@ def read_manifest(root: Path) -> Manifest:
         raise UserError(f"{root} is not a packed store: {problem}; {fix}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is torn: {error}; {fix}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a packed store (format is not {FORMAT!r}); {fix}")
@@ -161,7 +161,7 @@ def read_manifest(root: Path) -> Manifest:
         )
     try:
         manifest = _parse(content)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} lacks or mistypes {error}; {fix}") from error
     if manifest.fingerprint != content.get("fingerprint"):
         raise UserError(f"{path} was altered: its fingerprint is not that of its content; {fix}")

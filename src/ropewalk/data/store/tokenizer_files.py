@@ -19,7 +19,8 @@ RANKS = "tokenizer.model"  # Llama 3's file: a token in base64 and its rank on e
 # transformers' classes for a tokenizer.json that is used as it is
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 TEMPLATE_FILE = "chat_template.jinja"
-PLAIN_FILES = (TEMPLATE_FILE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+TOKENS_FILE = "special_tokens_map.json"
+PLAIN_FILES = (TEMPLATE_FILE, TOKENS_FILE, "tokenizer.json", "tokenizer_config.json")
 BOS_MODES = ("auto", "always", "never")
 SENTENCE = "The quick brown fox jumps over 1234567890 lazy dogs; isn't that so?"
 LOST_OF_SENTENCE = 0.2  # largest share of characters that may not come back from the tokens of SENTENCE
@@ -183,7 +184,7 @@ def is_plain(directory: Path) -> bool:
     if not config.is_file() or not (directory / "tokenizer.json").is_file():
         return False
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = _settings(directory)
     except ValueError:  # as a file that git-lfs has not fetched: transformers says what is wrong with it
         return False
     if not isinstance(content, dict) or content.get("tokenizer_class") not in PLAIN_CLASSES:
@@ -198,6 +199,17 @@ def is_plain(directory: Path) -> bool:
     tokens = [token_text(token) for token in (*(added.values() if isinstance(added, dict) else [None]), *ends)]
     text = (directory / "tokenizer.json").read_text(encoding="utf-8") if tokens else ""
     return all(isinstance(token, str) and json.dumps(token, ensure_ascii=False) in text for token in tokens)
+
+
+def _settings(directory: Path) -> Any:
+    """tokenizer_config.json, with the BOS and EOS of special_tokens_map.json where they win in transformers."""
+    content = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    older = directory / TOKENS_FILE
+    if not isinstance(content, dict) or "added_tokens_decoder" in content or not older.is_file():
+        return content
+    tokens = json.loads(older.read_text(encoding="utf-8"))
+    names = ("bos_token", "eos_token")
+    return {**content, **{name: tokens[name] for name in names if name in tokens}}
 
 
 def begin_with(backend: Any, token: str | None) -> None:
@@ -217,7 +229,7 @@ def set_bos(directory: Path, bos: bool) -> None:
 
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    begin_with(backend, token_text(config.get("bos_token")) if bos else None)
+    begin_with(backend, token_text(_settings(directory).get("bos_token")) if bos else None)
     backend.save(str(directory / "tokenizer.json"))
     if {"add_bos_token", "add_eos_token"} & config.keys():
         config |= {"add_bos_token": bos, "add_eos_token": False}
@@ -285,7 +297,7 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
         if not (directory / name).is_file():
             raise UserError(f"{directory} has no {name}; give a directory that save_pretrained() wrote")
     vocab = saved_backend(files_signature(directory), directory).get_vocab(with_added_tokens=True)
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = _settings(directory)
     return {
         "sha256": sha256_directory(directory),
         "vocab_size": max(vocab.values()) + 1,
@@ -296,7 +308,7 @@ def describe_tokenizer(directory: Path) -> dict[str, Any]:
 
 def _saved_tokenizer(directory: Path) -> SavedTokenizer:
     backend = saved_backend(files_signature(directory), directory)
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = _settings(directory)
     names = [token_text(config.get(name)) for name in ("bos_token", "eos_token")]
     bos_id, eos_id = (None if name is None else backend.token_to_id(name) for name in names)
     return SavedTokenizer(backend, bos_id, eos_id, str(directory))
