@@ -7,8 +7,10 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from helpers import composed, tiny_run
 from ranks import run_ranks, tiny_arguments
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.config.rules import validate_train
 from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_losses, read_record, read_results
@@ -97,6 +99,30 @@ def test_no_fault_of_an_evaluation_ends_the_run(store_256, tmp_path, asked, monk
     rows = read_rows(RunDirectory(tmp_path / "nan").evaluation_metrics)
     assert [math.isnan(row["needle_exact_match/256"]) for row in rows] == [True, True]
     assert "step 4 evaluates to no finite number: needle_exact_match/128" in capsys.readouterr().out
+
+
+def test_an_exception_in_a_pass_leaves_the_training_as_it_is(store_256, tmp_path, asked, monkeypatch, capsys):
+    """Out of a layer whose weights ZeRO-3 has gathered; the steps are those of a run without evaluation."""
+    mlp, calls = LlamaMLP.forward, []
+
+    def failing(module, states):
+        if not module.training and (calls.append(1) or len(calls) in (2, 9)):
+            raise torch.OutOfMemoryError("made by the test")
+        return mlp(module, states)
+
+    config = ["trainer.max_steps=2"]
+    train(tiny_run(store_256, tmp_path / "without", *config))
+    monkeypatch.setattr(LlamaMLP, "forward", failing)
+    train(tiny_run(store_256, tmp_path / "with", *config, *asked, "evaluation.every=1"), TrainingEvaluation)
+    out = capsys.readouterr().out
+    assert out.count("OutOfMemoryError: made by the test") == 1  # of two
+    assert "warning: the evaluation after step 1 is not recorded:" in out
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in read_metrics(tmp_path / "with")] == [
+            row[key] for row in read_metrics(tmp_path / "without")
+        ]
+    rows = read_rows(RunDirectory(tmp_path / "with").evaluation_metrics)
+    assert ["loss/256" in row for row in rows] == [False, True]
 
 
 def test_a_resumed_run_measures_again_what_it_has_lost(store_256, tmp_path, asked):
