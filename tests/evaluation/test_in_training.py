@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import composed, tiny_run
-from ranks import run_ranks, tiny_arguments
+from ranks import run_ranks, start_ranks, tiny_arguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.config.rules import validate_train
@@ -175,6 +175,19 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
         assert found[name] == pytest.approx(found["one"], rel=1e-5)
     assert any("position" in key for key in found["one"])
     assert "answer_nll/256" in found["one"]
+
+
+@pytest.mark.slow
+def test_where_ranks_share_passes_a_grade_may_fail_and_a_pass_ends_the_run(store_256, tmp_path, asked):
+    """Two ranks under ZeRO-3: neither waits for the other, as torch gives up on a collective after minutes only."""
+    arguments = tiny_arguments(store_256, tmp_path, "trainer.max_steps=3", *asked, "evaluation.every=1")
+    with start_ranks(2, tmp_path / "logs", arguments, fault="evaluations_fail_on_rank_one") as ranks:
+        assert ranks.wait(120) == [1, 1]
+    output = "".join(log.read_text() for log in ranks.logs)
+    assert "the evaluation after step 1 is not recorded" in output
+    assert "ZeroDivisionError" in output
+    assert "OutOfMemoryError: made by the test\nin the evaluation after step 2, in a forward pass" in output
+    assert len(read_metrics(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(("override", "message"), [
