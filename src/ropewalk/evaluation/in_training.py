@@ -31,7 +31,7 @@ from ropewalk.evaluation.harness.needle_retrieval import chance_levels, needle_r
 from ropewalk.evaluation.results import RECORD, results_table, write_record, write_results
 from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.training.distributed import Ranks, gather, log
+from ropewalk.training.distributed import Ranks, first_problem, gather, log
 from ropewalk.training.periodic_evaluation import EngineScorer
 
 T = TypeVar("T")
@@ -122,11 +122,12 @@ class TrainingEvaluation:
                 "from its newest checkpoint, with evaluation.every=null without evaluations"
             )
             raise
-        shares = gather((documents, scores, answers, faults))
+        fault = first_problem(faults[0] if faults else None)
+        shares = gather((documents, scores, answers))
         if not self.ranks.is_main:
             return {}
-        if failed := [fault for share in shares for fault in share[3]]:
-            log(f"warning: the evaluation after step {step} is not recorded:\n{failed[0]}")
+        if fault is not None:
+            log(f"warning: the evaluation after step {step} is not recorded:\n{fault}")
             return {}
         try:
             return self._report(step, *(in_order(share[part] for share in shares) for part in range(3)))
