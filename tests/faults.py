@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.model.loss import LossModel
 
@@ -77,3 +78,26 @@ def rank_zero_prints_to_a_full_disk() -> None:
         full = os.open("/dev/full", os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(full, stream)
+
+
+def evaluations_fail_on_rank_one() -> None:
+    """The grade of an answer after step 1, and after step 2 a layer in a pass."""
+    from ropewalk.evaluation import TrainingEvaluation
+    from ropewalk.evaluation.harness import needle_retrieval
+
+    evaluate, grade, forward, steps = TrainingEvaluation.__call__, needle_retrieval.grade, LlamaMLP.forward, [0]
+    is_here = os.environ["RANK"] == "1"
+
+    def at(self, scorer, step):
+        steps.append(step)
+        return evaluate(self, scorer, step)
+
+    def failing_grade(*arguments):
+        return 1 / 0 if is_here and steps[-1] == 1 else grade(*arguments)
+
+    def failing_forward(module, states):
+        if is_here and steps[-1] == 2 and not module.training:
+            raise torch.OutOfMemoryError("made by the test")
+        return forward(module, states)
+
+    TrainingEvaluation.__call__, needle_retrieval.grade, LlamaMLP.forward = at, failing_grade, failing_forward

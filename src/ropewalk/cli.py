@@ -188,6 +188,7 @@ class Sweep:
         validate = Sweeper.validate_batch_is_legal
 
         def drop_wrong(sweeper: Sweeper, batch: list[list[str]]) -> None:
+            assert sweeper.config is not None  # since its setup
             if sweeper.config.hydra.launcher._target_ != IN_THIS_PROCESS:
                 validate(sweeper, batch)
                 return

@@ -7,8 +7,10 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from helpers import composed, tiny_run
-from ranks import run_ranks, tiny_arguments
+from ranks import run_ranks, start_ranks, tiny_arguments
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.config.rules import validate_train
 from ropewalk.evaluation import TrainingEvaluation, evaluate, read_document_losses, read_record, read_results
@@ -99,6 +101,30 @@ def test_no_fault_of_an_evaluation_ends_the_run(store_256, tmp_path, asked, monk
     assert "step 4 evaluates to no finite number: needle_exact_match/128" in capsys.readouterr().out
 
 
+def test_an_exception_in_a_pass_leaves_the_training_as_it_is(store_256, tmp_path, asked, monkeypatch, capsys):
+    """Out of a layer whose weights ZeRO-3 has gathered; the steps are those of a run without evaluation."""
+    mlp, calls = LlamaMLP.forward, []
+
+    def failing(module, states):
+        if not module.training and (calls.append(1) or len(calls) in (2, 9)):
+            raise torch.OutOfMemoryError("made by the test")
+        return mlp(module, states)
+
+    config = ["trainer.max_steps=2"]
+    train(tiny_run(store_256, tmp_path / "without", *config))
+    monkeypatch.setattr(LlamaMLP, "forward", failing)
+    train(tiny_run(store_256, tmp_path / "with", *config, *asked, "evaluation.every=1"), TrainingEvaluation)
+    out = capsys.readouterr().out
+    assert out.count("OutOfMemoryError: made by the test") == 1  # of two
+    assert "warning: the evaluation after step 1 is not recorded:" in out
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in read_metrics(tmp_path / "with")] == [
+            row[key] for row in read_metrics(tmp_path / "without")
+        ]
+    rows = read_rows(RunDirectory(tmp_path / "with").evaluation_metrics)
+    assert ["loss/256" in row for row in rows] == [False, True]
+
+
 def test_a_resumed_run_measures_again_what_it_has_lost(store_256, tmp_path, asked):
     stopped = tiny_run(store_256, tmp_path, *asked, "trainer.checkpoint_every=3", "trainer.stop_after=2")
     stopped.trainer.checkpoint_every = None  # evaluated after step 2, never saved
@@ -149,6 +175,19 @@ def test_ranks_share_documents_and_rows(store_256, tmp_path, asked):
         assert found[name] == pytest.approx(found["one"], rel=1e-5)
     assert any("position" in key for key in found["one"])
     assert "answer_nll/256" in found["one"]
+
+
+@pytest.mark.slow
+def test_where_ranks_share_passes_a_grade_may_fail_and_a_pass_ends_the_run(store_256, tmp_path, asked):
+    """Two ranks under ZeRO-3: neither waits for the other, as torch gives up on a collective after minutes only."""
+    arguments = tiny_arguments(store_256, tmp_path, "trainer.max_steps=3", *asked, "evaluation.every=1")
+    with start_ranks(2, tmp_path / "logs", arguments, fault="evaluations_fail_on_rank_one") as ranks:
+        assert ranks.wait(120) == [1, 1]
+    output = "".join(log.read_text() for log in ranks.logs)
+    assert "the evaluation after step 1 is not recorded" in output
+    assert "ZeroDivisionError" in output
+    assert "OutOfMemoryError: made by the test\nin the evaluation after step 2, in a forward pass" in output
+    assert len(read_metrics(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -1,6 +1,7 @@
 """The model carries the spectrum of its config, whatever casts come its way; what does not fit is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import ModelConfig
+from ropewalk.errors import UserError
 from ropewalk.model.load import (
     build_for_training,
     head_dim,
@@ -136,7 +138,8 @@ def test_foreign_checkpoint_is_a_chain(tmp_path, theta):
 
 @pytest.mark.parametrize(("model", "message"), [
     (scratch(model_type="gpt_neox"), "model_type='gpt_neox' is not supported"),
-    (scratch(model_type="mistral"), "sliding_window=4096"),
+    (scratch(model_type="mistral"), r"sliding_window=4096, .* set model.drop=\[sliding_window\]"),
+    (scratch(attention_dropout=0.1), r"attention_dropout=0.1, .* set model.drop=\[attention_dropout\]"),
     (ModelConfig(**{**vars(scratch()), "head_dim": 32}), "model.head_dim=32, but the checkpoint architecture has 16"),
     (ModelConfig(**{**vars(scratch()), "pretrained_length": 65}), None),
 ])  # fmt: skip
@@ -184,6 +187,25 @@ def test_a_training_run_refuses_it_under_zero3(tmp_path, store_64):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight \(1 weights in all\)"):
         train(tiny_run(store_64, tmp_path / "other", *given))
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_a_dropped_window_is_gone_from_config_and_layers(model_type, tmp_path):
+    """Stock transformers then gives token 63 the attention to token 0 that a window of 8 keeps from it."""
+    fields = {"model_type": model_type, "sliding_window": 8, "attention_dropout": 0.1}
+    if model_type != "mistral":
+        fields |= {"use_sliding_window": True, "max_window_layers": 0}
+    model = replace(scratch(**fields), drop=["sliding_window", "attention_dropout"])
+    write_config(training_config(model, RopeConfig("rope"), 64), tmp_path / "config.json")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert sliding_window(config) is None
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(64)[None] % config.vocab_size
+    attention = stock(ids, output_attentions=True).attentions
+    assert all((layer[:, :, 63, 0] > 0).all() for layer in attention)
+    with pytest.raises(UserError, match="sliding_window=8"):
+        training_config(replace(model, drop=[]), RopeConfig("rope"), 64)
 
 
 def test_head_dim_and_window_are_read_as_transformers_reads_them():

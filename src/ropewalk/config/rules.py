@@ -18,6 +18,7 @@ from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, S
 from ropewalk.config.schedule import DECAYS
 from ropewalk.config.train import (
     ATTENTION_CHOICES,
+    DROPPED_FIELDS,
     SUPPORTED_MODEL_TYPES,
     AssumptionConfig,
     DataConfig,
@@ -181,6 +182,8 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     one_of("guards.spike_action", config.guards.spike_action, ("skip", "stop"))
     one_of("start_from.optimizer", config.start_from.optimizer, ("keep", "drop"))
     one_of("start_from.order", config.start_from.order, ("restart", "continue"))
+    for name in config.model.drop:
+        one_of("model.drop", name, DROPPED_FIELDS)
     if not _has_weights(config) and "model_type" not in config.model.architecture:
         raise UserError(
             "model.path is null and model.architecture has no model_type; name a checkpoint (model.path=DIR_OR_HUB_ID) "

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+DROPPED_FIELDS = ("sliding_window", "attention_dropout")
 ATTENTION_CHOICES = ("auto", "fa4", "fa3", "fa2", "torch")
 
 
@@ -30,6 +31,8 @@ class ModelConfig:
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
     pretrained_length: int = MISSING  # tokens it was last trained at: max_position_embeddings of its config.json
+    # Of DROPPED_FIELDS, those of its config.json that are left out, in training and in what is exported.
+    drop: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -27,11 +28,13 @@ from ropewalk.evaluation.harness.answer_recovery import (
 from ropewalk.evaluation.harness.held_out import DocumentScores, HeldOutText, in_order, table_row, validate_held_out
 from ropewalk.evaluation.harness.key_tokens import read_key_tokens
 from ropewalk.evaluation.harness.needle_retrieval import chance_levels, needle_rows, score_prompts
-from ropewalk.evaluation.model_reader import Scorer
 from ropewalk.evaluation.results import RECORD, results_table, write_record, write_results
 from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
-from ropewalk.training.distributed import Ranks, gather, log
+from ropewalk.training.distributed import Ranks, first_problem, gather, log
+from ropewalk.training.periodic_evaluation import EngineScorer
+
+T = TypeVar("T")
 
 # (task, metric) of a result -> its name in evaluations.jsonl and in the tracker
 METRICS = {
@@ -52,6 +55,9 @@ class TrainingEvaluation:
 
     Documents and prompts are dealt to the ranks that read different data. Ranks without one of their own repeat
     another's, since under ZeRO-3 every rank takes part in every forward pass; what those measure is not counted.
+
+    An exception leaves the evaluation unrecorded and the training as it is, unless it comes out of a pass that ranks
+    share: the others may be anywhere in its collectives, so none can go on.
     """
 
     def __init__(self, config: TrainConfig, store: PackedStore, position: Position, ranks: Ranks) -> None:
@@ -92,24 +98,36 @@ class TrainingEvaluation:
         bos = bool(beginning(tokenizer))
         self.record = {"config": asdict(settings), "documents": windows.counts(), "bos": bos}
 
-    def __call__(self, scorer: Scorer, step: int) -> dict[str, float]:
+    def __call__(self, scorer: EngineScorer, step: int) -> dict[str, float]:
         """Measure, write ``evaluations/step-N`` of the run directory, and give the main numbers. Collective.
 
         Returns:
             On rank 0, metrics by name; elsewhere nothing.
         """
-        names = list(self.text.windows.tokens)
-        documents = {
-            index: self.text.score_document(scorer, names[index], self.lengths) for index in self._dealt(names)
-        }
-        scores = {index: score_prompts(scorer, [self.prompts[index]]) for index in self._dealt(self.prompts)}
-        answers = {
-            index: (task, score_row(scorer, row))
-            for index in self._dealt(self.questions)
-            for task, row in [self.questions[index]]
-        }
+        names, faults = list(self.text.windows.tokens), list[str]()
+
+        def results(items: Sequence[Any], measure: Callable[[Any], T]) -> dict[int, T]:
+            entries = (
+                (index, _attempt(scorer, partial(measure, items[index]), faults)) for index in self._dealt(items)
+            )
+            return {index: result for index, result in entries if result is not None}
+
+        try:
+            documents = results(names, lambda name: self.text.score_document(scorer, name, self.lengths))
+            scores = results(self.prompts, lambda prompt: score_prompts(scorer, [prompt]))
+            answers = results(self.questions, lambda question: (question[0], score_row(scorer, question[1])))
+        except Exception as error:
+            error.add_note(
+                f"in the evaluation after step {step}, in a forward pass that ranks share, so the run ends; it goes on "
+                "from its newest checkpoint, with evaluation.every=null without evaluations"
+            )
+            raise
+        fault = first_problem(faults[0] if faults else None)
         shares = gather((documents, scores, answers))
         if not self.ranks.is_main:
+            return {}
+        if fault is not None:
+            log(f"warning: the evaluation after step {step} is not recorded:\n{fault}")
             return {}
         try:
             return self._report(step, *(in_order(share[part] for share in shares) for part in range(3)))
@@ -158,6 +176,18 @@ class TrainingEvaluation:
         if missing := [name for name, value in metrics.items() if not math.isfinite(value)]:
             log(f"warning: step {step} evaluates to no finite number: {', '.join(missing)}")
         return metrics
+
+
+def _attempt(scorer: EngineScorer, measure: Callable[[], T], faults: list[str]) -> T | None:
+    """The result of a measurement, which makes one pass; None, and its traceback in ``faults``, if it fails."""
+    passes = scorer.passes
+    try:
+        return measure()
+    except Exception:
+        if scorer.is_shared and scorer.passes == passes:
+            raise
+        faults.append(traceback.format_exc())
+        return None
 
 
 def _metrics(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +78,7 @@ def training_config(
         config = read_config(model.path, key="model.path", revision=model.revision)
         check_causal(config)
         _check_sizes(model, config)
+    _drop(config, model.drop)
     _check_architecture(config)
     origin = position_of(config)
     _check_declared(model if start is None else replace(model, pretrained_length=origin.trained_length), origin)
@@ -99,12 +100,25 @@ def _check_architecture(config: PreTrainedConfig) -> None:
         raise UserError(
             f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    window = sliding_window(config)
-    if window is not None:
-        raise UserError(
-            f"sliding_window={window}: training attends to whole documents; set sliding_window: null in the model's "
-            "config.json (or model.architecture), and know that the model was not trained that way"
-        )
+    own = {"sliding_window": sliding_window(config), "attention_dropout": getattr(config, "attention_dropout", None)}
+    for name, value in own.items():
+        if value:
+            raise UserError(
+                f"the model has {name}={value}, and training attends to whole documents, without dropout; set "
+                f"model.drop=[{name}] to train and export it without, and know that it was not trained that way before"
+            )
+
+
+def _drop(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    """Leave fields of DROPPED_FIELDS out of a model's config."""
+    if "attention_dropout" in names:
+        config.attention_dropout = 0.0
+    if "sliding_window" in names:
+        config.sliding_window = None
+        if hasattr(config, "use_sliding_window"):
+            config.use_sliding_window = False
+        if getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

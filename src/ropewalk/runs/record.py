@@ -283,6 +283,7 @@ def contract(
             "path": config.model.path,
             "revision": config.model.revision,
             "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
+            **({"drop": sorted(config.model.drop)} if config.model.drop else {}),
         },
         "start_from": start_from and {**start_from, "optimizer": config.start_from.optimizer},
         "tokenizer": dict(store.tokenizer),

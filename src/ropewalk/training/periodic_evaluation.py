@@ -82,6 +82,13 @@ class EngineScorer:
         """Args: the engine and this process among the others."""
         self.engine, self.ranks = engine, ranks
         self.vocabulary = engine.module.lm.config.vocab_size
+        self.passes = 0  # that are complete
+
+    @property
+    def is_shared(self) -> bool:
+        """True if a rank that leaves a pass keeps others waiting in it: they gather weights, or share rows."""
+        gathers_weights = self.engine.zero_optimization_stage() == 3
+        return self.ranks.world_size > 1 and (gathers_weights or self.ranks.group is not None)
 
     def __enter__(self) -> EngineScorer:
         self.engine.eval()
@@ -100,6 +107,7 @@ class EngineScorer:
             parts = [torch.empty_like(losses) for _ in range(self.ranks.sequence)]
             dist.all_gather(parts, losses, group=self.ranks.group)
             losses = torch.cat(parts)
+        self.passes += 1
         return losses[:-1].cpu().numpy()
 
     @torch.no_grad()
@@ -130,6 +138,7 @@ class EngineScorer:
             share, logits = logits, torch.zeros(count, self.vocabulary, device=self.ranks.device)
             logits[is_here.to(self.ranks.device)] = share
             dist.all_reduce(logits, group=self.ranks.group)
+        self.passes += 1
         return logits.cpu()
 
     def _stretch(self, ids: Tensor) -> Batch:
