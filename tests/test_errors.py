@@ -57,6 +57,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
     ("raise KeyboardInterrupt", 128 + signal.SIGINT, "error: interrupted\n"),
     ("signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)",
      128 + signal.SIGINT, "error: interrupted\n"),
+    ("signal.raise_signal(signal.SIGTERM)", 128 + signal.SIGTERM, "error: terminated (SIGTERM)\n"),
 ])  # fmt: skip
 def test_a_closed_output_and_ctrl_c_end_without_a_traceback(body, code, errors):
     """As with ``| head`` where it has gone before the first line: stdout is a pipe without a reader."""

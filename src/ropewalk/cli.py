@@ -34,6 +34,7 @@ from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
+from ropewalk.runs.launch import Terminated, terminating
 
 DRY_RUN = "--dry-run="
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
@@ -210,14 +211,18 @@ def user_errors() -> Iterator[None]:
     """Exit codes and messages of a command.
 
     A UserError, or anything wrong with the configuration itself, ends the process with one line on stderr and exit code
-    2, Ctrl-C with one line and 130, and an output that nobody reads any more (``| head``) without a word and 141. Every
-    other exception keeps its traceback.
+    2, Ctrl-C with one line and 130, SIGTERM likewise and 143, and an output that nobody reads any more (``| head``)
+    without a word and 141. Every other exception keeps its traceback.
     """
     try:
-        yield
-        _output_is_closed()
+        with terminating():
+            yield
+            _output_is_closed()
     except (UserError, CompactHydraException, OmegaConfBaseException) as error:
         sys.exit(_report(error))
+    except Terminated:
+        print("error: terminated (SIGTERM)", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
