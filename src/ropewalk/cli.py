@@ -34,9 +34,10 @@ from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
-from ropewalk.runs.launch import Terminated, terminating
+from ropewalk.runs.launch import Terminated, leave_place, terminating
 
 DRY_RUN = "--dry-run="
+RANKED = ("train", "evaluate")  # what several processes do together; the others are one process, whatever RANK says
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
 REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
 
@@ -138,6 +139,8 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
 
         @wraps(main)
         def command() -> None:
+            if config_name not in RANKED:
+                leave_place()
             with user_errors():
                 ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
                 sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
@@ -386,7 +389,7 @@ def _report(error: Exception) -> int:
         message = f"{message.splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):  # without the search path, with a way on
         message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_fix(message)}"
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
+    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
