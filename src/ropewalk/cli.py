@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial, wraps
 from pathlib import Path
@@ -34,10 +34,12 @@ from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
+from ropewalk.files import check_writable, writing
 from ropewalk.runs.launch import Terminated, leave_place, terminating
 
 DRY_RUN = "--dry-run="
 RANKED = ("train", "evaluate")  # what several processes do together; the others are one process, whatever RANK says
+OUTPUTS = ("output", "figures")  # keys of what a command writes; training looks at its run_dir on every rank alike
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
 REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
 
@@ -123,9 +125,17 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
 
                 dry_run(config_name, config_object, Path(ledgers[-1]))
                 return
-            if reads_inputs and config_name in COMMANDS:
-                check_requirements(config_name, config_object)
-            main(config_object)
+            with ExitStack() as disks:
+                for key in OUTPUTS:
+                    path = getattr(config_object, key, None)
+                    if path is None:
+                        continue
+                    if not (config_name == "prepare" and Path(path).is_dir()):  # finished, it may be read-only
+                        check_writable(f"{key}={path}", Path(path))
+                    disks.enter_context(writing(f"{key}={path}", Path(path)))
+                if reads_inputs and config_name in COMMANDS:
+                    check_requirements(config_name, config_object)
+                main(config_object)
 
         @wraps(main)
         def with_object(composed: DictConfig) -> None:
