@@ -57,6 +57,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
     ("raise KeyboardInterrupt", 128 + signal.SIGINT, "error: interrupted\n"),
     ("signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)",
      128 + signal.SIGINT, "error: interrupted\n"),
+    ("signal.raise_signal(signal.SIGTERM)", 128 + signal.SIGTERM, "error: terminated (SIGTERM)\n"),
 ])  # fmt: skip
 def test_a_closed_output_and_ctrl_c_end_without_a_traceback(body, code, errors):
     """As with ``| head`` where it has gone before the first line: stdout is a pipe without a reader."""
@@ -180,3 +181,13 @@ def test_a_mapping_that_hydra_cannot_read_is_quoted_or_sent_to_a_file():
 def test_an_override_without_a_key_is_one_line():
     with pytest.raises(UserError, match="=5 has no key before its =; write KEY=5"):
         check_grammar(["a=1", "+=5"])
+
+
+@pytest.mark.parametrize("left", [
+    {"LOCAL_RANK": "3"},
+    {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+])  # fmt: skip
+def test_what_another_launcher_left_hides_no_error(left):
+    program = [sys.executable, "-c", ENTRY.format(error="UserError"), "model=nowhere"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, **left})
+    assert (done.returncode, done.stderr) == (2, "error: value, rule and fix\n")

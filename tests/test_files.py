@@ -17,6 +17,7 @@ from ropewalk import files
 from ropewalk.errors import UserError
 from ropewalk.files import (
     check_space,
+    check_writable,
     copy_files,
     only_writer,
     read_object,
@@ -202,3 +203,34 @@ def test_a_file_that_holds_no_object_is_one_line(tmp_path, content, fault):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_object(tmp_path / "a.json") == {"a": 1}
     assert read_object(tmp_path / "not there") == {}
+
+
+def test_an_output_that_cannot_be_made_is_refused_and_nothing_is_written(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (tmp_path, tmp_path / "new" / "below", file):
+        check_writable("output=o", path)
+    with pytest.raises(UserError, match=r"output=o cannot be written \(Not a directory: .*file; .*another directory"):
+        check_writable("output=o", file / "a" / "b")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
+def test_an_output_in_a_directory_of_others_is_refused(tmp_path):
+    if (child := os.fork()) == 0:  # for root every directory is open
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            check_writable("output=o", tmp_path / "o")
+        except UserError as error:
+            os._exit("output=o cannot be written (Permission denied: " in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_the_file_that_becomes_an_output_is_a_part_of_it(tmp_path):
+    report = tmp_path / "report.html"
+    with pytest.raises(UserError, match="output=r cannot be written"), writing("output=r", report):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "report.html.1a2b3c4d.partial"))
+    with pytest.raises(PermissionError), writing("output=r", report):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "run" / "metrics.jsonl"))

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial, wraps
 from pathlib import Path
@@ -35,10 +35,14 @@ from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
+from ropewalk.files import check_writable, writing
+from ropewalk.runs.launch import Terminated, leave_place, terminating
 
 DRY_RUN = "--dry-run="
 IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 USER_FAULTS = (UserError, CompactHydraException, OmegaConfBaseException)
+RANKED = ("train", "evaluate")  # what several processes do together; the others are one process, whatever RANK says
+OUTPUTS = ("output", "figures")  # keys of what a command writes; training looks at its run_dir on every rank alike
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
 REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
 
@@ -124,9 +128,17 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
 
                 dry_run(config_name, config_object, Path(ledgers[-1]))
                 return
-            if reads_inputs and config_name in COMMANDS:
-                check_requirements(config_name, config_object)
-            main(config_object)
+            with ExitStack() as disks:
+                for key in OUTPUTS:
+                    path = getattr(config_object, key, None)
+                    if path is None:
+                        continue
+                    if not (config_name == "prepare" and Path(path).is_dir()):  # finished, it may be read-only
+                        check_writable(f"{key}={path}", Path(path))
+                    disks.enter_context(writing(f"{key}={path}", Path(path)))
+                if reads_inputs and config_name in COMMANDS:
+                    check_requirements(config_name, config_object)
+                main(config_object)
 
         @wraps(main)
         def with_object(composed: DictConfig) -> None:
@@ -141,6 +153,8 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
 
         @wraps(main)
         def command() -> None:
+            if config_name not in RANKED:
+                leave_place()
             with user_errors():
                 ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
                 sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
@@ -243,15 +257,19 @@ def user_errors() -> Iterator[None]:
     """Exit codes and messages of a command.
 
     A UserError, or anything wrong with the configuration itself, ends the process with one line on stderr and exit code
-    2, Ctrl-C with one line and 130, and an output that nobody reads any more (``| head``) without a word and 141. Every
-    other exception keeps its traceback.
+    2, Ctrl-C with one line and 130, SIGTERM likewise and 143, and an output that nobody reads any more (``| head``)
+    without a word and 141. Every other exception keeps its traceback.
     """
     try:
-        yield
-        _output_is_closed()
+        with terminating():
+            yield
+            _output_is_closed()
     except USER_FAULTS as error:
         _report(error)
         sys.exit(2)
+    except Terminated:
+        print("error: terminated (SIGTERM)", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -417,7 +435,7 @@ def _report(error: Exception) -> str:
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):  # without the search path, with a way on
         message = f"{message.split('Config search path')[0].strip().rstrip('.')}; {_fix(message)}"
     message = " ".join(message.split())
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # not one a GPU
+    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a GPU
         print(f"error: {message}", file=sys.stderr)
     return message
 

@@ -98,6 +98,22 @@ def writing(name: str, directory: Path, need: Callable[[], int] | None = None) -
         raise _unwritable(name, reason, directory, None if need is None else need()) from error
 
 
+def check_writable(name: str, path: Path) -> None:
+    """Raise UserError where a file or directory cannot be made at ``path``, or nothing in the directory that is there.
+
+    Args:
+        name: the setting that names it, with its value.
+        path: nothing is written to it.
+    """
+    nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
+    if nearest == path.absolute() and not nearest.is_dir():
+        nearest = nearest.parent  # a file is replaced
+    if not nearest.is_dir():
+        raise _unwritable(name, f"Not a directory: {nearest}", path, None)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(name, f"Permission denied: {nearest}", path, None)
+
+
 def check_space(name: str, directory: Path, needed: int) -> None:
     """Raise UserError where the disk of a directory has less than ``needed`` bytes free, and some for what is small.
 
@@ -124,10 +140,12 @@ def _standing(directory: Path) -> Path:
 
 
 def _is_on_the_way(file: str | bytes, directory: Path) -> bool:
-    """True if a file lies in a directory or in the one beside it that becomes it, or is a part of its path."""
+    """True if a file is in a directory, or in the ``NAME.*partial`` that becomes it, or is a part of its path."""
     path, root = Path(os.path.abspath(os.fsdecode(file))), Path(os.path.abspath(directory))
-    beside = root.with_name(f"{root.name}.partial")
-    return path.is_relative_to(root) or path.is_relative_to(beside) or root.is_relative_to(path)
+    if path.is_relative_to(root) or root.is_relative_to(path):
+        return True
+    beside = path.relative_to(root.parent).parts[:1] if path.is_relative_to(root.parent) else ()
+    return any(name.startswith(f"{root.name}.") and name.endswith("partial") for name in beside)
 
 
 @contextmanager

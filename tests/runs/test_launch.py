@@ -23,7 +23,14 @@ def test_a_place_that_a_launcher_gave_stays():
     assert environment == {**TASK, "RANK": "0"}
 
 
-@pytest.mark.parametrize("environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},  # the shell of salloc
+    ],
+)
 def test_one_process_alone_has_no_place_to_take(environment):
     before = dict(environment)
     take_place(environment)

@@ -11,12 +11,14 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,12 +28,12 @@ from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
 from ropewalk.files import only_writer
-from ropewalk.runs.launch import take_place
+from ropewalk.runs.launch import PLACE, leave_place, take_place
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+WAITED = 20.0  # seconds for the other ranks before a line says so
 GLOO_THREADS_REST = 0.2  # seconds; they need microseconds, a loaded machine may not give them a core at once
 CPU = torch.device("cpu")
-LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # beside RANK, as torchrun sets them
 T = TypeVar("T")
 
 
@@ -97,10 +99,9 @@ def launched_world_size() -> int:
     """
     take_place()
     if "RANK" not in os.environ:  # what an earlier launcher has left of the others says nothing
-        for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
+        leave_place()
         return 1
-    missing = [name for name in LAUNCHED if name not in os.environ]
+    missing = [name for name in PLACE if name not in os.environ]
     if missing:
         raise UserError(f"RANK is set without {', '.join(missing)}; set all five, or unset RANK to train alone")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
@@ -169,7 +170,13 @@ def _join(deepspeed: Any, device: str) -> None:
 
 @contextmanager
 def own_port() -> Iterator[None]:
-    """Turn a MASTER_PORT that another process has into a UserError."""
+    """Turn a MASTER_PORT that another process has into a UserError; say who is waited for, if it takes a while."""
+    address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    text = f"RANK={rank} of WORLD_SIZE={size} waits for the others at {address}; to run alone, unset RANK"
+    timer = threading.Timer(WAITED, partial(print, text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     except dist.DistNetworkError as error:
@@ -179,6 +186,8 @@ def own_port() -> Iterator[None]:
             f"MASTER_PORT={os.environ.get('MASTER_PORT')} is used by another process of this node; set another one, or "
             "start by torchrun --standalone, which finds a free one"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:

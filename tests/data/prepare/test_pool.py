@@ -1,11 +1,14 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 import pytest
 
 from ropewalk.data.prepare.pipeline import Processes
+from ropewalk.files import _started
 
 
 def work(directory, number):
@@ -86,3 +89,39 @@ def test_no_more_processes_are_started_than_there_is_work_for(tmp_path):
     with Processes(40) as processes:
         processes.start(3, report, tmp_path, "begun")
         assert len(processes._pool._processes) == 3
+
+
+def test_ctrl_c_does_not_wait_for_a_shard_that_is_being_worked_on():
+    processes = Processes(2)
+    processes.start(2, time.sleep, 15)
+    workers = list(processes._pool._processes.values())
+    with pytest.raises(KeyboardInterrupt), processes:
+        raise KeyboardInterrupt
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
+
+
+KILLED = """
+import os, signal, sys, time
+from ropewalk.data.prepare.pipeline import Processes
+if __name__ == "__main__":
+    processes = Processes(2)
+    list(processes.each(os.getpid, [(), ()]))
+    print(*(worker.pid for worker in processes._pool._processes.values()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    workers = {int(word) for word in done.stdout.split()}
+    assert workers
+    for _ in range(150):
+        workers = {worker for worker in workers if _started(worker) is not None}
+        if not workers:
+            break
+        time.sleep(0.1)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    assert not workers

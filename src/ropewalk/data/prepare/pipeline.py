@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -173,9 +175,13 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._pool is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C or SIGTERM: a shard may take minutes more
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
 
     def start(self, calls: int, function: Callable[..., object], *arguments: Any) -> None:
         """Start the processes that ``calls`` calls will need, with a first call that prepares each of them.
@@ -210,7 +216,7 @@ class Processes:
     def _executor(self) -> ProcessPoolExecutor:
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of other threads
-            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_one_thread)
+            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_begin_process)
         return self._pool
 
 
@@ -218,9 +224,18 @@ def _without_result(function: Callable[..., object], *arguments: Any) -> None:
     function(*arguments)
 
 
-def _one_thread() -> None:
-    """One thread in a process: there is a process for each core."""
+def _begin_process() -> None:
+    """One thread in a process, as there is one for each core; it leaves Ctrl-C to its parent and ends with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # it was killed: nobody takes the results, and a process of a pool waits for ever
 
 
 def validate_prepare(config: PrepareConfig) -> None:

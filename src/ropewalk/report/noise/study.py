@@ -19,7 +19,7 @@ from ropewalk.evaluation.results import LOSS_METRICS
 from ropewalk.figures.evaluation_curves import study_figure
 from ropewalk.figures.figure import write_figure
 from ropewalk.figures.style import interval
-from ropewalk.files import replace_atomically
+from ropewalk.files import replace_atomically, writing
 from ropewalk.report.noise.decisions import DECISION_COLUMNS, LEGEND, decide, decision_cells, seed_numbers
 from ropewalk.report.noise.seed_statistics import mean_over_seeds
 from ropewalk.report.runs import Run, holds_run, load_runs
@@ -42,7 +42,8 @@ def study(config: StudyConfig) -> None:
     plan = read_plan(Path(config.plan))
     folder = Path(config.results or Path(config.plan).parent)
     if config.collect:
-        collect(plan, folder)
+        with writing(f"results={folder}", folder):
+            collect(plan, folder)
     results = read_results(folder / RESULTS)
     if config.seeds is not None:
         one_of("seeds", config.seeds, ("next", "accepted"))
@@ -51,7 +52,8 @@ def study(config: StudyConfig) -> None:
     print("\n\n".join(as_text(section) for section in study_sections(plan, results)), flush=True)
     trained = {name: regime.trained for name, regime in plan.regimes.items()}
     if len(means := curves(plan, results)):
-        write_figure(study_figure(means, trained, plan.primary.metric), folder, ["svg"])
+        with writing(f"results={folder}", folder):
+            write_figure(study_figure(means, trained, plan.primary.metric), folder, ["svg"])
 
 
 def read_plan(path: Path) -> StudyPlan:
