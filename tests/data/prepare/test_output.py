@@ -104,7 +104,10 @@ def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tm
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     PackedStore(prepare(config, lambda line: None) / "packed-64").verify()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"output=.*file cannot be made \(File exists\); name another directory"):
+    with pytest.raises(
+        UserError,
+        match=r"output=.*file cannot be written \(File exists: .*; free space there, or name another directory",
+    ):
         prepare(config_of(tmp_path / "file", documents, fixture_tokenizer), lambda line: None)
 
 
