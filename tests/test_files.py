@@ -217,14 +217,17 @@ def test_an_output_that_cannot_be_made_is_refused_and_nothing_is_written(tmp_pat
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
 def test_an_output_in_a_directory_of_others_is_refused(tmp_path):
+    """Also where a directory above, as the tests' own, may not be entered."""
     if (child := os.fork()) == 0:  # for root every directory is open
-        os.setgid(65534)
-        os.setuid(65534)
+        code = 2
         try:
+            os.setgid(65534)
+            os.setuid(65534)
             check_writable("output=o", tmp_path / "o")
         except UserError as error:
-            os._exit("output=o cannot be written (Permission denied: " in str(error))
-        os._exit(2)
+            code = int("output=o cannot be written (Permission denied: " in str(error))
+        finally:
+            os._exit(code)  # whatever is raised, no second process goes on with the tests
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 

@@ -106,9 +106,9 @@ def check_writable(name: str, path: Path) -> None:
         path: nothing is written to it.
     """
     nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
-    if nearest == path.absolute() and not nearest.is_dir():
+    if nearest == path.absolute() and not os.path.isdir(nearest):
         nearest = nearest.parent  # a file is replaced
-    if not nearest.is_dir():
+    if not os.path.isdir(nearest):
         raise _unwritable(name, f"Not a directory: {nearest}", path, None)
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise _unwritable(name, f"Permission denied: {nearest}", path, None)
@@ -136,7 +136,8 @@ def _unwritable(name: str, reason: str, directory: Path, needed: int | None) -> 
 
 
 def _standing(directory: Path) -> Path:
-    return next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    # not Path.is_dir, which raises where a directory above may not be entered
+    return next(path for path in (directory, *directory.absolute().parents) if os.path.isdir(path))
 
 
 def _is_on_the_way(file: str | bytes, directory: Path) -> bool:
