@@ -16,6 +16,7 @@ SCHEMAS: dict[str, type] = {
     "noise": train.NoiseConfig,
     "sbatch": train.SbatchConfig,
     "prepare": data.PrepareConfig,
+    "prepare_video": data.PrepareVideoConfig,
     "gather": data.GatherConfig,
     "convert_mds": data.ConvertConfig,
     "inspect_store": data.InspectStoreConfig,

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # of images and videos; trained, not yet planned, evaluated or exported
 
 
 @dataclass
@@ -29,6 +30,7 @@ class ModelConfig:
     theta: float = MISSING  # RoPE base of the pretrained model
     head_dim: int = MISSING  # channels of a head; head_dim / 2 rotary pairs
     pretrained_length: int = MISSING  # tokens it was last trained at: max_position_embeddings of its config.json
+    train_tower: bool = True  # of a model of images and videos; false: its vision tower stays as it is
 
 
 @dataclass

@@ -91,7 +91,10 @@ def _open(directory: Path) -> dict[str, _Piece]:
     state = _load(_ranked(directory, "*_model_states.pt")[0])
     frozen = state.get("frozen_param_shapes")
     if frozen:
-        raise UserError(f"{directory}: {len(frozen)} parameters were frozen, which this trainer never does: not ours")
+        raise UserError(
+            f"{directory}: {len(frozen)} parameters were frozen, as a vision tower's may be; models of images and "
+            "videos are not exported yet"
+        )
     groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in state["param_shapes"]]
     if key == _PARTITIONED_EACH:
         return _partitioned_each(groups, vectors, directory)

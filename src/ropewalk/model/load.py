@@ -14,18 +14,18 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from ropewalk.config.groups import RopeConfig
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, VISION_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model import attention
-from ropewalk.model.hf_directory import check_causal, load_whole, read_config
+from ropewalk.model.hf_directory import auto_class, check_causal, load_whole, read_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
+from ropewalk.model.vision import has_vision
 from ropewalk.rope.chain import RopeChain, Steps
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
@@ -73,7 +73,7 @@ def training_config(
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     else:
         config = read_config(model.path, key="model.path", revision=model.revision)
-        check_causal(config)
+        check_causal(config, also=VISION_MODEL_TYPES)
         _check_sizes(model, config)
     _check_architecture(config)
     origin = position_of(config)
@@ -84,18 +84,17 @@ def training_config(
         sequence_length,
         base_model=model.path if start is None else origin.base_model,
     )
-    config.max_position_embeddings = sequence_length
+    config.get_text_config().max_position_embeddings = sequence_length
     place_position(config, position)
     setattr(config, METADATA_KEY, position.metadata())
-    config.use_cache = False
+    config.get_text_config().use_cache = False
     return config
 
 
 def _check_architecture(config: PreTrainedConfig) -> None:
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
+    known = (*SUPPORTED_MODEL_TYPES, *VISION_MODEL_TYPES)
+    if config.model_type not in known:
+        raise UserError(f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(known)}")
     window = sliding_window(config)
     if window is not None:
         raise UserError(
@@ -106,6 +105,7 @@ def _check_architecture(config: PreTrainedConfig) -> None:
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """Tokens that the model's windowed layers attend to; None: every layer attends to all."""
+    config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
 
@@ -131,7 +131,7 @@ def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
     for name, declared in model.architecture.items():
         if name in POSITION_KEYS:
             continue
-        actual = getattr(config, name, None)
+        actual = getattr(config, name, getattr(config.get_text_config(), name, None))
         if declared != actual:
             raise UserError(
                 f"model.architecture.{name}={declared}, but the checkpoint {model.path} has {actual}; set "
@@ -160,9 +160,11 @@ def build_for_training(
     Raises:
         UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
-    implementation = attention.register()
+    name = attention.register()
+    # documents are the language model's; a tower attends inside its frames
+    implementation = {"text_config": name, "vision_config": "sdpa"} if has_vision(config) else name
     if path is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=implementation)
     else:
         model = load_whole(path, revision=revision, config=config, dtype=dtype, attn_implementation=implementation)
     model.config.architectures = [type(model).__name__]  # what vLLM and SGLang choose the class by
@@ -172,7 +174,7 @@ def build_for_training(
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of a model with this config, tied ones once; no memory is taken for them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(p.numel() for p in auto_class(config).from_config(config).parameters())
 
 
 def load_for_evaluation(

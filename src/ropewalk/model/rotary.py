@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.errors import UserError
+from ropewalk.model.hf_directory import auto_class
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.hf_config import in_one_line, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
@@ -324,15 +318,14 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     Raises:
         UserError: where it builds none.
     """
-    builder: Any = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of several modalities
-        if type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            config = config.get_text_config()
-        elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            builder = AutoModelForImageTextToText
+    if (
+        type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        config = config.get_text_config()  # of a model of several modalities
     try:
         with torch.device("meta"):
-            model = builder.from_config(config)
+            model = auto_class(config).from_config(config)
     except (ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(
             f"transformers builds no {config.model_type} of this config.json: {in_one_line(error)}"

@@ -48,6 +48,7 @@ class RunDirectory:
     start_universal = _Entry("start/universal")  # that checkpoint in DeepSpeed's universal form
     # Training, while it runs:
     metrics = _Entry("metrics.jsonl")  # a row for each logged step (runs.metrics_file)
+    clips = _Entry("clips.jsonl")  # the temporal scale that each video of each step has drawn
     evaluation_metrics = _Entry("evaluations.jsonl")  # a row for each evaluation inside training
     evaluations = _Entry("evaluations")  # step-N/ with the tables of that evaluation
     checkpoints = _Entry("checkpoints")  # step-N/; also universal-step-N/ and damaged-step-N/, see below

@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropewalk.config.rules import batching
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
+from ropewalk.data.order.batches import VisionInputs
 from ropewalk.model.activations import place_activations
 from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training
 from ropewalk.model.loss import tiled_linear_cross_entropy
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
+from ropewalk.model.vision import embed, has_vision, tower_of
 from ropewalk.rope.position import position_of
 from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
 
@@ -64,6 +66,7 @@ class LossModel(nn.Module):
         documents: Documents,
         token_losses: Tensor | None = None,
         logits_at: Tensor | None = None,
+        vision: VisionInputs | None = None,
     ) -> Tensor:
         """Summed cross entropy of one packed row, and its z-loss if there is one; or some of its logits.
 
@@ -74,13 +77,17 @@ class LossModel(nn.Module):
             documents: where each document begins and ends.
             token_losses: fp32 (tokens,), gets the loss of each trained token.
             logits_at: int64 (n,), positions in the row.
+            vision: of a model of images and videos; its positions are rotated by in the place of ``position_ids``.
 
         Returns:
             fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
         """
         # use_cache=True would let packed documents see each other in stock attention.
         decoder = self.lm.get_decoder()
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        if vision is not None:
+            inputs = {"inputs_embeds": embed(self.lm, input_ids, vision), "position_ids": vision.positions}
+        output = decoder(**inputs, use_cache=False, documents=documents)
         hidden = output.last_hidden_state[0]
         head = self.lm.get_output_embeddings().weight
         if not torch.is_grad_enabled():
@@ -91,13 +98,15 @@ class LossModel(nn.Module):
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for matrices, none for norms and biases.
+    """Decay for matrices, none for norms and biases; what is frozen is left out.
 
     A partitioned parameter reports one dimension whatever it is, so the whole shape decides.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decayed if len(shape) >= 2 else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -115,6 +124,8 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     torch.manual_seed(trainer.seed)
     lm = build_for_training(model_config, config.model.path, getattr(torch, trainer.dtype), config.model.revision)
     del partitioned_init
+    if has_vision(model_config) and not config.model.train_tower:
+        tower_of(lm).requires_grad_(False)
     place_activations(lm, trainer)
     lm.train()
     loss_model = LossModel(lm, trainer.loss_chunk_size, trainer.z_loss)

@@ -164,7 +164,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     last_step = min(trainer.max_steps, first_step + (trainer.stop_after or trainer.max_steps))
     if first_step >= last_step:
         log_once(f"{run_dir} is at step {first_step} of {trainer.max_steps}: nothing left to do")
-        log_once("\n".join(closing_lines(config, first_step)))
+        log_once("\n".join(closing_lines(config, first_step, is_evaluated=inputs.clips is None)))
         return
     cautions = [f"warning: {caution}" for caution in chain_warnings([inputs.position])]
     log_once("\n".join([describe_order(mixture, last_step), *cautions]))
@@ -194,7 +194,9 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
     )  # fmt: skip
 
     order_steps = [0 if trainer.overfit_one_batch else step for step in range(first_step, last_step)]
-    with closing(prefetched(lambda step: step_batch(mixture, step, ranks, config), order_steps)) as batches:
+    with closing(
+        prefetched(lambda step: step_batch(mixture, step, ranks, config, inputs.clips), order_steps)
+    ) as batches:
         Trainer(
             engine=engine,
             ranks=ranks,
@@ -206,7 +208,7 @@ def train(config: TrainConfig, evaluator: Evaluator | None = None) -> None:
             step=first_step,
             last_step=last_step,
         ).run()
-    log_once("\n".join(closing_lines(config, last_step)))
+    log_once("\n".join(closing_lines(config, last_step, is_evaluated=inputs.clips is None)))
 
 
 def _make_evaluation(inputs: RunInputs, evaluator: Evaluator | None) -> Evaluation | None:
