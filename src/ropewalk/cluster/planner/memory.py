@@ -273,7 +273,7 @@ def _flushed(shape: ModelShape, setting: Setting) -> float:
 
 
 def _laid_out(setting: Setting, elements: float) -> float:
-    """What a reduction makes of the bucket's contents; ZeRO-2 in bf16 joins the ranks' parts, and then widens them."""
+    """Bytes that a reduction makes of the bucket; ZeRO-2 in bf16 joins the ranks' parts, and then widens them."""
     widened = setting.element if setting.stage == 2 and setting.element < FP32 else 0
     return float((FP32 + widened) * elements)
 
