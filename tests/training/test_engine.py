@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
@@ -172,6 +173,21 @@ def test_gradients_and_decay_of_a_partitioned_bf16_model(store_64, tmp_path):
     assert undecayed == {name for name, p in whole.named_parameters() if p.ndim == 1}
     assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [config.trainer.weight_decay, 0.0]
     engine.destroy()
+
+
+def test_a_model_that_cannot_be_built_leaves_nothing_partitioned(store_64, tmp_path):
+    """transformers builds in parts while the settings live, and an exception that is kept keeps frames."""
+    config = tiny_run(store_64, tmp_path)
+    config.model.path = str(tmp_path / "absent")
+    kept = []
+    try:
+        start_engine(
+            config, training_config(tiny_run(store_64, tmp_path).model, RopeConfig("rope"), 64), start_processes("cpu")
+        )
+    except Exception as error:
+        kept.append(error)
+    assert kept
+    assert not is_deepspeed_zero3_enabled()
 
 
 @pytest.mark.gpu

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -63,22 +63,35 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
+@contextmanager
+def partitioned_init(settings: dict[str, Any]) -> Iterator[None]:
+    """Models that transformers builds inside come out partitioned, at stage 3.
+
+    transformers finds the settings as long as their object lives, which a traceback could keep: they are taken away.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    found = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del found
+
+
 def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ranks) -> Any:
     """Build the model partitioned from the start, wrap it in the engine, and put its spectrum in place."""
     deepspeed = import_deepspeed(config.trainer.device)
-    from transformers.integrations import HfDeepSpeedConfig
-
     trainer = config.trainer
     steps = batching(config, ranks.world_size).accumulation_steps
     settings = zero_config(trainer, config.deepspeed, steps, ranks.sequence)
-    partitioned_init = HfDeepSpeedConfig(settings)  # transformers looks for it while it builds
     torch.manual_seed(trainer.seed)
     dtype, revision = getattr(torch, trainer.dtype), config.model.revision
     # Random weights are drawn where ZeRO-3 draws them.
     is_drawn_whole = config.model.path is None and config.deepspeed.stage < 3
-    with torch.device(ranks.device) if is_drawn_whole else nullcontext():
+    with partitioned_init(settings), torch.device(ranks.device) if is_drawn_whole else nullcontext():
         lm = build_for_training(model_config, config.model.path, dtype, revision, trainer.attention)
-    del partitioned_init
     place_activations(lm, trainer)
     lm.train()
     loss_model = LossModel(lm, trainer.loss_chunk_size, trainer.z_loss)
