@@ -286,6 +286,8 @@ class Rotation:
         length: tokens of the input it was read for.
         equal_on_all_ranks: None outside torch.distributed.
         axes: (rotating channels / 2,), 0 for time, 1 for height, 2 for width; None: text alone.
+        output: float32 (2, channels), cos and sin at position ``length`` - 1 as the module hands them out; None: it
+            hands out something else.
     """
 
     module: str
@@ -295,6 +297,7 @@ class Rotation:
     length: int
     equal_on_all_ranks: bool | None
     axes: IntArray | None = None
+    output: Tensor | None = None
 
     @property
     def rope_type(self) -> str:
@@ -320,6 +323,13 @@ def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
     return [rotation for name, module in _rotary_modules(model) for rotation in _read(name, module, length)]
 
 
+def stock_rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
+    """The rotations of modules that the model's own classes build anew from its config, on the CPU; no weights."""
+    with torch.device("cpu"):
+        modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
+        return [rotation for name, module in modules for rotation in _read(name, module, length)]
+
+
 def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     """The same for a model that stock transformers would build from ``config``; no weights are made.
 
@@ -335,13 +345,12 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     try:
         with torch.device("meta"):
             model = builder.from_config(config)
-        modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
-        rotations = [rotation for name, module in modules for rotation in _read(name, module, length)]
+        rotations = stock_rotations(model, length)
     except (ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(
             f"transformers builds no {config.model_type} of this config.json: {in_one_line(error)}"
         ) from error
-    if not modules:
+    if not rotations:
         raise UserError(
             f"model_type={config.model_type} has no rotary module in transformers, so it has no RoPE to read"
         )
@@ -367,15 +376,18 @@ def _read(name: str, module: Any, length: int) -> Iterator[Rotation]:
     for layer_type in layer_types:
         prefix = f"{layer_type}_" if layer_type else ""
         buffer = getattr(module, f"{prefix}inv_freq")
-        arguments = (torch.zeros(1, device=buffer.device), torch.tensor([[length - 1]], device=buffer.device))
+        states = torch.zeros(1, dtype=torch.float32, device=buffer.device)
+        arguments = (states, torch.tensor([[length - 1]], device=buffer.device), *([layer_type] if layer_type else []))
         with torch.no_grad():
-            module(*arguments, layer_type) if layer_type else module(*arguments)
+            output = module(*arguments)
         inv_freq = getattr(module, f"{prefix}inv_freq").clone()
         scaling = float(getattr(module, f"{prefix}attention_scaling"))
         entry = _entry(module.config, layer_type)
         label = f"{name}[{layer_type}]" if layer_type else name
         axes = stock_axes(module, inv_freq.numel())
-        yield Rotation(label, entry, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq), axes)
+        is_pair = isinstance(output, tuple) and len(output) == 2 and axes is None
+        cos_sin = torch.stack([values.flatten().float().cpu() for values in output]) if is_pair else None
+        yield Rotation(label, entry, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq), axes, cos_sin)
 
 
 def _equal_on_all_ranks(inv_freq: Tensor) -> bool | None:
