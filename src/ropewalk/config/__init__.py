@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ropewalk.config import analysis, data, evaluation, export, groups, train
 
-CONFIG_DIR = Path(__file__).resolve().parents[3] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel the package holds the checkout's configs/, scripts/ and data_prep/.
+CONFIG_DIR = next(root / "configs" for root in (_PACKAGE, _PACKAGE.parents[1]) if (root / "configs").is_dir())
 
 # the dataclass that each command composes: configs/NAME.yaml
 SCHEMAS: dict[str, type] = {
