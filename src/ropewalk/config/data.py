@@ -132,4 +132,5 @@ class InspectStoreConfig:
     domain: str | None = None  # whose sequence is decoded; null: the first
     sequence: int = 0  # which one
     verify: bool = False  # hash every file again
+    figures: str | None = None  # directory for the census of lengths, as a figure and a table
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -1,12 +1,14 @@
 """What is printed of a store, against counting by hand."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import composed
 
 from ropewalk.data import PackedSequence, PackedStore
-from ropewalk.data.store.describe import describe, print_store
+from ropewalk.data.store.describe import describe, length_census, print_store
 from ropewalk.data.store.writer import Accounting, write_store
+from ropewalk.figures.length_census import length_census_figure
 
 
 @pytest.fixture
@@ -36,6 +38,23 @@ def test_counts_and_histogram(store):
     bars = [line for line in lines if " pieces " in line and "sequence" not in line]
     assert [line.split()[3] for line in bars[:3]] == ["1", "1", "2"]  # of 2-3, 4-7 and 8-15 tokens
     assert [line.split()[5] for line in bars[:3]] == ["9.7%", "16.1%", "74.2%"]  # 3, 5 and 23 of 31
+
+
+def test_a_census_counts_tokens_by_length_and_domain(store, tmp_path):
+    """Pieces of 3, 5, 8 and 15 tokens, and one of 16; the empty length in between would have a row too."""
+    print_store(composed("inspect_store", f"store={store.root}", f"figures={tmp_path / 'figures'}"))
+    census = pd.read_csv(tmp_path / "figures" / "length_census.csv")
+    columns = ["domain", "length_from", "length_to", "pieces", "tokens"]
+    assert census[columns].to_numpy().tolist() == [
+        ["mixed", 2, 3, 1, 3], ["mixed", 4, 7, 1, 5], ["mixed", 8, 15, 2, 23], ["whole", 16, 31, 1, 16]
+    ]  # fmt: skip
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".csv", ".svg", ".png"}
+    numbers = length_census_figure(census).numbers
+    assert numbers.loc["mixed"].tolist() == ["4", "31", "8"]  # 15.5 of its 31 tokens are reached at 8 to 15
+    gap = length_census([write_store(tmp_path / "gap", 16, {"d": [PackedSequence(
+        np.arange(40, 56, dtype=np.uint32), np.array([1, 16], np.int32))]}, store.tokenizer_path,
+        {"d": Accounting(16)})])  # fmt: skip
+    assert gap["pieces"].tolist() == [1, 0, 0, 1]  # of 1, 2 to 3, 4 to 7, 8 to 15 tokens
 
 
 def test_a_sequence_is_decoded_with_its_boundaries(store):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ropewalk.config.data import InspectStoreConfig
 from ropewalk.data.store.manifest import MANIFEST, DomainInfo, stores_in
 from ropewalk.data.store.reader import PackedSequence, PackedStore
 from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
+from ropewalk.files import replace_atomically
 
 BAR = 40  # characters of the fullest bar
 EXCERPT = 60  # characters of text shown at either end of a piece
@@ -35,6 +38,8 @@ def print_store(config: InspectStoreConfig) -> None:
             store.verify()
     for line in domain_table(stores) if inside else describe(stores[0], config.domain, config.sequence):
         print(line, flush=True)
+    if config.figures:
+        _write_census(length_census(stores), Path(config.figures), named=bool(inside))
     if config.verify:
         print("verified: every file has the size and SHA-256 of the manifest")
     if inside:
@@ -100,16 +105,42 @@ def _accounting(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str
             yield f"  {tokens:,} {kind}{' to' if kind == 'moved' else ':'} {reason}"
 
 
+def length_census(stores: Sequence[PackedStore]) -> pd.DataFrame:
+    """Pieces and tokens of each domain by length in powers of two, every length between the first and the last.
+
+    Returns:
+        store, domain, length_from and length_to (tokens), pieces, tokens; a domain without pieces has no row.
+    """
+    rows = []
+    for store in stores:
+        for name in store.domains:
+            lengths = store.piece_lengths(name)
+            exponents = np.floor(np.log2(lengths)).astype(int)
+            for exponent in range(exponents.min(initial=99), exponents.max(initial=0) + 1):
+                chosen = lengths[exponents == exponent]
+                ends = 2**exponent, 2 ** (exponent + 1) - 1
+                rows.append((store.root.name, name, *ends, len(chosen), int(chosen.sum())))
+    return pd.DataFrame(rows, columns=["store", "domain", "length_from", "length_to", "pieces", "tokens"])
+
+
+def _write_census(census: pd.DataFrame, directory: Path, *, named: bool) -> None:
+    from ropewalk.figures.figure import write_figure  # late: preparing data draws nothing
+    from ropewalk.figures.length_census import length_census_figure
+
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_atomically(directory / "length_census.csv", partial(census.to_csv, index=False))
+    if named:
+        census = census.assign(domain=census["store"] + " " + census["domain"])
+    for path in write_figure(length_census_figure(census), directory, ["svg", "png"]):
+        print(f"wrote {path}")
+
+
 def _histogram(store: PackedStore, name: str, info: DomainInfo) -> Iterator[str]:
     """Pieces by length in powers of two; the bar is their share of the domain's tokens."""
-    lengths = store.piece_lengths(name)
-    if not len(lengths):
-        return
-    exponents = np.floor(np.log2(lengths)).astype(int)
-    for exponent in range(exponents.min(), exponents.max() + 1):
-        chosen = lengths[exponents == exponent]
-        share = chosen.sum() / info.tokens
-        yield f"  {2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} {len(chosen):>10,} pieces {share:>7.1%} " + (
+    census = length_census([store])
+    for row in census[census["domain"] == name].itertuples():
+        share = row.tokens / info.tokens
+        yield f"  {row.length_from:>9,} to {row.length_to:>9,} {row.pieces:>10,} pieces {share:>7.1%} " + (
             "#" * round(BAR * share)
         )
 
