@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import datasets
 import pytest
@@ -18,9 +19,11 @@ from ropewalk.evaluation.harness.lm_eval_suite import (
     rows_of,
     run_task,
     task_manager,
+    task_spec,
 )
+from ropewalk.evaluation.suites import read_option
 
-pytest.importorskip("lm_eval")
+LM: Any = pytest.importorskip("lm_eval.api.model").LM
 ARROW = {"dataset_path": "arrow", "dataset_name": None, "training_split": None}
 
 
@@ -102,8 +105,6 @@ def test_a_task_with_a_typo_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.slow  # lm-eval's index takes ten seconds to read, once
 def test_every_task_of_the_shipped_suites_is_lm_evals(monkeypatch) -> None:
-    from ropewalk.evaluation.suites import read_option
-
     def read_suite(name: str) -> SuiteConfig:
         return read_option("suite", name, SuiteConfig, "suite.suites")
 
@@ -115,6 +116,59 @@ def test_every_task_of_the_shipped_suites_is_lm_evals(monkeypatch) -> None:
             check_scorers(read_suite(name))
     check_scorers(read_suite("common_sense"))
     assert task_manager() is task_manager()
+
+
+class Scripted(LM):
+    """A model whose answers are given: text for a prompt, and the letter it finds likeliest."""
+
+    def __init__(self, texts: list[str], letter: str) -> None:
+        super().__init__()
+        self.texts, self.letter, self.caps, self.prompts = list(texts), letter, [], []
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        self.caps += [request.args[1]["max_gen_toks"] for request in requests]
+        return [self.texts.pop(0) for _ in requests]
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        self.prompts += [request.args[0] for request in requests]
+        return [(0.0 if request.args[1].strip() == self.letter else -1.0, False) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise AssertionError("no task of these asks for it")
+
+
+@pytest.mark.slow  # lm-eval's index takes ten seconds to read, once
+def test_longbench_2_and_graphwalks_score_rows_of_our_own(tmp_path) -> None:
+    """lm-eval's own code, from prompt to score; only the hub's rows and the model are replaced."""
+    long = read_option("suite", "long", SuiteConfig, "suite.suites")
+    graphs = [
+        {"prompt": "find parents", "answer_nodes": ["a1", "b2", "c3"], "problem_type": "parents"},
+        {"prompt": "walk", "answer_nodes": ["d4"], "problem_type": "bfs"},
+    ]
+    questions = [
+        {"context": "a rope", "question": f"which {i}?", "choices": ["w", "x", "y", "z"], "answer": i} for i in range(4)
+    ]
+    fields = {}
+    for name, rows in (("graphwalks_1M", graphs), ("longbench2_code", questions)):
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+        file = f"{name}/{next((tmp_path / name).glob('*.arrow')).name}"
+        here = {"dataset_path": "arrow", "dataset_name": None, "dataset_kwargs": {"data_files": {"train": file}}}
+        fields[name] = {**long.datasets.get(name, {}), **here, "custom_dataset": None}
+    given = replace(long, data=str(tmp_path), datasets=fields)
+    lm = Scripted(["I walk.\nFinal Answer: [a1, b2]", "Final Answer: [d4, e5]\nDone."], "B")
+    walked = run_task(lm, task_spec("graphwalks_1M", given), None, None, 0)["results"]["graphwalks_1M"]
+    assert lm.caps == [2048, 2048]
+    # recall 2/3 at precision 1, then recall 1 at precision 1/2; only the first stands in the last line
+    assert walked["f1,none"] == pytest.approx((0.8 + 0.0) / 2)
+    assert walked["flexible_f1,none"] == pytest.approx((0.8 + 2 / 3) / 2)
+    rows = {
+        row["metric"]: row["value"] for row in rows_of({"results": {"graphwalks_1M": walked}}, {"category": "long"})
+    }
+    assert rows["flexible_f1"] == pytest.approx(100 * (0.8 + 2 / 3) / 2)  # percent, as f1
+    chosen = run_task(lm, task_spec("longbench2_code", given), None, None, 0)["results"]["longbench2_code"]
+    assert chosen["acc,none"] == 0.25
+    assert "<text>\na rope\n</text>" in lm.prompts[0]
+    assert {"longbench2_single", "longbench2_code"} <= set(task_manager().all_groups + task_manager().all_tasks)
 
 
 def test_shares_become_percent_and_groups_are_called_groups() -> None:

@@ -26,7 +26,14 @@ from ropewalk.evaluation.model_reader import ModelReader
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks, gather
 
-SHARES = ("acc", "acc_norm", "exact_match", "f1", "score")  # 0 to 1 in lm-eval; so is every metric named *_score
+SHARES = (
+    "acc",
+    "acc_norm",
+    "exact_match",
+    "f1",
+    "flexible_f1",
+    "score",
+)  # 0 to 1 in lm-eval; so is every metric named *_score
 OF_LONGBENCH = ("jieba", "fuzzywuzzy", "rouge")  # packages that its tasks import
 BABILONG_UNIT = 1024  # tokens of the k in its lengths
 
