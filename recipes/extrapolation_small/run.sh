@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # Does clipping help? RoPE, HardClip and CoPE over ten seeds in two regimes, as plan.yaml declares; then a survey of other
-# methods, and test-time scaling of the core's runs. run.sh [core] [survey] [scaling]; core by default. One process a core
-# (PROCESSES); run again, it goes on from what is finished.
+# methods, test-time scaling of the core's runs, and the core again at four times the parameters over five seeds, as
+# plan_large.yaml declares. run.sh [core] [survey] [scaling] [large]; core by default. One process a core (PROCESSES); run
+# again, it goes on from what is finished.
 cd "$(dirname "$0")/../.."
 CLUSTER=laptop NODES=1
 . recipes/common.sh
 export OMP_NUM_THREADS=1
 : "${PROCESSES:=$(nproc)}"
 
-out=outputs/extrapolation_small
 data=data/extrapolation_small
-study=(scripts/study.py plan=recipes/extrapolation_small/plan.yaml "results=$out")
+
+# size NAME PLAN MODEL: the runs' directory, their plan and their model from here on
+size() {
+  out=outputs/$1 model=$3
+  study=(scripts/study.py "plan=recipes/extrapolation_small/$2" "results=$out")
+}
+size extrapolation_small plan.yaml demo
 
 # The survey's arms, from scratch: name and chain
 declare -A survey=(
@@ -50,9 +56,15 @@ measure() {
     "compare.output=$out/reports/$regime-s$seed-$1.html"
 }
 
+# run REGIME ARM SEED OVERRIDE...: one run of the trainer
+run() {
+  train +experiment="extrapolation/$1" model="$model" "run_name=${out#outputs/}/$1/$2-s$3" "rope.name=$2" "trainer.seed=$3" \
+    "${@:4}"
+}
+
 # base SEED: RoPE from scratch, which is an arm of the first regime and where the arms of the second continue from
 base() {
-  train +experiment=extrapolation/scratch rope.name=rope "trainer.seed=$1"
+  run scratch rope "$1"
   measure scratch "$1" none rope
 }
 
@@ -60,11 +72,11 @@ base() {
 arms() {
   local arm
   for arm in hardclip cope; do
-    train +experiment=extrapolation/scratch "rope=${arm}_auto" "rope.name=$arm" "trainer.seed=$1"
+    run scratch "$arm" "$1" "rope=${arm}_auto"
   done
   measure scratch "$1" none hardclip cope
   for arm in rope hardclip cope; do
-    train +experiment=extrapolation/continued "rope=demo_$arm" "trainer.seed=$1" "start_from.run=$out/scratch/rope-s$1"
+    run continued "$arm" "$1" "rope=demo_$arm" "start_from.run=$out/scratch/rope-s$1"
   done
   measure continued "$1" none rope hardclip cope
 }
@@ -73,7 +85,7 @@ arms() {
 others() {
   local arm
   for arm in "${!survey[@]}"; do
-    train +experiment=extrapolation/scratch "rope.name=$arm" "rope.chain=${survey[$arm]}" "trainer.seed=$1"
+    run scratch "$arm" "$1" "rope.chain=${survey[$arm]}"
   done
   measure scratch "$1" none "${!survey[@]}"
 }
@@ -86,16 +98,25 @@ seeds() { if [ -n "${DRY_RUN:-}" ]; then echo 0; else python "${study[@]}" colle
 
 stage data_prep/prepare.py corpus=demo "output=$data" 'sequence_lengths=[64,256]'
 
+# core: the bases, until enough seeds are accepted, then all other arms of those
+core() {
+  while wanted=$(seeds next) && [ -n "$wanted" ]; do
+    # shellcheck disable=SC2086 # numbers
+    each base $wanted
+    [ -z "${DRY_RUN:-}" ] || break
+  done
+  # shellcheck disable=SC2046
+  each arms $(seeds accepted)
+}
+
 for stage in "${@:-core}"; do
   case $stage in
-    core)
-      while wanted=$(seeds next) && [ -n "$wanted" ]; do
-        # shellcheck disable=SC2086 # numbers
-        each base $wanted
-        [ -z "${DRY_RUN:-}" ] || break
-      done
-      # shellcheck disable=SC2046
-      each arms $(seeds accepted)
+    core) core ;;
+    large)
+      size extrapolation_large plan_large.yaml demo_large
+      core
+      [ -n "${DRY_RUN:-}" ] || python "${study[@]}" collect=true
+      size extrapolation_small plan.yaml demo
       ;;
     survey)
       # shellcheck disable=SC2046
@@ -106,7 +127,7 @@ for stage in "${@:-core}"; do
       each scaled $(seeds accepted | cut -d' ' -f1-5)
       ;;
     *)
-      echo "error: $stage is not a stage; there are core, survey and scaling" >&2
+      echo "error: $stage is not a stage; there are core, survey, scaling and large" >&2
       exit 2
       ;;
   esac

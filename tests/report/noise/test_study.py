@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,20 @@ def test_the_recipes_runs_record_the_family_of_its_plan(regime: str) -> None:
         assert getattr(run.primary, name) == getattr(plan.primary, name)
     assert run.data.sequence_length == plan.regimes[regime].trained
     assert run.run_dir.endswith(f"{plan.regimes[regime].runs}/arm-s3")
+
+
+def test_the_larger_size_has_the_plan_of_the_smaller() -> None:
+    """Four times the parameters, as its model file says: embedding, and of each layer attention, MLP and norms."""
+    plan, large = read_plan(RECIPE), read_plan(RECIPE.with_name("plan_large.yaml"))
+    for regime in large.regimes.values():
+        regime.runs = regime.runs.replace("_large/", "_small/")
+    assert replace(large, seeds=plan.seeds) == plan
+    small, wide = (composed("plan", f"model={name}").model.architecture for name in ("demo", "demo_large"))
+    counts = []
+    for model in (small, wide):
+        width, mlp = model["hidden_size"], model["intermediate_size"]
+        assert model["num_attention_heads"] * model["head_dim"] == width
+        assert model["initializer_range"] == pytest.approx(width**-0.5, rel=0.01)
+        layer = 4 * width**2 + 3 * width * mlp + 2 * width
+        counts.append(model["vocab_size"] * width + model["num_hidden_layers"] * layer + width)
+    assert counts[1] / counts[0] == pytest.approx(4, rel=0.05)
