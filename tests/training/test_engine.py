@@ -102,6 +102,7 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
         "plain": [],
         "checkpointing": [checkpointing],
         "offload": [checkpointing, "trainer.offload_activations=true"],
+        "attention_kept": [checkpointing, "trainer.keep_attention=true"],
         "optimizer_in_host_memory": ["deepspeed.offload_optimizer=true"],
     }
     close = {
@@ -194,6 +195,7 @@ def test_a_model_that_cannot_be_built_leaves_nothing_partitioned(store_64, tmp_p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("overrides", [
     [], ["trainer.activation_checkpointing=true", "trainer.offload_activations=true"],
+    ["trainer.activation_checkpointing=true", "trainer.keep_attention=true"],
     ["trainer.mlp_chunk_size=40"], ["trainer.compile=true"], ["deepspeed.offload_optimizer=true"],
 ], ids=str)  # fmt: skip
 def test_nccl_and_cuda_kernels_agree_with_each_document_alone(tmp_path, store_64, overrides):

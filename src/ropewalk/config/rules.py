@@ -165,11 +165,12 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             f"trainer.attention={trainer.attention} with trainer.device=cpu: it is a kernel for GPUs; set "
             "trainer.attention=auto"
         )
-    if trainer.offload_activations and not trainer.activation_checkpointing:
-        raise UserError(
-            "trainer.offload_activations=true moves what activation checkpointing keeps, and "
-            "trainer.activation_checkpointing=false keeps nothing; set both, or neither"
-        )
+    for name in ("offload_activations", "keep_attention"):
+        if getattr(trainer, name) and not trainer.activation_checkpointing:
+            raise UserError(
+                f"trainer.{name}=true changes activation checkpointing, and trainer.activation_checkpointing=false; "
+                "set both, or neither"
+            )
     if trainer.stop_before is not None and instant(trainer.stop_before) <= time.time():
         raise UserError(
             f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"

@@ -73,6 +73,7 @@ class TrainerConfig:
     gradient_clipping: float = 1.0  # global norm
     activation_checkpointing: bool = True
     offload_activations: bool = False  # checkpointed activations wait in host memory
+    keep_attention: bool = False  # checkpointing computes all of a layer again but its attention
     mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
     attention: str = "auto"  # kernel on a GPU: auto, fa4, fa3, fa2 or torch; auto takes the best that is installed
     deterministic: bool = False  # kernels that add up in one order; slower on a GPU, by how much is not measured

@@ -1,8 +1,9 @@
-"""Activation memory: checkpointing, its offload, the tiled MLP and compilation; no gradient changes."""
+"""Activation memory: checkpointing, what it keeps and where, the tiled MLP and compilation; no gradient changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ropewalk.config.train import TrainerConfig
 from ropewalk.errors import UserError
+from ropewalk.model.attention import KeptAttention
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Gate = Callable[[Tensor, Tensor], Tensor]
@@ -34,8 +36,10 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     gate = torch.compile(_gate) if trainer.compile else _gate
     for layer in lm.get_decoder().layers:
-        if trainer.offload_activations:
-            layer._gradient_checkpointing_func = checkpoint_on_host
+        if trainer.offload_activations or trainer.keep_attention:
+            layer._gradient_checkpointing_func = partial(
+                checkpoint_layer, on_host=trainer.offload_activations, keep_attention=trainer.keep_attention
+            )
         if trainer.mlp_chunk_size is not None or trainer.compile:
             _check_gated(layer.mlp)
             forward = _whole_mlp if trainer.mlp_chunk_size is None else partial(_tiled_mlp, trainer.mlp_chunk_size)
@@ -48,12 +52,20 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
                 module.forward = partial(_compiled_norm, module, norm)
 
 
-def checkpoint_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Checkpoint ``function``, its inputs waiting in host memory; what it computes is computed again.
+def checkpoint_layer(function: Callable[..., Any], *inputs: Any, on_host: bool, keep_attention: bool) -> Any:
+    """Checkpoint a layer in a way that transformers does not.
 
-    transformers has an option of this kind, which requests pinned memory without a GPU, and fails.
+    Args:
+        function: forward of the layer.
+        *inputs: its hidden states.
+        on_host: the inputs wait in host memory. transformers has an option of this kind, which requests pinned memory
+            without a GPU, and fails.
+        keep_attention: the attention is not computed again; what is held of it stays on the device.
     """
-    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+    if keep_attention:
+        function = partial(function, kept_attention=KeptAttention())
+    waiting: Any = torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host) if on_host else nullcontext()
+    with waiting:
         return checkpoint(function, *inputs, use_reentrant=False)
 
 

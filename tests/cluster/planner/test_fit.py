@@ -199,6 +199,7 @@ WAYS = {
     "all activations kept": "trainer.activation_checkpointing=false",
     "layer inputs kept": "trainer.activation_checkpointing=true",
     "layer inputs on the host": "trainer.offload_activations=true",
+    "attention kept, too": "trainer.keep_attention=true",
     "logits in chunks": "trainer.loss_chunk_size=2048",
     "optimizer on the GPU": "deepspeed.offload_optimizer=false",
     "optimizer on the host": "deepspeed.offload_optimizer=true",

@@ -144,6 +144,16 @@ def test_a_shared_row_holds_its_share(llama3_8b):
     assert shared.parts["stored activations"] == alone.parts["stored activations"]
 
 
+def test_kept_attention_is_counted_once(llama3_8b):
+    """A token and layer: 4,096 bf16 outputs and 32 fp32 logarithms of sums; the layer at work adds none of its own."""
+    layer = 65536 * (2 * 4096 + 4 * 32)
+    plain, kept = (memory(llama3_8b, Setting(8, 65536, keep_attention=keep)) for keep in (False, True))
+    assert kept.phases["loss"] - plain.phases["loss"] == 32 * layer
+    assert kept.phases["layer"] - plain.phases["layer"] == 31 * layer
+    on_host = memory(llama3_8b, Setting(8, 65536, keep_attention=True, offload_activations=True))
+    assert on_host.parts["stored activations"] == 2 * 65536 * 4096 * 2 + 32 * layer
+
+
 def test_offloaded_activations_wait_in_host_memory(llama3_8b):
     found = memory(llama3_8b, Setting(8, 65536, offload_activations=True))
     assert found.host["stored activations"] == 32 * 65536 * 4096 * 2

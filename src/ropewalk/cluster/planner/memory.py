@@ -34,6 +34,7 @@ class Setting:
         cuda: whether the ranks are GPUs.
         checkpointing: only each layer's input is kept, the rest computed again.
         offload_activations: those inputs wait in host memory.
+        keep_attention: the attention's output stays on the device beside them.
         mlp_tile: tokens that the MLP works on at once; None: all.
         loss_chunk: tokens whose logits exist at once; None: all, through stock cross entropy.
         offload_optimizer: master weights, moments and gradients in host memory.
@@ -51,6 +52,7 @@ class Setting:
     cuda: bool = True
     checkpointing: bool = True
     offload_activations: bool = False
+    keep_attention: bool = False
     mlp_tile: int | None = None
     loss_chunk: int | None = 2048
     offload_optimizer: bool = False
@@ -153,20 +155,26 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Bytes a token that the backward pass of one layer needs, as transformers' Llama writes its operations."""
     b, h = setting.element, shape.hidden
     norm = FP32 * h + 2 * b * h  # fp32 input, normalised, output
-    outputs = 1 if setting.cuda else 2  # documents are joined on the CPU, which copies what each gave
-    attention = b * (shape.query + 2 * shape.key + outputs * shape.query) + FP32 * shape.heads
+    attention = b * (shape.query + 2 * shape.key) + _attention_output(shape, setting)
     if shape.head_normed:
         attention += (FP32 + b) * (shape.query + shape.key)
     mlp = 4 * b * shape.intermediate if setting.mlp_tile is None else 0  # a tiled one keeps its input alone
     return {"norms": 2 * norm, "attention": attention, "mlp": mlp}
 
 
+def _attention_output(shape: ModelShape, setting: Setting) -> float:
+    """Bytes a token of one layer's attention: its output and the logarithms of its sums."""
+    outputs = 1 if setting.cuda else 2  # documents are joined on the CPU, which copies what each gave
+    return outputs * setting.element * shape.query + FP32 * shape.heads
+
+
 def _boundaries(shape: ModelShape, setting: Setting) -> float:
     """Memory kept by the layers before the one at work."""
     if not setting.checkpointing:
         return shape.layers * setting.tokens * sum(saved_per_token(shape, setting).values())
-    kept = min(HELD_LAYERS, shape.layers) if setting.offload_activations else shape.layers
-    return kept * setting.tokens * setting.element * shape.hidden
+    inputs = min(HELD_LAYERS, shape.layers) if setting.offload_activations else shape.layers
+    kept = shape.layers * _attention_output(shape, setting) if setting.keep_attention else 0.0
+    return setting.tokens * (inputs * setting.element * shape.hidden + kept)
 
 
 def _loss_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
@@ -193,6 +201,7 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
     b, n, h, i = setting.element, setting.tokens, shape.hidden, shape.intermediate
     saved = saved_per_token(shape, setting)
     recomputed = sum(saved.values()) - (FP32 * h if b == FP32 else 0)  # the fp32 input is the stored one
+    recomputed -= _attention_output(shape, setting) if setting.keep_attention else 0  # and that is, too
     again = n * recomputed if setting.checkpointing else 0.0
     # at the product of gate and up: both, the activated gate, and the gradients of product, gate and up
     if setting.mlp_tile is None:

@@ -91,6 +91,7 @@ def setting_of(config: PlanConfig) -> Setting:
         cuda=config.cluster.device == "cuda",
         checkpointing=trainer.activation_checkpointing,
         offload_activations=trainer.offload_activations,
+        keep_attention=trainer.keep_attention,
         mlp_tile=trainer.mlp_chunk_size,
         loss_chunk=trainer.loss_chunk_size,
         offload_optimizer=config.deepspeed.offload_optimizer,
