@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,6 +19,8 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
+from ropewalk.model.loss import LossModel, tiled_linear_cross_entropy
+from ropewalk.training import engine as engine_module
 from ropewalk.training.distributed import import_deepspeed, start_processes
 from ropewalk.training.engine import parameter_groups, start_engine, zero_config
 from ropewalk.training.inputs import micro_batches
@@ -174,6 +178,76 @@ def test_gradients_and_decay_of_a_partitioned_bf16_model(store_64, tmp_path):
     assert undecayed == {name for name, p in whole.named_parameters() if p.ndim == 1}
     assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [config.trainer.weight_decay, 0.0]
     engine.destroy()
+
+
+class LossInTheRoot(LossModel):
+    """Reads the head in its own forward, as a plain model would."""
+
+    def forward(self, input_ids, position_ids, labels, documents, token_losses):
+        output = self.lm.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents
+        )
+        head = self.lm.get_output_embeddings().weight
+        return tiled_linear_cross_entropy(
+            output.last_hidden_state[0], head, labels[0], self.loss.chunk_size, token_losses
+        )
+
+
+def gathers_of_three_steps(store, run_dir, monkeypatch, model, tied):
+    """Losses; of the last step the head's status as each layer's MLP has run, and the parameters of each gather.
+
+    A head of 16,384 elements is more than may be live, as that of Llama-3-70B is.
+    """
+    few = {"stage3_max_live_parameters": 16_000, "stage3_prefetch_bucket_size": 4_000, "stage3_max_reuse_distance": 0}
+
+    def settings(*arguments):
+        made = zero_config(*arguments)
+        return {**made, "zero_optimization": {**made["zero_optimization"], **few}}
+
+    private = "_PartitionedParameterCoordinator__all_gather_params"
+    gather = getattr(PartitionedParameterCoordinator, private)
+    sizes, seen = [], {}
+
+    def gathered(self, parameters, forward):
+        sizes.append(sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in parameters))
+        gather(self, parameters, forward)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "LossModel", model)
+        patch.setattr(engine_module, "zero_config", settings)
+        patch.setattr(PartitionedParameterCoordinator, private, gathered)
+        config = tiny_run(store, run_dir, "deepspeed.param_persistence_threshold=0", tie_word_embeddings=tied,
+                          num_hidden_layers=4)  # fmt: skip
+        ranks = start_processes("cpu")
+        engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
+        lm, losses = engine.module.lm, []
+        head = lm.get_output_embeddings().weight  # once: to look it up in a forward pass would gather it
+        for number, layer in enumerate(lm.model.layers):
+            for direction, register in (
+                ("forward", layer.mlp.register_forward_hook), ("backward", layer.mlp.register_full_backward_hook),
+            ):  # fmt: skip
+                register(lambda *_, key=(direction, number): seen.setdefault(key, set()).add(head.ds_status))
+        mixture = Mixture(0, WEIGHTS, store, config.trainer.global_batch_size)
+        for step in range(3):
+            sizes.clear()
+            seen.clear()
+            taken = one_step(engine, micro_batches(mixture, step, ranks, config), mixture.trained_tokens(step), ranks)
+            losses.append((taken.loss, taken.grad_norm))
+        engine.destroy()
+    return losses, seen, sizes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_gathered_while_the_loss_runs(store_64, tmp_path, monkeypatch, tied):
+    """Not while a layer does, in either direction, so that parameters are gathered ahead of their use."""
+    root, statuses_of_root, sizes_of_root = gathers_of_three_steps(store_64, tmp_path, monkeypatch, LossInTheRoot, tied)
+    losses, statuses, sizes = gathers_of_three_steps(store_64, tmp_path, monkeypatch, LossModel, tied)
+    assert losses == root
+    assert (set().union(*statuses_of_root.values()), max(sizes_of_root)) == ({ZeroParamStatus.AVAILABLE}, 1)
+    assert ZeroParamStatus.AVAILABLE not in set().union(*statuses.values())  # in flight shortly before its own use
+    gone = [("forward", 0), ("backward", 3), ("backward", 2), ("backward", 1)]
+    assert [statuses[moment] for moment in gone] == [{ZeroParamStatus.NOT_AVAILABLE}] * 4
+    assert max(sizes) > 1
 
 
 def test_a_model_that_cannot_be_built_leaves_nothing_partitioned(store_64, tmp_path):

@@ -97,13 +97,38 @@ def tiled_linear_cross_entropy(
     return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size, token_losses, z_loss)
 
 
+class HeadLoss(nn.Module):
+    """The output head with the loss: a module of its own, without parameters of its own.
+
+    ZeRO-3 gathers a foreign parameter for as long as the module that reads it runs. In LossModel that would be the
+    whole forward pass, and again the whole backward pass. A head of more than ``stage3_max_live_parameters`` elements,
+    as Llama-3-70B's is, would leave no room to prefetch anything.
+    """
+
+    def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float) -> None:
+        super().__init__()
+        self.head = lm.get_output_embeddings  # not the module, which is a child of the model's
+        self.chunk_size, self.z_loss = chunk_size, z_loss
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, token_losses: Tensor | None = None, logits_at: Tensor | None = None
+    ) -> Tensor:
+        """The loss of hidden states (tokens, width), or their logits; the rest as of :meth:`LossModel.forward`."""
+        weight = self.head().weight
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # else the loss would form the head's gradient all the same
+        if logits_at is not None:
+            return (hidden[logits_at] @ weight.T).float()
+        return tiled_linear_cross_entropy(hidden, weight, labels, self.chunk_size, token_losses, self.z_loss)
+
+
 class LossModel(nn.Module):
     """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
 
     def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float = 0.0) -> None:
         super().__init__()
         self.lm = lm
-        self.chunk_size, self.z_loss = chunk_size, z_loss
+        self.loss = HeadLoss(lm, chunk_size, z_loss)
 
     def forward(
         self,
@@ -130,10 +155,4 @@ class LossModel(nn.Module):
         # use_cache=True would let packed documents see each other in stock attention.
         decoder = self.lm.get_decoder()
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
-        hidden = output.last_hidden_state[0]
-        head = self.lm.get_output_embeddings().weight
-        if not torch.is_grad_enabled():
-            head = head.detach()  # else the loss would form the head's gradient all the same
-        if logits_at is not None:
-            return (hidden[logits_at] @ head.T).float()
-        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)
+        return self.loss(output.last_hidden_state[0], labels[0], token_losses, logits_at)

@@ -192,7 +192,7 @@ def _loss_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "stored activations": _boundaries(shape, setting),
         "working activations": float(final_norm),
         "logits and loss": float(logits + gradients),
-        "gathered parameters": _gathered(shape, setting),
+        "gathered parameters": _gathered(shape, setting, head=shape.embedding),
     }
 
 
@@ -287,11 +287,14 @@ def _laid_out(setting: Setting, elements: float) -> float:
     return float((FP32 + widened) * elements)
 
 
-def _gathered(shape: ModelShape, setting: Setting) -> float:
-    """Whole parameters at the turn from forward to backward, which keeps what it needs again soon."""
+def _gathered(shape: ModelShape, setting: Setting, head: int = 0) -> float:
+    """Whole parameters at the turn from forward to backward, which keeps what it needs again soon.
+
+    DeepSpeed gathers ahead of use up to LIVE_PARAMETERS, and what a module needs on top of them: the loss its head.
+    """
     if setting.stage < 3 or (setting.ranks == 1 and not setting.offload_parameters):
         return 0.0
-    return float(setting.element * min(LIVE_PARAMETERS, shape.parameters))
+    return float(setting.element * min(LIVE_PARAMETERS + head, shape.parameters))
 
 
 def _fixed(setting: Setting, allowances: Allowances) -> float:
