@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.config.rules import validate_train
-from ropewalk.config.train import TrainerConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, TrainerConfig
 from ropewalk.model import attention
 from ropewalk.model.activations import place_activations
 
@@ -167,6 +167,27 @@ def test_kept_attention_is_not_computed_again(tmp_path, kind, offload):
     # of each layer fp32 outputs, joined and by document, and the logarithms of four heads' sums
     assert of_kept - of_plain == 2 * 64 * (2 * 4 * width + 4 * 4)
     assert left == left_of_kept  # nothing is held once the backward pass is over, though the loss is still there
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_MODEL_TYPES)
+def test_a_compiled_rotation_is_the_models_own(tmp_path, monkeypatch, kind):
+    """Of this model alone, in each of its layers; whatever torch.compile makes of it is called (nothing, here)."""
+    ids, calls = torch.arange(64)[None], Counter()
+
+    def counted(function):
+        def call(*arguments):
+            calls[function.__name__] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    plain, model = (AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / name, kind)) for name in ("a", "b"))
+    place_activations(model, trainer(compile=True))
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+    assert calls["apply_rotary_pos_emb"] == 2
+    plain(input_ids=ids)
+    assert calls["apply_rotary_pos_emb"] == 2
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

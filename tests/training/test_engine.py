@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_get_full_fp32_param
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -248,6 +249,26 @@ def test_the_head_is_gathered_while_the_loss_runs(store_64, tmp_path, monkeypatc
     gone = [("forward", 0), ("backward", 3), ("backward", 2), ("backward", 1)]
     assert [statuses[moment] for moment in gone] == [{ZeroParamStatus.NOT_AVAILABLE}] * 4
     assert max(sizes) > 1
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_fused_optimizer_of_the_host_is_adamw(store_64, tmp_path, monkeypatch, stage):
+    """Three steps of offloaded AdamW in DeepSpeed, fused, against the sequence of operations."""
+    config = tiny_run(store_64, tmp_path, "deepspeed.offload_optimizer=true", f"deepspeed=zero{stage}")
+    ranks, weights = start_processes("cpu"), {}
+    mixture = Mixture(0, WEIGHTS, store_64, config.trainer.global_batch_size)
+    for fused in (True, False):
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(engine_module, "is_fused", lambda config: False)
+            engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
+        assert {group["fused"] for group in engine.optimizer.param_groups} == {fused}
+        for step in range(3):
+            one_step(engine, micro_batches(mixture, step, ranks, config), mixture.trained_tokens(step), ranks)
+        weights[fused] = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+        engine.destroy()
+    for name, expected in weights[False].items():
+        torch.testing.assert_close(weights[True][name], expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_model_that_cannot_be_built_leaves_nothing_partitioned(store_64, tmp_path):

@@ -77,7 +77,7 @@ class TrainerConfig:
     mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
     attention: str = "auto"  # kernel on a GPU: auto, fa4, fa3, fa2 or torch; auto takes the best that is installed
     deterministic: bool = False  # kernels that add up in one order; slower on a GPU, by how much is not measured
-    compile: bool = False  # torch.compile of the norms and the MLP's gate
+    compile: bool = False  # torch.compile of the norms, the MLP's gate and the rotation
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps

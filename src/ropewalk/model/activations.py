@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,15 +20,16 @@ from ropewalk.errors import UserError
 from ropewalk.model.attention import KeptAttention
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ROTATION = "apply_rotary_pos_emb"  # as every model of SUPPORTED_MODEL_TYPES calls it
 Gate = Callable[[Tensor, Tensor], Tensor]
 
 
 def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
     """Put checkpointing, its offload, the tiled MLP and compilation in place, as configured; before the engine is.
 
-    Compiled is what runs between the matrix products: the norms and the MLP's gate. Whole layers are not, because each
-    projection gathers its weights in hooks, which cut a layer's graph to such pieces anyway; compiled with them, two
-    tiny layers took a minute to compile and four times as long to run.
+    Compiled is what runs between the matrix products: the norms, the MLP's gate and the rotation of queries and keys.
+    Whole layers are not, because each projection gathers its weights in hooks, which cut a layer's graph to such pieces
+    anyway; compiled with them, two tiny layers took a minute to compile and four times as long to run.
 
     Raises:
         UserError: the MLP is to be tiled or compiled and is not the gated one.
@@ -46,6 +48,7 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
             activation = layer.mlp.act_fn.forward  # without the hooks that ZeRO-3 puts on every module
             layer.mlp.forward = partial(forward, layer.mlp, partial(gate, activation))
     if trainer.compile:
+        _compile_rotation([layer.self_attn for layer in lm.get_decoder().layers])
         norm = torch.compile(_rms_norm)
         for module in lm.modules():
             if type(module).__name__.endswith("RMSNorm"):
@@ -87,6 +90,20 @@ def _check_gated(mlp: nn.Module) -> None:
             f"trainer.mlp_chunk_size and trainer.compile know MLPs of {', '.join(PROJECTIONS)} and act_fn; "
             f"{type(mlp).__name__} has {', '.join(children)}: leave both out"
         )
+
+
+def _compile_rotation(attentions: list[Any]) -> None:
+    """Have each attention call a compiled ``apply_rotary_pos_emb``.
+
+    transformers looks that function up in its module, which serves other models, too: it stays as it is, and these
+    layers get a forward that looks it up elsewhere.
+    """
+    forward = type(attentions[0]).forward
+    rotate = torch.compile(forward.__globals__[ROTATION])
+    own = FunctionType(forward.__code__, {**forward.__globals__, ROTATION: rotate}, closure=forward.__closure__)
+    own.__defaults__, own.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+    for attention in attentions:
+        attention.forward = partial(own, attention)
 
 
 def _compiled_norm(module: Any, norm: Callable[..., Tensor], x: Tensor) -> Tensor:
