@@ -85,13 +85,14 @@ RANGES: dict[type, dict[Range, str]] = {
     },
     SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
     ClusterConfig: {
-        POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
+        POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops memory_tb_s nvlink_gb_s network_gb_s host_memory_gib "
+        "disk_write_gb_s",
         NOT_NEGATIVE: "price_per_gpu_hour",
     },
     AssumptionConfig: {
         POSITIVE: "hash_gb_s",
         NOT_NEGATIVE: "step_overhead context_gib nccl_gib fragmentation",
-        Range(0, 1, "is a share of the peak; 0.28 is usual at 64k", is_open=True): "utilisation",
+        Range(0, 1, "is a share of the peak; null goes by the speeds of the kernels", is_open=True): "utilisation",
     },
     PlanConfig: {POSITIVE: "nodes kv_lengths"},
     NoiseConfig: {

@@ -210,7 +210,8 @@ class TrainConfig:
 class AssumptionConfig:
     """Numbers that the planner cannot compute. Each is an assumption to replace by a measurement of your own."""
 
-    utilisation: float = 0.28  # share of the peak that is reached, counting causal attention over whole rows
+    # Share of the peak that is reached, counting causal attention over whole rows; null: by the speeds of the kernels.
+    utilisation: float | None = None
     step_overhead: float = 0.0  # seconds a step beside its micro batches
     context_gib: float = 0.6  # of each GPU: CUDA context, kernels, cuBLAS workspace
     nccl_gib: float = 1.5  # of each GPU, where there are several
