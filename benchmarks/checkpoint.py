@@ -10,6 +10,7 @@ The last line of times is how long training stands still where the save goes on 
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -56,15 +57,22 @@ def main() -> None:
             time_round(engine, root, number, seconds)
             size = sum(path.stat().st_size for path in root.rglob("step-*/**/*") if path.is_file())
             shutil.rmtree(root / "checkpoints")
-    print(f"{size / 2**20:.0f} MiB, medians of {given.rounds} alternating rounds")
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"  {name:34} {median:7.3f} s")
-    save, load = medians["ours: save"], medians["ours: verify"] + medians["ours: load"]
+    load = os.getloadavg()[0]
+    print(f"{size / 2**20:.0f} MiB, {given.rounds} alternating rounds; load average {load:.1f} at the end")
+    for kind, of in (("medians", statistics.median), ("best", min)):
+        print_ratios(kind, {name: of(times) for name, times in seconds.items()})
+
+
+def print_ratios(kind: str, seconds: dict[str, float]) -> None:
+    """Print times, and what ours are of the plain ones; the best of the rounds tell most beside other work."""
+    print(f"{kind}:")
+    for name, value in seconds.items():
+        print(f"  {name:34} {value:7.3f} s")
+    save, load = seconds["ours: save"], seconds["ours: verify"] + seconds["ours: load"]
     for form in ("torch.save", "torch.save and fsync"):
-        plain, plain_load = medians[form], medians["torch.load"]
+        plain, plain_load = seconds[form], seconds["torch.load"]
         print(
-            f"against {form}: save {save / plain:.2f}, load {load / plain_load:.2f}, "
+            f"  against {form}: save {save / plain:.2f}, load {load / plain_load:.2f}, "
             f"both {(save + load) / (plain + plain_load):.2f}"
         )
 

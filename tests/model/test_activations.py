@@ -1,16 +1,20 @@
 """What is kept, moved, computed again or compiled changes no gradient; the engine's own are in test_engine.py."""
 
+import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from helpers import save_tiny, tiny_run
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ropewalk.config.rules import validate_train
-from ropewalk.config.train import TrainerConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, TrainerConfig
+from ropewalk.model import attention
 from ropewalk.model.activations import place_activations
 
 CHUNK = 40  # of 128 tokens: the last chunk is shorter
@@ -109,8 +113,86 @@ def test_offloaded_inputs_leave_the_device(tmp_path, offload):
     loss.backward()
 
 
+class Operations(TorchDispatchMode):
+    """Counts attention kernels, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if "scaled_dot_product" in name:
+            self.counts["backward" if "backward" in name else "forward"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def live_bytes():
+    """Bytes of all tensors that Python holds, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.Tensor:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("kind", "offload"), [("llama", False), ("qwen3", True)])
+def test_kept_attention_is_not_computed_again(tmp_path, kind, offload):
+    """Two layers, three documents: 12 attentions with checkpointing, 6 with them kept; gradients to the last bit."""
+    directory, documents, width, found = save_tiny(tmp_path / "model", kind), (0, 30, 31, 64), 4 * 16, {}
+    for keep in (False, True):
+        name = attention.register()
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=name).train()
+        settings = trainer(keep_attention=keep, offload_activations=offload)
+        settings.activation_checkpointing = True
+        place_activations(model, settings)
+        ids = torch.arange(64)[None]
+        bounds = attention.Documents.from_cu_seqlens(torch.tensor(documents), torch.device("cpu"))
+        with Operations() as operations:
+            before = live_bytes()
+            hidden = model.model(input_ids=ids, position_ids=ids, use_cache=False, documents=bounds).last_hidden_state
+            held = live_bytes() - before
+            loss = hidden.square().sum()
+            del hidden
+            loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[keep] = operations.counts, held, gradients, live_bytes() - before
+        del loss
+    (plain, of_plain, expected, left), (kept, of_kept, gradients, left_of_kept) = found[False], found[True]
+    assert (plain["forward"], kept["forward"]) == (12, 6)
+    assert plain["backward"] == kept["backward"] == 6
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    # of each layer fp32 outputs, joined and by document, and the logarithms of four heads' sums
+    assert of_kept - of_plain == 2 * 64 * (2 * 4 * width + 4 * 4)
+    assert left == left_of_kept  # nothing is held once the backward pass is over, though the loss is still there
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_MODEL_TYPES)
+def test_a_compiled_rotation_is_the_models_own(tmp_path, monkeypatch, kind):
+    """Of this model alone, in each of its layers; whatever torch.compile makes of it is called (nothing, here)."""
+    ids, calls = torch.arange(64)[None], Counter()
+
+    def counted(function):
+        def call(*arguments):
+            calls[function.__name__] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    plain, model = (AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / name, kind)) for name in ("a", "b"))
+    place_activations(model, trainer(compile=True))
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+    assert calls["apply_rotary_pos_emb"] == 2
+    plain(input_ids=ids)
+    assert calls["apply_rotary_pos_emb"] == 2
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["trainer.offload_activations=true"], "offload_activations=true moves what activation checkpointing keeps"),
+    (["trainer.offload_activations=true"], "offload_activations=true changes activation checkpointing, and trainer"),
+    (["trainer.keep_attention=true"], "keep_attention=true changes activation checkpointing, and trainer"),
     (["trainer.mlp_chunk_size=0"], "trainer.mlp_chunk_size=0 must be positive"),
     (["trainer.z_loss=-1"], r"trainer\.z_loss=-1\.0 must be 0 or more"),
 ])  # fmt: skip

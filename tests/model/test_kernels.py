@@ -9,6 +9,8 @@ import json
 import runpy
 import sys
 import tarfile
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -17,8 +19,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ropewalk.errors import UserError
 from ropewalk.model import attention
@@ -33,8 +36,8 @@ LENGTHS = (37, 1, 64, 26)
 CPU = torch.device("cpu")
 
 
-def documents():
-    return Documents.from_cu_seqlens(torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)]), CPU)
+def documents(device=CPU):
+    return Documents.from_cu_seqlens(torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)]), device)
 
 
 def inputs(heads=(4, 2, 2), **options):
@@ -199,6 +202,56 @@ def test_torchs_own_kernel_takes_the_call(heads):
     assert {name: operator.given[name] for name in expected} == expected
 
 
+def checkpointed_gradients(kernel, inputs, packed, keep):
+    """Of an attention inside a checkpoint, and how often the kernel was called."""
+    calls = []
+
+    def counted(*arguments, **named):
+        calls.append(0)
+        return kernel.call(*arguments, **named)
+
+    used, kept = replace(kernel, call=counted), attention.KeptAttention() if keep else None
+
+    def layer(*x):
+        run = partial(attend, used, scaling=0.3, documents=packed)
+        q, k, v = (2 * y for y in x)  # what is computed again
+        return (attention._RunOnce.apply(kept, run, q, k, v) if keep else run(q, k, v)).square()
+
+    out = checkpoint(layer, *inputs, use_reentrant=False)
+    return torch.autograd.grad(out.sum(), inputs), len(calls)
+
+
+def assert_runs_once(kernel, inputs, packed):
+    """The kernel is called once instead of twice, and the gradients are the same to the last bit."""
+    expected, twice = checkpointed_gradients(kernel, inputs, packed, keep=False)
+    gradients, once = checkpointed_gradients(kernel, inputs, packed, keep=True)
+    assert (twice, once) == (2, 1)
+    assert [gradient.shape for gradient in gradients] == [x.shape for x in inputs]
+    if not isinstance(inputs[0], FakeTensor):
+        assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
+
+
+def test_kept_attention_runs_once():
+    assert_runs_once(load_kernel("sdpa"), inputs(), documents())
+    with FakeTensorMode():
+        packed = Documents(torch.empty(len(LENGTHS) + 1, dtype=torch.int32), max(LENGTHS))
+        assert_runs_once(load_kernel("torch"), inputs(dtype=torch.bfloat16), packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [*PACKAGES, "torch"])
+def test_kept_attention_runs_once_on_cuda(monkeypatch, name):
+    monkeypatch.undo()
+    torch.use_deterministic_algorithms(True)  # else the backward passes add up in any order
+    try:
+        assert_runs_once(load_kernel(name), inputs(dtype=torch.bfloat16, device="cuda"), documents("cuda"))
+    except UserError as error:
+        pytest.skip(str(error))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_each_choice_has_a_name_of_its_own(monkeypatch):
     """Two models in one process keep their kernels."""
     names = {choice: attention.register(choice) for choice in ("auto", "torch", "fa4")}
@@ -297,3 +350,4 @@ def test_the_packages_own_files_over_a_stub_of_their_extension(archives, tmp_pat
         torch.autograd.grad(out.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs), strict=True
     ):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert_runs_once(load_kernel(name), ours, documents())

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ropewalk.model.loss import tiled_linear_cross_entropy
+from ropewalk.model.loss import _product, tiled_linear_cross_entropy
 
 
 def inputs(dtype=torch.float32, tokens=100, width=16, vocabulary=64):
@@ -68,6 +70,23 @@ def test_the_heads_gradient_is_rounded_once():
         total += logits.grad.bfloat16().T @ hidden[rows]
     torch.testing.assert_close(actual.float(), (0.3 * total).bfloat16().float(), rtol=2**-8, atol=1e-6)
     assert (actual != (0.3 * total).bfloat16()).float().mean() < 0.01  # softmax rounded in another order
+
+
+def test_products_of_a_gpu_come_in_fp32():
+    """Not rounded to bf16 on the way: the one operation is aten's with an output dtype. No CUDA device is needed."""
+    ran = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(str(function)) if function.namespace == "aten" else None
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((8, 16), (16, 32)))
+        with Recorded():
+            product = _product(a, b)
+    assert (product.dtype, product.shape, product.device.type) == (torch.float32, (8, 32), "cuda")
+    assert ran == ["aten.mm.dtype"]
 
 
 @pytest.mark.gpu

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_get_full_fp32_param
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,6 +20,8 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
+from ropewalk.model.loss import LossModel, tiled_linear_cross_entropy
+from ropewalk.training import engine as engine_module
 from ropewalk.training.distributed import import_deepspeed, start_processes
 from ropewalk.training.engine import parameter_groups, start_engine, zero_config
 from ropewalk.training.inputs import micro_batches
@@ -102,6 +107,7 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
         "plain": [],
         "checkpointing": [checkpointing],
         "offload": [checkpointing, "trainer.offload_activations=true"],
+        "attention_kept": [checkpointing, "trainer.keep_attention=true"],
         "optimizer_in_host_memory": ["deepspeed.offload_optimizer=true"],
     }
     close = {
@@ -175,6 +181,96 @@ def test_gradients_and_decay_of_a_partitioned_bf16_model(store_64, tmp_path):
     engine.destroy()
 
 
+class LossInTheRoot(LossModel):
+    """Reads the head in its own forward, as a plain model would."""
+
+    def forward(self, input_ids, position_ids, labels, documents, token_losses):
+        output = self.lm.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents
+        )
+        head = self.lm.get_output_embeddings().weight
+        return tiled_linear_cross_entropy(
+            output.last_hidden_state[0], head, labels[0], self.loss.chunk_size, token_losses
+        )
+
+
+def gathers_of_three_steps(store, run_dir, monkeypatch, model, tied):
+    """Losses; of the last step the head's status as each layer's MLP has run, and the parameters of each gather.
+
+    A head of 16,384 elements is more than may be live, as that of Llama-3-70B is.
+    """
+    few = {"stage3_max_live_parameters": 16_000, "stage3_prefetch_bucket_size": 4_000, "stage3_max_reuse_distance": 0}
+
+    def settings(*arguments):
+        made = zero_config(*arguments)
+        return {**made, "zero_optimization": {**made["zero_optimization"], **few}}
+
+    private = "_PartitionedParameterCoordinator__all_gather_params"
+    gather = getattr(PartitionedParameterCoordinator, private)
+    sizes, seen = [], {}
+
+    def gathered(self, parameters, forward):
+        sizes.append(sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in parameters))
+        gather(self, parameters, forward)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "LossModel", model)
+        patch.setattr(engine_module, "zero_config", settings)
+        patch.setattr(PartitionedParameterCoordinator, private, gathered)
+        config = tiny_run(store, run_dir, "deepspeed.param_persistence_threshold=0", tie_word_embeddings=tied,
+                          num_hidden_layers=4)  # fmt: skip
+        ranks = start_processes("cpu")
+        engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
+        lm, losses = engine.module.lm, []
+        head = lm.get_output_embeddings().weight  # once: to look it up in a forward pass would gather it
+        for number, layer in enumerate(lm.model.layers):
+            for direction, register in (
+                ("forward", layer.mlp.register_forward_hook), ("backward", layer.mlp.register_full_backward_hook),
+            ):  # fmt: skip
+                register(lambda *_, key=(direction, number): seen.setdefault(key, set()).add(head.ds_status))
+        mixture = Mixture(0, WEIGHTS, store, config.trainer.global_batch_size)
+        for step in range(3):
+            sizes.clear()
+            seen.clear()
+            taken = one_step(engine, micro_batches(mixture, step, ranks, config), mixture.trained_tokens(step), ranks)
+            losses.append((taken.loss, taken.grad_norm))
+        engine.destroy()
+    return losses, seen, sizes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_gathered_while_the_loss_runs(store_64, tmp_path, monkeypatch, tied):
+    """Not while a layer does, in either direction, so that parameters are gathered ahead of their use."""
+    root, statuses_of_root, sizes_of_root = gathers_of_three_steps(store_64, tmp_path, monkeypatch, LossInTheRoot, tied)
+    losses, statuses, sizes = gathers_of_three_steps(store_64, tmp_path, monkeypatch, LossModel, tied)
+    assert losses == root
+    assert (set().union(*statuses_of_root.values()), max(sizes_of_root)) == ({ZeroParamStatus.AVAILABLE}, 1)
+    assert ZeroParamStatus.AVAILABLE not in set().union(*statuses.values())  # in flight shortly before its own use
+    gone = [("forward", 0), ("backward", 3), ("backward", 2), ("backward", 1)]
+    assert [statuses[moment] for moment in gone] == [{ZeroParamStatus.NOT_AVAILABLE}] * 4
+    assert max(sizes) > 1
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_fused_optimizer_of_the_host_is_adamw(store_64, tmp_path, monkeypatch, stage):
+    """Three steps of offloaded AdamW in DeepSpeed, fused, against the sequence of operations."""
+    config = tiny_run(store_64, tmp_path, "deepspeed.offload_optimizer=true", f"deepspeed=zero{stage}")
+    ranks, weights = start_processes("cpu"), {}
+    mixture = Mixture(0, WEIGHTS, store_64, config.trainer.global_batch_size)
+    for fused in (True, False):
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(engine_module, "is_fused", lambda config: False)
+            engine = start_engine(config, training_config(config.model, RopeConfig("rope"), 64), ranks)
+        assert {group["fused"] for group in engine.optimizer.param_groups} == {fused}
+        for step in range(3):
+            one_step(engine, micro_batches(mixture, step, ranks, config), mixture.trained_tokens(step), ranks)
+        weights[fused] = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+        engine.destroy()
+    for name, expected in weights[False].items():
+        torch.testing.assert_close(weights[True][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_model_that_cannot_be_built_leaves_nothing_partitioned(store_64, tmp_path):
     """transformers builds in parts while the settings live, and an exception that is kept keeps frames."""
     config = tiny_run(store_64, tmp_path)
@@ -194,6 +290,7 @@ def test_a_model_that_cannot_be_built_leaves_nothing_partitioned(store_64, tmp_p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("overrides", [
     [], ["trainer.activation_checkpointing=true", "trainer.offload_activations=true"],
+    ["trainer.activation_checkpointing=true", "trainer.keep_attention=true"],
     ["trainer.mlp_chunk_size=40"], ["trainer.compile=true"], ["deepspeed.offload_optimizer=true"],
 ], ids=str)  # fmt: skip
 def test_nccl_and_cuda_kernels_agree_with_each_document_alone(tmp_path, store_64, overrides):

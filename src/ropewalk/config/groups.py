@@ -71,6 +71,7 @@ class ClusterConfig:
     gpus_per_node: int = MISSING
     gpu_memory_gib: float = MISSING  # that torch can allocate, as its out-of-memory message names it
     peak_tflops: float = MISSING  # dense, in the dtype that is trained in (bf16)
+    memory_tb_s: float = 3.35  # that a GPU reads and writes of its own memory; an H100's
     nvlink_gb_s: float = MISSING  # to the other GPUs of its node, each way
     network_gb_s: float = MISSING  # to other nodes, each way, for each GPU
     host_memory_gib: float = MISSING  # of a node

@@ -85,13 +85,14 @@ RANGES: dict[type, dict[Range, str]] = {
     },
     SlurmConfig: {POSITIVE: "nodes cpus_per_gpu"},
     ClusterConfig: {
-        POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops nvlink_gb_s network_gb_s host_memory_gib disk_write_gb_s",
+        POSITIVE: "gpus_per_node gpu_memory_gib peak_tflops memory_tb_s nvlink_gb_s network_gb_s host_memory_gib "
+        "disk_write_gb_s",
         NOT_NEGATIVE: "price_per_gpu_hour",
     },
     AssumptionConfig: {
         POSITIVE: "hash_gb_s",
         NOT_NEGATIVE: "step_overhead context_gib nccl_gib fragmentation",
-        Range(0, 1, "is a share of the peak; 0.28 is usual at 64k", is_open=True): "utilisation",
+        Range(0, 1, "is a share of the peak; null goes by the speeds of the kernels", is_open=True): "utilisation",
     },
     PlanConfig: {POSITIVE: "nodes kv_lengths"},
     NoiseConfig: {
@@ -165,11 +166,12 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
             f"trainer.attention={trainer.attention} with trainer.device=cpu: it is a kernel for GPUs; set "
             "trainer.attention=auto"
         )
-    if trainer.offload_activations and not trainer.activation_checkpointing:
-        raise UserError(
-            "trainer.offload_activations=true moves what activation checkpointing keeps, and "
-            "trainer.activation_checkpointing=false keeps nothing; set both, or neither"
-        )
+    for name in ("offload_activations", "keep_attention"):
+        if getattr(trainer, name) and not trainer.activation_checkpointing:
+            raise UserError(
+                f"trainer.{name}=true changes activation checkpointing, and trainer.activation_checkpointing=false; "
+                "set both, or neither"
+            )
     if trainer.stop_before is not None and instant(trainer.stop_before) <= time.time():
         raise UserError(
             f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"

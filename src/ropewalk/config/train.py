@@ -73,10 +73,11 @@ class TrainerConfig:
     gradient_clipping: float = 1.0  # global norm
     activation_checkpointing: bool = True
     offload_activations: bool = False  # checkpointed activations wait in host memory
+    keep_attention: bool = False  # checkpointing computes all of a layer again but its attention
     mlp_chunk_size: int | None = None  # tokens whose MLP activations exist at once; null: all
     attention: str = "auto"  # kernel on a GPU: auto, fa4, fa3, fa2 or torch; auto takes the best that is installed
     deterministic: bool = False  # kernels that add up in one order; slower on a GPU, by how much is not measured
-    compile: bool = False  # torch.compile of the norms and the MLP's gate
+    compile: bool = False  # torch.compile of the norms, the MLP's gate and the rotation
     loss_chunk_size: int = 2048  # tokens whose logits exist at once
     z_loss: float = 0.0  # times logsumexp(logits)^2, added to each trained token's loss; 1e-4 is PaLM's
     log_every: int = 1  # steps
@@ -209,7 +210,8 @@ class TrainConfig:
 class AssumptionConfig:
     """Numbers that the planner cannot compute. Each is an assumption to replace by a measurement of your own."""
 
-    utilisation: float = 0.28  # share of the peak that is reached, counting causal attention over whole rows
+    # Share of the peak that is reached, counting causal attention over whole rows; null: by the speeds of the kernels.
+    utilisation: float | None = None
     step_overhead: float = 0.0  # seconds a step beside its micro batches
     context_gib: float = 0.6  # of each GPU: CUDA context, kernels, cuBLAS workspace
     nccl_gib: float = 1.5  # of each GPU, where there are several

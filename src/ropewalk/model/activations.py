@@ -1,9 +1,11 @@
-"""Activation memory: checkpointing, its offload, the tiled MLP and compilation; no gradient changes."""
+"""Activation memory: checkpointing, what it keeps and where, the tiled MLP and compilation; no gradient changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,17 +17,19 @@ from transformers import PreTrainedModel
 
 from ropewalk.config.train import TrainerConfig
 from ropewalk.errors import UserError
+from ropewalk.model.attention import KeptAttention
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ROTATION = "apply_rotary_pos_emb"  # as every model of SUPPORTED_MODEL_TYPES calls it
 Gate = Callable[[Tensor, Tensor], Tensor]
 
 
 def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
     """Put checkpointing, its offload, the tiled MLP and compilation in place, as configured; before the engine is.
 
-    Compiled is what runs between the matrix products: the norms and the MLP's gate. Whole layers are not, because each
-    projection gathers its weights in hooks, which cut a layer's graph to such pieces anyway; compiled with them, two
-    tiny layers took a minute to compile and four times as long to run.
+    Compiled is what runs between the matrix products: the norms, the MLP's gate and the rotation of queries and keys.
+    Whole layers are not, because each projection gathers its weights in hooks, which cut a layer's graph to such pieces
+    anyway; compiled with them, two tiny layers took a minute to compile and four times as long to run.
 
     Raises:
         UserError: the MLP is to be tiled or compiled and is not the gated one.
@@ -34,26 +38,37 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     gate = torch.compile(_gate) if trainer.compile else _gate
     for layer in lm.get_decoder().layers:
-        if trainer.offload_activations:
-            layer._gradient_checkpointing_func = checkpoint_on_host
+        if trainer.offload_activations or trainer.keep_attention:
+            layer._gradient_checkpointing_func = partial(
+                checkpoint_layer, on_host=trainer.offload_activations, keep_attention=trainer.keep_attention
+            )
         if trainer.mlp_chunk_size is not None or trainer.compile:
             _check_gated(layer.mlp)
             forward = _whole_mlp if trainer.mlp_chunk_size is None else partial(_tiled_mlp, trainer.mlp_chunk_size)
             activation = layer.mlp.act_fn.forward  # without the hooks that ZeRO-3 puts on every module
             layer.mlp.forward = partial(forward, layer.mlp, partial(gate, activation))
     if trainer.compile:
+        _compile_rotation([layer.self_attn for layer in lm.get_decoder().layers])
         norm = torch.compile(_rms_norm)
         for module in lm.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = partial(_compiled_norm, module, norm)
 
 
-def checkpoint_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Checkpoint ``function``, its inputs waiting in host memory; what it computes is computed again.
+def checkpoint_layer(function: Callable[..., Any], *inputs: Any, on_host: bool, keep_attention: bool) -> Any:
+    """Checkpoint a layer in a way that transformers does not.
 
-    transformers has an option of this kind, which requests pinned memory without a GPU, and fails.
+    Args:
+        function: forward of the layer.
+        *inputs: its hidden states.
+        on_host: the inputs wait in host memory. transformers has an option of this kind, which requests pinned memory
+            without a GPU, and fails.
+        keep_attention: the attention is not computed again; what is held of it stays on the device.
     """
-    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+    if keep_attention:
+        function = partial(function, kept_attention=KeptAttention())
+    waiting: Any = torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host) if on_host else nullcontext()
+    with waiting:
         return checkpoint(function, *inputs, use_reentrant=False)
 
 
@@ -75,6 +90,20 @@ def _check_gated(mlp: nn.Module) -> None:
             f"trainer.mlp_chunk_size and trainer.compile know MLPs of {', '.join(PROJECTIONS)} and act_fn; "
             f"{type(mlp).__name__} has {', '.join(children)}: leave both out"
         )
+
+
+def _compile_rotation(attentions: list[Any]) -> None:
+    """Have each attention call a compiled ``apply_rotary_pos_emb``.
+
+    transformers looks that function up in its module, which serves other models, too: it stays as it is, and these
+    layers get a forward that looks it up elsewhere.
+    """
+    forward = type(attentions[0]).forward
+    rotate = torch.compile(forward.__globals__[ROTATION])
+    own = FunctionType(forward.__code__, {**forward.__globals__, ROTATION: rotate}, closure=forward.__closure__)
+    own.__defaults__, own.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+    for attention in attentions:
+        attention.forward = partial(own, attention)
 
 
 def _compiled_norm(module: Any, norm: Callable[..., Tensor], x: Tensor) -> Tensor:

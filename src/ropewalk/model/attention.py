@@ -118,6 +118,71 @@ class Documents:
         return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), max(lengths), group)
 
 
+class KeptAttention:
+    """The attention of one checkpointed layer, held from its forward pass to the end of its backward pass.
+
+    Held are the output and whatever else the kernel saves for its backward pass. Queries, keys and values are not: the
+    checkpoint computes them again.
+    """
+
+    def __init__(self) -> None:
+        self.out: Tensor | None = None  # with the kernel's graph
+        self.leaves: list[Tensor] = []  # that graph's inputs, without their memory once the forward pass is over
+        self.recomputed: list[Tensor] = []
+
+    def run(self, call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        """Run the kernel on q, k and v, with what it saves of their memory taken from ``recomputed`` later."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        owners = {x.untyped_storage()._cdata: number for number, x in enumerate(leaves)}
+        recomputed = self.recomputed  # the graph must not hold this object, which holds the graph
+
+        def pack(tensor: Tensor) -> Any:
+            number = owners.get(tensor.untyped_storage()._cdata)
+            if number is None:
+                return tensor
+            return number, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        def unpack(packed: Any) -> Tensor:
+            return packed if isinstance(packed, Tensor) else recomputed[packed[0]].as_strided(*packed[1:])
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            self.out = call(*leaves)
+        for leaf in leaves:
+            leaf.data = leaf.new_empty(0)  # the graph holds its leaves
+        self.leaves = leaves
+
+    def gradients(self, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v; lets go of what was held."""
+        self.recomputed[:] = inputs
+        out, self.out = self.out, None
+        assert out is not None
+        gradients = torch.autograd.grad(out, self.leaves, grad)
+        self.recomputed.clear()
+        return gradients
+
+
+class _RunOnce(torch.autograd.Function):
+    """A kernel inside a checkpoint, which runs in the forward pass alone; when computed again it gives what is held.
+
+    torch's selective checkpointing holds the output of operations by their name in the dispatcher, and sees every
+    operation of the layer to find them. FlashAttention-4 has no such name; this knows no kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kept: KeptAttention, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.kept = kept
+        ctx.save_for_backward(*inputs)
+        if kept.out is None:
+            kept.run(call, inputs)
+        assert kept.out is not None
+        return kept.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors  # computes the layer again, up to here
+        return None, None, *ctx.kept.gradients(inputs, grad_output[0])
+
+
 @torch.compiler.disable  # a compiled graph would be made anew for the bounds of every batch
 def document_attention(
     module: torch.nn.Module,
@@ -128,6 +193,7 @@ def document_attention(
     scaling: float | None = None,
     documents: Documents | None = None,
     choice: str = "auto",
+    kept_attention: KeptAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, with transformers' attention signature.
@@ -142,6 +208,7 @@ def document_attention(
         documents: bounds of the documents in this row; where its ``group`` shares the row, ``tokens`` is this rank's
             stretch of it.
         choice: kernel on a GPU, one of ATTENTION_CHOICES.
+        kept_attention: of the checkpoint that this layer runs in, where its attention is not to be computed again.
         **kwargs: dropout must be 0; a sliding window is refused.
 
     Returns:
@@ -159,7 +226,11 @@ def document_attention(
         )
     if documents.group is not None:
         query, key, value = (_tokens_for_heads(x, documents.group) for x in (query, key, value))
-    out = attend(attention_kernel(query.device, choice), query, key, value, scaling, documents)
+    run = partial(attend, attention_kernel(query.device, choice), scaling=scaling, documents=documents)
+    if kept_attention is None or not torch.is_grad_enabled():
+        out = run(query, key, value)
+    else:
+        out = _RunOnce.apply(kept_attention, run, query, key, value)
     return out if documents.group is None else _heads_for_tokens(out, documents.group), None
 
 

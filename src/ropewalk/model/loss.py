@@ -13,6 +13,13 @@ from ropewalk.data.order.batches import IGNORE_INDEX
 from ropewalk.model.attention import Documents
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32: as it was added up where the device gives that (CUDA), else rounded to the inputs' dtype first."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 class _TiledLinearCrossEntropy(torch.autograd.Function):
     """Both gradients are formed in forward, so backward needs neither the logits nor the gathered weight."""
 
@@ -33,7 +40,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         trained = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         for rows in trained.split(chunk_size):
             x, target = hidden[rows], labels[rows, None]
-            logits = (x @ weight.T).float()
+            logits = _product(x, weight.T)
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             losses = normalizer - logits.gather(1, target)
             total += losses.sum()
@@ -48,7 +55,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
                 grad_logits.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
                 grad_logits = grad_logits.to(weight.dtype)
                 grad_hidden[rows] = grad_logits @ weight
-                grad_weight += grad_logits.T @ x
+                grad_weight += _product(grad_logits.T, x)
         if grad_hidden is not None and grad_weight is not None:
             ctx.dtype = weight.dtype
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -97,13 +104,38 @@ def tiled_linear_cross_entropy(
     return _TiledLinearCrossEntropy.apply(hidden, weight, labels, chunk_size, token_losses, z_loss)
 
 
+class HeadLoss(nn.Module):
+    """The output head with the loss: a module of its own, without parameters of its own.
+
+    ZeRO-3 gathers a foreign parameter for as long as the module that reads it runs. In LossModel that would be the
+    whole forward pass, and again the whole backward pass. A head of more than ``stage3_max_live_parameters`` elements,
+    as Llama-3-70B's is, would leave no room to prefetch anything.
+    """
+
+    def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float) -> None:
+        super().__init__()
+        self.head = lm.get_output_embeddings  # not the module, which is a child of the model's
+        self.chunk_size, self.z_loss = chunk_size, z_loss
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, token_losses: Tensor | None = None, logits_at: Tensor | None = None
+    ) -> Tensor:
+        """The loss of hidden states (tokens, width), or their logits; the rest as of :meth:`LossModel.forward`."""
+        weight = self.head().weight
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # else the loss would form the head's gradient all the same
+        if logits_at is not None:
+            return _product(hidden[logits_at], weight.T)
+        return tiled_linear_cross_entropy(hidden, weight, labels, self.chunk_size, token_losses, self.z_loss)
+
+
 class LossModel(nn.Module):
     """A causal language model whose forward is the summed loss, so that ZeRO-3 gathers the head inside it."""
 
     def __init__(self, lm: PreTrainedModel, chunk_size: int, z_loss: float = 0.0) -> None:
         super().__init__()
         self.lm = lm
-        self.chunk_size, self.z_loss = chunk_size, z_loss
+        self.loss = HeadLoss(lm, chunk_size, z_loss)
 
     def forward(
         self,
@@ -130,10 +162,4 @@ class LossModel(nn.Module):
         # use_cache=True would let packed documents see each other in stock attention.
         decoder = self.lm.get_decoder()
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
-        hidden = output.last_hidden_state[0]
-        head = self.lm.get_output_embeddings().weight
-        if not torch.is_grad_enabled():
-            head = head.detach()  # else the loss would form the head's gradient all the same
-        if logits_at is not None:
-            return (hidden[logits_at] @ head.T).float()
-        return tiled_linear_cross_entropy(hidden, head, labels[0], self.chunk_size, token_losses, self.z_loss)
+        return self.loss(output.last_hidden_state[0], labels[0], token_losses, logits_at)

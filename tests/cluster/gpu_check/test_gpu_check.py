@@ -63,8 +63,8 @@ def test_parts_without_an_engine():
 def test_parts_that_train():
     found = values("step")
     rows = {(row["setting"], row["layers"]): row for row in found["steps"]}
-    assert list(rows) == [("plain", 1), ("plain", 2), ("offload", 1), ("tiled", 1)]
-    assert rows["offload", 1]["losses"] == rows["plain", 1]["losses"]
+    assert list(rows) == [("plain", 1), ("plain", 2), ("offload", 1), ("tiled", 1), ("attention kept", 1)]
+    assert rows["offload", 1]["losses"] == rows["attention kept", 1]["losses"] == rows["plain", 1]["losses"]
     assert rows["tiled", 1]["losses"] == pytest.approx(rows["plain", 1]["losses"], rel=1e-6)
     assert all(row["losses"][-1] < row["losses"][0] and row["planned, GiB"] > 0 for row in rows.values())
     assert len(values("profile")["kernels"]) == engine_parts.LARGEST

@@ -1,6 +1,5 @@
 """Work, time, disk and KV cache against published figures and sums by hand."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -14,8 +13,8 @@ from ropewalk.cluster.planner.cost import (
     flops_per_token,
     kv_bytes,
     run_time,
+    token_seconds,
 )
-from ropewalk.config import CONFIG_DIR
 from ropewalk.config.rules import batching
 from ropewalk.config.train import AssumptionConfig, ParallelConfig
 from ropewalk.training import find_checkpoint, train
@@ -38,21 +37,41 @@ def test_flops_of_llama3_8b_at_64k(shape):
 
 
 def test_the_papers_hours_come_out(config, shape):
-    """CoPE reports 1,996 H100-hours for 20.97B tokens, ProLong about 2,200: at 28% of the peak, within 10%."""
-    time = run_time(shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(utilisation=0.28), 2)
+    """CoPE reports 1,996 H100-hours for 20.97B tokens, ProLong about 2,200: both within 10%, by FlashAttention-2."""
+    time = run_time(shape, Setting(32, 65536), config.trainer, config.cluster, AssumptionConfig(), 2)
     assert 32 * time.training / 3600 == pytest.approx(1996, rel=0.1)
+    assert 32 * time.training / 3600 == pytest.approx(2200, rel=0.1)
+
+
+@pytest.mark.parametrize(("seconds", "options", "kept"), [
+    (23.45, {}, False),
+    (20.45, {}, True),
+    (17.25, {"attention": "fa3"}, False),
+    (14.65, {"attention": "fa3", "compile": True}, True),
+])  # fmt: skip
+def test_seconds_of_a_row_by_hand(config, shape, seconds, options, kept):
+    """A 64k row of Llama-3-8B on an H100, summed up by hand from the same speeds.
+
+    Layers' products 5.90 s and the head's 0.33; attention forward 3.04 (FlashAttention-3: 1.82), twice or once, and
+    backward 9.38 (5.63); norms and the like 1.50, compiled 0.70; the loss beside its product 0.25.
+    """
+    trainer = replace(config.trainer, **options)
+    setting = Setting(32, 65536, keep_attention=kept)
+    assert 65536 * token_seconds(shape, setting, trainer, config.cluster) == pytest.approx(seconds, rel=0.01)
+
+
+def test_a_cpu_goes_by_a_share_of_its_peak(shape):
+    """There are no kernels of a GPU to go by."""
+    laptop = composed("plan", "+experiment=demo/pretrain", "cluster=laptop")
+    time = run_time(shape, Setting(1, 512, cuda=False), laptop.trainer, laptop.cluster, AssumptionConfig(), 1)
+    assert time.utilisation == pytest.approx(0.28)
 
 
 def test_prolongs_second_stage_takes_the_papers_hours():
-    """12,200 H100-hours for 20.97B tokens at 512k, at the share of the peak that the pages say this is."""
-    readme = (CONFIG_DIR.parent / "recipes" / "prolong_llama3_8b_512k" / "README.md").read_text()
-    page = " ".join((CONFIG_DIR.parent / "docs" / "planner.md").read_text().split())
-    share = re.search(r"assume\.utilisation=(\S+)", readme).group(1)
-    assert f"\n{float(share):.0%} of the peak is what the paper's 12,200 H100-hours" in readme
-    assert f"second stage at 512k (12,200) to {float(share):.0%}" in page
-    plan = make_plan(composed("plan", "+experiment=prolong_512k", "nodes=8", f"assume.utilisation={share}"))
+    """12,200 H100-hours for 20.97B tokens at 512k, by the speeds that 64k was planned with."""
+    plan = make_plan(composed("plan", "+experiment=prolong_512k", "nodes=8"))
     assert plan.entries["tokens"] == 2500 * 16 * 524288
-    assert plan.entries["gpu_hours"] == pytest.approx(12_200, rel=0.01)
+    assert plan.entries["gpu_hours"] == pytest.approx(12_200, rel=0.05)
 
 
 def test_time_by_hand(config, shape):

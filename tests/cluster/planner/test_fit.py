@@ -118,7 +118,7 @@ def test_a_run_that_could_not_start_is_an_error(overrides, message):
 
 
 POSITIVE = ["nodes", "data.sequence_length", "assume.hash_gb_s", *(f"cluster.{name}" for name in (
-    "gpus_per_node", "gpu_memory_gib", "peak_tflops", "nvlink_gb_s", "network_gb_s", "host_memory_gib",
+    "gpus_per_node", "gpu_memory_gib", "peak_tflops", "memory_tb_s", "nvlink_gb_s", "network_gb_s", "host_memory_gib",
     "disk_write_gb_s"))]  # fmt: skip
 NOT_NEGATIVE = ["cluster.price_per_gpu_hour", "assume.step_overhead", "assume.context_gib", "assume.nccl_gib",
                 "assume.fragmentation"]  # fmt: skip
@@ -199,6 +199,7 @@ WAYS = {
     "all activations kept": "trainer.activation_checkpointing=false",
     "layer inputs kept": "trainer.activation_checkpointing=true",
     "layer inputs on the host": "trainer.offload_activations=true",
+    "attention kept, too": "trainer.keep_attention=true",
     "logits in chunks": "trainer.loss_chunk_size=2048",
     "optimizer on the GPU": "deepspeed.offload_optimizer=false",
     "optimizer on the host": "deepspeed.offload_optimizer=true",

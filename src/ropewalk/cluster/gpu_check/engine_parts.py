@@ -43,7 +43,7 @@ ROOT = CONFIG_DIR.parent
 TESTS = ("tests/model", "tests/training/test_device_waits.py", "tests/training/test_engine.py", "tests/cluster/doctor")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "compile": {"compile": True}, "offload": {"offload_activations": True},
-    "tiled": {"mlp_chunk_size": 4096},
+    "tiled": {"mlp_chunk_size": 4096}, "attention kept": {"keep_attention": True},
 }  # fmt: skip
 STEPS = 4
 MEMORY_NAMES = (("allocated, GiB", GIB), ("reserved, GiB", GIB), ("retries", 1))  # resident on a CPU
@@ -144,6 +144,7 @@ def step(device: torch.device, small: bool) -> Values:
         setting = Setting(
             ranks=1, length=config.data.sequence_length, element=2 if config.trainer.dtype == "bfloat16" else 4,
             cuda=device.type == "cuda", offload_activations="offload_activations" in settings,
+            keep_attention="keep_attention" in settings,
             mlp_tile=config.trainer.mlp_chunk_size, loss_chunk=config.trainer.loss_chunk_size,
         )  # fmt: skip
         row: dict[str, Any] = {"setting": variant, "layers": layers}

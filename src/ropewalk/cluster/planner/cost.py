@@ -12,6 +12,20 @@ from ropewalk.config.train import AssumptionConfig, TrainerConfig
 from ropewalk.flops import causal_pairs, sequence_flops
 
 GB = 1e9
+# Speeds of an H100 and bytes of its memory that are moved. FlashAttention's forward is of arXiv 2407.08608 (16k tokens,
+# head_dim 128, causal). The others are assumed: seconds of a 64k row of Llama-3-8B times 3.35 TB/s. No run here has
+# measured any of them.
+PEAK = 989.4e12  # dense bf16
+PRODUCTS = 620e12  # matrix products
+FLASH_2 = (370e12, 300e12)  # forward, backward
+FLASH_3 = (620e12, 500e12)
+ATTENTION = {"auto": FLASH_2, "torch": FLASH_2, "fa2": FLASH_2, "fa3": FLASH_3, "fa4": FLASH_3}  # auto: the least
+MOST_OF_PEAK = 0.6  # FlashAttention-2 on other GPUs: 50 to 73% of an A100's peak (arXiv 2307.08691)
+ELEMENTWISE = 1.5 * 3.35e12 / (32 * 65_536 * 4096)  # a layer, token and channel: norms, gate, rotation, sums
+COMPILED = 0.7 / 1.5  # of which trainer.compile leaves
+LOSS = 0.25 * 3.35e12 / (65_536 * 128_256)  # a logit, beside its matrix products
+HOST_COPY = 53e9  # bytes/s between GPU and host
+CPU_UTILISATION = 0.28  # share of a CPU's peak
 LEAD_MARGIN = 30.0  # seconds for the signal to reach every rank, and for the job to be requeued
 
 
@@ -33,7 +47,8 @@ class Time:
         step: one optimizer step.
         training: all steps, and the checkpoints between them.
         communication: of one step, if none of it is hidden behind computing.
-        tokens_per_second_per_gpu: at the assumed utilisation.
+        tokens_per_second_per_gpu: while micro batches are computed.
+        utilisation: share of the peak that this is, counting causal attention over whole rows and nothing twice.
     """
 
     micro_step: float
@@ -41,6 +56,7 @@ class Time:
     training: float
     communication: float
     tokens_per_second_per_gpu: float
+    utilisation: float
 
 
 def flops_per_token(shape: ModelShape, length: int) -> Flops:
@@ -107,6 +123,28 @@ def communication_seconds(
     return max(inside, between) + traded * share / (GB * cluster.nvlink_gb_s)
 
 
+def token_seconds(shape: ModelShape, setting: Setting, trainer: TrainerConfig, cluster: ClusterConfig) -> float:
+    """Seconds of a GPU for one token, forward and backward: its operations at the speeds above, one after the other.
+
+    Matrix products run three times, forward and for two gradients; with checkpointing those of the layers once more,
+    and those of a tiled MLP yet again. The backward pass of attention counts 2.5 of its forward ones, as it computes
+    the logits again. Communication is hidden.
+    """
+    speed = cluster.peak_tflops * 1e12 / PEAK
+    layers, mlp = shape.layers * shape.linear_per_layer, shape.layers * 3 * shape.hidden * shape.intermediate
+    again = (layers if setting.checkpointing else 0) + (mlp if setting.mlp_tile is not None else 0)
+    products = 2 * (3 * shape.linear + again) / (PRODUCTS * speed)
+    most = MOST_OF_PEAK * cluster.peak_tflops * 1e12
+    forward, backward = (min(rate, most) for rate in ATTENTION[trainer.attention])
+    once = flops_per_token(shape, setting.length).causal / 3
+    runs = 2 if setting.checkpointing and not setting.keep_attention else 1
+    attention = once * (runs / forward + 2.5 / backward)
+    elementwise = ELEMENTWISE * (COMPILED if trainer.compile else 1) * shape.layers * shape.hidden
+    copied = 2 * shape.layers * setting.element * shape.hidden if setting.offload_activations else 0
+    moved = (elementwise + LOSS * shape.vocabulary) / (1e12 * cluster.memory_tb_s)
+    return products + attention + moved + copied / HOST_COPY
+
+
 def run_time(
     shape: ModelShape,
     setting: Setting,
@@ -115,16 +153,18 @@ def run_time(
     assume: AssumptionConfig,
     accumulation_steps: int,
 ) -> Time:
-    """How long the run takes if ``assume.utilisation`` of the peak is reached, and nothing fails."""
+    """How long the run takes if nothing fails, by the speeds above, or by ``assume.utilisation`` of the peak."""
     flops = flops_per_token(shape, setting.length)
-    speed = assume.utilisation * cluster.peak_tflops * 1e12 / (flops.linear + flops.causal)
+    at_peak = cluster.peak_tflops * 1e12 / (flops.linear + flops.causal)
+    utilisation = assume.utilisation if setting.cuda or assume.utilisation is not None else CPU_UTILISATION
+    speed = 1 / token_seconds(shape, setting, trainer, cluster) if utilisation is None else utilisation * at_peak
     micro_step = setting.tokens / speed
     step = accumulation_steps * micro_step + assume.step_overhead
     every = trainer.checkpoint_every
     saves = math.ceil(trainer.max_steps / every) if every else 0
     saving = saves * checkpoint_seconds(shape, setting, cluster, assume)
     communication = communication_seconds(shape, setting, cluster, accumulation_steps)
-    return Time(micro_step, step, trainer.max_steps * step + saving, communication, speed)
+    return Time(micro_step, step, trainer.max_steps * step + saving, communication, speed, speed / at_peak)
 
 
 def lead_seconds(micro_step: float, save: float) -> int:

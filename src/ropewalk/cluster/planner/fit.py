@@ -86,9 +86,10 @@ def smallest_fit(
 def other_ways(setting: Setting) -> dict[str, Setting]:
     """The setting with activations, loss, optimizer or states held in each known way, one at a time, by name."""
     ways = {
-        "all activations kept": {"checkpointing": False, "offload_activations": False},
-        "layer inputs kept": {"checkpointing": True, "offload_activations": False},
-        "layer inputs on the host": {"checkpointing": True, "offload_activations": True},
+        "all activations kept": {"checkpointing": False, "offload_activations": False, "keep_attention": False},
+        "layer inputs kept": {"checkpointing": True, "offload_activations": False, "keep_attention": False},
+        "layer inputs on the host": {"checkpointing": True, "offload_activations": True, "keep_attention": False},
+        "attention kept, too": {"checkpointing": True, "keep_attention": True},
         "all logits at once": {"loss_chunk": None},
         "logits in chunks": {"loss_chunk": setting.loss_chunk or TILE},
         "optimizer on the GPU": {"offload_optimizer": False},
@@ -133,6 +134,8 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
         yield Change("trainer.activation_checkpointing=true", 4 / 3, {"checkpointing": True})
     elif setting.cuda and not setting.offload_activations:
         yield Change("trainer.offload_activations=true", 1.05, {"offload_activations": True})
+    if setting.keep_attention:
+        yield Change("trainer.keep_attention=false", 1.1, {"keep_attention": False})
     if setting.mlp_tile is None:
         yield Change("trainer.mlp_chunk_size=4096", 1.08, {"mlp_tile": 4096})
     for degree in degrees:

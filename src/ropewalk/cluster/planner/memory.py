@@ -34,7 +34,9 @@ class Setting:
         cuda: whether the ranks are GPUs.
         checkpointing: only each layer's input is kept, the rest computed again.
         offload_activations: those inputs wait in host memory.
+        keep_attention: the attention's output stays on the device beside them.
         mlp_tile: tokens that the MLP works on at once; None: all.
+        fused: each norm and the gate are one kernel that keeps its inputs alone, as Liger's do; not for fp32.
         loss_chunk: tokens whose logits exist at once; None: all, through stock cross entropy.
         offload_optimizer: master weights, moments and gradients in host memory.
         offload_parameters: the parameters' shares, too.
@@ -51,7 +53,9 @@ class Setting:
     cuda: bool = True
     checkpointing: bool = True
     offload_activations: bool = False
+    keep_attention: bool = False
     mlp_tile: int | None = None
+    fused: bool = False
     loss_chunk: int | None = 2048
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -153,20 +157,28 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Bytes a token that the backward pass of one layer needs, as transformers' Llama writes its operations."""
     b, h = setting.element, shape.hidden
     norm = FP32 * h + 2 * b * h  # fp32 input, normalised, output
-    outputs = 1 if setting.cuda else 2  # documents are joined on the CPU, which copies what each gave
-    attention = b * (shape.query + 2 * shape.key + outputs * shape.query) + FP32 * shape.heads
+    norms = 2 * norm if not setting.fused else 3 * b * h  # input and output; the first one's input is the layer's own
+    attention = b * (shape.query + 2 * shape.key) + _attention_output(shape, setting)
     if shape.head_normed:
         attention += (FP32 + b) * (shape.query + shape.key)
-    mlp = 4 * b * shape.intermediate if setting.mlp_tile is None else 0  # a tiled one keeps its input alone
-    return {"norms": 2 * norm, "attention": attention, "mlp": mlp}
+    widths = 3 if setting.fused else 4  # gate, up, product, and the activated gate
+    mlp = widths * b * shape.intermediate if setting.mlp_tile is None else 0  # a tiled one keeps its input alone
+    return {"norms": norms, "attention": attention, "mlp": mlp}
+
+
+def _attention_output(shape: ModelShape, setting: Setting) -> float:
+    """Bytes a token of one layer's attention: its output and the logarithms of its sums."""
+    outputs = 1 if setting.cuda else 2  # documents are joined on the CPU, which copies what each gave
+    return outputs * setting.element * shape.query + FP32 * shape.heads
 
 
 def _boundaries(shape: ModelShape, setting: Setting) -> float:
     """Memory kept by the layers before the one at work."""
     if not setting.checkpointing:
         return shape.layers * setting.tokens * sum(saved_per_token(shape, setting).values())
-    kept = min(HELD_LAYERS, shape.layers) if setting.offload_activations else shape.layers
-    return kept * setting.tokens * setting.element * shape.hidden
+    inputs = min(HELD_LAYERS, shape.layers) if setting.offload_activations else shape.layers
+    kept = shape.layers * _attention_output(shape, setting) if setting.keep_attention else 0.0
+    return setting.tokens * (inputs * setting.element * shape.hidden + kept)
 
 
 def _loss_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
@@ -179,12 +191,12 @@ def _loss_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
     else:  # a chunk's logits, the exponentials of its log-sum, what is left of the chunk before; both gradients
         chunks = 2 if n <= setting.loss_chunk else 3
         logits = min(setting.loss_chunk, n) * shape.vocabulary * chunks * FP32
-        gradients = n * b * h + (FP32 + b) * head
+        gradients = n * b * h + (FP32 + (FP32 if setting.cuda else b)) * head  # whole, and what a chunk adds to it
     return {
         "stored activations": _boundaries(shape, setting),
         "working activations": float(final_norm),
         "logits and loss": float(logits + gradients),
-        "gathered parameters": _gathered(shape, setting),
+        "gathered parameters": _gathered(shape, setting, head=shape.embedding),
     }
 
 
@@ -193,10 +205,12 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
     b, n, h, i = setting.element, setting.tokens, shape.hidden, shape.intermediate
     saved = saved_per_token(shape, setting)
     recomputed = sum(saved.values()) - (FP32 * h if b == FP32 else 0)  # the fp32 input is the stored one
+    recomputed -= _attention_output(shape, setting) if setting.keep_attention else 0  # and that is, too
     again = n * recomputed if setting.checkpointing else 0.0
     # at the product of gate and up: both, the activated gate, and the gradients of product, gate and up
+    # a fused gate writes its gradients over its inputs, so that the product's gradient is all there is beside them
     if setting.mlp_tile is None:
-        in_mlp = n * b * h + 6 * b * i * n - n * saved["mlp"]
+        in_mlp = n * b * h + (4 if setting.fused else 6) * b * i * n - n * saved["mlp"]
         weight_gradient = b * h * i
     else:  # so for one tile; beside it the gradients of the output and, in pieces and joined, of the input
         in_mlp = 3 * n * b * h + 6 * b * i * min(n, setting.mlp_tile)
@@ -278,11 +292,14 @@ def _laid_out(setting: Setting, elements: float) -> float:
     return float((FP32 + widened) * elements)
 
 
-def _gathered(shape: ModelShape, setting: Setting) -> float:
-    """Whole parameters at the turn from forward to backward, which keeps what it needs again soon."""
+def _gathered(shape: ModelShape, setting: Setting, head: int = 0) -> float:
+    """Whole parameters at the turn from forward to backward, which keeps what it needs again soon.
+
+    DeepSpeed gathers ahead of use up to LIVE_PARAMETERS, and what a module needs on top of them: the loss its head.
+    """
     if setting.stage < 3 or (setting.ranks == 1 and not setting.offload_parameters):
         return 0.0
-    return float(setting.element * min(LIVE_PARAMETERS, shape.parameters))
+    return float(setting.element * min(LIVE_PARAMETERS + head, shape.parameters))
 
 
 def _fixed(setting: Setting, allowances: Allowances) -> float:

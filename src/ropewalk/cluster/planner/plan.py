@@ -91,6 +91,7 @@ def setting_of(config: PlanConfig) -> Setting:
         cuda=config.cluster.device == "cuda",
         checkpointing=trainer.activation_checkpointing,
         offload_activations=trainer.offload_activations,
+        keep_attention=trainer.keep_attention,
         mlp_tile=trainer.mlp_chunk_size,
         loss_chunk=trainer.loss_chunk_size,
         offload_optimizer=config.deepspeed.offload_optimizer,
@@ -185,7 +186,7 @@ def _entries(
         "steps": trainer.max_steps,
         "schedule": describe_schedule(trainer),
         "tokens": division.tokens_per_step * trainer.max_steps,
-        "utilisation": config.assume.utilisation,
+        "utilisation": time.utilisation,
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
         "micro_step_seconds": time.micro_step,
         "communication_seconds": time.communication,
@@ -253,7 +254,7 @@ def lines(plan: Plan, config: PlanConfig) -> list[str]:
         "",
         *_memory_lines(plan, config),
         "",
-        *_time_lines(plan, e),
+        *_time_lines(plan, config),
         "",
         *_disk_lines(plan, e),
     ]
@@ -290,7 +291,10 @@ def _memory_lines(plan: Plan, config: PlanConfig) -> list[str]:
     return page
 
 
-def _time_lines(plan: Plan, e: Any) -> list[str]:
+def _time_lines(plan: Plan, config: PlanConfig) -> list[str]:
+    e: Any = plan.entries
+    by_kernel = config.assume.utilisation is None and plan.setting.cuda
+    assumed = f"by the speeds of its kernels (attention {config.trainer.attention})" if by_kernel else "as assumed"
     flops = {name: _count(1e9 * value) for name, value in e["gflops_per_token"].items()}
     return [
         f"step: {e['tokens_per_step']:,} tokens in {e['accumulation_steps']} micro batches a rank; "
@@ -298,8 +302,7 @@ def _time_lines(plan: Plan, e: Any) -> list[str]:
         f"schedule: {e['schedule']}",
         f"work: {flops['linear']} FLOPs a token in linear layers, {flops['causal']} in causal attention "
         f"({flops['full']} counted in full)",
-        f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, if {e['utilisation']:.0%} of the peak is "
-        "reached (assume.utilisation)",
+        f"speed: {e['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {e['utilisation']:.0%} of the peak, {assumed}",
         f"time: {_duration(e['step_seconds'])} a step, {_duration(e['seconds'])} in all, "
         f"{_hours(e['gpu_hours'])} GPU-hours, "
         f"{e['cost']:,.0f} at the cluster's price",
