@@ -181,8 +181,8 @@ def test_the_bound_on_ramps_is_not_loose():
 
 # Every method, alone and in the chains people run; head_dim 64, base 1e5, 8,192 tokens stretched to 65,536.
 CHAINS = {
-    # a Llama reads no axes; tests/rope/test_pair_axes.py has models that do
-    **{name: [sample(name, head_dim=64)] for name in SAMPLES if name not in ("rope_id_yarn", "axes")},
+    # a Llama reads no axes and no layers; test_pair_axes.py and test_nope_layers.py have models that do
+    **{name: [sample(name, 64)] for name in SAMPLES if name not in ("rope_id_yarn", "axes", "nope_layers")},
     "rope": [],
     "rope_id_yarn": [sample("rope_id"), sample("rope_id_yarn")],
     "cope_yarn": [ABF, {"method": "cope", "clip": "auto"}, YARN],

@@ -223,7 +223,7 @@ def repair(config: RepairConfig) -> Path:
     StoredWeights(directory)  # a repaired config beside half the weights helps nobody
     for key in claim.reference_keys:
         delattr(stock, key)
-    place_portable(stock, position, stock.max_position_embeddings)
+    stock = place_portable(stock, position, stock.max_position_embeddings)
     output = _in_place(config, directory) if config.in_place else _new(config)
     with only_export(output):
         if config.in_place:
