@@ -23,10 +23,11 @@ def place_portable(
 ) -> PreTrainedConfig:
     """Put ``position`` into a config, for ``served`` tokens, in a form that every version reads alike.
 
-    Readers differ on one stock type, ``yarn``, so its spectrum is written as longrope factors instead. transformers
-    4.45 to 4.52 read other lengths out of it, and vLLM and SGLang end their tables at factor x original length
-    (docs/serving.md; benchmarks/transformers4.py shows the first). Returns the config, which
-    :func:`ropewalk.model.rotary.place_position` may have made anew.
+    Readers differ on two stock types, whose spectra are written as longrope factors instead. Of ``yarn`` transformers
+    4.45 to 4.52 read other lengths, and vLLM and SGLang end their tables at factor x original length (docs/serving.md;
+    benchmarks/transformers4.py shows the first); ``proportional`` transformers 4 does not know.
+
+    Returns the config, which :func:`ropewalk.model.rotary.place_position` may have made anew.
 
     Args:
         config: of the model.
@@ -36,7 +37,7 @@ def place_portable(
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     config.max_position_embeddings = served
-    config = place_position(config, position.extended(extra), length, refused=("yarn",))
+    config = place_position(config, position.extended(extra), length, refused=("yarn", "proportional"))
     setattr(config, METADATA_KEY, position.metadata())
     return config
 

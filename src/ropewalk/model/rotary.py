@@ -127,6 +127,8 @@ def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:
     """True if transformers reads every key of ``entry`` in a model of this type."""
+    if entry["rope_type"] == "proportional" and (layer_type or config.model_type in READ_SHARE):
+        return False  # whose own share of a head stands under the same key
     if config.model_type in _READ_LONGROPE_ALONE:
         return entry["rope_type"] in ("default", "longrope")
     return layer_type is None or entry.get("truncate", True)  # see _entry

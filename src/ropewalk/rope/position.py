@@ -186,7 +186,7 @@ RopeChain.position_type = Position
 
 
 def compile_to_stock(position: Position, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
-    """The most specific stock entry that gives a spectrum: default, linear, llama3 or yarn, else longrope.
+    """The most specific stock entry that gives a spectrum: default, linear, llama3, yarn, proportional, else longrope.
 
     Unmodified transformers, vLLM and SGLang read it.
 
@@ -238,6 +238,7 @@ def _is_read_alike(step: Step) -> bool:
 _STOCK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {  # by method, from its arguments
     "pi": lambda arguments: {"rope_type": "linear", "factor": arguments["factor"]},
     "llama3": lambda arguments: {"rope_type": "llama3", **arguments},
+    "p_rope": lambda arguments: {"rope_type": "proportional", "partial_rotary_factor": arguments["fraction"]},
     "yarn": lambda arguments: {"rope_type": "yarn", **{k: v for k, v in arguments.items() if v is not None}},
 }
 

@@ -261,7 +261,7 @@ def _described(options: tuple[Any, ...], words: list[str]) -> str:
         elif option is NoneType:
             names.append("null")
         elif option == Tokens:
-            names.append("int")
+            names += [] if "float" in names else ["int"]
         else:
             names.append(str(option) if get_origin(option) else option.__name__)
     names += words
