@@ -196,6 +196,7 @@ class RopeChain:
         """The chain as a stock transformers ``rope_parameters`` entry; see Position.rope_parameters.
 
         A stock entry holds one spectrum, so a chain that depends on the input's length is compiled at ``length``.
+        Layers without rotation are not in it: a model class says them (docs/position.md).
         """
         position = self.position_type("unnamed", self, theta, head_dim, pretrained_length, trained_length)
         return position.rope_parameters(max_position_embeddings, length)

@@ -125,7 +125,10 @@ class Position:
         return self._as_trained.layers
 
     def rope_parameters(self, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
-        """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens."""
+        """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens.
+
+        Layers without rotation are not in it; the config's class says them.
+        """
         return compile_to_stock(self, max_position_embeddings, length)
 
     def __str__(self) -> str:
