@@ -23,6 +23,7 @@ SAMPLES = {
     "rope_id_yarn": {"factor": 8.0},
     "axes": {"layout": "alternating", "positions": "diagonal"},
     "temperature": {"exponent": 2.0},
+    "nope_layers": {"every": 4},
 }
 
 

@@ -14,7 +14,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.errors import UserError
-from ropewalk.rope import RopeChain, available_methods
+from ropewalk.rope import Position, RopeChain, available_methods
 from ropewalk.rope.methods import import_methods
 from ropewalk.rope.methods.clipping import recommended_clip
 
@@ -178,6 +178,15 @@ def test_p_rope_equals_stock_proportional(head_dim, theta, fraction):
     inv_freq, _ = stock(head_dim, theta, rope_type="proportional", partial_rotary_factor=fraction)
     assert np.array_equal(s.inv_freq == 0, inv_freq == 0)
     close(s.inv_freq, inv_freq)
+
+
+def test_fmrope_has_the_training_length_as_its_base():
+    inputs = {"head_dim": 128, "theta": 5e5, "pretrained_length": 8192, "trained_length": 65536}
+    position = Position("fmrope", RopeChain.parse("abf(theta=trained_length)"), **inputs)
+    np.testing.assert_allclose(position.spectrum().inv_freq, 2.0 ** (-np.arange(64) / 4), rtol=1e-14)
+    assert position.rope_parameters(65536) == {"rope_type": "default", "rope_theta": 65536.0}
+    assert position.chain == RopeChain.parse("abf(theta=65536)")  # resolved, with the hash of the number
+    assert position.sha256 == Position("x", RopeChain.parse("abf(theta=65536.0)"), **inputs).sha256
 
 
 def test_every_method_has_a_sample():
@@ -456,7 +465,7 @@ windows = st.sampled_from(["raised_cosine", "quarter_cosine", "blackman", "kaise
 STRETCH = {"factor": factors, "original_max_position_embeddings": tokens}
 BETAS = {"beta_fast": st.floats(8, 64), "beta_slow": st.floats(0.1, 8), "truncate": st.booleans()}
 ARGUMENTS = {  # of every method, over its whole range
-    "abf": {"theta": st.floats(1.1, 1e12)},
+    "abf": {"theta": st.floats(1.1, 1e12) | st.just("trained_length")},
     "pi": STRETCH,
     "ntk": STRETCH,
     "dynamic_ntk": STRETCH,
@@ -481,6 +490,7 @@ ARGUMENTS = {  # of every method, over its whole range
     "rope_id_yarn": STRETCH,
     "axes": {"layout": st.sampled_from(["bands", "alternating"]), "positions": st.just("diagonal"),
              "temporal_scales": st.lists(st.floats(0.1, 4), min_size=1, max_size=4)},
+    "nope_layers": {"every": st.integers(1, 100)},
 }  # fmt: skip
 
 

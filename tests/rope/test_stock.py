@@ -16,8 +16,9 @@ from rope_samples import POSITIONS, SAMPLES, sample
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ropewalk.export.portable import place_portable
 from ropewalk.model.load import load_for_evaluation
-from ropewalk.model.rotary import stock_tolerances
+from ropewalk.model.rotary import inspect_config, place_position, stock_tolerances
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.position import longrope_entry
 
@@ -35,7 +36,10 @@ def compiled(*methods, **inputs):
     ([{"method": "llama3"}], "llama3"), ([ABF, {"method": "cope", "clip": 20}], "longrope"),
     ([ABF, {"method": "cope", "clip": 20}, YARN], "longrope"), ([{"method": "hardclip", "clip": 20}], "longrope"),
     ([{"method": "ntk_by_parts", "factor": 2.0, "original_max_position_embeddings": 8192}], "longrope"),
-    ([{"method": "p_rope", "fraction": 0.5}], "longrope"), ([{"method": "ntk", "factor": 8.0}], "default"),
+    ([{"method": "p_rope", "fraction": 0.5}], "proportional"),
+    ([ABF, {"method": "p_rope", "fraction": 0.0}], "proportional"),
+    ([{"method": "p_rope", "fraction": 0.5}, {"method": "pi", "factor": 4.0}], "longrope"),
+    ([{"method": "p_rope", "fraction": 1.0}], "default"), ([{"method": "ntk", "factor": 8.0}], "default"),
     ([ABF, {"method": "ntk", "factor": 8.0}], "default"), ([{"method": "ntk", "factor": 8.0}, YARN], "longrope"),
     ([{"method": "cope", "clip": 20}, {"method": "ntk", "factor": 8.0}], "longrope"),
     ([{"method": "high_frequency"}], "default"),
@@ -55,7 +59,7 @@ def test_stock_rotary_gives_the_spectrum(methods, rope_type):
     difference = np.abs(stock[turning] / exact.inv_freq[turning] - 1)
     assert np.all(difference <= stock_tolerances(exact, entry)[turning])
     if rope_type not in ("yarn", "llama3"):  # whose ramp the stock function rounds too
-        assert difference.max() <= 2.4e-7
+        assert difference.max(initial=0) <= 2.4e-7
     assert rotary.attention_scaling == pytest.approx(exact.attention_scaling, rel=1e-12)
     for length in (100, 65536, 262144):  # no list is switched, no scaling added, at any length
         rotary(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]))
@@ -181,8 +185,8 @@ def test_the_bound_on_ramps_is_not_loose():
 
 # Every method, alone and in the chains people run; head_dim 64, base 1e5, 8,192 tokens stretched to 65,536.
 CHAINS = {
-    # a Llama reads no axes; tests/rope/test_pair_axes.py has models that do
-    **{name: [sample(name, head_dim=64)] for name in SAMPLES if name not in ("rope_id_yarn", "axes")},
+    # a Llama reads no axes and no layers; test_pair_axes.py and test_nope_layers.py have models that do
+    **{name: [sample(name, 64)] for name in SAMPLES if name not in ("rope_id_yarn", "axes", "nope_layers")},
     "rope": [],
     "rope_id_yarn": [sample("rope_id"), sample("rope_id_yarn")],
     "cope_yarn": [ABF, {"method": "cope", "clip": "auto"}, YARN],
@@ -256,6 +260,26 @@ def test_a_length_dependent_chain_is_compiled_at_the_declared_length():
     assert entries[8192] == {"rope_type": "default", "rope_theta": 5e5}
     expected = 5e5 * (2 * 131072 / 8192 - 1) ** (128 / 126)
     np.testing.assert_allclose(stock_inv_freq(entries[131072])[-1], expected ** (-126 / 128), rtol=3e-7)
+
+
+@pytest.mark.parametrize(("model_type", "rope_type"), [
+    ("llama", "proportional"), ("qwen3", "proportional"), ("phi3", "longrope"), ("stablelm", "longrope"),
+])  # fmt: skip
+def test_proportional_is_written_where_the_class_keeps_no_share_of_its_own(model_type, rope_type):
+    fields = {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "partial_rotary_factor": 1.0,
+    }
+    config = AutoConfig.for_model(model_type, **fields, pad_token_id=0, max_position_embeddings=64)
+    position = Position("p", RopeChain([{"method": "p_rope", "fraction": 0.25}]), 1e4, 16, 64, 64)
+    assert place_position(config, position).rope_parameters["rope_type"] == rope_type
+    assert np.array_equal(inspect_config(config, 64)[0].inv_freq == 0, [False] * 2 + [True] * 6)
+    portable = place_portable(config, position, 64)  # transformers 4 does not know proportional
+    assert portable.rope_parameters["rope_type"] == "longrope"
+    assert not inspect_config(portable, 64)[0].faults(position.spectrum())
 
 
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}

@@ -9,6 +9,7 @@ from ropewalk.config.analysis import AdviseConfig
 from ropewalk.rope.advisor import BAND, Advice, Choice, LearnedBand, advise
 from ropewalk.rope.chain import clip_of, in_words, print_value
 from ropewalk.rope.hf_config import read_config_json
+from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
 
 
@@ -28,16 +29,17 @@ def print_advice(config: AdviseConfig) -> Advice:
         chain=chain,
         config=None if is_declared(config.model.path) else read_config_json(locate(config.model.path)),
     )
-    print(describe(advice, position.axes), flush=True)
+    print(describe(advice, position.axes, position.layers), flush=True)
     return advice
 
 
-def describe(advice: Advice, axes: PairAxes | None = None) -> str:
+def describe(advice: Advice, axes: PairAxes | None = None, layers: NopeLayers | None = None) -> str:
     """The findings as a page of text.
 
     Args:
         advice: of the advisor.
         axes: of the model's pairs; None: it reads text alone.
+        layers: of the model that do not rotate; None: all do.
     """
     position = advice.position
     base = print_value(position.theta)
@@ -48,6 +50,7 @@ def describe(advice: Advice, axes: PairAxes | None = None) -> str:
             f"at {position.trained_length:,} tokens; {position.head_dim // 2} pairs",
         ),
         *([] if axes is None else [("axes", f"{axes}; all numbers below are of text, whose three positions are one")]),
+        *([] if layers is None else [("layers", f"{layers}; all numbers below are of the others")]),
         (
             "critical dimension",
             f"{advice.critical_dimension} of {position.head_dim} channels, at base {base} and "

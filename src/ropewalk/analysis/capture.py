@@ -30,7 +30,8 @@ class LayerHeads:
 
     Attributes:
         layer: index.
-        queries: "before" and "after" RoPE, each (heads, tokens, head_dim) in the model's dtype.
+        queries: "before" and "after" RoPE, each (heads, tokens, head_dim) in the model's dtype; equal in a layer that
+            does not rotate.
         keys: likewise (key/value heads, tokens, head_dim); query head h attends to key head h // (heads / key heads).
         attention_scaling: factor of cosines and sines, so *after* is a rotation of *before* times this.
         logit_scaling: what the model multiplies q.k by before the softmax, mostly head_dim^-0.5.
@@ -113,14 +114,15 @@ class _Capture:
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention, which shows its queries and keys first; transformers' signature."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        unrotated, self.unrotated = self.unrotated, ()
+        rotates = bool(getattr(module, "use_rope", True))  # SmolLM3's layers may not
+        unrotated, self.unrotated = self.unrotated if rotates else (query, key), ()
         if module.layer_idx in self.scalings and unrotated:
             q, k = unrotated
             heads = LayerHeads(
                 layer=int(module.layer_idx),  # type: ignore[arg-type]
                 queries={"before": q[0], "after": query[0]},
                 keys={"before": k[0], "after": key[0]},
-                attention_scaling=self.scalings[module.layer_idx],  # type: ignore[index]
+                attention_scaling=self.scalings[module.layer_idx] if rotates else 1.0,  # type: ignore[index]
                 logit_scaling=scaling,
                 window=kwargs.get("sliding_window"),
                 softcap=kwargs.get("softcap"),

@@ -17,6 +17,7 @@ from ropewalk.model.rotary import (
     rotations,  # noqa: F401  documented under this name
 )
 from ropewalk.rope.chain import in_words, print_value
+from ropewalk.rope.nope_layers import describe_layers
 from ropewalk.rope.pair_axes import axis_letters
 
 PER_LINE = 8  # frequencies
@@ -60,6 +61,7 @@ def describe(rotation: Rotation) -> str:
             f"attention scaling {rotation.attention_scaling:.7g}, at {rotation.length:,} tokens{equal}",
             f"  sha256 {rotation.sha256}",
             *([] if rotation.axes is None else [f"  axes {axis_letters(rotation.axes)}, pair by pair"]),
+            *([] if rotation.layers is None else [f"  layers without rotation: {describe_layers(rotation.layers)}"]),
             f"  {stopped} stopped; {int((values * rotation.length < 2 * np.pi).sum())} do not finish a turn",
             *(f"  {i * PER_LINE:>3}  {'  '.join(f'{v:.6e}' for v in row)}" for i, row in enumerate(rows)),
         ]

@@ -111,12 +111,15 @@ def _follow(steps: Steps, ratio: float) -> list[dict[str, Any]]:
 
 def _setting(position: Position, extra: Steps, length: int) -> Setting:
     extended = position.extended(extra)
-    resolved = extended.chain.to_list()[len(position.chain.steps) :]
+    added = RopeChain(extra)
+    first = extended.chain.structure().to_list() if added.structure().steps else []
+    resolved = [*first, *extended.chain.frequencies().to_list()[len(position.chain.frequencies().steps) :]]
     return Setting(tuple(resolved), extended.chain, extended.spectrum(length=length), (length,))
 
 
 def _same_spectrum(a: Spectrum, b: Spectrum) -> bool:
-    return np.array_equal(a.inv_freq, b.inv_freq) and a.attention_scaling == b.attention_scaling
+    is_same = (a.attention_scaling, a.axes, a.layers) == (b.attention_scaling, b.axes, b.layers)
+    return is_same and np.array_equal(a.inv_freq, b.inv_freq)
 
 
 DEVICES = ("cuda", "cpu", "auto")
@@ -308,7 +311,7 @@ def scaled_copy(directory: Path, target: Path, setting: Setting, length: int) ->
     """
     config = read_config(directory, key="checkpoint")
     position = position_of(config)
-    place_portable(config, position, max(config.max_position_embeddings, length), setting.extra, length)
+    config = place_portable(config, position, max(config.max_position_embeddings, length), setting.extra, length)
     delattr(config, METADATA_KEY)
     target.mkdir(parents=True, exist_ok=True)
     for file in directory.iterdir():

@@ -18,6 +18,7 @@ from ropewalk.export.output import SOURCE, STOCK, findings_of
 from ropewalk.export.source import Source
 from ropewalk.files import read_object, write_atomically
 from ropewalk.model.load import head_dim
+from ropewalk.rope.nope_layers import CARRIER, describe_layers
 from ropewalk.runs.directory import RunDirectory, read_manifest
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.runs.record import recorded_at
@@ -106,7 +107,8 @@ def _what(source: Source, directory: Path) -> list[str]:
 
 
 def _position(source: Source) -> list[str]:
-    position = source.position
+    position, count = source.position, source.config.num_hidden_layers
+    still = describe_layers(position.layers.rotate(count)) if position.layers is not None else ""
     return [
         "## Position",
         "",
@@ -117,6 +119,7 @@ def _position(source: Source) -> list[str]:
         f"{source.config.max_position_embeddings:,}",
         f"- attention scaling {position.spectrum().attention_scaling:.6g}, "
         f"{int((position.spectrum().inv_freq == 0).sum())} of {position.head_dim // 2} pairs do not rotate",
+        *([] if position.layers is None else [f"- layers (of {count}, from 0) without rotation: {still}"]),
         "",
         "`python scripts/export.py check DIR` of ropewalk tells whether a copy still carries it.",
     ]
@@ -234,7 +237,8 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
 def commands(source: Source, directory: Path) -> list[str]:
     """Markdown lines for a model card; DIR stands for the directory of the files."""
     config, position = source.config, source.position
-    served = config.max_position_embeddings
+    served, is_carried = config.max_position_embeddings, config.model_type == CARRIER
+    oldest = "4.53" if is_carried else "4.45"
     lines = [
         f"Keys and values of one sequence of {served:,} tokens take "
         f"{cache_bytes(config, served) / 2**30:.3g} GiB in bf16.",
@@ -245,15 +249,21 @@ def commands(source: Source, directory: Path) -> list[str]:
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")  # transformers 4.45 or later',
+            f'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")  # transformers {oldest} or later',
             'tokenizer = AutoTokenizer.from_pretrained("DIR")',
             "```",
             "",
             "```bash",
             f"vllm serve DIR --max-model-len {served}",
-            f"python -m sglang.launch_server --model-path DIR --context-length {served}",
+            *([] if is_carried else [f"python -m sglang.launch_server --model-path DIR --context-length {served}"]),
             "```",
         ]
+        if is_carried:
+            lines += [
+                "",
+                "vLLM runs this class by transformers' own code; its speed was not measured. SGLang has no class for "
+                "it, so no command is given.",
+            ]
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if position.depends_on_length and (files or not source.keeps_entry):
         held = "the GGUF files hold" if source.keeps_entry else "these files hold"

@@ -223,7 +223,7 @@ def repair(config: RepairConfig) -> Path:
     StoredWeights(directory)  # a repaired config beside half the weights helps nobody
     for key in claim.reference_keys:
         delattr(stock, key)
-    place_portable(stock, position, stock.max_position_embeddings)
+    stock = place_portable(stock, position, stock.max_position_embeddings)
     output = _in_place(config, directory) if config.in_place else _new(config)
     with only_export(output):
         if config.in_place:
@@ -256,14 +256,8 @@ def _position(config: RepairConfig, claim: Claim) -> Position:
             f"model={config.model.path} says {present.chain} already, so nothing is lost; to apply a method to it: "
             f"python scripts/export.py model={config.model.path} rope={config.rope.name}"
         )
-    base = chain.steps[0].arguments.get("theta") if chain.steps[0].method == "abf" else None
-    if base is not None and base != present.theta:
-        raise UserError(
-            f"rope={config.rope.name} has base {base:g}, but config.json says rope_theta={present.theta:g}, the base "
-            "it was trained at; name the method at that base ('rope.chain=[{method: cope, clip: 20}]'), or fix it"
-        )
     length = present.trained_length
-    return Position(
+    position = Position(
         name=config.rope.name,
         chain=chain,
         theta=present.theta,
@@ -271,6 +265,14 @@ def _position(config: RepairConfig, claim: Claim) -> Position:
         pretrained_length=config.pretrained_length or length,
         trained_length=length,
     )
+    first = next(iter(position.chain.frequencies().steps), None)
+    base = first.arguments["theta"] if first is not None and first.method == "abf" else present.theta
+    if base != present.theta:
+        raise UserError(
+            f"rope={config.rope.name} has base {base:g}, but config.json says rope_theta={present.theta:g}, the base "
+            "it was trained at; name the method at that base ('rope.chain=[{method: cope, clip: 20}]'), or fix it"
+        )
+    return position
 
 
 def _in_place(config: RepairConfig, directory: Path) -> Path:

@@ -20,12 +20,14 @@ OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
 
 def place_portable(
     config: PreTrainedConfig, position: Position, served: int, extra: Steps = (), length: int | None = None
-) -> None:
+) -> PreTrainedConfig:
     """Put ``position`` into a config, for ``served`` tokens, in a form that every version reads alike.
 
-    Readers differ on one stock type, ``yarn``, so its spectrum is written as longrope factors instead. transformers
-    4.45 to 4.52 read other lengths out of it, and vLLM and SGLang end their tables at factor x original length
-    (docs/serving.md; benchmarks/transformers4.py shows the first).
+    Readers differ on two stock types, whose spectra are written as longrope factors instead. Of ``yarn`` transformers
+    4.45 to 4.52 read other lengths, and vLLM and SGLang end their tables at factor x original length (docs/serving.md;
+    benchmarks/transformers4.py shows the first); ``proportional`` transformers 4 does not know.
+
+    Returns the config, which :func:`ropewalk.model.rotary.place_position` may have made anew.
 
     Args:
         config: of the model.
@@ -35,8 +37,9 @@ def place_portable(
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
     config.max_position_embeddings = served
-    place_position(config, position.extended(extra), length, refused=("yarn",))
+    config = place_position(config, position.extended(extra), length, refused=("yarn", "proportional"))
     setattr(config, METADATA_KEY, position.metadata())
+    return config
 
 
 def older_form(config: PreTrainedConfig) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
     config = read_config(checkpoint, key="checkpoint")
     trained = position_of(config)
     position = trained.extended(test_time)
-    place_portable(config, position, _served(position, config.max_position_embeddings))
+    config = place_portable(config, position, _served(position, config.max_position_embeddings))
     run = RunDirectory.of(checkpoint)
     return Source(
         origin=checkpoint,
@@ -140,7 +140,7 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
             position.trained_length,
             base_model=position.base_model or (None if Path(model).is_dir() else model),
         ).extended(test_time)
-        place_portable(config, position, _served(position, config.max_position_embeddings))
+        config = place_portable(config, position, _served(position, config.max_position_embeddings))
     return Source(
         origin=directory,
         open=lambda: StoredWeights(directory).without((*report.copies, *report.unread)),

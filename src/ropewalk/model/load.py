@@ -89,7 +89,7 @@ def training_config(
         base_model=model.path if start is None else origin.base_model,
     )
     config.max_position_embeddings = sequence_length
-    place_position(config, position)
+    config = place_position(config, position)
     setattr(config, METADATA_KEY, position.metadata())
     config.use_cache = False
     return config
@@ -226,7 +226,7 @@ def load_for_evaluation(
     check_causal(config)
     position = position_of(config).extended(extra)
     if extra or length is not None or position.depends_on_length:
-        place_position(config, position, length)
+        config = place_position(config, position, length)
     config.use_cache = False
     has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     implementation = "sdpa" if has_sdpa else "eager"

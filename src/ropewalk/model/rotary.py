@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from ropewalk.errors import UserError, in_one_line
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.hf_config import READ_SHARE, SHARE, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
+from ropewalk.rope.nope_layers import CARRIED, CARRIER, LACKING, NopeLayers, describe_layers
 from ropewalk.rope.pair_axes import IntArray, axis_letters
 from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
@@ -39,8 +41,10 @@ _READ_LONGROPE_ALONE = ("phi3", "phi4_multimodal")  # beside default; a yarn ent
 
 def place_position(
     config: PreTrainedConfig, position: Position, length: int | None = None, refused: Sequence[str] = ()
-) -> None:
+) -> PreTrainedConfig:
     """Put a chain's stock entry into a config; where layers differ (Gemma 3, OLMo 3), the full-attention layers'.
+
+    Layers without rotation are carried by another stock class, so the config is then a new one, of that class.
 
     A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays; under
     ``proportional`` it was the scaling's, which the chain holds. A top-level original_max_position_embeddings
@@ -52,10 +56,15 @@ def place_position(
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
         refused: stock types that readers of the checkpoint differ on; their spectrum is written as longrope factors.
 
+    Returns:
+        The config: the given one, changed, or the new one.
+
     Raises:
-        UserError: for axes of pairs that transformers' class for the model does not read.
+        UserError: for axes of pairs that transformers' class for the model does not read, or layers without rotation
+            in a model that no stock class carries with them.
     """
-    config = config.get_text_config()
+    outer = config if position.layers is None else carry_layers(config, position.layers)
+    config = outer.get_text_config()
     _check_axes(config, position)
     served, present = config.max_position_embeddings, config.rope_parameters
     layer_type = _layer_types(config)[0]
@@ -70,13 +79,41 @@ def place_position(
     config.rope_parameters = {**present, layer_type: entry} if layer_type else entry
     if hasattr(config, _ORIGINAL):
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
+    return outer
+
+
+def carry_layers(config: PreTrainedConfig, layers: NopeLayers) -> PreTrainedConfig:
+    """The config of stock SmolLM3ForCausalLM, which reads the weights of a Llama under their names, with ``layers``.
+
+    Raises:
+        UserError: for a model that has something which that class lacks, or too few layers.
+    """
+    kind, window = config.model_type, getattr(config, "sliding_window", None)
+    if kind not in CARRIED:
+        raise UserError(
+            f"model_type={kind} cannot leave layers without rotation: the stock class that can, SmolLM3ForCausalLM, "
+            f"is a Llama's and has not {LACKING.get(kind, 'its layers')}; use a base of type {', '.join(CARRIED)}, or "
+            "a chain without nope_layers"
+        )
+    if kind != CARRIER and window:
+        raise UserError(
+            f"sliding_window={window}: SmolLM3ForCausalLM, which carries nope_layers, would attend to everything; set "
+            "sliding_window to null in the model's config (model.drop=[sliding_window] in training)"
+        )
+    if kind != CARRIER:
+        name, content = config.name_or_path, config.to_dict()
+        config = CONFIG_MAPPING[CARRIER].from_dict({**content, "model_type": CARRIER})
+        config.name_or_path, config.architectures = name, ["SmolLM3ForCausalLM"]
+    for key, value in layers.stock_keys(config.num_hidden_layers).items():
+        setattr(config, key, value)
+    return config
 
 
 def _check_axes(config: PreTrainedConfig, position: Position) -> None:
     """Raise UserError unless the model's class reads the chain's axes, which others ignore in silence."""
     if position.axes is not None and not position.axes.is_read_by(config.model_type):
         raise UserError(
-            f"model_type={config.model_type} does not read {position.chain.only_axes()}; choose a chain without axes, "
+            f"model_type={config.model_type} does not read {position.chain.structure()}; choose a chain without axes, "
             "or a model of images and videos with this layout (bands, alternating: qwen2_vl, qwen2_5_vl)"
         )
 
@@ -90,6 +127,8 @@ def rope_entry(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _is_read(config: PreTrainedConfig, layer_type: str | None, entry: Mapping[str, Any]) -> bool:
     """True if transformers reads every key of ``entry`` in a model of this type."""
+    if entry["rope_type"] == "proportional" and (layer_type or config.model_type in READ_SHARE):
+        return False  # whose own share of a head stands under the same key
     if config.model_type in _READ_LONGROPE_ALONE:
         return entry["rope_type"] in ("default", "longrope")
     return layer_type is None or entry.get("truncate", True)  # see _entry
@@ -128,6 +167,16 @@ def stock_axes(rotary: Any, pairs: int) -> IntArray | None:
     return hand_out(numbers)[0, 0, :pairs].long().numpy()
 
 
+def stock_layers(model: PreTrainedModel) -> tuple[bool, ...] | None:
+    """True for each layer of a live model that rotates, read off its attention modules; None: its class has no other.
+
+    They are SmolLM3's: of other classes that leave layers out (Llama 4), no chain speaks.
+    """
+    if model.config.get_text_config().model_type != CARRIER:
+        return None
+    return tuple(bool(module.use_rope) for module in model.get_decoder().modules() if hasattr(module, "use_rope"))
+
+
 def install_spectrum(model: PreTrainedModel) -> None:
     """Put the float32 spectrum back where a cast has rounded it.
 
@@ -152,8 +201,8 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     """Check that the model rotates with ``spectrum``.
 
     The buffers must be float32 and bitwise the stock function's, those within float32 rounding of the float64
-    spectrum, exact zeros exact, each pair on its axis. Where layers differ, the full-attention ones rotate with
-    ``spectrum``, the others with their own entry.
+    spectrum, exact zeros exact, each pair on its axis, the layers those that shall rotate. Where layers have entries of
+    their own, the full-attention ones rotate with ``spectrum``, the others with theirs.
 
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.
@@ -164,7 +213,7 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     inv_freq, scaling = stock_spectrum(model, layer_types[0])
     axes = stock_axes(model.get_decoder().rotary_emb, inv_freq.numel())
     entry = _entry(model.config.get_text_config(), layer_types[0])
-    faults = spectrum_faults(inv_freq, scaling, spectrum, entry, axes)
+    faults = spectrum_faults(inv_freq, scaling, spectrum, entry, axes, stock_layers(model))
     if faults:
         raise RuntimeError("; ".join(faults))
 
@@ -181,6 +230,7 @@ def spectrum_faults(
     spectrum: Spectrum,
     entry: Mapping[str, Any],
     axes: IntArray | None = None,
+    layers: tuple[bool, ...] | None = None,
 ) -> list[str]:
     """The differences of a model's rotation from ``spectrum`` beyond float32 rounding, in words; exact zeros exact.
 
@@ -190,6 +240,7 @@ def spectrum_faults(
         spectrum: of the chain.
         entry: stock entry that ``inv_freq`` was computed from.
         axes: (rotating channels / 2,), the axis that each pair reads; None: text alone.
+        layers: (layers,), True for each that rotates; None: all do.
     """
     stock, exact = inv_freq.detach().cpu().double().numpy(), spectrum.inv_freq
     if stock.shape != exact.shape:
@@ -204,7 +255,16 @@ def spectrum_faults(
     claimed = None if spectrum.axes is None else spectrum.axes.of_pairs
     if axis_letters(axes) != axis_letters(claimed):
         faults.append(f"its pairs read the axes {axis_letters(axes)}, the claimed chain's {axis_letters(claimed)}")
-    return faults
+    return faults + _layer_faults(layers, spectrum.layers)
+
+
+def _layer_faults(layers: tuple[bool, ...] | None, claimed: NopeLayers | None) -> list[str]:
+    if layers is None:
+        return [] if claimed is None else [f"every layer rotates, and the claim is: {claimed}"]
+    wanted = (True,) * len(layers) if claimed is None else claimed.rotate(len(layers))
+    if layers == wanted:
+        return []
+    return [f"layers without rotation: {describe_layers(layers)}, the claimed chain's {describe_layers(wanted)}"]
 
 
 def _assert_buffers(model: PreTrainedModel, layer_type: str | None) -> None:
@@ -286,6 +346,7 @@ class Rotation:
         length: tokens of the input it was read for.
         equal_on_all_ranks: None outside torch.distributed.
         axes: (rotating channels / 2,), 0 for time, 1 for height, 2 for width; None: text alone.
+        layers: (layers,), True for each layer of the model that rotates; None: all do.
         output: float32 (2, channels), cos and sin at position ``length`` - 1 as the module hands them out; None: it
             hands out something else.
     """
@@ -297,6 +358,7 @@ class Rotation:
     length: int
     equal_on_all_ranks: bool | None
     axes: IntArray | None = None
+    layers: tuple[bool, ...] | None = None
     output: Tensor | None = None
 
     @property
@@ -311,7 +373,7 @@ class Rotation:
 
     def faults(self, spectrum: Spectrum) -> list[str]:
         """The differences from the spectrum of a chain, at ``length`` tokens; see :func:`spectrum_faults`."""
-        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry, self.axes)
+        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry, self.axes, self.layers)
 
 
 def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
@@ -320,14 +382,16 @@ def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
     A stock type that changes with the input's length (dynamic, longrope) is read after one call at that length, which
     leaves the module as a forward pass of that length would.
     """
-    return [rotation for name, module in _rotary_modules(model) for rotation in _read(name, module, length)]
+    layers = stock_layers(model)
+    return [rotation for name, module in _rotary_modules(model) for rotation in _read(name, module, length, layers)]
 
 
 def stock_rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
     """The rotations of modules that the model's own classes build anew from its config, on the CPU; no weights."""
     with torch.device("cpu"):
         modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
-        return [rotation for name, module in modules for rotation in _read(name, module, length)]
+        layers = stock_layers(model)
+        return [rotation for name, module in modules for rotation in _read(name, module, length, layers)]
 
 
 def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
@@ -371,7 +435,7 @@ def _rotary_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _read(name: str, module: Any, length: int) -> Iterator[Rotation]:
+def _read(name: str, module: Any, length: int, layers: tuple[bool, ...] | None) -> Iterator[Rotation]:
     layer_types = list(module.rope_type) if isinstance(module.rope_type, Mapping) else [None]
     for layer_type in layer_types:
         prefix = f"{layer_type}_" if layer_type else ""
@@ -387,7 +451,8 @@ def _read(name: str, module: Any, length: int) -> Iterator[Rotation]:
         axes = stock_axes(module, inv_freq.numel())
         is_pair = isinstance(output, tuple) and len(output) == 2 and axes is None
         cos_sin = torch.stack([values.flatten().float().cpu() for values in output]) if is_pair else None
-        yield Rotation(label, entry, inv_freq, scaling, length, _equal_on_all_ranks(inv_freq), axes, cos_sin)
+        equal = _equal_on_all_ranks(inv_freq)
+        yield Rotation(label, entry, inv_freq, scaling, length, equal, axes, layers, cos_sin)
 
 
 def _equal_on_all_ranks(inv_freq: Tensor) -> bool | None:

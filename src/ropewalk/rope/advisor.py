@@ -190,7 +190,9 @@ def advise(
             f"theta={theta:g} must be above 1; leave it out to keep the model's own base, "
             f"{print_value(position.spectrum().theta)}, or name the one to change to, such as 1e7"
         )
-    position = replace(position, chain=position.chain.without_axes())  # all counts here are of text
+    position = replace(
+        position, chain=position.chain.frequencies()
+    )  # all counts here are of text, in layers that rotate
     trained = position.trained_length if train_length is None else train_length
     target = 4 * trained if target_length is None else target_length
     _check_lengths(trained, target)
@@ -296,13 +298,19 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
 
 
 def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
-    """Warnings about chains by themselves, which training logs too: clips that are large, or lie under a scaling."""
+    """Warnings about chains by themselves, which training logs too: clips, scalings, layers without rotation."""
     pairs = choices[0].head_dim // 2
     largest = max((int(step.arguments["clip"]) for choice in choices if (step := clip_of(choice.chain))), default=0)
     if largest > LARGEST_CLIP * pairs:
         yield (
             f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
             "theta or the training length, or clip less"
+        )
+    if any(choice.layers is not None for choice in choices):
+        yield (
+            "layers without rotation: all counts are of the layers that rotate. A model that was trained with "
+            "rotation everywhere is another model until it is trained for it. vLLM runs it by transformers' own code, "
+            "SGLang has no class for it, and llama.cpp knows every fourth layer alone, under plain RoPE, linear or yarn"
         )
     if any(_clip_under(choice.chain, "llama3") for choice in choices):
         yield (

@@ -20,7 +20,6 @@ from ropewalk.rope.registry import LENGTHS, get_method
 from ropewalk.rope.spectrum import Spectrum, base_of
 
 Steps = Sequence[Mapping[str, Any]]
-AXES = "axes"  # the step that hands pairs out to time, height and width; it stands first
 
 _PRINTED = 8  # numbers of a list; a longer list is printed for people to see, not to be read back
 _SHORTENED = re.compile(r"\[\d+ numbers\]")
@@ -84,25 +83,31 @@ class RopeChain:
         return cls(group.chain)
 
     def extended(self, methods: Steps) -> RopeChain:
-        """This chain with more methods after it; axes among them take the place of its own."""
+        """This chain with more methods after it; a structural step among them takes the place of its own.
+
+        Raises:
+            UserError: where the two have different structural steps, which no stock class carries together.
+        """
         added = RopeChain(methods)
-        axes = added.only_axes() if added.only_axes().steps else self.only_axes()
-        return RopeChain([*axes.to_list(), *self.without_axes().to_list(), *added.without_axes().to_list()])
+        replaced = {step.method for step in added.structure().steps}
+        kept = [step for step in self.structure().to_list() if step["method"] not in replaced]
+        first = [*kept, *added.structure().to_list()]
+        return RopeChain([*first, *self.frequencies().to_list(), *added.frequencies().to_list()])
 
     def after(self, own: RopeChain) -> RopeChain:
         """This chain on a model that has ``own``: it follows that chain, or replaces it if it rebuilds the spectrum.
 
-        The axes of the model's pairs stay, unless this chain has some itself.
+        The axes of the model's pairs stay, and the layers that rotate, unless this chain has some itself.
         """
-        return (own.only_axes() if self.rebuilds else own).extended(self.to_list())
+        return (own.structure() if self.rebuilds else own).extended(self.to_list())
 
-    def only_axes(self) -> RopeChain:
-        """The step ``axes``, if the chain has it, and nothing else."""
-        return RopeChain([step for step in self.to_list() if step["method"] == AXES])
+    def structure(self) -> RopeChain:
+        """The step that says what the frequencies act on (axes, layers), if the chain has one, and nothing else."""
+        return RopeChain([step for step in self.to_list() if get_method(step["method"]).structural])
 
-    def without_axes(self) -> RopeChain:
+    def frequencies(self) -> RopeChain:
         """The steps that act on frequencies."""
-        return RopeChain([step for step in self.to_list() if step["method"] != AXES])
+        return RopeChain([step for step in self.to_list() if not get_method(step["method"]).structural])
 
     def resolved(self, spectrum: Spectrum) -> tuple[RopeChain, Spectrum]:
         """The chain with every word (``auto``, ``trained_length``) replaced by its value, and the spectrum it gives."""
@@ -127,7 +132,7 @@ class RopeChain:
     @property
     def rebuilds(self) -> bool:
         """True if the chain lays the spectrum out anew, so that a checkpoint's own chain does not matter."""
-        steps = self.without_axes().steps
+        steps = self.frequencies().steps
         return bool(steps) and get_method(steps[0].method).rebuilds
 
     @property
@@ -191,6 +196,7 @@ class RopeChain:
         """The chain as a stock transformers ``rope_parameters`` entry; see Position.rope_parameters.
 
         A stock entry holds one spectrum, so a chain that depends on the input's length is compiled at ``length``.
+        Layers without rotation are not in it: a model class says them (docs/position.md).
         """
         position = self.position_type("unnamed", self, theta, head_dim, pretrained_length, trained_length)
         return position.rope_parameters(max_position_embeddings, length)
@@ -304,14 +310,19 @@ def check_order(steps: Sequence[Step]) -> None:
     """A method that lays the spectrum out anew follows nothing but abf, and abf only if it uses the base.
 
     A chain clips once: a second clip, as when a run's clip meets that of the checkpoint it starts from, would stop
-    pairs that training turned. The axes of the pairs are said once, and first.
+    pairs that training turned. What the frequencies act on (axes, layers) is said once, and first.
 
     Raises:
         UserError: naming the method and what it would undo.
     """
-    if any(step.method == AXES for step in steps[1:]):
-        raise UserError(f"{AXES} stands once in a chain, before every other method; move it to the front, or keep one")
-    steps = [step for step in steps if step.method != AXES]
+    structural = [step.method for step in steps if get_method(step.method).structural]
+    if len(set(structural)) > 1:
+        raise UserError(f"a chain has {' and '.join(structural)}, and no stock model class carries both; keep one")
+    if any(step.method in structural for step in steps[1:]):
+        raise UserError(
+            f"{structural[0]} stands once in a chain, before every other method; move it to the front, or keep one"
+        )
+    steps = [step for step in steps if step.method not in structural]
     clips = [step for step in steps if get_method(step.method).clips]
     if len(clips) > 1:
         raise UserError(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UserError, in_one_line
-from ropewalk.rope.chain import AXES
 from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.nope_layers import CARRIER, read_stock_layers
 from ropewalk.rope.pair_axes import READ_BANDS, read_stock_axes
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
 
@@ -157,6 +157,13 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
     share = _share(config, entry, kind, defaults)
     head_dim = _rotating_channels(config, 1.0 if kind == "proportional" else share, defaults)
     axes = read_stock_axes(config.get("model_type") or outer_type, entry, head_dim // 2)
+    nope = None
+    if config.get("model_type") == CARRIER:
+        flags, count = config.get("no_rope_layers"), whole(config, "num_hidden_layers", "layers")
+        nope = read_stock_layers(
+            defaults["no_rope_layers"] if flags is None else flags, count or defaults["num_hidden_layers"]
+        )
+    structure = [part.step for part in (axes, nope) if part is not None]
     scaling = Scaling(kind, entry, original, trained_length, share, bool(layers))
     position = HfPosition(
         entry=entry,
@@ -164,7 +171,7 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
         head_dim=head_dim,
         pretrained_length=original,
         trained_length=trained_length,
-        chain=[*([] if axes is None else [{"method": AXES, **axes.arguments}]), *scaling_steps(scaling)],
+        chain=[*structure, *scaling_steps(scaling)],
     )
     defaults.check()
     return position

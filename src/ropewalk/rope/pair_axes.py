@@ -81,10 +81,11 @@ class PairAxes:
         return {"mrope_section": runs + [0] * (-len(runs) % 3)}
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the chain's step ``axes``."""
+    def step(self) -> dict[str, Any]:
+        """The chain's step ``axes``."""
         scales = None if self.temporal_scales == (1.0,) else list(self.temporal_scales)
         return {
+            "method": "axes",
             "layout": self.layout,
             "positions": self.positions,
             "section": list(self.section),

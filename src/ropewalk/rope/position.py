@@ -17,6 +17,7 @@ from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
 from ropewalk.rope.chain import RopeChain, Step, Steps, WatchedSpectrum, check_lengths, reached_length, unwatched
 from ropewalk.rope.hf_config import read_config_json, read_hf_position
+from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 from ropewalk.rope.values import mapping, number, whole, wrong
@@ -118,8 +119,16 @@ class Position:
         """The axis that each pair reads, and how images and videos get positions; None: text alone."""
         return self._as_trained.axes
 
+    @property
+    def layers(self) -> NopeLayers | None:
+        """The layers that do not rotate; None: all do."""
+        return self._as_trained.layers
+
     def rope_parameters(self, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
-        """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens."""
+        """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens.
+
+        Layers without rotation are not in it; the config's class says them.
+        """
         return compile_to_stock(self, max_position_embeddings, length)
 
     def __str__(self) -> str:
@@ -180,7 +189,7 @@ RopeChain.position_type = Position
 
 
 def compile_to_stock(position: Position, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
-    """The most specific stock entry that gives a spectrum: default, linear, llama3 or yarn, else longrope.
+    """The most specific stock entry that gives a spectrum: default, linear, llama3, yarn, proportional, else longrope.
 
     Unmodified transformers, vLLM and SGLang read it.
 
@@ -189,7 +198,7 @@ def compile_to_stock(position: Position, max_position_embeddings: int, length: i
         max_position_embeddings: N, the length the checkpoint serves, in tokens.
         length: tokens of the inputs, where the spectrum depends on them; None: the trained length.
     """
-    spectrum, steps = position.spectrum(length), position.chain.without_axes().steps
+    spectrum, steps = position.spectrum(length), position.chain.frequencies().steps
     steps = steps[1:] if steps and steps[0].method == "abf" else steps
     base = _plain_base(spectrum)
     if base is not None and spectrum.attention_scaling == 1.0:
@@ -232,6 +241,7 @@ def _is_read_alike(step: Step) -> bool:
 _STOCK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {  # by method, from its arguments
     "pi": lambda arguments: {"rope_type": "linear", "factor": arguments["factor"]},
     "llama3": lambda arguments: {"rope_type": "llama3", **arguments},
+    "p_rope": lambda arguments: {"rope_type": "proportional", "partial_rotary_factor": arguments["fraction"]},
     "yarn": lambda arguments: {"rope_type": "yarn", **{k: v for k, v in arguments.items() if v is not None}},
 }
 

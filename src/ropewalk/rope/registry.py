@@ -39,6 +39,7 @@ class Method:
     rebuilds: bool
     uses_base: bool
     clips: bool
+    structural: bool
     reaches: Callable[[Mapping[str, Any], Spectrum], float] | None
     retired: Mapping[str, str]  # former arguments, with the way on
 
@@ -104,6 +105,7 @@ def register_method(
     rebuilds: bool = False,
     uses_base: bool = True,
     clips: bool = False,
+    structural: bool = False,
     reaches: Callable[[Mapping[str, Any], Spectrum], float] | None = None,
     retired: Mapping[str, str] | None = None,
 ) -> Callable[[Function], Function]:
@@ -119,6 +121,8 @@ def register_method(
         rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it.
         uses_base: of a method that rebuilds: it reads the base, so abf may stand before it.
         clips: the method slows or stops the ``clip`` slowest pairs; a chain takes one of these.
+        structural: the method changes no frequency and says what they act on (axes, layers); a chain takes one of
+            these, as its first step, and a model's own stays where a chain lays the spectrum out anew.
         reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
             arguments, which include ``original_max_position_embeddings``; mostly ``stretched``.
         retired: former arguments that saved chains may hold, each with the reason and the fix; a null is dropped.
@@ -140,6 +144,7 @@ def register_method(
             rebuilds=rebuilds,
             uses_base=uses_base,
             clips=clips,
+            structural=structural,
             reaches=reaches,
             retired=dict(retired or {}),
         )
@@ -256,7 +261,7 @@ def _described(options: tuple[Any, ...], words: list[str]) -> str:
         elif option is NoneType:
             names.append("null")
         elif option == Tokens:
-            names.append("int")
+            names += [] if "float" in names else ["int"]
         else:
             names.append(str(option) if get_origin(option) else option.__name__)
     names += words

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.errors import UserError
+from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
 
 FloatArray = NDArray[np.float64]
@@ -50,6 +51,7 @@ class Spectrum:
         rotary_dim: channels over which theta^(-2i/rotary_dim) was laid out, before anything slowed or stopped a pair.
             None: all of them, head_dim. 0: the pairs follow no base.
         axes: the coordinate of a token that each pair reads, in a model of images and videos; None: text alone.
+        layers: the layers of the model that do not rotate; None: all do.
     """
 
     inv_freq: FloatArray
@@ -60,6 +62,7 @@ class Spectrum:
     attention_scaling: float = 1.0
     rotary_dim: int | None = None
     axes: PairAxes | None = None
+    layers: NopeLayers | None = None
 
     def __post_init__(self) -> None:
         inv_freq = np.array(self.inv_freq, dtype=np.float64)
@@ -145,6 +148,10 @@ class Spectrum:
     def on_axes(self, axes: PairAxes) -> Spectrum:
         """The same frequencies, each pair reading its axis of ``axes``."""
         return self._with(axes=axes)
+
+    def on_layers(self, layers: NopeLayers) -> Spectrum:
+        """The same frequencies, in the layers that rotate under ``layers``."""
+        return self._with(layers=layers)
 
     def _with(self, **changes: Any) -> Spectrum:
         return type(self)(**{**vars(self), **changes})

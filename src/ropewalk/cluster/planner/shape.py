@@ -75,7 +75,7 @@ class ModelShape:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=bool(config.get("tie_word_embeddings", kind == "smollm3")),
             biased=_biased(kind, config),
         )
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.model.load import head_dim, sliding_window
+from ropewalk.rope.nope_layers import CARRIER, NopeLayers, describe_layers, is_fourth
 from ropewalk.rope.position import Position, stock_factors
 
 FACTORS = "rope_freqs.weight"
@@ -30,6 +31,7 @@ class GgufPosition:
         attn_factor: multiplies cos and sin; None: 1, not written.
         scaling: rope.scaling.* keys of llama.cpp's own scalings (linear, yarn).
         dimensions: channels of a head that rotate.
+        layers: those that do not rotate, which the architecture says and no key; None: all do.
     """
 
     freq_base: float
@@ -37,6 +39,7 @@ class GgufPosition:
     attn_factor: float | None
     scaling: dict[str, Any]
     dimensions: int
+    layers: NopeLayers | None = None
 
 
 def gguf_position(position: Position, served: int) -> GgufPosition:
@@ -45,19 +48,19 @@ def gguf_position(position: Position, served: int) -> GgufPosition:
     It knows ``linear``, and ``yarn`` with the truncated ramp; every other scaling is written as factors, for which no
     rope.scaling.type may be set, since ``longrope`` without its own tensors runs as plain RoPE.
     """
-    stock, dimensions = position.rope_parameters(served), position.head_dim
+    stock, rest = position.rope_parameters(served), (position.head_dim, position.layers)
     base = float(stock["rope_theta"])
     if stock["rope_type"] == "default":
-        return GgufPosition(base, None, None, {}, dimensions)
+        return GgufPosition(base, None, None, {}, *rest)
     if stock["rope_type"] == "linear":
-        return GgufPosition(base, None, None, {"type": "linear", "factor": float(stock["factor"])}, dimensions)
+        return GgufPosition(base, None, None, {"type": "linear", "factor": float(stock["factor"])}, *rest)
     if stock["rope_type"] == "yarn" and stock.get("truncate", True):
-        return GgufPosition(base, None, None, _yarn(stock), dimensions)
+        return GgufPosition(base, None, None, _yarn(stock), *rest)
     spectrum = position.spectrum()
     with np.errstate(over="ignore"):  # 1e39 is meant to become infinite
         factors: NDArray[np.float32] = stock_factors(spectrum).astype(np.float32)
     attention = float(spectrum.attention_scaling)
-    return GgufPosition(spectrum.theta, factors, None if attention == 1 else attention, {}, dimensions)
+    return GgufPosition(spectrum.theta, factors, None if attention == 1 else attention, {}, *rest)
 
 
 def _yarn(stock: dict[str, Any]) -> dict[str, Any]:
@@ -101,13 +104,15 @@ FAMILIES = {
     "gemma": Family("gemma", norm_shift=1.0),
     "gemma2": Family("gemma2", norm_shift=1.0),
     "gemma3_text": Family("gemma3", norm_shift=1.0),
+    CARRIER: Family("smollm3", interleaved=True),
 }
 
 
 def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
     """How to write this model so that llama.cpp rotates with ``position``.
 
-    A Qwen2 is a Llama with biases on q, k and v, which llama.cpp's llama reads: under factors it is written as one.
+    A Qwen2 is a Llama with biases on q, k and v, which llama.cpp's llama reads: under factors it is written as one. So
+    is a SmolLM3 all of whose layers rotate.
 
     Raises:
         UserError: for a model type that is not written, or one whose graph cannot take the method.
@@ -119,20 +124,36 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
         )
     if config.model_type == "qwen2" and position.factors is not None:
         family = _LLAMA
+    if config.model_type == CARRIER:
+        family = _LLAMA if all(config.no_rope_layers[: config.num_hidden_layers]) else family
     if position.factors is not None and not family.reads_factors:
         raise UserError(
             f"llama.cpp's {family.arch} reads no {FACTORS}, so a GGUF of {config.model_type} cannot carry this "
             "method; export to=hf, for transformers, vLLM or SGLang"
         )
+    if family.arch == "smollm3":
+        _check_smollm3(config)
     if family.arch in _ALTERNATING:
         _check_gemma(config, family.arch)
     window = sliding_window(config)
-    if family.arch in ("llama", "qwen2", "qwen3", "olmo2") and window:
+    if family.arch in ("llama", "qwen2", "qwen3", "olmo2", "smollm3") and window:
         raise UserError(
             f"sliding_window={window}: llama.cpp's {family.arch} attends to everything, so its answers past "
             f"{window} tokens would be another model's; export to=hf"
         )
     return family
+
+
+def _check_smollm3(config: PreTrainedConfig) -> None:
+    """Check what llama.cpp takes for granted of SmolLM3: every fourth layer without rotation, no bias."""
+    rotates = [bool(flag) for flag in config.no_rope_layers[: config.num_hidden_layers]]
+    if not is_fourth(rotates):
+        raise UserError(
+            f"layers without rotation: {describe_layers(rotates)}; llama.cpp's smollm3 leaves out every fourth (3, 7, "
+            "...) and has no key for others: export to=hf, for transformers and vLLM"
+        )
+    if config.attention_bias or config.mlp_bias:
+        raise UserError("attention_bias or mlp_bias: llama.cpp's smollm3 has no biases; export to=hf")
 
 
 _ALTERNATING = {"gemma2": 2, "gemma3": 6}  # the period of the layers that attend to everything, in llama.cpp

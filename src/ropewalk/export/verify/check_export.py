@@ -26,6 +26,7 @@ from ropewalk.model.hf_directory import read_config, weight_faults
 from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
+from ropewalk.rope.nope_layers import FOURTH, describe_layers
 from ropewalk.rope.position import METADATA_KEY, position_of
 from ropewalk.runs.directory import RunDirectory
 
@@ -170,6 +171,12 @@ def gguf_faults(path: Path, expected: GgufPosition) -> list[str]:
     written = {"freq_base": expected.freq_base, "scaling.attn_factor": expected.attn_factor}
     written |= {f"scaling.{key}": value for key, value in expected.scaling.items()}
     faults = _factor_faults(tensors.get(FACTORS), expected.factors)
+    blocks = int(fields[f"{arch}.block_count"])
+    present = [arch != "smollm3" or (layer + 1) % FOURTH != 0 for layer in range(blocks)]
+    claimed = (True,) * blocks if expected.layers is None else expected.layers.rotate(blocks)
+    if present != list(claimed):
+        named = f"{describe_layers(present)}, not {describe_layers(claimed)}"
+        faults.append(f"layers that llama.cpp's {arch} leaves without rotation: {named}")
     for key, absent in _ABSENT.items():
         stored, wanted = fields.get(f"{arch}.rope.{key}", absent), written.get(key) or absent
         is_close = isinstance(stored, float) and wanted is not None and np.isclose(stored, wanted, rtol=1e-6)

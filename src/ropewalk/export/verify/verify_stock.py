@@ -31,6 +31,7 @@ from ropewalk.model.rotary import (
     rotations,
     stock_tolerances,
 )
+from ropewalk.rope.nope_layers import CARRIER
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation
@@ -191,6 +192,9 @@ def verify_table(engine: str, directory: Path, python: str | None = None) -> Fin
     if python is None and importlib.util.find_spec(engine) is None:
         raise Unverifiable(f"not verified: {engine} is not installed")
     claim = Claim.of(directory)
+    if claim.config.model_type == CARRIER:
+        reason = "runs this class by transformers' own code" if engine == "vllm" else "has no class for this model"
+        raise Unverifiable(f"not verified: {engine} {reason}, so it has no table of its own")
     if "rope_type" not in claim.config.rope_parameters:
         raise Unverifiable("not verified: its layers rotate in more than one way")
     positions = min(POSITIONS, claim.config.max_position_embeddings)

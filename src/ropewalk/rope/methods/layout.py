@@ -12,13 +12,15 @@ from ropewalk.rope.spectrum import Spectrum, geometric
 
 
 @register_method("abf", rebuilds=True, uses_base=False)
-def abf(spectrum: Spectrum, *, theta: float) -> Spectrum:
+def abf(spectrum: Spectrum, *, theta: float | Tokens) -> Spectrum:
     """Adjust the base frequency: the geometric spectrum of base ``theta`` (arXiv 2309.16039, section 2).
 
-    It rebuilds the spectrum, so it stands first in a chain. theta > 1.
+    It rebuilds the spectrum, so it stands first in a chain. theta > 1, or a length in tokens: ``trained_length`` is
+    FMRoPE's base, which turns the slowest pair once in 2 pi T^((d-2)/d) tokens (Oka et al., ICLR 2026, of which the
+    abstract alone was read).
     """
     check(theta > 1, f"abf: theta={theta} must be above 1; Llama-3 has 5e5, CoPE's 64k recipe 1e7")
-    return spectrum.rebased(theta)
+    return spectrum.rebased(float(theta))
 
 
 @register_method("high_frequency", rebuilds=True, uses_base=False)

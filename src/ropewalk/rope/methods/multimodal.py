@@ -1,14 +1,15 @@
-"""The step of a chain that says which axis, time, height or width, each pair reads; it changes no frequency."""
+"""Steps that change no frequency: the axis (time, height, width) that each pair reads, and the layers that rotate."""
 
 from __future__ import annotations
 
 from ropewalk.rope.methods.checks import check
+from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import Layout, PairAxes, Rule, quarter_section
 from ropewalk.rope.registry import AUTO, register_method
 from ropewalk.rope.spectrum import Spectrum
 
 
-@register_method("axes", auto={"section": lambda spectrum: quarter_section(spectrum.inv_freq.size)})
+@register_method("axes", structural=True, auto={"section": lambda spectrum: quarter_section(spectrum.inv_freq.size)})
 def axes(
     spectrum: Spectrum,
     *,
@@ -34,3 +35,19 @@ def axes(
     check(sum(section) == pairs, f"axes: section={section} must add up to a head's {pairs} pairs; use section=auto")
     scales = (1.0,) if temporal_scales is None else tuple(temporal_scales)
     return spectrum.on_axes(PairAxes(layout, tuple(section), positions, scales))  # type: ignore[arg-type]
+
+
+@register_method("nope_layers", structural=True)
+def nope_layers(spectrum: Spectrum, *, every: int | None = None, layers: list[int] | None = None) -> Spectrum:
+    """Leave layers without rotation (NoPE): their queries and keys meet as they are, q_m . k_n for any m and n.
+
+    Every fourth in Llama 4 (iRoPE) and SmolLM3; RNoPE (arXiv 2501.18795) interleaves the two kinds too. It stands first
+    in a chain and takes the place of the checkpoint's own. The other layers rotate with the rest of the chain, whose
+    attention scaling, if it has one, is theirs alone. Stock SmolLM3ForCausalLM carries a Llama's or Mistral's weights
+    (no_rope_layers); other types are refused.
+
+    every: k >= 1; the k-th, 2k-th, ... layer does not rotate, counted from 1. 1: none does.
+    layers: numbers of the layers that do not, from 0, each once, in order; []: all rotate, in the same class. Give one
+    of the two.
+    """
+    return spectrum.on_layers(NopeLayers(every, None if layers is None else tuple(layers)))
