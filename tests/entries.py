@@ -3,6 +3,7 @@
 ENTRIES = {
     "train.py": "train",
     "data_prep/prepare.py": "prepare",
+    "data_prep/prepare_video.py": "prepare_video",
     "data_prep/convert_mds.py": "convert_mds",
     "data_prep/gather.py": "gather",
     "data_prep/inspect_store.py": "inspect_store",

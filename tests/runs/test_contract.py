@@ -15,6 +15,16 @@ def test_contract_names_what_differs():
         check_contract(saved, saved, ["sede"])
 
 
+def test_a_part_that_is_gone_is_named_too():
+    """Also in a part of a part; drop and train_tower are left out of the contract at their defaults."""
+    saved = {"base_model": {"path": None, "architecture": {"head_dim": 8}, "drop": ["sliding_window"]}}
+    present = {"base_model": {"path": None, "architecture": {}, "train_tower": False}}
+    message = r"base_model.drop was \['sliding_window'\], is \[\]; base_model.train_tower was True, is False; "
+    with pytest.raises(ValueError, match=message + "base_model.architecture.head_dim was 8, is None"):
+        check_contract(saved, present, [])
+    check_contract({"base_model": {"path": "a"}}, {"base_model": {"path": "a", "drop": []}}, [])
+
+
 def test_a_chain_that_reads_alike_under_another_hash_is_explained():
     saved = {"position": {"chain": "hope(length=4096)", "chain_sha256": "aa", "spectrum_sha256": "bb"}}
     present = {"position": {"chain": "hope(length=4096)", "chain_sha256": "cc", "spectrum_sha256": "dd"}}

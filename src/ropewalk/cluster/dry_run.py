@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.cluster.requirements import check_promised, normalised, requirements
-from ropewalk.config.data import PrepareConfig
+from ropewalk.config.data import PrepareConfig, PrepareVideoConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.rules import validate_train
 from ropewalk.config.train import TrainConfig
@@ -67,6 +67,12 @@ def _validate_prepare(config: PrepareConfig) -> None:
     validate_prepare(config)
 
 
+def _validate_prepare_video(config: PrepareVideoConfig) -> None:
+    from ropewalk.data.prepare.video.clip_pipeline import validate_prepare_video
+
+    validate_prepare_video(config)
+
+
 def _validate_evaluate(config: EvaluateConfig) -> None:
     from ropewalk.evaluation.evaluated_checkpoint import check_chains
     from ropewalk.evaluation.harness.lm_eval_suite import check_scorers
@@ -93,6 +99,7 @@ def _validate_compare(config: CompareConfig) -> None:
 VALIDATIONS: dict[str, Callable[[Any], None]] = {
     "train": _validate_train,
     "prepare": _validate_prepare,
+    "prepare_video": _validate_prepare_video,
     "evaluate": _validate_evaluate,
     "compare": _validate_compare,
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config.analysis import FiguresConfig, GeometryConfig
-from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig
+from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig, PrepareVideoConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import STORE_FIX, is_remote
@@ -105,6 +105,14 @@ def _prepare(config: PrepareConfig) -> Requirements:
     return Requirements(reads, writes)
 
 
+def _prepare_video(config: PrepareVideoConfig) -> Requirements:
+    reads = [Requirement("clips", config.clips, ("documents",))] if config.clips is not None else []
+    if config.tokenizer is not None:
+        reads.append(Requirement("tokenizer", config.tokenizer, ("model", "tokenizer"), hub=True, by_chain=True))
+    store = Promise(f"{config.output}/packed-{config.sequence_length}", "store", config.sequence_length)
+    return Requirements(reads, [store, Promise(f"{config.output}/tokenizer", "tokenizer")])
+
+
 def _convert(config: ConvertConfig) -> Requirements:
     if config.format == "mds":
         return Requirements([Requirement("store", config.store or "", ("store",))], [Promise(config.output, "mds")])
@@ -167,6 +175,7 @@ COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "train": _train,
     "gather": _gather,
     "prepare": _prepare,
+    "prepare_video": _prepare_video,
     "convert_mds": _convert,
     "export": _export,
     "evaluate": _evaluate,

@@ -19,6 +19,7 @@ SCHEMAS: dict[str, type] = {
     "study": train.StudyConfig,
     "sbatch": train.SbatchConfig,
     "prepare": data.PrepareConfig,
+    "prepare_video": data.PrepareVideoConfig,
     "gather": data.GatherConfig,
     "convert_mds": data.ConvertConfig,
     "inspect_store": data.InspectStoreConfig,

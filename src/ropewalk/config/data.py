@@ -91,6 +91,51 @@ class PrepareConfig:
 
 
 @dataclass
+class TowerConfig:
+    """Sizes of the vision tower that clips are cut for; they must be the model's."""
+
+    patch_size: int = 14  # pixels along a patch
+    merge_size: int = 2  # patches along a token
+    temporal_patch_size: int = 2  # pixel frames of a position in time
+
+
+@dataclass
+class FrameConfig:
+    """Frames taken from a video file."""
+
+    fps: float = 2.0  # pixel frames a second of the video
+    max_frames: int = 128  # pixel frames, at most; of a longer video so many, evenly spaced
+    max_pixels: int = 6_272_000  # of all pixel frames of a video together; HoPE's 8,000 tokens
+
+
+@dataclass
+class SceneConfig:
+    """Drawn scenes: noisy backgrounds, a symbol in one frame, a question about it."""
+
+    clips: int = 0  # how many
+    frames: list[int] = field(default_factory=lambda: [8, 32])  # the fewest and the most, each one position in time
+    height: int = 2  # of a frame, tokens
+    width: int = 2  # of a frame, tokens
+    questions: list[str] = field(default_factory=lambda: ["content"])  # content: which symbol; time: in which quarter
+
+
+@dataclass
+class PrepareVideoConfig:
+    """``python data_prep/prepare_video.py``."""
+
+    output: str = MISSING  # directory for tokenizer and the packed store
+    sequence_length: int = MISSING  # tokens
+    seed: int = 0
+    clips: str | None = None  # file of JSON lines with clip (a path beside it), question and answer; null: scenes
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    tokenizer: str | None = None  # of the model: directory or hub id; null: a small one, for scenes
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    frames: FrameConfig = field(default_factory=FrameConfig)
+    shard_sequences: int = 64  # sequences whose pixels share a file
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
 class GatherConfig:
     """``python data_prep/gather.py`` (extra ``scale``)."""
 

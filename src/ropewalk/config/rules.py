@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropewalk.config.analysis import AdviseConfig, FiguresConfig, GeometryConfig, InspectConfig
-from ropewalk.config.data import ConvertConfig, CorpusConfig, ExecutorConfig, GatherConfig, InspectStoreConfig
+from ropewalk.config.data import (
+    ConvertConfig,
+    CorpusConfig,
+    ExecutorConfig,
+    FrameConfig,
+    GatherConfig,
+    InspectStoreConfig,
+    PrepareVideoConfig,
+    SceneConfig,
+    TowerConfig,
+)
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig
 from ropewalk.config.export import AverageConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
@@ -107,6 +117,10 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     CorpusConfig: {POSITIVE: "vocab_size heldout_length"},
     ExecutorConfig: {POSITIVE: "tasks workers mem_per_cpu_gb"},
     GatherConfig: {POSITIVE: "extract_seconds"},
+    TowerConfig: {POSITIVE: "patch_size merge_size temporal_patch_size"},
+    FrameConfig: {POSITIVE: "fps max_frames max_pixels"},
+    SceneConfig: {POSITIVE: "frames height width", NOT_NEGATIVE: "clips"},
+    PrepareVideoConfig: {POSITIVE: "sequence_length shard_sequences"},
     ConvertConfig: {POSITIVE: "sequence_length workers"},
     InspectStoreConfig: {NOT_NEGATIVE: "sequence"},
     SuiteConfig: {POSITIVE: "samples"},

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # of images and videos; trained, not yet planned, evaluated or exported
 DROPPED_FIELDS = ("sliding_window", "attention_dropout")
 ATTENTION_CHOICES = ("auto", "fa4", "fa3", "fa2", "torch")
 
@@ -33,6 +34,7 @@ class ModelConfig:
     pretrained_length: int = MISSING  # tokens it was last trained at: max_position_embeddings of its config.json
     # Of DROPPED_FIELDS, those of its config.json that are left out, in training and in what is exported.
     drop: list[str] = field(default_factory=list)
+    train_tower: bool = True  # of a model of images and videos; false: its vision tower stays as it is
 
 
 @dataclass

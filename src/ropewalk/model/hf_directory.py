@@ -16,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -80,9 +81,19 @@ def read_config(
     return config
 
 
-def check_causal(config: PreTrainedConfig) -> None:
-    """Raise UserError for a config of another kind of model, or of quantized weights."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' class that builds a model with this config: a causal one, or one of images, videos and text."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def check_causal(config: PreTrainedConfig, also: Collection[str] = ()) -> None:
+    """Raise UserError for a config of another kind of model, or of quantized weights.
+
+    Args:
+        config: of the model.
+        also: further model types that may be.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in also:
         raise UserError(
             f"{config.name_or_path}: model_type={config.model_type} is not a causal language model by itself; save its "
             "language model alone (save_pretrained) and name that directory"
@@ -112,7 +123,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
 
     Args:
         path: Hugging Face directory or hub id.
-        options: of from_pretrained.
+        options: of from_pretrained, config among them.
 
     Raises:
         UserError: for files that cannot be read, or weights that are missing or have other shapes than in the config.
@@ -122,7 +133,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     stored = StoredWeights(directory) if has_weights else None  # names the file that is damaged
     check_generation(directory)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(options["config"]).from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
     except UserError:

@@ -15,7 +15,6 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,11 +23,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from ropewalk.config.groups import RopeConfig
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, VISION_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model import attention
-from ropewalk.model.hf_directory import check_causal, load_whole, read_config
+from ropewalk.model.hf_directory import auto_class, check_causal, load_whole, read_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
+from ropewalk.model.vision import has_vision
 from ropewalk.rope.chain import RopeChain, Steps
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
@@ -76,7 +76,7 @@ def training_config(
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     else:
         config = read_config(model.path, key="model.path", revision=model.revision)
-        check_causal(config)
+        check_causal(config, also=VISION_MODEL_TYPES)
         _check_sizes(model, config)
     _drop(config, model.drop)
     _check_architecture(config)
@@ -88,19 +88,19 @@ def training_config(
         sequence_length,
         base_model=model.path if start is None else origin.base_model,
     )
-    config.max_position_embeddings = sequence_length
+    config.get_text_config().max_position_embeddings = sequence_length
     config = place_position(config, position)
     setattr(config, METADATA_KEY, position.metadata())
-    config.use_cache = False
+    config.get_text_config().use_cache = False
     return config
 
 
 def _check_architecture(config: PreTrainedConfig) -> None:
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    own = {"sliding_window": sliding_window(config), "attention_dropout": getattr(config, "attention_dropout", None)}
+    known = (*SUPPORTED_MODEL_TYPES, *VISION_MODEL_TYPES)
+    if config.model_type not in known:
+        raise UserError(f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(known)}")
+    dropout = getattr(config.get_text_config(), "attention_dropout", None)
+    own = {"sliding_window": sliding_window(config), "attention_dropout": dropout}
     for name, value in own.items():
         if value:
             raise UserError(
@@ -111,6 +111,7 @@ def _check_architecture(config: PreTrainedConfig) -> None:
 
 def _drop(config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Leave fields of DROPPED_FIELDS out of a model's config."""
+    config = config.get_text_config()
     if "attention_dropout" in names:
         config.attention_dropout = 0.0
     if "sliding_window" in names:
@@ -123,6 +124,7 @@ def _drop(config: PreTrainedConfig, names: Sequence[str]) -> None:
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """Tokens that the model's windowed layers attend to; None: every layer attends to all."""
+    config = config.get_text_config()  # of a model of images and videos too
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
 
@@ -148,7 +150,9 @@ def _check_sizes(model: ModelConfig, config: PreTrainedConfig) -> None:
     for name, declared in model.architecture.items():
         if name in POSITION_KEYS:
             continue
-        actual = getattr(config, name, None)
+        actual = getattr(config, name, getattr(config.get_text_config(), name, None))
+        if isinstance(actual, PreTrainedConfig) and isinstance(declared, Mapping):
+            actual = {field: getattr(actual, field, None) for field in declared}
         if declared != actual:
             raise UserError(
                 f"model.architecture.{name}={declared}, but the checkpoint {model.path} has {actual}; set "
@@ -181,12 +185,14 @@ def build_for_training(
     Raises:
         UserError: where weights are missing at ``path``, or have other shapes than in its config.
     """
-    implementation = attention.register(attention_choice)
+    name = attention.register(attention_choice)
+    # documents are the language model's; a tower attends inside its frames
+    implementation = {"text_config": name, "vision_config": "sdpa"} if has_vision(config) else name
     if path is None:
         # Under ZeRO-3 transformers builds the modules without their own random weights, and then draws the model's.
         is_partitioned = is_deepspeed_zero3_enabled()
         with nullcontext() if is_partitioned else no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+            model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=implementation)
         if not is_partitioned:
             model.initialize_weights()
             model.tie_weights()
@@ -199,7 +205,7 @@ def build_for_training(
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of a model with this config, tied ones once; no memory is taken for them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(p.numel() for p in auto_class(config).from_config(config).parameters())
 
 
 def load_for_evaluation(
@@ -245,7 +251,9 @@ def load_for_evaluation(
 def write_config(config: PreTrainedConfig, path: Path) -> None:
     """Write the config as config.json, in the form a stock engine loads: no attention of ours, cache on."""
     content = json.loads(config.to_json_string())
-    content["use_cache"] = True
-    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"):
-        content.pop(key, None)
+    for part in (content, content.get("text_config", {}), content.get("vision_config", {})):
+        for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"):
+            part.pop(key, None)
+        if part.get("use_cache") is not None or part is content:
+            part["use_cache"] = True
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 
-from ropewalk.data.order.batches import IGNORE_INDEX
+from ropewalk.data.order.batches import IGNORE_INDEX, VisionInputs
 from ropewalk.model.attention import Documents
+from ropewalk.model.vision import embed
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -145,6 +146,7 @@ class LossModel(nn.Module):
         documents: Documents,
         token_losses: Tensor | None = None,
         logits_at: Tensor | None = None,
+        vision: VisionInputs | None = None,
     ) -> Tensor:
         """Summed cross entropy of one packed row, and its z-loss if there is one; or some of its logits.
 
@@ -155,11 +157,15 @@ class LossModel(nn.Module):
             documents: where each document begins and ends.
             token_losses: fp32 (tokens,), gets the loss of each trained token.
             logits_at: int64 (n,), positions in the row.
+            vision: of a model of images and videos; its positions turn the pairs instead of ``position_ids``.
 
         Returns:
             fp32 scalar, nats; under ``logits_at`` fp32 (n, vocabulary) instead.
         """
         # use_cache=True would let packed documents see each other in stock attention.
         decoder = self.lm.get_decoder()
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        if vision is not None:
+            inputs = {"inputs_embeds": embed(self.lm, input_ids, vision), "position_ids": vision.positions}
+        output = decoder(**inputs, use_cache=False, documents=documents)
         return self.loss(output.last_hidden_state[0], labels[0], token_losses, logits_at)

@@ -11,18 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.errors import UserError, in_one_line
+from ropewalk.model.hf_directory import auto_class
 from ropewalk.rope import Position, Spectrum
 from ropewalk.rope.hf_config import READ_SHARE, SHARE, rotating_layers
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
@@ -400,15 +393,14 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
     Raises:
         UserError: where it builds none.
     """
-    builder: Any = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of several modalities
-        if type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            config = config.get_text_config()
-        elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            builder = AutoModelForImageTextToText
+    if (
+        type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        config = config.get_text_config()  # of a model of several modalities
     try:
         with torch.device("meta"):
-            model = builder.from_config(config)
+            model = auto_class(config).from_config(config)
         rotations = stock_rotations(model, length)
     except (ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(

@@ -284,6 +284,7 @@ def contract(
             "revision": config.model.revision,
             "architecture": {} if config.model.path else dict(config.model.architecture),  # else only the planner's
             **({"drop": sorted(config.model.drop)} if config.model.drop else {}),
+            **({} if config.model.train_tower else {"train_tower": False}),
         },
         "start_from": start_from and {**start_from, "optimizer": config.start_from.optimizer},
         "tokenizer": dict(store.tokenizer),
@@ -318,6 +319,7 @@ def _refusals(guards: GuardConfig) -> dict[str, Any]:
 # Entries that older checkpoints lack, and parts of entries; they count as the default.
 DEFAULTS = {"z_loss": 0.0, "guards": _refusals(GuardConfig()), "primary": asdict(PrimaryConfig())}
 PARTS: dict[str, dict[str, Any]] = {
+    "base_model": {"drop": [], "train_tower": True},
     "schedule": {"schedule": "cosine", "decay_ratio": 1.0},
     "start_from": {"order_step": 0},
     "primary": asdict(PrimaryConfig()),
@@ -333,10 +335,7 @@ def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept:
     unknown = set(accept) - set(present)
     if unknown:
         raise UserError(f"resume.accept={sorted(unknown)} names no contract entry; there are: {', '.join(present)}")
-    saved = {
-        name: {**PARTS.get(name, {}), **entry} if isinstance(entry, dict) else entry
-        for name, entry in {**DEFAULTS, **saved}.items()
-    }
+    saved, present = _whole({**DEFAULTS, **saved}), _whole(present)
     changes = {key: _changes(key, saved.get(key), present[key]) for key in present if saved.get(key) != present[key]}
     refused = [key for key in changes if key not in accept]
     if refused:
@@ -348,11 +347,18 @@ def check_contract(saved: Mapping[str, Any], present: Mapping[str, Any], accept:
     return changes
 
 
+def _whole(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """The contract with every part that was left out at its default."""
+    return {
+        name: {**PARTS.get(name, {}), **entry} if isinstance(entry, dict) else entry for name, entry in contract.items()
+    }
+
+
 def _changes(name: str, saved: Any, present: Any) -> list[str]:
     """The leaves in which two contract entries differ, in words; a hash only where nothing else differs."""
     if not (isinstance(saved, dict) and isinstance(present, dict)):
         return [f"{name} was {saved!r}, is {present!r}"]
-    differing = [key for key in present if saved.get(key) != present[key]]
+    differing = [key for key in {**saved, **present} if saved.get(key) != present.get(key)]
     readable = [key for key in differing if not key.endswith("sha256")]
     if name == "position" and not readable:
         return [
@@ -360,4 +366,6 @@ def _changes(name: str, saved: Any, present: Any) -> list[str]:
             f"saved, {present['chain_sha256']} is this one's): a long list in it differs, or a method takes other "
             "arguments since then (CHANGELOG.md)"
         ]
-    return [line for key in readable or differing for line in _changes(f"{name}.{key}", saved.get(key), present[key])]
+    return [
+        line for key in readable or differing for line in _changes(f"{name}.{key}", saved.get(key), present.get(key))
+    ]

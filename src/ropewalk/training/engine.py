@@ -17,6 +17,7 @@ from ropewalk.model.activations import place_activations
 from ropewalk.model.load import build_for_training
 from ropewalk.model.loss import LossModel
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
+from ropewalk.model.vision import has_vision, tower_of
 from ropewalk.rope.position import position_of
 from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
 
@@ -51,13 +52,15 @@ def zero_config(
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for matrices, none for norms and biases.
+    """Decay for matrices, none for norms and biases; what is frozen is left out.
 
     A partitioned parameter reports one dimension whatever it is, so the whole shape decides.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decayed if len(shape) >= 2 else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -92,6 +95,8 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
     is_drawn_whole = config.model.path is None and config.deepspeed.stage < 3
     with partitioned_init(settings), torch.device(ranks.device) if is_drawn_whole else nullcontext():
         lm = build_for_training(model_config, config.model.path, dtype, revision, trainer.attention)
+    if has_vision(model_config) and not config.model.train_tower:
+        tower_of(lm).requires_grad_(False)
     place_activations(lm, trainer)
     lm.train()
     loss_model = LossModel(lm, trainer.loss_chunk_size, trainer.z_loss)

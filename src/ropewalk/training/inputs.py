@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ropewalk.config.rules import validate_device, validate_train
-from ropewalk.config.train import TrainConfig
+from ropewalk.config.train import VISION_MODEL_TYPES, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
+from ropewalk.data.order.clip_batches import ClipReader, check_contents
 from ropewalk.data.store.remote import open_stores
 from ropewalk.data.store.tokenizer_files import check_same_vocabulary
 from ropewalk.errors import UserError
 from ropewalk.model.attention import Documents, attention_kernel
 from ropewalk.model.load import training_config
+from ropewalk.model.vision import has_vision, placeholders, tokens_per_second, tower_geometry
 from ropewalk.rope.position import Position, position_of
 from ropewalk.training.checkpoint.start import StartCheckpoint, find_start, first_order_step
 from ropewalk.training.distributed import Ranks, launched_world_size, start_processes, together
@@ -37,6 +39,7 @@ class RunInputs:
         start: checkpoint of another run that this one starts from; None: it starts from ``model``.
         first_order_step: step of the data order that its first step takes.
         model_config: of the model, its position encoding included.
+        clips: makes what a model of images and videos takes beside tokens; None: of text alone.
     """
 
     config: TrainConfig
@@ -46,6 +49,7 @@ class RunInputs:
     start: StartCheckpoint | None
     first_order_step: int
     model_config: PreTrainedConfig
+    clips: ClipReader | None = None
 
     @property
     def position(self) -> Position:
@@ -75,7 +79,51 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     )
     fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
     check_heads(model_config, config.parallel.sequence)
-    return RunInputs(config, ranks, store, mixture, start, first_order, model_config)
+    clips = open_clips(config, model_config, mixture)
+    return RunInputs(config, ranks, store, mixture, start, first_order, model_config, clips)
+
+
+def open_clips(config: TrainConfig, model_config: PreTrainedConfig, mixture: Mixture) -> ClipReader | None:
+    """The maker of vision inputs, for a model of images and videos; None for one of text.
+
+    Raises:
+        UserError: for what such a model cannot do yet, clips of other sizes than its tower's, a tower that would be
+            trained without ever being called, or a store of clips for a model of text.
+    """
+    if not has_vision(model_config):
+        if not config.model.train_tower:
+            raise UserError(
+                f"model.train_tower=false, and model_type={model_config.model_type} has no vision tower; leave it out"
+            )
+        if mixture.store.has_clips:
+            raise UserError(
+                f"model_type={model_config.model_type} reads text alone, and data.store={config.data.store} holds "
+                f"images or videos; use a model of type {' or '.join(VISION_MODEL_TYPES)}"
+            )
+        return None
+    if config.parallel.sequence > 1:
+        raise UserError(
+            f"parallel.sequence={config.parallel.sequence}: the tokens of an image or video cannot be shared by ranks; "
+            "set parallel.sequence=1"
+        )
+    if config.evaluation.every is not None:
+        raise UserError(
+            f"evaluation.every={config.evaluation.every} measures text, which this model of images and videos is not "
+            "evaluated on; set evaluation.every=null"
+        )
+    axes = position_of(model_config).axes
+    assert axes is not None  # every config of these types has them
+    tower = tower_geometry(model_config)
+    needs_pixels = check_contents(mixture, tower)
+    if config.model.train_tower and not needs_pixels:
+        raise UserError(
+            "model.train_tower=true, and the stores hold no pixels, so the tower would never be called; set "
+            "model.train_tower=false"
+        )
+    ids, speed = placeholders(model_config), tokens_per_second(model_config)
+    reader = ClipReader(axes, mixture.seed, tower, ids, speed, needs_pixels)
+    reader.check_tokens(mixture)
+    return reader
 
 
 def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
@@ -107,6 +155,7 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
         UserError: the store's vocabulary is another than the model's, or larger than what it embeds.
     """
     tokenizer = store.tokenizer
+    model_config = model_config.get_text_config()
     if tokenizer["vocab_size"] > model_config.vocab_size:
         raise UserError(
             f"the store's tokenizer has {tokenizer['vocab_size']} tokens and the model embeds {model_config.vocab_size}"
@@ -125,6 +174,7 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
         UserError: if ``size`` does not divide the key/value heads (and so the query heads); they would have to be
             copied.
     """
+    config = config.get_text_config()
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     allowed = [n for n in range(1, shared + 1) if shared % n == 0 and heads % n == 0]
     if size not in allowed:
@@ -159,16 +209,21 @@ class StepBatch:
     trained_tokens: int
 
 
-def step_batch(mixture: Mixture, order_step: int, ranks: Ranks, config: TrainConfig) -> StepBatch:
+def step_batch(
+    mixture: Mixture, order_step: int, ranks: Ranks, config: TrainConfig, clips: ClipReader | None = None
+) -> StepBatch:
     """Read this rank's part of the global batch of ``order_step``."""
-    batches = micro_batches(mixture, order_step, ranks, config)
+    batches = micro_batches(mixture, order_step, ranks, config, clips)
     return StepBatch(order_step, batches, mixture.trained_tokens(order_step))
 
 
-def micro_batches(mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig) -> list[Batch]:
-    """This rank's part of the global batch of ``step``."""
+def micro_batches(
+    mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig, clips: ClipReader | None = None
+) -> list[Batch]:
+    """This rank's part of the global batch of ``step``, with the vision inputs that ``clips`` makes."""
     refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
-    return [stretch(read_batch(mixture.store, part), ranks.sequence_rank, ranks.sequence) for part in refs]
+    batches = [stretch(read_batch(mixture.store, part), ranks.sequence_rank, ranks.sequence) for part in refs]
+    return batches if clips is None else [clips.completed(batch) for batch in batches]
 
 
 def stretch(batch: Batch, rank: int, size: int) -> Batch:
@@ -199,6 +254,7 @@ def on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
         "position_ids": queued(batch.position_ids, ranks.device),
         "labels": queued(batch.labels, ranks.device),
         "documents": Documents.from_cu_seqlens(pinned(batch.cu_seqlens, ranks.device), ranks.device, ranks.group),
+        "vision": batch.vision and batch.vision.mapped(lambda tensor: queued(tensor, ranks.device)),
     }
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ropewalk.data import Mixture, SequenceRef
 from ropewalk.data.order.batches import IGNORE_INDEX, Batch, micro_batch_slots
 from ropewalk.flops import causal_pairs, sequence_flops
+from ropewalk.model.hf_directory import auto_class
+from ropewalk.model.load import head_dim
 from ropewalk.training.inputs import queued
 
 # Since the session began; on the CPU the first alone. Reserved: what the allocator holds, so what runs out; a retry
@@ -188,9 +190,11 @@ class WorkCounter:
             micro_batch_size: sequences.
         """
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        self.linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))  # with the head
-        self.attention_width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+            model = auto_class(config).from_config(config)
+        counted = (*model.get_decoder().modules(), model.get_output_embeddings())  # a vision tower's work is left out
+        self.linear = sum(m.weight.numel() for m in counted if isinstance(m, nn.Linear))
+        text = config.get_text_config()
+        self.attention_width = text.num_hidden_layers * text.num_attention_heads * head_dim(text)
         self.mixture, self.data_size, self.micro_batch_size = mixture, data_size, micro_batch_size
         self.length = mixture.store.sequence_length
 

@@ -47,6 +47,8 @@ class RunLogger(Hook):
         self.meter = Meter(ranks.device, sorted(inputs.mixture.store.domains), inputs.mixture.store.sequence_length)
         self.clock = time.monotonic()  # at the last row, moved on by what is left out of the steps' speed
         self.logged_step = resume_point.step
+        self.inputs = inputs
+        self.draws = inputs.clips is not None and len(inputs.clips.axes.temporal_scales) > 1
         if ranks.is_main:
             self.work = WorkCounter(
                 inputs.model_config, inputs.mixture, ranks.data_size, config.trainer.micro_batch_size
@@ -71,6 +73,8 @@ class RunLogger(Hook):
             )
             copy_tokenizer(store.tokenizer_path, run_dir)
             self.metrics = MetricsFile(RunDirectory(run_dir).metrics, resume_point.step, log)
+            if self.draws:
+                self.clips = MetricsFile(RunDirectory(run_dir).clips, resume_point.step, log)
             if config.evaluation.every is not None:
                 self.evaluations = MetricsFile(RunDirectory(run_dir).evaluation_metrics, resume_point.step, log)
         details = {**recorded_config(config), "run": record}
@@ -106,6 +110,7 @@ class RunLogger(Hook):
         trainer = self.config.trainer
         if self.ranks.is_main:
             self.done.append(self.work.step(step.order_step))
+            self._log_clips(step)
         if step.number % trainer.log_every and step.number != trainer.max_steps and step.refused is None:
             return
         steps, self.logged_step = step.number - self.logged_step, step.number
@@ -130,6 +135,13 @@ class RunLogger(Hook):
         self.metrics.append(row)
         self.tracker.log(row)
         log_once(self.progress.line(row) if step.refused is None else f"step {step.number:>5} refused: {step.refused}")
+
+    def _log_clips(self, step: Step) -> None:
+        """Log the temporal scale that each clip of the global batch has drawn: clips.jsonl."""
+        if self.draws and self.inputs.clips is not None:
+            self.clips.append(
+                {"step": step.number, "clips": self.inputs.clips.drawn(self.inputs.mixture, step.order_step)}
+            )
 
     def _work_done(self, seconds: float) -> dict[str, float]:
         """Work rate of a device by convention, as a share of its peak if that is known, and how even the work was."""
@@ -161,6 +173,8 @@ class RunLogger(Hook):
         """Bring the rows so far to the disk, before a checkpoint says that their steps are done."""
         if self.ranks.is_main:
             self.metrics.settle()
+            if self.draws:
+                self.clips.settle()
             if self.config.evaluation.every is not None:
                 self.evaluations.settle()
 
@@ -212,14 +226,20 @@ def _made_of(inputs: RunInputs) -> dict[str, str]:
     return lines
 
 
-def closing_lines(config: TrainConfig, step: int) -> list[str]:
-    """The lines after the last step: where the result lies, and the command that comes next."""
+def closing_lines(config: TrainConfig, step: int, *, is_evaluated: bool = True) -> list[str]:
+    """The lines after the last step: where the result lies, and the command that comes next, if there is one.
+
+    Args:
+        config: of the run.
+        step: that it has reached.
+        is_evaluated: its model can be evaluated on text.
+    """
     run_dir = config.run_dir
     if step < config.trainer.max_steps:
         return [f"{run_dir} is at step {step} of {config.trainer.max_steps}; the same command goes on"]
     newest = RunDirectory(Path(run_dir)).newest_checkpoint()
     result = f"finished: {run_dir}" + (f", {newest.name}" if newest else ", without a checkpoint")
-    if newest is None:
+    if newest is None or not is_evaluated:
         return [result]
     documents = _held_out(asdict(config))
     device = " device=cpu dtype=float32" if config.trainer.device == "cpu" else ""

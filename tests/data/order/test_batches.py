@@ -1,6 +1,5 @@
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_labels_equal_those_of_each_document_alone(store_64):
 
 def test_loss_masks_take_labels_away():
     """Token t is a label at t - 1: masked tokens are no label, and a mask gives the first of a document none either."""
-    masked = SimpleNamespace(
+    masked = PackedSequence(
         tokens=np.arange(10, 18, dtype=np.uint32),
         ends=np.array([3, 7], np.int32),
         loss_mask=np.array([1, 0, 1, 1, 1, 0, 1, 1], bool),

@@ -49,7 +49,6 @@ def test_parameters_across_ranks_and_padding(tmp_path, stage):
     (3, {"ranks": {3: [[0, 1, 10, 11], [2, 3, 12, 13], [-1, -1, 14]]}}, r"hold \[4, 4, 3\] weights each, the model 4"),
     (2, {"ranks": {2: [[0, 1, 2], [3, 10, 11], [12, 13]]}}, "hold 8 weights of a group that has 9: not whole"),
     (3, {"count": 4}, "was saved by 4 ranks but holds the shards of 3"),
-    (2, {"frozen_param_shapes": {"lm.c": torch.Size([2])}}, "1 parameters were frozen"),
 ])  # fmt: skip
 def test_what_is_not_whole_is_refused(tmp_path, stage, changes, message):
     start_processes("cpu")
@@ -67,7 +66,8 @@ def engine_of(device, *, fused):
         single_partition_of_fp32_groups=flats, param_groups=adam.param_groups, update_lp_params=lambda: None,
         param_names={weight: name for name, weight in weights.items()},
     )  # fmt: skip
-    return SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 2)
+    module = SimpleNamespace(named_parameters=weights.items)
+    return SimpleNamespace(optimizer=optimizer, module=module, zero_optimization_stage=lambda: 2)
 
 
 @pytest.mark.parametrize("stage", LAYOUTS)

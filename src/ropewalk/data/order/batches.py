@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ropewalk.data.order.balance import deal
 from ropewalk.data.order.mixture import Mixture, SequenceRef
+from ropewalk.data.store.clips import Clip
 from ropewalk.data.store.reader import JoinedStore, PackedSequence, PackedStore
 from ropewalk.errors import UserError
 
@@ -24,6 +25,49 @@ Result = TypeVar("Result")
 
 IGNORE_INDEX = -100
 PADDING = -1  # domain of the document that padding is
+
+
+class ClipKey(NamedTuple):
+    """A clip in one epoch: the same for every seed, number of ranks and order.
+
+    Attributes:
+        domain: of the store.
+        row: of the domain.
+        number: of the clip in that row.
+        epoch: how often all rows of the domain had come before.
+    """
+
+    domain: str
+    row: int
+    number: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class VisionInputs:
+    """What a model of images and videos takes beside the tokens of a row.
+
+    Attributes:
+        positions: float32 (3, 1, N): time, height and width of each token; never to be cast to fewer bits.
+        pixel_places: int64 (n,), the tokens of the row that the tower's output replaces, in order.
+        patches: uint8 (patches, values), in the tower's order; None: no store of the run holds pixels.
+        grids: int64 (clips, 3), frames, rows and columns of patches; one more than there are clips with pixels if there
+            are none, see clip_batches.
+        embedding_places: int64 (m,), the tokens that embeddings replace.
+        embeddings: bfloat16 (m, width).
+    """
+
+    positions: Tensor
+    pixel_places: Tensor
+    patches: Tensor | None
+    grids: Tensor | None
+    embedding_places: Tensor
+    embeddings: Tensor
+
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> VisionInputs:
+        """The same with every tensor moved."""
+        moved: dict[str, Any] = {name: value if value is None else move(value) for name, value in vars(self).items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -38,6 +82,9 @@ class Batch:
         cu_seqlens: int32 (n_documents + 1,), document boundaries in the row; padding counts as a document.
         domain_ids: int32 (n_documents,), place of each document's domain among the
             store's sorted names; -1: padding.
+        clips: images and videos of the row, in order, each at its place in the row.
+        clip_keys: of each, what tells it from every other; see ClipKey.
+        vision: what the model needs of them; None: text alone, or not made yet (clip_batches.ClipReader).
     """
 
     input_ids: Tensor
@@ -45,6 +92,9 @@ class Batch:
     labels: Tensor
     cu_seqlens: Tensor
     domain_ids: Tensor
+    clips: tuple[Clip, ...] = ()
+    clip_keys: tuple[ClipKey, ...] = ()
+    vision: VisionInputs | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -52,16 +102,24 @@ class Batch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | None = None) -> Batch:
+def collate(
+    sequences: Sequence[PackedSequence],
+    domain_ids: Sequence[int] | None = None,
+    rows: Sequence[tuple[str, int, int]] | None = None,
+) -> Batch:
     """Flatten packed sequences into one row.
 
     Args:
         sequences: the micro batch; at least one.
         domain_ids: of each sequence; None: all 0.
+        rows: domain, row and epoch of each sequence; None: their number in the domain "", epoch 0.
     """
+    rows = rows or [("", number, 0) for number in range(len(sequences))]
     starts = np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)])
     tokens, positions, labels = (np.empty(starts[-1], np.int64) for _ in range(3))
     bounds, domains = [np.zeros(1, np.int64)], []
+    clips: list[Clip] = []
+    keys: list[ClipKey] = []
     for number, sequence in enumerate(sequences):
         row = slice(starts[number], starts[number + 1])
         tokens[row] = sequence.tokens
@@ -71,12 +129,17 @@ def collate(sequences: Sequence[PackedSequence], domain_ids: Sequence[int] | Non
         bounds.append(starts[number] + ends)
         domain = domain_ids[number] if domain_ids is not None else 0
         domains += [domain] * (len(ends) - padded) + [PADDING] * padded
+        clips += [clip.moved(int(starts[number])) for clip in sequence.clips]
+        name, index, epoch = rows[number]
+        keys += [ClipKey(name, index, place, epoch) for place in range(len(sequence.clips))]
     return Batch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],
         labels=torch.from_numpy(labels)[None],
         cu_seqlens=torch.from_numpy(np.concatenate(bounds).astype(np.int32)),
         domain_ids=torch.tensor(domains, dtype=torch.int32),
+        clips=tuple(clips),
+        clip_keys=tuple(keys),
     )
 
 
@@ -110,8 +173,15 @@ def _count(positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
 def read_batch(store: PackedStore | JoinedStore, refs: Sequence[SequenceRef]) -> Batch:
     """Read and collate ``refs``, the rows of each in order."""
     domain_ids_by_name = {name: domain_id for domain_id, name in enumerate(sorted(store.domains))}
-    rows = [(ref.domain, row) for ref in refs for row in ref.rows]
-    return collate([store.read(*row) for row in rows], [domain_ids_by_name[domain] for domain, _ in rows])
+    rows = [row for ref in refs for row in rows_of(ref)]
+    sequences = [store.read(domain, row) for domain, row, _ in rows]
+    return collate(sequences, [domain_ids_by_name[domain] for domain, _, _ in rows], rows)
+
+
+def rows_of(ref: SequenceRef) -> list[tuple[str, int, int]]:
+    """Domain, row and epoch of each row of a training sequence."""
+    epochs = ref.epochs or (0,) * len(ref.rows)
+    return [(ref.domain, row, epoch) for row, epoch in zip(ref.rows, epochs, strict=True)]
 
 
 def rank_micro_batches(

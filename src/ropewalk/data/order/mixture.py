@@ -6,7 +6,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -22,10 +22,17 @@ ORDER = 2  # version of the function below; a checkpoint of another one sees oth
 
 @dataclass(frozen=True, slots=True)
 class SequenceRef:
-    """One training sequence: rows of a packed store, one unless the store's sequences are shorter."""
+    """One training sequence: rows of a packed store, one unless the store's sequences are shorter.
+
+    Attributes:
+        domain: of the rows.
+        rows: their numbers in the domain.
+        epochs: how often all rows of the domain had come before each of them.
+    """
 
     domain: str
     rows: tuple[int, ...]
+    epochs: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,11 @@ class Mixture:
             draws[owners == d] = drawn[name] + np.arange(np.count_nonzero(owners == d))
         rows = np.array([self.store.rows(name) for name in segment.domains])[owners]
         flat = self._rows(segment.domains, np.repeat(owners, rows), np.repeat(draws * rows, rows) + _counted(rows))
-        parts = np.split(flat, np.cumsum(rows)[:-1])
-        return [SequenceRef(segment.domains[d], tuple(part.tolist())) for d, part in zip(owners, parts, strict=True)]
+        numbers, epochs = (np.split(part, np.cumsum(rows)[:-1]) for part in flat)
+        return [
+            SequenceRef(segment.domains[d], tuple(number.tolist()), tuple(epoch.tolist()))
+            for d, number, epoch in zip(owners, numbers, epochs, strict=True)
+        ]
 
     def trained_tokens(self, step: int) -> int:
         """Tokens that ``step`` predicts, over the whole global batch; read from the store's index alone."""
@@ -155,13 +165,15 @@ class Mixture:
         counts = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
         return {name: segment.drawn.get(name, 0) + counts.get(name, 0) for name in {**segment.drawn, **counts}}
 
-    def _rows(self, domains: Sequence[str], owners: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row that each draw of a domain is, rows being drawn one by one."""
+    def _rows(
+        self, domains: Sequence[str], owners: NDArray[np.int64], draws: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The row that each draw of a domain is, rows being drawn one by one, and the epoch that it is of."""
         sizes = np.array([self._sizes[name] for name in domains])[owners]
         epochs, positions = np.divmod(draws, sizes)
         shuffles, shuffle_of_draw = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
         keys = [stable_key("order", self.seed, domains[d], epoch) for d, epoch in shuffles.T.tolist()]
-        return permuted(positions, sizes, np.array(keys, np.uint64)[shuffle_of_draw])
+        return permuted(positions, sizes, np.array(keys, np.uint64)[shuffle_of_draw]), epochs
 
 
 def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

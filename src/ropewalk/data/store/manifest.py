@@ -19,6 +19,7 @@ VERSION = 2  # 1 had no loss masks, no sources, and uint32 tokens always
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+_OPTIONAL = ("trained", "checks", "clips", "clip_offsets")  # entries of a domain that a manifest leaves out if absent
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,12 @@ class Shard(StoredFile):
         sequences: how many.
         mask: a file of their loss masks, a row of ``ceil(sequence_length / 8)`` bytes each, most significant bit
             first; 1: the token is trained. None: every token is.
+        media: a file of pixels or embeddings of their clips, see store.clips; None: they have none.
     """
 
     sequences: int
     mask: StoredFile | None = None
+    media: StoredFile | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class DomainInfo:
         ends: int32 .npy (documents,), where each piece ends in its sequence.
         trained: int32 .npy (sequences,), tokens that each sequence trains; None where there are no loss masks.
         checks: uint64 .npy (sequences,), see reader.sequence_check; None in stores of before it was written.
+        clips: int64 .npy (clips, 10), images and videos, see store.clips; None: the domain is text alone.
+        clip_offsets: int64 .npy (sequences + 1,), where each sequence's clips start in ``clips``.
     """
 
     sequences: int
@@ -71,13 +76,15 @@ class DomainInfo:
     ends: StoredFile
     trained: StoredFile | None = None
     checks: StoredFile | None = None
+    clips: StoredFile | None = None
+    clip_offsets: StoredFile | None = None
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
         """Every file of the domain."""
-        masks = [shard.mask for shard in self.shards if shard.mask is not None]
-        others = [stored for stored in (self.trained, self.checks) if stored is not None]
-        return (*self.shards, *masks, self.offsets, self.ends, *others)
+        beside = [stored for shard in self.shards for stored in (shard.mask, shard.media) if stored is not None]
+        others = [stored for name in _OPTIONAL if (stored := getattr(self, name)) is not None]
+        return (*self.shards, *beside, self.offsets, self.ends, *others)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,8 @@ class Manifest:
         if self.version == 1:
             del content["token_dtype"]
         for domain in content["domains"].values():
-            optional = ((domain, "trained"), (domain, "checks"), *((shard, "mask") for shard in domain["shards"]))
+            optional = [(domain, name) for name in _OPTIONAL]
+            optional += [(shard, name) for shard in domain["shards"] for name in ("mask", "media")]
             for entry, key in optional:
                 if entry[key] is None:
                     del entry[key]
@@ -171,7 +179,7 @@ def read_manifest(root: Path) -> Manifest:
 def _parse(content: dict[str, Any]) -> Manifest:
     domains = {}
     for name, entry in content["domains"].items():
-        files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends", "trained", "checks") if key in entry}
+        files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends", *_OPTIONAL) if key in entry}
         shards = tuple(map(parse_shard, entry["shards"]))
         domains[check_domain_name(name)] = DomainInfo(**{**entry, **files, "shards": shards})
     token_dtype = content["token_dtype"] if content["version"] > 1 else "<u4"
@@ -191,7 +199,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
 
 def parse_shard(entry: dict[str, Any]) -> Shard:
     """A shard as JSON has it."""
-    return Shard(**{**entry, "mask": StoredFile(**entry["mask"]) if entry.get("mask") else None})
+    return Shard(**{**entry, **{name: StoredFile(**entry[name]) for name in ("mask", "media") if entry.get(name)}})
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

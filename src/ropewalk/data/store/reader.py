@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ropewalk.data.store.clips import COLUMNS, Clip, clip_row, read_clip, stored_bytes
 from ropewalk.data.store.hashing import canonical_json, sha256_directory, sha256_text
 from ropewalk.data.store.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
 from ropewalk.errors import UserError
@@ -29,11 +30,13 @@ class PackedSequence:
         ends: int32 (n_documents,), where each piece ends; tokens after the last end are padding.
         loss_mask: bool (sequence_length,), False where a token must not be predicted; None: all are. The first
             token of a piece is never predicted, whatever its mask.
+        clips: images and videos behind its placeholder tokens, in their order.
     """
 
     tokens: NDArray[np.uint32]
     ends: NDArray[np.int32]
     loss_mask: NDArray[np.bool_] | None = None
+    clips: tuple[Clip, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -116,6 +119,10 @@ class PackedStore:
         """True if the sequences of ``domain`` have loss masks."""
         return self.domains[domain].trained is not None
 
+    def clip_index(self, domain: str, index: int | None = None) -> NDArray[np.int64]:
+        """Clips of a sequence, or of all, int64 (clips, 10); see store.clips.COLUMNS. Reads no pixel."""
+        return self._domain(domain).clip_index(index)
+
     def trained_tokens(self, domain: str, index: int) -> int:
         """Tokens that a sequence trains; see PackedSequence.trained_tokens. Reads the index, no token."""
         return self._domain(domain).trained_tokens(index)
@@ -161,8 +168,10 @@ class PackedStore:
             raise UserError(f"{path} {state}, its manifest says {stored.bytes}; copy or write the store again")
 
 
-def sequence_check(tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32]) -> int:
-    """64 bits of xxh3 over the tokens of a sequence, its packed mask and its ends, each as it is stored.
+def sequence_check(
+    tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32], clips: Sequence[Clip] = ()
+) -> int:
+    """64 bits of xxh3 over the tokens of a sequence, its packed mask, its ends and its clips, each as it is stored.
 
     Cheap enough to be compared whenever a sequence is read.
     """
@@ -170,6 +179,9 @@ def sequence_check(tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: N
     if mask is not None:
         digest.update(np.ascontiguousarray(mask).data)
     digest.update(np.ascontiguousarray(ends, dtype="<i4").data)
+    for clip in clips:
+        digest.update(np.array(clip_row(clip, 0), dtype="<i8").data)
+        digest.update(stored_bytes(clip))
     return digest.intdigest()
 
 
@@ -184,6 +196,7 @@ class _Domain:
         self._first = list(accumulate((shard.sequences for shard in info.shards), initial=0))
         self._shards: dict[int, NDArray[Any]] = {}
         self._masks: dict[int, NDArray[np.uint8]] = {}
+        self._media: dict[int, NDArray[np.uint8]] = {}
 
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
@@ -200,6 +213,21 @@ class _Domain:
     @cached_property
     def _checks(self) -> NDArray[np.uint64] | None:
         return None if self._info.checks is None else self._load(self._info.checks)
+
+    @cached_property
+    def _clips(self) -> NDArray[np.int64]:
+        return np.empty((0, len(COLUMNS)), np.int64) if self._info.clips is None else self._load(self._info.clips)
+
+    @cached_property
+    def _clip_offsets(self) -> NDArray[np.int64]:
+        stored = self._info.clip_offsets
+        return np.zeros(self._info.sequences + 1, np.int64) if stored is None else self._load(stored)
+
+    def clip_index(self, index: int | None) -> NDArray[np.int64]:
+        if index is None:
+            return self._clips
+        self._check_index(index)
+        return self._clips[self._clip_offsets[index] : self._clip_offsets[index + 1]]
 
     def _load(self, stored: StoredFile) -> NDArray[Any]:
         return np.load(stored_path(self._root, stored.file), mmap_mode="r", allow_pickle=False)
@@ -225,13 +253,26 @@ class _Domain:
                 self._masks[number] = self._map(shard.mask.file, np.dtype(np.uint8), shape)
         tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
         packed = self._masks[number][row] if number in self._masks else None
-        if self._checks is not None and sequence_check(tokens, packed, ends) != int(self._checks[index]):
+        try:
+            clips = tuple(read_clip(entry, self._media_of(number)) for entry in self.clip_index(index))
+            is_whole = self._checks is None or sequence_check(tokens, packed, ends, clips) == int(self._checks[index])
+        except ValueError:  # the index of clips names bytes that are not there
+            is_whole = False
+        if not is_whole:
             raise UserError(
-                f"{self._root / shard.file} or the index beside it is corrupt: sequence {index} is not as it was "
-                "written; copy or write the store again"
+                f"{self._root / shard.file} or a file beside it is corrupt: sequence {index} is not as it was written; "
+                "copy or write the store again"
             )
         mask = None if packed is None else np.unpackbits(packed, count=self._length).view(np.bool_)
-        return PackedSequence(np.array(tokens, dtype=np.uint32), ends, mask)
+        return PackedSequence(np.array(tokens, dtype=np.uint32), ends, mask, clips)
+
+    def _media_of(self, number: int) -> NDArray[np.uint8]:
+        media = self._info.shards[number].media
+        if media is None:
+            raise ValueError
+        if number not in self._media:
+            self._media[number] = np.memmap(stored_path(self._root, media.file), np.uint8, mode="r")
+        return self._media[number]
 
     def _map(self, file: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
         return np.memmap(stored_path(self._root, file), dtype, mode="r", shape=shape)
@@ -254,6 +295,8 @@ class _Domain:
             and bool(np.all(self.piece_lengths() > 0))
             and bool(np.all(ends <= self._length))
             and (self._trained is None or int(self._trained.sum()) == self._info.trained_tokens)
+            and int(self._clip_offsets[-1]) == len(self._clips)
+            and bool(np.all(np.diff(self._clip_offsets) >= 0))
         )
         if not whole:
             file = self._root / self._info.ends.file
@@ -324,6 +367,16 @@ class JoinedStore:
         """One row, of its store's length; see PackedStore.read."""
         store, name = self._store_of(domain)
         return store.read(name, row)
+
+    def clip_index(self, domain: str, row: int | None = None) -> NDArray[np.int64]:
+        """Clips of a row, or of all rows of a domain; see PackedStore.clip_index."""
+        store, name = self._store_of(domain)
+        return store.clip_index(name, row)
+
+    @property
+    def has_clips(self) -> bool:
+        """True if any domain holds images or videos."""
+        return any(info.clips is not None for info in self.domains.values())
 
     def trained_tokens(self, domain: str, row: int) -> int:
         """Tokens that a row trains; see PackedStore.trained_tokens."""

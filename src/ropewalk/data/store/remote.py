@@ -138,10 +138,10 @@ class RemoteStore(PackedStore):
 
 
 def _files_of_row(info: DomainInfo, index: int) -> list[StoredFile]:
-    """The token file that holds sequence ``index``, and its masks where it has any; none for an index outside."""
+    """The token file that holds sequence ``index``, its masks and its media if any; none for an index outside."""
     for shard in info.shards:
         if 0 <= index < shard.sequences:
-            return [shard] if shard.mask is None else [shard, shard.mask]
+            return [stored for stored in (shard, shard.mask, shard.media) if stored is not None]
         index -= shard.sequences
     return []
 

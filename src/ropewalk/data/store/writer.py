@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.data.store.clips import COLUMNS, check_clips, clip_row, stored_bytes
 from ropewalk.data.store.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -71,6 +72,8 @@ class Part:
         ends: where each piece ends in its sequence, those of all sequences in order.
         trained: tokens that each sequence trains.
         checks: of each sequence; see reader.sequence_check.
+        clips: of each sequence, how many.
+        clip_rows: int64 (clips, 10), those of all sequences in order; see store.clips.
     """
 
     shard: Shard
@@ -78,6 +81,8 @@ class Part:
     ends: NDArray[np.int32]
     trained: NDArray[np.int32]
     checks: NDArray[np.uint64]
+    clips: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    clip_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.int64))
 
     @property
     def tokens(self) -> int:
@@ -101,10 +106,10 @@ class HashedFile:
         self._file.close()
         fsync_path(self._path)
 
-    def write(self, data: bytes) -> None:
-        """Append."""
-        self._file.write(data)
+    def write(self, data: bytes) -> int:
+        """Append; returns the number of bytes."""
         self._digest.update(data)
+        return self._file.write(data)
 
     @property
     def stored(self) -> StoredFile:
@@ -136,12 +141,15 @@ class PartWriter:
 
         Raises:
             UserError: for a sequence of another length, boundaries that do not increase, a token outside the
-                vocabulary, or a loss mask where the first sequence has none (or the other way round).
+                vocabulary, a loss mask where the first sequence has none (or the other way round), or clips that do not
+            fit their sequence.
         """
         name = f"{self.domain}/tokens-{number:05d}.bin"
         (self.root / self.domain).mkdir(parents=True, exist_ok=True)
         pieces, ends, trained, checks = array("i"), array("i"), array("i"), array("Q")
         masks: HashedFile | None = None
+        media: HashedFile | None = None
+        clips, rows, written = array("i"), array("q"), 0
         with HashedFile(self.root, name) as tokens, ExitStack() as stack:
             for index, sequence in enumerate(sequences):
                 where = f"sequence {index} of {name}"
@@ -157,13 +165,23 @@ class PartWriter:
                 pieces.append(len(sequence.ends))
                 ends.extend(sequence.ends.tolist())
                 trained.append(sequence.trained_tokens)
-                checks.append(sequence_check(row, mask, sequence.ends))
-        shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=masks.stored if masks else None)
+                checks.append(sequence_check(row, mask, sequence.ends, sequence.clips))
+                clips.append(len(sequence.clips))
+                if sequence.clips and media is None:
+                    media = stack.enter_context(HashedFile(self.root, name.replace("/tokens-", "/media-")))
+                for clip in sequence.clips:
+                    rows.extend(clip_row(clip, written))
+                    written += media.write(stored_bytes(clip)) if media is not None else 0
+        beside = [file.stored if file is not None else None for file in (masks, media)]
+        shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=beside[0], media=beside[1])
         columns = zip((pieces, ends, trained, checks), COUNTS.values(), strict=True)
-        return Part(shard, *(np.array(counts, dtype=dtype) for counts, dtype in columns))
+        part = Part(shard, *(np.array(counts, dtype=dtype) for counts, dtype in columns))
+        clip_rows = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+        return replace(part, clips=np.array(clips, np.int32), clip_rows=clip_rows)
 
     def record(self, number: int, part: Part, accounting: Accounting) -> None:
-        """Record on disk that part ``number`` is whole, and what became of the tokens that it was made of."""
+        """Record on disk that part ``number``, of text alone, is whole, and what became of its tokens."""
+        assert part.shard.media is None  # clips are not in a record
         counts = {name: getattr(part, name).tolist() for name in COUNTS}
         content = {"shard": asdict(part.shard), "accounting": asdict(accounting), **counts}
         write_atomically(self._record(number), json.dumps(content) + "\n")
@@ -216,7 +234,21 @@ class PartWriter:
             ends=stored[1],
             trained=self._save("trained.npy", trained.astype("<i4")) if True in masked else None,
             checks=self._save("checks.npy", checks.astype("<u8")),
+            **self._save_clips(parts),
         )
+
+    def _save_clips(self, parts: Sequence[Part]) -> dict[str, StoredFile]:
+        """The two index files of the clips; empty where there are none."""
+        rows = np.concatenate([np.zeros((0, len(COLUMNS)), np.int64), *(part.clip_rows for part in parts)])
+        if not len(rows):
+            return {}
+        counts = np.concatenate([part.clips for part in parts])
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        clips, starts = (
+            self._save("clips.npy", rows.astype("<i8")),
+            self._save("clip_offsets.npy", offsets.astype("<i8")),
+        )
+        return {"clips": clips, "clip_offsets": starts}
 
     def assemble_recorded(self, count: int) -> tuple[DomainInfo, Accounting]:
         """The domain of the recorded parts 0 .. ``count`` - 1, see assemble, and the sum of their accounting.
@@ -250,6 +282,7 @@ class PartWriter:
             raise UserError(f"{where} has the ends {ends}; they must increase from 1 to at most {self.sequence_length}")
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{where} has token {largest}, the tokenizer has {self.vocab_size}; use its own tokenizer")
+        check_clips(sequence.clips, ends, sequence.loss_mask, where)
         return tokens.astype(token_dtype(self.vocab_size), copy=False)
 
     def _save(self, name: str, array: NDArray[np.generic]) -> StoredFile:
@@ -304,7 +337,7 @@ def write_store(
         writer = PartWriter(root, name, sequence_length, tokenizer["vocab_size"])
         shutil.rmtree(root / name, ignore_errors=True)
         per_part = max(1, shard_bytes // (sequence_length * token_dtype(tokenizer["vocab_size"]).itemsize))
-        written[name] = writer.assemble(list(_parts(writer, iter(sequences), per_part)))
+        written[name] = writer.assemble(list(write_parts(writer, iter(sequences), per_part)))
     return commit_store(root, sequence_length, tokenizer, written, accounting)
 
 
@@ -350,8 +383,8 @@ def commit_store(
     return PackedStore(root)
 
 
-def _parts(writer: PartWriter, sequences: Iterator[PackedSequence], per_part: int) -> Iterator[Part]:
-    """Parts of ``per_part`` sequences, the last of what is left."""
+def write_parts(writer: PartWriter, sequences: Iterator[PackedSequence], per_part: int) -> Iterator[Part]:
+    """Write parts of ``per_part`` sequences, the last of what is left."""
     for number in count():
         following = next(sequences, None)
         if following is None:

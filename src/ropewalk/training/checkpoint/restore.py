@@ -38,7 +38,7 @@ class Shards:
     Their tensors are mapped, not read; what is never copied from is never touched.
 
     Attributes:
-        shapes: of each parameter; one that is tied to another is not there.
+        shapes: of each parameter that was trained; one that is tied to another is not there.
         adam_steps: AdamW's count of steps; None: it has taken none, and there are no moments.
         counters: DeepSpeed's own, by the names of the engine's attributes.
     """
@@ -60,12 +60,8 @@ class Shards:
             raise UserError(
                 f"{directory} was saved by {expected} ranks but holds the shards of {len(ranks)}; copy the others there"
             )
-        model = _load(_ranked(directory, "*_model_states.pt")[0])
-        frozen = model.get("frozen_param_shapes")
-        if frozen:
-            raise UserError(
-                f"{directory}: {len(frozen)} parameters were frozen, which this trainer never does: not ours"
-            )
+        models = [_load(path) for path in _ranked(directory, "*_model_states.pt")]
+        model = models[0]
         groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in model["param_shapes"]]
         masters = [
             [flat.detach() for flat in ([rank[key]] if torch.is_tensor(rank[key]) else rank[key])] for rank in ranks
@@ -84,9 +80,13 @@ class Shards:
             else _partitioned_whole(groups, of_kind, paddings, directory)
             for kind, of_kind in vectors.items()
         }
+        self._segments[MASTER] |= _frozen(models, key)
 
     def read(self, name: str, kind: str, out: Tensor, start: int = 0) -> None:
-        """Copy values of one parameter, laid flat, from element ``start`` on into ``out`` (n,), of any dtype."""
+        """Copy values of one parameter, laid flat, from element ``start`` on into ``out`` (n,), of any dtype.
+
+        A frozen one has a MASTER in the dtype that it was trained beside, and no moments.
+        """
         filled = 0
         for segment in _stretch(self._segments[kind][name], start, out.numel()):
             out[filled : filled + segment.numel()].copy_(segment)
@@ -106,6 +106,15 @@ def _adam_states(rank: dict[str, Any]) -> list[dict[str, Any]]:
     """AdamW's state of each flat vector; empty before the first step that was not refused."""
     states = rank.get(_OPTIMIZER, rank.get("base_optimizer_state", {})).get("state", {})
     return [states[number] for number in sorted(states)]
+
+
+def _frozen(models: Sequence[dict[str, Any]], key: str) -> dict[str, Sequence[Tensor]]:
+    """What the optimizer does not hold, such as a frozen vision tower: ZeRO-3 cuts it up too, each rank's part here."""
+    if key == _PARTITIONED_WHOLE:
+        trained = {name for group in models[0]["param_shapes"] for name in group}
+        return {name: [value.view(-1)] for name, value in models[0].get("module", {}).items() if name not in trained}
+    names = models[0].get("frozen_param_shapes") or {}
+    return {name: [model["frozen_param_fragments"][name] for model in models] for name in names}
 
 
 def _partitioned_each(
@@ -172,8 +181,19 @@ def load_checkpoint(engine: Any, checkpoint: Path, *, moments: bool = True, rand
     """
     shards, optimizer = Shards(checkpoint / ZERO), engine.optimizer
     is_partitioned = engine.zero_optimization_stage() == 3
+    named = list(engine.module.named_parameters())
+    if moments and (frozen := [name for name, p in named if p.requires_grad and name not in shards.shapes]):
+        raise UserError(
+            f"{checkpoint}: {len(frozen)} parameters ({frozen[0]}, ...) were frozen, so AdamW has no moments of them; "
+            "keep them frozen (model.train_tower=false), or begin a stage with start_from.optimizer=drop"
+        )
     if is_partitioned:
         optimizer.checkpoint_event_prologue()
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            part = parameter.ds_tensor if is_partitioned else parameter.data
+            start = dist.get_rank(optimizer.dp_process_group) * part.numel() if is_partitioned else 0
+            shards.read(name, MASTER, part.view(-1), start)
     for flat, pieces in _vectors(optimizer, is_partitioned):
         _fill(shards, MASTER, flat, pieces)
         if moments and shards.adam_steps is not None:

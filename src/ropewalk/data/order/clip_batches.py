@@ -1,0 +1,220 @@
+"""Clips of a batch as a model of images and videos takes them: patches, their places, and three positions a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ropewalk.data.order.batches import Batch, ClipKey, VisionInputs, collate, rows_of
+from ropewalk.data.order.mixture import Mixture, SequenceRef
+from ropewalk.data.store.clips import COLUMNS, Clip
+from ropewalk.data.store.hashing import stable_key
+from ropewalk.data.store.reader import JoinedStore
+from ropewalk.errors import UserError
+from ropewalk.rope.pair_axes import PairAxes
+from ropewalk.rope.video_positions import Grid, Segment, token_positions
+
+
+def temporal_scale(scales: Sequence[float], seed: int, key: ClipKey) -> float:
+    """The positions that a frame of this clip takes in this epoch: one of ``scales``, each as likely.
+
+    A pure function of its arguments, so that it is the same for any number of ranks and after any resume.
+    """
+    return float(scales[stable_key("temporal_scale", seed, *key) % len(scales)])
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """The sizes by which a vision tower cuts pixels.
+
+    Attributes:
+        patch_size: pixels along a patch.
+        temporal_patch_size: pixel frames of a patch.
+        merge_size: patches along a token.
+        width: channels of its output, as of the language model.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels along a token."""
+        return self.patch_size * self.merge_size
+
+    def patches(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Pixels in the order that Qwen2-VL's towers take them (transformers' Qwen2VLImageProcessor.patchify).
+
+        Args:
+            frames: uint8 (frames, height, width, 3); one frame is an image, which is repeated.
+
+        Returns:
+            uint8 (patches, 3 x temporal_patch_size x patch_size^2), the patches of a token together.
+        """
+        step, patch, merge = self.temporal_patch_size, self.patch_size, self.merge_size
+        if len(frames) == 1:
+            frames = np.repeat(frames, step, axis=0)
+        count, height, width, _ = frames.shape
+        blocks = frames.reshape(
+            count // step, step, height // self.pixels, merge, patch, width // self.pixels, merge, patch, 3
+        )
+        ordered = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        return np.ascontiguousarray(ordered).reshape(-1, 3 * step * patch * patch)
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Makes the vision inputs of batches; one object for a run.
+
+    Attributes:
+        axes: of the run's chain: the rule for positions and its temporal scales.
+        seed: that the scales are drawn by.
+        tower: sizes of the model's vision tower.
+        placeholders: ids of the tokens that clips replace.
+        tokens_per_second: positions a second of a video under M-RoPE (Qwen2.5-VL); None: one a frame.
+        needs_pixels: some store of the run holds pixels, so every micro batch passes the tower.
+    """
+
+    axes: PairAxes
+    seed: int
+    tower: TowerGeometry
+    placeholders: tuple[int, ...]
+    tokens_per_second: float | None
+    needs_pixels: bool
+
+    def time_step(self, clip: Clip, key: ClipKey) -> float:
+        """Positions from one frame of a clip to the next."""
+        if self.axes.positions == "diagonal":
+            return temporal_scale(self.axes.temporal_scales, self.seed, key)
+        if self.tokens_per_second is not None and clip.frame_seconds:
+            return self.tokens_per_second * clip.frame_seconds
+        return 1.0
+
+    def completed(self, batch: Batch) -> Batch:
+        """The batch with its vision inputs.
+
+        ZeRO-3 gathers the tower's weights on all ranks at once, so where any micro batch has pixels, every one passes
+        the tower: one without takes a single black token, whose output goes nowhere.
+
+        Raises:
+            UserError: for a clip whose tokens are not placeholders of this model.
+        """
+        self._check_placeholders(batch)
+        pixels = [clip for clip in batch.clips if clip.has_pixels]
+        ready = [clip for clip in batch.clips if not clip.has_pixels]
+        patches = grids = None
+        if self.needs_pixels:
+            black = np.zeros((1, self.tower.pixels, self.tower.pixels, 3), np.uint8)
+            contents = [np.asarray(clip.content, np.uint8) for clip in pixels] or [black]
+            sizes = [(clip.frames, clip.height, clip.width) for clip in pixels] or [(1, 1, 1)]
+            patches = torch.from_numpy(np.concatenate([self.tower.patches(content) for content in contents]))
+            grids = torch.tensor(sizes) * torch.tensor([1, self.tower.merge_size, self.tower.merge_size])
+        embeddings = np.concatenate([np.zeros((0, self.tower.width), np.uint16), *(clip.content for clip in ready)])
+        vision = VisionInputs(
+            positions=torch.from_numpy(self.positions(batch).astype(np.float32))[:, None],
+            pixel_places=_places(pixels),
+            patches=patches,
+            grids=grids,
+            embedding_places=_places(ready),
+            embeddings=torch.from_numpy(embeddings.view(np.int16)).view(torch.bfloat16),
+        )
+        return replace(batch, vision=vision)
+
+    def positions(self, batch: Batch) -> NDArray[np.float64]:
+        """Time, height and width of each token, float64 (3, N), from 0 in each document."""
+        clips = list(zip(batch.clips, batch.clip_keys, strict=True))
+        parts = []
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
+            inside = [(clip, self.time_step(clip, key)) for clip, key in clips if start <= clip.start < end]
+            parts.append(token_positions(self.axes.positions, _segments(start, end, inside))[0])
+        return np.concatenate(parts, axis=1)
+
+    def drawn(self, mixture: Mixture, step: int) -> list[list[str | int | float]]:
+        """Domain, row, number, epoch and temporal scale of every clip in the global batch of ``step``, by the index."""
+        return [
+            [*key, temporal_scale(self.axes.temporal_scales, self.seed, key)]
+            for ref in mixture.global_batch(step)
+            for key in _keys(mixture.store, ref)
+        ]
+
+    def check_tokens(self, mixture: Mixture) -> None:
+        """Check the tokens of the first clip of each domain of an order; every batch checks its own.
+
+        Raises:
+            UserError: for a clip whose tokens are not placeholders of this model.
+        """
+        store = mixture.store
+        for domain in _domains(mixture):
+            row = next(row for row in count() if len(store.clip_index(domain, row)))
+            self._check_placeholders(collate([store.read(domain, row)], rows=[(domain, row, 0)]))
+
+    def _check_placeholders(self, batch: Batch) -> None:
+        tokens = batch.input_ids[0].numpy()
+        for clip, key in zip(batch.clips, batch.clip_keys, strict=True):
+            foreign = set(tokens[clip.start : clip.end].tolist()) - set(self.placeholders)
+            if foreign:
+                raise UserError(
+                    f"clip {key.number} of sequence {key.row} of {key.domain} stands for token {min(foreign)}, which "
+                    f"is not one of this model's placeholders {self.placeholders}; prepare the store with the model's "
+                    "tokenizer, or give a model from scratch its image_token_id and video_token_id"
+                )
+
+
+def check_contents(mixture: Mixture, tower: TowerGeometry) -> bool:
+    """Check that every clip of an order is of the tower's sizes; True if any of them holds pixels.
+
+    Raises:
+        UserError: naming the domain, what is there and what the tower takes.
+    """
+    has_pixels = False
+    for domain in _domains(mixture):
+        index = dict(zip(COLUMNS, mixture.store.clip_index(domain).T, strict=True))
+        is_pixels = index["is_pixels"] == 1
+        frames = np.where(index["first"] == 1, tower.temporal_patch_size, index["first"])
+        fits = frames == index["frames"] * tower.temporal_patch_size
+        fits &= (index["second"] == index["height"] * tower.pixels) & (index["third"] == index["width"] * tower.pixels)
+        if not fits[is_pixels].all():
+            raise UserError(
+                f"{domain} holds pixels of another size than {tower.pixels} a token and {tower.temporal_patch_size} "
+                "frames a position, which this model's tower takes; prepare it with this model's sizes"
+            )
+        widths = index["first"][~is_pixels]
+        if not (widths == tower.width).all():
+            raise UserError(
+                f"{domain} holds embeddings of {widths[widths != tower.width][0]} channels and the model has "
+                f"{tower.width}; prepare it with this model's tower"
+            )
+        has_pixels |= bool(is_pixels.any())
+    return has_pixels
+
+
+def _domains(mixture: Mixture) -> list[str]:
+    """Domains of an order that hold clips."""
+    domains = mixture.store.domains
+    return [name for name, info in domains.items() if info.clips is not None and name not in mixture.unused]
+
+
+def _keys(store: JoinedStore, ref: SequenceRef) -> Iterator[ClipKey]:
+    for domain, row, epoch in rows_of(ref):
+        for number in range(len(store.clip_index(domain, row))):
+            yield ClipKey(domain, row, number, epoch)
+
+
+def _segments(start: int, end: int, clips: Sequence[tuple[Clip, float]]) -> Iterator[Segment]:
+    for clip, time_step in clips:
+        yield clip.start - start
+        yield Grid(clip.frames, clip.height, clip.width, time_step)
+        start = clip.end
+    yield end - start
+
+
+def _places(clips: Sequence[Clip]) -> torch.Tensor:
+    empty = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([empty, *(torch.arange(clip.start, clip.end) for clip in clips)])

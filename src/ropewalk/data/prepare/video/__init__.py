@@ -1,0 +1,1 @@
+"""Clips from files and from drawn scenes, packed with their questions."""

@@ -1,0 +1,62 @@
+"""The order and the drawn factor of clips: epochs by counting, draws by any rank, how even they are."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from clip_stores import TOWER, make_store
+from scipy.stats import chisquare
+
+from ropewalk.data import Mixture
+from ropewalk.data.order.batches import ClipKey, rank_micro_batches, read_batch, rows_of
+from ropewalk.data.order.clip_batches import ClipReader, TowerGeometry, temporal_scale
+from ropewalk.rope.pair_axes import PairAxes
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
+GEOMETRY = TowerGeometry(TOWER["patch_size"], TOWER["temporal_patch_size"], TOWER["spatial_merge_size"], 64)
+READER = ClipReader(PairAxes("alternating", (4, 6, 6), "diagonal", SCALES), 0, GEOMETRY, (508, 509), None, True)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, fixture_tokenizer):
+    return make_store(tmp_path_factory.mktemp("clips") / "store", fixture_tokenizer)
+
+
+def test_an_epoch_is_how_often_a_row_has_come_before(store):
+    mixture, seen = Mixture(3, {}, store, 5), Counter()
+    for step in range(10):  # 50 sequences of 12
+        for ref in mixture.global_batch(step):
+            for domain, row, epoch in rows_of(ref):
+                assert epoch == seen[domain, row]
+                seen[domain, row] += 1
+    assert max(seen.values()) == 5
+
+
+def test_every_number_of_ranks_draws_the_same(store):
+    """Time between the first two frames of each video, read off the positions, is the factor of the record."""
+    mixture = Mixture(0, {}, store, 8)
+    recorded = {tuple(key): scale for *key, scale in READER.drawn(mixture, 1)}
+    assert {epoch for *_, epoch in recorded} == {0, 1}  # sequences 8 .. 15 of 12
+    for world_size, micro in ((1, 8), (2, 1), (4, 2)):
+        seen = {}
+        for rank in range(world_size):
+            for part in rank_micro_batches(mixture, 1, rank, world_size, micro):
+                batch = READER.completed(read_batch(mixture.store, part))
+                time = batch.vision.positions[0, 0]
+                for clip, key in zip(batch.clips, batch.clip_keys, strict=True):
+                    rows = clip.height * clip.width
+                    seen[tuple(key)] = (
+                        recorded[key] if clip.frames == 1 else float(time[clip.start + rows] - time[clip.start])
+                    )
+        assert seen == recorded
+
+
+def test_factors_are_even_and_of_seed_clip_and_epoch_alone():
+    keys = [ClipKey("a", row, number, epoch) for row in range(500) for number in range(2) for epoch in range(2)]
+    draws = [temporal_scale(SCALES, 0, key) for key in keys]
+    assert chisquare(list(Counter(draws).values())).pvalue > 0.01
+    assert draws == [temporal_scale(SCALES, 0, key) for key in keys]
+    for field, other in (("domain", "b"), ("row", 501), ("number", 2), ("epoch", 2)):
+        moved = [temporal_scale(SCALES, 0, key._replace(**{field: other})) for key in keys]
+        assert 0.1 < np.mean(np.equal(draws, moved)) < 0.3  # a fifth by chance
+    assert 0.1 < np.mean(np.equal(draws, [temporal_scale(SCALES, 1, key) for key in keys])) < 0.3
