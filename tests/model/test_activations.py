@@ -182,7 +182,9 @@ def test_a_compiled_rotation_is_the_models_own(tmp_path, monkeypatch, kind):
         return call
 
     monkeypatch.setattr(torch, "compile", counted)
-    plain, model = (AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / name, kind)) for name in ("a", "b"))
+    plain, model = (
+        AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / name, kind, pad_token_id=0)) for name in ("a", "b")
+    )
     place_activations(model, trainer(compile=True))
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
     assert calls["apply_rotary_pos_emb"] == 2
