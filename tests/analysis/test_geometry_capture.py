@@ -38,6 +38,7 @@ FIELDS: dict[str, dict] = {  # of each family that export takes: windows, clamps
     "gemma": {},
     "gemma2": {**LAYERED, "attn_logit_softcapping": 2.0},
     "gemma3_text": LAYERED,
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
 }
 
 
@@ -99,10 +100,13 @@ def test_every_family_that_export_takes_is_here() -> None:
 
 
 def test_after_is_the_rotation_of_before(checkpoint) -> None:
-    for heads in captured(load_for_evaluation(checkpoint), [0, 1]):
+    model = load_for_evaluation(checkpoint)
+    rotates = getattr(model.config, "no_rope_layers", [1, 1])  # SmolLM3's name; 0: a layer without rotation
+    for layer, heads in enumerate(captured(model, [0, 1])):
+        inv_freq = INV_FREQ * rotates[layer]
         for vectors, count in ((heads.queries, HEADS), (heads.keys, KEY_HEADS)):
             assert vectors["before"].shape == vectors["after"].shape == (count, TOKENS, DIM)
-            expected = rotated(vectors["before"].double().numpy(), INV_FREQ, 1.0)
+            expected = rotated(vectors["before"].double().numpy(), inv_freq, 1.0)
             np.testing.assert_allclose(vectors["after"].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
