@@ -165,3 +165,13 @@ def test_the_larger_size_has_the_plan_of_the_smaller() -> None:
         layer = 4 * width**2 + 3 * width * mlp + 2 * width
         counts.append(model["vocab_size"] * width + model["num_hidden_layers"] * layer + width)
     assert counts[1] / counts[0] == pytest.approx(4, rel=0.05)
+
+
+def test_the_recipes_page_shows_the_decisions_of_its_results() -> None:
+    results, page = read_results(RECIPE.with_name("results.csv")), RECIPE.with_name("README.md").read_text()
+    (decisions, _) = study_sections(read_plan(RECIPE), results)
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    for block in decisions.blocks:
+        for name, cells in block.rows:
+            words = [" ".join(part for part in (cell.main, cell.detail) if part) or "-" for cell in cells]
+            assert [name, *words] in shown

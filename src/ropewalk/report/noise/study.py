@@ -29,6 +29,7 @@ from ropewalk.report.seeds import SEED
 RESULTS, RUNS = "results.csv", "runs.csv"
 CELL = ["arm", "seed", "regime", "task", "length", "test_time", "metric"]
 COLUMNS = [*CELL, "value", "n"]
+SUMMARY = ["arm", "seed", "regime", "chain", "steps", "tokens", "last_loss", "store_fingerprint", "commit"]
 TABLE_NAMES = {"length": "context_length", "test_time": "test_time_scaling"}  # of the results table
 EXPLORATORY = "Mean over seeds with its 95% interval (Student's t). Exploratory: nothing here is decided."
 
@@ -91,7 +92,8 @@ def collect(plan: StudyPlan, folder: Path) -> None:
                 summaries.append(_summary(run, regime))
     for name, new, key in ((RESULTS, rows, CELL), (RUNS, summaries, ["arm", "seed", "regime"])):
         parts = [pd.read_csv(folder / name)] if (folder / name).exists() else []
-        table = pd.concat([*parts, *new], ignore_index=True) if parts or new else pd.DataFrame(columns=COLUMNS)
+        columns = COLUMNS if name == RESULTS else SUMMARY
+        table = pd.concat([*parts, *new], ignore_index=True) if parts or new else pd.DataFrame(columns=columns)
         table = table.drop_duplicates(key, keep="last").sort_values(key, kind="stable")
         replace_atomically(folder / name, partial(table.to_csv, index=False))
 
