@@ -14,6 +14,7 @@ import torch.distributed as dist
 from helpers import alone_environment
 
 from ropewalk.errors import UserError
+from ropewalk.runs.launch import PLACE
 from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import (
     Ranks,
@@ -219,3 +220,12 @@ def test_an_images_rounding_is_undone():
     exact_products()
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_a_place_that_the_environment_has_lost_is_named_again(monkeypatch) -> None:
+    """A command that forgets its launcher's variables may run after the group was made, as in one test process."""
+    start_processes("cpu")
+    for name in PLACE:
+        monkeypatch.delenv(name, raising=False)
+    assert start_processes("cpu").world_size == 1
+    assert os.environ["LOCAL_RANK"] == "0"

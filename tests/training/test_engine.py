@@ -184,7 +184,7 @@ def test_gradients_and_decay_of_a_partitioned_bf16_model(store_64, tmp_path):
 class LossInTheRoot(LossModel):
     """Reads the head in its own forward, as a plain model would."""
 
-    def forward(self, input_ids, position_ids, labels, documents, token_losses):
+    def forward(self, input_ids, position_ids, labels, documents, token_losses, vision=None):
         output = self.lm.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents
         )

@@ -133,6 +133,11 @@ def join_launched(timeout: timedelta | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+# The place of a process by itself, as torchrun would name it. Port 0: any free one, which the store finds itself, so that
+# no other process takes it meanwhile.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
 def start_processes(device: str, sequence: int = 1, deterministic: bool = False) -> Ranks:
     """Join the process group that the engine works in; a process alone makes one of a single process.
 
@@ -144,6 +149,8 @@ def start_processes(device: str, sequence: int = 1, deterministic: bool = False)
     set_deterministic(deterministic)  # before cuBLAS starts
     deepspeed = import_deepspeed(device)
     exact_products()
+    if "RANK" not in os.environ:  # also where the group stands already: ZeRO-3 reads LOCAL_RANK for every model
+        os.environ.update(ALONE)
     if not dist.is_initialized():
         _join(deepspeed, device)
     own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else CPU
@@ -152,15 +159,6 @@ def start_processes(device: str, sequence: int = 1, deterministic: bool = False)
 
 
 def _join(deepspeed: Any, device: str) -> None:
-    if "RANK" not in os.environ:
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",  # any free one: found by the store itself, so that no other process takes it meanwhile
-        }
-        os.environ.update(alone)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with own_port():
