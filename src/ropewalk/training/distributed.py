@@ -133,8 +133,8 @@ def join_launched(timeout: timedelta | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-# The place of a process by itself, as torchrun would name it. Port 0: any free one, found by the store, so that no other
-# process takes it meanwhile.
+# The place of a process by itself, as torchrun would name it. The store finds a free port itself for port 0, so that no
+# other process takes it meanwhile.
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
