@@ -45,7 +45,7 @@ class ClipKey(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """What a model of images and videos takes beside the tokens of a row.
+    """Inputs of a model of images and videos beside the tokens of a row.
 
     Attributes:
         positions: float32 (3, 1, N): time, height and width of each token; never to be cast to fewer bits.

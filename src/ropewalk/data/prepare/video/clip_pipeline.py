@@ -207,7 +207,7 @@ def _tokenizer(config: PrepareVideoConfig) -> DocumentEncoder:
 
 
 def _source(config: PrepareVideoConfig) -> dict[str, Any]:
-    """What the clips were made of, for the manifest; no path."""
+    """The origin of the clips, for the manifest; no path."""
     if config.clips is None:
         return {"kind": "scenes", "seed": config.seed, **asdict(config.scenes)}
     return {"kind": "clips", "sha256": sha256_of(Path(config.clips)), **asdict(config.frames)}
