@@ -109,7 +109,7 @@ def _adam_states(rank: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _frozen(models: Sequence[dict[str, Any]], key: str) -> dict[str, Sequence[Tensor]]:
-    """Weights that the optimizer does not hold, such as a frozen vision tower: ZeRO-3 cuts it up too, each rank's part here."""
+    """Weights outside the optimizer, such as a frozen tower's: ZeRO-3 cuts them up too, each rank's part here."""
     if key == _PARTITIONED_WHOLE:
         trained = {name for group in models[0]["param_shapes"] for name in group}
         return {name: [value.view(-1)] for name, value in models[0].get("module", {}).items() if name not in trained}
