@@ -128,11 +128,11 @@ class Operations(TorchDispatchMode):
 
 
 def live_bytes():
-    """Bytes of all tensors that Python holds, each storage once."""
+    """Bytes of all tensors that Python holds, each storage once; those on meta have none, and one address."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) is torch.Tensor:
+        if type(thing) is torch.Tensor and thing.device.type == "cpu":
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
