@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from select import POLLERR, poll
 from typing import Any
@@ -47,8 +47,9 @@ OUTPUTS = ("output", "figures")  # keys of what a command writes; training looks
 REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
 
 
+@cache
 def register_schemas() -> None:
-    """Put each entry's dataclass into Hydra's store as ``schema/<entry>``; the YAML files build on them.
+    """Put each entry's dataclass into Hydra's store as ``schema/<entry>``, once; the YAML files build on them.
 
     Their help texts say ``${choices:rope,test_time}`` for what :func:`choices` lists, the launcher's what slurm.options
     computes.
@@ -56,6 +57,8 @@ def register_schemas() -> None:
     for name, resolver in {"choices": choices, **RESOLVERS}.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
     _replace_mappings()
+    # Hydra copies the store, which no copy changes, for each composition and each group that --help lists: 4 s in all.
+    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"schema_{name}", node=schema)
@@ -69,10 +72,9 @@ def _replace_mappings() -> None:
 
     def compose_replacing(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
         config = compose(self, defaults, repo)
+        files = [self._load_single_config(default, repo).config for default in reversed(defaults)]
         for key in REPLACED:
-            loaded = (self._load_single_config(default, repo).config for default in reversed(defaults))
-            mappings = (OmegaConf.select(file, key) for file in loaded)
-            last = next((mapping for mapping in mappings if mapping is not None), None)
+            last = next((mapping for file in files if (mapping := OmegaConf.select(file, key)) is not None), None)
             if last is not None:
                 OmegaConf.update(config, key, {}, merge=False)  # it keeps the type of its values
                 OmegaConf.update(config, key, last, force_add=True)

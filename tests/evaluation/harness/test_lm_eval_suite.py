@@ -101,6 +101,7 @@ def test_a_task_with_a_typo_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"suite.few_shot: .* no task 'gsm8'"):
         check_tasks(SuiteConfig(tasks=["gsm8k"], few_shot={"gsm8": 5}))
     assert nearest("zzz", ["a", "b"]) == "there are 2, such as a, b"
+    assert {"ruler", "gsm8k"} < tasks._names_in_files() < set(task_manager().all_tasks)  # ruler is a group
 
 
 @pytest.mark.slow  # lm-eval's index takes ten seconds to read, once
