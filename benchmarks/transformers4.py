@@ -3,8 +3,9 @@
 python benchmarks/transformers4.py --make DIR        (with this project's own interpreter)
 OLD_PYTHON benchmarks/transformers4.py --read DIR    (with that of transformers 4.45 to 4.57 and torch, nothing else)
 
-``--make`` writes a tiny Llama under several chains, with what stock transformers 5 computes for them; ``--read`` loads
-them with whatever transformers it finds and compares the frequencies, the attention scaling and the logits.
+``--make`` writes a tiny Llama under several chains, and a tiny Qwen2-VL under three arms of images and videos, with
+what stock transformers 5 computes for them. ``--read`` loads them with whatever transformers it finds and compares the
+frequencies, the attention scaling and the logits.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 CHAINS = {
     "rope": [],
@@ -31,6 +32,8 @@ CHAINS = {
     "llama3": [{"method": "llama3"}],
 }
 LENGTH = 512
+VIDEO_ARMS = ("mrope", "hope_video", "cope_mrope")
+GRID = (6, 4, 6)  # patches; a quarter as many tokens
 
 
 def main() -> int:
@@ -64,16 +67,50 @@ def make(root: Path) -> None:
         write_hf(source, root / name, None, overwrite=False)
         np.savez(root / name / "expected.npz", **computed(root / name))
 
+    make_video(root)
+
+
+def make_video(root: Path) -> None:
+    """The same weights under each arm, in the form of an export."""
+    from ropewalk.cli import composed
+    from ropewalk.export.portable import place_portable, write_portable_config
+    from ropewalk.rope import RopeChain
+    from ropewalk.rope.position import position_of
+
+    for name in VIDEO_ARMS:
+        config = transformers.AutoConfig.for_model(
+            "qwen2_vl", vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, image_token_id=508,
+            video_token_id=509, initializer_range=0.1, rope_theta=1e4, tie_word_embeddings=False,
+            rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
+            vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "patch_size": 4,
+                           "spatial_merge_size": 2, "temporal_patch_size": 2, "mlp_ratio": 2},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model.save_pretrained(root / name)
+        chain = RopeChain.of(composed("train", [f"rope={name}"]).rope)
+        position = position_of(config).continued(name, chain, LENGTH)
+        write_portable_config(place_portable(model.config, position, LENGTH), root / name)
+        np.savez(root / name / "expected.npz", **computed(root / name))
+
 
 def computed(directory: Path) -> dict:
     """Frequencies, attention scaling and logits in the transformers at hand."""
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, torch_dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    tokens = torch.arange(LENGTH)[None] * 7 % 512
+    is_video = directory.name in VIDEO_ARMS
+    kind = AutoModelForImageTextToText if is_video else AutoModelForCausalLM
+    model = kind.from_pretrained(directory, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    inputs = {"input_ids": torch.arange(LENGTH)[None] * 7 % 512}
+    if is_video:  # fractional positions, as no config makes them
+        generator = torch.Generator().manual_seed(0)
+        inputs["input_ids"] = inputs["input_ids"] % 508
+        inputs["input_ids"][0, 9 : 9 + GRID[0] * GRID[1] * GRID[2] // 4] = 509
+        inputs["position_ids"] = torch.randint(-8, 4 * LENGTH, (3, 1, LENGTH), generator=generator) / 4
+        inputs["pixel_values_videos"] = torch.randn(GRID[0] * GRID[1] * GRID[2], 96, generator=generator)
+        inputs["video_grid_thw"] = torch.tensor([GRID])
     with torch.no_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[0]
-    rotary = model.model.rotary_emb
+        logits = model(**inputs, use_cache=False).logits[0]
+    rotary = model.get_decoder().rotary_emb
     return {
         "inv_freq": rotary.inv_freq.float().numpy(),
         "attention_scaling": np.float64(rotary.attention_scaling),
@@ -92,6 +129,9 @@ def read(directory: Path) -> bool:
     same = zeros and relative <= 2.4e-7 and scaling <= 1e-7 and logits <= 1e-3
     content = json.loads((directory / "config.json").read_text())
     bare = {k: v for k, v in content.items() if k not in ("rope_theta", "rope_scaling")}
+    if directory.name in VIDEO_ARMS:
+        text = {k: v for k, v in content["text_config"].items() if k != "rope_scaling"}
+        bare = {**content, "text_config": {**text, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}}
     controls = {"without the older form": bare}
     if directory.name == "yarn4":
         controls |= {f"as stock yarn served at {n:,}": stock_yarn(content, n) for n in (32768, 65536)}

@@ -18,7 +18,10 @@ from ropewalk.export.output import SOURCE, STOCK, findings_of
 from ropewalk.export.source import Source
 from ropewalk.files import read_object, write_atomically
 from ropewalk.model.load import head_dim
+from ropewalk.model.rotary import rope_entry
+from ropewalk.model.vision import placeholders, tokens_per_second, tower_geometry
 from ropewalk.rope.nope_layers import CARRIER, describe_layers
+from ropewalk.rope.pair_axes import PairAxes, Rule
 from ropewalk.runs.directory import RunDirectory, read_manifest
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.runs.record import recorded_at
@@ -79,7 +82,7 @@ def _front_matter(source: Source, directory: Path, licence: str | None) -> str:
     data: dict[str, Any] = {
         "license": licence or "other",
         "library_name": "transformers" if (directory / "config.json").is_file() else "gguf",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if source.position.axes is None else "image-text-to-text",
         "tags": ["ropewalk", "long-context", source.position.name],
     }
     if "/" in base and not base.startswith("none"):
@@ -107,7 +110,8 @@ def _what(source: Source, directory: Path) -> list[str]:
 
 
 def _position(source: Source) -> list[str]:
-    position, count = source.position, source.config.num_hidden_layers
+    position, config = source.position, source.config.get_text_config()
+    count = config.num_hidden_layers
     still = describe_layers(position.layers.rotate(count)) if position.layers is not None else ""
     return [
         "## Position",
@@ -116,9 +120,10 @@ def _position(source: Source) -> list[str]:
         f"- spectrum sha256: `{position.sha256}` (of the chain and its inputs), chain sha256 `{position.chain.sha256}`",
         f"- base {position.theta:g}, {position.head_dim} rotating channels a head, pretrained at "
         f"{position.pretrained_length:,} tokens, trained at {position.trained_length:,}, served to "
-        f"{source.config.max_position_embeddings:,}",
+        f"{config.max_position_embeddings:,}",
         f"- attention scaling {position.spectrum().attention_scaling:.6g}, "
         f"{int((position.spectrum().inv_freq == 0).sum())} of {position.head_dim // 2} pairs do not rotate",
+        *([] if position.axes is None else [f"- axes: {position.axes}"]),
         *([] if position.layers is None else [f"- layers (of {count}, from 0) without rotation: {still}"]),
         "",
         "`python scripts/export.py check DIR` of ropewalk tells whether a copy still carries it.",
@@ -236,14 +241,16 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
 
 def commands(source: Source, directory: Path) -> list[str]:
     """Markdown lines for a model card; DIR stands for the directory of the files."""
-    config, position = source.config, source.position
+    config, position = source.config.get_text_config(), source.position
     served, is_carried = config.max_position_embeddings, config.model_type == CARRIER
     oldest = "4.53" if is_carried else "4.45"
     lines = [
         f"Keys and values of one sequence of {served:,} tokens take "
         f"{cache_bytes(config, served) / 2**30:.3g} GiB in bf16.",
     ]
-    if (directory / "config.json").is_file():
+    if position.axes is not None:
+        lines += ["", *video_commands(source.config, position.axes)]
+    elif (directory / "config.json").is_file():
         lines += [
             "",
             "```python",
@@ -271,3 +278,65 @@ def commands(source: Source, directory: Path) -> list[str]:
     if files:
         lines += ["", "```bash", *(f"llama-server --model DIR/{name} --ctx-size {served}" for name in files), "```"]
     return lines
+
+
+# Positions of one grid and where what follows begins, by rule; ropewalk.rope.video_positions has the formulas.
+_CORNER = "parts.append(p + torch.stack([(step * k).floor(), i, j]))"
+_PLACED: dict[Rule, tuple[str, ...]] = {
+    "mrope": (_CORNER, "p = float(parts[-1].max()) + 1"),
+    "mrope_v5": (_CORNER, "p += max(rows, columns)"),
+    "diagonal": (
+        "t = p + step * k",
+        "parts.append(torch.stack([t, t + i - (rows - 1) // 2, t + j - (columns - 1) // 2]))",
+        "p = float(t[-1]) + 1",
+    ),
+    "index": ("parts.append((p + torch.arange(tokens).double()).expand(3, -1))", "p += tokens"),
+}
+
+
+def video_commands(config: PreTrainedConfig, axes: PairAxes) -> Iterator[str]:
+    """The lines that load a model of images and videos, and that make the position ids that it was trained with."""
+    (image, video), merge, seconds = placeholders(config), tower_geometry(config).merge_size, tokens_per_second(config)
+    served, entry = config.get_text_config().max_position_embeddings, rope_entry(config)
+    if axes.positions == "diagonal":
+        step = f"the temporal scale; trained with {', '.join(f'{scale:g}' for scale in axes.temporal_scales)}"
+    elif seconds is not None and axes.positions != "index":
+        step = f"{seconds:g} times the seconds between two frames"
+    else:
+        step = "unused: 1"
+    yield from (
+        "```python",
+        "import torch",
+        "from transformers import AutoModelForImageTextToText, AutoTokenizer",
+        "",
+        'model = AutoModelForImageTextToText.from_pretrained("DIR", dtype="auto")  # transformers 4.57 or later',
+        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        "",
+        f"# grids: rows of image_grid_thw and video_grid_thw in their order; step: {step}",
+        "def position_ids(input_ids, grids, step=1.0):",
+        f"    clip = torch.isin(input_ids[0].cpu(), torch.tensor([{image}, {video}]))",
+        "    parts, p, n = [], 0.0, 0",
+        "    for frames, rows, columns in grids.tolist():",
+        f"        rows, columns = rows // {merge}, columns // {merge}",
+        "        start, tokens = n + int(clip[n:].nonzero()[0]), frames * rows * columns",
+        "        parts.append((p + torch.arange(start - n).double()).expand(3, -1))",
+        "        p, n = p + start - n, start + tokens",
+        "        k, i, j = torch.cartesian_prod(*map(torch.arange, (frames, rows, columns))).T.double()",
+        *(f"        {line}" for line in _PLACED[axes.positions]),
+        "    parts.append((p + torch.arange(len(clip) - n).double()).expand(3, -1))",
+        "    return torch.cat(parts, 1).float()[:, None]  # (3, 1, tokens), never bfloat16, which rounds 1000.75",
+        "```",
+        "",
+        "`model(**inputs, position_ids=...)` and `model.generate(**inputs, position_ids=...)` take them. Without them "
+        "transformers counts by a rule of its own, whatever the model was trained with: version 5 as `mrope_v5`, "
+        "version 4 as `mrope`.",
+        "",
+    )
+    if axes.layout == "bands" and axes.positions == "mrope" and entry["rope_type"] == "default":
+        yield from ("```bash", f"vllm serve DIR --max-model-len {served}", "```", "")
+        yield "By its source, vLLM counts positions by the same rule; it was not run. No other engine was looked at."
+    else:
+        yield (
+            "By their sources, vLLM, SGLang and llama.cpp lose this layout, its factors or its positions without a "
+            "word, so no command is given."
+        )

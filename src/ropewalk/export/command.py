@@ -66,7 +66,7 @@ def export(config: ExportConfig) -> Path:
     source = _source(config)
     output = _output(config, source)
     if config.to != "hf":
-        served = source.config.max_position_embeddings
+        served = source.config.get_text_config().max_position_embeddings
         family_of(source.config, gguf_position(source.position, served))  # refuses before anything is written
     with only_export(output):
         failures: list[str] = []

@@ -20,6 +20,7 @@ from ropewalk.export.portable import write_portable_config
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
 from ropewalk.files import check_space, copy_files, fsync_path, open_like_directory, read_object, write_atomically
 from ropewalk.model.hf_directory import INDEX, Weights
+from ropewalk.model.vision import has_vision
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
 SHARD_SIZE = "1GB"  # in memory while it is written; a weight that is larger is a shard by itself
@@ -35,7 +36,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     finished run without one is exported there; any other once, to ``<run>/exports/<step>``.
 
     Raises:
-        UserError: where ``path`` is none of the three.
+        UserError: where ``path`` is none of the three, or is of a model of images and videos.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / MANIFEST).exists() and list(path.glob("*.safetensors")):
@@ -43,6 +44,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
     checkpoint = committed_checkpoint(path)
     run = RunDirectory.of(checkpoint)
     source = trained_source(checkpoint)
+    if has_vision(source.config):
+        raise UserError(
+            f"{checkpoint} is of images and videos ({source.config.model_type}), which evaluation does not read yet; "
+            f"python scripts/export.py checkpoint={run.root} exports it"
+        )
     if is_current(run.export, source, None):
         return run.export
     is_last = not run.export.exists() and checkpoint == run.newest_checkpoint() and run.is_finished()
@@ -92,7 +98,8 @@ def place_hf(source: Source, output: Path, dtype: str | None, *, overwrite: bool
     with written_beside(output, needed) as partial:
         gather = weights.gather if may_be_nan else functools.partial(_finite, source.origin, weights)
         write_weights(partial, planned, gather)
-        source.config.dtype = _config_dtype(planned)
+        for part in (source.config, *(getattr(source.config, name) for name in source.config.sub_configs)):
+            part.dtype = _config_dtype(planned)
         write_portable_config(source.config, partial)
         write_atomically(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         copy_tokenizer_files(source.tokenizer, partial)
@@ -176,7 +183,7 @@ def source_tokenizer(source: Source) -> Any:
     if source.tokenizer is None:
         return None
     tokenizer = open_tokenizer(source.tokenizer)
-    rows = source.config.vocab_size
+    rows = source.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer in {source.tokenizer} has {len(tokenizer)} entries and the model {rows} embeddings; they "
@@ -195,18 +202,17 @@ def generation_settings(source: Source, tokenizer: Any) -> dict[str, Any]:
     settings = read_object(source.origin / "generation_config.json") if source.run_dir is None else {}
     settings.pop("transformers_version", None)
     given = {key for key in _SPECIAL if settings.get(key) is not None}
+    text = source.config.get_text_config()
     for key in _SPECIAL:
         own = getattr(tokenizer, key, None) if tokenizer is not None else None
-        present = settings.get(key, getattr(source.config, key, None))
+        present = settings.get(key, getattr(text, key, None))
         value = present if key in given or own is None else own
         if isinstance(present, list) and own in present:
             value = present  # several ends of a turn, the tokenizer names one
         ids = value if isinstance(value, list) else [value]
-        unknown = [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < source.config.vocab_size)]
+        unknown = [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < text.vocab_size)]
         if unknown:
-            print(
-                f"generation_config.json: {key}={value} is not within the {source.config.vocab_size} tokens: left out"
-            )
+            print(f"generation_config.json: {key}={value} is not within the {text.vocab_size} tokens: left out")
             value = [i for i in ids if i not in unknown] or None
         elif key in given and own is not None and own not in ids:
             print(f"generation_config.json: {key}={value} is kept, though the tokenizer's is {own}")

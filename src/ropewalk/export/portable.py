@@ -36,25 +36,25 @@ def place_portable(
         extra: steps after its chain, of which the metadata says nothing.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
-    config.max_position_embeddings = served
+    config.get_text_config().max_position_embeddings = served
     config = place_position(config, position.extended(extra), length, refused=("yarn", "proportional"))
     setattr(config, METADATA_KEY, position.metadata())
     return config
 
 
 def older_form(config: PreTrainedConfig) -> dict[str, Any]:
-    """The same position as top-level keys in the form of transformers 4.
+    """The same position as keys of the (text) config in the form of transformers 4.
 
     Without them version 4 takes base 10,000 and no scaling, silently. Where layers differ, Gemma 3's key for the
     sliding ones is written too.
     """
     entry = rope_entry(config)
     form: dict[str, Any] = {"rope_theta": entry["rope_theta"]}
-    if entry["rope_type"] != "default":
+    if entry["rope_type"] != "default" or "mrope_section" in entry:
         form["rope_scaling"] = {k: v for k, v in entry.items() if k != "partial_rotary_factor"}
     if "partial_rotary_factor" in entry:
         form["partial_rotary_factor"] = entry["partial_rotary_factor"]
-    local = config.rope_parameters.get("sliding_attention")
+    local = config.get_text_config().rope_parameters.get("sliding_attention")
     if isinstance(local, Mapping):
         form["rope_local_base_freq"] = local["rope_theta"]
     return form
@@ -68,12 +68,22 @@ def write_portable_config(config: PreTrainedConfig, directory: Path) -> bool:
     path = directory / "config.json"
     write_config(config, path)
     content = json.loads(path.read_text())
-    intended = AutoConfig.from_pretrained(directory).rope_parameters
-    write_atomically(path, _text({**content, **older_form(config)}))
-    if AutoConfig.from_pretrained(directory).rope_parameters == intended:
+    intended = _rope_parameters(directory)
+    both = text_part(content) | older_form(config)
+    write_atomically(path, _text({**content, "text_config": both} if "text_config" in content else both))
+    if _rope_parameters(directory) == intended:
         return True
     write_atomically(path, _text(content))
     return False
+
+
+def text_part(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that is about the language model: of a model of images and videos its own config."""
+    return dict(content.get("text_config") or content)
+
+
+def _rope_parameters(directory: Path) -> Any:
+    return AutoConfig.from_pretrained(directory).get_text_config().rope_parameters
 
 
 def _text(content: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ from ropewalk.export.portable import place_portable
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
 from ropewalk.model.hf_directory import StoredWeights, Weights, read_config, weight_files, weight_report
-from ropewalk.model.vision import has_vision
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.chain import Steps, reached_length
 from ropewalk.rope.hf_config import unreachable
@@ -92,11 +91,9 @@ def trained_source(checkpoint: Path, test_time: Steps = ()) -> Source:
     """
     manifest = read_manifest(checkpoint)
     config = read_config(checkpoint, key="checkpoint")
-    if has_vision(config):
-        raise UserError(f"checkpoint={checkpoint} is of images and videos ({config.model_type}): not exported yet")
     trained = position_of(config)
     position = trained.extended(test_time)
-    config = place_portable(config, position, _served(position, config.max_position_embeddings))
+    config = place_portable(config, position, _served(position, config.get_text_config().max_position_embeddings))
     run = RunDirectory.of(checkpoint)
     return Source(
         origin=checkpoint,

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ropewalk.config.train import VISION_MODEL_TYPES
 from ropewalk.errors import UserError, in_one_line, warn_once
 from ropewalk.files import inside
 from ropewalk.rope.advisor import config_warnings
@@ -327,12 +328,12 @@ def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
         UserError: where it cannot be read at all.
     """
     stored = StoredWeights(directory)
-    check_causal(config)
+    check_causal(config, also=VISION_MODEL_TYPES)
     check_generation(directory)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its own report of the same
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
     except _REFUSALS as error:

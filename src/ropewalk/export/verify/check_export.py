@@ -21,7 +21,7 @@ from ropewalk.export.card import CARD
 from ropewalk.export.gguf.gguf_file import METADATA, gguf_fields, read_field
 from ropewalk.export.gguf.gguf_model import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.output import Finding
-from ropewalk.export.portable import older_form
+from ropewalk.export.portable import older_form, text_part
 from ropewalk.model.hf_directory import read_config, weight_faults
 from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
@@ -78,7 +78,7 @@ class Claim:
     @property
     def gguf(self) -> GgufPosition:
         """The position that a GGUF file of this checkpoint must have."""
-        return gguf_position(self.position, self.config.max_position_embeddings)
+        return gguf_position(self.position, self.config.get_text_config().max_position_embeddings)
 
     def rotations(self, length: int | None = None) -> list[Rotation]:
         """The rotations that stock transformers builds, read at ``length`` tokens; None: all that the model serves."""
@@ -222,10 +222,17 @@ def _reference_faults(claim: Claim) -> Iterator[str]:
 
 
 def _older_faults(claim: Claim) -> Iterator[str]:
-    if claim.has_metadata and "rope_type" in claim.config.rope_parameters:
-        missing = [key for key, value in older_form(claim.config).items() if claim.content.get(key) != value]
+    content = text_part(claim.content)
+    section = content.get("rope_parameters", {}).get("mrope_section", ())
+    if len(section) % 3:
+        yield (
+            f"mrope_section has {len(section)} numbers; transformers before 5 repeats the list for the other half of a "
+            f"head, where they then name other axes: write {[*section, *[0] * (-len(section) % 3)]}"
+        )
+    if claim.has_metadata and "rope_type" in claim.config.get_text_config().rope_parameters:
+        missing = [key for key, value in older_form(claim.config).items() if content.get(key) != value]
         if missing:
-            read = read_hf_position({**claim.content, "rope_parameters": None})
+            read = read_hf_position({**content, "rope_parameters": None})
             yield (
                 f"{', '.join(missing)} is not as transformers before 5 needs it: it reads base {read.theta:g} and "
                 f"{RopeChain(read.chain)}"
@@ -241,5 +248,5 @@ def _tokenizer_faults(directory: Path, claim: Claim) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    if entries > claim.config.vocab_size:
-        yield f"the tokenizer has {entries} entries, the model {claim.config.vocab_size} embeddings"
+    if entries > claim.config.get_text_config().vocab_size:
+        yield f"the tokenizer has {entries} entries, the model {claim.config.get_text_config().vocab_size} embeddings"

@@ -12,16 +12,24 @@ import tempfile
 import textwrap
 import turtle
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig
 
+from ropewalk.data.order.batches import VisionInputs, collate
+from ropewalk.data.order.clip_batches import ClipReader
+from ropewalk.data.store.clips import Clip
+from ropewalk.data.store.reader import PackedSequence
 from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.export.output import Unverifiable
 from ropewalk.model.load import read_position
+from ropewalk.model.vision import pixel_values, placeholders, tokens_per_second, tower_geometry
+from ropewalk.rope.pair_axes import PairAxes
 
 MAX_TOKENS = 4096  # compared, unless the original length asks for more
 MAX_ROWS = 512  # positions whose logits are compared
@@ -36,14 +44,42 @@ class Passage:
     Attributes:
         text: real text.
         tokens: of its beginning, int64 (n,).
+        vision: a video in the place of some of them, and the positions of all; None: text alone.
     """
 
     text: str
     tokens: NDArray[np.int64]
+    vision: VisionInputs | None = None
 
     def cut(self, tokens: int) -> Passage:
-        """Its first so many tokens."""
+        """Its first so many tokens, of text alone."""
         return Passage(self.text, self.tokens[:tokens])
+
+    def with_video(self, config: PreTrainedConfig, axes: PairAxes) -> Passage:
+        """The same with a video of noise in the place of the second eighth of its tokens.
+
+        It has more frames than rows and columns, so that the rules for positions differ in the text behind it.
+
+        Args:
+            config: of the model that reads it.
+            axes: of its chain, with the rule for positions; one temporal scale is drawn.
+
+        Raises:
+            Unverifiable: for fewer than 96 tokens.
+        """
+        frames, height, width = min(len(self.tokens) // 48, 16), 2, 3
+        if frames < 2:
+            raise Unverifiable(f"not verified: {len(self.tokens)} tokens hold no video and text around it; use 96")
+        tower, (_, placeholder) = tower_geometry(config), placeholders(config)
+        shape = (frames * tower.temporal_patch_size, height * tower.pixels, width * tower.pixels, 3)
+        content = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        clip = Clip(len(self.tokens) // 8, frames, height, width, content, frame_seconds=0.5)
+        tokens = self.tokens.copy()
+        tokens[clip.start : clip.end] = placeholder
+        ends, trained = np.array([len(tokens)], np.int32), np.ones(len(tokens), bool)
+        row = collate([PackedSequence(tokens.astype(np.uint32), ends, trained, (clip,))])
+        reader = ClipReader(axes, 0, tower, placeholders(config), tokens_per_second(config), needs_pixels=True)
+        return replace(self, tokens=tokens, vision=reader.completed(row).vision)
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -77,7 +113,18 @@ def read_passage(directory: Path, tokens: int | None = None) -> Passage:
 
 def stock_logits(directories: list[Path], passage: Passage) -> list[dict[str, NDArray[Any]]]:
     """Logits (rows, vocabulary) and two rows of frequencies (see stock_probe.py) from stock transformers."""
-    return run_probe("stock_probe.py", "stock transformers", directories, tokens=passage.tokens, rows=passage.rows)
+    video: dict[str, Any] = {}
+    if passage.vision is not None:
+        assert passage.vision.patches is not None
+        assert passage.vision.grids is not None
+        video = {
+            "position_ids": passage.vision.positions.numpy(),
+            "pixel_values_videos": pixel_values(passage.vision.patches, torch.float32).numpy(),
+            "video_grid_thw": passage.vision.grids.numpy(),
+        }
+    return run_probe(
+        "stock_probe.py", "stock transformers", directories, tokens=passage.tokens, rows=passage.rows, **video
+    )
 
 
 def llama_logits(files: list[Path], passage: Passage) -> list[dict[str, NDArray[Any]]]:

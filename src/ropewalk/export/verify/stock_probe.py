@@ -2,7 +2,8 @@
 
 python -I stock_probe.py JOB.json
 
-JOB.json: {"tokens": TOKENS.npy, "rows": ROWS.npy, "models": {Hugging Face directory: ANSWER.npz}}
+JOB.json: {"tokens": TOKENS.npy, "rows": ROWS.npy, "models": {Hugging Face directory: ANSWER.npz}}; for a model of
+images and videos "position_ids", "pixel_values_videos" and "video_grid_thw" too, each a .npy file.
 """
 
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+VIDEO = ("position_ids", "pixel_values_videos", "video_grid_thw")
 
 
 def main(job: str) -> None:
@@ -24,13 +27,15 @@ def main(job: str) -> None:
     """
     given = json.loads(Path(job).read_text(encoding="utf-8"))
     ids, rows = torch.from_numpy(np.load(given["tokens"]))[None], torch.from_numpy(np.load(given["rows"]))
+    video = {name: torch.from_numpy(np.load(given[name])) for name in VIDEO if name in given}
+    kind = AutoModelForImageTextToText if video else AutoModelForCausalLM
     for directory, answer in given["models"].items():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        rotary = model.base_model.rotary_emb
+        model = kind.from_pretrained(directory, dtype=torch.float32).eval()
+        rotary = model.get_decoder().rotary_emb
         name = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"
         as_loaded = getattr(rotary, name).clone()
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows, **video).logits[0]
         np.savez(answer, logits=logits.numpy(), inv_freq=torch.stack([as_loaded, getattr(rotary, name)]).numpy())
 
 

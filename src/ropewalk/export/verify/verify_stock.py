@@ -31,6 +31,7 @@ from ropewalk.model.rotary import (
     rotations,
     stock_tolerances,
 )
+from ropewalk.model.vision import embed
 from ropewalk.rope.nope_layers import CARRIER
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
@@ -80,6 +81,9 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
     """
     faults = Claim.of(directory).faults()
     passage = read_passage(directory, tokens)
+    axes = source.position.axes
+    if axes is not None:
+        passage = passage.with_video(source.config, axes)
     passages = [passage]
     short = source.position.pretrained_length * 3 // 4
     if source.position.depends_on_length and 0 < short < len(passage.tokens):
@@ -94,11 +98,12 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
     difference, std, _ = max(compared, key=lambda numbers: numbers[0] / numbers[1])
     agrees = all(apart <= TOLERANCE * spread for apart, spread, _ in compared)  # not for NaN either
     count, beyond = len(passage.tokens), len(passage.tokens) > source.position.pretrained_length
+    video = ", a video among them" if axes is not None else ""
     sides = f" and {short:,} (before it)" if len(passages) > 1 else ""
     return judged(
         agrees and spectrum_equal,
         f"stock transformers, unable to import ropewalk, differs by at most {difference:.2e} at {len(passage.rows)} "
-        f"positions of {count:,} tokens, {'past' if beyond else 'NOT past'} the original length{sides} (logits' "
+        f"positions of {count:,} tokens{video}, {'past' if beyond else 'NOT past'} the original length{sides} (logits' "
         f"standard deviation {std:.3f}); frequencies {'equal' if spectrum_equal else 'DIFFER'}",
         faults,
         max_abs_difference=difference,
@@ -160,7 +165,12 @@ def _source_logits(
     rows = torch.from_numpy(passage.rows)
     with torch.no_grad():
         ids = torch.from_numpy(passage.tokens)[None]
-        logits = model(input_ids=ids, logits_to_keep=rows, **(further or {"use_cache": False})).logits[0]
+        if passage.vision is not None:
+            video = {"inputs_embeds": embed(model, ids, passage.vision), "position_ids": passage.vision.positions}
+            hidden = model.get_decoder()(**video, **further, use_cache=False).last_hidden_state[0, rows]
+            logits = model.get_output_embeddings()(hidden)
+        else:
+            logits = model(input_ids=ids, logits_to_keep=rows, **(further or {"use_cache": False})).logits[0]
     return logits.numpy(), chain_rotation(rotations(model, count)).inv_freq.numpy()
 
 
@@ -195,6 +205,8 @@ def verify_table(engine: str, directory: Path, python: str | None = None) -> Fin
     if claim.config.model_type == CARRIER:
         reason = "runs this class by transformers' own code" if engine == "vllm" else "has no class for this model"
         raise Unverifiable(f"not verified: {engine} {reason}, so it has no table of its own")
+    if claim.position.axes is not None:
+        raise Unverifiable(f"not verified: {engine}'s table has one position a token, and this model three")
     if "rope_type" not in claim.config.rope_parameters:
         raise Unverifiable("not verified: its layers rotate in more than one way")
     positions = min(POSITIONS, claim.config.max_position_embeddings)
