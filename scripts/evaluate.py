@@ -1,4 +1,4 @@
-"""Loss by position and the needle grid of a checkpoint.
+"""Evaluation of a checkpoint by a suite: answers, loss by position and needles by default.
 
 ``python scripts/evaluate.py checkpoint=DIR documents=DIR output=DIR``
 ``python scripts/evaluate.py key_tokens checkpoint=BASE documents=DIR length=65536``

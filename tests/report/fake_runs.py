@@ -97,6 +97,7 @@ def write_record(directory: Path, run: FakeRun) -> None:
         "chain": run.chain,
         "chain_sha256": hashlib.sha256(run.chain.encode()).hexdigest(),
         "theta": run.theta,
+        "rope_theta": run.theta,
         "head_dim": HEAD_DIM,
         "pretrained_length": 512,
         "trained_length": run.trained_length,

@@ -257,7 +257,7 @@ def scaling_name(setting: Setting, rope: RopeConfig) -> str:
 
 
 def check_checkpoint(path: str) -> Path:
-    """The Hugging Face directory of a checkpoint, every weight file whole.
+    """The Hugging Face directory of a checkpoint, every weight file whole; a run without an export is exported first.
 
     Raises:
         UserError: ``path`` is not a checkpoint, or a shard of it is missing or cut short.

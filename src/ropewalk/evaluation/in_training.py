@@ -1,4 +1,4 @@
-"""The evaluation inside a training run: the losses and needles of scripts/evaluate.py, shared among the ranks."""
+"""The evaluation that training/periodic_evaluation.py runs: losses and needles as scripts/evaluate.py has them."""
 
 from __future__ import annotations
 

@@ -167,5 +167,6 @@ class LossModel(nn.Module):
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if vision is not None:
             inputs = {"inputs_embeds": embed(self.lm, input_ids, vision), "position_ids": vision.positions}
+        # documents go through the stock decoder to attention.document_attention, which the model's config names
         output = decoder(**inputs, use_cache=False, documents=documents)
         return self.loss(output.last_hidden_state[0], labels[0], token_losses, logits_at)

@@ -127,7 +127,8 @@ def _export(run: Run) -> str:
 FACTS: dict[str, Callable[[Run], str]] = {  # name of a row -> its value for a run
     "chain": lambda run: _text(run.record.get("chain") or _first_chain(run)),
     "chain sha256": lambda run: _hash(run.record.get("chain_sha256")),
-    "base theta": lambda run: _text(run.record.get("theta")),
+    "theta of the base model": lambda run: _text(run.record.get("theta")),
+    "theta in force": lambda run: _text(run.record.get("rope_theta")),
     "pretrained length": lambda run: _count(run.pretrained_length),
     "trained length": lambda run: _count(run.trained_length),
     "parameters": lambda run: amount(run.record["parameters"]) if "parameters" in run.record else UNKNOWN,

@@ -136,7 +136,7 @@ def why_apart(all_arms: Sequence[Arm]) -> list[str]:
     lines = []
     for arm, other in combinations([arm for arm in all_arms if arm.is_trained], 2):
         run, peer = arm.runs[0], other.runs[0]
-        rotates_alike = run.config and peer.config and _position(run) == _position(peer) != [None, None]
+        rotates_alike = run.config and peer.config and _chain_hashes(run) == _chain_hashes(peer) != [None, None]
         if rotates_alike and run.test_time == peer.test_time:
             settings, others = _settings(run), _settings(peer)
             names = sorted(n for n in settings.keys() | others.keys() if settings.get(n) != others.get(n))
@@ -172,8 +172,8 @@ def _key(run: Run) -> str:
     return json.dumps([_settings(run) or str(run.directory.resolve()), *own], default=str)
 
 
-def _position(run: Run) -> list[str | None]:
-    """Hashes of the chain and of the spectrum that it gives."""
+def _chain_hashes(run: Run) -> list[str | None]:
+    """Hashes of the chain, and of the chain with the facts of its model."""
     return [run.record.get("chain_sha256"), run.record.get("spectrum_sha256")]
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from ropewalk.errors import UserError
 from ropewalk.rope.chain import RopeChain, clip_of, print_value, reached_length
 from ropewalk.rope.hf_config import READ_SHARE, REFERENCE_KEYS, SHARE, read_hf_position
+from ropewalk.rope.hf_scaling import STRETCHED
 from ropewalk.rope.methods.clipping import recommended_clip
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
 from ropewalk.rope.position import METADATA_KEY, Position
 from ropewalk.rope.registry import get_method
 
 LARGEST_CLIP = 0.75  # of all pairs
-NEEDS_ORIGINAL = ("yarn", "llama3", "longrope", "su")
 BAND = 2.205  # training lengths in a turn of the band that learned spectra keep (LeRoPE, arXiv 2607.10134, table 10)
 SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
 
@@ -379,7 +379,7 @@ def config_warnings(config: Mapping[str, Any]) -> Iterator[str]:
             "counted here; other engines rotate the share alone: delete it where whole heads were trained"
         )
     named = any("original_max_position_embeddings" in values for values in (stock.entry, text))
-    if kind in NEEDS_ORIGINAL and not named:
+    if kind in STRETCHED and not named:
         yield (
             f"rope_type={kind} without original_max_position_embeddings: transformers takes max_position_embeddings="
             f"{stock.trained_length:,} in its place without a warning; write the length the model was trained at"

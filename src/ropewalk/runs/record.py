@@ -200,7 +200,7 @@ def _version(package: str) -> str | None:
 def write_record(
     config: TrainConfig,
     position: Position,
-    store: PackedStore,
+    mixture: Mixture,
     model: dict[str, Any],
     world_size: int,
     step: int = 0,
@@ -211,7 +211,7 @@ def write_record(
     Args:
         config: resolved.
         position: position encoding of the model.
-        store: packed sequences that it is trained on.
+        mixture: the order of what it is trained on, in one store or several with one tokenizer.
         model: further facts about the model (parameters, attention kernel).
         world_size: number of ranks.
         step: that the session begins after.
@@ -228,14 +228,15 @@ def write_record(
         "chain_sha256": position.chain.sha256,
         "spectrum_sha256": position.sha256,
         "theta": position.theta,
+        "rope_theta": spectrum.theta,  # after the chain, as in a stock entry
         "head_dim": position.head_dim,
         "pretrained_length": position.pretrained_length,
         "trained_length": position.trained_length,
         "inv_freq": spectrum.inv_freq.tolist(),
         "attention_scaling": spectrum.attention_scaling,
         **model,
-        "store_fingerprint": store.fingerprint,
-        "special_tokens": store.special_tokens,
+        "store_fingerprint": mixture.store.fingerprint,
+        "special_tokens": next(iter(mixture.store.stores.values())).special_tokens,
         "git_commit": git_commit(),
         "versions": versions(),
         "world_size": world_size,

@@ -1,4 +1,4 @@
-"""Evaluation while training: every so many steps, through the engine as it is.
+"""Evaluation while training: every so many steps, through the engine as it is; in_training.py has its content.
 
 Losses and logits go through the engine and its LossModel, so ZeRO-3 gathers weights as it does in a step, and ranks
 that share rows share a document.

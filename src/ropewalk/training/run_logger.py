@@ -69,7 +69,13 @@ class RunLogger(Hook):
         with writing(f"run_dir={run_dir}", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             record = write_record(
-                config, inputs.position, store, model, self.ranks.world_size, resume_point.step, resume_point.accepted
+                config,
+                inputs.position,
+                inputs.mixture,
+                model,
+                self.ranks.world_size,
+                resume_point.step,
+                resume_point.accepted,
             )
             copy_tokenizer(store.tokenizer_path, run_dir)
             self.metrics = MetricsFile(RunDirectory(run_dir).metrics, resume_point.step, log)

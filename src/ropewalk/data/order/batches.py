@@ -34,7 +34,7 @@ class ClipKey(NamedTuple):
         domain: of the store.
         row: of the domain.
         number: of the clip in that row.
-        epoch: how often all rows of the domain had come before.
+        epoch: of the domain, from 0.
     """
 
     domain: str
@@ -163,7 +163,7 @@ def _label(labels: NDArray[np.int64], tokens: NDArray[np.int64], sequence: Packe
 
 
 def _count(positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-    """Write positions that begin at 0 after every end: ones, at each start one less what was reached, added up."""
+    """Write positions that begin at 0 after every end: the running sum of ones, set back at each start."""
     positions[:] = 1
     positions[0] = 0
     positions[ends[:-1]] = 1 - np.diff(ends, prepend=0)[:-1]

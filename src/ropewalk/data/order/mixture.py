@@ -27,7 +27,7 @@ class SequenceRef:
     Attributes:
         domain: of the rows.
         rows: their numbers in the domain.
-        epochs: how often all rows of the domain had come before each of them.
+        epochs: of the domain, from 0, for each of them.
     """
 
     domain: str
