@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -55,7 +56,8 @@ def assert_gradients(directory, ranks, cases, sequence=1):
         case |= {"weights": WEIGHTS, "global_batch_size": GLOBAL_BATCH}
         case["micro_batch_size"] = GLOBAL_BATCH * sequence // (ranks * case["accumulation"])
     (directory / "cases.json").write_text(json.dumps({"sequence": sequence, "cases": cases}))
-    torchrun(ranks, str(HERE / "engine_gradients.py"), str(directory / "cases.json"), str(directory))
+    arguments = [str(directory / "cases.json"), str(directory)]
+    run_ranks(ranks, directory / "logs", arguments, script=str(HERE / "engine_gradients.py"))
     for case in cases:
         loss, expected = per_document_gradients(case["model"], PackedStore(case["store"]), case.get("z_loss", 0.0))
         is_bf16 = "trainer.dtype=bfloat16" in case["overrides"]
