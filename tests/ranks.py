@@ -36,8 +36,8 @@ def environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def rank_main(directory: str, variables: dict[str, str], log: str, arguments: Sequence[str], fault: str | None) -> None:
-    """``python train.py ARGUMENTS`` as one rank, its output in ``log``; ``fault`` names a function of faults.py."""
+def rank_main(directory: str, variables: dict[str, str], log: str, words: Sequence[str], fault: str | None) -> None:
+    """``python WORDS`` as one rank, its output in ``log``; ``fault`` names a function of faults.py."""
     os.environ.update(variables)
     os.chdir(directory)  # the forkserver stays in that of the first test
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -45,8 +45,8 @@ def rank_main(directory: str, variables: dict[str, str], log: str, arguments: Se
     os.dup2(output, 2)
     if fault is not None:
         getattr(importlib.import_module("faults"), fault)()
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path("train.py", run_name="__main__")
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 class RankProcesses:
@@ -95,8 +95,10 @@ class RankProcesses:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs if log.exists())
 
 
-def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault: str | None = None) -> RankProcesses:
-    """Start ``python train.py ARGUMENTS`` as ``world_size`` ranks; their output goes to files in ``log_dir``."""
+def start_ranks(
+    world_size: int, log_dir: Path, arguments: Sequence[str], fault: str | None = None, script: str = "train.py"
+) -> RankProcesses:
+    """Start ``python SCRIPT ARGUMENTS`` as ``world_size`` ranks; their output goes to files in ``log_dir``."""
     log_dir.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -109,7 +111,7 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = context.Process(
-            target=rank_main, args=(os.getcwd(), own, str(log), list(arguments), fault), daemon=True
+            target=rank_main, args=(os.getcwd(), own, str(log), [script, *arguments], fault), daemon=True
         )
         with environment(OMP_NUM_THREADS="1", PYTHONPATH=PYTHONPATH):
             process.start()
@@ -117,9 +119,11 @@ def start_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], fault:
     return RankProcesses(processes, logs)
 
 
-def run_ranks(world_size: int, log_dir: Path, arguments: Sequence[str], seconds: float = 300) -> None:
+def run_ranks(
+    world_size: int, log_dir: Path, arguments: Sequence[str], seconds: float = 300, script: str = "train.py"
+) -> None:
     """Run to the end; fails the test where a rank fails, or is not done after so long."""
-    with start_ranks(world_size, log_dir, arguments) as ranks:
+    with start_ranks(world_size, log_dir, arguments, script=script) as ranks:
         assert ranks.wait(seconds) == [0] * world_size, ranks.output()
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_engine.py: loss and gradients of one step through the ZeRO-3 engine, for several cases.
+"""One step as the ranks of test_engine.py take it: loss and gradients through the ZeRO-3 engine, for several cases.
 
 engine_gradients.py CASES.json OUTPUT_DIRECTORY
 """

@@ -13,12 +13,14 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param
 from helpers import GradientProbe, composed, one_step, save_tiny, tiny_run, torchrun
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.rules import batching
 from ropewalk.data import Mixture, PackedStore
+from ropewalk.data.order.batches import rank_micro_batches, read_batch
 from ropewalk.model.load import training_config
 from ropewalk.model.loss import LossModel, tiled_linear_cross_entropy
 from ropewalk.training import engine as engine_module
@@ -31,11 +33,11 @@ GLOBAL_BATCH = 8
 WEIGHTS = {"long": 0.5, "short": 0.5}
 
 
-def per_document_gradients(directory, store, z_loss=0.0):
+def per_document_gradients(directory, store, z_loss=0.0, batch=GLOBAL_BATCH):
     """Every document by itself through stock transformers, token losses summed, divided by all trained tokens."""
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     total, count = torch.zeros(()), 0
-    for ref in Mixture(0, WEIGHTS, store, GLOBAL_BATCH).global_batch(0):
+    for ref in Mixture(0, WEIGHTS, store, batch).global_batch(0):
         sequence = store.read(ref.domain, *ref.rows)
         start = 0
         for end in sequence.ends.tolist():
@@ -49,15 +51,17 @@ def per_document_gradients(directory, store, z_loss=0.0):
     return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_gradients(directory, ranks, cases, sequence=1):
+def assert_gradients(directory, ranks, cases, sequence=1, batch=GLOBAL_BATCH):
     """Run the cases through the engine on ``ranks`` processes; each must give what its model does by itself."""
     for case in cases:
-        case |= {"weights": WEIGHTS, "global_batch_size": GLOBAL_BATCH}
-        case["micro_batch_size"] = GLOBAL_BATCH * sequence // (ranks * case["accumulation"])
+        case |= {"weights": WEIGHTS, "global_batch_size": batch}
+        case["micro_batch_size"] = batch * sequence // (ranks * case["accumulation"])
     (directory / "cases.json").write_text(json.dumps({"sequence": sequence, "cases": cases}))
-    torchrun(ranks, str(HERE / "engine_gradients.py"), str(directory / "cases.json"), str(directory))
+    arguments = [str(directory / "cases.json"), str(directory)]
+    run_ranks(ranks, directory / "logs", arguments, script=str(HERE / "engine_gradients.py"))
     for case in cases:
-        loss, expected = per_document_gradients(case["model"], PackedStore(case["store"]), case.get("z_loss", 0.0))
+        store = PackedStore(case["store"])
+        loss, expected = per_document_gradients(case["model"], store, case.get("z_loss", 0.0), batch)
         is_bf16 = "trainer.dtype=bfloat16" in case["overrides"]
         rounding = 2e-2 if is_bf16 else 1e-5
         with np.load(directory / f"{case['name']}.npz") as found:
@@ -129,26 +133,39 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "sequence"), [(2, 2), (4, 2), (4, 4)])
-def test_gradients_of_shared_sequences_equal_each_document_alone(tmp_path, store_64, ranks, sequence):
-    """Documents that cross the ranks' borders, grouped heads, accumulation 2; ZeRO stages average differently.
+@pytest.mark.parametrize(("ranks", "sequence", "heads", "kv_heads"), [(2, 2, 8, 4), (4, 2, 8, 1), (6, 6, 6, 2)])
+def test_gradients_of_shared_sequences_equal_each_document_alone(
+    tmp_path, store_64, ranks, sequence, heads, kv_heads
+):  # fmt: skip
+    """Documents that cross the ranks' borders, grouped heads, accumulation; ZeRO stages average differently.
 
-    ZeRO-1 in bf16 is another optimizer of DeepSpeed's.
+    A rank has two key/value heads of its own, one that two ranks have (for four query heads), or one that three have
+    (for one). ZeRO-1 in bf16 is another optimizer of DeepSpeed's.
     """
-    model = save_tiny(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    batch, rows = 12, 3  # of 64 tokens, laid in one: a border in the middle of a row
+    borders = range(0, rows * 64, rows * 64 // sequence)
+    for refs in rank_micro_batches(Mixture(0, WEIGHTS, store_64, batch), 0, 0, 1, rows):
+        assert not set(borders) <= set(read_batch(store_64, refs).cu_seqlens.tolist())
+    sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    model = save_tiny(tmp_path / "model", **sizes)
+    kept = ["offload_activations", "keep_attention"]
     cases = [
         {
             "name": f"stage{stage}_{dtype}",
             "model": str(model),
             "store": str(store_64.root),
-            "accumulation": 2,
+            "accumulation": batch * sequence // (ranks * rows),
             "overrides": [
-                f"trainer.activation_checkpointing={stage == 3}", f"deepspeed=zero{stage}", f"trainer.dtype={dtype}"
+                f"deepspeed=zero{stage}", f"trainer.dtype={dtype}",
+                *(f"trainer.{name}=true" for name in ways),
             ],
         }
-        for stage, dtype in [(1, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32")]
+        for stage, dtype, ways in [
+            (1, "float32", []), (1, "bfloat16", []), (2, "float32", ["activation_checkpointing"]),
+            (3, "float32", ["activation_checkpointing", *kept]),
+        ]
     ]  # fmt: skip
-    assert_gradients(tmp_path, ranks, cases, sequence)
+    assert_gradients(tmp_path, ranks, cases, sequence, batch)
 
 
 def test_label_counts_are_unequal(store_64):

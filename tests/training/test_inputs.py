@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from ropewalk.config.rules import validate_train
 from ropewalk.data import Mixture
 from ropewalk.data.order.batches import rank_micro_batches, read_batch
+from ropewalk.errors import UserError
 from ropewalk.training.inputs import check_heads, stretch
 
 
@@ -42,13 +43,23 @@ def test_a_row_that_does_not_divide_is_refused(batch):
         stretch(batch, 0, 3)
 
 
-def test_llama_3_8b_allows_two_four_and_eight():
-    config = LlamaConfig(num_attention_heads=32, num_key_value_heads=8)
-    for size in (1, 2, 4, 8):
+@pytest.mark.parametrize(("heads", "kv_heads", "allowed", "refused"), [
+    (32, 8, [1, 2, 4, 8, 16, 32], [3, 12, 64]),  # Llama-3-8B
+    (9, 3, [1, 3, 9], [2, 6, 27]),  # SmolLM2-135M
+    (28, 4, [1, 2, 4, 28], [7, 8, 14]),  # Qwen2.5-7B: 7 and 14 divide the query heads, and end inside a head's group
+    (6, 2, [1, 2, 6], [3, 4, 12]),
+    (8, 1, [1, 2, 4, 8], [3, 16]),
+])  # fmt: skip
+def test_ranks_that_get_equal_shares_of_the_heads(heads, kv_heads, allowed, refused):
+    """By hand: they divide the query heads, and divide or are a multiple of the key/value heads."""
+    config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=64 * heads)
+    for size in allowed:
         check_heads(config, size)
-    for size in (3, 16, 32):
-        with pytest.raises(ValueError, match=f"parallel.sequence={size} .* 32 query and 8 key/value .* 1, 2, 4, 8"):
+    for size in refused:
+        with pytest.raises(UserError) as error:
             check_heads(config, size)
+        assert str(error.value).startswith(f"parallel.sequence={size} cannot share the model's {heads} query and ")
+        assert str(error.value).endswith(f"set it to one of {', '.join(map(str, allowed))}")
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

@@ -318,6 +318,32 @@ def batching(config: TrainConfig, world_size: int) -> Batching:
     return Batching(trainer.global_batch_size // per_step, tokens)
 
 
+def sharing_degrees(heads: int, kv_heads: int) -> list[int]:
+    """Numbers of ranks that can share a row of tokens, and so the heads; ascending.
+
+    Each rank gets as many query heads, and the key/value heads of its own: several, or one that others have too.
+
+    Args:
+        heads: query heads.
+        kv_heads: key/value heads, which divide them.
+    """
+    return [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+
+
+def validate_sharing(sequence: int, heads: int, kv_heads: int) -> None:
+    """Check ``parallel.sequence`` against a model's heads; see :func:`sharing_degrees`.
+
+    Raises:
+        UserError: its ranks would not get equal shares.
+    """
+    if sequence not in (degrees := sharing_degrees(heads, kv_heads)):
+        raise UserError(
+            f"parallel.sequence={sequence} cannot share the model's {heads} query and {kv_heads} key/value heads: it "
+            "must divide the query heads, and divide or be a multiple of the key/value heads; set it to one of "
+            f"{', '.join(map(str, degrees))}"
+        )
+
+
 def _has_weights(config: TrainConfig) -> bool:
     """True if training begins with a checkpoint's weights, and so with its chain."""
     return config.model.path is not None or config.start_from.run is not None

@@ -156,7 +156,7 @@ class InTrainingConfig:
 class ParallelConfig:
     """How ranks share the work beside data parallelism."""
 
-    sequence: int = 1  # neighbouring ranks that share each row of tokens (Ulysses); divides the key/value heads
+    sequence: int = 1  # neighbouring ranks that share each row of tokens (Ulysses), and so its heads
 
 
 @dataclass

@@ -206,7 +206,7 @@ def document_attention(
         attention_mask: must be None; the documents say everything.
         scaling: of the logits; None for head_dim^-0.5.
         documents: bounds of the documents in this row; where its ``group`` shares the row, ``tokens`` is this rank's
-            stretch of it.
+            stretch of it. See :func:`ropewalk.config.rules.sharing_degrees` for the ranks that can.
         choice: kernel on a GPU, one of ATTENTION_CHOICES.
         kept_attention: of the checkpoint that this layer runs in, where its attention is not to be computed again.
         **kwargs: dropout must be 0; a sliding window is refused.
@@ -235,11 +235,18 @@ def document_attention(
 
 
 def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(1, heads, tokens / n, head_dim) -> (1, heads / n, tokens, head_dim); each rank's share, of n."""
+    """(1, heads, tokens / n, head_dim) -> (1, heads / n, tokens, head_dim); each rank's share, of n.
+
+    Fewer heads than ranks: each head is sent to the n / heads ranks whose query heads attend to it, (1, 1, tokens,
+    head_dim), and its gradient is the sum of theirs. torch adds them up in fp32 and rounds to their dtype once, as
+    FlashAttention-2 does with the query heads that share a key/value head.
+    """
     from deepspeed.sequence.layer import _dim_zero_all_to_all
 
-    _, heads, tokens, head_dim = x.shape
     n = dist.get_world_size(group)
+    if x.shape[1] < n:
+        x = x.repeat_interleave(n // x.shape[1], dim=1)
+    _, heads, tokens, head_dim = x.shape
     traded = _dim_zero_all_to_all(group, x.reshape(n, heads // n, tokens, head_dim))
     return traded.transpose(0, 1).reshape(1, heads // n, n * tokens, head_dim)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ropewalk.config.rules import validate_device, validate_train
+from ropewalk.config.rules import validate_device, validate_sharing, validate_train
 from ropewalk.config.train import VISION_MODEL_TYPES, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
@@ -168,20 +168,13 @@ def fit_tokenizer(model_config: PreTrainedConfig, store: PackedStore, path: str 
 
 
 def check_heads(config: PreTrainedConfig, size: int) -> None:
-    """Refuse a group whose ranks would not get equal shares of the heads.
+    """Refuse a group of ``size`` ranks that would not get equal shares of the heads.
 
     Raises:
-        UserError: if ``size`` does not divide the key/value heads (and so the query heads); they would have to be
-            copied.
+        UserError: see :func:`ropewalk.config.rules.validate_sharing`.
     """
     config = config.get_text_config()
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    allowed = [n for n in range(1, shared + 1) if shared % n == 0 and heads % n == 0]
-    if size not in allowed:
-        raise UserError(
-            f"parallel.sequence={size} does not divide the model's {heads} query and {shared} key/value heads; set it "
-            f"to one of {', '.join(map(str, allowed))}"
-        )
+    validate_sharing(size, config.num_attention_heads, config.num_key_value_heads)
 
 
 def describe_order(mixture: Mixture, steps: int, first_order_step: int = 0) -> str:

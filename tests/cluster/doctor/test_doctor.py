@@ -416,3 +416,10 @@ def test_gpus_are_counted_by_the_tasks_of_a_node(store_64, tmp_path, monkeypatch
         monkeypatch.setenv("SLURM_NTASKS_PER_NODE", tasks) if tasks else monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
         examine(tiny_run(store_64, tmp_path / "run", "cluster=laptop"))
         assert asked.pop() == gpus
+
+
+def test_ranks_that_cannot_share_the_heads_are_found(store_64, tmp_path, capsys):
+    """4 query and 2 key/value heads, by three; the configuration alone does not know them."""
+    config = tiny_run(store_64, tmp_path / "run", "cluster=laptop", "parallel.sequence=3")
+    failed, found = findings_of(examine, config, capsys)
+    assert (failed, found["model"]) == (1, "FAIL")

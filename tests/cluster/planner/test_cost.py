@@ -132,6 +132,30 @@ def test_communication_by_hand(config, shape):
     assert communication_seconds(shape, shared, config.cluster, 3) == pytest.approx(3 * (one_node + traded))
 
 
+@pytest.mark.parametrize(("ranks", "sequence", "kv_heads", "sent", "in_node", "from_others"), [
+    (8, 8, 8, 8, 7, 0),
+    (16, 16, 8, 16, 7, 8),  # each key/value head is sent to two ranks
+    (32, 32, 8, 32, 7, 24),
+    (24, 12, 4, 12, 3, 8),  # the second group: four GPUs of one node, eight of the next
+    (24, 3, 3, 3, 0, 2),  # the third group: two of one node, one of the next
+])  # fmt: skip
+def test_communication_of_shared_rows_by_hand(
+    config, shape, ranks, sequence, kv_heads, sent, in_node, from_others
+):  # fmt: skip
+    """Queries and output, keys and values, in three passes: from the ranks of a node over NVLink, from others by port.
+
+    A rank sends each other one of its group the same: its 1 / sequence of everything. The rank with the fewest beside
+    it waits longest. Ranks past the key/value heads are sent one whole head.
+    """
+    shape = replace(shape, heads=2 * sequence, kv_heads=kv_heads)
+    channels = 128 * 2 * (2 * sequence + sent)
+    each = 3 * 32 * (72_000 // sequence) * 2 * channels / sequence
+    exchange = max(each * in_node / 450e9, each * from_others / 50e9)
+    alone, shared = (Setting(ranks, 72_000, sequence=n) for n in (1, sequence))
+    found = [communication_seconds(shape, setting, config.cluster, 1) for setting in (alone, shared)]
+    assert found[1] - found[0] == pytest.approx(exchange)
+
+
 @pytest.mark.parametrize(("stage", "micro_batches", "nbytes"), [(1, 1, 10), (1, 4, 10), (2, 1, 10), (2, 4, 34)])
 def test_communication_of_the_lower_stages(config, shape, stage, micro_batches, nbytes):
     """An all-reduce of fp32 gradients is twice their bytes, a step or a micro batch; the bf16 weights once a step."""

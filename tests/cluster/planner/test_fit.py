@@ -80,15 +80,17 @@ def test_what_cannot_be_mended_says_so(capsys):
 
 def test_degrees_share_heads_and_work():
     plan = planned("+experiment=cope20", "nodes=4")
-    assert sequence_degrees(plan.shape, plan.setting, 8, 64) == [1, 2, 4, 8]
-    assert sequence_degrees(plan.shape, plan.setting, 4, 64) == [1, 2, 4]
-    assert sequence_degrees(plan.shape, plan.setting, 8, 16) == [2, 4, 8]  # 32 ranks and 16 rows: two or more a row
+    assert sequence_degrees(plan.shape, plan.setting, 64) == [1, 2, 4, 8, 16, 32]
+    assert sequence_degrees(plan.shape, replace(plan.setting, ranks=24), 24) == [1, 2, 4, 8]  # 24 ranks: no 16
+    assert sequence_degrees(plan.shape, plan.setting, 16) == [2, 4, 8, 16, 32]  # 32 ranks, 16 rows: two or more a row
+    few = replace(plan.shape, heads=12, kv_heads=4)
+    assert sequence_degrees(few, replace(plan.setting, ranks=12), 12) == [1, 2, 4, 12]
 
 
 @pytest.mark.parametrize("length", [65538, 65540, 65541])
 @pytest.mark.parametrize(("micro", "sequence"), [(1, 1), (1, 4), (2, 2), (2, 8)])
 def test_a_length_is_planned_where_it_is_trained(length, micro, sequence):
-    """A micro batch is one row to the ranks that share it (tests/training/test_parallel.py), so its sum must divide."""
+    """A micro batch is one row to the ranks that share it (tests/training/test_inputs.py), so its sum must divide."""
     given = ["+experiment=cope20", f"data.sequence_length={length}", f"trainer.micro_batch_size={micro}",
              f"parallel.sequence={sequence}"]  # fmt: skip
     config = composed("plan", *given)
@@ -107,10 +109,9 @@ def test_a_length_is_planned_where_it_is_trained(length, micro, sequence):
     (["assume.utilisation=0"], "assume.utilisation=0.0 is a share of the peak"),
     (["cluster=laptop"], "trainer.device=cuda on cluster=laptop, whose device is cpu; set trainer.device=cpu"),
     (["nodes=16"], "is not a multiple of trainer.micro_batch_size=1 x world size 128"),
-    (["parallel.sequence=16", "nodes=4"], "parallel.sequence=16 does not share 32 query and 8 key/value heads"),
-    (["parallel.sequence=16", "nodes=4", "data.sequence_length=65540", "trainer.micro_batch_size=4"],
-     "inside a node of 8; use one of 1, 2, 4, 8"),
-    (["parallel.sequence=16", "nodes=16", "trainer.global_batch_size=8"], "use fewer nodes, or a larger global batch"),
+    (["parallel.sequence=64", "nodes=8"], "parallel.sequence=64 cannot share the model's 32 query and 8 key/value "),
+    (["parallel.sequence=64", "nodes=8"], "set it to one of 1, 2, 4, 8, 16, 32"),
+    (["parallel.sequence=16", "nodes=16", "trainer.global_batch_size=4"], "/ parallel.sequence=16 = 8; set it to 8"),
 ])  # fmt: skip
 def test_a_run_that_could_not_start_is_an_error(overrides, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):

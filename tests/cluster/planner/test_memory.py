@@ -161,6 +161,19 @@ def test_a_shared_row_holds_its_share(llama3_8b):
     assert shared.parts["stored activations"] == alone.parts["stored activations"]
 
 
+def test_a_key_head_that_ranks_share_is_whole_on_each(llama3_8b):
+    """32 ranks on 8 key/value heads, 2,048 tokens a rank: a head of 65,536 tokens each, where eight have 16,384.
+
+    In bf16, of 128 channels, for keys and values: saved, their gradients, and once more as they are exchanged.
+    """
+    more = 2 * (65536 - 16384) * 128 * 2
+    own, shared = (Setting(32, 2048 * n, sequence=n, mlp_tile=64) for n in (8, 32))  # at its peak in attention
+    saved = [2048 * saved_per_token(llama3_8b, setting)["attention"] for setting in (own, shared)]
+    assert saved[1] - saved[0] == more
+    layer = [memory(llama3_8b, setting).phases["layer"] for setting in (own, shared)]
+    assert layer[1] - layer[0] == 3 * more
+
+
 def test_kept_attention_is_counted_once(llama3_8b):
     """A token and layer: 4,096 bf16 outputs and 32 fp32 logarithms of sums; the layer at work adds none of its own."""
     layer = 65536 * (2 * 4096 + 4 * 32)

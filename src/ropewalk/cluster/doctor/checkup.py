@@ -41,6 +41,7 @@ from ropewalk.rope.hf_config import read_config_json
 from ropewalk.runs.directory import RunDirectory, checkpoint_at
 from ropewalk.runs.launch import take_place
 from ropewalk.training.distributed import gather, join_launched
+from ropewalk.training.inputs import check_heads
 
 ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes
 GB = 1e9
@@ -132,6 +133,7 @@ def _model_and_space(config: TrainConfig, run_dir: Path) -> Iterator[Finding]:
     elif run is not None:
         start = read_config_json(str(checkpoint_at(run)), "start_from.run")
     model_config = training_config(config.model, config.rope, config.data.sequence_length, start=start)
+    check_heads(model_config, config.parallel.sequence)
     parameters = count_parameters(model_config)
     yield from check_model(model_config, parameters, run or config.model.path)
     size = checkpoint_bytes(parameters, config.deepspeed.stage, ELEMENT[config.trainer.dtype])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ropewalk.cluster.planner.memory import ADAM, FP32, Setting
+from ropewalk.cluster.planner.memory import ADAM, FP32, Setting, attended_key
 from ropewalk.cluster.planner.shape import ModelShape
 from ropewalk.config.groups import ClusterConfig
 from ropewalk.config.train import AssumptionConfig, TrainerConfig
@@ -107,6 +107,8 @@ def communication_seconds(
     weights once a step. ZeRO-1 does each once a step.
 
     Every byte enters a GPU over NVLink; what another node holds enters the node once, spread over its GPUs' ports.
+    Ulysses' exchange goes from GPU to GPU, between nodes through each one's own port. The rank that has the fewest of
+    its group on its node waits longest: the greatest common divisor of the group's size and the node's.
     """
     ranks, nodes = setting.ranks, max(1, setting.ranks // cluster.gpus_per_node)
     per_parameter = {
@@ -118,9 +120,11 @@ def communication_seconds(
     inside = zero * (ranks - 1) / ranks / (GB * cluster.nvlink_gb_s)
     between = zero * (nodes - 1) / nodes / (GB * cluster.network_gb_s * cluster.gpus_per_node)
     passes = (3 if setting.checkpointing else 2) * accumulation_steps
-    traded = passes * shape.layers * setting.tokens * setting.element * 2 * (shape.query + shape.key)
-    share = (setting.sequence - 1) / setting.sequence
-    return max(inside, between) + traded * share / (GB * cluster.nvlink_gb_s)
+    traded = passes * shape.layers * setting.tokens * setting.element * 2 * (shape.query + attended_key(shape, setting))
+    beside = setting.sequence if nodes == 1 else math.gcd(setting.sequence, cluster.gpus_per_node)
+    from_node = traded * (beside - 1) / setting.sequence / (GB * cluster.nvlink_gb_s)
+    from_others = traded * (setting.sequence - beside) / setting.sequence / (GB * cluster.network_gb_s)
+    return max(inside, between) + max(from_node, from_others)
 
 
 def token_seconds(shape: ModelShape, setting: Setting, trainer: TrainerConfig, cluster: ClusterConfig) -> float:

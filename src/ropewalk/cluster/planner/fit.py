@@ -10,6 +10,7 @@ from itertools import combinations
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape
 from ropewalk.config.groups import ClusterConfig
+from ropewalk.config.rules import sharing_degrees
 
 SHOWN = 3  # changes that are offered
 TILE = 1024  # tokens whose logits exist at once, where that is offered
@@ -55,19 +56,13 @@ class Change:
         return replace(setting, **self.changed)  # type: ignore[arg-type]
 
 
-def sequence_degrees(shape: ModelShape, setting: Setting, gpus_per_node: int, global_batch: int) -> list[int]:
-    """Ranks that may share a row: equal shares of the heads, inside a node, with work for all ranks.
+def sequence_degrees(shape: ModelShape, setting: Setting, global_batch: int) -> list[int]:
+    """Ranks that may share a row: equal shares of the heads, with work for all ranks.
 
     Whether they get equal shares of the tokens depends on the micro batch: Setting.even.
     """
-    allowed = []
-    for degree in range(1, shape.kv_heads + 1):
-        divides = shape.kv_heads % degree == 0 == shape.heads % degree and setting.ranks % degree == 0
-        if divides and degree <= gpus_per_node:
-            groups = setting.ranks // degree
-            if global_batch % groups == 0:
-                allowed.append(degree)
-    return allowed
+    degrees = [degree for degree in sharing_degrees(shape.heads, shape.kv_heads) if setting.ranks % degree == 0]
+    return [degree for degree in degrees if global_batch % (setting.ranks // degree) == 0]
 
 
 def smallest_fit(
@@ -140,8 +135,10 @@ def _changes(setting: Setting, degrees: list[int], nodes: int, global_batch: int
         yield Change("trainer.mlp_chunk_size=4096", 1.08, {"mlp_tile": 4096})
     for degree in degrees:
         if degree > setting.sequence:
-            doublings = math.log2(degree / setting.sequence)
-            yield Change(f"parallel.sequence={degree}", 1 + 0.02 * doublings, {"sequence": degree})
+            slowdown = 1 + 0.02 * math.log2(degree / setting.sequence)
+            if degree > setting.ranks // nodes >= setting.sequence:
+                slowdown += 0.05  # over the network
+            yield Change(f"parallel.sequence={degree}", slowdown, {"sequence": degree})
     for stage in range(setting.stage + 1, 4):
         yield Change(f"deepspeed=zero{stage}", 1.01 ** (stage - setting.stage), {"stage": stage})
     factor = 2

@@ -158,12 +158,20 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
     b, h = setting.element, shape.hidden
     norm = FP32 * h + 2 * b * h  # fp32 input, normalised, output
     norms = 2 * norm if not setting.fused else 3 * b * h  # input and output; the first one's input is the layer's own
-    attention = b * (shape.query + 2 * shape.key) + _attention_output(shape, setting)
+    attention = b * (shape.query + 2 * attended_key(shape, setting)) + _attention_output(shape, setting)
     if shape.head_normed:
         attention += (FP32 + b) * (shape.query + shape.key)
     widths = 3 if setting.fused else 4  # gate, up, product, and the activated gate
     mlp = widths * b * shape.intermediate if setting.mlp_tile is None else 0  # a tiled one keeps its input alone
     return {"norms": norms, "attention": attention, "mlp": mlp}
+
+
+def attended_key(shape: ModelShape, setting: Setting) -> int:
+    """Key channels that a rank attends to, for each of its own tokens; as many of the values.
+
+    More ranks than key/value heads share a row: each has a whole head of all tokens, which other ranks hold, too.
+    """
+    return shape.head_dim * max(shape.kv_heads, setting.sequence)
 
 
 def _attention_output(shape: ModelShape, setting: Setting) -> float:
@@ -216,12 +224,13 @@ def _layer_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:
         in_mlp = 3 * n * b * h + 6 * b * i * min(n, setting.mlp_tile)
         weight_gradient = (FP32 + b) * 3 * h * i  # of all three weights, added up in fp32
     # gradients of output, queries, keys and values; flash attention sums the queries' in fp32
-    in_attention = n * (b * (2 * shape.query + 2 * shape.key) + 2 * b * h) - n * saved["mlp"] - n * saved["norms"] / 2
+    key = attended_key(shape, setting)
+    in_attention = n * (b * (2 * shape.query + 2 * key) + 2 * b * h) - n * saved["mlp"] - n * saved["norms"] / 2
     workspace = 0.0
     if setting.cuda:
         workspace += n * (FP32 * shape.query + 2 * FP32 * shape.heads)
     if setting.sequence > 1:  # what is sent and what arrives
-        workspace += n * b * (shape.query + 2 * shape.key)
+        workspace += n * b * (shape.query + 2 * key)
     at_mlp = in_mlp >= in_attention + workspace
     weight_gradient = max(weight_gradient, b * shape.embedding if setting.loss_chunk is not None else 0)
     return {

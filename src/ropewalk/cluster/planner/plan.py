@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ropewalk.cluster.planner import cost
 from ropewalk.cluster.planner.fit import Capacity, cheapest_changes, other_ways, sequence_degrees, smallest_fit
 from ropewalk.cluster.planner.memory import GIB, Allowances, Memory, Setting, memory
 from ropewalk.cluster.planner.shape import ModelShape, shape_of
-from ropewalk.config.rules import Batching, batching, validate_numbers, validate_train
+from ropewalk.config.rules import Batching, batching, validate_numbers, validate_sharing, validate_train
 from ropewalk.config.schedule import describe_schedule
 from ropewalk.config.train import PlanConfig
 from ropewalk.errors import UserError
@@ -116,14 +116,8 @@ def make_plan(config: PlanConfig) -> Plan:
     validate_train(config, setting.ranks)
     division = batching(config, setting.ranks)
     shape = shape_of(config.model)
-    degrees = sequence_degrees(shape, setting, cluster.gpus_per_node, trainer.global_batch_size)
-    if setting.sequence not in degrees:
-        fitting = [str(degree) for degree in degrees if replace(setting, sequence=degree).even]
-        raise UserError(
-            f"parallel.sequence={setting.sequence} does not share {shape.heads} query and {shape.kv_heads} key/value "
-            f"heads evenly inside a node of {cluster.gpus_per_node}; "
-            + (f"use one of {', '.join(fitting)}" if fitting else "use fewer nodes, or a larger global batch")
-        )
+    validate_sharing(setting.sequence, shape.heads, shape.kv_heads)
+    degrees = sequence_degrees(shape, setting, trainer.global_batch_size)
     capacity = Capacity(
         cluster, Allowances(config.assume.context_gib, config.assume.nccl_gib, config.assume.fragmentation)
     )
