@@ -34,7 +34,7 @@ class ClipKey(NamedTuple):
         domain: of the store.
         row: of the domain.
         number: of the clip in that row.
-        epoch: how often all rows of the domain had come before.
+        epoch: how often all rows of its part of the domain (see Mixture) had come before.
     """
 
     domain: str
