@@ -128,9 +128,11 @@ def test_a_mapping_on_the_command_line_replaces(prefix):
     assert composed("train", *given).data.mixture == mixture
     assert composed("train", *given, "data.mixture.short=0.1").data.mixture == {**mixture, "short": 0.1}
     changed = composed(
-        "train", *given, f"{prefix}data.curriculum={{7: {{long: 1.0}}}}", "data.curriculum={9: {short: 1}}"
-    )
+        "train", *given, f"{prefix}data.curriculum={{7: {{long: 1.0}}}}", "data.curriculum={9: {short: 1}}",
+        f"{prefix}data.length_weights={{0: 1, 4096: 2}}", "data.length_weights={0: 1, 8192: 0.5}",
+    )  # fmt: skip
     assert changed.data.curriculum == {9: {"short": 1.0}}
+    assert changed.data.length_weights == {0: 1.0, 8192: 0.5}
     corpus = composed("prepare", "corpus=mixture_64k", f"{prefix}corpus.domains={{books: {{packing: long}}}}",
                       "sequence_lengths=[64]", "output=x").corpus  # fmt: skip
     assert {name: asdict(domain) for name, domain in corpus.domains.items()} == {

@@ -44,7 +44,7 @@ USER_FAULTS = (UserError, CompactHydraException, OmegaConfBaseException)
 RANKED = ("train", "evaluate")  # what several processes do together; the others are one process, whatever RANK says
 OUTPUTS = ("output", "figures")  # keys of what a command writes; training looks at its run_dir on every rank alike
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
-REPLACED = ("data.mixture", "data.curriculum", "corpus.domains", "test_time.at")
+REPLACED = ("data.mixture", "data.curriculum", "data.length_weights", "corpus.domains", "test_time.at")
 
 
 @cache

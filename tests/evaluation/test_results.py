@@ -241,6 +241,8 @@ def test_an_average_names_its_tasks_and_what_it_lacks() -> None:
             row(task="vt", value=10.0, context_length=16384),
             row(task="cwe", value=None, stderr=None, metric=NEEDS_JUDGE, context_length=16384),
             row(task="other", value=0.0),
+            row(task="vt", value=1.0, metric="unparsed"),
+            row(task="vt", value=2.0, position_start=4096, position_end=8192),  # of prompts of these lengths alone
         ]
     )
     found = averages(table, ["vt", "cwe", "fwe"]).set_index("context_length")

@@ -59,6 +59,18 @@ def test_ruler_through_lm_eval_ends_in_the_table(config, tmp_path, capsys) -> No
         assert all(json.loads(sample)["tokens"] + 30 <= row["context_length"] for sample in samples)
 
 
+def test_json_kv_of_the_whole_length_is_scored_beside_ruler(config, tmp_path, capsys) -> None:
+    config.suite = replace(config.suite, tasks=["json_kv"], averages={"Recall": ["json_kv", "niah_multikey_2"]})
+    (row,) = evaluate(replace(config, lengths=[2200])).to_dict("records")
+    assert (row["harness"], row["task"], row["metric"], row["n"]) == ("ruler", "json_kv", "string_match_all", 2)
+    text = (tmp_path / "evaluation" / row["source_file"]).with_suffix(".samples.jsonl").read_text()
+    samples = [json.loads(line) for line in text.splitlines()]
+    found = [sample["references"][0] in sample["answer"] for sample in samples]
+    assert row["value"] == 100 * sum(found) / 2
+    assert [2200 - 90 < sample["tokens"] + 100 <= 2200 for sample in samples] == [True, True]  # a byte a token
+    assert "over 1 of 2 tasks: json_kv; missing: niah_multikey_2" in capsys.readouterr().out
+
+
 def test_finished_cells_are_kept_and_new_lengths_added(config, monkeypatch, capsys) -> None:
     evaluate(replace(config, lengths=[2200]))
     with monkeypatch.context() as patch:
@@ -193,7 +205,10 @@ def test_lm_eval_that_is_not_installed_is_named(config, monkeypatch) -> None:
 
 def test_a_length_beyond_rulers_is_refused(config) -> None:
     config.lengths = [1_000_000]
-    with pytest.raises(ValueError, match="lengths=1000000: RULER has prompts of 512 to 524288 tokens"):
+    with pytest.raises(ValueError, match="lengths=1000000: vt has prompts of 512 to 524288 tokens"):
+        evaluate(config)
+    config.lengths, config.suite.tasks = [2_100_000], ["json_kv", "niah_multikey_3"]
+    with pytest.raises(ValueError, match="lengths=2100000: json_kv has prompts of 512 to 2097152 tokens"):
         evaluate(config)
 
 

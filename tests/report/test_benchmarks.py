@@ -91,6 +91,33 @@ def test_a_needed_judge_is_named_and_no_zero(tmp_path: Path) -> None:
     assert "0.0" not in [cell.main for block in found.blocks for _, row in block.rows for cell in row]
 
 
+def test_shares_of_unparsed_answers_strata_and_json_kv_stand_by_themselves_and_in_no_average(tmp_path: Path) -> None:
+    helmet = [benchmark_row("", "helmet", "nq", 8192, 40, category="RAG", metric="substring_exact_match")]
+    unparsed = benchmark_row("", "helmet", "nq", 8192, 7, category="RAG", metric="unparsed")
+    whole = benchmark_row("", "lm-eval", "longbench2", 8192, 30, metric="acc")
+    strata = [
+        whole | {"value": value, "n": n, "position_start": start, "position_end": 2 * start}
+        for start, value, n in ((16384, 20, 25), (8192, 40, 75))
+    ]
+    kv = ruler("json_kv", 8192, 90)
+    a = with_rows(tmp_path, "a", *helmet, unparsed, *strata, whole, kv, ruler("vt", 8192, 50))
+    b = with_rows(tmp_path, "b", *helmet, whole, ruler("vt", 8192, 60))
+    found = {suite.harness: table([a, b], suite) for suite in (HELMET, LONG, RULER)}
+    assert [cells(block) for block in found["helmet"].blocks] == [{"a": ["40.0"], "b": ["40.0"]}]
+    assert [cells(block) for block in found["lm-eval"].blocks] == [{"a": ["30.0"], "b": ["30.0"]}]
+    assert [block.title for block in found["ruler"].blocks] == ["Average over 1 task: vt"]
+    assert {block.title: cells(block)["a"] for one in found.values() for block in one.folded} == {
+        "nq (substring_exact_match)": ["40.0"],
+        "nq (unparsed)": ["7.0"],
+        "longbench2 (acc)": ["30.0"],
+        "longbench2 (acc), prompts of 8,192 to 16,383 tokens": ["40.0"],
+        "longbench2 (acc), prompts of 16,384 to 32,767 tokens": ["20.0"],
+        "vt (score)": ["50.0"],
+        "json_kv (score)": ["90.0"],
+    }
+    assert [one.missing for one in found.values()] == [[], [], []]
+
+
 def test_a_task_with_two_metrics_is_in_no_average(tmp_path: Path) -> None:
     rows = [
         benchmark_row("", "lm-eval", "babilong", 4096, value, metric=metric) for metric, value in (("em", 1), ("f1", 2))

@@ -40,6 +40,7 @@ class SuiteConfig:
     data: str | None = None  # directory of offline data (scripts/fetch_eval_data.sh); null: the hub
     averages: dict[str, list[str]] = field(default_factory=dict)  # name -> tasks that it is over
     metrics: dict[str, str] = field(default_factory=dict)  # by task, the metric that averages and comparisons take
+    strata: list[str] = field(default_factory=list)  # of lm-eval's tasks, those scored by length of prompt too
     datasets: dict[str, Any] = field(default_factory=dict)  # by task, fields of its lm-eval configuration
     unscaled_too: bool = False  # past the trained length also without test-time scaling
     published: str | None = None  # csv of published numbers, set beside those measured

@@ -45,6 +45,9 @@ class DataConfig:
     sequence_length: int = MISSING  # tokens; must equal the store's
     mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of sequences; normalised
     curriculum: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> the mixture from that step on
+    # First length of a bucket, tokens (the first bucket's: 0) -> how often sequences whose longest document lies in it
+    # come beside the domain's others; a domain keeps its share. Empty: all alike.
+    length_weights: dict[int, float] = field(default_factory=dict)
     # More stores by name; their domains are NAME/DOMAIN. Shorter sequences that divide sequence_length are joined.
     stores: dict[str, str] = field(default_factory=dict)
     order_seed: int | None = None  # of the order alone; null: trainer.seed

@@ -139,6 +139,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
+def token_count(tokenizer: Any, text: str) -> int:
+    """Tokens of ``text`` as a model reads it, with the beginning-of-sequence token if the tokenizer's encode has it."""
+    return len(beginning(tokenizer) + encode(tokenizer, text))
+
+
 def _read(directory: Path) -> Iterator[Document]:
     for path in (directory / "heldout" / "documents.jsonl", directory / "documents.jsonl"):
         if path.is_file():

@@ -14,6 +14,7 @@ import pandas as pd
 from ropewalk.errors import UserError
 from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES
 from ropewalk.evaluation.harness.ruler_tasks import TASKS
+from ropewalk.evaluation.results import is_whole_score
 
 COLUMNS = ["source", "table", "benchmark", "method", "task", "context_length", "value"]
 COPE = "2602.05258"  # the paper's number on arXiv
@@ -152,7 +153,7 @@ def measured_beside(cell: pd.Series, of_run: pd.DataFrame) -> list[dict[str, Any
     measure = _measure(cell)
     if measure is None:
         return []
-    at, length = of_run[of_run["harness"] == measure.harness], cell["context_length"]
+    at, length = of_run[(of_run["harness"] == measure.harness) & is_whole_score(of_run)], cell["context_length"]
     at = at[at["context_length"].isna() if pd.isna(length) else at["context_length"] == length]
     return [
         _row(cell, measure, scaled) | {"test_time_scaling": scaling}

@@ -31,8 +31,8 @@ RESULT_COLUMNS = {
     "task": "str",
     "category": "str",
     "context_length": "Int64",  # tokens; null: the task has no length of its own (short-context tasks)
-    "position_start": "Int64",  # first position that a loss is over; null for scores
-    "position_end": "Int64",  # one past the last
+    "position_start": "Int64",  # first position that a loss is over; of a score, the fewest tokens of its prompts
+    "position_end": "Int64",  # one past the last; null: a score over all prompts of the task
     "depth": "float64",  # share of the context before the needle; NaN: the task has none
     "metric": "str",
     "value": "float64",  # percent or nats; NaN: the metric says why there is none
@@ -64,6 +64,7 @@ NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores
 UNPUBLISHED = "inputs_unpublished"  # metric of a task whose inputs nobody can rebuild
 NOTHING_TO_RECOVER = "recovery_undefined"  # metric of answers that are no better known with their facts
 TOO_FEW = "too_few_key_tokens"  # metric of LongPPL over fewer than 200
+UNPARSED = "unparsed"  # metric: percent of a task's answers in which the harness found nothing to score
 REASONS = (
     NEEDS_JUDGE,
     UNPUBLISHED,
@@ -293,6 +294,22 @@ def is_loss(metric: str) -> bool:
     return metric.removesuffix("_shuffled") in LOSS_METRICS
 
 
+def is_whole_score(table: pd.DataFrame) -> pd.Series:
+    """True for a row of the results table that is a loss or score, over all prompts of its task.
+
+    False for a cell of a needle grid, the score of prompts of one length stratum, and the share of unparsed answers.
+    """
+    is_stratum = table["position_start"].notna() & (table["harness"] != OWN_HARNESS)
+    return table["depth"].isna() & ~is_stratum & (table["metric"] != UNPARSED)
+
+
+def stratum_words(row: Mapping[str, Any]) -> str:
+    """The prompts that a score is over if they are of one length stratum, to put behind its metric; else nothing."""
+    if pd.isna(row["position_start"]):
+        return ""
+    return f", prompts of {row['position_start']:,} to {row['position_end'] - 1:,} tokens"
+
+
 def measured(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a results table that were measured, those whose number is none (NaN, inf) included."""
     return table[~table["metric"].isin(REASONS)]
@@ -318,8 +335,8 @@ def not_finite(directory: str | Path) -> list[str]:
 def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROUP) -> pd.DataFrame:
     """The mean over ``tasks`` of each group, with the tasks that it is over.
 
-    Only rows of these tasks without a depth count, with one metric a task: choose among several metrics first. A group
-    that lacks a task gets a mean of the others, and ``missing`` names what it lacks.
+    Only whole scores of these tasks count (see is_whole_score), with one metric a task: choose among several metrics
+    first. A group that lacks a task gets a mean of the others, and ``missing`` names what it lacks.
 
     Returns:
         the columns ``by``, value, stderr (of the mean of independent tasks), n_tasks, tasks and missing (both
@@ -328,7 +345,7 @@ def averages(table: pd.DataFrame, tasks: Sequence[str], by: Sequence[str] = GROU
     Raises:
         UserError: for a group with several rows of one task.
     """
-    chosen = table[table["task"].isin(tasks) & table["depth"].isna()]
+    chosen = table[table["task"].isin(tasks) & is_whole_score(table)]
     rows = []
     for key, group in chosen.groupby(list(by), dropna=False):
         if group["task"].duplicated().any():

@@ -24,7 +24,7 @@ from ropewalk.evaluation.harness.helmet.helmet_suite import check_checkout, run_
 from ropewalk.evaluation.harness.lm_eval_suite import check_scorers, check_tasks, run_lm_eval
 from ropewalk.evaluation.harness.ruler_suite import run_ruler, validate_ruler
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
-from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results
+from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results, stratum_words
 from ropewalk.evaluation.results_store import ResultsStore
 from ropewalk.files import replace_atomically, write_atomically
 from ropewalk.runs.directory import RunDirectory
@@ -209,6 +209,7 @@ def summarize(table: pd.DataFrame, suites: Sequence[SuiteConfig]) -> str:
     """One block for each harness of ``suites`` and scaling: task by length, then the averages, tasks named."""
     blocks = [summarize_held_out(table)] if any(suite.harness == "quick" for suite in suites) else []
     scored = table[table["harness"].isin(SUMMARIZED) & table["depth"].isna()]
+    scored = scored.assign(metric=[row["metric"] + stratum_words(row) for row in scored.to_dict("records")])
     for (harness, scaling), rows in scored.groupby(["harness", "test_time_scaling"]):
         shown = rows.assign(length=rows["context_length"].astype("string").fillna("own"))
         scores = shown.groupby(["task", "metric", "length"], sort=False)["value"].first().unstack(sort=False)

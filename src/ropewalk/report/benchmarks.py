@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.evaluation.bootstrap import weighted_mean
-from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED, measured
+from ropewalk.evaluation.harness.ruler_tasks import BESIDE_RULER
+from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED, is_whole_score, measured, stratum_words
 from ropewalk.report.runs import Run
 from ropewalk.report.section import Block, Cell, Section, block_of
 from ropewalk.report.seeds import Arm, arms, noise_words
@@ -24,15 +25,17 @@ class Suite:
         title: heading.
         whole: number of tasks of the whole benchmark; None: no fixed number.
         by_category: whether averages are taken within categories first.
+        beside: tasks that the harness runs and that are none of the benchmark's.
     """
 
     harness: str
     title: str
     whole: int | None = None
     by_category: bool = False
+    beside: tuple[str, ...] = ()
 
 
-RULER = Suite("ruler", "RULER", whole=13)
+RULER = Suite("ruler", "RULER", whole=13, beside=tuple(BESIDE_RULER))
 HELMET = Suite("helmet", "HELMET", by_category=True)
 LONG = Suite("lm-eval", "Other long-context tasks")
 SUITES = (RULER, HELMET, LONG)
@@ -53,14 +56,17 @@ class Scores:
     Attributes:
         run: the run.
         scaling: printed test-time part of the chain, or "none".
-        rows: of the results' table, with a context length each.
+        rows: of the results' table, with a context length each, that are whole scores of the suite's tasks.
         name: the run's, with the setting where the run has several.
+        others: rows that no average takes: scores by length stratum, shares of unparsed answers, tasks beside the
+            suite's.
     """
 
     run: Run
     scaling: str
     rows: pd.DataFrame
     name: str
+    others: pd.DataFrame
 
     @property
     def known(self) -> pd.DataFrame:
@@ -73,7 +79,8 @@ class Scores:
 
     def only(self, column: str, value: str) -> Scores:
         """The scores whose ``column`` is ``value``."""
-        return replace(self, rows=self.rows[self.rows[column] == value])
+        rows, others = (table[table[column] == value] for table in (self.rows, self.others))
+        return replace(self, rows=rows, others=others)
 
     def average(self, tasks: list[str], length: int) -> tuple[float, float] | None:
         """Mean and standard error over ``tasks``, which are independent; None unless all of them have one number."""
@@ -93,7 +100,8 @@ def scores(runs: list[Run], suite: Suite) -> list[Scores]:
         settings = _by_setting(rows[rows["context_length"].notna()])
         for scaling, part in settings:
             setting = "" if len(settings) == 1 else f", {'no scaling' if scaling == 'none' else scaling}"
-            all_scores.append(Scores(run, scaling, part, run.name + setting))
+            is_own = is_whole_score(part) & ~part["task"].isin(suite.beside)
+            all_scores.append(Scores(run, scaling, part[is_own], run.name + setting, part[~is_own]))
     return all_scores
 
 
@@ -108,7 +116,8 @@ def _by_setting(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def lengths_of(all_scores: list[Scores]) -> list[int]:
     """Context lengths of any score, ascending."""
-    return sorted({int(length) for score in all_scores for length in score.rows["context_length"]})
+    tables = [table for score in all_scores for table in (score.rows, score.others)]
+    return sorted({int(length) for table in tables for length in table["context_length"]})
 
 
 def common_tasks(all_scores: list[Scores]) -> list[str]:
@@ -134,7 +143,9 @@ def benchmark_section(runs: list[Run], suite: Suite) -> Section | None:
         return None
     lengths = lengths_of(all_scores)
     blocks = _categories(all_scores, suite, lengths) if suite.by_category else _whole(all_scores, suite, lengths)
-    folded = [block for task in all_tasks(all_scores) for block in _task_blocks(all_scores, task, lengths)]
+    others = [str(task) for score in all_scores for task in measured(score.others)["task"]]
+    tasks = dict.fromkeys([*all_tasks(all_scores), *others])
+    folded = [block for task in tasks for block in _task_blocks(all_scores, task, lengths)]
     scored = [score.run for score in all_scores]
     missing = [f"{run.name}: no {suite.title} in its results." for run in runs if run not in scored]
     missing += [*_without_number(all_scores), *_left_out(all_scores)]
@@ -200,14 +211,22 @@ def _cell(score: Scores, tasks: list[str], length: int) -> Cell:
 
 
 def _task_blocks(all_scores: list[Scores], task: str, lengths: list[int]) -> list[Block]:
-    """A block for each metric of a task."""
-    parts = [score.only("task", task) for score in all_scores]
-    metrics = list(dict.fromkeys(str(name) for score in parts for name in score.known["metric"]))
-    blocks = []
-    for metric in metrics:
-        rows = _rows([score.only("metric", metric) for score in parts], [task], lengths)
-        blocks += block_of(f"{task} ({metric})", rows)
-    return blocks
+    """A block for each metric of a task, then for each length stratum of its prompts."""
+    parts = []
+    for score in all_scores:
+        part = score.only("task", task)
+        rows = measured(pd.concat([part.rows, part.others]))
+        titles = [f"{task} ({row['metric']}){stratum_words(row)}" for row in rows.to_dict("records")]
+        rows = rows.assign(title=titles)
+        parts.append(replace(part, rows=rows, others=rows.iloc[:0]))
+    whole_first = pd.concat([part.rows for part in parts]).sort_values(
+        "position_start", kind="stable", na_position="first"
+    )
+    return [
+        block
+        for title in dict.fromkeys(whole_first["title"])
+        for block in block_of(title, _rows([part.only("title", title) for part in parts], [task], lengths))
+    ]
 
 
 def _without_number(all_scores: list[Scores]) -> list[str]:

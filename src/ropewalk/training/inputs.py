@@ -137,7 +137,7 @@ def open_data(config: TrainConfig) -> tuple[PackedStore, Mixture]:
     order_seed = trainer.seed if data.order_seed is None else data.order_seed
     mixture = Mixture(
         order_seed, data.mixture, stores, trainer.global_batch_size,
-        sequence_length=data.sequence_length, curriculum=data.curriculum,
+        sequence_length=data.sequence_length, curriculum=data.curriculum, length_weights=data.length_weights,
     )  # fmt: skip
     return stores[""], mixture
 
@@ -178,7 +178,7 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
 
 
 def describe_order(mixture: Mixture, steps: int, first_order_step: int = 0) -> str:
-    """How often each domain will have been gone through after ``steps``, and which repeat or are left out."""
+    """How often each domain, or length bucket of one, is gone through in ``steps``; which repeat or are left out."""
     seen = first_order_step + steps
     epochs = ", ".join(f"{name} {count:.2f}" for name, count in mixture.epochs(seen).items())
     unused = f"; not used: {', '.join(mixture.unused)}" if mixture.unused else ""

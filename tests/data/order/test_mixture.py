@@ -16,6 +16,7 @@ from scipy import stats
 
 from ropewalk.data.order.batches import rank_micro_batches
 from ropewalk.data.order.mixture import Mixture, SequenceRef
+from ropewalk.runs.record import check_contract
 
 PROLONG = {
     "repositories": 0.30, "books": 0.30, "fineweb_edu": 0.10, "fineweb": 0.10, "stackexchange": 0.04,
@@ -38,6 +39,10 @@ class Store:
     root: str = "store"
     tokenizer_path: Path = Path("store/tokenizer")
     tokenizer: dict[str, str] = field(default_factory=lambda: {"sha256": "t"})
+    longest: dict[str, list[int]] = field(default_factory=dict)
+
+    def longest_documents(self, domain: str) -> np.ndarray:
+        return np.array(self.longest[domain])
 
     def trained_tokens(self, domain: str, index: int) -> int:
         return 1000 * len(domain) + index
@@ -232,6 +237,110 @@ class TestCurriculum:
         assert json.loads(json.dumps(contract)) == contract
 
 
+def store_with(**longest: list[int]) -> Store:
+    """A store whose sequences' longest documents have these tokens."""
+    return Store({name: Domain(len(lengths)) for name, lengths in longest.items()}, longest=longest)
+
+
+class TestLengthWeights:
+    """Sequences drawn by the length of their longest document."""
+
+    # 6 short, 3 middle, 3 long; 4 short, 4 long
+    store = store_with(a=[5, 63, 16, 8, 8, 64, 15, 64, 1, 2, 17, 31], b=[3, 64, 3, 64, 3, 64, 3, 64])
+    weights, mixture = {0: 1.0, 16: 0.5, 32: 3.0}, {"a": 0.6, "b": 0.4}
+
+    def order(self, **options):
+        return Mixture(7, self.mixture, self.store, 10, length_weights=self.weights, **options)
+
+    def test_counts_are_weight_times_sequences_within_each_domains_share(self):
+        """Of a: 6 x 1 : 3 x 0.5 : 3 x 3 = 12 : 3 : 18 of 33, times 3/5; of b: 4 x 1 : 4 x 3 = 1 : 3, times 2/5."""
+        shares = {"a[0:16]": 12 / 55, "a[16:32]": 3 / 55, "a[32:]": 18 / 55, "b[0:16]": 0.1, "b[32:]": 0.3}
+        assert self.order().weights == pytest.approx(shares, rel=1e-15)
+        refs = order(self.order(), range(99))  # a period of 990 slots, 9 times the common denominator of 110
+        longest = [(ref.domain, self.store.longest[ref.domain][ref.rows[0]]) for ref in refs]
+        held = Counter((domain, min(length // 16, 2)) for domain, length in longest)
+        assert held == {("a", 0): 216, ("a", 1): 54, ("a", 2): 324, ("b", 0): 99, ("b", 2): 297}
+
+    def test_every_row_of_a_bucket_comes_once_before_any_comes_twice(self):
+        refs = order(self.order(), range(99))
+        buckets = {("a", False): [0, 3, 4, 6, 8, 9], ("a", True): [1, 5, 7], ("b", True): [1, 3, 5, 7]}
+        for (domain, is_long), bucket in buckets.items():
+            lengths = self.store.longest[domain]
+            rows = [r.rows[0] for r in refs if r.domain == domain and (lengths[r.rows[0]] >= 32) == is_long]
+            rows = [row for row in rows if is_long or lengths[row] < 16]
+            whole = len(rows) // len(bucket) * len(bucket)
+            assert whole > 30
+            for start in range(0, whole, len(bucket)):
+                assert sorted(rows[start : start + len(bucket)]) == bucket
+        assert self.order().repeated(99) == ("a[0:16]", "a[16:32]", "a[32:]", "b[0:16]", "b[32:]")
+        assert self.order().epochs(99)["a[32:]"] == 324 / 3
+
+    def test_a_step_jumped_to_equals_the_step_reached(self):
+        reached = self.order(curriculum={20: {"b": 1.0}})
+        walked = [reached.global_batch(step) for step in range(60)]
+        assert (
+            Mixture(
+                7, self.mixture, self.store, 10, length_weights={32: 3, 0: 1, 16: 0.5}, curriculum={20: {"b": 1.0}}
+            ).global_batch(59)
+            == walked[59]
+        )
+        assert walked[:20] == [self.order().global_batch(step) for step in range(20)]
+
+    def test_left_out_buckets_never_come_and_are_reported(self):
+        mixture = Mixture(0, {}, self.store, 8, length_weights={0: 0, 32: 1})
+        assert mixture.unused == ("a[0:32]", "b[0:32]")
+        refs = order(mixture, range(50))
+        assert {self.store.longest[ref.domain][ref.rows[0]] for ref in refs} == {63, 64}
+        assert mixture.weights == pytest.approx({"a[32:]": 0.6, "b[32:]": 0.4})  # 12 and 8 sequences, as without
+
+    def test_a_resume_under_other_length_weights_is_refused(self):
+        saved = self.order().contract()
+        assert json.loads(json.dumps(saved)) == saved
+        assert saved["weights"] == {
+            "a[0:16]": "12/55", "a[16:32]": "3/55", "a[32:]": "18/55", "b[0:16]": "1/10", "b[32:]": "3/10"
+        }  # fmt: skip
+        assert check_contract(saved, self.order().contract(), []) == {}
+        for others in ({}, {0: 1, 16: 0.5, 33: 3}, {0: 1, 16: 0.5, 32: 2}):
+            present = Mixture(7, self.mixture, self.store, 10, length_weights=others).contract()
+            with pytest.raises(
+                ValueError, match=r"this run is not the one that was saved: .*weights\.a\[32:\] was '18/55'"
+            ):
+                check_contract(saved, present, [])
+
+    def test_a_real_stores_sequences_are_told_apart_by_their_longest_document(self, store_256):
+        mixture = Mixture(0, {}, {"": store_256, "x": store_256}, 16, length_weights={0: 0, 100: 1, 256: 2})
+        whole = sum(info.sequences for info in store_256.domains.values())
+        for name in store_256.domains:
+            rows = range(store_256.domains[name].sequences)
+            longest = [max(np.diff(store_256.read(name, row).ends, prepend=0)) for row in rows]
+            assert store_256.longest_documents(name).tolist() == longest
+            middle, long = sum(100 <= n < 256 for n in longest), sum(n == 256 for n in longest)
+            shares = {part: share for part, share in mixture.weights.items() if part.startswith(f"{name}[")}
+            parts = (shares.get(f"{name}[100:256]", 0), shares.get(f"{name}[256:]", 0))
+            assert parts[0] * 2 * long == pytest.approx(parts[1] * middle)
+            assert sum(parts) == pytest.approx(store_256.domains[name].sequences / 2 / whole)
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ({0: 1, 16: -1}, "has the weight -1 from 16 tokens on; weights are finite and at least 0"),
+            ({0: 1, 16: float("nan")}, "has the weight nan from 16 tokens on"),
+            ({0: float("inf")}, "has the weight inf"),
+            ({0: 0.0, 16: 0.0}, "has no positive weight; give one"),
+            ({16: 1.0}, "begins at 16 tokens; the first bucket begins at 0, so add"),
+            ({-1: 1.0, 0: 1.0}, "begins at -1 tokens; the first bucket begins at 0"),
+            (
+                {0: 1, 65: 2},
+                "names a bucket from 65 tokens on that no sequence is in .* of up to 64 tokens.; leave 65 out",
+            ),
+            ({0: 0, 4: 0, 32: 0, 64: 0, 40: 1}, "leaves no sequence of b, whose documents have up to 64 tokens"),
+        ],
+    )
+    def test_bad_weights_are_refused(self, weights, message):
+        with pytest.raises(ValueError, match=rf"data\.length_weights=\{{.*\}} {message}"):
+            Mixture(0, {"b": 1.0}, self.store, length_weights=weights)
+
+
 def test_trained_tokens_sum_over_the_batch():
     mixture = Mixture(0, {"a": 1, "bb": 1}, store_of(a=4, bb=6), 5)
     assert mixture.trained_tokens(3) == sum(1000 * len(r.domain) + r.rows[0] for r in mixture.global_batch(3))
@@ -290,7 +399,8 @@ def test_bad_steps_and_batches_are_refused():
         Mixture(0, {}, store_of(a=3)).global_batch(-1)
 
 
-def test_golden_order():
+@pytest.mark.parametrize("bounds", [[], [0, 16]])
+def test_golden_order(bounds):
     """Every run that resumes relies on this order: computed here from SHA-256, splitmix64 and the rules alone."""
     mask, gamma = (1 << 64) - 1, 0x9E3779B97F4A7C15
 
@@ -302,27 +412,32 @@ def test_golden_order():
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         return z ^ (z >> 31)
 
-    def row(domain, draw, seed):
-        epoch, x = divmod(draw, sizes[domain])
-        state = key("order", seed, domain, epoch)
+    def row(part, draw, seed):
+        epoch, x = divmod(draw, len(rows[part]))
+        state = key("order", seed, part, epoch)
         for _ in range(64):  # swap-or-not
             state = (state + gamma) & mask
-            partner = (mix(state) - x) % sizes[domain]
+            partner = (mix(state) - x) % len(rows[part])
             if mix((mix(state ^ gamma) + max(x, partner)) & mask) >> 63:
                 x = partner
-        return x
+        return rows[part][x]
 
-    sizes, seed = {"long": 5, "short": 3}, 11
-    ordered = ["long"] * 768 + ["short"] * 256  # a period of 1,024 slots at 3 : 1
+    seed, longest = 11, {"long": [64, 9, 64, 64, 16], "short": [3, 15, 2]}
+    if bounds:  # with weights 1 and 2: 1 : 8 of long's share of 3/4, that is 1/12 and 8/12
+        rows, slots = {"long[0:16]": [1], "long[16:]": [0, 2, 3, 4], "short[0:16]": [0, 1, 2]}, (85, 680, 255)
+    else:
+        rows, slots = {"long": [0, 1, 2, 3, 4], "short": [0, 1, 2]}, (768, 256)
+    ordered = [part for part, count in zip(rows, slots, strict=True) for _ in range(count)]
     owners = []
     for period in range(2):
         start = key("slots", seed, 0, period)
-        values = [mix((start + i * gamma) & mask) for i in range(1, 1025)]
-        owners += [ordered[i] for i in sorted(range(1024), key=values.__getitem__)]
+        values = [mix((start + i * gamma) & mask) for i in range(1, len(ordered) + 1)]
+        owners += [ordered[i] for i in sorted(range(len(ordered)), key=values.__getitem__)]
     drawn, expected = Counter(), []
     for owner in owners:
-        expected.append(SequenceRef(owner, (row(owner, drawn[owner], seed),)))
+        expected.append(SequenceRef(owner.partition("[")[0], (row(owner, drawn[owner], seed),)))
         drawn[owner] += 1
-    mixture = Mixture(seed, {"long": 0.75, "short": 0.25}, store_of(**sizes), 8)
-    assert order(mixture, range(256)) == expected
-    assert Fraction(drawn["long"], 2048) == Fraction(3, 4)
+    weights = {"long": 0.75, "short": 0.25}
+    mixture = Mixture(seed, weights, store_with(**longest), 4, length_weights=dict(zip(bounds, (1, 2), strict=False)))
+    assert order(mixture, range(sum(slots) // 2)) == expected
+    assert Fraction(sum(drawn[part] for part in rows if part.startswith("long")), 2 * sum(slots)) == Fraction(3, 4)

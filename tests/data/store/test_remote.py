@@ -229,6 +229,7 @@ class TestConfiguration:
             mixture={"long": 0.5, "rows/short": 0.5},
             stores={"rows": str(store_64.root)},
             curriculum={10: {"long": 1.0}},
+            length_weights={0: 1.0, 200: 3.0},
             verify=True,
             cache_dir=str(tmp_path),
             cache_gib=1.0,
@@ -239,7 +240,7 @@ class TestConfiguration:
         store, mixture = open_data(config)
         plain = Mixture(
             config.trainer.seed, data.mixture, {"": store_256, "rows": store_64}, config.trainer.global_batch_size,
-            curriculum=data.curriculum,
+            curriculum=data.curriculum, length_weights=data.length_weights,
         )  # fmt: skip
         assert store.fingerprint == store_256.fingerprint
         assert mixture.contract() == plain.contract()

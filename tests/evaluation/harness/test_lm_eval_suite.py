@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ropewalk.evaluation.harness.lm_eval_suite import (
     nearest,
     rows_of,
     run_task,
+    stratum_rows,
     task_manager,
     task_spec,
 )
@@ -166,10 +168,43 @@ def test_longbench_2_and_graphwalks_score_rows_of_our_own(tmp_path) -> None:
         row["metric"]: row["value"] for row in rows_of({"results": {"graphwalks_1M": walked}}, {"category": "long"})
     }
     assert rows["flexible_f1"] == pytest.approx(100 * (0.8 + 2 / 3) / 2)  # percent, as f1
-    chosen = run_task(lm, task_spec("longbench2_code", given), None, None, 0)["results"]["longbench2_code"]
-    assert chosen["acc,none"] == 0.25
+    chosen = run_task(lm, task_spec("longbench2_code", given), None, None, 0)
+    assert chosen["results"]["longbench2_code"]["acc,none"] == 0.25
+    strata = list(stratum_rows(chosen, "longbench2_code", "acc", len, {"category": "long"}))
+    lengths = [len(prompt) for prompt in lm.prompts[::4]]  # of four questions with four choices each
+    assert {row["position_start"]: row["n"] for row in strata} == Counter(2 ** int(math.log2(n)) for n in lengths)
+    assert sum(row["n"] * row["value"] for row in strata) == 100
     assert "<text>\na rope\n</text>" in lm.prompts[0]
     assert {"longbench2_single", "longbench2_code"} <= set(task_manager().all_groups + task_manager().all_tasks)
+
+
+def test_scores_by_length_of_prompt_pool_a_groups_tasks() -> None:
+    """Two tasks of a group, three and four prompts of 3, 5, 8 and 5, 7, 8, 15 tokens: strata of 1, 3 and 3."""
+
+    def samples(*prompts: tuple[int, float]) -> list[dict]:
+        return [
+            {"filter": "none", "arguments": [("w " * tokens, " A"), ("w " * tokens, " B")], "acc": acc}
+            for tokens, acc in prompts
+        ]
+
+    results = {
+        "groups": {"both": {}},
+        "samples": {
+            "one": samples((3, 1.0), (5, 0.0), (8, 1.0)),
+            "two": [*samples((5, 1.0), (7, 0.0), (8, 0.0), (15, 1.0)), {"filter": "other", "arguments": None}],
+        },
+    }
+    rows = list(stratum_rows(results, "both", "acc", lambda text: len(text.split()), {"category": "long"}))
+    assert [(row["position_start"], row["position_end"], row["n"]) for row in rows] == [
+        (2, 4, 1),
+        (4, 8, 3),
+        (8, 16, 3),
+    ]
+    assert [row["value"] for row in rows] == pytest.approx([100, 100 / 3, 200 / 3])
+    assert {(row["task"], row["metric"], row["category"]) for row in rows} == {("both", "acc", "group")}
+    assert math.isnan(rows[0]["stderr"])
+    assert [row["stderr"] for row in rows[1:]] == pytest.approx([100 / 3] * 2)  # variance 1/3 of 3 samples
+    assert sum(row["value"] * row["n"] for row in rows) / 7 == pytest.approx(100 * 4 / 7)  # the mean of all
 
 
 def test_shares_become_percent_and_groups_are_called_groups() -> None:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ropewalk.evaluation.harness.ruler_prompts import build_samples, largest
-from ropewalk.evaluation.harness.ruler_tasks import TASKS, RulerTask
+from ropewalk.evaluation.harness.json_kv import json_kv
+from ropewalk.evaluation.harness.ruler_prompts import Sample, Text, _filling, build_samples, largest
+from ropewalk.evaluation.harness.ruler_tasks import ALL_TASKS, TASKS, RulerTask
 
 pytest.importorskip("lm_eval")
 LENGTH = 3000  # bytes, with the tokenizer below
@@ -120,7 +123,7 @@ def test_missing_data_is_named(tmp_path) -> None:
         build("qa_1", data=tmp_path)
 
 
-@pytest.mark.parametrize(("length", "message"), [(100, "RULER has prompts of 512 to 524288"), (600, "at its smallest")])
+@pytest.mark.parametrize(("length", "message"), [(100, "cwe has prompts of 512 to 524288"), (600, "at its smallest")])
 def test_a_length_that_holds_no_prompt_is_refused(length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build("cwe", length=length)
@@ -131,6 +134,66 @@ def test_the_tasks_are_those_of_the_paper() -> None:
     assert {name for name, task in TASKS.items() if task.metric == "string_match_part"} == {"qa_1", "qa_2"}
     answers = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
     assert all(isinstance(task, RulerTask) and task.new_tokens == answers[task.kind] for task in TASKS.values())
+
+
+@pytest.fixture(scope="module")
+def uuid_tokenizer() -> Tokenizer:
+    """A BPE of UUIDs and JSON, with GPT-2's split of words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator((row["context"] for row in json_kv(100, 5, 1)), trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 30_000])
+def test_json_kv_has_the_length_itself(length: int, uuid_tokenizer) -> None:
+    counted = []
+
+    def count(text: str) -> int:
+        counted.append(len(text))
+        return len(uuid_tokenizer.encode(text).ids) + 1
+
+    samples = build_samples(ALL_TASKS["json_kv"], count, length, 7, 42, None)
+    assert sum(counted) < 4 * sum(len(sample.prompt) for sample in samples) + 7 * 30_000  # each text, not many times
+    for sample in samples:
+        assert len(uuid_tokenizer.encode(sample.prompt).ids) + 1 + 100 == sample.tokens + 100 == length
+        data, question = sample.prompt.removeprefix("JSON data:\n").split("\n\nExtract the value")
+        pairs, keys = json.loads(data), re.findall(r"Key: (\S+)\nCorresponding value:(?: (\S+))?", question)
+        assert len(pairs) == data.count("\n") + 1
+        assert [pairs[key] for key, _ in keys] == [*(value for _, value in keys[:2]), *sample.references]
+        assert list(pairs).index(keys[2][0]) == round(sample.index % 6 / 5 * (len(pairs) - 1))
+    assert len({sample.prompt for sample in samples}) == 7
+    assert build_samples(ALL_TASKS["json_kv"], count, length, 1, 42, None) == samples[:1]
+
+
+def test_json_kv_where_every_pair_has_the_same_tokens_is_less_than_a_pair_short() -> None:
+    for sample in build_samples(ALL_TASKS["json_kv"], count, LENGTH, 6, 42, None):
+        assert 0 <= LENGTH - 100 - sample.tokens < len(' "": "",\n') + 2 * 36
+    with pytest.raises(ValueError, match=r"json_kv: sample 0 takes \d+ tokens at its smallest, answer included"):
+        build_samples(ALL_TASKS["json_kv"], count, 600, 6, 42, None)
+
+
+class Even(Text):
+    """Sentences of 15 to 30 tokens; what is written is the number of them."""
+
+    def write(self, units: int, index: int) -> tuple[str, list[str]]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("room", [524_289, 999_872, 2_097_024])
+def test_a_long_text_is_filled_to_a_sentence_in_a_few_counts(room: int) -> None:
+    for index in range(3):
+        ends = 41 + np.cumsum(np.random.default_rng([room, index]).integers(15, 31, 200_000))
+        sizes = []
+
+        def written(units: int, index: int, ends: np.ndarray = ends, sizes: list[int] = sizes) -> Sample:
+            sizes.append(units)
+            return Sample(index, "", [], int(ends[units - 1]))
+
+        sample = _filling(written, Even(), index, room)
+        assert 0 <= room - sample.tokens <= 30
+        assert sum(size > 2000 for size in sizes) <= 5
 
 
 @pytest.mark.parametrize("top", [1, 2, 3, 99, 100, 101, 1000])
@@ -152,10 +215,15 @@ from ropewalk.evaluation.harness.ruler_tasks import TASKS
 names = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 count = lambda text: len(text.encode()) + 1
 made = {n: [s.record() for s in build_samples(TASKS[n], count, 4096, 4, 42, Path(sys.argv[1]))] for n in names}
+(long,) = build_samples(TASKS["niah_multikey_2"], count, 600_000, 1, 42, Path(sys.argv[1]))
+made["long"] = [long.tokens, count(long.prompt), long.prompt.count(long.references[0])]
 print(json.dumps(made))
 """
     ended = subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, text=True)
     made = json.loads(ended.stdout.splitlines()[-1])
+    tokens, counted, held = made.pop("long")
+    assert (tokens, held) == (counted, 1)
+    assert 0 <= 600_000 - 128 - tokens < 120  # a needle has less
     for name, samples in made.items():
         assert len({sample["prompt"] for sample in samples}) == 4
         for sample in samples:

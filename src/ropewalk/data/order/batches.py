@@ -34,7 +34,7 @@ class ClipKey(NamedTuple):
         domain: of the store.
         row: of the domain.
         number: of the clip in that row.
-        epoch: of the domain, from 0.
+        epoch: of its part of the domain (see Mixture), from 0.
     """
 
     domain: str

@@ -27,7 +27,7 @@ class SequenceRef:
     Attributes:
         domain: of the rows.
         rows: their numbers in the domain.
-        epochs: of the domain, from 0, for each of them.
+        epochs: of their part of the domain (see Mixture), from 0, for each of them.
     """
 
     domain: str
@@ -35,12 +35,31 @@ class SequenceRef:
     epochs: tuple[int, ...] = field(default=(), compare=False)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Rows that are shuffled as one: all of a domain, or those in one of its length buckets.
+
+    Attributes:
+        name: the domain's, with its bucket: ``books``, ``books[0:4096]``, ``books[4096:]``.
+        domain: of the rows.
+        size: how many rows.
+        rows: their numbers in the domain, int64 (size,); None: all of them.
+        share: of the domain's sequences.
+    """
+
+    name: str
+    domain: str
+    size: int
+    rows: NDArray[np.int64] | None = None
+    share: Fraction = Fraction(1)
+
+
 @dataclass(frozen=True)
 class _Segment:
-    """Steps with the same weights: the slots, and the draws that each of its domains had had before."""
+    """Steps with the same weights: the slots, and the draws that each of its parts had had before."""
 
     first_step: int
-    domains: tuple[str, ...]
+    parts: tuple[_Part, ...]
     shares: tuple[Fraction, ...]
     slots: Slots
     drawn: Mapping[str, int]
@@ -49,9 +68,16 @@ class _Segment:
 class Mixture:
     """Interleaves domains in fixed proportions. It holds no state but a cache: any step costs the same.
 
-    Every slot of the endless row of training sequences belongs to a domain (see Slots). A domain of n rows
-    fills its slots from epochs, each a keyed permutation of all n rows, so every row comes once before any comes
-    twice. Weights that change at declared steps begin a new row of slots; the domains go on where they were.
+    Every slot of the endless row of training sequences belongs to a part (see Slots): a domain, or under
+    ``length_weights`` a domain's rows in one length bucket. A part of n rows fills its slots from epochs, each a keyed
+    permutation of all n rows, so every row comes once before any comes twice. Weights that change at declared steps
+    begin a new row of slots; the parts go on where they were.
+
+    The bucket of a row is that of the longest document in it, as long as it lies there: a document that preparation cut
+    counts by each piece, since attention sees no more, so no row is longer than its store's sequences. A bucket's
+    weight multiplies how often its rows come beside those of the domain's other buckets; the domain keeps its share.
+    That is per-source upsampling of long documents (Fu et al., "Data Engineering for Scaling Language Models to 128K
+    Context", arXiv 2402.10171).
     """
 
     def __init__(
@@ -63,6 +89,7 @@ class Mixture:
         *,
         sequence_length: int | None = None,
         curriculum: Mapping[int, Mapping[str, float]] | None = None,
+        length_weights: Mapping[int, float] | None = None,
     ) -> None:
         """Check and normalise the weights.
 
@@ -73,26 +100,33 @@ class Mixture:
             global_batch_size: sequences a step, over all ranks.
             sequence_length: tokens of a training sequence; None: the longest of the stores'.
             curriculum: step (from 1) -> the weights from that step on, counting steps from 0.
+            length_weights: first length of a bucket (tokens; it ends before the next one's) -> how often its rows come
+                beside the domain's others, in any unit; None or empty: every row as often as any other.
 
         Raises:
-            UserError: for an unknown or empty domain, a weight that is negative or not finite, weights that are all
-                zero, a global batch of no sequences, a change of weights before step 1, or stores that do not fit.
+            UserError: for an unknown or empty domain or bucket, a weight that is negative or not finite, weights that
+                are all zero, a global batch of no sequences, a change of weights before step 1, or stores that do not
+                fit.
         """
         if global_batch_size < 1:
             raise UserError(f"global_batch_size={global_batch_size} must be positive; set it to 1 or more")
         self.store = stores if isinstance(stores, JoinedStore) else JoinedStore(stores, sequence_length)
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self._sizes = {name: info.sequences for name, info in self.store.domains.items()}
-        self._segments = self._divided({0: weights, **_changes(curriculum or {})})
-        used = {name for segment in self._segments for name in segment.domains}
-        self.unused = tuple(sorted(set(self._sizes) - used))
+        changes = {0: weights, **_changes(curriculum or {})}
+        shares = {step: _normalised(self.store, given) for step, given in sorted(changes.items())}
+        domains = sorted({domain for given in shares.values() for domain in given})
+        parts = _parts_of(self.store, domains, length_weights or {})
+        self._segments = self._divided(shares, [part for part in parts if part.share])
+        used = {part.name for segment in self._segments for part in segment.parts}
+        left_out = {domain for domain in self.store.domains if domain not in domains}
+        self.unused = tuple(sorted({part.name for part in parts} - used | left_out))
 
     @property
     def weights(self) -> dict[str, float]:
-        """Share of each domain in the first step; they sum to 1."""
+        """Share of each part in the first step; they sum to 1."""
         first = self._segments[0]
-        return {name: float(share) for name, share in zip(first.domains, first.shares, strict=True)}
+        return {part.name: float(share) for part, share in zip(first.parts, first.shares, strict=True)}
 
     def global_batch(self, step: int) -> list[SequenceRef]:
         """The sequences of ``step`` (from 0), in order: ``global_batch_size`` of them, whoever trains on them."""
@@ -100,14 +134,14 @@ class Mixture:
         owners = segment.slots.between(slot, slot + self.global_batch_size)
         draws = np.empty(self.global_batch_size, np.int64)
         drawn = self._drawn(segment, slot)
-        for d, name in enumerate(segment.domains):
-            draws[owners == d] = drawn[name] + np.arange(np.count_nonzero(owners == d))
-        rows = np.array([self.store.rows(name) for name in segment.domains])[owners]
-        flat = self._rows(segment.domains, np.repeat(owners, rows), np.repeat(draws * rows, rows) + _counted(rows))
-        numbers, epochs = (np.split(part, np.cumsum(rows)[:-1]) for part in flat)
+        for p, part in enumerate(segment.parts):
+            draws[owners == p] = drawn[part.name] + np.arange(np.count_nonzero(owners == p))
+        rows = np.array([self.store.rows(part.domain) for part in segment.parts])[owners]
+        flat = _rows(self.seed, segment.parts, np.repeat(owners, rows), np.repeat(draws * rows, rows) + _counted(rows))
+        numbers, epochs = (np.split(each, np.cumsum(rows)[:-1]) for each in flat)
         return [
-            SequenceRef(segment.domains[d], tuple(number.tolist()), tuple(epoch.tolist()))
-            for d, number, epoch in zip(owners, numbers, epochs, strict=True)
+            SequenceRef(segment.parts[p].domain, tuple(number.tolist()), tuple(epoch.tolist()))
+            for p, number, epoch in zip(owners, numbers, epochs, strict=True)
         ]
 
     def trained_tokens(self, step: int) -> int:
@@ -115,19 +149,25 @@ class Mixture:
         return sum(self.store.trained_tokens(ref.domain, row) for ref in self.global_batch(step) for row in ref.rows)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each domain has been gone through before ``step``."""
+        """How often each part has been gone through before ``step``."""
         segment, slot = self._find(step)
         drawn = self._drawn(segment, slot)
-        return {name: drawn[name] * self.store.rows(name) / self._sizes[name] for name in sorted(drawn)}
+        parts = {part.name: part for other in self._segments for part in other.parts}
+        return {name: drawn[name] * self.store.rows(parts[name].domain) / parts[name].size for name in sorted(drawn)}
 
     def repeated(self, step: int) -> tuple[str, ...]:
-        """Domains that have run out, and so begun to repeat, before ``step``."""
+        """Parts that have run out, and so begun to repeat, before ``step``."""
         return tuple(name for name, epochs in self.epochs(step).items() if epochs > 1)
 
     def contract(self) -> dict[str, object]:
-        """Everything that the order depends on, for a checkpoint to compare on resume. Shares are exact fractions."""
+        """Everything that the order depends on, for a checkpoint to compare on resume.
+
+        Shares are exact fractions. Those of length buckets have the buckets' bounds in their names.
+        """
         shares = {
-            str(segment.first_step): {n: str(share) for n, share in zip(segment.domains, segment.shares, strict=True)}
+            str(segment.first_step): {
+                part.name: str(share) for part, share in zip(segment.parts, segment.shares, strict=True)
+            }
             for segment in self._segments
         }
         return {
@@ -140,16 +180,16 @@ class Mixture:
             "sequence_length": self.store.sequence_length,
         }
 
-    def _divided(self, changes: Mapping[int, Mapping[str, float]]) -> list[_Segment]:
+    def _divided(self, changes: Mapping[int, Mapping[str, Fraction]], parts: Sequence[_Part]) -> list[_Segment]:
         segments: list[_Segment] = []
-        for number, (step, weights) in enumerate(sorted(changes.items())):
+        for number, (step, shares) in enumerate(changes.items()):
             drawn = {}
             if segments:
                 last = segments[-1]
                 drawn = self._drawn(last, (step - last.first_step) * self.global_batch_size)
-            shares = _normalised(self.store, weights)
-            slots = Slots(tuple(shares.values()), "slots", self.seed, number)
-            segments.append(_Segment(step, tuple(shares), tuple(shares.values()), slots, drawn))
+            chosen = tuple(part for part in parts if part.domain in shares)
+            of_all = tuple(shares[part.domain] * part.share for part in chosen)
+            segments.append(_Segment(step, chosen, of_all, Slots(of_all, "slots", self.seed, number), drawn))
         return segments
 
     def _find(self, step: int) -> tuple[_Segment, int]:
@@ -161,19 +201,24 @@ class Mixture:
         return segment, (step - segment.first_step) * self.global_batch_size
 
     def _drawn(self, segment: _Segment, slot: int) -> dict[str, int]:
-        """Sequences drawn from each domain before ``slot`` of a segment, those of earlier segments included."""
-        counts = dict(zip(segment.domains, segment.slots.before(slot).tolist(), strict=True))
+        """Sequences drawn from each part before ``slot`` of a segment, those of earlier segments included."""
+        counts = dict(zip((part.name for part in segment.parts), segment.slots.before(slot).tolist(), strict=True))
         return {name: segment.drawn.get(name, 0) + counts.get(name, 0) for name in {**segment.drawn, **counts}}
 
-    def _rows(
-        self, domains: Sequence[str], owners: NDArray[np.int64], draws: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The row that each draw of a domain is, rows being drawn one by one, and the epoch that it is of."""
-        sizes = np.array([self._sizes[name] for name in domains])[owners]
-        epochs, positions = np.divmod(draws, sizes)
-        shuffles, shuffle_of_draw = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
-        keys = [stable_key("order", self.seed, domains[d], epoch) for d, epoch in shuffles.T.tolist()]
-        return permuted(positions, sizes, np.array(keys, np.uint64)[shuffle_of_draw]), epochs
+
+def _rows(
+    seed: int, parts: Sequence[_Part], owners: NDArray[np.int64], draws: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The row of its domain that each draw of a part is, rows being drawn one by one, and the epoch that it is of."""
+    sizes = np.array([part.size for part in parts])[owners]
+    epochs, positions = np.divmod(draws, sizes)
+    shuffles, shuffle_of_draw = np.unique(np.stack([owners, epochs]), axis=1, return_inverse=True)
+    keys = [stable_key("order", seed, parts[p].name, epoch) for p, epoch in shuffles.T.tolist()]
+    numbers = permuted(positions, sizes, np.array(keys, np.uint64)[shuffle_of_draw])
+    for p, part in enumerate(parts):
+        if part.rows is not None:
+            numbers[owners == p] = part.rows[numbers[owners == p]]
+    return numbers, epochs
 
 
 def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -209,6 +254,57 @@ def _normalised(store: JoinedStore, weights: Mapping[str, float]) -> dict[str, F
     if total <= 0:
         raise UserError(f"mixture {dict(weights)} has no positive weight; give one to at least one of: {known}")
     return {name: given[name] / total for name in sorted(given) if given[name] > 0}
+
+
+def _parts_of(store: JoinedStore, domains: Sequence[str], length_weights: Mapping[int, float]) -> list[_Part]:
+    """The parts of each domain, those without a share included, in the order of domains and lengths."""
+    if not length_weights:
+        return [_Part(domain, domain, store.domains[domain].sequences) for domain in domains]
+    given = f"data.length_weights={dict(length_weights)}"
+    _check_length_weights(length_weights, given)
+    starts = sorted(length_weights)
+    weights = [Fraction(repr(float(length_weights[start]))) for start in starts]
+    parts: list[_Part] = []
+    held: set[int] = set()
+    most = 0
+    for domain in domains:
+        lengths = store.longest_documents(domain)
+        most = max(most, int(lengths.max()))
+        buckets = np.searchsorted(starts, lengths, side="right") - 1
+        rows = [np.flatnonzero(buckets == bucket) for bucket in range(len(starts))]
+        total = sum(weight * len(numbers) for weight, numbers in zip(weights, rows, strict=True))
+        if not total:
+            raise UserError(
+                f"{given} leaves no sequence of {domain}, whose documents have up to {lengths.max()} tokens; give "
+                "these lengths a weight above 0, or the domain none in data.mixture"
+            )
+        for start, end, weight, numbers in zip(starts, [*starts[1:], ""], weights, rows, strict=True):
+            if len(numbers):
+                held.add(start)
+                share = weight * len(numbers) / total
+                parts.append(_Part(f"{domain}[{start}:{end}]", domain, len(numbers), numbers, share))
+    for start, weight in length_weights.items():
+        if weight > 0 and start not in held:
+            raise UserError(
+                f"{given} names a bucket from {start} tokens on that no sequence is in (documents lie in sequences by "
+                f"pieces, here of up to {most} tokens); leave {start} out"
+            )
+    return parts
+
+
+def _check_length_weights(length_weights: Mapping[int, float], given: str) -> None:
+    for start, weight in length_weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(
+                f"{given} has the weight {weight} from {start} tokens on; weights are finite and at least 0 (0: never)"
+            )
+    if (first := min(length_weights)) != 0:
+        raise UserError(
+            f"{given} begins at {first} tokens; the first bucket begins at 0, so add 0: 1.0 (shorter documents as "
+            "often as there are) or 0: 0.0 (never)"
+        )
+    if not any(length_weights.values()):
+        raise UserError(f"{given} has no positive weight; give one to at least one bucket")
 
 
 class Slots:

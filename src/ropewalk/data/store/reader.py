@@ -135,6 +135,10 @@ class PackedStore:
         """Tokens of every document piece of a domain, int64 (documents,), in order. Reads the index, no token."""
         return self._domain(domain).piece_lengths()
 
+    def longest_documents(self, domain: str) -> NDArray[np.int64]:
+        """Tokens of the longest document piece of each sequence of a domain, int64 (sequences,); 0: it has none."""
+        return self._domain(domain).longest_pieces()
+
     def verify(self) -> None:
         """Hash every file and check every boundary against the manifest.
 
@@ -278,11 +282,22 @@ class _Domain:
         return np.memmap(stored_path(self._root, file), dtype, mode="r", shape=shape)
 
     def piece_lengths(self) -> NDArray[np.int64]:
-        offsets, ends = np.asarray(self._offsets), np.asarray(self._ends).astype(np.int64)
-        starts = np.zeros(len(ends), dtype=np.int64)
-        starts[1:] = ends[:-1]
-        starts[offsets[:-1][np.diff(offsets) > 0]] = 0
-        return ends - starts
+        ends, first = np.asarray(self._ends), self._first_pieces
+        lengths = np.diff(ends, prepend=ends.dtype.type(0))
+        lengths[first] = ends[first]
+        return lengths.astype(np.int64)
+
+    def longest_pieces(self) -> NDArray[np.int64]:
+        longest = np.zeros(self._info.sequences, np.int64)
+        longest[np.diff(self._offsets) > 0] = np.maximum.reduceat(self.piece_lengths(), self._first_pieces)
+        return longest
+
+    @property
+    def _first_pieces(self) -> NDArray[np.int64]:
+        """The number of the first piece of each sequence that has any."""
+        offsets = np.asarray(self._offsets)
+        first: NDArray[np.int64] = offsets[:-1][np.diff(offsets) > 0]
+        return first
 
     def check_boundaries(self) -> None:
         offsets, ends = np.asarray(self._offsets), np.asarray(self._ends)
@@ -387,6 +402,11 @@ class JoinedStore:
         """End of each document of a row; see PackedStore.document_ends."""
         store, name = self._store_of(domain)
         return store.document_ends(name, row)
+
+    def longest_documents(self, domain: str) -> NDArray[np.int64]:
+        """Tokens of the longest document of each row of a domain; see PackedStore.longest_documents."""
+        store, name = self._store_of(domain)
+        return store.longest_documents(name)
 
     def attention_cost(self, domain: str, row: int) -> int:
         """Sum of the squared lengths of a row's documents, padding counted as one, as attention computes it."""

@@ -9,8 +9,8 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
+from ropewalk.evaluation.documents import token_count
 from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint, Setting
 from ropewalk.evaluation.model_reader import ModelReader
 from ropewalk.evaluation.results_store import Cell, ResultsStore
@@ -72,7 +73,10 @@ def nearest(name: str, names: list[str]) -> str:
 
 def check_tasks(suite: SuiteConfig) -> None:
     """Raise UserError for a task that lm-eval does not have, under any key of the suite."""
-    for key in ("tasks", "few_shot", "datasets", "metrics"):
+    for task in suite.strata:
+        if task not in suite.metrics:
+            raise UserError(f"suite.strata={task}: nothing says which metric of it; set suite.metrics.{task}")
+    for key in ("tasks", "few_shot", "datasets", "metrics", "strata"):
         for task in getattr(suite, key):
             if task not in _names_in_files() and task not in (known := task_manager().all_tasks):
                 raise UserError(
@@ -182,7 +186,7 @@ def rows_of(results: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[d
             metric, _, filtered = key.partition(",")
             if "_stderr" in metric or not filtered or not isinstance(value, (int, float)):
                 continue
-            scale = 100.0 if metric in SHARES or metric.endswith("_score") else 1.0
+            scale = _scale(metric)
             error = metrics.get(f"{metric}_stderr,{filtered}")
             yield {
                 **common,
@@ -193,6 +197,48 @@ def rows_of(results: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[d
                 "n": n,
                 "stderr": error * scale if isinstance(error, (int, float)) else math.nan,
             }
+
+
+def stratum_rows(
+    results: Mapping[str, Any], task: str, metric: str, tokens: Callable[[str], int], common: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A task's score over the prompts of each length stratum, from 2^k to 2^(k + 1) - 1 tokens, the shortest first.
+
+    A prompt counts by its own length, whatever of it is cut to the length that the task is run at, so strata hold the
+    same prompts at every one. A group's prompts are pooled, as in a mean that is weighted by size.
+
+    Args:
+        results: lm-eval's, of this task or group alone, with samples.
+        task: its name.
+        metric: as in the table: ``acc``, or ``exact_match,get-answer`` with a filter.
+        tokens: of a text.
+        common: columns that all rows share.
+    """
+    name, _, filtered = metric.partition(",")
+    scale = _scale(name)
+    strata: dict[int, list[float]] = {}
+    for samples in results["samples"].values():
+        for sample in samples:
+            if sample["filter"] == (filtered or "none"):
+                prompt = sample["arguments"][0][0]
+                strata.setdefault(tokens(prompt).bit_length() - 1, []).append(scale * sample[name])
+    for exponent, values in sorted(strata.items()):
+        yield {
+            **common,
+            "task": task,
+            "category": "group" if task in results.get("groups", {}) else common["category"],
+            "metric": metric,
+            "position_start": 2**exponent,
+            "position_end": 2 ** (exponent + 1),
+            "value": float(np.mean(values)),
+            "n": len(values),
+            "stderr": float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan,
+        }
+
+
+def _scale(metric: str) -> float:
+    """Factor from lm-eval's number to the table's: percent of a share, else as it is."""
+    return 100.0 if metric in SHARES or metric.endswith("_score") else 1.0
 
 
 def _counts(results: Mapping[str, Any], group: str) -> Iterator[int]:
@@ -258,7 +304,11 @@ def run_lm_eval(
                     "context_length": at,
                 }
                 about = {"few_shot": _few_shot(results), "prompts_cut_in_the_middle": dict(cut)}
-                store.write(cell, identity, list(rows_of(results, common)), about, list(samples_of(results)))
+                rows = list(rows_of(results, common))
+                if task in suite.strata:
+                    tokens = partial(token_count, checkpoint.tokenizer)
+                    rows += stratum_rows(results, task, suite.metrics[task], tokens, common)
+                store.write(cell, identity, rows, about, list(samples_of(results)))
                 print(f"done: {cell}{f'; cut in the middle: {sum(cut.values())} prompts' if cut else ''}", flush=True)
 
 
@@ -280,6 +330,7 @@ def _task_identity(task: str, suite: SuiteConfig) -> dict[str, Any]:
         "samples": suite.samples,
         "overflow": suite.overflow,
         "dataset": suite.datasets.get(task, {}),
+        **({"strata": suite.metrics[task]} if task in suite.strata else {}),
     }
 
 

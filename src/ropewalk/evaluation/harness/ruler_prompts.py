@@ -1,4 +1,4 @@
-"""Prompts of RULER's tasks that fill a length and never pass it, from the texts that lm-eval writes.
+"""Prompts of RULER's tasks and of json_kv that fill a length and never pass it; RULER's texts are lm-eval's.
 
 lm-eval's own sizing is not used. It makes 500 samples in any case, and never ends if a length is too short for vt or
 cwe. It lets fwe run past its length by the answer, and leaves cwe's worked example out of the prompt. Once all of
@@ -8,10 +8,11 @@ SQuAD's paragraphs are used, it shuffles them in place, and questions and paragr
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.harness.ruler_tasks import LONGEST, RulerTask
+from ropewalk.evaluation.harness.json_kv import COUNTS, key_value_prompt
+from ropewalk.evaluation.harness.ruler_tasks import SEARCHED, RulerTask
 
 Written = tuple[str, list[str]]  # prompt and references
+STRETCH = 10_000  # words
 WORDS_SUFFICE = 65_536  # tokens; to about here lm-eval's own words fill cwe's list
 
 
@@ -49,9 +52,11 @@ class Text(ABC):
 
 
 class Niah(Text):
-    """Needles in a haystack of noise, essays or other needles."""
+    """Needles in a haystack of noise, essays or other needles. Units are sentences; of essays, words up to SEARCHED."""
 
-    def __init__(self, task: RulerTask, data: Path | None) -> None:
+    in_sentences = False  # an essay, whose units are sentences already
+
+    def __init__(self, task: RulerTask, length: int, data: Path | None) -> None:
         _find_sentences(data)
         # builds 6 million adjective-noun pairs: 1.5 GB and tens of seconds, so only for this task
         from lm_eval.tasks.ruler import niah_utils, prepare_niah
@@ -62,15 +67,30 @@ class Niah(Text):
         self.fewest = options["num_needle_k"] * options["num_needle_v"]
         if options["type_haystack"] == "essay":
             self.haystack: Any = _essay_words(data) if data else prepare_niah.get_haystack("essay")
+            self.in_sentences = length > SEARCHED
+            if self.in_sentences:
+                repeats = -(-length // len(self.haystack))  # a word has a token or more
+                self.haystack = self._sentences(self.haystack) * repeats  # as upstream repeats them
             self.most = len(self.haystack)
         else:
             self.haystack = prepare_niah.get_haystack(options["type_haystack"])
 
+    def _sentences(self, words: list[str]) -> list[str]:
+        """Sentences of the essays, split once and in stretches, as the splitter gives up on a text after 5 seconds."""
+        stretches = (" ".join(words[start : start + STRETCH]) for start in range(0, len(words), STRETCH))
+        return [sentence for stretch in stretches for sentence in self.prepare.cached_sent_tokenize(stretch)]
+
     def write(self, units: int, index: int) -> Written:
         """The haystack with its needles, the question, and the beginning of the answer."""
-        text, answers, _ = self.prepare.generate_input_output(
-            units, self.haystack, template=self.template, **self.options
-        )
+        split = self.prepare.cached_sent_tokenize
+        if self.in_sentences:
+            self.prepare.cached_sent_tokenize = lambda _: self.haystack[:units]
+        try:
+            text, answers, _ = self.prepare.generate_input_output(
+                units, self.haystack, template=self.template, **self.options
+            )
+        finally:
+            self.prepare.cached_sent_tokenize = split
         if units != getattr(self, "_last_units", None):
             self.prepare.cached_sent_tokenize.cache_clear()  # it would keep 1024 haystacks
             self._last_units = units
@@ -186,7 +206,7 @@ def make_text(task: RulerTask, length: int, count: Callable[[str], int], data: P
         UserError: a file is missing there.
     """
     if task.kind == "niah":
-        return Niah(task, data)
+        return Niah(task, length, data)
     if task.kind == "vt":
         return VariableTracking(count)
     if task.kind == "cwe":
@@ -286,16 +306,30 @@ class Sample:
         return asdict(self)
 
 
-def check_length(length: int) -> None:
-    """Raise UserError for a length that RULER has no prompts of."""
-    if not SHORTEST <= length <= LONGEST:
-        raise UserError(f"lengths={length}: RULER has prompts of {SHORTEST} to {LONGEST} tokens; choose within")
+def check_length(length: int, task: RulerTask) -> None:
+    """Raise UserError for a length that ``task`` has no prompts of."""
+    if not SHORTEST <= length <= task.longest:
+        raise UserError(
+            f"lengths={length}: {task.name} has prompts of {SHORTEST} to {task.longest} tokens; choose within, or "
+            "other tasks (suite.tasks)"
+        )
 
 
 def build_samples(
-    task: RulerTask, count: Callable[[str], int], length: int, samples: int, seed: int, data: Path | None
+    task: RulerTask,
+    count: Callable[[str], int],
+    length: int,
+    samples: int,
+    seed: int,
+    data: Path | None,
+    *,
+    logs: bool = False,
 ) -> list[Sample]:
     """``samples`` prompts of ``task``, each as long as fits ``length`` with its answer.
+
+    Those of json_kv have the length itself, see key_value_prompt. RULER's have units less that are one part in 256 of
+    the text, and above 524,288 tokens at most one unit less: there a few counts of each text are enough, as its tokens
+    grow evenly.
 
     Args:
         task: which.
@@ -304,45 +338,79 @@ def build_samples(
         samples: how many.
         seed: of all of them.
         data: offline data, None for the hub.
+        logs: print how far it is, now and then.
 
     Raises:
         UserError: the data has fewer samples, or the smallest does not fit.
     """
-    check_length(length)
+    check_length(length, task)
+    room = length - task.new_tokens
+    indices: Iterable[int] = range(samples)
+    if logs:
+        from ropewalk.evaluation.harness.reader_lm import logged  # imports lm-eval, an extra
+
+        indices = logged(range(samples), f"prompts of {task.name} written")
+    if task.kind == "json_kv":
+        made = ((i, *key_value_prompt(count, room, i, f"{seed}/{task.name}/{length}/{i}")) for i in indices)
+        return [_checked(Sample(*parts), task, room) for parts in made]
     text = make_text(task, length, count, data)
     if text.samples is not None and samples > text.samples:
         raise UserError(f"{task.name} has {text.samples} questions; set suite.samples to that or less, not {samples}")
-    room = length - task.new_tokens
 
-    def written(units: int, index: int) -> tuple[str, list[str], int]:
+    def written(units: int, index: int) -> Sample:
         random.seed(f"{seed}/{task.name}/{length}/{index}")
         np.random.seed(random.getrandbits(32))
         prompt, references = text.write(units, index)
-        return prompt, references, count(prompt)
+        return Sample(index, prompt, references, count(prompt))
 
     fewest = text.fewest_for(0)
-    units = largest(lambda n: written(n, 0)[2] <= room, fewest, text.most)
-    return [_fitting(task, text, written, units, index, room) for index in range(samples)]
+    if length > SEARCHED:
+        return [_checked(_filling(written, text, index, room), task, room) for index in indices]
+    units = largest(lambda n: written(n, 0).tokens <= room, fewest, text.most)
+    return [_checked(_fitting(written, text, units, index, room), task, room) for index in indices]
 
 
-def _fitting(
-    task: RulerTask,
-    text: Text,
-    written: Callable[[int, int], tuple[str, list[str], int]],
-    units: int,
-    index: int,
-    room: int,
-) -> Sample:
-    """Sample ``index`` at ``units``, or at as few less as it takes to fit ``room`` tokens."""
+def _checked(sample: Sample, task: RulerTask, room: int) -> Sample:
+    """``sample``; UserError where its text does not fit, which was then made as small as there is one."""
+    if sample.tokens > room:
+        raise UserError(
+            f"{task.name}: sample {sample.index} takes {sample.tokens + task.new_tokens} tokens at its smallest, "
+            f"answer included, and lengths={room + task.new_tokens} is less; evaluate at a greater length"
+        )
+    return sample
+
+
+def _fitting(written: Callable[[int, int], Sample], text: Text, units: int, index: int, room: int) -> Sample:
+    """Sample ``index`` at ``units``, or at as few less as it takes to fit ``room`` tokens; at its smallest anyway."""
     fewest = text.fewest_for(index)
     units = max(units, fewest)
     while True:
-        prompt, references, tokens = written(units, index)
-        if tokens <= room:
-            return Sample(index, prompt, references, tokens)
-        if units == fewest:
-            raise UserError(
-                f"{task.name}: sample {index} takes {tokens + task.new_tokens} tokens at its smallest, answer "
-                f"included, and lengths={room + task.new_tokens} is less; evaluate at a greater length"
-            )
-        units = max(fewest, units - max(1, units * (tokens - room) // tokens + units // 256))
+        sample = written(units, index)
+        if sample.tokens <= room or units == fewest:
+            return sample
+        units = max(fewest, units - max(1, units * (sample.tokens - room) // sample.tokens + units // 256))
+
+
+def _filling(written: Callable[[int, int], Sample], text: Text, index: int, room: int) -> Sample:
+    """Sample ``index`` at most a unit short of ``room`` tokens, or as near as the text's units come to it.
+
+    Follows the straight line through two sizes: first the smallest text with 64 units more, and with 1,088; then the
+    two that were counted last.
+    """
+    units, start = text.fewest_for(index) + 64, written(text.fewest_for(index) + 64, index).tokens
+    best = last = written(units + 1024, index)
+    at, per_unit = units + 1024, (last.tokens - start) / 1024
+    counted = {at}
+    for _ in range(COUNTS):
+        step = math.floor((room - last.tokens) / per_unit)
+        units = min(max(at + step, text.fewest_for(index)), text.most or at + step)
+        if units in counted:  # no size is nearer
+            break
+        counted.add(units)
+        sample = written(units, index)
+        if best.tokens < sample.tokens <= room:
+            best = sample
+        if abs(units - at) >= 64:  # of fewer, the tokens of single units would decide
+            per_unit = (sample.tokens - last.tokens) / (units - at)
+        last, at = sample, units
+    return best

@@ -10,11 +10,11 @@ from typing import Any
 from ropewalk.config.evaluation import SuiteConfig
 from ropewalk.config.groups import TestTimeConfig
 from ropewalk.errors import UserError
-from ropewalk.evaluation.documents import beginning, encode
+from ropewalk.evaluation.documents import token_count
 from ropewalk.evaluation.evaluated_checkpoint import EvaluatedCheckpoint
 from ropewalk.evaluation.harness.lm_eval_suite import harness_version, language_model, run_task
 from ropewalk.evaluation.harness.ruler_prompts import Sample, build_samples, check_length
-from ropewalk.evaluation.harness.ruler_tasks import PUBLISHED_SAMPLES, SCORES, TASKS, RulerTask, cleaned
+from ropewalk.evaluation.harness.ruler_tasks import ALL_TASKS, PUBLISHED_SAMPLES, SCORES, RulerTask, cleaned
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.training.distributed import Ranks
 
@@ -25,12 +25,12 @@ WELL_FILLED = 0.9  # of the length; prompts that are shorter on average are repo
 def validate_ruler(suite: SuiteConfig, lengths: list[int]) -> None:
     """Raise UserError for a task that RULER does not have, a length that it has no prompts for, or no samples."""
     for name in suite.tasks:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"they are: {', '.join(TASKS)}"
+        if name not in ALL_TASKS:
+            near = difflib.get_close_matches(name, ALL_TASKS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"they are: {', '.join(ALL_TASKS)}"
             raise UserError(f"suite.tasks: RULER has no task {name!r}; {hint}")
-    for length in lengths:
-        check_length(length)
+        for length in lengths:
+            check_length(length, ALL_TASKS[name])
     if suite.samples is not None and suite.samples < 1:
         raise UserError(f"suite.samples={suite.samples} must be 1 or more, or null for {PUBLISHED_SAMPLES}")
 
@@ -59,26 +59,22 @@ def run_ruler(
         for name, cell in todo.items():
             if ranks.rank == 0:
                 print(f"begun: {cell}", flush=True)
-            samples = _samples(checkpoint, suite, TASKS[name], length)
-            results = run_task(lm, lm_eval_task(TASKS[name], samples), None, None, config.seed)
+            task = ALL_TASKS[name]
+            samples = _samples(checkpoint, suite, task, length, logs=ranks.rank == 0)
+            results = run_task(lm, lm_eval_task(task, samples), None, None, config.seed)
             if results is not None:
                 row = {**columns, "harness": HARNESS, "harness_version": f"lm-eval {harness_version()}"}
-                _write(store, cell, identity, TASKS[name], samples, results, row)
+                _write(store, cell, identity, task, samples, results, row)
 
 
-def _samples(checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, task: RulerTask, length: int) -> list[Sample]:
-    tokenizer = checkpoint.tokenizer
+def _samples(
+    checkpoint: EvaluatedCheckpoint, suite: SuiteConfig, task: RulerTask, length: int, *, logs: bool
+) -> list[Sample]:
+    count_tokens = partial(token_count, checkpoint.tokenizer)
     data = None if suite.data is None else Path(suite.data)
     count = suite.samples or PUBLISHED_SAMPLES
     try:
-        return build_samples(
-            task,
-            lambda text: len(beginning(tokenizer) + encode(tokenizer, text)),
-            length,
-            count,
-            checkpoint.config.seed,
-            data,
-        )
+        return build_samples(task, count_tokens, length, count, checkpoint.config.seed, data, logs=logs)
     except OSError as error:
         raise UserError(
             f"{task.name}: its texts could not be read ({type(error).__name__}: {str(error)[:200]}); without the hub, "

@@ -1,4 +1,4 @@
-"""RULER's 13 tasks: the text of each, the tokens of its answer, and its score.
+"""RULER's 13 tasks and json_kv: the text of each, the tokens of its answer, and its score.
 
 Scores are those of RULER's authors (eval/synthetic/constants.py of github.com/NVIDIA/RULER). lm-eval 0.4.13 agrees on
 the first and takes the mean over the references in place of the second.
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PUBLISHED_SAMPLES = 500  # of each task and length
-LONGEST = 524_288  # tokens
+SEARCHED = 524_288  # tokens up to which the size of a prompt is searched to one part in 256; longer ones, to a unit
+LONGEST = 2_097_152  # tokens of tasks whose texts grow evenly, unit by unit
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -22,11 +23,12 @@ class RulerTask:
 
     Attributes:
         name: RULER's own.
-        kind: niah, vt, cwe, fwe or qa: which text it is made of.
+        kind: niah, vt, cwe, fwe, qa or json_kv: which text it is made of.
         category: as the paper groups them.
         new_tokens: of the answer.
         metric: of :mod:`ropewalk.evaluation.harness.ruler_tasks`.
         options: of the text.
+        longest: tokens of prompt and answer that there are prompts of.
     """
 
     name: str
@@ -35,11 +37,12 @@ class RulerTask:
     new_tokens: int
     metric: str = "string_match_all"
     options: dict[str, Any] = field(default_factory=dict)
+    longest: int = SEARCHED
 
 
 def _niah(name: str, haystack: str, key: str = "words", value: str = "numbers", **needles: int) -> RulerTask:
     options = {"type_haystack": haystack, "type_needle_k": key, "type_needle_v": value, **needles}
-    return RulerTask(name, "niah", "retrieval", 128, options=options)
+    return RulerTask(name, "niah", "retrieval", 128, options=options, longest=LONGEST)
 
 
 TASKS = {
@@ -60,6 +63,11 @@ TASKS = {
         RulerTask("qa_2", "qa", "question answering", 32, "string_match_part", {"data": "hotpotqa"}),
     )
 }
+
+
+# HELMET's, with RULER's lengths and score: for 100-token answers as there. In no average of RULER's.
+BESIDE_RULER = {"json_kv": RulerTask("json_kv", "json_kv", "retrieval", 100, longest=LONGEST)}
+ALL_TASKS = {**TASKS, **BESIDE_RULER}
 
 
 def cleaned(answer: str) -> str:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ropewalk.config.train import PrimaryConfig
 from ropewalk.errors import UserError
+from ropewalk.evaluation.results import is_whole_score
 from ropewalk.figures.style import interval
 from ropewalk.report.noise.seed_statistics import (
     ALPHA,
@@ -172,7 +173,7 @@ def family_numbers(arm: Arm, family: PrimaryConfig) -> dict[str, float]:
         UserError: it was measured under several test-time scalings, and the family names none.
     """
     rows = pd.concat([run.table.assign(seed=str(run.config.get(SEED))) for run in arm.runs], ignore_index=True)
-    return seed_numbers(rows[rows["depth"].isna()], family, arm.name)
+    return seed_numbers(rows[is_whole_score(rows)], family, arm.name)
 
 
 def seed_numbers(rows: pd.DataFrame, family: PrimaryConfig, arm: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from ropewalk.evaluation.results import (
     RECORD,
     evaluation_directories,
     is_loss,
+    is_whole_score,
     read_document_losses,
     read_record,
     read_results,
@@ -112,7 +113,7 @@ def with_numbers(run: Run) -> Run:
 def numbers_of(run: Run) -> pd.DataFrame:
     """The run's numbers, one for each task, metric, length and test-time scaling; those never measured left out."""
     table = run.table
-    is_number = table["depth"].isna() & (table["n"] > 0) & (table["task"] != "loss_by_position")
+    is_number = is_whole_score(table) & (table["n"] > 0) & (table["task"] != "loss_by_position")
     return table[is_number & ~table["metric"].str.endswith("_shuffled")]
 
 

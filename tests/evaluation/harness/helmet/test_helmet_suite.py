@@ -12,10 +12,11 @@ from ropewalk.config.evaluation import EvaluateConfig, HelmetConfig, SuiteConfig
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation import evaluate
-from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES, LENGTHS, json_kv, ruler_rows
+from ropewalk.evaluation.harness.helmet.helmet_datasets import CATEGORIES, LENGTHS, ruler_rows
 from ropewalk.evaluation.harness.helmet.helmet_suite import helmet_yaml, score_rows
+from ropewalk.evaluation.harness.json_kv import json_kv
 from ropewalk.evaluation.harness.ruler_prompts import Sample
-from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED
+from ropewalk.evaluation.results import NEEDS_JUDGE, UNPARSED, UNPUBLISHED
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "helmet"
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": "trained_length"}
@@ -89,6 +90,32 @@ def test_scores_stay_in_percent_and_have_the_samples_error(tmp_path) -> None:
     (row,) = score_rows(RECALL["ruler_niah_mv"], 4096, tmp_path, {"category": "Recall"})
     assert (row["metric"], row["value"], row["n"]) == ("ruler_recall", 50.0, 3)
     assert row["stderr"] == pytest.approx(100 * 0.25 / 3**0.5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "parsed", "share"),
+    [
+        (CATEGORIES["Recall"].datasets[3], ["5a30c0e4", "", None], 200 / 3),
+        (CATEGORIES["Re-rank"].datasets[0], [{"3": 2, "1": 1}, {"i do not know": 1}, {"7": 1}], 100 / 3),
+        (CATEGORIES["ICL"].datasets[0], ["4", "2", "0"], 0.0),
+        (CATEGORIES["Recall"].datasets[2], ["", "", ""], None),  # RULER's: HELMET takes the answer whole
+    ],
+)
+def test_the_share_of_answers_that_could_not_be_parsed(tmp_path, dataset, parsed, share) -> None:
+    """What HELMET's parse_output and parse_rankings (utils.py at 4526dfbd) leave of an answer, by sample."""
+    name, metric = dataset.at(4096)["datasets"], dataset.metrics[0]
+    data = [{"output": "x", "parsed_output": answer} for answer in parsed]
+    stem = tmp_path / f"{name}_ropewalk_in4096_size3_x.json"
+    stem.write_text(json.dumps({"data": data, "metrics": {metric: [1.0, 0.0, 0.0]}}))
+    Path(f"{stem}.score").write_text(json.dumps({metric: 100 / 3}))
+    score, *rows = score_rows(dataset, 4096, tmp_path, {"category": "x"})
+    assert (score["metric"], score["value"], score["n"]) == (metric, 100 / 3, 3)
+    assert [(row["task"], row["metric"], row["n"]) for row in rows] == [(dataset.name, UNPARSED, 3)] * (
+        share is not None
+    )
+    assert [row["value"] for row in rows] == ([] if share is None else [pytest.approx(share)])
+    # 2 of 3 or 1 of 3: a sample variance of 1/3, so 100 * sqrt(1/9)
+    assert [row["stderr"] for row in rows] == ([] if share is None else [pytest.approx(100 / 3 * (share > 0))])
 
 
 def test_the_yaml_is_that_of_helmets_own_configs() -> None:

@@ -1,23 +1,20 @@
 """HELMET's datasets at each length, and its synthetic inputs at lengths that were never published.
 
-The datasets are those of its scripts/generate_configs.py and collect_results.py (4526dfbd). json_kv has the form of the
-published files as HELMET's data.py reads them: context, question, answer, demos, num_kvs, depth. There are six depths;
-keys and values are random UUIDs, the pairs one JSON object with a line each (as in Lost in the Middle). The
-authors' own pairs are not known, so a number on these is of the same task, not the same inputs.
+The datasets are those of its scripts/generate_configs.py and collect_results.py (4526dfbd).
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.evaluation.documents import beginning, encode
+from ropewalk.evaluation.documents import token_count
+from ropewalk.evaluation.harness.json_kv import json_kv
 from ropewalk.evaluation.harness.ruler_prompts import Sample, build_samples
 from ropewalk.evaluation.harness.ruler_tasks import TASKS
 from ropewalk.files import write_atomically
@@ -42,6 +39,7 @@ class Dataset:
         suffix: what a length adds to the name: ``{size}`` and ``{text}``, the tokens of text.
         margin: tokens that are no text: question, instructions.
         rebuilt: whether its inputs can be made anew at lengths that are not published.
+        parsed: whether HELMET looks for the answer in what the model wrote; else all of it is the answer.
     """
 
     name: str
@@ -54,6 +52,7 @@ class Dataset:
     suffix: str = ""
     margin: int = 200
     rebuilt: bool = False
+    parsed: bool = True
 
     def size(self, length: int) -> int | None:
         """``{size}`` at a length; None: the dataset has none."""
@@ -96,7 +95,7 @@ class Category:
 
 def _ruler(name: str, folder: str, new_tokens: int = 50) -> Dataset:
     file = f"ruler/{folder}/validation_{{length}}.jsonl"
-    return Dataset(f"ruler_{name}", ("ruler_recall",), new_tokens, test_file=file, rebuilt=True)
+    return Dataset(f"ruler_{name}", ("ruler_recall",), new_tokens, test_file=file, rebuilt=True, parsed=False)
 
 
 def _kilt(name: str, file: str, demos: str, dep: int = 6, suffix: str = "") -> Dataset:
@@ -204,37 +203,10 @@ CATEGORIES = {
 }
 
 
-DEPTHS = 6  # the dep6 of the files' names
-DEMOS = 3  # worked examples that a row carries; HELMET takes as many as its shots
 _PARTS = re.compile(
     r"afterwards\.\n(?P<context>.*)\nWhat (?:is|are all) the special magic (?P<kind>\w+) for (?P<query>.*?) mentioned",
     re.S,
 )
-
-
-def json_kv(pairs: int, samples: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of the key-value task.
-
-    Args:
-        pairs: in each JSON object.
-        samples: rows; depth by depth in turn.
-        seed: of all.
-    """
-    for index in range(samples):
-        rng = random.Random(f"{seed}/{pairs}/{index}")
-        entries = [(_uuid(rng), _uuid(rng)) for _ in range(pairs)]
-        depth = index % DEPTHS / (DEPTHS - 1)
-        position = round(depth * (pairs - 1))
-        others = [entries[i] for i in rng.sample([i for i in range(pairs) if i != position], min(DEMOS, pairs - 1))]
-        key, value = entries[position]
-        yield {
-            "context": "JSON data:\n" + json.dumps(dict(entries)).replace('", "', '",\n "'),
-            "question": key,
-            "answer": value,
-            "demos": [list(pair) for pair in others],
-            "num_kvs": pairs,
-            "depth": depth,
-        }
 
 
 def ruler_rows(samples: list[Sample]) -> Iterator[dict[str, Any]]:
@@ -272,13 +244,6 @@ def rebuild(
     else:
         task, offline = TASKS[target.parent.name], None if data is None else Path(data)
 
-        def count(text: str) -> int:
-            return len(beginning(tokenizer) + encode(tokenizer, text))
-
-        rows = ruler_rows(build_samples(task, count, length, samples, seed, offline))
+        rows = ruler_rows(build_samples(task, partial(token_count, tokenizer), length, samples, seed, offline))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))

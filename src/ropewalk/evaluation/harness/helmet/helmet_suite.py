@@ -24,7 +24,7 @@ from ropewalk.evaluation.harness.helmet.helmet_datasets import (
     Dataset,
     rebuild,
 )
-from ropewalk.evaluation.results import NEEDS_JUDGE, UNPUBLISHED
+from ropewalk.evaluation.results import NEEDS_JUDGE, UNPARSED, UNPUBLISHED
 from ropewalk.evaluation.results_store import Cell, ResultsStore
 from ropewalk.files import sha256_of_json, write_atomically
 from ropewalk.training.distributed import Ranks
@@ -233,6 +233,9 @@ def helmet_yaml(category: Category, datasets: Sequence[Dataset], length: int, da
 def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of one dataset at one length: its scores, or a row without a value whose metric says why.
 
+    Where HELMET parses answers, one more row is the percent of them in which it found nothing, which score what an
+    empty answer does: those whose first line is empty, and rankings without a number.
+
     Args:
         dataset: which.
         length: tokens.
@@ -246,12 +249,13 @@ def score_rows(dataset: Dataset, length: int, output: Path, common: Mapping[str,
     row = {**common, "task": task, "context_length": length}
     stem = find_output(dataset, length, output)
     judged = stem.with_name(stem.name.removesuffix(".json") + JUDGED)
+    unparsed = list(_unparsed(stem, row)) if dataset.parsed else []
     if dataset.judge and not judged.is_file():
-        return [{**row, "metric": NEEDS_JUDGE, "value": None, "n": 0, "source_file": stem.name}]
+        return [{**row, "metric": NEEDS_JUDGE, "value": None, "n": 0, "source_file": stem.name}, *unparsed]
     source = judged if dataset.judge else stem.with_name(stem.name + ".score")
     if not source.is_file():
         raise UserError(f"{output}: HELMET wrote no score for {task} at {length}; its log says why ({stem.name})")
-    return list(_scored(dataset, source, stem, row))
+    return [*_scored(dataset, source, stem, row), *unparsed]
 
 
 def unpublished_row(dataset: Dataset, length: int, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,6 +297,23 @@ def _scored(dataset: Dataset, source: Path, stem: Path, row: Mapping[str, Any]) 
             "stderr": _stderr(values),
             "source_file": source.name,
         }
+
+
+def _unparsed(stem: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    outputs = json.loads(stem.read_text(encoding="utf-8"))["data"]
+    parsed = [output["parsed_output"] for output in outputs if "parsed_output" in output]
+    if parsed:
+        shares = [float(_is_empty(answer)) for answer in parsed]
+        value = 100 * sum(shares) / len(shares)
+        error = _stderr(shares)
+        yield {**row, "metric": UNPARSED, "value": value, "n": len(shares), "stderr": error, "source_file": stem.name}
+
+
+def _is_empty(parsed: str | dict[str, int] | None) -> bool:
+    """True for what HELMET's parsers leave of an answer that they find nothing in; a ranking is a mapping from IDs."""
+    if isinstance(parsed, dict):
+        return not any(name.isdigit() for name in parsed)
+    return parsed is None or not parsed.strip()
 
 
 def _stderr(values: list[float]) -> float | None:
