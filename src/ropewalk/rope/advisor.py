@@ -306,6 +306,12 @@ def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
             f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
             "theta or the training length, or clip less"
         )
+    if any(not choice.spectrum().inv_freq.any() for choice in choices):
+        yield (
+            "no pair rotates: without rotation only the causal mask tells positions apart. DroPE (arXiv 2512.12167) "
+            "trains with rotation first, drops it, and recalibrates at the length that the model had "
+            "(recipes/drope_demo)"
+        )
     if any(choice.layers is not None for choice in choices):
         yield (
             "layers without rotation: all counts are of the layers that rotate. A model that was trained with "
