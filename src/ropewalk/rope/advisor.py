@@ -318,6 +318,20 @@ def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
             "rotation everywhere is another model until it is trained for it. vLLM runs it by transformers' own code, "
             "SGLang has no class for it, and llama.cpp knows every fourth layer alone, under plain RoPE, linear or yarn"
         )
+    for choice in choices:
+        if (own := choice.temperature) is not None and own.beta and choice.trained_length <= own.length:
+            yield (
+                f"no query is scaled before position {own.length:,}, and training at {choice.trained_length:,} tokens "
+                "reaches none past it: what the temperature does there is not trained; give log_temperature a shorter "
+                "length"
+            )
+            break
+    if any(choice.temperature is not None for choice in choices):
+        yield (
+            "a temperature by position beside the frequencies: no count here has it. transformers 5, vLLM and "
+            "llama.cpp compute it; SGLang's class looks for its length elsewhere. Documents count positions from their "
+            "own start"
+        )
     if any(_clip_under(choice.chain, "llama3") for choice in choices):
         yield (
             "a clip under llama3 scaling: llama3 scales by wavelength and the clip by index, so their order matters "
