@@ -137,7 +137,8 @@ def save_tiny(directory: Path, model_type: str = "llama", seed: int = 0, **field
     theta = fields.pop("rope_theta", 10000.0)
     config = AutoConfig.for_model(model_type, **{**TINY, "initializer_range": 0.2, **fields})
     plain = {"rope_type": "default", "rope_theta": theta}
-    plain |= {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
+    kept = ("partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
+    plain |= {k: v for k, v in config.rope_parameters.items() if k in kept}
     layered = "rope_type" not in config.rope_parameters  # one entry for each layer type
     config.rope_parameters = {kind: dict(plain) for kind in config.rope_parameters} if layered else plain
     torch.manual_seed(seed)

@@ -24,7 +24,10 @@ SAMPLES = {
     "axes": {"layout": "alternating", "positions": "diagonal"},
     "temperature": {"exponent": 2.0},
     "nope_layers": {"every": 4},
+    "log_temperature": {"length": 8192},
 }
+
+BESIDE = ("axes", "nope_layers", "log_temperature")  # they change no frequency
 
 
 def sample(name, head_dim=128):

@@ -6,6 +6,7 @@ Loads numpy, torch and transformers alone. ``python -m ropewalk.guard DIRECTORY`
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import re
 import sys
@@ -19,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerC
 
 from ropewalk.errors import UserError
 from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config, rope_entry, rotations, stock_rotations
+from ropewalk.rope.log_temperature import CARRIER, LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, position_of
 from ropewalk.rope.spectrum import FloatArray
 
@@ -170,8 +172,11 @@ def _unread_keys(config: PreTrainedConfig) -> Iterator[str]:
                 f"{key}={value!r} in the config is read by nothing; {type(config).__name__} rotates by rope_parameters "
                 f"alone: {entry}"
             )
+    checked = copy.copy(config)
+    if config.model_type == CARRIER:  # whose attention reads the temperature's length there, whatever the type
+        checked.ignore_keys_at_rope_validation = {*config.ignore_keys_at_rope_validation, LENGTH}
     with _Warnings() as warnings:
-        config.validate_rope()
+        checked.validate_rope()
     yield from (f"{warning}; they change nothing" for warning in warnings.lines if _UNREAD in warning)
 
 

@@ -39,6 +39,15 @@ FIELDS: dict[str, dict] = {  # of each family that export takes: windows, clamps
     "gemma2": {**LAYERED, "attn_logit_softcapping": 2.0},
     "gemma3_text": LAYERED,
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 9,
+        },
+        "pad_token_id": 0,
+    },
 }
 
 

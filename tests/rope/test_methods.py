@@ -491,6 +491,7 @@ ARGUMENTS = {  # of every method, over its whole range
     "axes": {"layout": st.sampled_from(["bands", "alternating"]), "positions": st.just("diagonal"),
              "temporal_scales": st.lists(st.floats(0.1, 4), min_size=1, max_size=4)},
     "nope_layers": {"every": st.integers(1, 100)},
+    "log_temperature": {"beta": st.floats(0, 4), "length": tokens},
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers import save_tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rope_samples import POSITIONS, SAMPLES, sample
+from rope_samples import BESIDE, POSITIONS, SAMPLES, sample
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -185,8 +185,8 @@ def test_the_bound_on_ramps_is_not_loose():
 
 # Every method, alone and in the chains people run; head_dim 64, base 1e5, 8,192 tokens stretched to 65,536.
 CHAINS = {
-    # a Llama reads no axes and no layers; test_pair_axes.py and test_nope_layers.py have models that do
-    **{name: [sample(name, 64)] for name in SAMPLES if name not in ("rope_id_yarn", "axes", "nope_layers")},
+    # a Llama reads no axes, layers or temperature; test_pair_axes.py and others have models that do
+    **{name: [sample(name, 64)] for name in SAMPLES if name not in ("rope_id_yarn", *BESIDE)},
     "rope": [],
     "rope_id_yarn": [sample("rope_id"), sample("rope_id_yarn")],
     "cope_yarn": [ABF, {"method": "cope", "clip": "auto"}, YARN],

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from ropewalk.analysis.subjects import is_declared, locate, read_chains, read_model
 from ropewalk.config.analysis import AdviseConfig
+from ropewalk.rope import Position
 from ropewalk.rope.advisor import BAND, Advice, Choice, LearnedBand, advise
 from ropewalk.rope.chain import clip_of, in_words, print_value
 from ropewalk.rope.hf_config import read_config_json
-from ropewalk.rope.nope_layers import NopeLayers
-from ropewalk.rope.pair_axes import PairAxes
 
 
 def print_advice(config: AdviseConfig) -> Advice:
@@ -29,19 +28,19 @@ def print_advice(config: AdviseConfig) -> Advice:
         chain=chain,
         config=None if is_declared(config.model.path) else read_config_json(locate(config.model.path)),
     )
-    print(describe(advice, position.axes, position.layers), flush=True)
+    print(describe(advice, position), flush=True)
     return advice
 
 
-def describe(advice: Advice, axes: PairAxes | None = None, layers: NopeLayers | None = None) -> str:
+def describe(advice: Advice, model: Position | None = None) -> str:
     """The findings as a page of text.
 
     Args:
-        advice: of the advisor.
-        axes: of the model's pairs; None: it reads text alone.
-        layers: of the model that do not rotate; None: all do.
+        advice: of the advisor, which counts frequencies alone.
+        model: what it was asked about, for the axes, layers and temperature that stand beside its frequencies.
     """
-    position = advice.position
+    position, beside = advice.position, model or advice.position
+    axes, layers, temperature = beside.axes, beside.layers, beside.temperature
     base = print_value(position.theta)
     findings = [
         (
@@ -51,6 +50,7 @@ def describe(advice: Advice, axes: PairAxes | None = None, layers: NopeLayers | 
         ),
         *([] if axes is None else [("axes", f"{axes}; all numbers below are of text, whose three positions are one")]),
         *([] if layers is None else [("layers", f"{layers}; all numbers below are of the others")]),
+        *([] if temperature is None else [("temperature", f"{temperature}; no number below has it")]),
         (
             "critical dimension",
             f"{advice.critical_dimension} of {position.head_dim} channels, at base {base} and "

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
+
+from ropewalk.rope.log_temperature import BETA, CARRIER, LENGTH
 
 NAME = "ropewalk_observed"
 ROPE = ("before", "after")
@@ -31,7 +34,7 @@ class LayerHeads:
     Attributes:
         layer: index.
         queries: "before" and "after" RoPE, each (heads, tokens, head_dim) in the model's dtype; equal in a layer that
-            does not rotate.
+            does not rotate. Where the model scales queries by their position (Ministral 3), both are scaled.
         keys: likewise (key/value heads, tokens, head_dim); query head h attends to key head h // (heads / key heads).
         attention_scaling: factor of cosines and sines, so *after* is a rotation of *before* times this.
         logit_scaling: what the model multiplies q.k by before the softmax, mostly head_dim^-0.5.
@@ -118,6 +121,10 @@ class _Capture:
         unrotated, self.unrotated = self.unrotated if rotates else (query, key), ()
         if module.layer_idx in self.scalings and unrotated:
             q, k = unrotated
+            config: Any = module.config
+            if config.model_type == CARRIER:  # it scales after the rotation, with which a factor commutes
+                entry = config.rope_parameters
+                q = q * get_llama_4_attn_scale(kwargs["position_ids"], entry[BETA], entry[LENGTH]).to(q.dtype)
             heads = LayerHeads(
                 layer=int(module.layer_idx),  # type: ignore[arg-type]
                 queries={"before": q[0], "after": query[0]},

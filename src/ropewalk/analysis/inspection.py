@@ -62,6 +62,7 @@ def describe(rotation: Rotation) -> str:
             f"  sha256 {rotation.sha256}",
             *([] if rotation.axes is None else [f"  axes {axis_letters(rotation.axes)}, pair by pair"]),
             *([] if rotation.layers is None else [f"  layers without rotation: {describe_layers(rotation.layers)}"]),
+            *([] if rotation.temperature is None else [f"  {rotation.temperature}"]),
             f"  {stopped} stopped; {int((values * rotation.length < 2 * np.pi).sum())} do not finish a turn",
             *(f"  {i * PER_LINE:>3}  {'  '.join(f'{v:.6e}' for v in row)}" for i, row in enumerate(rows)),
         ]

@@ -87,10 +87,11 @@ def spectra_of(config: FiguresConfig) -> dict[str, Spectrum]:
     """The spectrum of each method that a figure compares, by label, for a run at ``train_length`` tokens.
 
     As in training, a method follows the model's own chain, or replaces it where it lays the spectrum out anew. A label
-    names the layers that do not rotate, since the figures are of the others.
+    names the layers that do not rotate, since the figures are of the others, or the factor on queries.
     """
     model, spectra = read_model(config.model.path), {}
     for label, chain in read_chains(config.methods).items():
         spectrum = model.continued(label, chain, config.train_length).spectrum()
-        spectra[label if spectrum.layers is None else f"{label} ({spectrum.layers})"] = spectrum
+        beside = spectrum.layers or spectrum.temperature  # a chain has one of them at most
+        spectra[f"{label} ({beside})" if beside else label] = spectrum
     return spectra

@@ -118,8 +118,8 @@ def _setting(position: Position, extra: Steps, length: int) -> Setting:
 
 
 def _same_spectrum(a: Spectrum, b: Spectrum) -> bool:
-    is_same = (a.attention_scaling, a.axes, a.layers) == (b.attention_scaling, b.axes, b.layers)
-    return is_same and np.array_equal(a.inv_freq, b.inv_freq)
+    beside = [(one.attention_scaling, one.axes, one.layers, one.temperature) for one in (a, b)]
+    return beside[0] == beside[1] and np.array_equal(a.inv_freq, b.inv_freq)
 
 
 DEVICES = ("cuda", "cpu", "auto")

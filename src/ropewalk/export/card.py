@@ -20,7 +20,8 @@ from ropewalk.files import read_object, write_atomically
 from ropewalk.model.load import head_dim
 from ropewalk.model.rotary import rope_entry
 from ropewalk.model.vision import placeholders, tokens_per_second, tower_geometry
-from ropewalk.rope.nope_layers import CARRIER, describe_layers
+from ropewalk.rope import log_temperature, nope_layers
+from ropewalk.rope.nope_layers import describe_layers
 from ropewalk.rope.pair_axes import PairAxes, Rule
 from ropewalk.runs.directory import RunDirectory, read_manifest
 from ropewalk.runs.metrics_file import read_metrics
@@ -125,6 +126,7 @@ def _position(source: Source) -> list[str]:
         f"{int((position.spectrum().inv_freq == 0).sum())} of {position.head_dim // 2} pairs do not rotate",
         *([] if position.axes is None else [f"- axes: {position.axes}"]),
         *([] if position.layers is None else [f"- layers (of {count}, from 0) without rotation: {still}"]),
+        *([] if position.temperature is None else [f"- {position.temperature}"]),
         "",
         "`python scripts/export.py check DIR` of ropewalk tells whether a copy still carries it.",
     ]
@@ -239,11 +241,26 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> i
     return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * bytes_each * tokens
 
 
+# Of the classes that carry more than frequencies: the first transformers with them, and what other engines do.
+_CARRIED = {
+    nope_layers.CARRIER: (
+        "4.53",
+        "vLLM runs this class by transformers' own code; its speed was not measured. SGLang has no class for it, so no "
+        "command is given.",
+    ),
+    log_temperature.CARRIER: (
+        "5.0",
+        f"vLLM reads the temperature from `{log_temperature.VLLM_KEY}`, transformers from `rope_parameters`; keep both "
+        "keys. SGLang's class looks for its length elsewhere, so no command is given.",
+    ),
+}
+
+
 def commands(source: Source, directory: Path) -> list[str]:
     """Markdown lines for a model card; DIR stands for the directory of the files."""
     config, position = source.config.get_text_config(), source.position
-    served, is_carried = config.max_position_embeddings, config.model_type == CARRIER
-    oldest = "4.53" if is_carried else "4.45"
+    served, carried = config.max_position_embeddings, _CARRIED.get(config.model_type)
+    oldest = carried[0] if carried else "4.45"
     lines = [
         f"Keys and values of one sequence of {served:,} tokens take "
         f"{cache_bytes(config, served) / 2**30:.3g} GiB in bf16.",
@@ -262,15 +279,10 @@ def commands(source: Source, directory: Path) -> list[str]:
             "",
             "```bash",
             f"vllm serve DIR --max-model-len {served}",
-            *([] if is_carried else [f"python -m sglang.launch_server --model-path DIR --context-length {served}"]),
+            *([] if carried else [f"python -m sglang.launch_server --model-path DIR --context-length {served}"]),
             "```",
         ]
-        if is_carried:
-            lines += [
-                "",
-                "vLLM runs this class by transformers' own code; its speed was not measured. SGLang has no class for "
-                "it, so no command is given.",
-            ]
+        lines += ["", carried[1]] if carried else []
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if position.depends_on_length and (files or not source.keeps_entry):
         held = "the GGUF files hold" if source.keeps_entry else "these files hold"

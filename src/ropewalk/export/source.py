@@ -15,6 +15,7 @@ from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.files import sha256_of
+from ropewalk.model.carrier import carry_temperature
 from ropewalk.model.hf_directory import StoredWeights, Weights, read_config, weight_files, weight_report
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.chain import Steps, reached_length
@@ -133,6 +134,8 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
         names = ", ".join(report.unread[:3])
         print(f"left out: {len(report.unread)} weights that transformers does not read, {names} among them")
     position, keeps_entry = position_of(config), not (rope.chain or test_time)
+    if position.temperature is not None:
+        config = carry_temperature(config, position.temperature)  # vLLM's key, which Mistral's file lacks
     if not keeps_entry:
         position = position.continued(
             rope.name if rope.chain else position.name,

@@ -30,18 +30,19 @@ from ropewalk.model.hf_directory import auto_class, check_causal, load_whole, re
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.model.vision import has_vision
 from ropewalk.rope.chain import RopeChain, Steps
+from ropewalk.rope.log_temperature import LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # not in a log file
 
 
-def _is_not_of_mscale(record: logging.LogRecord) -> bool:
-    # transformers warns of the two keys of a longrope entry that vLLM and SGLang need
-    return "short_mscale" not in record.getMessage()
+def _is_of_no_key_that_is_read(record: logging.LogRecord) -> bool:
+    # transformers warns of the two keys of a longrope entry that vLLM and SGLang need, and of a temperature's length
+    return "short_mscale" not in record.getMessage() and f": {{'{LENGTH}'}}" not in record.getMessage()
 
 
-logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_not_of_mscale)
+logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_no_key_that_is_read)
 
 
 def read_position(directory: str | Path) -> Position:

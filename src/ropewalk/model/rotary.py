@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk.errors import UserError, in_one_line
+from ropewalk.model.carrier import carry_layers, carry_temperature
 from ropewalk.model.hf_directory import auto_class
-from ropewalk.rope import Position, Spectrum
+from ropewalk.rope import Position, Spectrum, log_temperature
 from ropewalk.rope.hf_config import READ_SHARE, SHARE, rotating_layers
+from ropewalk.rope.log_temperature import LogTemperature, read_stock_temperature
 from ropewalk.rope.methods.scaling import yarn_ramp_ends
-from ropewalk.rope.nope_layers import CARRIED, CARRIER, LACKING, NopeLayers, describe_layers
+from ropewalk.rope.nope_layers import CARRIER, NopeLayers, describe_layers
 from ropewalk.rope.pair_axes import IntArray, axis_letters
 from ropewalk.rope.position import longrope_entry
 from ropewalk.rope.spectrum import FloatArray, geometric
@@ -29,6 +31,8 @@ SPECTRUM_TOLERANCE = 2.4e-7
 _HALF_ULP = 2.0**-24  # the largest relative error of rounding to float32
 
 _ORIGINAL = "original_max_position_embeddings"
+_UNSCALED = LogTemperature(0.0, 1)
+_Carried = tuple[tuple[bool, ...] | None, LogTemperature | None]  # of a model: the layers that rotate, the temperature
 _READ_LONGROPE_ALONE = ("phi3", "phi4_multimodal")  # beside default; a yarn entry is taken for longrope, others refused
 
 
@@ -37,7 +41,8 @@ def place_position(
 ) -> PreTrainedConfig:
     """Put a chain's stock entry into a config; where layers differ (Gemma 3, OLMo 3), the full-attention layers'.
 
-    Layers without rotation are carried by another stock class, so the config is then a new one, of that class.
+    Layers without rotation, and a log temperature, are carried by another stock class: the config is then a new one, of
+    that class.
 
     A share of channels that rotates at all (Phi-3's partial_rotary_factor) is the architecture's and stays; under
     ``proportional`` it was the scaling's, which the chain holds. A top-level original_max_position_embeddings
@@ -54,9 +59,10 @@ def place_position(
 
     Raises:
         UserError: for axes of pairs that transformers' class for the model does not read, or layers without rotation
-            in a model that no stock class carries with them.
+            or a log temperature in a model that no stock class carries with them.
     """
     outer = config if position.layers is None else carry_layers(config, position.layers)
+    outer = outer if position.temperature is None else carry_temperature(outer, position.temperature)
     config = outer.get_text_config()
     _check_axes(config, position)
     served, present = config.max_position_embeddings, config.rope_parameters
@@ -73,33 +79,6 @@ def place_position(
     if hasattr(config, _ORIGINAL):
         setattr(config, _ORIGINAL, entry.get(_ORIGINAL, served))
     return outer
-
-
-def carry_layers(config: PreTrainedConfig, layers: NopeLayers) -> PreTrainedConfig:
-    """The config of stock SmolLM3ForCausalLM, which reads the weights of a Llama under their names, with ``layers``.
-
-    Raises:
-        UserError: for a model that has something which that class lacks, or too few layers.
-    """
-    kind, window = config.model_type, getattr(config, "sliding_window", None)
-    if kind not in CARRIED:
-        raise UserError(
-            f"model_type={kind} cannot leave layers without rotation: the stock class that can, SmolLM3ForCausalLM, "
-            f"is a Llama's and has not {LACKING.get(kind, 'its layers')}; use a base of type {', '.join(CARRIED)}, or "
-            "a chain without nope_layers"
-        )
-    if kind != CARRIER and window:
-        raise UserError(
-            f"sliding_window={window}: SmolLM3ForCausalLM, which carries nope_layers, would attend to everything; set "
-            "sliding_window to null in the model's config (model.drop=[sliding_window] in training)"
-        )
-    if kind != CARRIER:
-        name, content = config.name_or_path, config.to_dict()
-        config = CONFIG_MAPPING[CARRIER].from_dict({**content, "model_type": CARRIER})
-        config.name_or_path, config.architectures = name, ["SmolLM3ForCausalLM"]
-    for key, value in layers.stock_keys(config.num_hidden_layers).items():
-        setattr(config, key, value)
-    return config
 
 
 def _check_axes(config: PreTrainedConfig, position: Position) -> None:
@@ -170,6 +149,17 @@ def stock_layers(model: PreTrainedModel) -> tuple[bool, ...] | None:
     return tuple(bool(module.use_rope) for module in model.get_decoder().modules() if hasattr(module, "use_rope"))
 
 
+def stock_temperature(model: PreTrainedModel) -> LogTemperature | None:
+    """The factor on queries that a live model's attention reads from its config; None: its class has none.
+
+    It is Ministral 3's: of other classes that have one (Llama 4, Mistral 4), no chain speaks.
+    """
+    config = model.config.get_text_config()
+    if config.model_type != log_temperature.CARRIER:
+        return None
+    return read_stock_temperature(config.rope_parameters, None)
+
+
 def install_spectrum(model: PreTrainedModel) -> None:
     """Put the float32 spectrum back where a cast has rounded it.
 
@@ -194,8 +184,8 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     """Check that the model rotates with ``spectrum``.
 
     The buffers must be float32 and bitwise the stock function's, those within float32 rounding of the float64
-    spectrum, exact zeros exact, each pair on its axis, the layers those that shall rotate. Where layers have entries of
-    their own, the full-attention ones rotate with ``spectrum``, the others with theirs.
+    spectrum, exact zeros exact, each pair on its axis, the layers those that shall rotate, queries scaled as they shall
+    be. Where layers have entries of their own, the full-attention ones rotate with ``spectrum``, others with theirs.
 
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.
@@ -206,7 +196,8 @@ def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
     inv_freq, scaling = stock_spectrum(model, layer_types[0])
     axes = stock_axes(model.get_decoder().rotary_emb, inv_freq.numel())
     entry = _entry(model.config.get_text_config(), layer_types[0])
-    faults = spectrum_faults(inv_freq, scaling, spectrum, entry, axes, stock_layers(model))
+    carried = stock_layers(model), stock_temperature(model)
+    faults = spectrum_faults(inv_freq, scaling, spectrum, entry, axes, *carried)
     if faults:
         raise RuntimeError("; ".join(faults))
 
@@ -224,6 +215,7 @@ def spectrum_faults(
     entry: Mapping[str, Any],
     axes: IntArray | None = None,
     layers: tuple[bool, ...] | None = None,
+    temperature: LogTemperature | None = None,
 ) -> list[str]:
     """The differences of a model's rotation from ``spectrum`` beyond float32 rounding, in words; exact zeros exact.
 
@@ -234,6 +226,7 @@ def spectrum_faults(
         entry: stock entry that ``inv_freq`` was computed from.
         axes: (rotating channels / 2,), the axis that each pair reads; None: text alone.
         layers: (layers,), True for each that rotates; None: all do.
+        temperature: the factor on queries; None: there is none.
     """
     stock, exact = inv_freq.detach().cpu().double().numpy(), spectrum.inv_freq
     if stock.shape != exact.shape:
@@ -248,6 +241,9 @@ def spectrum_faults(
     claimed = None if spectrum.axes is None else spectrum.axes.of_pairs
     if axis_letters(axes) != axis_letters(claimed):
         faults.append(f"its pairs read the axes {axis_letters(axes)}, the claimed chain's {axis_letters(claimed)}")
+    factors = [str(found or _UNSCALED) for found in (temperature, spectrum.temperature)]
+    if factors[0] != factors[1]:
+        faults.append(f"{factors[0]}, and the claim is: {factors[1]}")
     return faults + _layer_faults(layers, spectrum.layers)
 
 
@@ -340,6 +336,7 @@ class Rotation:
         equal_on_all_ranks: None outside torch.distributed.
         axes: (rotating channels / 2,), 0 for time, 1 for height, 2 for width; None: text alone.
         layers: (layers,), True for each layer of the model that rotates; None: all do.
+        temperature: the factor on queries by position; None: the class has none.
         output: float32 (2, channels), cos and sin at position ``length`` - 1 as the module hands them out; None: it
             hands out something else.
     """
@@ -352,6 +349,7 @@ class Rotation:
     equal_on_all_ranks: bool | None
     axes: IntArray | None = None
     layers: tuple[bool, ...] | None = None
+    temperature: LogTemperature | None = None
     output: Tensor | None = None
 
     @property
@@ -366,7 +364,8 @@ class Rotation:
 
     def faults(self, spectrum: Spectrum) -> list[str]:
         """The differences from the spectrum of a chain, at ``length`` tokens; see :func:`spectrum_faults`."""
-        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry, self.axes, self.layers)
+        carried = self.axes, self.layers, self.temperature
+        return spectrum_faults(self.inv_freq, self.attention_scaling, spectrum, self.entry, *carried)
 
 
 def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
@@ -375,16 +374,16 @@ def rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
     A stock type that changes with the input's length (dynamic, longrope) is read after one call at that length, which
     leaves the module as a forward pass of that length would.
     """
-    layers = stock_layers(model)
-    return [rotation for name, module in _rotary_modules(model) for rotation in _read(name, module, length, layers)]
+    carried = stock_layers(model), stock_temperature(model)
+    return [rotation for name, module in _rotary_modules(model) for rotation in _read(name, module, length, carried)]
 
 
 def stock_rotations(model: PreTrainedModel, length: int) -> list[Rotation]:
     """The rotations of modules that the model's own classes build anew from its config, on the CPU; no weights."""
     with torch.device("cpu"):
         modules = [(name, type(module)(module.config)) for name, module in _rotary_modules(model)]
-        layers = stock_layers(model)
-        return [rotation for name, module in modules for rotation in _read(name, module, length, layers)]
+        carried = stock_layers(model), stock_temperature(model)
+        return [rotation for name, module in modules for rotation in _read(name, module, length, carried)]
 
 
 def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
@@ -427,7 +426,7 @@ def _rotary_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _read(name: str, module: Any, length: int, layers: tuple[bool, ...] | None) -> Iterator[Rotation]:
+def _read(name: str, module: Any, length: int, carried: _Carried) -> Iterator[Rotation]:
     layer_types = list(module.rope_type) if isinstance(module.rope_type, Mapping) else [None]
     for layer_type in layer_types:
         prefix = f"{layer_type}_" if layer_type else ""
@@ -444,7 +443,7 @@ def _read(name: str, module: Any, length: int, layers: tuple[bool, ...] | None) 
         is_pair = isinstance(output, tuple) and len(output) == 2 and axes is None
         cos_sin = torch.stack([values.flatten().float().cpu() for values in output]) if is_pair else None
         equal = _equal_on_all_ranks(inv_freq)
-        yield Rotation(label, entry, inv_freq, scaling, length, equal, axes, layers, cos_sin)
+        yield Rotation(label, entry, inv_freq, scaling, length, equal, axes, *carried, cos_sin)
 
 
 def _equal_on_all_ranks(inv_freq: Tensor) -> bool | None:

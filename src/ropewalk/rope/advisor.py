@@ -306,11 +306,31 @@ def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
             f"a clip of {largest} is above 75% of all {pairs} pairs, so little is left to tell positions apart; raise "
             "theta or the training length, or clip less"
         )
+    if any(not choice.spectrum().inv_freq.any() for choice in choices):
+        yield (
+            "no pair rotates: without rotation only the causal mask tells positions apart. DroPE (arXiv 2512.12167) "
+            "trains with rotation first, drops it, and recalibrates at the length that the model had "
+            "(recipes/drope_demo)"
+        )
     if any(choice.layers is not None for choice in choices):
         yield (
             "layers without rotation: all counts are of the layers that rotate. A model that was trained with "
             "rotation everywhere is another model until it is trained for it. vLLM runs it by transformers' own code, "
             "SGLang has no class for it, and llama.cpp knows every fourth layer alone, under plain RoPE, linear or yarn"
+        )
+    for choice in choices:
+        if (own := choice.temperature) is not None and own.beta and choice.trained_length <= own.length:
+            yield (
+                f"no query is scaled before position {own.length:,}, and training at {choice.trained_length:,} tokens "
+                "reaches none past it: what the temperature does there is not trained; give log_temperature a shorter "
+                "length"
+            )
+            break
+    if any(choice.temperature is not None for choice in choices):
+        yield (
+            "a temperature by position beside the frequencies: no count here has it. transformers 5, vLLM and "
+            "llama.cpp compute it; SGLang's class looks for its length elsewhere. Documents count positions from their "
+            "own start"
         )
     if any(_clip_under(choice.chain, "llama3") for choice in choices):
         yield (

@@ -97,12 +97,13 @@ class RopeChain:
     def after(self, own: RopeChain) -> RopeChain:
         """This chain on a model that has ``own``: it follows that chain, or replaces it if it rebuilds the spectrum.
 
-        The axes of the model's pairs stay, and the layers that rotate, unless this chain has some itself.
+        The axes of the model's pairs stay, the layers that rotate and the factor on queries, unless this chain has some
+        itself.
         """
         return (own.structure() if self.rebuilds else own).extended(self.to_list())
 
     def structure(self) -> RopeChain:
-        """The step that says what the frequencies act on (axes, layers), if the chain has one, and nothing else."""
+        """The step that says what stands beside the frequencies (axes, layers, temperature), or an empty chain."""
         return RopeChain([step for step in self.to_list() if get_method(step["method"]).structural])
 
     def frequencies(self) -> RopeChain:
@@ -310,7 +311,7 @@ def check_order(steps: Sequence[Step]) -> None:
     """A method that lays the spectrum out anew follows nothing but abf, and abf only if it uses the base.
 
     A chain clips once: a second clip, as when a run's clip meets that of the checkpoint it starts from, would stop
-    pairs that training turned. What the frequencies act on (axes, layers) is said once, and first.
+    pairs that training turned. What stands beside the frequencies (axes, layers, temperature) is said once, and first.
 
     Raises:
         UserError: naming the method and what it would undo.

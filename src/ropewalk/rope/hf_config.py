@@ -13,6 +13,8 @@ from typing import Any
 
 from ropewalk.errors import UserError, in_one_line
 from ropewalk.rope.hf_scaling import KINDS, ORIGINAL, STRETCHED, WITH_ALPHA, Scaling, scaling_steps
+from ropewalk.rope.log_temperature import BETA, read_stock_temperature
+from ropewalk.rope.log_temperature import CARRIER as SCALES_QUERIES
 from ropewalk.rope.nope_layers import CARRIER, read_stock_layers
 from ropewalk.rope.pair_axes import READ_BANDS, read_stock_axes
 from ropewalk.rope.values import flag, mapping, number, strings, whole, wrong
@@ -163,7 +165,10 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
         nope = read_stock_layers(
             defaults["no_rope_layers"] if flags is None else flags, count or defaults["num_hidden_layers"]
         )
-    structure = [part.step for part in (axes, nope) if part is not None]
+    temperature = None
+    if config.get("model_type") == SCALES_QUERIES:
+        temperature = read_stock_temperature(entry, trained_length if kind in STRETCHED else None)
+    structure = [part.step for part in (axes, nope, temperature) if part is not None]
     scaling = Scaling(kind, entry, original, trained_length, share, bool(layers))
     position = HfPosition(
         entry=entry,
@@ -252,10 +257,8 @@ def _kind(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
         if config.get("model_type") not in _HUNYUAN:
             raise wrong("alpha", entry["alpha"], f"absent: transformers reads it for {', '.join(_HUNYUAN)} alone")
         return WITH_ALPHA
-    if "llama_4_scaling_beta" in entry:
-        raise wrong(
-            "llama_4_scaling_beta", entry["llama_4_scaling_beta"], "absent: no chain has a temperature by position"
-        )
+    if BETA in entry and config.get("model_type") != SCALES_QUERIES:
+        raise wrong(BETA, entry[BETA], f"absent: a chain has a temperature by position for {SCALES_QUERIES} alone")
     return kind
 
 

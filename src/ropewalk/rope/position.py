@@ -17,6 +17,7 @@ from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
 from ropewalk.rope.chain import RopeChain, Step, Steps, WatchedSpectrum, check_lengths, reached_length, unwatched
 from ropewalk.rope.hf_config import read_config_json, read_hf_position
+from ropewalk.rope.log_temperature import LogTemperature
 from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
@@ -124,6 +125,11 @@ class Position:
         """The layers that do not rotate; None: all do."""
         return self._as_trained.layers
 
+    @property
+    def temperature(self) -> LogTemperature | None:
+        """The factor on queries by position; None: there is none."""
+        return self._as_trained.temperature
+
     def rope_parameters(self, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
         """The stock entry of that spectrum, for a checkpoint that serves ``max_position_embeddings`` tokens.
 
@@ -191,7 +197,8 @@ RopeChain.position_type = Position
 def compile_to_stock(position: Position, max_position_embeddings: int, length: int | None = None) -> dict[str, Any]:
     """The most specific stock entry that gives a spectrum: default, linear, llama3, yarn, proportional, else longrope.
 
-    Unmodified transformers, vLLM and SGLang read it.
+    Unmodified transformers, vLLM and SGLang read it. A log temperature has its L0 under the key that yarn and llama3
+    stretch from, so with it every spectrum but plain RoPE's is written as longrope.
 
     Args:
         position: what rotates.
@@ -202,15 +209,17 @@ def compile_to_stock(position: Position, max_position_embeddings: int, length: i
     steps = steps[1:] if steps and steps[0].method == "abf" else steps
     base = _plain_base(spectrum)
     if base is not None and spectrum.attention_scaling == 1.0:
-        return {"rope_type": "default", "rope_theta": base, **_axes_keys(spectrum)}
-    if len(steps) == 1 and steps[0].method in _STOCK and _is_read_alike(steps[0]):
+        return {"rope_type": "default", "rope_theta": base, **_structural_keys(spectrum)}
+    if spectrum.temperature is None and len(steps) == 1 and steps[0].method in _STOCK and _is_read_alike(steps[0]):
         stock = _STOCK[steps[0].method](steps[0].arguments)
-        return {"rope_theta": spectrum.theta, **stock, **_axes_keys(spectrum)}
+        return {"rope_theta": spectrum.theta, **stock, **_structural_keys(spectrum)}
     return longrope_entry(spectrum, max_position_embeddings)
 
 
-def _axes_keys(spectrum: Spectrum) -> dict[str, Any]:
-    return {} if spectrum.axes is None else spectrum.axes.stock_keys()
+def _structural_keys(spectrum: Spectrum) -> dict[str, Any]:
+    return {
+        k: v for part in (spectrum.axes, spectrum.temperature) if part is not None for k, v in part.stock_keys().items()
+    }
 
 
 def _plain_base(spectrum: Spectrum) -> float | None:
@@ -263,7 +272,9 @@ def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str
     """Any spectrum as a ``longrope`` entry for a model that serves ``max_position_embeddings`` tokens.
 
     The short and the long list are equal and both lengths are N. So no engine switches between lists or adds a
-    scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys.
+    scaling of its own. transformers reads attention_factor, vLLM and SGLang the two mscale keys. Of a log temperature
+    the original length is L0: transformers and vLLM then choose between equal lists. SGLang reads one row of its table
+    wrongly (docs/position.md), so such an export is not for it.
     """
     factors = stock_factors(spectrum).tolist()
     scaling = float(spectrum.attention_scaling)
@@ -277,7 +288,7 @@ def longrope_entry(spectrum: Spectrum, max_position_embeddings: int) -> dict[str
         "attention_factor": scaling,
         "short_mscale": scaling,
         "long_mscale": scaling,
-        **_axes_keys(spectrum),
+        **_structural_keys(spectrum),
     }
 
 

@@ -121,8 +121,9 @@ def register_method(
         rebuilds: the method lays the spectrum out anew, so nothing but abf may stand before it.
         uses_base: of a method that rebuilds: it reads the base, so abf may stand before it.
         clips: the method slows or stops the ``clip`` slowest pairs; a chain takes one of these.
-        structural: the method changes no frequency and says what they act on (axes, layers); a chain takes one of
-            these, as its first step, and a model's own stays where a chain lays the spectrum out anew.
+        structural: the method changes no frequency and says what stands beside them (axes, layers, the factor on
+            queries); a chain takes one of these, as its first step, and a model's own stays where a chain lays the
+            spectrum out anew.
         reaches: of a method that stretches a trained length, the rule that gives the tokens it reaches from its
             arguments, which include ``original_max_position_embeddings``; mostly ``stretched``.
         retired: former arguments that saved chains may hold, each with the reason and the fix; a null is dropped.

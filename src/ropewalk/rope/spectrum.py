@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.errors import UserError
+from ropewalk.rope.log_temperature import LogTemperature
 from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
 
@@ -52,6 +53,7 @@ class Spectrum:
             None: all of them, head_dim. 0: the pairs follow no base.
         axes: the coordinate of a token that each pair reads, in a model of images and videos; None: text alone.
         layers: the layers of the model that do not rotate; None: all do.
+        temperature: the factor on queries by position; None: there is none.
     """
 
     inv_freq: FloatArray
@@ -63,6 +65,7 @@ class Spectrum:
     rotary_dim: int | None = None
     axes: PairAxes | None = None
     layers: NopeLayers | None = None
+    temperature: LogTemperature | None = None
 
     def __post_init__(self) -> None:
         inv_freq = np.array(self.inv_freq, dtype=np.float64)
@@ -152,6 +155,10 @@ class Spectrum:
     def on_layers(self, layers: NopeLayers) -> Spectrum:
         """The same frequencies, in the layers that rotate under ``layers``."""
         return self._with(layers=layers)
+
+    def at_temperature(self, temperature: LogTemperature) -> Spectrum:
+        """The same frequencies, queries scaled by ``temperature``."""
+        return self._with(temperature=temperature)
 
     def _with(self, **changes: Any) -> Spectrum:
         return type(self)(**{**vars(self), **changes})

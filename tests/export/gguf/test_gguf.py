@@ -50,7 +50,7 @@ def test_positions_in_llama_cpps_words():
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory, fixture_tokenizer):
-    """Logits of transformers and llama.cpp for a tiny model of each family; qwen2 under factors too."""
+    """Logits of transformers and llama.cpp for a tiny model of each family; qwen2 and ministral3 under factors too."""
     root = tmp_path_factory.mktemp("families")
     wide = {"hidden_size": 64, "rope_theta": 1e5, "max_position_embeddings": 512}
     special = {"eos_token_id": 1, "pad_token_id": 1}
@@ -62,11 +62,13 @@ def families(tmp_path_factory, fixture_tokenizer):
     models = {}
     for model_type, fields in further.items():
         models[model_type] = save_tiny(root / model_type, model_type, **{**wide, **fields})
-    models["qwen2 clipped"] = save_tiny(root / "clipped", "qwen2", **wide)
-    content = json.loads((root / "clipped" / "config.json").read_text())
-    clipped = Position("x", RopeChain([{"method": "hardclip", "clip": 3}]), 1e5, 16, 512, 512)
-    content |= {"rope_parameters": clipped.rope_parameters(512), "ropewalk": clipped.metadata()}
-    (root / "clipped" / "config.json").write_text(json.dumps(content))
+    warm = {"method": "log_temperature", "beta": 0.5, "length": 40}  # llama.cpp's mistral3 reads factors too
+    for model_type, before in (("qwen2", []), ("ministral3", [warm])):
+        directory = models[f"{model_type} clipped"] = save_tiny(root / f"{model_type} clipped", model_type, **wide)
+        content = json.loads((directory / "config.json").read_text())
+        clipped = Position("x", RopeChain([*before, {"method": "hardclip", "clip": 3}]), 1e5, 16, 512, 512)
+        content |= {"rope_parameters": clipped.rope_parameters(512), "ropewalk": clipped.metadata()}
+        (directory / "config.json").write_text(json.dumps(content))
     for directory in models.values():
         shutil.copytree(fixture_tokenizer, directory, dirs_exist_ok=True)
     files = [write(directory, root) for directory in models.values()]
@@ -82,7 +84,8 @@ def write(directory, root):
 
 
 @pytest.mark.parametrize("name", [
-    "mistral", "qwen2", "qwen2 clipped", "qwen3", "olmo", "olmo2", "gemma", "gemma2", "gemma3_text"
+    "mistral", "ministral3 clipped", "qwen2", "qwen2 clipped", "qwen3", "olmo", "olmo2", "gemma", "gemma2",
+    "gemma3_text",
 ])  # fmt: skip
 def test_llama_cpp_runs_every_family(families, name):
     stock, llama = families[name]

@@ -45,10 +45,15 @@ import torch
 
 def get_rope(head_dim, rotary_dim, max_position, base, rope_scaling, dtype):
     inv_freq = 1 / base ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    change = rope_scaling.get("original_max_position_embeddings", max_position)
+    rows = torch.cat([torch.arange(change), torch.arange(max_position)])  # SGLang 0.5.23's two lists, here equal
 
     class Rope:
+        original_max_position_embeddings = change
+
         def forward(self, positions, query, key):
-            angles = torch.outer(positions.float(), inv_freq)
+            index = positions + change * torch.any(positions > change)
+            angles = torch.outer(rows[index].float(), inv_freq)
             first, second = query.chunk(2, dim=-1)
             cos, sin = angles.cos(), angles.sin()
             return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1), key
@@ -57,8 +62,9 @@ def get_rope(head_dim, rotary_dim, max_position, base, rope_scaling, dtype):
 """
 
 
-def test_a_stand_in_of_sglang_is_read_by_the_probe(tmp_path):
-    """The real engines are not installed with the tests; this one rotates by RoFormer's equation 34, in its own way."""
+@pytest.fixture
+def stand_in(tmp_path):
+    """An interpreter with the stand-in of SGLang in it."""
     layers = tmp_path / "packages" / "sglang" / "srt" / "layers"
     layers.mkdir(parents=True)
     (layers / "rotary_embedding.py").write_text(STAND_IN)
@@ -68,12 +74,32 @@ def test_a_stand_in_of_sglang_is_read_by_the_probe(tmp_path):
     run += "runpy.run_path(sys.argv[0], run_name='__main__')"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{run}" "$@"\n')
     python.chmod(0o755)
-    found = verify_table("sglang", save_tiny(tmp_path / "model"), str(python))
+    return str(python)
+
+
+def test_a_row_that_an_engine_reads_wrongly_while_decoding_is_found_out(stand_in, tmp_path):
+    """Position L0 alone is row 0 of the second list; beside a later position every row is right."""
+    directory = save_tiny(tmp_path / "model")
+    content = json.loads((directory / "config.json").read_text())
+    expected = rotary_table(AutoConfig.from_pretrained(directory), 64)
+    ones = dict.fromkeys(("short_factor", "long_factor"), [1.0] * 8)
+    for change, passes in ((64, True), (40, False)):
+        entry = {**content["rope_parameters"], "rope_type": "longrope", **ones, "factor": 1.0}
+        entry["original_max_position_embeddings"] = change
+        (directory / "config.json").write_text(json.dumps({**content, "rope_parameters": entry}))
+        table = engine_table("sglang", directory, 64, stand_in)
+        assert compare_tables(table, expected, []).passed is passes
+        assert passes or np.flatnonzero(np.abs(table["cos"] - expected["cos"]).max(1) > 1e-5).tolist() == [40]
+
+
+def test_a_stand_in_of_sglang_is_read_by_the_probe(stand_in, tmp_path):
+    """The real engines are not installed with the tests; this one rotates by RoFormer's equation 34, in its own way."""
+    found = verify_table("sglang", save_tiny(tmp_path / "model"), stand_in)
     assert found.passed
     assert "of version 0.0.stand-in" in str(found)
     assert found.numbers["positions"] == 64
     with pytest.raises(Unverifiable, match=r"vllm could not build its table here \(ModuleNotFoundError"):
-        verify_table("vllm", tmp_path / "model", str(python))
+        verify_table("vllm", tmp_path / "model", stand_in)
 
 
 @pytest.fixture(params=["vllm", "sglang"])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import tiny_run
+from helpers import composed, tiny_run
 from ranks import run_ranks, tiny_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,7 +14,7 @@ from ropewalk.data import PackedStore
 from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.data.prepare.tokenizer import load_tokenizer
-from ropewalk.export import resolve_checkpoint
+from ropewalk.export import resolve_checkpoint, verify_export
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_metrics
 from ropewalk.training import find_checkpoint, train, trainer
@@ -88,6 +88,26 @@ def test_the_first_loss_is_that_of_the_checkpoint(store_64, first, tmp_path):
     train(config)
     ours, theirs = (read_metrics(tmp_path / name)[0]["loss"] for name in ("stage", "path"))
     assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_rotation_is_dropped_at_the_old_length_and_the_run_extended(store_64, store_256, first, tmp_path, capsys):
+    """DroPE's order (arXiv 2512.12167): with rotation, without it at the same length, then longer; a stock entry."""
+    drope = composed("train", "+experiment=drope/recalibrate").rope.chain
+    train(stage(store_64, tmp_path / "drope", first, chain=drope))
+    assert "warning: no pair rotates" in capsys.readouterr().out
+    train(stage(store_256, tmp_path / "longer", tmp_path / "drope", "trainer.max_steps=2"))
+    record = json.loads((tmp_path / "longer" / "run.json").read_text())
+    assert record["chain"] == "abf(theta=1e5) > cope(clip=4) > p_rope(fraction=0)"
+    assert (record["pretrained_length"], record["trained_length"]) == (64, 256)
+    exported = resolve_checkpoint(tmp_path / "longer")
+    assert verify_export(find_checkpoint(tmp_path / "longer"), exported).passed  # in a process without ropewalk
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert (model.config.model_type, model.config.rope_parameters["rope_type"]) == ("llama", "longrope")
+    assert not model.model.rotary_emb.inv_freq.any()
+    rotary = model.model.rotary_emb  # whatever the position, no pair turns
+    cos, sin = rotary(torch.zeros(1), torch.tensor([[0, 1, 255, 100000]]))
+    assert torch.equal(cos, torch.ones_like(cos))
+    assert torch.equal(sin, torch.zeros_like(sin))
 
 
 def test_the_base_may_change(store_64, first, tmp_path):

@@ -13,6 +13,7 @@ from ropewalk.rope.hf_config import read_config_json
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim")
+_HEAD_DIM = {"qwen3": 128, "ministral3": 128}  # of classes that do not take hidden_size / num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ModelShape:
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or _HEAD_DIM.get(kind, config["hidden_size"] // heads),
             tied=bool(config.get("tie_word_embeddings", kind == "smollm3")),
             biased=_biased(kind, config),
         )

@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 
 from ropewalk.errors import UserError
 from ropewalk.model.load import head_dim, sliding_window
+from ropewalk.rope import log_temperature
+from ropewalk.rope.log_temperature import LogTemperature
 from ropewalk.rope.nope_layers import CARRIER, NopeLayers, describe_layers, is_fourth
 from ropewalk.rope.position import Position, stock_factors
 
@@ -32,6 +34,7 @@ class GgufPosition:
         scaling: rope.scaling.* keys of llama.cpp's own scalings (linear, yarn).
         dimensions: channels of a head that rotate.
         layers: those that do not rotate, which the architecture says and no key; None: all do.
+        temperature: the factor on queries, whose length is also in ``scaling``; None: there is none.
     """
 
     freq_base: float
@@ -40,6 +43,7 @@ class GgufPosition:
     scaling: dict[str, Any]
     dimensions: int
     layers: NopeLayers | None = None
+    temperature: LogTemperature | None = None
 
 
 def gguf_position(position: Position, served: int) -> GgufPosition:
@@ -48,10 +52,12 @@ def gguf_position(position: Position, served: int) -> GgufPosition:
     It knows ``linear``, and ``yarn`` with the truncated ramp; every other scaling is written as factors, for which no
     rope.scaling.type may be set, since ``longrope`` without its own tensors runs as plain RoPE.
     """
-    stock, rest = position.rope_parameters(served), (position.head_dim, position.layers)
+    scaled = position.temperature if position.temperature and position.temperature.beta else None  # else a llama
+    stock, rest = position.rope_parameters(served), (position.head_dim, position.layers, scaled)
     base = float(stock["rope_theta"])
+    length = {} if scaled is None else {"original_context_length": scaled.length}  # where its mistral3 looks for L0
     if stock["rope_type"] == "default":
-        return GgufPosition(base, None, None, {}, *rest)
+        return GgufPosition(base, None, None, length, *rest)
     if stock["rope_type"] == "linear":
         return GgufPosition(base, None, None, {"type": "linear", "factor": float(stock["factor"])}, *rest)
     if stock["rope_type"] == "yarn" and stock.get("truncate", True):
@@ -60,7 +66,7 @@ def gguf_position(position: Position, served: int) -> GgufPosition:
     with np.errstate(over="ignore"):  # 1e39 is meant to become infinite
         factors: NDArray[np.float32] = stock_factors(spectrum).astype(np.float32)
     attention = float(spectrum.attention_scaling)
-    return GgufPosition(spectrum.theta, factors, None if attention == 1 else attention, {}, *rest)
+    return GgufPosition(spectrum.theta, factors, None if attention == 1 else attention, length, *rest)
 
 
 def _yarn(stock: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +111,7 @@ FAMILIES = {
     "gemma2": Family("gemma2", norm_shift=1.0),
     "gemma3_text": Family("gemma3", norm_shift=1.0),
     CARRIER: Family("smollm3", interleaved=True),
+    log_temperature.CARRIER: Family("mistral3", interleaved=True, reads_factors=True),
 }
 
 
@@ -112,7 +119,7 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
     """How to write this model so that llama.cpp rotates with ``position``.
 
     A Qwen2 is a Llama with biases on q, k and v, which llama.cpp's llama reads: under factors it is written as one. So
-    is a SmolLM3 all of whose layers rotate.
+    is a SmolLM3 all of whose layers rotate, and a Ministral 3 that scales no query.
 
     Raises:
         UserError: for a model type that is not written, or one whose graph cannot take the method.
@@ -126,6 +133,8 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
         family = _LLAMA
     if config.model_type == CARRIER:
         family = _LLAMA if all(config.no_rope_layers[: config.num_hidden_layers]) else family
+    if config.model_type == log_temperature.CARRIER and position.temperature is None:
+        family = _LLAMA
     if position.factors is not None and not family.reads_factors:
         raise UserError(
             f"llama.cpp's {family.arch} reads no {FACTORS}, so a GGUF of {config.model_type} cannot carry this "
@@ -136,7 +145,7 @@ def family_of(config: PreTrainedConfig, position: GgufPosition) -> Family:
     if family.arch in _ALTERNATING:
         _check_gemma(config, family.arch)
     window = sliding_window(config)
-    if family.arch in ("llama", "qwen2", "qwen3", "olmo2", "smollm3") and window:
+    if family.arch in ("llama", "qwen2", "qwen3", "olmo2", "smollm3", "mistral3") and window:
         raise UserError(
             f"sliding_window={window}: llama.cpp's {family.arch} attends to everything, so its answers past "
             f"{window} tokens would be another model's; export to=hf"
@@ -202,7 +211,7 @@ def add_architecture(writer: gguf.GGUFWriter, config: PreTrainedConfig, family: 
 
 
 def add_position(writer: gguf.GGUFWriter, position: GgufPosition) -> None:
-    """Base, scaling and attention factor; the factors are a tensor, written with the others."""
+    """Base, scaling, attention factor and temperature; the factors are a tensor, written with the others."""
     writer.add_rope_dimension_count(position.dimensions)
     writer.add_rope_freq_base(position.freq_base)
     kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
@@ -217,6 +226,8 @@ def add_position(writer: gguf.GGUFWriter, position: GgufPosition) -> None:
         add[key](value)
     if position.attn_factor is not None:
         writer.add_rope_scaling_attn_factors(position.attn_factor)
+    if position.temperature is not None:
+        writer.add_attn_temperature_scale(position.temperature.beta)
 
 
 class Layout:

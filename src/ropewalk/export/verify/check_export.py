@@ -26,10 +26,12 @@ from ropewalk.model.hf_directory import read_config, weight_faults
 from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
+from ropewalk.rope.log_temperature import VLLM_KEY
 from ropewalk.rope.nope_layers import FOURTH, describe_layers
 from ropewalk.rope.position import METADATA_KEY, position_of
 from ropewalk.runs.directory import RunDirectory
 
+TEMPERATURE = "attention.temperature_scale"  # below <architecture>
 # The keys below <architecture>.rope that hold a GGUF file's position, and what llama.cpp takes for an absent one.
 _ABSENT = {
     "freq_base": 1e4,
@@ -140,6 +142,7 @@ def check_directory(directory: Path) -> tuple[str, list[Finding]]:
         (_card_faults(directory, claim), "the card names the same chain"),
         (_reference_faults(claim), "no key that stock engines ignore claims a method"),
         (_older_faults(claim), "transformers 4 reads the same entry"),
+        (_vllm_faults(claim), "vLLM reads the same factor on queries"),
         (weight_faults(directory, claim.config), "every weight is there, in its shape"),
         (_tokenizer_faults(directory, claim), "the tokenizer fits the embedding"),
         (in_files, "the GGUF files beside it say the same position"),
@@ -177,6 +180,10 @@ def gguf_faults(path: Path, expected: GgufPosition) -> list[str]:
     if present != list(claimed):
         named = f"{describe_layers(present)}, not {describe_layers(claimed)}"
         faults.append(f"layers that llama.cpp's {arch} leaves without rotation: {named}")
+    beta = 0.0 if expected.temperature is None else expected.temperature.beta
+    scaled = fields.get(f"{arch}.{TEMPERATURE}", 0.0)
+    if not np.isclose(scaled, beta, rtol=1e-6):
+        faults.append(f"{TEMPERATURE} is {scaled:g}, not {beta:g}")
     for key, absent in _ABSENT.items():
         stored, wanted = fields.get(f"{arch}.rope.{key}", absent), written.get(key) or absent
         is_close = isinstance(stored, float) and wanted is not None and np.isclose(stored, wanted, rtol=1e-6)
@@ -237,6 +244,17 @@ def _older_faults(claim: Claim) -> Iterator[str]:
                 f"{', '.join(missing)} is not as transformers before 5 needs it: it reads base {read.theta:g} and "
                 f"{RopeChain(read.chain)}"
             )
+
+
+def _vllm_faults(claim: Claim) -> Iterator[str]:
+    """vLLM looks for a log temperature beside rope_parameters, where Mistral's own config.json has none."""
+    temperature = claim.position.temperature
+    read = claim.content.get(VLLM_KEY)
+    if temperature is not None and read != temperature.vllm_keys():
+        yield (
+            f"{VLLM_KEY}={read}, by which vLLM scales queries, is not that of rope_parameters; write {VLLM_KEY}="
+            f"{temperature.vllm_keys()} into config.json"
+        )
 
 
 def _tokenizer_faults(directory: Path, claim: Claim) -> Iterator[str]:

@@ -18,6 +18,8 @@ from ropewalk.export.output import Finding, Unverifiable, judged
 from ropewalk.export.portable import OLDER
 from ropewalk.export.verify.check_export import Claim, gguf_faults
 from ropewalk.export.verify.probing import llama_logits, read_passage, stock_logits
+from ropewalk.model.hf_directory import read_config
+from ropewalk.rope.log_temperature import CARRIER, LogTemperature
 from ropewalk.rope.position import METADATA_KEY
 
 MAX_TOKENS = 2048
@@ -143,8 +145,10 @@ def lost_position(position: GgufPosition) -> GgufPosition:
 
 
 def make_plain(directory: Path, plain: Path, base: float) -> None:
-    """The same model with plain RoPE at ``base``, its files linked."""
-    make_linked(directory, plain, {"rope_type": "default", "rope_theta": base})
+    """The same model with plain RoPE at ``base``, no query scaled, its files linked."""
+    config = read_config(directory)
+    still = {} if config.model_type != CARRIER else LogTemperature(0.0, 1).stock_keys()  # it fails without the keys
+    make_linked(directory, plain, {"rope_type": "default", "rope_theta": base, **still})
 
 
 def make_linked(directory: Path, target: Path, entry: dict[str, Any]) -> None:

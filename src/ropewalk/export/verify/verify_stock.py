@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 from ropewalk.export.output import STOCK, Finding, NotVerified, Unverifiable, judged, record
 from ropewalk.export.source import Source, trained_source
@@ -32,7 +33,7 @@ from ropewalk.model.rotary import (
     stock_tolerances,
 )
 from ropewalk.model.vision import embed
-from ropewalk.rope.nope_layers import CARRIER
+from ropewalk.rope import log_temperature, nope_layers
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation
@@ -189,7 +190,7 @@ def _load(model: PreTrainedModel, source: Source, directory: Path) -> None:
 
 
 def verify_table(engine: str, directory: Path, python: str | None = None) -> Finding:
-    """Compare one engine's table; see :func:`compare_tables`.
+    """Compare one engine's table, and its factor on queries where there is one; see :func:`compare_tables`.
 
     Args:
         engine: vllm or sglang.
@@ -202,7 +203,9 @@ def verify_table(engine: str, directory: Path, python: str | None = None) -> Fin
     if python is None and importlib.util.find_spec(engine) is None:
         raise Unverifiable(f"not verified: {engine} is not installed")
     claim = Claim.of(directory)
-    if claim.config.model_type == CARRIER:
+    if engine == "sglang" and claim.config.model_type == log_temperature.CARRIER:
+        raise Unverifiable("not verified: sglang looks for the temperature's length elsewhere, so it computes another")
+    if claim.config.model_type == nope_layers.CARRIER:
         reason = "runs this class by transformers' own code" if engine == "vllm" else "has no class for this model"
         raise Unverifiable(f"not verified: {engine} {reason}, so it has no table of its own")
     if claim.position.axes is not None:
@@ -215,7 +218,7 @@ def verify_table(engine: str, directory: Path, python: str | None = None) -> Fin
 
 
 def engine_table(engine: str, directory: Path, positions: int, python: str | None = None) -> dict[str, NDArray[Any]]:
-    """cos and sin, (positions, rotated channels / 2), as an engine rotates, and its version.
+    """cos and sin, (positions, rotated channels / 2), as an engine rotates, its factor on queries, and its version.
 
     Raises:
         Unverifiable: where it cannot.
@@ -232,13 +235,13 @@ def compare_tables(
 ) -> Finding:
     """An engine's table against transformers'; passed where they agree within tolerance.
 
-    Its numbers: version of the engine, max_abs_difference of any cos or sin, attention scaling included, and
-    positions, the rows compared, from position 0.
+    Its numbers: version of the engine, max_abs_difference of any cos or sin, attention scaling included, or factor on
+    queries, and positions, the rows compared, from position 0.
     """
     apart, positions = np.inf, len(expected["cos"])
-    if all(table[name].shape == expected[name].shape for name in ("cos", "sin")):
+    if all(table[name].shape == expected[name].shape for name in expected):
         # np.max, since max() passes over a nan
-        apart = float(np.max([np.abs(table[name] - expected[name]).max() for name in ("cos", "sin")]))
+        apart = float(np.max([np.abs(table[name] - expected[name]).max() for name in expected]))
     return judged(
         apart <= TABLE_TOLERANCE,
         f"the rotary table of version {table['version']} differs by at most {apart:.2e} from transformers' over "
@@ -251,10 +254,14 @@ def compare_tables(
 
 
 def rotary_table(config: PreTrainedConfig, positions: int) -> dict[str, NDArray[np.float32]]:
-    """cos and sin as stock transformers computes them, float32 (positions, rotated channels / 2), scaling included."""
+    """cos and sin as stock transformers computes them, float32 (positions, rotated channels / 2), scaling included.
+
+    Of a model that scales queries by their position also ``query``, float32 (positions,).
+    """
     rotation = chain_rotation(inspect_config(config, positions))
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), rotation.inv_freq)
-    return {
-        "cos": (angles.cos() * rotation.attention_scaling).numpy(),
-        "sin": (angles.sin() * rotation.attention_scaling).numpy(),
-    }
+    rows = torch.arange(positions)
+    angles = torch.outer(rows.float(), rotation.inv_freq)
+    table = {"cos": angles.cos() * rotation.attention_scaling, "sin": angles.sin() * rotation.attention_scaling}
+    if (temperature := rotation.temperature) is not None:
+        table["query"] = get_llama_4_attn_scale(rows[None], temperature.beta, temperature.length).flatten()
+    return {name: values.numpy() for name, values in table.items()}

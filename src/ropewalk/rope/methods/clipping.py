@@ -129,7 +129,10 @@ def hardclip(spectrum: Spectrum, *, clip: int) -> Spectrum:
 
 @register_method("p_rope")
 def p_rope(spectrum: Spectrum, *, fraction: float) -> Spectrum:
-    """Keep the highest ``fraction`` of the pairs, 0..1, rounded down; the rest do not rotate (arXiv 2410.06205)."""
+    """Keep the highest ``fraction`` of the pairs, 0..1, rounded down; the rest do not rotate (arXiv 2410.06205).
+
+    0 stops all: DroPE (arXiv 2512.12167), after training with rotation, before a recalibration at the old length.
+    """
     check(0 <= fraction <= 1, f"p_rope: fraction={fraction} must lie between 0 and 1; 1 keeps every pair")
     return _first_kept(spectrum, int(fraction * spectrum.inv_freq.size))
 

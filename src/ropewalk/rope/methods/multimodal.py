@@ -1,11 +1,12 @@
-"""Steps that change no frequency: the axis (time, height, width) that each pair reads, and the layers that rotate."""
+"""Steps that change no frequency: the axis that each pair reads, the layers that rotate, the factor on queries."""
 
 from __future__ import annotations
 
+from ropewalk.rope.log_temperature import LogTemperature
 from ropewalk.rope.methods.checks import check
 from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import Layout, PairAxes, Rule, quarter_section
-from ropewalk.rope.registry import AUTO, register_method
+from ropewalk.rope.registry import AUTO, PRETRAINED_LENGTH, Tokens, register_method
 from ropewalk.rope.spectrum import Spectrum
 
 
@@ -51,3 +52,19 @@ def nope_layers(spectrum: Spectrum, *, every: int | None = None, layers: list[in
     of the two.
     """
     return spectrum.on_layers(NopeLayers(every, None if layers is None else tuple(layers)))
+
+
+@register_method("log_temperature", structural=True)
+def log_temperature(spectrum: Spectrum, *, beta: float = 0.1, length: Tokens = PRETRAINED_LENGTH) -> Spectrum:
+    """Scale queries by 1 + beta ln(1 + floor(p / L0)) at position p, so that attention stays sharp over more keys.
+
+    Of Llama 4 and Ministral 3, with beta 0.1; the formula is that of transformers' get_llama_4_attn_scale. Nothing
+    changes before position L0. Scalable-Softmax (arXiv 2501.19399) scales by s ln n, smoothly, with s learned for each
+    head. An attention scaling, unlike it, multiplies cos and sin of every position alike. It stands first in a chain
+    and takes the place of the checkpoint's own. Stock Ministral3ForCausalLM carries a Llama's or Mistral's weights
+    (llama_4_scaling_beta); other types are refused.
+
+    beta: 0 or more. 0: no query is scaled, in the same class.
+    length: L0, tokens, by default the length that the model was pretrained at.
+    """
+    return spectrum.at_temperature(LogTemperature(beta, length))
