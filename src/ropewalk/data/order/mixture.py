@@ -283,8 +283,8 @@ def _parts_of(store: JoinedStore, domains: Sequence[str], length_weights: Mappin
                 held.add(start)
                 share = weight * len(numbers) / total
                 parts.append(_Part(f"{domain}[{start}:{end}]", domain, len(numbers), numbers, share))
-    for start, weight in length_weights.items():
-        if weight > 0 and start not in held:
+    for start in starts:
+        if length_weights[start] > 0 and start not in held:
             raise UserError(
                 f"{given} names a bucket from {start} tokens on that no sequence is in (documents lie in sequences by "
                 f"pieces, here of up to {most} tokens); leave {start} out"
