@@ -239,9 +239,10 @@ def compare_tables(
     queries, and positions, the rows compared, from position 0.
     """
     apart, positions = np.inf, len(expected["cos"])
-    if all(table[name].shape == expected[name].shape for name in expected):
+    names = expected.keys() & {"cos", "sin", "query"}
+    if all(table[name].shape == expected[name].shape for name in names):
         # np.max, since max() passes over a nan
-        apart = float(np.max([np.abs(table[name] - expected[name]).max() for name in expected]))
+        apart = float(np.max([np.abs(table[name] - expected[name]).max() for name in names]))
     return judged(
         apart <= TABLE_TOLERANCE,
         f"the rotary table of version {table['version']} differs by at most {apart:.2e} from transformers' over "
