@@ -1,6 +1,7 @@
 """Axes of the pairs: in a chain, in a config, in transformers' own rotary modules, against the slow reference."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,12 @@ def test_hope_is_hardclip_of_an_eighth_of_the_head():
         clipped = RopeChain([{"method": "hardclip", "clip": head_dim // 8}])
         facts = {"head_dim": head_dim, "theta": 1e6, "pretrained_length": 32768, "trained_length": 32768}
         assert np.array_equal(ours, clipped.spectrum(**facts).inv_freq)
+
+
+def test_hopes_pairs_that_stand_still_are_those_that_read_time_in_every_head():
+    for head_dim in range(2, 140, 2):
+        position = position_of_arm("hope_video", head_dim)
+        assert np.array_equal(position.spectrum().inv_freq == 0, position.axes.of_pairs == 0)
 
 
 @pytest.mark.parametrize("arm", ["videorope", "hope_video"])
@@ -146,7 +153,7 @@ def test_axes_that_cannot_be_are_refused(text, message):
 @pytest.mark.parametrize("pairs", range(4, 70, 3))
 def test_the_automatic_section_fits_every_head(pairs):
     time, height, width = quarter_section(pairs)
-    assert time == pairs // 4
+    assert time == math.ceil(pairs / 4)
     assert time + height + width == pairs
     assert height - width in (0, 1)
     for layout in ("bands", "alternating"):
