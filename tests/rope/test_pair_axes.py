@@ -20,6 +20,7 @@ from ropewalk.analysis.inspection import print_inspection
 from ropewalk.config import CONFIG_DIR
 from ropewalk.model.rotary import assert_spectrum, place_position, stock_axes
 from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.advisor import config_warnings
 from ropewalk.rope.pair_axes import PairAxes, quarter_section, read_stock_axes
 
 ARMS = {  # a file of configs/rope -> the reference's name of it
@@ -246,6 +247,15 @@ def test_advise_and_inspect_read_a_published_config(tmp_path, capsys, model_type
     assert f"chain: axes(layout={layout}, positions=mrope" in said
     assert "stock transformers rotates with it" in said
     assert rotation.inv_freq.numel() == 64
+
+
+def test_axes_of_a_model_that_is_not_read_are_not_passed_over_in_silence():
+    entry = {"rope_type": "default", "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+    text = {**SMALL, "model_type": "glm4v_text", "head_dim": 64, "rope_parameters": entry}
+    warnings = list(config_warnings({"model_type": "glm4v", "text_config": text}))
+    assert any("mrope_section=[8, 12, 12] of model_type=glm4v_text is not read" in warning for warning in warnings)
+    for model_type, published in PUBLISHED.items():
+        assert not any("mrope_section" in w for w in config_warnings({"model_type": model_type, **published}))
 
 
 def test_text_hope_and_video_hope_have_names_that_cannot_be_confused():
