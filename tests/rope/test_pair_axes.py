@@ -1,6 +1,7 @@
 """Axes of the pairs: in a chain, in a config, in transformers' own rotary modules, against the slow reference."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ropewalk.analysis.inspection import print_inspection
 from ropewalk.config import CONFIG_DIR
 from ropewalk.model.rotary import assert_spectrum, place_position, stock_axes
 from ropewalk.rope import Position, RopeChain
+from ropewalk.rope.advisor import config_warnings
 from ropewalk.rope.pair_axes import PairAxes, quarter_section, read_stock_axes
 
 ARMS = {  # a file of configs/rope -> the reference's name of it
@@ -71,6 +73,12 @@ def test_hope_is_hardclip_of_an_eighth_of_the_head():
         clipped = RopeChain([{"method": "hardclip", "clip": head_dim // 8}])
         facts = {"head_dim": head_dim, "theta": 1e6, "pretrained_length": 32768, "trained_length": 32768}
         assert np.array_equal(ours, clipped.spectrum(**facts).inv_freq)
+
+
+def test_hopes_pairs_that_stand_still_are_those_that_read_time_in_every_head():
+    for head_dim in range(2, 140, 2):
+        position = position_of_arm("hope_video", head_dim)
+        assert np.array_equal(position.spectrum().inv_freq == 0, position.axes.of_pairs == 0)
 
 
 @pytest.mark.parametrize("arm", ["videorope", "hope_video"])
@@ -146,7 +154,7 @@ def test_axes_that_cannot_be_are_refused(text, message):
 @pytest.mark.parametrize("pairs", range(4, 70, 3))
 def test_the_automatic_section_fits_every_head(pairs):
     time, height, width = quarter_section(pairs)
-    assert time == pairs // 4
+    assert time == math.ceil(pairs / 4)
     assert time + height + width == pairs
     assert height - width in (0, 1)
     for layout in ("bands", "alternating"):
@@ -239,6 +247,15 @@ def test_advise_and_inspect_read_a_published_config(tmp_path, capsys, model_type
     assert f"chain: axes(layout={layout}, positions=mrope" in said
     assert "stock transformers rotates with it" in said
     assert rotation.inv_freq.numel() == 64
+
+
+def test_axes_of_a_model_that_is_not_read_are_not_passed_over_in_silence():
+    entry = {"rope_type": "default", "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+    text = {**SMALL, "model_type": "glm4v_text", "head_dim": 64, "rope_parameters": entry}
+    warnings = list(config_warnings({"model_type": "glm4v", "text_config": text}))
+    assert any("mrope_section=[8, 12, 12] of model_type=glm4v_text is not read" in warning for warning in warnings)
+    for model_type, published in PUBLISHED.items():
+        assert not any("mrope_section" in w for w in config_warnings({"model_type": model_type, **published}))
 
 
 def test_text_hope_and_video_hope_have_names_that_cannot_be_confused():

@@ -1,12 +1,23 @@
 """Training of stock Qwen2-VL classes: packed clips against each document alone, resume, the drawn factors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_stores import ARCHITECTURE, TOWER, make_store, video_arguments, video_run
+from clip_stores import (
+    ARCHITECTURE,
+    IMAGE,
+    LENGTH,
+    TOWER,
+    VIDEO,
+    make_store,
+    sequence_of,
+    video_arguments,
+    video_run,
+)  # fmt: skip
 from helpers import load_states, torchrun
 from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -16,14 +27,17 @@ from video_reference import positions
 from ropewalk.data import Mixture
 from ropewalk.data.order.batches import ClipKey, read_batch, rows_of
 from ropewalk.data.order.clip_batches import ClipReader, TowerGeometry, temporal_scale
+from ropewalk.data.store.writer import Accounting, write_store
 from ropewalk.export.source import trained_source
 from ropewalk.export.zero_weights import ZeroWeights
-from ropewalk.model.load import read_position, training_config
+from ropewalk.model.load import build_for_training, read_position, training_config
+from ropewalk.model.loss import LossModel
 from ropewalk.model.vision import embed, pixel_values
 from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.runs.metrics_file import read_metrics, read_rows
 from ropewalk.training import find_checkpoint
-from ropewalk.training.inputs import open_clips
+from ropewalk.training.distributed import Ranks
+from ropewalk.training.inputs import on_device, open_clips
 from ropewalk.training.trainer import train
 
 SCALES = [0.5, 0.75, 1.0, 1.25, 1.5]
@@ -41,14 +55,18 @@ def save_model(directory, **changes):
     AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
 
 
-def document_loss(model, tokens, mask, clips, scales):
-    """Summed loss of one document through stock transformers, positions and pixels given to it."""
+def hope_positions(tokens, clips, scales):
+    """Positions of one document by the slow reference, float32 (3, 1, tokens)."""
     segments, start = [], 0
     for clip in clips:
         segments += [clip.start - start, (clip.frames, clip.height, clip.width)]
         start = clip.end
     segments.append(len(tokens) - start)
-    place = reference_positions([part for part in segments if part], scales)
+    return torch.from_numpy(reference_positions([part for part in segments if part], scales)).float()[:, None]
+
+
+def document_loss(model, tokens, mask, clips, **positions):
+    """Summed loss of one document through stock transformers, pixels and its arguments about positions given to it."""
     pixels = {}
     for key, kind in (("pixel_values", 1), ("pixel_values_videos", 2)):
         chosen = [clip for clip in clips if (clip.frames == 1) == (kind == 1)]
@@ -57,7 +75,7 @@ def document_loss(model, tokens, mask, clips, scales):
             grids = torch.tensor([[clip.frames, 2 * clip.height, 2 * clip.width] for clip in chosen])
             pixels["image_grid_thw" if kind == 1 else "video_grid_thw"] = grids
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
-    output = model(input_ids=ids, position_ids=torch.from_numpy(place).float()[:, None], use_cache=False, **pixels)
+    output = model(input_ids=ids, use_cache=False, **positions, **pixels)
     labels = torch.where(torch.from_numpy(mask), ids[0], -100)[1:]
     return F.cross_entropy(output.logits[0, :-1], labels, reduction="sum")
 
@@ -102,8 +120,9 @@ def test_packed_clips_are_each_document_alone_on_two_ranks(tmp_path, store):
             clips = [clip.moved(-start) for clip in sequence.clips if start <= clip.start < end]
             keys = [ClipKey(domain, row, number + place, epoch) for place in range(len(clips))]
             scales = [temporal_scale(SCALES, 0, key) for key in keys]
-            mask = sequence.loss_mask[start:end]
-            total = total + document_loss(model, sequence.tokens[start:end], mask, clips, scales)
+            tokens, mask = sequence.tokens[start:end], sequence.loss_mask[start:end]
+            place = hope_positions(tokens, clips, scales)
+            total = total + document_loss(model, tokens, mask, clips, position_ids=place)
             count += int(mask[1:].sum())
             start, number = end, number + len(clips)
     assert kinds == {True, False}
@@ -204,6 +223,38 @@ def test_a_frozen_tower_stays_as_it_was(tmp_path, store, model_type):
     assert losses[1] != losses[0]
 
 
+def test_qwen25_vl_learns_from_packed_clips_what_stock_transformers_does_from_each_document(tmp_path, store):
+    """Loss and every gradient, tower included; stock transformers is given no position and counts them itself."""
+    save_model(tmp_path / "model", model_type="qwen2_5_vl", vision_config=TOWER_25)
+    config = video_run(store, tmp_path / "run", "mrope_v5", f"model.path={tmp_path / 'model'}")
+    model_config = training_config(config.model, config.rope, store.sequence_length)
+    mixture = Mixture(0, {}, store, 4)
+    refs = mixture.global_batch(0)
+    batch = open_clips(config, model_config, mixture).completed(read_batch(store, refs))
+    lm = build_for_training(model_config, str(tmp_path / "model"), torch.float32)
+    loss = LossModel(lm, 64)(**on_device(batch, Ranks())) / batch.trained_tokens
+    loss.backward()
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    total = torch.zeros(())
+    for sequence in (store.read(ref.domain, ref.rows[0]) for ref in refs):
+        start = 0
+        for end in sequence.ends.tolist():
+            clips = [clip.moved(-start) for clip in sequence.clips if start <= clip.start < end]
+            tokens = sequence.tokens[start:end]
+            kinds = torch.from_numpy((tokens == IMAGE) + 2 * (tokens == VIDEO))[None]
+            seconds = [clip.frame_seconds for clip in clips if clip.frames > 1]
+            counting = {"mm_token_type_ids": kinds, "second_per_grid_ts": torch.tensor(seconds)} if clips else {}
+            total = total + document_loss(stock, tokens, sequence.loss_mask[start:end], clips, **counting)
+            start = end
+    total = total / batch.trained_tokens
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    theirs = dict(stock.named_parameters())
+    assert {name for name, parameter in lm.named_parameters() if parameter.grad is not None} == theirs.keys()
+    for name, parameter in lm.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=2e-4, atol=2e-6, msg=name)
+
+
 def test_embeddings_take_the_place_of_placeholders(tmp_path, fixture_tokenizer):
     """Stored embeddings are put in as they are, bit for bit; the other rows are the embedding table's."""
     store = make_store(tmp_path / "store", fixture_tokenizer, pixels=False, count=3)
@@ -236,6 +287,27 @@ def test_what_a_model_of_videos_cannot_do_is_refused_in_a_line(tmp_path, store, 
     model_config = training_config(config.model, config.rope, store.sequence_length)
     with pytest.raises(ValueError, match=message):
         open_clips(config, model_config, Mixture(0, {}, store, 4))
+
+
+def test_placeholders_without_a_clip_and_videos_without_a_time_are_refused(tmp_path, fixture_tokenizer):
+    """A script that cuts a document within a video, or leaves its time out; stock transformers refuses the first."""
+    (kept, cut), rng = [([3, 2], [(2, 2, 2)]), ([4], [])], np.random.default_rng(0)
+    sequence = sequence_of(rng, [kept, cut])
+    tokens = sequence.tokens.copy()
+    tokens[sequence.ends[-1] - 2 : sequence.ends[-1]] = VIDEO
+    (clip,) = sequence.clips
+    for name, changed, message in (
+        ("cut", {"tokens": tokens}, r"2 of the model's placeholders \(508, 509\) that no clip stands behind, at 15"),
+        ("timeless", {"clips": (replace(clip, frame_seconds=0.0),)}, "clips holds 1 videos without the time between"),
+    ):
+        account = Accounting(int(sequence.ends[-1]))
+        store = write_store(tmp_path / name, LENGTH, {"clips": [replace(sequence, **changed)]}, fixture_tokenizer,
+                            {"clips": account})  # fmt: skip
+        fields = {"model_type": "qwen2_5_vl", "vision_config": TOWER_25}
+        config = video_run(store, tmp_path / "run", "mrope", **fields)
+        model_config = training_config(config.model, config.rope, LENGTH)
+        with pytest.raises(ValueError, match=message):
+            open_clips(config, model_config, Mixture(0, {}, store, 4))
 
 
 def test_time_is_the_released_rules_on_qwen25_vl(store):

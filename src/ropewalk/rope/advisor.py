@@ -398,6 +398,11 @@ def config_warnings(config: Mapping[str, Any]) -> Iterator[str]:
             f"{SHARE}={share}: transformers' {text.get('model_type')} does not read it and rotates whole heads, as is "
             "counted here; other engines rotate the share alone: delete it where whole heads were trained"
         )
+    if "mrope_section" in stock.entry and not any(step["method"] == "axes" for step in stock.chain):
+        yield (
+            f"mrope_section={stock.entry['mrope_section']} of model_type={text.get('model_type')} is not read: all "
+            "that is said here is of text, whose positions are equal on all axes"
+        )
     named = any("original_max_position_embeddings" in values for values in (stock.entry, text))
     if kind in STRETCHED and not named:
         yield (

@@ -99,8 +99,11 @@ def axis_letters(axes: IntArray | None) -> str:
 
 
 def quarter_section(pairs: int) -> list[int]:
-    """A quarter of the pairs, rounded down, for time, the rest for height and width, height first: 16, 24, 24 of 64."""
-    time = pairs // 4
+    """A quarter of the pairs, rounded up, for time, the rest for height and width, height first: 16, 24, 24 of 64.
+
+    Rounded up, it is what p_rope(fraction=0.75), which rounds down, leaves standing still.
+    """
+    time = -(-pairs // 4)
     width = (pairs - time) // 2
     return [time, pairs - time - width, width]
 

@@ -87,8 +87,8 @@ def open_clips(config: TrainConfig, model_config: PreTrainedConfig, mixture: Mix
     """The maker of vision inputs, for a model of images and videos; None for one of text.
 
     Raises:
-        UserError: for what such a model cannot do yet, clips of other sizes than its tower's, a tower that would be
-            trained without ever being called, or a store of clips for a model of text.
+        UserError: for what such a model cannot do yet, clips of other sizes than its tower's, without a time that it
+            reads, a tower that would be trained without ever being called, or a store of clips for a model of text.
     """
     if not has_vision(model_config):
         if not config.model.train_tower:
@@ -122,7 +122,7 @@ def open_clips(config: TrainConfig, model_config: PreTrainedConfig, mixture: Mix
         )
     ids, speed = placeholders(model_config), tokens_per_second(model_config)
     reader = ClipReader(axes, mixture.seed, tower, ids, speed, needs_pixels)
-    reader.check_tokens(mixture)
+    reader.check_order(mixture)
     return reader
 
 

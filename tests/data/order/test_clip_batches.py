@@ -1,6 +1,7 @@
 """The order and the drawn factor of clips: epochs by counting, draws by any rank, how even they are."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from scipy.stats import chisquare
 from ropewalk.data import Mixture
 from ropewalk.data.order.batches import ClipKey, rank_micro_batches, read_batch, rows_of
 from ropewalk.data.order.clip_batches import ClipReader, TowerGeometry, temporal_scale
+from ropewalk.data.store.clips import Clip, clip_row, read_clip
 from ropewalk.rope.pair_axes import PairAxes
+from ropewalk.rope.video_positions import Grid, token_positions
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
 GEOMETRY = TowerGeometry(TOWER["patch_size"], TOWER["temporal_patch_size"], TOWER["spatial_merge_size"], 64)
@@ -49,6 +52,18 @@ def test_every_number_of_ranks_draws_the_same(store):
                         recorded[key] if clip.frames == 1 else float(time[clip.start + rows] - time[clip.start])
                     )
         assert seen == recorded
+
+
+@pytest.mark.parametrize("fps", [3, 6, 7, 24, 25, 30])
+@pytest.mark.parametrize("speed", [2, 4, 25])
+def test_a_stored_time_gives_the_positions_of_the_exact_one(fps, speed):
+    """2/fps seconds are kept to the microsecond; 128 frames at whole positions a second, divided without remainder."""
+    clip = Clip(0, 128, 1, 1, np.zeros((128, 1), np.uint16), 2 / fps)
+    stored = read_clip(np.array(clip_row(clip, 0)), clip.content.view(np.uint8).ravel())
+    reader = replace(READER, axes=PairAxes("bands", (4, 6, 6), "mrope"), tokens_per_second=float(speed))
+    step = reader.time_step(stored, ClipKey("clips", 0, 0, 0))
+    time = token_positions("mrope", [Grid(128, 1, 1, step)])[0][0]
+    assert time.tolist() == [2 * speed * frame // fps for frame in range(128)]
 
 
 def test_factors_are_even_and_of_seed_clip_and_epoch_alone():

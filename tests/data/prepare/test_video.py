@@ -261,6 +261,16 @@ def test_files_become_a_store(tmp_path, tokenizer):
         assert not (tmp_path / "other" / "packed-96" / "clips" / "tokens-00000.bin").exists()
 
 
+def test_a_line_of_the_listing_ends_at_a_newline_alone(tmp_path, tokenizer):
+    """Not at the line ends of Unicode, which JSON leaves as they are in a text."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    row = {"clip": "none.mkv", "question": "a\u2028b\x85c", "answer": "d"}
+    (tmp_path / "clips.jsonl").write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    options = [f"clips={tmp_path / 'clips.jsonl'}", f"tokenizer={tmp_path / 'tokenizer'}", "sequence_length=96"]
+    with pytest.raises(ValueError, match=r"line 1 names clip=.*none.mkv, which is no file"):
+        prepared(*options, f"output={tmp_path / 'out'}")
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
     ([], "name a file of clips, or a number of drawn scenes"),
     (["scenes.clips=2", "clips=a.jsonl"], "name a file of clips, or a number of drawn scenes"),
@@ -270,6 +280,7 @@ def test_files_become_a_store(tmp_path, tokenizer):
     (["scenes.clips=2", "scenes.questions=[]"], "asks nothing"),
     (["scenes.clips=2", "scenes.questions=[colour]"], "scenes.questions=colour"),
     (["scenes.clips=2", "tower.patch_size=0"], "tower.patch_size=0"),
+    (["scenes.clips=2", "tower.patch_size=2", "scenes.height=1"], "scenes of 4 x 8 pixels cannot show a symbol"),
     (["scenes.clips=2", "tokenizer=tests/fixtures/tokenizer"], r"has no token <\|vision_start\|>"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused(tmp_path, overrides, message):

@@ -19,6 +19,10 @@ from ropewalk.errors import UserError
 from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.rope.video_positions import Grid, Segment, token_positions
 
+# Seconds that a stored time may be short of the true one: 2/6 s is kept as 0.333333, three of which must still be 1.
+HALF_MICROSECOND = 0.5e-6
+IN_SECONDS = ("mrope", "mrope_v5")  # rules that read a model's clock, if it has one
+
 
 def temporal_scale(scales: Sequence[float], seed: int, key: ClipKey) -> float:
     """The positions that a frame of this clip takes in this epoch: one of ``scales``, each as likely.
@@ -78,7 +82,7 @@ class ClipReader:
         seed: that the scales are drawn by.
         tower: sizes of the model's vision tower.
         placeholders: ids of the tokens that clips replace.
-        tokens_per_second: positions a second of a video under M-RoPE (Qwen2.5-VL); None: one a frame.
+        tokens_per_second: positions a second of a video under IN_SECONDS (Qwen2.5-VL); None: one a frame.
         needs_pixels: some store of the run holds pixels, so every micro batch passes the tower.
     """
 
@@ -93,9 +97,9 @@ class ClipReader:
         """Positions from one frame of a clip to the next."""
         if self.axes.positions == "diagonal":
             return temporal_scale(self.axes.temporal_scales, self.seed, key)
-        if self.tokens_per_second is not None and clip.frame_seconds:
-            return self.tokens_per_second * clip.frame_seconds
-        return 1.0
+        if self.tokens_per_second is None:
+            return 1.0
+        return self.tokens_per_second * (clip.frame_seconds + HALF_MICROSECOND)  # an image has one frame, at 0
 
     def completed(self, batch: Batch) -> Batch:
         """The batch with its vision inputs.
@@ -144,19 +148,36 @@ class ClipReader:
             for key in _keys(mixture.store, ref)
         ]
 
-    def check_tokens(self, mixture: Mixture) -> None:
-        """Check the tokens of the first clip of each domain of an order; every batch checks its own.
+    def check_order(self, mixture: Mixture) -> None:
+        """Check the tokens of the first clip of each domain of an order, and all times; every batch checks its tokens.
 
         Raises:
-            UserError: for a clip whose tokens are not placeholders of this model.
+            UserError: for a clip whose tokens are not placeholders of this model, or a video without the time between
+                its frames under a model that counts in seconds.
         """
         store = mixture.store
         for domain in _domains(mixture):
+            index = _columns(store, domain)
+            is_timeless = (index["frames"] > 1) & (index["microseconds"] < 1)
+            if self.tokens_per_second is not None and self.axes.positions in IN_SECONDS and is_timeless.any():
+                raise UserError(
+                    f"{domain} holds {is_timeless.sum()} videos without the time between their frames, which this "
+                    f"model's clock of {self.tokens_per_second:g} positions a second needs under "
+                    f"positions={self.axes.positions}; write them with frame_seconds"
+                )
             row = next(row for row in count() if len(store.clip_index(domain, row)))
             self._check_placeholders(collate([store.read(domain, row)], rows=[(domain, row, 0)]))
 
     def _check_placeholders(self, batch: Batch) -> None:
         tokens = batch.input_ids[0].numpy()
+        is_stray = np.isin(tokens, self.placeholders)
+        for clip in batch.clips:
+            is_stray[clip.start : clip.end] = False
+        if is_stray.any():
+            raise UserError(
+                f"a row has {is_stray.sum()} of the model's placeholders {self.placeholders} that no clip stands "
+                f"behind, at {is_stray.argmax()} first; write the store with a Clip for each stretch of them"
+            )
         for clip, key in zip(batch.clips, batch.clip_keys, strict=True):
             foreign = set(tokens[clip.start : clip.end].tolist()) - set(self.placeholders)
             if foreign:
@@ -175,7 +196,7 @@ def check_contents(mixture: Mixture, tower: TowerGeometry) -> bool:
     """
     has_pixels = False
     for domain in _domains(mixture):
-        index = dict(zip(COLUMNS, mixture.store.clip_index(domain).T, strict=True))
+        index = _columns(mixture.store, domain)
         is_pixels = index["is_pixels"] == 1
         frames = np.where(index["first"] == 1, tower.temporal_patch_size, index["first"])
         fits = frames == index["frames"] * tower.temporal_patch_size
@@ -199,6 +220,11 @@ def _domains(mixture: Mixture) -> list[str]:
     """Domains of an order that hold clips."""
     domains = mixture.store.domains
     return [name for name, info in domains.items() if info.clips is not None and name not in mixture.unused]
+
+
+def _columns(store: JoinedStore, domain: str) -> dict[str, NDArray[np.int64]]:
+    """The index of a domain's clips, by the names of its columns."""
+    return dict(zip(COLUMNS, store.clip_index(domain).T, strict=True))
 
 
 def _keys(store: JoinedStore, ref: SequenceRef) -> Iterator[ClipKey]:

@@ -27,7 +27,8 @@ def axes(
     layout: ``bands``: time, height, width from the fastest pair on (M-RoPE, arXiv 2409.12191); ``alternating``: height
     and width in turn, then time on the slowest pairs (VideoRoPE, arXiv 2502.05173; HoPE, arXiv 2505.20444);
     ``interleaved``: the three in turn, then time (Qwen3-VL's).
-    section: pairs that read time, height and width, d/2 together; ``auto``: a quarter for time, the rest halved.
+    section: pairs that read time, height and width, d/2 together; ``auto``: a quarter for time, rounded up, the
+    rest halved.
     positions: ``mrope``, ``mrope_v5``, ``diagonal`` or ``index``; see docs/position.md.
     temporal_scales: positive; positions that a frame of a video takes under ``diagonal``, 1 by default. VideoRoPE has
     2; HoPE draws one of 0.5, 0.75, 1, 1.25 and 1.5 for each video.

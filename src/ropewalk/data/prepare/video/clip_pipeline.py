@@ -19,7 +19,7 @@ from ropewalk.data.prepare.chat import ChatEncoder
 from ropewalk.data.prepare.token_files import BadRow
 from ropewalk.data.prepare.tokenizer import DocumentEncoder, train_tokenizer
 from ropewalk.data.prepare.video.frames import Example, read_footage
-from ropewalk.data.prepare.video.scenes import NAMES, QUARTERS, QUESTIONS, draw_scene
+from ropewalk.data.prepare.video.scenes import CELLS, NAMES, QUARTERS, QUESTIONS, draw_scene
 from ropewalk.data.store.clips import Clip
 from ropewalk.data.store.describe import domain_table, next_commands
 from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
@@ -192,6 +192,12 @@ def validate_prepare_video(config: PrepareVideoConfig) -> None:
         raise UserError(f"scenes.frames={scenes.frames} must be the fewest and the most frames of a scene: [8, 32]")
     if not scenes.questions:
         raise UserError(f"scenes.questions=[] asks nothing; name one or more of: {', '.join(QUESTIONS)}")
+    sides = [tokens * config.tower.patch_size * config.tower.merge_size for tokens in (scenes.height, scenes.width)]
+    if scenes.clips and min(sides) < 2 * CELLS:
+        raise UserError(
+            f"scenes of {sides[0]} x {sides[1]} pixels cannot show a symbol of {CELLS} x {CELLS} in the middle half "
+            f"of each side; give each side {2 * CELLS} or more by scenes.height, scenes.width or tower.patch_size"
+        )
     for kind in scenes.questions:
         one_of("scenes.questions", kind, tuple(QUESTIONS))
 
@@ -222,9 +228,10 @@ def _listed(config: PrepareVideoConfig) -> Iterator[Example]:
     """The clips of a file of JSON lines; paths in it are relative to it, and none leads out of its directory."""
     listing = Path(str(config.clips))
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        text = listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"clips={listing} cannot be read ({error}); name a file of JSON lines") from error
+    lines = text.removesuffix("\n").split("\n")  # not splitlines: a question may hold other line ends
     rows = [_row(listing, number, line) for number, line in enumerate(lines, 1)]  # all before the first is decoded
     for path, question, answer in rows:
         yield Example(read_footage(path, config.tower, config.frames), question, answer)
