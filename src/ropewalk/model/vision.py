@@ -12,6 +12,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ropewalk.config.train import VISION_MODEL_TYPES
 from ropewalk.data.order.batches import VisionInputs
 from ropewalk.data.order.clip_batches import TowerGeometry
+from ropewalk.errors import UserError
 
 
 def has_vision(config: PreTrainedConfig) -> bool:
@@ -26,13 +27,23 @@ def tower_of(lm: PreTrainedModel) -> nn.Module:
 
 
 def tower_geometry(config: PreTrainedConfig) -> TowerGeometry:
-    """The sizes by which the tower of a model with this config cuts pixels."""
-    vision = config.vision_config
+    """The sizes by which the tower of a model with this config cuts pixels.
+
+    Raises:
+        UserError: for a tower whose output is not as wide as the language model.
+    """
+    vision, width = config.vision_config, config.get_text_config().hidden_size
+    key = "out_hidden_size" if hasattr(vision, "out_hidden_size") else "hidden_size"  # Qwen2.5-VL's, Qwen2-VL's
+    if getattr(vision, key) != width:
+        raise UserError(
+            f"vision_config.{key}={getattr(vision, key)}, the channels of the tower's output, and the language model's "
+            f"hidden_size={width}; they must be equal"
+        )
     return TowerGeometry(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
-        width=config.get_text_config().hidden_size,
+        width=width,
     )
 
 
