@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import composed, save_tiny, torchrun
+from clip_stores import make_store, video_run
+from helpers import composed, save_tiny, tiny_run, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropewalk.analysis.inspection import describe, print_inspection, rotations
 from ropewalk.model.rotary import inspect_config
 from ropewalk.rope import Position, RopeChain
+from ropewalk.training.trainer import train
 
 
 def inspected(directory, capsys, *overrides):
@@ -94,6 +96,19 @@ def test_a_live_model_shows_what_a_cast_did(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ranks_are_compared():
     torchrun(2, "tests/analysis/inspect_ranks.py")
+
+
+@pytest.mark.parametrize("is_video", [False, True])
+def test_a_run_is_read_without_an_export(tmp_path, capsys, store_64, fixture_tokenizer, is_video):
+    if is_video:
+        clips = make_store(tmp_path / "store", fixture_tokenizer)
+        train(video_run(clips, tmp_path / "run", "hope_video", "trainer.max_steps=2"))
+    else:
+        train(tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1", "trainer.checkpoint_every=1"))
+    _, said = inspected(tmp_path / "run", capsys)
+    assert "stock transformers rotates with it" in said
+    assert ("axes(layout=alternating" in said) == is_video
+    assert not list((tmp_path / "run").rglob("*.safetensors.index.json")) + list((tmp_path / "run").glob("export*"))
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

@@ -33,9 +33,9 @@ def locate(model: str) -> Path | str:
     path = Path(model)
     if not path.is_dir() or (path / "config.json").is_file():
         return path if path.exists() else model
-    from ropewalk.export import resolve_checkpoint
+    from ropewalk.export.source import committed_checkpoint  # whose config.json is enough: nothing is exported
 
-    return resolve_checkpoint(model)
+    return committed_checkpoint(model)
 
 
 def read_model(model: str) -> Position:

@@ -129,7 +129,8 @@ def read_stock_axes(model_type: str | None, entry: Mapping[str, Any], pairs: int
     if not isinstance(numbers, Sequence) or not all(type(number) is int and number >= 0 for number in numbers):
         raise wrong("mrope_section", numbers, "a list of numbers of pairs; write it as the model was published")
     if sum(numbers) != pairs:
-        raise wrong("mrope_section", numbers, f"numbers that add up to the {pairs} pairs of a head; correct it")
+        absent = "" if entry.get("mrope_section") else " (the class's own, as the config has none)"
+        raise wrong("mrope_section", numbers, f"numbers that add up to the {pairs} pairs of a head{absent}; correct it")
     if kind in READ_INTERLEAVED:
         return PairAxes("interleaved", tuple(numbers), "mrope")
     axis = np.repeat(np.arange(len(numbers)) % 3, numbers)
