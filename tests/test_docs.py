@@ -199,3 +199,4 @@ def test_every_recipe_has_its_parts():
 def test_links_lead_somewhere(link):
     page, target = link
     assert (page.parent / target).exists()
+    assert page.parent.name != "docs" or not target.startswith(".."), "the site holds docs/ alone"
