@@ -134,6 +134,44 @@ def test_packed_clips_are_each_document_alone_on_two_ranks(tmp_path, store):
             torch.testing.assert_close(ours, parameter.grad, rtol=2e-4, atol=2e-6, msg=name)
 
 
+def test_a_run_on_stored_embeddings_has_stock_losses(tmp_path, fixture_tokenizer):
+    """A frozen tower's output, written beforehand: the first step's loss, from each document alone."""
+    store = make_store(tmp_path / "store", fixture_tokenizer, pixels=False)
+    save_model(tmp_path / "model")
+    run = video_run(store, tmp_path / "run", "hope_video", f"model.path={tmp_path / 'model'}",
+                    "model.train_tower=false", "trainer.max_steps=1")  # fmt: skip
+    train(run)
+    config = training_config(run.model, run.rope, store.sequence_length)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", config=config, attn_implementation="eager")
+    total, count, found = 0.0, 0, 0
+    for ref in Mixture(0, {}, store, 4).global_batch(0):
+        ((domain, row, epoch),) = rows_of(ref)
+        sequence, start, number = store.read(domain, row), 0, 0
+        for end in sequence.ends.tolist():
+            clips = [clip.moved(-start) for clip in sequence.clips if start <= clip.start < end]
+            scales = [temporal_scale(SCALES, 0, ClipKey(domain, row, number + k, epoch)) for k in range(len(clips))]
+            ids = torch.from_numpy(sequence.tokens[start:end].astype(np.int64))[None]
+            mask = torch.from_numpy(sequence.loss_mask[start:end])
+            segments, before = [], 0
+            with torch.no_grad():
+                embedded = model.get_input_embeddings()(ids)
+                for clip in clips:
+                    values = torch.from_numpy(clip.content.astype(np.uint32) << 16).view(torch.float32)  # of bfloat16
+                    embedded[0, clip.start : clip.end] = values
+                    segments += [clip.start - before, (clip.frames, clip.height, clip.width)]
+                    before = clip.end
+                place = reference_positions([part for part in [*segments, len(mask) - before] if part], scales)
+                place = torch.from_numpy(place).float()[:, None]
+                logits = model(inputs_embeds=embedded, position_ids=place, use_cache=False).logits
+            labels = torch.where(mask, ids[0], -100)[1:]
+            total += float(F.cross_entropy(logits[0, :-1], labels, reduction="sum"))
+            count, found = count + int(mask[1:].sum()), found + len(clips)
+            start, number = end, number + len(clips)
+    assert found
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
 def test_patches_are_the_stock_processors():
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
     geometry = TowerGeometry(TOWER["patch_size"], TOWER["temporal_patch_size"], TOWER["spatial_merge_size"], 64)
