@@ -176,7 +176,7 @@ def test_the_command_reads_a_directory(tmp_path, capsys):
     directory = save_tiny(tmp_path / "model")
     assert main([str(directory)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("model.rotary_emb: default, ")
+    assert "\nmodel.rotary_emb: default, " in f"\n{said}"  # where DeepSpeed is installed, it may say something first
     assert "fault: " not in said
     content = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**content, "rope_scaling_type": "yarn"}))

@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ropewalk.config.train import VISION_MODEL_TYPES
 from ropewalk.errors import UserError, in_one_line, warn_once
 from ropewalk.files import inside
 from ropewalk.rope.advisor import config_warnings
@@ -327,6 +326,9 @@ def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
     Raises:
         UserError: where it cannot be read at all.
     """
+    # here, since ropewalk.guard loads this module and needs no configuration
+    from ropewalk.config.train import VISION_MODEL_TYPES
+
     stored = StoredWeights(directory)
     check_causal(config, also=VISION_MODEL_TYPES)
     check_generation(directory)
