@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from helpers import composed
+from transformers import AutoConfig
 
 from ropewalk.data import PackedStore
 from ropewalk.data.store.clips import Clip
@@ -24,6 +26,13 @@ ARCHITECTURE = {
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "vision_config": TOWER, "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+def tiny_config(**changes: Any) -> Any:
+    """The config of that model; of a copy, since transformers writes into the entries that it is given."""
+    return AutoConfig.for_model(**deepcopy({**ARCHITECTURE, **changes}))
+
+
 # A sequence is a list of documents, a document its stretches of text and the grids between them.
 SEQUENCES: list[list[tuple[list[int], list[tuple[int, int, int]]]]] = [
     [([3, 8], [(4, 2, 3)]), ([5, 2, 6], [(1, 3, 2), (2, 2, 2)])],

@@ -7,9 +7,9 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from clip_stores import ARCHITECTURE, IMAGE, VIDEO, make_store, video_run
+from clip_stores import IMAGE, VIDEO, make_store, tiny_config, video_run
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from video_reference import positions
 
 from ropewalk.export import resolve_checkpoint
@@ -111,7 +111,7 @@ def position_ids_of(lines):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_cards_lines_make_the_positions(rule):
     """Against the slow reference; where the fractions matter, with a scale of 0.75."""
-    config = AutoConfig.for_model(**ARCHITECTURE)
+    config = tiny_config()
     alternating = rule == "diagonal"
     scales = (0.75, 1.5) if alternating else (1.0,)
     axes = PairAxes("alternating" if alternating else "bands", (4, 6, 6), rule, scales)
@@ -134,7 +134,7 @@ def test_the_cards_lines_make_the_positions(rule):
 
 def test_generate_goes_on_from_given_positions(tmp_path):
     """Greedy tokens against one pass for each, whose positions go on one by one."""
-    config = AutoConfig.for_model(**ARCHITECTURE, max_position_embeddings=64, rope_theta=1e4)
+    config = tiny_config(max_position_embeddings=64, rope_theta=1e4)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     axes = PairAxes("alternating", (4, 6, 6), "diagonal", (0.75,))

@@ -8,19 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_stores import (
-    ARCHITECTURE,
     IMAGE,
     LENGTH,
     TOWER,
     VIDEO,
     make_store,
     sequence_of,
+    tiny_config,
     video_arguments,
     video_run,
 )  # fmt: skip
 from helpers import load_states, torchrun
 from ranks import run_ranks
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from video_reference import positions
 
@@ -50,7 +50,7 @@ def store(tmp_path_factory, fixture_tokenizer):
 
 def save_model(directory, **changes):
     """A random tiny Qwen2-VL or Qwen2.5-VL under M-RoPE, as a directory."""
-    config = AutoConfig.for_model(**{**ARCHITECTURE, **changes}, max_position_embeddings=64, rope_theta=1e4)
+    config = tiny_config(**changes, max_position_embeddings=64, rope_theta=1e4)
     torch.manual_seed(1)
     AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
 
@@ -338,8 +338,9 @@ def test_embeddings_take_the_place_of_placeholders(tmp_path, fixture_tokenizer):
     ([], {"vision_config": {**TOWER, "hidden_size": 32}}, "vision_config.hidden_size=32, .*hidden_size=64; they"),
     ([], {"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 32}}, "vision_config.out_hidden_size=32, "),
     ([], {"video_token_id": 500}, r"token 509, which is not one of this model's placeholders \(508, 500\)"),
-    ([], {"model_type": "qwen2"}, "reads text alone, and data.store=.* holds images or videos"),
-    (["model.train_tower=false"], {"model_type": "qwen2"}, "model_type=qwen2 has no vision tower; leave it out"),
+    ([], {"model_type": "qwen2", "rope_scaling": None}, "reads text alone, and data.store=.* holds images or videos"),
+    (["model.train_tower=false"],
+     {"model_type": "qwen2", "rope_scaling": None}, "qwen2 has no vision tower; leave it out"),
 ])  # fmt: skip
 def test_what_a_model_of_videos_cannot_do_is_refused_in_a_line(tmp_path, store, overrides, fields, message):
     arm = "native" if fields.get("model_type") == "qwen2" else "mrope"

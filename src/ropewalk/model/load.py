@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,9 @@ def training_config(
             checkpoint contradicts.
     """
     if start is not None:
-        config = type(AutoConfig.for_model(start["model_type"])).from_dict(dict(start))
+        config = type(AutoConfig.for_model(start["model_type"])).from_dict(deepcopy(dict(start)))
     elif model.path is None:
-        architecture = dict(model.architecture)
+        architecture = deepcopy(dict(model.architecture))  # transformers writes into nested entries
         _declared(model)  # refuses what contradicts
         architecture |= {"rope_theta": model.theta, "max_position_embeddings": model.pretrained_length}
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
