@@ -1,6 +1,9 @@
 """A Llama written out by hand in float64, with no tensor library: what the stock classes are held against."""
 
 import numpy as np
+import torch
+
+from ropewalk.model.attention import Documents
 
 
 def llama_by_hand(weights, tokens, inv_freq, still, heads=4, kv_heads=2, head_dim=16, scaling=1.0, factor=None):
@@ -44,3 +47,16 @@ def llama_by_hand(weights, tokens, inv_freq, still, heads=4, kv_heads=2, head_di
         gate, up = (y @ w[f"{own}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{own}mlp.down_proj.weight"].T
     return norm(x, "model.norm.weight") @ w["lm_head.weight"].T
+
+
+def assert_documents_apart(model, tokens, **by_hand):
+    """A packed row of three documents through a trainer's model gives each document's own logits, by hand."""
+    bounds = torch.tensor([0, 9, 10, len(tokens)])
+    documents = Documents.from_cu_seqlens(bounds, torch.device("cpu"))
+    places = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens)[None]
+        logits = model(input_ids=ids, position_ids=places[None], documents=documents).logits[0].numpy()
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        expected = llama_by_hand(model.state_dict(), tokens[start:end], **by_hand)
+        np.testing.assert_allclose(logits[start:end], expected, atol=3e-5 * expected.std())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import composed, save_tiny, tiny_run
-from llama_by_hand import llama_by_hand
+from llama_by_hand import assert_documents_apart, llama_by_hand
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
@@ -23,7 +23,6 @@ from ropewalk.export.verify.check_export import check_directory, check_gguf
 from ropewalk.export.verify.probing import Passage, stock_logits
 from ropewalk.export.verify.verify_stock import verify_table
 from ropewalk.guard import rotation_faults
-from ropewalk.model.attention import Documents
 from ropewalk.model.carrier import carry_temperature
 from ropewalk.model.load import build_for_training, count_parameters, load_for_evaluation, training_config
 from ropewalk.model.rotary import assert_spectrum, place_position
@@ -298,16 +297,8 @@ def run_of(base, store, run_dir, *overrides, beta=0.5):
 def test_training_counts_positions_from_each_documents_start(base, store_64, tmp_path):
     config = run_of(base, store_64, tmp_path)
     model = build_for_training(training_config(config.model, config.rope, 64), str(base), torch.float32).eval()
-    weights, bounds = model.state_dict(), torch.tensor([0, 9, 10, 24])
-    documents = Documents.from_cu_seqlens(bounds, torch.device("cpu"))
-    places = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])
-    with torch.no_grad():
-        ids = torch.from_numpy(TOKENS)[None]
-        logits = model(input_ids=ids, position_ids=places[None], documents=documents).logits[0].numpy()
     inv_freq = np.where(np.arange(8) < 5, 1e5 ** (-np.arange(8) / 8), 0)
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        expected = llama_by_hand(weights, TOKENS[start:end], inv_freq, set(), factor=by_definition(0.5, 5))
-        np.testing.assert_allclose(logits[start:end], expected, atol=3e-5 * expected.std())
+    assert_documents_apart(model, TOKENS, inv_freq=inv_freq, still=set(), factor=by_definition(0.5, 5))
 
 
 def test_a_llama_trains_resumes_and_is_exported_as_the_class(base, store_64, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import composed, save_tiny, tiny_run
-from llama_by_hand import llama_by_hand
+from llama_by_hand import assert_documents_apart, llama_by_hand
 from transformers import AutoConfig, AutoModelForCausalLM, SmolLM3Config
 
 from ropewalk.analysis import print_advice
@@ -26,7 +26,6 @@ from ropewalk.export.output import findings_of
 from ropewalk.export.verify.check_export import check_directory, check_gguf
 from ropewalk.export.verify.probing import Passage, stock_logits
 from ropewalk.export.verify.verify_stock import verify_table
-from ropewalk.model.attention import Documents
 from ropewalk.model.load import build_for_training, count_parameters, load_for_evaluation, training_config
 from ropewalk.model.rotary import assert_spectrum, carry_layers, place_position
 from ropewalk.rope import Position, RopeChain
@@ -268,16 +267,8 @@ def test_training_isolates_documents_and_leaves_the_layers_alone(base, store_64,
     config = run_of(base, store_64, tmp_path)
     model = build_for_training(training_config(config.model, config.rope, 64), str(base), torch.float32).eval()
     assert type(model).__name__ == "SmolLM3ForCausalLM"
-    weights, bounds = model.state_dict(), torch.tensor([0, 9, 10, 24])
-    documents = Documents.from_cu_seqlens(bounds, torch.device("cpu"))
-    places = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])
-    with torch.no_grad():
-        ids = torch.from_numpy(TOKENS)[None]
-        logits = model(input_ids=ids, position_ids=places[None], documents=documents).logits[0].numpy()
     inv_freq = np.where(np.arange(8) < 5, 1e5 ** (-np.arange(8) / 8), 0)
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        expected = llama_by_hand(weights, TOKENS[start:end], inv_freq, {1, 3})
-        np.testing.assert_allclose(logits[start:end], expected, atol=3e-5 * expected.std())
+    assert_documents_apart(model, TOKENS, inv_freq=inv_freq, still={1, 3})
 
 
 def test_a_llama_trains_and_resumes_as_the_class_that_carries_its_layers(base, store_64, tmp_path):
