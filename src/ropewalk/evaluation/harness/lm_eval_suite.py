@@ -58,7 +58,7 @@ def _names_in_files() -> frozenset[str]:
     """Names of tasks and groups on lines of their own in lm-eval's files, most of its index, in a second."""
     import lm_eval
 
-    texts = (file.read_text() for file in Path(lm_eval.__file__).parent.glob("tasks/**/*.yaml"))
+    texts = (file.read_text(encoding="utf-8") for file in Path(lm_eval.__file__).parent.glob("tasks/**/*.yaml"))
     found = (
         re.search(r"^task: ?([\w-]+)$", text, re.M) or re.search(r"^group: ?([\w-]+)$", text, re.M) for text in texts
     )
