@@ -15,6 +15,7 @@ def main(config: ExportConfig) -> None:
     """Export and verify one checkpoint or model."""
     from ropewalk.export import export
     from ropewalk.export.output import NotVerified
+    from ropewalk.files import read_object
 
     try:
         output = export(config)
@@ -23,7 +24,9 @@ def main(config: ExportConfig) -> None:
     import torch
 
     print(f"result: {output}")
-    if config.to != "gguf":
+    if (output / "config.json").is_file() and "vision_config" in read_object(output / "config.json"):
+        print(f"next: {output}/README.md has the lines that make its position ids")
+    elif config.to != "gguf":
         device = "" if torch.cuda.is_available() else " device=cpu dtype=float32"
         print(
             f"next: python scripts/generate.py checkpoint={shlex.quote(str(output))} prompt='Once upon a time'{device}"

@@ -67,15 +67,15 @@ def test_an_export_carries_its_axes_in_both_forms(exported, tmp_path):
     assert f"- axes: {source.position.axes}" in (export / "README.md").read_text()
     stored = load_file(export / "model.safetensors")
     assert {name.split(".")[1] for name in stored if name.startswith("model.")} == {"visual", "language_model"}
-    with pytest.raises(ValueError, match=r"which evaluation does not read yet; python scripts/export.py checkpoint="):
-        resolve_checkpoint(source.run_dir)
+    for path in (source.run_dir, export):
+        with pytest.raises(ValueError, match=r"is of images and videos \(qwen2_vl\), which evaluation, generate and"):
+            resolve_checkpoint(path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exported", ["hope_video"], indirect=True)
 def test_what_was_lost_is_named(exported, tmp_path):
-    source, export = exported
-    if source.position.axes.layout != "alternating":
-        pytest.skip("one arm is enough")
+    _, export = exported
     content = json.loads((export / "config.json").read_text())
     (tmp_path / "copy").mkdir()
     for file in export.iterdir():
@@ -130,6 +130,14 @@ def test_the_cards_lines_make_the_positions(rule):
     assert len(served) == (rule == "mrope")
     assert any("no command is given" in line for line in lines) == (rule != "mrope")
     assert any("trained with 0.75, 1.5" in line for line in lines) == alternating
+
+
+def test_a_clock_of_seconds_keeps_whole_positions_whole():
+    """49 frames a second at a position a second: frame 49 is at 1, where 49 times 1/49 falls short in floats."""
+    assert 49 * (1 / 49) < 1
+    lines = list(video_commands(tiny_config(), PairAxes("bands", (4, 6, 6), "mrope")))
+    made = position_ids_of(lines)(torch.tensor([[VIDEO] * 50]), torch.tensor([(50, 2, 2)]), 1 / 49)
+    assert made[0, 0].tolist() == [0.0] * 49 + [1.0]
 
 
 def test_generate_goes_on_from_given_positions(tmp_path):

@@ -293,7 +293,7 @@ def commands(source: Source, directory: Path) -> list[str]:
 
 
 # Positions of one grid and where what follows begins, by rule; ropewalk.rope.video_positions has the formulas.
-_CORNER = "parts.append(p + torch.stack([(step * k).floor(), i, j]))"
+_CORNER = "parts.append(p + torch.stack([(step * k + 1e-6).floor(), i, j]))"  # 49 times 1/49 is below 1
 _PLACED: dict[Rule, tuple[str, ...]] = {
     "mrope": (_CORNER, "p = float(parts[-1].max()) + 1"),
     "mrope_v5": (_CORNER, "p += max(rows, columns)"),

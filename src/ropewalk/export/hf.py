@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from ropewalk.config.train import VISION_MODEL_TYPES
 from ropewalk.data.store.tokenizer_files import open_tokenizer
 from ropewalk.errors import UserError
 from ropewalk.export.output import SOURCE, check_replaceable, only_export, written_beside
@@ -20,7 +21,6 @@ from ropewalk.export.portable import write_portable_config
 from ropewalk.export.source import Source, committed_checkpoint, trained_source
 from ropewalk.files import check_space, copy_files, fsync_path, open_like_directory, read_object, write_atomically
 from ropewalk.model.hf_directory import INDEX, Weights
-from ropewalk.model.vision import has_vision
 from ropewalk.runs.directory import MANIFEST, RunDirectory
 
 SHARD_SIZE = "1GB"  # in memory while it is written; a weight that is larger is a shard by itself
@@ -40,15 +40,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / MANIFEST).exists() and list(path.glob("*.safetensors")):
+        _check_text_alone(path, str(read_object(path / "config.json").get("model_type")))
         return path
     checkpoint = committed_checkpoint(path)
     run = RunDirectory.of(checkpoint)
     source = trained_source(checkpoint)
-    if has_vision(source.config):
-        raise UserError(
-            f"{checkpoint} is of images and videos ({source.config.model_type}), which evaluation does not read yet; "
-            f"python scripts/export.py checkpoint={run.root} exports it"
-        )
+    _check_text_alone(checkpoint, source.config.model_type)
     if is_current(run.export, source, None):
         return run.export
     is_last = not run.export.exists() and checkpoint == run.newest_checkpoint() and run.is_finished()
@@ -56,6 +53,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not is_current(output, source, None):
         write_hf(source, output, None, overwrite=False)
     return output
+
+
+def _check_text_alone(path: Path, model_type: str) -> None:
+    if model_type in VISION_MODEL_TYPES:
+        raise UserError(
+            f"{path} is of images and videos ({model_type}), which evaluation, generate and geometry do not read yet; "
+            "name a model of text, or export it (scripts/export.py) and evaluate it elsewhere"
+        )
 
 
 def write_export(checkpoint: Path, output: Path, dtype: str | None, *, overwrite: bool) -> None:
