@@ -293,6 +293,14 @@ class TestLengthWeights:
         assert {self.store.longest[ref.domain][ref.rows[0]] for ref in refs} == {63, 64}
         assert mixture.weights == pytest.approx({"a[32:]": 0.6, "b[32:]": 0.4})  # 12 and 8 sequences, as without
 
+    def test_the_first_bucket_must_be_named_and_may_be_empty(self):
+        """Where no document is short, each domain keeps its share and nothing is left out."""
+        shortest = int(min(map(min, self.store.longest.values())))
+        weights = {0: 1, shortest: 2}
+        mixture = Mixture(0, {}, self.store, 8, length_weights=weights)
+        assert mixture.weights == pytest.approx({f"a[{shortest}:]": 0.6, f"b[{shortest}:]": 0.4})
+        assert mixture.unused == ()
+
     def test_a_resume_under_other_length_weights_is_refused(self):
         saved = self.order().contract()
         assert json.loads(json.dumps(saved)) == saved

@@ -283,7 +283,7 @@ def _parts_of(store: JoinedStore, domains: Sequence[str], length_weights: Mappin
                 held.add(start)
                 share = weight * len(numbers) / total
                 parts.append(_Part(f"{domain}[{start}:{end}]", domain, len(numbers), numbers, share))
-    for start in starts:
+    for start in starts[1:]:  # the first must be named, so it may be empty
         if length_weights[start] > 0 and start not in held:
             raise UserError(
                 f"{given} names a bucket from {start} tokens on that no sequence is in (documents lie in sequences by "
