@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ropewalk.export.output import SOURCE, STOCK, findings_of
 from ropewalk.export.source import Source
 from ropewalk.files import read_object, write_atomically
-from ropewalk.model.load import head_dim
+from ropewalk.model.load import cache_bytes
 from ropewalk.model.rotary import rope_entry
 from ropewalk.model.vision import placeholders, tokens_per_second, tower_geometry
 from ropewalk.rope import log_temperature, nope_layers
@@ -226,19 +226,6 @@ def _licence(source: Source, licence: str | None) -> list[str]:
         f"Not known: no card of the base model ({_base_name(source)}) could be read. Its licence holds for these "
         "weights; look it up and put it here before you share them (`license=NAME` writes it).",
     ]
-
-
-def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> int:
-    """Memory of one sequence's keys and values: 2 x layers x key/value heads x head_dim x bytes a token.
-
-    Args:
-        config: of the model.
-        tokens: length of the sequence.
-        bytes_each: of one number; 2 for bf16.
-    """
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * bytes_each * tokens
 
 
 # Of the classes that carry more than frequencies: the first transformers with them, and what other engines do.

@@ -136,6 +136,24 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_each: int = 2) -> int:
+    """Memory of one sequence's keys and values: 2 x layers x key/value heads x head_dim x bytes a token.
+
+    A layer with a sliding window keeps no more tokens than its window.
+
+    Args:
+        config: of the model.
+        tokens: length of the sequence.
+        bytes_each: of one number; 2 for bf16.
+    """
+    window, config = sliding_window(config), config.get_text_config()
+    layers = config.num_hidden_layers
+    windowed = (getattr(config, "layer_types", None) or ["sliding_attention"] * layers).count("sliding_attention")
+    kept = layers * tokens if window is None else windowed * min(window, tokens) + (layers - windowed) * tokens
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * kv_heads * head_dim(config) * bytes_each * kept
+
+
 def _declared(model: ModelConfig) -> Position:
     return declared_position(model.theta, model.head_dim, model.pretrained_length, model.architecture)
 

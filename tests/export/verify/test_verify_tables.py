@@ -13,7 +13,6 @@ from helpers import save_tiny
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropewalk.export.card import cache_bytes
 from ropewalk.export.output import Unverifiable, findings_of
 from ropewalk.export.verify.verify_stock import (
     TABLE_TOLERANCE,
@@ -22,6 +21,7 @@ from ropewalk.export.verify.verify_stock import (
     rotary_table,
     verify_table,
 )
+from ropewalk.model.load import cache_bytes
 
 
 @pytest.mark.parametrize("arm", ["rope", "cope", "cope_yarn"])
@@ -160,6 +160,17 @@ def test_cache_of_llama_3_8b():
     """2 x 32 layers x 8 heads x 128 channels x 2 bytes = 131,072 bytes a token: 32 GiB at 262,144."""
     fields = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     assert cache_bytes(AutoConfig.for_model("llama", **fields), 262144) == 32 * 2**30
+
+
+def test_a_layer_with_a_window_caches_its_window():
+    """Of 6 layers every third is full: 2 x 2 heads x 16 channels x 4 bytes x (2 x 1,000 + 4 x 128 tokens)."""
+    fields = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = AutoConfig.for_model("gemma3_text", **fields, head_dim=16, sliding_window=128, layer_types=types)
+    assert cache_bytes(config, 1000, 4) == 2 * 2 * 16 * 4 * 2512
+    assert cache_bytes(config, 100, 4) == 2 * 2 * 16 * 4 * 600
+    mistral = AutoConfig.for_model("mistral", **fields, head_dim=16, sliding_window=128)
+    assert cache_bytes(mistral, 1000, 4) == 2 * 2 * 16 * 4 * 6 * 128
 
 
 def test_a_model_without_a_tokenizer_cannot_be_read_to(tmp_path):

@@ -36,7 +36,7 @@ from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.train import TrainConfig
 from ropewalk.files import read_object
 from ropewalk.model.hf_directory import read_config
-from ropewalk.model.load import count_parameters, head_dim, training_config
+from ropewalk.model.load import cache_bytes, count_parameters, training_config
 from ropewalk.rope.hf_config import read_config_json
 from ropewalk.runs.directory import RunDirectory, checkpoint_at
 from ropewalk.runs.launch import take_place
@@ -184,22 +184,14 @@ def check_evaluated(config: EvaluateConfig) -> Iterator[Finding]:
         yield _installed("vllm", "backend=vllm")
         return
     longest = max(config.lengths, default=0)
-    need = ELEMENT[config.dtype] * (parameters + longest * _cached_per_token(model_config))
+    element = ELEMENT[config.dtype]
+    need = element * parameters + cache_bytes(model_config, longest, element)
     free = _free_memory(config.device)
     summary = f"{need / GB:,.1f} GB for weights and the cache of {longest:,} tokens, {free / GB:,.1f} GB free"
-    if need > free and getattr(model_config.get_text_config(), "sliding_window", None):
-        yield warn("memory", f"{summary}; layers with a window keep less, so it may still fit")
-    elif need > free:
+    if need > free:
         yield fail("memory", f"{summary}; set fewer lengths, device=auto over several GPUs, or backend=vllm")
     else:
         yield ok("memory", summary)
-
-
-def _cached_per_token(model_config: Any) -> int:
-    """Elements of keys and values that a token leaves in the cache."""
-    text = model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim(text))
 
 
 def _free_memory(device: str) -> int:
