@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -80,6 +81,20 @@ def made(arms: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[st
 @pytest.fixture(scope="module")
 def page(made: tuple[str, list[str], Path]) -> str:
     return made[0]
+
+
+def test_the_folder_of_all_names_is_said_once(tmp_path: Path) -> None:
+    named = {name: FakeRun(f"a_study/of_clips/{name}", chain="rope") for name in ("rope-s0", "cope/rope-s0")}
+    runs = [write_run(tmp_path / name, run) for name, run in named.items()]
+    base = replace(FakeRun("a_study/base", chain="rope"), trained_length=512)
+    page = make_page(tmp_path, *runs, write_run(tmp_path / "base", base), baseline="a_study/of_clips/rope-s0")
+    assert page.count("a_study/") == 1
+    assert "Names are without a_study/ at their front" in page
+    assert "difference to of_clips/rope-s0 at 2,048" in page
+    assert make_page(tmp_path, runs[0]).count("difference to a_study/of_clips/rope-s0") > 0
+    for name in ("base", "a_study/base", "of_clips/cope/rope-s0"):
+        loaded = load_runs([str(path) for path in (*runs, tmp_path / "base")])
+        assert find_baseline(loaded, name).full_label.endswith(name)
 
 
 def test_page_fetches_nothing_and_has_one_script(page: str) -> None:

@@ -143,9 +143,9 @@ FACTS: dict[str, Callable[[Run], str]] = {  # name of a row -> its value for a r
 }
 LEGEND = (
     "Loss over the second half of the context, nats per token, 95% interval over documents; differences paired by "
-    "document, exploratory. Needle: exact match over the grid, in brackets against shuffled answers. Shaded: past the "
-    "trained length."
+    "document, exploratory. Shaded: past the trained length."
 )
+NEEDLE = " Needle: exact match over the grid, in brackets against shuffled answers."
 DOCUMENTS = (
     "Intervals come from resampling the held-out documents: they hold for these very checkpoints and this choice of "
     f"text. They are not training noise. With fewer than {FEW_DOCUMENTS} documents the intervals themselves are rough."
@@ -200,7 +200,9 @@ def opening_section(runs: list[Run], baseline: Run) -> Section:
     words = "; ".join(f"{head} {value}" for head, value in alike.items() if value)
     missing = [] if shared else ["The runs share no context length, so no loss stands here."]
     missing += [*why_apart(arms(once(runs))), *_bos_apart(once(runs))]
-    legend = f"{LEGEND} The same for all runs that have it: {words}." if words else LEGEND
+    legend = LEGEND + (NEEDLE if "needle" in shown else "")
+    legend += f" The same for all runs that have it: {words}." if words else ""
+    legend += f" Names are without {baseline.folder} at their front." if baseline.folder else ""
     return Section("At a glance", legend, list(shown), block_of("", rows), "run", missing=missing)
 
 

@@ -108,7 +108,7 @@ def published_section(runs: list[Run], published: pd.DataFrame) -> Section:
 def _beside(run: Run, published: pd.DataFrame) -> Iterator[Measured]:
     """Every published number of the run's method, measured or not."""
     method = run.record.get("method", run.evaluation.get("method"))
-    rows = published_of(published, run.label, method)
+    rows = published_of(published, run.full_label, method)
     for _, row in rows.iterrows():
         scores = [score for score in measured_beside(row, run.table) if not math.isnan(score["measured"])]
         for score in scores:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Run:
         is_base: whether the other runs were continued from it.
         test_time: the test-time setting that ``table`` was measured under; "": not recorded.
         settings: where it was measured under several, each of them by name; every one is a run of its own here.
+        folder: that the names of all runs here begin with, left out of ``name``; "" or ending in "/".
     """
 
     name: str
@@ -66,11 +68,17 @@ class Run:
     is_base: bool = False
     test_time: str = ""
     settings: dict[str, Run] = field(default_factory=dict, repr=False)
+    folder: str = ""
 
     @property
     def label(self) -> str:
         """The name without the test-time setting."""
         return self.name.removesuffix(f", {self.test_time}") if self.settings else self.name
+
+    @property
+    def full_label(self) -> str:
+        """The label with its folder."""
+        return self.folder + self.label
 
     @property
     def each_setting(self) -> list[Run]:
@@ -142,7 +150,8 @@ class Run:
 
     def is_called(self, name: str) -> bool:
         """True if ``name`` means this run: its name, label or run_name, its directory, or the end of one of these."""
-        names = {self.name, self.label, str(self.record.get("run_name")), str(self.directory.resolve())}
+        names = {self.name, self.folder + self.name, self.label, self.full_label}
+        names |= {str(self.record.get("run_name")), str(self.directory.resolve())}
         return name in names | {own.rpartition("/")[2] for own in names} | {str(self.directory)}
 
     @property
@@ -184,7 +193,6 @@ def load_runs(directories: Sequence[str]) -> list[Run]:
     if not directories:
         raise UserError("runs=[] names no run; give at least one run directory: runs=[outputs/a,outputs/b]")
     loaded = [load_run(Path(directory)) for directory in directories]
-    runs = [setting for run in loaded for setting in by_test_time(run)]
     for name, count in Counter(run.name for run in loaded).items():
         if count > 1:
             where = ", ".join(str(run.directory) for run in loaded if run.name == name)
@@ -192,7 +200,18 @@ def load_runs(directories: Sequence[str]) -> list[Run]:
                 f"{count} runs are called {name} ({where}), and a run's name must be its own here; leave one "
                 "out, or evaluate one again under another name (scripts/evaluate.py name=...)"
             )
-    return runs
+    folder = _shared_folder([run.name for run in loaded])
+    return [setting for run in loaded for setting in by_test_time(_without(folder, run))]
+
+
+def _shared_folder(names: Sequence[str]) -> str:
+    """The folders that all of several names begin with (``study/regime/``); "": none."""
+    levels = zip(*(name.split("/")[:-1] for name in names), strict=False) if len(names) > 1 else ()
+    return "".join(f"{level[0]}/" for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _without(folder: str, run: Run) -> Run:
+    return replace(run, name=run.name.removeprefix(folder), folder=folder) if run.name.startswith(folder) else run
 
 
 def by_test_time(run: Run) -> list[Run]:
@@ -310,6 +329,7 @@ def with_bases(runs: list[Run], given: str | None) -> list[Run]:
     for path in [given] if given is not None else _started_from(runs):
         if not any(_is_at(run, path) for run in rows):
             base = load_run(Path(path)) if given is not None else _look_up(path)
+            base = _without(runs[0].folder, base)
             if any(run.label == base.name for run in rows):
                 base = replace(base, name=path)
             rows += by_test_time(base)

@@ -93,7 +93,7 @@ def offset_of(run: Run) -> float:
 def test_the_family_of_the_runs_is_decided_in_the_report(tmp_path: Path) -> None:
     section = decision_section(made(tmp_path, 8, PRIMARY))
     ((name, cells),) = section.blocks[0].rows
-    assert section.blocks[0].title == "loss_at_length nll at 2,048, smallest difference of interest 0.05"
+    assert section.blocks[0].title == "loss_at_length nll at 2,048 tokens, smallest difference of interest 0.05"
     assert (name, [cell.main for cell in cells]) == (
         "cope less abf", ["-0.2000", "8", "0.0078", "0.0078", DECIDED, "-"],
     )  # fmt: skip
@@ -151,7 +151,9 @@ def test_a_family_is_one_number_a_seed(tmp_path: Path) -> None:
             write_fake_evaluation(run.directory / "evaluation-none", same, "none")
     within, past = (load_runs(sorted(map(str, (tmp_path / name).iterdir()))) for name in ("within", "beyond"))
     assert len(past) == 8
-    with pytest.raises(ValueError, match=r"cope has loss_at_length nll at 4,096 under .*; a family is one number a"):
+    with pytest.raises(
+        ValueError, match=r"cope has loss_at_length nll at 4,096 tokens under .*; a family is one number a"
+    ):
         decision_section(past)
     named = [replace(run, config=run.config | {"primary.test_time_scaling": "none"}) for run in past]
     assert decision_section(named).blocks[0].rows[0][1][1].main == "2"

@@ -252,5 +252,7 @@ def _too_few(answers: Sequence[Decision]) -> list[str]:
 
 
 def _words(family: PrimaryConfig) -> str:
-    scaling = f", {family.test_time_scaling}" if family.test_time_scaling else ""
-    return f"{family.task} {family.metric} at {' and '.join(f'{n:,}' for n in lengths_of(family))}{scaling}"
+    *most, last = [f"{n:,}" for n in lengths_of(family)]
+    lengths = f", mean of {', '.join(most)} and {last}" if most else f" at {last}"
+    scaling = f", test-time scaling {family.test_time_scaling}" if family.test_time_scaling else ""
+    return f"{family.task} {family.metric}{lengths} tokens{scaling}"
