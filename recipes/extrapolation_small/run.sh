@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Does clipping help? RoPE, HardClip and CoPE over ten seeds in two regimes, as plan.yaml declares; then a survey of other
-# methods, test-time scaling of the core's runs, and the core again at four times the parameters over five seeds, as
-# plan_large.yaml declares. run.sh [core] [survey] [scaling] [large]; core by default. One process a core (PROCESSES); run
-# again, it goes on from what is finished.
+# methods, test-time scaling of the core's runs, the core again at four times the parameters over five seeds, as
+# plan_large.yaml declares, and RoPE under other schedules and averaged, as plan_schedules.yaml does.
+# run.sh [core] [survey] [scaling] [large] [schedules]; core by default. One process a core (PROCESSES); run again, it goes on
+# from what is finished.
 cd "$(dirname "$0")/../.."
 CLUSTER=laptop NODES=1
 . recipes/common.sh
@@ -93,6 +94,19 @@ others() {
 # scaled SEED: the core's runs of the second regime with scaling at test time
 scaled() { measure continued "$1" '[none,yarn_follow,pi_follow,ntk_follow]' rope hardclip cope; }
 
+# schedules SEED: RoPE from scratch under four schedules, and the mean of the last four checkpoints of two of them
+schedules() {
+  local arm kept=(trainer.checkpoint_every=15 trainer.keep_last=4)
+  run scratch cosine "$1" "${kept[@]}"
+  run scratch constant "$1" "${kept[@]}" trainer.decay_ratio=0
+  run scratch linear "$1" trainer.schedule=linear trainer.min_lr_ratio=0
+  run scratch decayed "$1" trainer.schedule=linear trainer.min_lr_ratio=0 trainer.decay_ratio=0.2
+  for arm in cosine constant; do
+    stage scripts/export.py "checkpoint=$out/scratch/$arm-s$1" average.last=4 "output=$out/scratch/mean_$arm-s$1"
+  done
+  measure scratch "$1" none cosine constant linear decayed mean_cosine mean_constant
+}
+
 # seeds WHICH: next or accepted; of a dry run the first alone
 seeds() { if [ -n "${DRY_RUN:-}" ]; then echo 0; else python "${study[@]}" collect=true "seeds=$1"; fi; }
 
@@ -118,6 +132,12 @@ for stage in "${@:-core}"; do
       [ -n "${DRY_RUN:-}" ] || python "${study[@]}" collect=true
       size extrapolation_small plan.yaml demo
       ;;
+    schedules)
+      size extrapolation_schedules plan_schedules.yaml demo
+      each schedules 0 1 2 3 4
+      [ -n "${DRY_RUN:-}" ] || python "${study[@]}" collect=true
+      size extrapolation_small plan.yaml demo
+      ;;
     survey)
       # shellcheck disable=SC2046
       each others $(seeds accepted | cut -d' ' -f1-5)
@@ -127,7 +147,7 @@ for stage in "${@:-core}"; do
       each scaled $(seeds accepted | cut -d' ' -f1-5)
       ;;
     *)
-      echo "error: $stage is not a stage; there are core, survey, scaling and large" >&2
+      echo "error: $stage is not a stage; there are core, survey, scaling, large and schedules" >&2
       exit 2
       ;;
   esac

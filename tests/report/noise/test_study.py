@@ -14,6 +14,7 @@ from scipy import stats
 
 from ropewalk.config import CONFIG_DIR
 from ropewalk.config.train import StudyConfig
+from ropewalk.errors import UserError
 from ropewalk.report.noise.decisions import DECIDED, NO_DIFFERENCE
 from ropewalk.report.noise.study import (
     accepted_seeds,
@@ -120,6 +121,19 @@ def test_results_are_collected_from_runs_and_kept_from_before(plan, tmp_path: Pa
     assert list(tmp_path.glob("*.svg"))
 
 
+def test_an_arm_may_be_evaluated_alone_and_is_called_by_its_run(plan, tmp_path: Path) -> None:
+    """An average of checkpoints was never trained: it has an evaluation and no configuration."""
+    run = write_run(tmp_path / "scratch" / "mean_cosine-s3", FakeRun("mean_cosine-s3", chain="rope"))
+    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+        (run / name).unlink()
+    collect(plan, tmp_path)
+    results = read_results(tmp_path / "results.csv")
+    assert set(zip(results["arm"], results["seed"], strict=True)) == {("mean_cosine", 3)}
+    write_run(tmp_path / "scratch" / "other", FakeRun("other", chain="rope"))
+    with pytest.raises(UserError, match="is called other; a study's runs are ARM-sSEED"):
+        collect(plan, tmp_path)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("primary: 3", "is no plan of a study"),
     (PLAN.replace("regime: scratch,", "regime: other,"), "base.regime must be one of scratch, continued"),
@@ -165,6 +179,14 @@ def test_the_larger_size_has_the_plan_of_the_smaller() -> None:
         layer = 4 * width**2 + 3 * width * mlp + 2 * width
         counts.append(model["vocab_size"] * width + model["num_hidden_layers"] * layer + width)
     assert counts[1] / counts[0] == pytest.approx(4, rel=0.05)
+
+
+def test_schedules_are_compared_under_the_familys_number() -> None:
+    plan, schedules = read_plan(RECIPE), read_plan(RECIPE.with_name("plan_schedules.yaml"))
+    assert replace(schedules.primary, pairs=plan.primary.pairs) == plan.primary
+    assert replace(schedules.base, arm="rope") == plan.base
+    (regime,) = schedules.regimes.values()
+    assert replace(regime, runs=plan.regimes["scratch"].runs) == plan.regimes["scratch"]
 
 
 def test_the_recipes_page_shows_the_decisions_of_its_results() -> None:

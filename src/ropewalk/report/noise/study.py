@@ -24,7 +24,6 @@ from ropewalk.report.noise.decisions import DECISION_COLUMNS, LEGEND, decide, de
 from ropewalk.report.noise.seed_statistics import mean_over_seeds
 from ropewalk.report.runs import Run, holds_run, load_runs
 from ropewalk.report.section import Block, Cell, Section, as_text
-from ropewalk.report.seeds import SEED
 
 RESULTS, RUNS = "results.csv", "runs.csv"
 CELL = ["arm", "seed", "regime", "task", "length", "test_time", "metric"]
@@ -98,19 +97,29 @@ def collect(plan: StudyPlan, folder: Path) -> None:
         replace_atomically(folder / name, partial(table.to_csv, index=False))
 
 
+def _arm_and_seed(run: Run) -> tuple[str, int]:
+    """Of a run called ARM-sSEED: its name, since an average of checkpoints has no configuration."""
+    arm, _, seed = run.label.rpartition("/")[2].rpartition("-s")
+    if not arm or not seed.isdecimal():
+        raise UserError(f"{run.directory} is called {run.label}; a study's runs are ARM-sSEED, such as rope-s0")
+    return arm, int(seed)
+
+
 def _numbers(run: Run, regime: str) -> pd.DataFrame:
     is_whole = run.table["position_start"].isna() | (run.table["task"] == "loss_at_length")
     table = run.table[run.table["depth"].isna() & is_whole & run.table["context_length"].notna()]
     named = table.drop(columns="test_time").rename(columns={theirs: ours for ours, theirs in TABLE_NAMES.items()})
-    return named.assign(arm=run.config["rope.name"], seed=int(run.config[SEED]), regime=regime)[COLUMNS]
+    arm, seed = _arm_and_seed(run)
+    return named.assign(arm=arm, seed=seed, regime=regime)[COLUMNS]
 
 
 def _summary(run: Run, regime: str) -> pd.DataFrame:
     last = run.metrics.iloc[-1] if len(run.metrics) else {}
+    arm, seed = _arm_and_seed(run)
     return pd.DataFrame(
         {
-            "arm": [run.config["rope.name"]],
-            "seed": [int(run.config[SEED])],
+            "arm": [arm],
+            "seed": [seed],
             "regime": [regime],
             "chain": [run.record.get("chain")],
             "steps": [last.get("step")],
