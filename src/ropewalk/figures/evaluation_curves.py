@@ -148,13 +148,14 @@ def _at(rows: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
     return rows[(rows["position_start"] == start) & (rows["position_end"] == end)]
 
 
-def study_figure(means: pd.DataFrame, trained: Mapping[str, int], metric: str) -> Figure:
+def study_figure(means: pd.DataFrame, trained: Mapping[str, int], metric: str, of: str = "") -> Figure:
     """A study's metric by context length: a panel for each regime, a line for each arm.
 
     Args:
         means: over seeds: regime, arm, x (tokens), value, ci_low, ci_high (percent or nats), n (seeds).
         trained: regime -> tokens.
         metric: its name.
+        of: words for the title: whose metric.
     """
     names = list(dict.fromkeys(means["arm"]))
     styles = method_styles(names)
@@ -175,7 +176,7 @@ def study_figure(means: pd.DataFrame, trained: Mapping[str, int], metric: str) -
 
         return Panel(draw, regime)
 
-    title = f"{metric} against context length"
+    title = f"{metric}{of} against context length"
     caption = "Mean over seeds; band: its 95% interval (Student's t)."
     regimes = list(dict.fromkeys(means["regime"]))
     return Figure(file_name(title), title, rows_of([panel(r) for r in regimes]), caption, styles, share="all")

@@ -24,6 +24,7 @@ from ropewalk.report.noise.study import (
     read_results,
     seeds_to_run,
     study,
+    study_figures,
     study_sections,
 )
 
@@ -97,6 +98,16 @@ def test_means_are_students_over_accepted_seeds(plan) -> None:
     values = 50.0 + np.arange(8)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (row["value"], row["ci_low"], row["ci_high"], row["n"]) == pytest.approx((values.mean(), low, high, 8))
+
+
+def test_other_arms_have_a_figure_of_their_own_beside_the_base(plan) -> None:
+    results = numbers(dict.fromkeys(range(8), 99.0))
+    (declared,) = study_figures(plan, results)
+    other = results[results["arm"] == "cope"].assign(arm="hope")
+    both = study_figures(plan, pd.concat([results, other], ignore_index=True))
+    assert [figure.name for figure in both] == [declared.name, "recovery_of_other_arms_against_context_length"]
+    assert [set(figure.styles) for figure in both] == [{"rope", "hardclip", "cope"}, {"rope", "hope"}]
+    assert [len(figure.panels) for figure in both] == [1, 1]
 
 
 def test_results_are_collected_from_runs_and_kept_from_before(plan, tmp_path: Path, capsys) -> None:

@@ -17,7 +17,7 @@ from ropewalk.config.train import StudyConfig, StudyPlan
 from ropewalk.errors import UserError
 from ropewalk.evaluation.results import LOSS_METRICS
 from ropewalk.figures.evaluation_curves import study_figure
-from ropewalk.figures.figure import write_figure
+from ropewalk.figures.figure import Figure, write_figure
 from ropewalk.figures.style import interval
 from ropewalk.files import replace_atomically, writing
 from ropewalk.report.noise.decisions import DECISION_COLUMNS, LEGEND, decide, decision_cells, seed_numbers
@@ -50,10 +50,9 @@ def study(config: StudyConfig) -> None:
         print(*(seeds_to_run if config.seeds == "next" else accepted_seeds)(plan, results))
         return
     print("\n\n".join(as_text(section) for section in study_sections(plan, results)), flush=True)
-    trained = {name: regime.trained for name, regime in plan.regimes.items()}
-    if len(means := curves(plan, results)):
-        with writing(f"results={folder}", folder):
-            write_figure(study_figure(means, trained, plan.primary.metric), folder, ["svg"])
+    with writing(f"results={folder}", folder):
+        for figure in study_figures(plan, results):
+            write_figure(figure, folder, ["svg"])
 
 
 def read_plan(path: Path) -> StudyPlan:
@@ -225,6 +224,19 @@ def curves(plan: StudyPlan, results: pd.DataFrame) -> pd.DataFrame:
         & (results["test_time"] == primary.test_time_scaling)
     ]
     return _means(rows, ["regime", "arm", "length"]).rename(columns={"length": "x"})
+
+
+def study_figures(plan: StudyPlan, results: pd.DataFrame) -> list[Figure]:
+    """The declared metric by context length: of the family's arms, and of any others beside the base's."""
+    metric, means = plan.primary.metric, curves(plan, results)
+    trained = {name: regime.trained for name, regime in plan.regimes.items()}
+    is_declared = means["arm"].isin({arm for pair in plan.primary.pairs for arm in pair})
+    declared, others = means[is_declared], means[~is_declared]
+    base = declared[(declared["arm"] == plan.base.arm) & declared["regime"].isin(others["regime"])]
+    figures = [study_figure(declared, trained, metric)] if len(declared) else []
+    if len(others):
+        figures.append(study_figure(pd.concat([base, others]), trained, metric, " of other arms"))
+    return figures
 
 
 def _means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
