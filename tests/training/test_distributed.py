@@ -171,9 +171,12 @@ def test_one_rank_in_a_group_of_its_own():
 ENDING = """
 import atexit, sys, time
 import torch.distributed as dist
+from ropewalk.cli import user_errors
+from ropewalk.errors import UserError
 from ropewalk.training.distributed import end_processes
 
 dist.is_initialized = lambda: True
+dist.get_world_size = lambda: 2
 dist.destroy_process_group = lambda: (print("destroyed", flush=True), time.sleep(float(sys.argv[1])))
 atexit.register(end_processes)
 print("a line that was not flushed", end="")
@@ -183,6 +186,8 @@ print("a line that was not flushed", end="")
 
 @pytest.mark.parametrize(("end", "sleep", "code", "output", "error"), [
     ("raise MemoryError('no room')", 600, 1, "a line that was not flushed", "MemoryError: no room"),
+    ("with user_errors(): raise UserError('no store here')", 600, 2, "a line that was not flushed",
+     "error: no store here"),
     ("sys.exit(75)", 0, 75, "a line that was not flusheddestroyed\n", ""),
 ])  # fmt: skip
 def test_a_rank_that_raises_does_not_wait_for_the_others(end, sleep, code, output, error):
