@@ -19,7 +19,6 @@ from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import (
     Ranks,
     by_rank_zero,
-    exact_products,
     gather,
     join_launched,
     launched_world_size,
@@ -217,14 +216,6 @@ def test_a_process_opens_its_own_gpu_alone(monkeypatch, rank, device):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert Ranks(rank, 16).local_device("cuda") == f"cuda:{device}"
     assert current == [f"cuda:{device}"]
-
-
-def test_an_images_rounding_is_undone():
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    exact_products()
-    assert not torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_a_place_that_the_environment_has_lost_is_named_again(monkeypatch) -> None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
 from ropewalk.files import only_writer
+from ropewalk.model.load import exact_products
 from ropewalk.runs.launch import PLACE, leave_place, left_with, take_place
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -240,12 +241,6 @@ def end_processes() -> None:
             os._exit(code)
         dist.destroy_process_group()
     time.sleep(GLOO_THREADS_REST)
-
-
-def exact_products() -> None:
-    """Undo an image's settings that round matrix products on a GPU: TF32 for fp32, bf16 sums of split bf16 ones."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def set_deterministic(deterministic: bool) -> None:
