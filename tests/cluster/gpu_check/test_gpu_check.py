@@ -7,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from inspect import signature
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def test_eight_minutes_for_one_gpu():
 def test_parts_without_an_engine():
     found = values("machine")
     assert found["kernels"] == [{"kernel": "auto", "found": f"sdpa (torch {torch.__version__})"}]
-    assert found["varlen_attn"] == str(signature(varlen.varlen_attn))
+    assert "enable_gqa" in found["varlen_attn"].split(", ")
     assert found["versions"]["torch"] == torch.__version__
     tables = values("rotary")["tables"]
     assert [row["arm"] for row in tables] == list(kernel_parts.ARMS)

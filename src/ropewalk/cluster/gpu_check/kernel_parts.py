@@ -52,7 +52,7 @@ def machine(device: torch.device, small: bool) -> Values:
         yield "nccl", list(torch.cuda.nccl.version())
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
         yield "driver", subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    yield "varlen_attn", str(signature(varlen.varlen_attn))
+    yield "varlen_attn", ", ".join(signature(varlen.varlen_attn).parameters)
     yield "kernels", [{"kernel": name, "found": str(found)} for name, found in kernels(device)]
     n = 64 if small else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
