@@ -37,8 +37,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 # make wheels [WHEELS_PYTHON=3.12] [MORE_WHEELS="PACKAGE==VERSION ..."]: into .whl/, what scripts/gpu_check.py needs on a GPU
 # machine without a network that has a torch of its own (docs/performance.md). Two have no wheels and are built here.
 WHEELS_PYTHON ?= 3.12
-WHEELS := annotated-types anyio blake3 dill gguf hjson httpcore2 httpx2 huggingface_hub hydra-core omegaconf pydantic \
-  pydantic_core sniffio tokenizers transformers truststore zstandard
+WHEELS := annotated-types anyio blake3 dill einops gguf hjson httpcore2 httpx2 huggingface_hub hydra-core msgpack omegaconf \
+  pydantic pydantic_core regex sniffio tokenizers transformers truststore typing-inspection zstandard
 BUILT := antlr4-python3-runtime deepspeed
 pins = $(foreach name,$(1),$(shell grep -E '^$(name)==' requirements.lock))
 wheels: $(INSTALLED)

@@ -36,7 +36,9 @@ def run_one(part: str, device: str, small: bool) -> None:
     from torch.nn.attention import varlen
 
     from ropewalk.cluster.gpu_check import kernel_parts
+    from ropewalk.model.load import exact_products
 
+    exact_products()
     own = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
     varlen.varlen_attn = kernel_parts.adapted(varlen.varlen_attn)
     function = getattr(kernel_parts, part, None)

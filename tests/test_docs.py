@@ -4,12 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 from entries import COMMANDS_OF, ENTRIES
 from helpers import alone_environment, composed
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ropewalk.cli import hydra_arguments, plain_argument
 from ropewalk.cluster.planner import print_plan
@@ -89,6 +92,28 @@ def test_a_gpu_install_takes_torch_first_and_builds_kernels_beside_it(words, ind
     assert kernel is None or kernel in kernels[1]
     removed = next(place for place, line in enumerate(done.stdout.splitlines()) if "pip uninstall" in line)
     assert done.stdout.splitlines()[removed].endswith("flash-attn flash-attn-4")  # they write over each other
+
+
+NEVER_IMPORTED = {"ninja", "py-cpuinfo", "requests", "typer"}  # required by DeepSpeed, gguf or transformers; by no part
+
+
+def test_the_wheels_and_what_the_page_names_are_all_that_the_gpu_check_imports():
+    """Of a machine without a network; ``make wheels`` takes no dependencies, since those of DeepSpeed bring a torch."""
+    makefile, page = (ROOT / "Makefile").read_text(), (ROOT / "docs" / "performance.md").read_text()
+    lists = re.findall(r"^(?:WHEELS|BUILT) := ((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    brought = {canonicalize_name(name) for names in lists for name in names.replace("\\", " ").split()}
+    (must_have,) = re.findall(r"It must have ([^.]*)\.", page)
+    there, new = set(), {"torch", *re.findall(r"[a-z]\w+", must_have.replace(" and ", " "))}
+    while new:
+        there |= new
+        new = set().union(*map(required, new)) - there
+    assert set().union(*map(required, [*brought, "ropewalk"])) - there - brought == NEVER_IMPORTED
+
+
+def required(distribution):
+    """Names that a distribution requires without an extra."""
+    found = map(Requirement, requires(distribution) or [])
+    return {canonicalize_name(one.name) for one in found if not one.marker or one.marker.evaluate({"extra": ""})}
 
 
 @pytest.mark.parametrize("words", SHOWN)

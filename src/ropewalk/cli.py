@@ -36,7 +36,7 @@ from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
 from ropewalk.errors import UserError
 from ropewalk.files import check_writable, writing
-from ropewalk.runs.launch import Terminated, leave_place, terminating
+from ropewalk.runs.launch import Terminated, leave, leave_place, terminating
 
 DRY_RUN = "--dry-run="
 IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -268,17 +268,17 @@ def user_errors() -> Iterator[None]:
             _output_is_closed()
     except USER_FAULTS as error:
         _report(error)
-        sys.exit(2)
+        leave(2)
     except Terminated:
         print("error: terminated (SIGTERM)", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        leave(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
     except BrokenPipeError:
         if not _output_is_closed():
             raise  # of another pipe
-        sys.exit(128 + signal.SIGPIPE)
+        leave(128 + signal.SIGPIPE)
 
 
 def _output_is_closed() -> bool:

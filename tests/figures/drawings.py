@@ -62,3 +62,24 @@ def covered_titles(drawing: Drawing) -> list[str]:
         if title.get_text() and any(box.overlaps(part.get_window_extent(renderer)) for part in parts):
             covered.append(title.get_text())
     return covered
+
+
+def assert_words_are_whole(figure: Figure) -> None:
+    """No text or panel leaves the drawing or lies over another."""
+    drawing = compose(figure)
+    canvas = FigureCanvasAgg(drawing)
+    with house():
+        canvas.draw()  # lays out
+    renderer, frame, rounding = canvas.get_renderer(), drawing.bbox, 1.5  # pixels
+    boxes = [text.get_window_extent(renderer) for text in drawing.texts if text.get_text()]
+    boxes += [one.get_window_extent(renderer) for one in drawing.legends]
+    boxes += [axes.get_tightbbox(renderer) for axes in drawing.axes]
+    for box in boxes:
+        assert frame.x0 - rounding <= box.x0 <= box.x1 <= frame.x1 + rounding
+        assert frame.y0 - rounding <= box.y0 <= box.y1 <= frame.y1 + rounding
+    for i, first in enumerate(boxes):
+        for second in boxes[i + 1 :]:
+            width = min(first.x1, second.x1) - max(first.x0, second.x0)
+            height = min(first.y1, second.y1) - max(first.y0, second.y0)
+            assert min(width, height) <= rounding
+    assert covered_titles(drawing) == []

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from figures.drawings import LENGTHS, covered_titles, sample_spectra
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from figures.drawings import LENGTHS, assert_words_are_whole, sample_spectra
 
 from ropewalk.figures.figure import Figure, Panel, check_formats, compose, file_name, render, rows_of, write_figure
 from ropewalk.figures.spectrum import SPECTRUM_FIGURES
 from ropewalk.figures.spectrum.spectra import spectra_figure
-from ropewalk.figures.style import house, method_styles
+from ropewalk.figures.style import method_styles
 from ropewalk.rope import Spectrum
 
 
@@ -33,27 +32,7 @@ def words_of(figure: Figure, gid: str) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(SPECTRUM_FIGURES))
 def test_no_text_leaves_the_figure_or_overlaps(spectra: dict[str, Spectrum], name: str) -> None:
-    drawing = compose(SPECTRUM_FIGURES[name](spectra, **LENGTHS))
-    canvas = FigureCanvasAgg(drawing)
-    with house():
-        canvas.draw()  # lays out
-    renderer = canvas.get_renderer()
-    frame = drawing.bbox
-    words = [text for text in drawing.texts if text.get_text()]
-    boxes = [text.get_window_extent(renderer) for text in words]
-    boxes += [one.get_window_extent(renderer) for one in drawing.legends]
-    for box in boxes:
-        assert box.x0 >= frame.x0
-        assert box.x1 <= frame.x1
-        assert box.y0 >= frame.y0
-        assert box.y1 <= frame.y1
-    boxes += [axes.get_tightbbox(renderer) for axes in drawing.axes]
-    for i, first in enumerate(boxes):
-        for second in boxes[i + 1 :]:
-            width = min(first.x1, second.x1) - max(first.x0, second.x0)
-            height = min(first.y1, second.y1) - max(first.y0, second.y0)
-            assert min(width, height) <= 1.5  # pixels of rounding
-    assert covered_titles(drawing) == []
+    assert_words_are_whole(SPECTRUM_FIGURES[name](spectra, **LENGTHS))
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])

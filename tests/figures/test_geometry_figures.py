@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from figures.drawings import axes_of
+from figures.drawings import assert_words_are_whole, axes_of
 
 from ropewalk.figures.figure import compose
 from ropewalk.figures.key_clouds import COSINE_MAPS, AttentionMap, attention_figure, geometry_figures, pca_figure
@@ -208,6 +208,13 @@ def test_maps_are_the_weights_or_cosines_beside_the_sink() -> None:
     assert cosines.numbers.loc["layer 1, head 3"].tolist() == ["-0.05", "-0.25"]
     bar = next(axes for axes in compose(weights).axes if axes.get_label() == "<colorbar>")
     assert bar.get_ylabel() == "mean attention weight of a cell"
+
+
+def test_no_text_leaves_a_figure_or_overlaps(table: pd.DataFrame, scores: pd.DataFrame) -> None:
+    for figure in geometry_figures(table, scores, pd.DataFrame(), pd.DataFrame(), [], 16):
+        assert_words_are_whole(figure)
+    flat = scores.assign(value=0.05 * scores["value"] ** 0.3)  # within a decade, whose ticks all have numbers
+    assert_words_are_whole(key_score_figure(flat))
 
 
 def test_only_what_there_is_is_drawn(table: pd.DataFrame, scores: pd.DataFrame) -> None:

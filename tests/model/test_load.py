@@ -15,6 +15,7 @@ from ropewalk.config.train import ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model.load import (
     build_for_training,
+    exact_products,
     head_dim,
     load_for_evaluation,
     read_position,
@@ -216,3 +217,13 @@ def test_head_dim_and_window_are_read_as_transformers_reads_them():
     assert sliding_window(qwen2) is None  # use_sliding_window is off, Qwen2's default
     assert sliding_window(AutoConfig.for_model("mistral", sliding_window=32)) == 32
     assert sliding_window(AutoConfig.for_model("mistral", sliding_window=None)) is None
+
+
+@pytest.mark.parametrize("start", [exact_products, load_for_evaluation])
+def test_an_images_rounding_is_undone(start, tmp_path):
+    """By every command that computes with a model, such as geometry and generate, and not by training alone."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    start(*([] if start is exact_products else [save_tiny(tmp_path)]))
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ropewalk.model.loss import _product, tiled_linear_cross_entropy
+from ropewalk.model.loss import fp32_product, tiled_linear_cross_entropy
 
 
 def inputs(dtype=torch.float32, tokens=100, width=16, vocabulary=64):
@@ -84,7 +84,7 @@ def test_products_of_a_gpu_come_in_fp32():
     with FakeTensorMode():
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((8, 16), (16, 32)))
         with Recorded():
-            product = _product(a, b)
+            product = fp32_product(a, b)
     assert (product.dtype, product.shape, product.device.type) == (torch.float32, (8, 32), "cuda")
     assert ran == ["aten.mm.dtype"]
 

@@ -19,7 +19,6 @@ from ropewalk.training.checkpoint.save import SaveFailed
 from ropewalk.training.distributed import (
     Ranks,
     by_rank_zero,
-    exact_products,
     gather,
     join_launched,
     launched_world_size,
@@ -171,9 +170,12 @@ def test_one_rank_in_a_group_of_its_own():
 ENDING = """
 import atexit, sys, time
 import torch.distributed as dist
+from ropewalk.cli import user_errors
+from ropewalk.errors import UserError
 from ropewalk.training.distributed import end_processes
 
 dist.is_initialized = lambda: True
+dist.get_world_size = lambda: 2
 dist.destroy_process_group = lambda: (print("destroyed", flush=True), time.sleep(float(sys.argv[1])))
 atexit.register(end_processes)
 print("a line that was not flushed", end="")
@@ -183,6 +185,8 @@ print("a line that was not flushed", end="")
 
 @pytest.mark.parametrize(("end", "sleep", "code", "output", "error"), [
     ("raise MemoryError('no room')", 600, 1, "a line that was not flushed", "MemoryError: no room"),
+    ("with user_errors(): raise UserError('no store here')", 600, 2, "a line that was not flushed",
+     "error: no store here"),
     ("sys.exit(75)", 0, 75, "a line that was not flusheddestroyed\n", ""),
 ])  # fmt: skip
 def test_a_rank_that_raises_does_not_wait_for_the_others(end, sleep, code, output, error):
@@ -212,14 +216,6 @@ def test_a_process_opens_its_own_gpu_alone(monkeypatch, rank, device):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert Ranks(rank, 16).local_device("cuda") == f"cuda:{device}"
     assert current == [f"cuda:{device}"]
-
-
-def test_an_images_rounding_is_undone():
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    exact_products()
-    assert not torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_a_place_that_the_environment_has_lost_is_named_again(monkeypatch) -> None:

@@ -111,7 +111,7 @@ def _draw_by_position(axes: Axes, curves: dict[int, NDArray[Any]], limits: tuple
 
 def _dress(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.set_xlabel("key position, counted from 1 (tokens)")
+    axes.set_xlabel("key position + 1 (tokens)")
 
 
 def key_norm_figure(scores: pd.DataFrame) -> Figure:

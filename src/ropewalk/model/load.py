@@ -228,6 +228,12 @@ def count_parameters(config: PreTrainedConfig) -> int:
         return sum(p.numel() for p in auto_class(config).from_config(config).parameters())
 
 
+def exact_products() -> None:
+    """Undo an image's settings that round matrix products on a GPU: TF32 for fp32, bf16 sums of split bf16 ones."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def load_for_evaluation(
     directory: str | Path,
     extra: Steps = (),
@@ -248,6 +254,7 @@ def load_for_evaluation(
     Raises:
         UserError: where weights are missing, or have other shapes than in the config.
     """
+    exact_products()
     config = read_config(directory)
     check_causal(config)
     position = position_of(config).extended(extra)

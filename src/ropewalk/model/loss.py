@@ -14,7 +14,7 @@ from ropewalk.model.attention import Documents
 from ropewalk.model.vision import embed
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32: as it was added up where the device gives that (CUDA), else rounded to the inputs' dtype first."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -41,7 +41,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         trained = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         for rows in trained.split(chunk_size):
             x, target = hidden[rows], labels[rows, None]
-            logits = _product(x, weight.T)
+            logits = fp32_product(x, weight.T)
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             losses = normalizer - logits.gather(1, target)
             total += losses.sum()
@@ -56,7 +56,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
                 grad_logits.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
                 grad_logits = grad_logits.to(weight.dtype)
                 grad_hidden[rows] = grad_logits @ weight
-                grad_weight += _product(grad_logits.T, x)
+                grad_weight += fp32_product(grad_logits.T, x)
         if grad_hidden is not None and grad_weight is not None:
             ctx.dtype = weight.dtype
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -126,7 +126,7 @@ class HeadLoss(nn.Module):
         if not torch.is_grad_enabled():
             weight = weight.detach()  # else the loss would form the head's gradient all the same
         if logits_at is not None:
-            return _product(hidden[logits_at], weight.T)
+            return fp32_product(hidden[logits_at], weight.T)
         return tiled_linear_cross_entropy(hidden, weight, labels, self.chunk_size, token_losses, self.z_loss)
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from ropewalk.errors import UserError
 
@@ -55,6 +57,20 @@ def terminating() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGTERM) is terminate:  # a finished training ignores it from here on
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+_left_with: list[int] = []
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with ``code`` because of an error, which the other ranks may not have; see :func:`left_with`."""
+    _left_with.append(code)
+    sys.exit(code)
+
+
+def left_with() -> int | None:
+    """The exit code of a process that an error ends, for what runs at exit; None where it ends in order."""
+    return _left_with[-1] if _left_with else None
 
 
 def leave_place(environment: MutableMapping[str, str] = os.environ) -> None:

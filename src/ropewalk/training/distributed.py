@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 
 from ropewalk.errors import UserError
 from ropewalk.files import only_writer
-from ropewalk.runs.launch import PLACE, leave_place, take_place
+from ropewalk.model.load import exact_products
+from ropewalk.runs.launch import PLACE, leave_place, left_with, take_place
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 WAITED = 20.0  # seconds for the other ranks before a line says so
@@ -218,8 +219,9 @@ def sequence_groups(size: int) -> tuple[Any, dist.ProcessGroup | None]:
 def end_processes() -> None:
     """Leave the process group and let its threads come to rest; called at exit.
 
-    After an uncaught exception the process ends at once instead: this rank may have collectives in flight that no other
-    will complete, and destroying an NCCL group waits for them, which holds all GPUs until the others give up.
+    After an error the process ends at once instead, its traceback or line written: this rank may have collectives in
+    flight that no other will complete, and destroying an NCCL group waits for them, and for the node's other ranks,
+    which holds all GPUs until they give up. One rank alone has an error where its own store is damaged, say.
 
     A gloo thread lets go of a collective's tensors a moment after the collective is done, and takes the interpreter's
     lock for that. If the interpreter is ending by then, Python ends the thread inside a C++ destructor and the process
@@ -228,20 +230,17 @@ def end_processes() -> None:
     again.
     """
     if dist.is_initialized():
-        if hasattr(sys, "last_value"):  # of an exception that nobody has caught; not of SystemExit
+        code = 1 if hasattr(sys, "last_value") else None  # of an exception that nobody has caught; not of SystemExit
+        if dist.get_world_size() > 1:  # alone, a caller may have caught SystemExit, and nobody is waited for
+            code = code or left_with()
+        if code is not None:
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError):
                     stream.flush()
-            os._exit(1)
+            os._exit(code)
         dist.destroy_process_group()
     time.sleep(GLOO_THREADS_REST)
-
-
-def exact_products() -> None:
-    """Undo an image's settings that round matrix products on a GPU: TF32 for fp32, bf16 sums of split bf16 ones."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def set_deterministic(deterministic: bool) -> None:

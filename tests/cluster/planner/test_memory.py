@@ -1,5 +1,7 @@
 """Memory against DeepSpeed's estimator, closed forms by hand, and what others have published."""
 
+from dataclasses import replace
+
 import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -188,3 +190,6 @@ def test_offloaded_activations_wait_in_host_memory(llama3_8b):
     found = memory(llama3_8b, Setting(8, 65536, offload_activations=True))
     assert found.host["stored activations"] == 32 * 65536 * 4096 * 2
     assert found.parts["stored activations"] == 2 * 65536 * 4096 * 2
+    three_quarters = Setting(8, 49152, offload_activations=True)
+    assert memory(llama3_8b, three_quarters).host == found.host  # torch pins 512 MiB for the 384 of a layer
+    assert memory(llama3_8b, replace(three_quarters, cuda=False)).host["stored activations"] == 32 * 49152 * 4096 * 2

@@ -40,7 +40,10 @@ from ropewalk.training.meter import MEMORY, Meter
 from ropewalk.training.trainer import Trainer, train
 
 ROOT = CONFIG_DIR.parent
-TESTS = ("tests/model", "tests/training/test_device_waits.py", "tests/training/test_engine.py", "tests/cluster/doctor")
+TESTS = (
+    "tests/model", "tests/training/test_device_waits.py", "tests/training/test_engine.py", "tests/cluster/doctor",
+    "tests/evaluation/test_model_reader.py",
+)  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "compile": {"compile": True}, "offload": {"offload_activations": True},
     "tiled": {"mlp_chunk_size": 4096}, "attention kept": {"keep_attention": True},

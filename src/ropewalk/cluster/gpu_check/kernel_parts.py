@@ -25,7 +25,7 @@ from ropewalk.config.train import ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.model.attention import PACKAGES, Documents, Kernel, attend, attention_kernel, load_kernel
 from ropewalk.model.load import training_config
-from ropewalk.model.loss import tiled_linear_cross_entropy
+from ropewalk.model.loss import fp32_product, tiled_linear_cross_entropy
 from ropewalk.model.rotary import install_spectrum
 from ropewalk.runs.record import versions
 
@@ -52,7 +52,7 @@ def machine(device: torch.device, small: bool) -> Values:
         yield "nccl", list(torch.cuda.nccl.version())
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
         yield "driver", subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    yield "varlen_attn", str(signature(varlen.varlen_attn))
+    yield "varlen_attn", ", ".join(signature(varlen.varlen_attn).parameters)
     yield "kernels", [{"kernel": name, "found": str(found)} for name, found in kernels(device)]
     n = 64 if small else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -197,7 +197,7 @@ def _measure_attention(
 
 
 def loss(device: torch.device, small: bool) -> Values:
-    """The tiled cross entropy, forward and both gradients, by the size of its chunks."""
+    """The tiled cross entropy, forward and both gradients, by the size of its chunks; logits in fp32 and rounded."""
     tokens, width, vocabulary = (256, 32, 512) if small else (65_536, 4096, 128_256)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden, head = (torch.randn(n, width, device=device, dtype=dtype).requires_grad_() for n in (tokens, vocabulary))
@@ -210,3 +210,9 @@ def loss(device: torch.device, small: bool) -> Values:
 
         rows.append({"chunk": chunk, "ms": seconds(work, device) * 1e3, "peak, GiB": peak_gib(work, device)})
         yield "chunks", rows
+    x, weight = hidden.detach()[:chunk], head.detach().T
+    products: dict[str, Callable[[], Tensor]] = {
+        "in fp32": lambda: fp32_product(x, weight),
+        "rounded, then widened": lambda: torch.mm(x, weight).float(),
+    }
+    yield "products", [{"logits": name, "ms": seconds(product, device) * 1e3} for name, product in products.items()]

@@ -329,7 +329,10 @@ def _host(shape: ModelShape, setting: Setting) -> dict[str, float]:
     if setting.offload_parameters:
         host["parameters"] = setting.element * share
     if setting.checkpointing and setting.offload_activations:
-        host["stored activations"] = float(shape.layers * setting.tokens * setting.element * shape.hidden)
+        block = setting.tokens * setting.element * shape.hidden
+        if setting.cuda:  # torch rounds pinned memory up to a power of two (ATen/core/CachingHostAllocator.h)
+            block = 1 << (block - 1).bit_length()
+        host["stored activations"] = float(shape.layers * block)
     if setting.save_in_background:
         # rank 0's is the larger one under ZeRO-1 and -2, as it saves the whole weights, too
         host["checkpoint"] = (FP32 + ADAM) * share + (setting.element * shape.parameters if setting.stage < 3 else 0)
