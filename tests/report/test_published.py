@@ -56,6 +56,10 @@ def test_a_score_stands_with_the_published_one_and_is_marked_past_two_errors(tmp
     assert found.missing == []
 
 
+def test_a_file_without_a_number_has_no_section(tmp_path: Path) -> None:
+    assert published_section([run_of(tmp_path, "a", *niah(1024, 50, 50, 50))], published(tmp_path)) is None
+
+
 def test_a_run_is_found_by_the_end_of_its_name_and_under_each_test_time_setting(tmp_path: Path) -> None:
     run = run_of(tmp_path, "a", *niah(1024, 50, 50, 50))
     setting = replace(run, name="study/a, auto", test_time="auto", settings={"auto": run})

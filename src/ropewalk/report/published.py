@@ -84,13 +84,17 @@ class Measured:
         return None if pd.isna(length) else int(length)
 
 
-def published_section(runs: list[Run], published: pd.DataFrame) -> Section:
+def published_section(runs: list[Run], published: pd.DataFrame) -> Section | None:
     """One block for each published table and benchmark, each cell a measured number with the published one.
+
+    None where ``published`` has no row.
 
     Args:
         runs: of the report.
         published: as :func:`ropewalk.evaluation.paper.read_published` gives it.
     """
+    if published.empty:
+        return None
     pairs = [pair for run in runs for pair in _beside(run, published)]
     known = [pair for pair in pairs if not math.isnan(pair.measured)]
     lengths = list(dict.fromkeys(sorted((pair.length for pair in known), key=lambda n: (n is None, n or 0))))
