@@ -307,7 +307,7 @@ def _sdpa_per_document(
     """
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     run = partial(F.scaled_dot_product_attention, scale=softmax_scale, enable_gqa=query.shape[1] != key.shape[1])
-    pieces, masks = [], dict[tuple[int, int], Tensor]()
+    pieces, masks = list[Tensor](), dict[tuple[int, int], Tensor]()
     for start, end in pairwise(cu_seqlens_q.tolist()):
         if window_size is None or end - start <= window_size[0] + 1:
             part = slice(start, end)
