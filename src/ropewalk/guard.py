@@ -19,7 +19,15 @@ from torch import distributed
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from ropewalk.errors import UserError
-from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config, rope_entry, rotations, stock_rotations
+from ropewalk.model.rotary import (
+    Rotation,
+    chain_rotation,
+    inspect_config,
+    position_faults,
+    rope_entry,
+    rotations,
+    stock_rotations,
+)
 from ropewalk.rope.log_temperature import CARRIER, LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, position_of
 from ropewalk.rope.spectrum import FloatArray
@@ -158,7 +166,7 @@ def _config_faults(config: PreTrainedConfig, live: Sequence[Rotation], expected:
     position = _position(config, expected)
     if position is not None:
         rotation = chain_rotation(list(live))
-        for fault in rotation.faults(position.spectrum(rotation.length)):
+        for fault in position_faults(list(live), position, rotation.length):
             yield f"{rotation.module}: {fault} ({position})"
 
 

@@ -45,15 +45,21 @@ def inputs(heads=(4, 2, 2), **options):
     return [torch.randn(1, count, 128, 16, **options).requires_grad_() for count in heads]
 
 
-def per_document(q, k, v, cu, scale):
+def hidden(tokens, before=-1):
+    """(tokens, tokens): True where a query does not see a key: a later one, or one more than ``before`` before it."""
+    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    return future if before in (-1, None) else future | ~torch.ones(tokens, tokens, dtype=torch.bool).triu(-before)
+
+
+def per_document(q, k, v, cu, scale, before=-1):
     """Causal attention of each document in plain arithmetic: (tokens, heads, head_dim)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = torch.empty_like(q)
     for start, end in pairwise(cu.tolist()):
         part = slice(start, end)
         scores = torch.einsum("qhd,khd->hqk", q[part], k[part]) * scale
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        out[part] = torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v[part])
+        weights = scores.masked_fill(hidden(len(scores[0]), before), -torch.inf).softmax(-1)
+        out[part] = torch.einsum("hqk,khd->qhd", weights, v[part])
     return out
 
 
@@ -63,7 +69,8 @@ def package(monkeypatch, name, parameters, calls=None):
     def attend_all(given):
         if calls is not None:
             calls.append(given)
-        out = per_document(given["q"], given["k"], given["v"], given["cu_seqlens_q"], given["softmax_scale"])
+        before = given["window_size"][0]
+        out = per_document(given["q"], given["k"], given["v"], given["cu_seqlens_q"], given["softmax_scale"], before)
         return (out, None) if "return_lse" in given else out  # as FlashAttention-4 does whether it is asked to or not
 
     module = ModuleType(PACKAGES[name].module)
@@ -88,18 +95,20 @@ def no_packages(monkeypatch):
     choose_kernel.cache_clear()
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("deterministic", "window"), [(False, None), (True, None), (False, 9), (False, 64)])
 @pytest.mark.parametrize("name", list(PACKAGES))
-def test_one_call_suits_every_published_signature(monkeypatch, name, deterministic):
+def test_one_call_suits_every_published_signature(monkeypatch, name, deterministic, window):
     """By keyword: the fourth of FlashAttention-4 is not the third's. Output and gradients as on a CPU."""
     calls, ours, theirs = [], inputs(), inputs()
     package(monkeypatch, name, PARAMETERS[name], calls)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        out = attend(load_kernel(name), *ours, 0.3, documents())
+        out = attend(load_kernel(name), *ours, 0.3, documents(), window)
     finally:
         torch.use_deterministic_algorithms(False)
-    expected, _ = attention.document_attention(torch.nn.Module(), *theirs, None, scaling=0.3, documents=documents())
+    expected, _ = attention.document_attention(
+        torch.nn.Module(), *theirs, None, scaling=0.3, documents=documents(), sliding_window=window
+    )
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     for x, y in zip(
         torch.autograd.grad(out.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs), strict=True
@@ -111,7 +120,10 @@ def test_one_call_suits_every_published_signature(monkeypatch, name, determinist
     assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (64, 64)
     assert given["causal"] is True
     assert given["deterministic"] is deterministic
-    assert given["window_size"] in ((-1, -1), (None, None))  # each package's own word for none
+    if window == 9:  # keys before a query's own, and after it, in all of them
+        assert given["window_size"] == (8, 0)
+    else:  # each package's own word for none; the longest document has 64 tokens
+        assert given["window_size"] in ((-1, -1), (None, None))
     assert not given["softcap"]
 
 
@@ -187,17 +199,18 @@ class Arguments(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("heads", [(8, 2, 2), (4, 4, 4)])
-def test_torchs_own_kernel_takes_the_call(heads):
+@pytest.mark.parametrize(("heads", "window"), [((8, 2, 2), None), ((4, 4, 4), None), ((8, 2, 2), 9)])
+def test_torchs_own_kernel_takes_the_call(heads, window):
     """Under FakeTensorMode, where its shapes are computed without a GPU: both directions, bf16, heads shared or not."""
     with FakeTensorMode(), Arguments() as operator:
         ours = [torch.empty(1, n, 128, 64, dtype=torch.bfloat16).requires_grad_() for n in heads]
         cu = torch.empty(5, dtype=torch.int32)
-        out = attend(load_kernel("torch"), *ours, 0.3, Documents(cu, 64))
+        out = attend(load_kernel("torch"), *ours, 0.3, Documents(cu, 64), window)
         assert (out.shape, out.dtype) == ((1, 128, heads[0], 64), torch.bfloat16)
         gradients = torch.autograd.grad(out.float().sum(), ours)
     assert [gradient.shape for gradient in gradients] == [x.shape for x in ours]
-    expected = {"max_q": 64, "max_k": 64, "is_causal": True, "scale": 0.3, "window_size": [-1, 0]}
+    bounds = [-1, 0] if window is None else [8, 0]  # the operator's backward pass gets them from its forward one
+    expected = {"max_q": 64, "max_k": 64, "is_causal": window is None, "scale": 0.3, "window_size": bounds}
     expected |= {"enable_gqa": heads[0] != heads[1], "seqused_k": None, "block_table": None, "num_splits": None}
     assert {name: operator.given[name] for name in expected} == expected
 
@@ -274,7 +287,7 @@ def test_the_records_are_those_of_the_archives(archives):
     )
 
 
-def gradients_of(dout, q, k, v, cu, scale):
+def gradients_of(dout, q, k, v, cu, scale, before=-1):
     """Of ``per_document``, in closed form: inside an operator there is no autograd."""
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
@@ -282,7 +295,7 @@ def gradients_of(dout, q, k, v, cu, scale):
     for start, end in pairwise(cu.tolist()):
         part = slice(start, end)
         scores = torch.einsum("qhd,khd->hqk", q[part], whole_k[part]) * scale
-        share = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+        share = scores.masked_fill(hidden(len(scores[0]), before), -torch.inf).softmax(-1)
         dshare = torch.einsum("qhd,khd->hqk", dout[part], whole_v[part])
         dscores = share * (dshare - (share * dshare).sum(-1, keepdim=True)) * scale
         dq[part] = torch.einsum("hqk,khd->qhd", dscores, whole_k[part])
@@ -296,12 +309,13 @@ class Extension2(ModuleType):
 
     def varlen_fwd(self, q, k, v, out, cu_q, cu_k, *rest):
         scale, causal, left, right = rest[7], *rest[9:12]
-        assert (causal, left, right) == (True, -1, -1)
-        found = per_document(q, k, v, cu_q, scale)
+        assert (causal, left, right) in ((True, -1, -1), (True, 8, 0))
+        found = per_document(q, k, v, cu_q, scale, left)
         return found, torch.zeros(q.shape[1], q.shape[0]), torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
     def varlen_bwd(self, dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, alibi, max_q, max_k, dropout, scale, *rest):
-        for into, gradient in zip((dq, dk, dv), gradients_of(dout, q, k, v, cu_q, scale), strict=True):
+        assert rest[3] in (-1, 0)
+        for into, gradient in zip((dq, dk, dv), gradients_of(dout, q, k, v, cu_q, scale, rest[2]), strict=True):
             into.copy_(gradient)
         return dq, dk, dv, torch.zeros(q.shape[1], q.shape[0])
 
@@ -310,12 +324,12 @@ class Extension3(SimpleNamespace):
     """torch.ops.flash_attn_3, as its callers in 2.8.3 use it."""
 
     def fwd(self, q, k, v, *rest):
-        cu_q, scale, causal = rest[4], rest[20], rest[21]
-        assert causal is True
-        return per_document(q, k, v, cu_q, scale), torch.zeros(q.shape[1], q.shape[0])
+        cu_q, scale, causal, left, right = rest[4], *rest[20:24]
+        assert (causal, left, right) in ((True, -1, -1), (True, 8, 0))
+        return per_document(q, k, v, cu_q, scale, left), torch.zeros(q.shape[1], q.shape[0])
 
     def bwd(self, dout, q, k, v, out, lse, dq, dk, dv, cu_q, *rest):
-        for into, gradient in zip((dq, dk, dv), gradients_of(dout, q, k, v, cu_q, rest[5]), strict=True):
+        for into, gradient in zip((dq, dk, dv), gradients_of(dout, q, k, v, cu_q, rest[5], rest[7]), strict=True):
             into.copy_(gradient)
         return dq, dk, dv, torch.zeros(q.shape[1], q.shape[0])
 
@@ -327,9 +341,11 @@ def on_any_device(custom_op):
     return decorate
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(("heads_first", "window"), [(False, None), (True, None), (False, 9)])
 @pytest.mark.parametrize("name", ["fa2", "fa3"])
-def test_the_packages_own_files_over_a_stub_of_their_extension(archives, tmp_path, monkeypatch, name, heads_first):
+def test_the_packages_own_files_over_a_stub_of_their_extension(
+    archives, tmp_path, monkeypatch, name, heads_first, window
+):  # fmt: skip
     """Tokens first in memory, as the projections leave them, and heads first, as sharing a row does; GQA 4:2."""
     sdist = "flash_attn-2.8.3.post2"
     with tarfile.open(archives / f"{sdist}.tar.gz") as packed:
@@ -343,8 +359,10 @@ def test_the_packages_own_files_over_a_stub_of_their_extension(archives, tmp_pat
     monkeypatch.delitem(sys.modules, PACKAGES[name].module)
     ours, theirs = inputs(), inputs()
     arranged = ours if heads_first else [x.transpose(1, 2).contiguous().transpose(1, 2) for x in ours]
-    out = attend(load_kernel(name), *arranged, 0.3, documents())
-    expected, _ = attention.document_attention(torch.nn.Module(), *theirs, None, scaling=0.3, documents=documents())
+    out = attend(load_kernel(name), *arranged, 0.3, documents(), window)
+    expected, _ = attention.document_attention(
+        torch.nn.Module(), *theirs, None, scaling=0.3, documents=documents(), sliding_window=window
+    )
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     for x, y in zip(
         torch.autograd.grad(out.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs), strict=True

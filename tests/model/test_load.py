@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import ModelConfig
-from ropewalk.errors import UserError
 from ropewalk.model.load import (
     build_for_training,
     exact_products,
@@ -139,7 +138,11 @@ def test_foreign_checkpoint_is_a_chain(tmp_path, theta):
 
 @pytest.mark.parametrize(("model", "message"), [
     (scratch(model_type="gpt_neox"), "model_type='gpt_neox' is not supported"),
-    (scratch(model_type="mistral"), r"sliding_window=4096, .* set model.drop=\[sliding_window\]"),
+    (scratch(model_type="gemma2"), "model_type='gemma2' is not trained: it has soft caps .*advise and inspect read it"),
+    (scratch(model_type="gpt_oss"), "model_type='gpt_oss' is not trained: it has attention sinks and a mixture"),
+    (scratch(model_type="gemma3_text", final_logit_softcapping=30.0), r"final_logit_softcapping=30\.0, which"),
+    (scratch(model_type="gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True, which"),
+    (replace(scratch(model_type="olmo3"), drop=["sliding_window"]), "layers of olmo3 rotate by an entry of their own"),
     (scratch(attention_dropout=0.1), r"attention_dropout=0.1, .* set model.drop=\[attention_dropout\]"),
     (ModelConfig(**{**vars(scratch()), "head_dim": 32}), "model.head_dim=32, but the checkpoint architecture has 16"),
     (ModelConfig(**{**vars(scratch()), "pretrained_length": 65}), None),
@@ -205,8 +208,8 @@ def test_a_dropped_window_is_gone_from_config_and_layers(model_type, tmp_path):
     ids = torch.arange(64)[None] % config.vocab_size
     attention = stock(ids, output_attentions=True).attentions
     assert all((layer[:, :, 63, 0] > 0).all() for layer in attention)
-    with pytest.raises(UserError, match="sliding_window=8"):
-        training_config(replace(model, drop=[]), RopeConfig("rope"), 64)
+    kept = replace(model, drop=["attention_dropout"])
+    assert sliding_window(training_config(kept, RopeConfig("rope"), 64)) == 8
 
 
 def test_head_dim_and_window_are_read_as_transformers_reads_them():

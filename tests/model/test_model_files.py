@@ -17,7 +17,7 @@ from ropewalk.rope.position import declared_position, position_of
 PUBLISHED = {
     "llama3_8b": 8_030_261_248, "llama31_8b": 8_030_261_248, "llama32_1b": 1_235_814_400, "llama32_3b": 3_212_749_824,
     "qwen3_06b": 596_049_920, "qwen3_17b": 1_720_574_976, "qwen3_4b": 4_022_468_096, "qwen25_7b": 7_615_616_512,
-    "qwen2_vl_7b": 8_291_375_616,
+    "qwen2_vl_7b": 8_291_375_616, "olmo3_7b": 7_298_011_136, "gemma3_1b": 999_885_952,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip

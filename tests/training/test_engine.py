@@ -137,21 +137,25 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "sequence", "heads", "kv_heads"), [(2, 2, 8, 4), (4, 2, 8, 1), (6, 6, 6, 2)])
+@pytest.mark.parametrize(("ranks", "sequence", "heads", "kv_heads", "model_type"), [
+    (2, 2, 8, 4, "olmo3"), (4, 2, 8, 1, "llama"), (6, 6, 6, 2, "llama"),
+])  # fmt: skip
 def test_gradients_of_shared_sequences_equal_each_document_alone(
-    tmp_path, store_64, ranks, sequence, heads, kv_heads
+    tmp_path, store_64, ranks, sequence, heads, kv_heads, model_type
 ):  # fmt: skip
     """Documents that cross the ranks' borders, grouped heads, accumulation; ZeRO stages average differently.
 
     A rank has two key/value heads of its own, one that two ranks have (for four query heads), or one that three have
-    (for one). ZeRO-1 in bf16 is another optimizer of DeepSpeed's.
+    (for one). ZeRO-1 in bf16 is another optimizer of DeepSpeed's. One model has a layer with a window of 9 tokens.
     """
     batch, rows = 12, 3  # of 64 tokens, laid in one: a border in the middle of a row
     borders = range(0, rows * 64, rows * 64 // sequence)
     for refs in rank_micro_batches(Mixture(0, WEIGHTS, store_64, batch), 0, 0, 1, rows):
         assert not set(borders) <= set(read_batch(store_64, refs).cu_seqlens.tolist())
     sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    model = save_tiny(tmp_path / "model", **sizes)
+    if model_type == "olmo3":
+        sizes |= {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0}
+    model = save_tiny(tmp_path / "model", model_type, **sizes)
     kept = ["offload_activations", "keep_attention"]
     cases = [
         {

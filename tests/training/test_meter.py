@@ -2,6 +2,7 @@
 torch's own counter and a closed form, imbalance against a count by hand."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -114,8 +115,8 @@ def test_a_known_peak_gives_utilisation_by_each_convention(store_64, tmp_path):
     assert row["mfu/documents"] < row["mfu/dense_causal"] < row["mfu/full_attention"]
 
 
-def counter(store, data_size=1):
-    return WorkCounter(AutoConfig.for_model("llama", **TINY), Mixture(0, {}, store, BATCH), data_size, 1)
+def counter(store, data_size=1, kind="llama", **fields):
+    return WorkCounter(AutoConfig.for_model(kind, **TINY, **fields), Mixture(0, {}, store, BATCH), data_size, 1)
 
 
 def test_full_attention_is_what_torch_counts(store_64):
@@ -142,6 +143,22 @@ def test_documents_count_their_own_pairs(store_64):
     attention = 2 * 4 * 16 * 4  # layers x heads x head_dim x (2 FLOPs x 2 products)
     assert flops["documents"] == 3 * (2 * linear * 64 * BATCH + attention * pairs)
     assert flops["dense_causal"] == 3 * (2 * linear * 64 * BATCH + attention * BATCH * 64 * 65 / 2)
+
+
+def test_documents_under_a_window_count_what_a_query_sees(store_64):
+    """One layer of two sees nine keys at most: as the counter without a window, less what is further away."""
+    layers = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    windowed = counter(store_64, kind="olmo3", **layers).step(0).flops
+    whole = counter(store_64).step(0).flops
+    unseen = 0
+    for ref in Mixture(0, {}, store_64, BATCH).global_batch(0):
+        for row in ref.rows:
+            bounds = [0, *store_64.document_ends(ref.domain, row).tolist(), 64]
+            unseen += sum(max(0, i - 9) for start, end in pairwise(bounds) for i in range(1, end - start + 1))
+    attention = 4 * 16 * 4  # of the layer: heads x head_dim x (2 FLOPs x 2 products)
+    assert whole["documents"] - windowed["documents"] == 3 * attention * unseen
+    assert whole["dense_causal"] - windowed["dense_causal"] == 3 * attention * BATCH * sum(range(64 - 9 + 1))
+    assert whole["full_attention"] - windowed["full_attention"] == 3 * attention * BATCH * 64 * (64 - 9)
 
 
 def test_imbalance_is_the_slowest_of_every_slot_over_the_mean(store_64, monkeypatch):

@@ -81,9 +81,15 @@ def test_debug_configs_run_and_run_again(store_64, tmp_path, debug):
     assert bool(list(tmp_path.glob("profile/*.json"))) == (debug == "profile")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_every_architecture_trains_and_exports(store_64, tmp_path, model_type):
-    fields = {"sliding_window": None} if model_type == "mistral" else {}
+ALTERNATING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [
+    ("llama", {}), ("mistral", {"sliding_window": 9}), ("qwen2", {}), ("qwen3", {}),
+    ("olmo", {"clip_qkv": 0.5, "eos_token_id": 1}), ("olmo3", ALTERNATING),
+    ("gemma3_text", {**ALTERNATING, "query_pre_attn_scalar": 7}),
+])  # fmt: skip
+def test_every_architecture_trains_and_exports(store_64, tmp_path, model_type, fields):
     config = tiny_run(store_64, tmp_path, **{"model_type": model_type, "initializer_range": 0.2, **fields})
     config.rope.chain = COPE
     train(config)

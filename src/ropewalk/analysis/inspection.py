@@ -14,6 +14,7 @@ from ropewalk.export.verify.check_export import Claim
 from ropewalk.model.rotary import (
     Rotation,
     chain_rotation,
+    position_faults,
     rotations,  # noqa: F401  documented under this name
 )
 from ropewalk.rope.chain import in_words, print_value
@@ -35,7 +36,7 @@ def print_inspection(config: InspectConfig) -> list[Rotation]:
     modules = claim.rotations(config.length)
     for rotation in modules:
         print(describe(rotation), flush=True)
-    for line in _compare_with_chain(claim, chain_rotation(modules)):
+    for line in _compare_with_chain(claim, modules):
         print(line, flush=True)
     return modules
 
@@ -69,7 +70,8 @@ def describe(rotation: Rotation) -> str:
     )
 
 
-def _compare_with_chain(claim: Claim, rotation: Rotation) -> Iterator[str]:
+def _compare_with_chain(claim: Claim, modules: list[Rotation]) -> Iterator[str]:
+    rotation = chain_rotation(modules)
     try:
         position = claim.position
     except UserError as error:
@@ -78,8 +80,10 @@ def _compare_with_chain(claim: Claim, rotation: Rotation) -> Iterator[str]:
     source = "from its metadata" if claim.has_metadata else "read off the stock entry"
     yield f"chain: {in_words(position.chain)}, from base {print_value(position.theta)} ({source})"
     yield f"  sha256 {position.chain.sha256}"
+    for kind, own in position.other_layers.items():
+        yield f"  {kind} layers keep their own: {in_words(own.chain)}, from base {print_value(own.theta)}"
     spectrum = position.spectrum(length=rotation.length)
-    if rotation.faults(spectrum):
+    if position_faults(modules, position, rotation.length):
         yield (
             "warning: stock transformers does NOT rotate with this chain; its rope_parameters were changed beside the "
             "metadata, or the chain depends on the input's length and was compiled at another"

@@ -9,7 +9,9 @@ from omegaconf import MISSING
 
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, PathsConfig, RopeConfig
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3")
+SUPPORTED_MODEL_TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3", "olmo", "olmo2", "olmo3", "gemma3_text",
+)  # fmt: skip
 VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # of images and videos; trained, not yet planned, evaluated or exported
 DROPPED_FIELDS = ("sliding_window", "attention_dropout")
 ATTENTION_CHOICES = ("auto", "fa4", "fa3", "fa2", "torch")

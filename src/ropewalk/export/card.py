@@ -124,6 +124,10 @@ def _position(source: Source) -> list[str]:
         f"{config.max_position_embeddings:,}",
         f"- attention scaling {position.spectrum().attention_scaling:.6g}, "
         f"{int((position.spectrum().inv_freq == 0).sum())} of {position.head_dim // 2} pairs do not rotate",
+        *(
+            f"- {kind} layers keep their own rotation: `{own.chain}`, base {own.theta:g}"
+            for kind, own in position.other_layers.items()
+        ),
         *([] if position.axes is None else [f"- axes: {position.axes}"]),
         *([] if position.layers is None else [f"- layers (of {count}, from 0) without rotation: {still}"]),
         *([] if position.temperature is None else [f"- {position.temperature}"]),

@@ -45,8 +45,8 @@ def place_portable(
 def older_form(config: PreTrainedConfig) -> dict[str, Any]:
     """The same position as keys of the (text) config in the form of transformers 4.
 
-    Without them version 4 takes base 10,000 and no scaling, silently. Where layers differ, Gemma 3's key for the
-    sliding ones is written too.
+    Without them version 4 takes base 10,000 and no scaling, silently. Gemma 3's key for the base of the layers with a
+    window is written too; OLMo 3 has none (see :func:`ropewalk.model.rotary.place_position`).
     """
     entry = rope_entry(config)
     form: dict[str, Any] = {"rope_theta": entry["rope_theta"]}
@@ -54,8 +54,9 @@ def older_form(config: PreTrainedConfig) -> dict[str, Any]:
         form["rope_scaling"] = {k: v for k, v in entry.items() if k != "partial_rotary_factor"}
     if "partial_rotary_factor" in entry:
         form["partial_rotary_factor"] = entry["partial_rotary_factor"]
-    local = config.get_text_config().rope_parameters.get("sliding_attention")
-    if isinstance(local, Mapping):
+    text = config.get_text_config()
+    local = text.rope_parameters.get("sliding_attention")
+    if isinstance(local, Mapping) and text.model_type.startswith("gemma3"):
         form["rope_local_base_freq"] = local["rope_theta"]
     return form
 

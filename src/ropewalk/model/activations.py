@@ -51,7 +51,7 @@ def place_activations(lm: PreTrainedModel, trainer: TrainerConfig) -> None:
         _compile_rotation([layer.self_attn for layer in lm.get_decoder().layers])
         norm = torch.compile(_rms_norm)
         for module in lm.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+            if type(module).__name__.endswith("RMSNorm"):  # OLMo 1's is a LayerNorm without weights, and stays
                 module.forward = partial(_compiled_norm, module, norm)
 
 
@@ -108,13 +108,17 @@ def _compile_rotation(attentions: list[Any]) -> None:
 
 def _compiled_norm(module: Any, norm: Callable[..., Tensor], x: Tensor) -> Tensor:
     # The weight is read here, as reading it runs ZeRO-3's code, which is not part of a graph.
-    return norm(x, module.weight, module.variance_epsilon)
+    family = type(module).__name__
+    if family.startswith("Gemma"):  # whose weight is what the scale is above 1
+        return norm(x, 1.0 + module.weight.float(), module.eps, True)
+    return norm(x, module.weight, module.variance_epsilon, family.startswith("Olmo"))
 
 
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """As the Llama family has it: normalised in fp32, scaled in the model's dtype."""
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, scales_wide: bool) -> Tensor:
+    """Normalised in fp32; scaled there (OLMo, Gemma) or, as the Llama family has it, in the model's dtype."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (weight * normed).to(x.dtype) if scales_wide else weight * normed.to(x.dtype)
 
 
 def _gate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

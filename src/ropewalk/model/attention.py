@@ -32,7 +32,10 @@ NAME = "ropewalk_documents"
 HOPPER = 9  # major compute capability of H100 and H200
 ARGUMENTS = (
     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "deterministic",
+    "window_size",
 )  # fmt: skip
+BLOCK = 1024  # queries of a window that a CPU computes at once: their mask is BLOCK x (BLOCK + window)
+UNKNOWN = ("dropout", "softcap", "s_aux")  # what other models hand to their attention (Gemma 2, gpt-oss's sinks)
 
 
 class Package(NamedTuple):
@@ -194,9 +197,12 @@ def document_attention(
     documents: Documents | None = None,
     choice: str = "auto",
     kept_attention: KeptAttention | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, with transformers' attention signature.
+
+    With a window w, query i of a document sees its keys j with 0 <= i - j < w, as transformers' own masks have it.
 
     Args:
         module: the attention layer (unused).
@@ -209,7 +215,8 @@ def document_attention(
             stretch of it. See :func:`ropewalk.config.rules.sharing_degrees` for the ranks that can.
         choice: kernel on a GPU, one of ATTENTION_CHOICES.
         kept_attention: of the checkpoint that this layer runs in, where its attention is not to be computed again.
-        **kwargs: dropout must be 0; a sliding window is refused.
+        sliding_window: keys that a query of this layer sees, its own with them; None: all before it.
+        **kwargs: none of UNKNOWN may be set.
 
     Returns:
         (1, tokens, heads, head_dim) and None for the weights.
@@ -219,14 +226,15 @@ def document_attention(
             f"attn_implementation={NAME} needs documents=Documents(...) and no attention mask; for one document in a "
             "row load the model with attn_implementation=sdpa"
         )
-    if kwargs.get("dropout") or kwargs.get("sliding_window"):
+    if unknown := [name for name in UNKNOWN if torch.is_tensor(kwargs.get(name)) or kwargs.get(name)]:
         raise ValueError(
-            f"dropout={kwargs.get('dropout')}, sliding_window={kwargs.get('sliding_window')}: {NAME} has neither; "
-            "set attention_dropout: 0.0 and sliding_window: null in the model's config"
+            f"{unknown[0]}={kwargs[unknown[0]]}: {NAME} knows none; set attention_dropout: 0.0 in the model's config, "
+            "and train a model without soft caps and attention sinks"
         )
     if documents.group is not None:
         query, key, value = (_tokens_for_heads(x, documents.group) for x in (query, key, value))
-    run = partial(attend, attention_kernel(query.device, choice), scaling=scaling, documents=documents)
+    kernel = attention_kernel(query.device, choice)
+    run = partial(attend, kernel, scaling=scaling, documents=documents, window=sliding_window)
     if kept_attention is None or not torch.is_grad_enabled():
         out = run(query, key, value)
     else:
@@ -262,40 +270,69 @@ def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def attend(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, documents: Documents
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    documents: Documents,
+    window: int | None = None,
 ) -> Tensor:
-    """One kernel over all documents; the layouts are those of :func:`document_attention`."""
+    """One kernel over all documents; the layouts and the window are those of :func:`document_attention`."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     cu, longest = documents.cu_seqlens, documents.max_seqlen
+    # each package has its own word for no window; all count the keys before a query's own, and those after it
+    bounds = {} if window is None or window >= longest else {"window_size": (window - 1, 0)}
     out = kernel.call(
         q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scaling,
-        causal=True, deterministic=torch.are_deterministic_algorithms_enabled(),
+        causal=True, deterministic=torch.are_deterministic_algorithms_enabled(), **bounds,
     )  # fmt: skip
     return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
 
 def _sdpa_per_document(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, softmax_scale: float | None, causal: bool, **rest: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int] | None = None,
+    **rest: Any,
 ) -> Tensor:
-    """One SDPA per document, for CPUs: O(sum of squared lengths) work, O(tokens) memory."""
+    """SDPA of each document, for CPUs: O(sum of squared lengths) work, O(tokens) memory.
+
+    Under a window BLOCK queries at a time, with the keys that they see, so that no mask is as long as the document.
+    """
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    pieces = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=causal,
-            scale=softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for start, end in pairwise(cu_seqlens_q.tolist())
-    ]
+    run = partial(F.scaled_dot_product_attention, scale=softmax_scale, enable_gqa=query.shape[1] != key.shape[1])
+    pieces, masks = list[Tensor](), dict[tuple[int, int], Tensor]()
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        if window_size is None or end - start <= window_size[0] + 1:
+            part = slice(start, end)
+            pieces.append(run(query[:, :, part], key[:, :, part], value[:, :, part], is_causal=causal))
+            continue
+        for first in range(start, end, BLOCK):
+            last, seen = min(first + BLOCK, end), max(first - window_size[0], start)
+            shape = last - first, last - seen
+            if shape not in masks:  # kept for the backward pass, once for all blocks of a shape
+                masks[shape] = _band(*shape, window_size[0], query)
+            part, keys = slice(first, last), slice(seen, last)
+            pieces.append(run(query[:, :, part], key[:, :, keys], value[:, :, keys], attn_mask=masks[shape]))
     return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _band(rows: int, columns: int, before: int, like: Tensor) -> Tensor:
+    """(rows, columns) of 0 where a query sees a key, else -inf; the last query's own key is the last."""
+    own = columns - rows
+    is_seen = torch.ones(rows, columns, dtype=torch.bool, device=like.device).tril(own).triu(own - before)
+    return torch.zeros(rows, columns, dtype=like.dtype, device=like.device).masked_fill(~is_seen, -torch.inf)
 
 
 def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, softmax_scale: float | None, causal: bool, **rest: Any,
+    max_seqlen_k: int, softmax_scale: float | None, causal: bool, window_size: tuple[int, int] = (-1, 0), **rest: Any,
 ) -> Any:  # fmt: skip
     """torch's own kernel, which is FlashAttention-2's. Its backward pass looks up itself whether torch is to be
     deterministic.
@@ -304,7 +341,7 @@ def _torch_varlen(
 
     return varlen_attn(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale,
-        window_size=(-1, 0 if causal else -1), enable_gqa=q.shape[1] != k.shape[1],
+        window_size=window_size, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
 
 

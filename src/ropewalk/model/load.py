@@ -30,6 +30,7 @@ from ropewalk.model import attention
 from ropewalk.model.hf_directory import auto_class, check_causal, load_whole, read_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.model.vision import has_vision
+from ropewalk.rope.advisor import UNTRAINED
 from ropewalk.rope.chain import RopeChain, Steps
 from ropewalk.rope.log_temperature import LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
@@ -99,16 +100,26 @@ def training_config(
 
 def _check_architecture(config: PreTrainedConfig) -> None:
     known = (*SUPPORTED_MODEL_TYPES, *VISION_MODEL_TYPES)
+    if reason := UNTRAINED.get(config.model_type):
+        raise UserError(
+            f"model_type={config.model_type!r} is not trained: it has {reason}; analyze.py advise and inspect read it, "
+            f"and this trainer knows: {', '.join(known)}"
+        )
     if config.model_type not in known:
         raise UserError(f"model_type={config.model_type!r} is not supported; this trainer knows: {', '.join(known)}")
-    dropout = getattr(config.get_text_config(), "attention_dropout", None)
-    own = {"sliding_window": sliding_window(config), "attention_dropout": dropout}
-    for name, value in own.items():
-        if value:
-            raise UserError(
-                f"the model has {name}={value}, and training attends to whole documents, without dropout; set "
-                f"model.drop=[{name}] to train and export it without, and know that it was not trained that way before"
-            )
+    text = config.get_text_config()
+    if dropout := getattr(text, "attention_dropout", None):
+        raise UserError(
+            f"the model has attention_dropout={dropout}, and training attends without dropout; set "
+            "model.drop=[attention_dropout] to train and export it without, and know that it was not trained that way "
+            "before"
+        )
+    lacking = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")  # of Gemma 3's class
+    if unknown := [name for name in lacking if getattr(text, name, None)]:
+        raise UserError(
+            f"the model has {unknown[0]}={getattr(text, unknown[0])}, which no kernel or loss here computes; Gemma 3's "
+            "own models have none: use one of those"
+        )
 
 
 def _drop(config: PreTrainedConfig, names: Sequence[str]) -> None:
@@ -117,6 +128,11 @@ def _drop(config: PreTrainedConfig, names: Sequence[str]) -> None:
     if "attention_dropout" in names:
         config.attention_dropout = 0.0
     if "sliding_window" in names:
+        if "rope_type" not in config.rope_parameters:
+            raise UserError(
+                f"model.drop=[sliding_window]: the windowed layers of {config.model_type} rotate by an entry of their "
+                "own, which means nothing beyond the window; leave it out: it trains with its windows"
+            )
         config.sliding_window = None
         if hasattr(config, "use_sliding_window"):
             config.use_sliding_window = False
@@ -129,6 +145,13 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     config = config.get_text_config()  # of a model of images and videos too
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The window of each layer, tokens; None: it attends to all."""
+    text, window = config.get_text_config(), sliding_window(config)
+    types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -271,7 +294,7 @@ def load_for_evaluation(
         model.to(device)
     model.eval()
     install_spectrum(model)
-    assert_spectrum(model, position.spectrum(length))
+    assert_spectrum(model, position.spectrum(length), position.other_layers)
     return model
 
 

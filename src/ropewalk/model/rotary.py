@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,9 @@ def place_position(
 ) -> PreTrainedConfig:
     """Put a chain's stock entry into a config; where layers differ (Gemma 3, OLMo 3), the full-attention layers'.
 
+    The entries of other layer types stay as they are. Of OLMo 3 older readers know one base for all layers
+    (transformers 4, SGLang), so with ``refused`` an entry at another base is written as longrope factors at that one.
+
     Layers without rotation, and a log temperature, are carried by another stock class: the config is then a new one, of
     that class.
 
@@ -70,6 +73,10 @@ def place_position(
     entry = position.rope_parameters(served, length)
     if entry["rope_type"] in refused or not _is_read(config, layer_type, entry):
         entry = longrope_entry(position.spectrum(length), served)
+    if refused and config.model_type == "olmo3" and layer_type == "full_attention":
+        base = present["sliding_attention"]["rope_theta"]
+        if entry["rope_theta"] != base:
+            entry = longrope_entry(replace(position.spectrum(length), theta=base), served)
     replaced = rope_entry(config)
     if config.model_type in READ_SHARE and SHARE in replaced and replaced.get("rope_type") != "proportional":
         entry[SHARE] = replaced[SHARE]
@@ -180,26 +187,42 @@ def install_spectrum(model: PreTrainedModel) -> None:
         setattr(rotary, f"{prefix}attention_scaling", scaling)
 
 
-def assert_spectrum(model: PreTrainedModel, spectrum: Spectrum) -> None:
-    """Check that the model rotates with ``spectrum``.
+def assert_spectrum(
+    model: PreTrainedModel, spectrum: Spectrum, other_layers: Mapping[str, Position] | None = None
+) -> None:
+    """Check that the model rotates with ``spectrum``, and layer types with one of their own as they were read.
 
     The buffers must be float32 and bitwise the stock function's, those within float32 rounding of the float64
     spectrum, exact zeros exact, each pair on its axis, the layers those that shall rotate, queries scaled as they shall
-    be. Where layers have entries of their own, the full-attention ones rotate with ``spectrum``, others with theirs.
+    be. Where layers have entries of their own, the full-attention ones rotate with ``spectrum``, others with theirs,
+    which are held against ``other_layers`` (a Position's) where it names them.
 
     Raises:
         RuntimeError: naming what differs; a wrong spectrum must stop the run.
     """
-    layer_types = _layer_types(model.config.get_text_config())
+    config = model.config.get_text_config()
+    layer_types = _layer_types(config)
     for layer_type in layer_types:
         _assert_buffers(model, layer_type)
     inv_freq, scaling = stock_spectrum(model, layer_types[0])
     axes = stock_axes(model.get_decoder().rotary_emb, inv_freq.numel())
-    entry = _entry(model.config.get_text_config(), layer_types[0])
     carried = stock_layers(model), stock_temperature(model)
-    faults = spectrum_faults(inv_freq, scaling, spectrum, entry, axes, *carried)
+    faults = spectrum_faults(inv_freq, scaling, spectrum, _entry(config, layer_types[0]), axes, *carried)
+    others = {kind: (*stock_spectrum(model, kind), _entry(config, kind)) for kind in layer_types[1:] if kind}
+    faults += _other_faults(others, other_layers or {})
     if faults:
         raise RuntimeError("; ".join(faults))
+
+
+def _other_faults(
+    stock: Mapping[str, tuple[Tensor, float, Mapping[str, Any]]], claimed: Mapping[str, Position]
+) -> list[str]:
+    """Differences of layer types that no chain changes: (inv_freq, attention scaling, entry) of each, by type."""
+    faults = [f"no {kind} layers with a rotation of their own, which are claimed" for kind in claimed.keys() - stock]
+    for kind in claimed.keys() & stock:
+        inv_freq, scaling, entry = stock[kind]
+        faults += [f"{kind}: {fault}" for fault in spectrum_faults(inv_freq, scaling, claimed[kind].spectrum(), entry)]
+    return faults
 
 
 def _entry(config: PreTrainedConfig, layer_type: str | None) -> dict[str, Any]:
@@ -415,6 +438,20 @@ def inspect_config(config: PreTrainedConfig, length: int) -> list[Rotation]:
 def chain_rotation(modules: list[Rotation]) -> Rotation:
     """The rotation that a chain is about: the only one, or the full-attention layers' where layers differ."""
     return next((rotation for rotation in modules if "full_attention" in rotation.module), modules[0])
+
+
+def position_faults(modules: list[Rotation], position: Position, length: int | None = None) -> list[str]:
+    """The differences of a model's rotations from ``position`` at ``length`` tokens (None: as trained), in words.
+
+    Of the chain, and of the layer types that no chain changes.
+    """
+    chosen = chain_rotation(modules)
+    others = {
+        other.module.rpartition("[")[2].removesuffix("]"): (other.inv_freq, other.attention_scaling, other.entry)
+        for other in modules
+        if other is not chosen
+    }
+    return chosen.faults(position.spectrum(length)) + _other_faults(others, position.other_layers)
 
 
 def _rotary_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

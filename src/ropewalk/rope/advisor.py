@@ -20,6 +20,11 @@ from ropewalk.rope.registry import get_method
 
 LARGEST_CLIP = 0.75  # of all pairs
 BAND = 2.205  # training lengths in a turn of the band that learned spectra keep (LeRoPE, arXiv 2607.10134, table 10)
+UNTRAINED = {  # model types that are read and advised on, and what training and document attention lack of them
+    "gemma2": "soft caps on the logits of attention and head, which its kernels and its loss do not compute",
+    "gpt_oss": "attention sinks and a mixture of experts, which its attention and its engine do not compute",
+    "gemma3": "a tower of images beside its language model; save that alone (Gemma3ForCausalLM, gemma3_text)",
+}
 SHORTEST = 7  # tokens: within 2 pi not even RoPE's fastest pair finishes a turn
 
 
@@ -294,6 +299,7 @@ def warnings(run: Position, choices: Sequence[Position], yarn_from: int, config:
             "start from abf to scale once"
         )
     yield from _layers_that_differ(config)
+    yield from _windows(config)
     yield from config_warnings(config)
 
 
@@ -423,11 +429,32 @@ def _layers_that_differ(config: Mapping[str, Any]) -> Iterator[str]:
     entry = text.get("rope_parameters") or {}
     others = [f"{kind} layers" for kind in entry if kind != "full_attention" and isinstance(entry[kind], Mapping)]
     is_layered = "full_attention" in entry and bool(others)
-    if is_layered or "rope_local_base_freq" in text or str(text.get("model_type")).startswith("olmo3"):
+    if is_layered or _is_layered(text):
         yield (
             "layers differ: only the full_attention layers take a chain, and all counts here are theirs; "
-            f"{' and '.join(others) or 'sliding_attention layers'} keep the rotation that the config gives them"
+            f"{' and '.join(others) or 'sliding_attention layers'} keep the rotation that the config gives them, in "
+            "training and in what is exported"
         )
+
+
+def _windows(config: Mapping[str, Any]) -> Iterator[str]:
+    """Windows under the one rotation of all layers, and models that are advised on and not trained."""
+    text = config.get("text_config") or config
+    window, types = text.get("sliding_window"), text.get("layer_types") or []
+    is_windowed = window and text.get("use_sliding_window", True) and (not types or "sliding_attention" in types)
+    if is_windowed and "full_attention" not in (text.get("rope_parameters") or {}) and not _is_layered(text):
+        named = f"{types.count('sliding_attention')} of {len(types)} layers" if types else "layers with a window"
+        yield (
+            f"sliding_window={window}: {named} see no distance beyond it, and the config has one entry for all, so a "
+            "chain for longer distances changes these layers, too"
+        )
+    if reason := UNTRAINED.get(str(config.get("model_type"))):
+        yield f"model_type={config['model_type']} is advised on and not trained here: it has {reason}"
+
+
+def _is_layered(text: Mapping[str, Any]) -> bool:
+    """True for a config in the older form of a model whose layer types rotate differently."""
+    return "rope_local_base_freq" in text or str(text.get("model_type")).startswith("olmo3")
 
 
 def _clip_under(chain: RopeChain, scaling: str) -> bool:

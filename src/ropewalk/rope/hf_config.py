@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,8 @@ class HfPosition:
         pretrained_length: tokens before any scaling, where the entry names them, else the trained length.
         trained_length: max_position_embeddings, tokens.
         chain: the scaling as steps of a chain.
+        other_layers: the same of the layer types with an entry of their own that is not read here (those with a
+            window in Gemma 3 and OLMo 3), by type; empty: all layers share one.
     """
 
     entry: dict[str, Any]
@@ -115,14 +117,15 @@ class HfPosition:
     pretrained_length: int
     trained_length: int
     chain: list[dict[str, Any]]
+    other_layers: dict[str, HfPosition] = field(default_factory=dict)
 
 
 def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition:
     """Read a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters), as transformers does.
 
-    Where layers differ (Gemma 3), the entry of the full-attention layers is read. The chain holds the rotary module
-    alone: DeepSeek's factor on the softmax under YaRN is not in it. A key that is left out has the default of
-    transformers' class for the model type, which is imported for that.
+    Where layers differ (Gemma 3, OLMo 3), the entry of the full-attention layers is read, and the others' beside it.
+    The chain holds the rotary module alone: DeepSeek's factor on the softmax under YaRN is not in it. A key that is
+    left out has the default of transformers' class for the model type, which is imported for that.
 
     Args:
         config: content of config.json.
@@ -137,7 +140,7 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
     _refuse_other_encodings(config)
     entry = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
     layer_types = strings(config, "layer_types") or (None if entry else defaults["layer_types"])
-    entry = entry or defaults.entry()
+    entry = entries = entry or defaults.entry()
     layers = rotating_layers(entry, layer_types)
     if layers:
         entry = dict(entry[layers[0]])
@@ -177,9 +180,27 @@ def read_hf_position(config: Mapping[str, Any], stock: Any = None) -> HfPosition
         pretrained_length=original,
         trained_length=trained_length,
         chain=[*structure, *scaling_steps(scaling)],
+        other_layers=_other_layers(config, entries, layer_types, defaults),
     )
     defaults.check()
     return position
+
+
+def _other_layers(
+    config: Mapping[str, Any], entries: Mapping[str, Any], layer_types: Sequence[str] | None, defaults: _ClassDefaults
+) -> dict[str, HfPosition]:
+    """The layer types that the chain is not about, each read as if all layers were of it.
+
+    transformers' class fills their entries from keys of the older form, such as rope_local_base_freq.
+    """
+    filled = defaults.entry() or entries
+    kinds = rotating_layers(filled, layer_types or defaults["layer_types"])[1:]
+    rest = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
+    alike = {kind: [kind] * len(layer_types or defaults["layer_types"] or [kind]) for kind in kinds}
+    return {
+        kind: read_hf_position({**rest, "rope_parameters": {kind: filled[kind]}, "layer_types": alike[kind]})
+        for kind in kinds
+    }
 
 
 @dataclass(frozen=True)

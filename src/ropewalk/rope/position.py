@@ -16,7 +16,7 @@ import numpy as np
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
 from ropewalk.rope.chain import RopeChain, Step, Steps, WatchedSpectrum, check_lengths, reached_length, unwatched
-from ropewalk.rope.hf_config import read_config_json, read_hf_position
+from ropewalk.rope.hf_config import HfPosition, read_config_json, read_hf_position
 from ropewalk.rope.log_temperature import LogTemperature
 from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
@@ -24,6 +24,7 @@ from ropewalk.rope.spectrum import FloatArray, Spectrum, geometric
 from ropewalk.rope.values import mapping, number, whole, wrong
 
 METADATA_KEY = "ropewalk"  # in config.json
+OTHER_LAYERS = "other_layers"  # in the metadata
 POSITION_KEYS = frozenset({"rope_scaling", "rope_parameters", "partial_rotary_factor"})  # of an architecture
 
 _FACTS = ("head_dim", "theta", "pretrained_length", "trained_length")  # of a model, for every method
@@ -50,6 +51,8 @@ class Position:
         pretrained_length: tokens the first model was trained at.
         trained_length: tokens this checkpoint was last trained at.
         base_model: directory or hub id that training started from.
+        other_layers: of the layer types that no chain changes, by type: those with a window in Gemma 3 and OLMo 3,
+            which never see a distance that training has not. Empty: all layers rotate by ``chain``.
 
     Raises:
         UserError: for facts or arguments that do not fit, naming the value, the rule and the fix.
@@ -62,6 +65,7 @@ class Position:
     pretrained_length: int
     trained_length: int
     base_model: str | None = None
+    other_layers: Mapping[str, Position] = field(default_factory=dict, hash=False)
     _as_trained: Spectrum = field(init=False, repr=False, compare=False)
     _reads_length: bool = field(init=False, repr=False, compare=False)
 
@@ -104,6 +108,7 @@ class Position:
             pretrained_length=self.trained_length,
             trained_length=trained_length,
             base_model=base_model,
+            other_layers=self.other_layers,
         )
 
     def spectrum(self, length: int | None = None) -> Spectrum:
@@ -152,16 +157,18 @@ class Position:
 
     @property
     def sha256(self) -> str:
-        """Hash of the chain's resolved arguments and of the model's facts.
+        """Hash of the chain's resolved arguments and of the model's facts, and of those of its other layers.
 
         Equal for equal recipes, however they were written. It does not cover the methods' code, nor another input
         length than the trained one.
         """
-        return sha256_of_json([self.chain.to_list(), self._facts()], compact=True)
+        others = [self._others()] if self.other_layers else []
+        return sha256_of_json([self.chain.to_list(), self._facts(), *others], compact=True)
 
     def metadata(self) -> dict[str, Any]:
         """The record under "ropewalk" in config.json.
 
+        ``other_layers`` has chain and facts of the layer types that keep a rotation of their own, where there are any.
         ``compiled_length`` is the length, in tokens, that the stock entry beside it holds the spectrum for, where the
         chain depends on it; else null.
         """
@@ -173,7 +180,11 @@ class Position:
             "base_model": self.base_model,
             "compiled_length": self.trained_length if self.depends_on_length else None,
             **self._facts(),
+            **({OTHER_LAYERS: self._others()} if self.other_layers else {}),
         }
+
+    def _others(self) -> dict[str, Any]:
+        return {kind: {"chain": own.chain.to_list(), **own._facts()} for kind, own in self.other_layers.items()}
 
     def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _FACTS}
@@ -305,7 +316,10 @@ def position_of(config: Any) -> Position:
     record = mapping(content, METADATA_KEY)
     if record:
         return _recorded(json.dumps(record, sort_keys=True))
-    stock = read_hf_position(content, None if isinstance(config, Mapping) else config)
+    return _read_off(read_hf_position(content, None if isinstance(config, Mapping) else config))
+
+
+def _read_off(stock: HfPosition) -> Position:
     return Position(
         name="pretrained",
         chain=RopeChain(stock.chain),
@@ -313,6 +327,7 @@ def position_of(config: Any) -> Position:
         head_dim=stock.head_dim,
         pretrained_length=stock.pretrained_length,
         trained_length=stock.trained_length,
+        other_layers={kind: _read_off(own) for kind, own in stock.other_layers.items()},
     )
 
 
@@ -354,7 +369,9 @@ def _recorded(text: str) -> Position:
     steps = record.get("chain")
     if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
         raise wrong(f"{METADATA_KEY}.chain", steps, f"a list of methods with their arguments; {_FIX}")
-    covered = {"chain_sha256": steps, "spectrum_sha256": [steps, {name: record.get(name) for name in _FACTS}]}
+    others = mapping(record, OTHER_LAYERS) or {}
+    facts_of = [{name: record.get(name) for name in _FACTS}, *([others] if others else [])]
+    covered = {"chain_sha256": steps, "spectrum_sha256": [steps, *facts_of]}
     for key, content in covered.items():
         recorded, actual = record.get(key), sha256_of_json(content, compact=True)
         if recorded is not None and recorded != actual:
@@ -376,4 +393,5 @@ def _recorded(text: str) -> Position:
         chain = RopeChain(steps)
     except UserError as error:
         raise UserError(f"config.json: {METADATA_KEY}.chain: {error}") from error
-    return Position(name=name, chain=chain, base_model=base_model, **facts)  # type: ignore[arg-type]
+    own = {kind: _recorded(json.dumps(other, sort_keys=True)) for kind, other in others.items()}
+    return Position(name=name, chain=chain, base_model=base_model, other_layers=own, **facts)  # type: ignore[arg-type]

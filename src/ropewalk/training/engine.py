@@ -138,4 +138,5 @@ def place_spectrum(engine: Any) -> None:
     """Install the float32 spectrum and assert it; after the engine is built and after every load."""
     lm = engine.module.lm
     install_spectrum(lm)
-    assert_spectrum(lm, position_of(lm.config).spectrum())
+    position = position_of(lm.config)
+    assert_spectrum(lm, position.spectrum(), position.other_layers)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from transformers import PreTrainedConfig
 
 from ropewalk.data import Mixture, SequenceRef
 from ropewalk.data.order.batches import IGNORE_INDEX, Batch, micro_batch_slots
-from ropewalk.flops import causal_pairs, sequence_flops
+from ropewalk.flops import all_pairs, causal_pairs, mean_pairs, sequence_flops
 from ropewalk.model.hf_directory import auto_class
-from ropewalk.model.load import head_dim
+from ropewalk.model.load import head_dim, layer_windows
 from ropewalk.training.inputs import queued
 
 # Since the session began; on the CPU the first alone. Reserved: what the allocator holds, so what runs out; a retry
@@ -195,6 +196,7 @@ class WorkCounter:
         self.linear = sum(m.weight.numel() for m in counted if isinstance(m, nn.Linear))
         text = config.get_text_config()
         self.attention_width = text.num_hidden_layers * text.num_attention_heads * head_dim(text)
+        self.layers_by_window = Counter(layer_windows(text))
         self.mixture, self.data_size, self.micro_batch_size = mixture, data_size, micro_batch_size
         self.length = mixture.store.sequence_length
 
@@ -205,16 +207,24 @@ class WorkCounter:
         total, in_slot = sum(map(sum, work)), self.data_size * self.micro_batch_size  # sequences
         flops = {
             "documents": total,
-            "dense_causal": len(slots) * (in_slot * self._flops(causal_pairs(self.length))),
-            "full_attention": len(slots) * (in_slot * self._flops(float(self.length**2))),
+            "dense_causal": len(slots) * (in_slot * self._flops(partial(causal_pairs, self.length))),
+            "full_attention": len(slots) * (in_slot * self._flops(partial(all_pairs, self.length))),
         }
         return StepWork(flops, sum(map(max, work)) / (total / self.data_size))
 
     def _sequence_flops(self, ref: SequenceRef) -> float:
-        """FLOPs of one sequence: a document of n tokens has n(n + 1)/2 pairs."""
-        squares = sum(self.mixture.store.attention_cost(ref.domain, row) for row in ref.rows)
-        return self._flops((squares + self.length) / 2)
+        """FLOPs of one sequence: a document of n tokens has n(n + 1)/2 pairs, or those within a layer's window."""
+        store = self.mixture.store
 
-    def _flops(self, pairs: float) -> float:
-        """FLOPs of one sequence with so many pairs of query and key."""
-        return sequence_flops(self.linear, self.attention_width, self.length, pairs)
+        def pairs(window: int | None) -> float:
+            if window is None:
+                return (sum(store.attention_cost(ref.domain, row) for row in ref.rows) + self.length) / 2
+            lengths = (length for row in ref.rows for length in store.document_lengths(ref.domain, row).tolist())
+            return sum(causal_pairs(length, window) for length in lengths)
+
+        return self._flops(pairs)
+
+    def _flops(self, pairs: Callable[[int | None], float]) -> float:
+        """FLOPs of one sequence with so many pairs of query and key in a layer with a window."""
+        mean = mean_pairs(self.layers_by_window, pairs)
+        return sequence_flops(self.linear, self.attention_width, self.length, mean)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from helpers import composed, tiny_run
 
-from ropewalk.cluster.planner import Setting, lead_seconds, make_plan, shape_of
+from ropewalk.cluster.planner import ModelShape, Setting, lead_seconds, make_plan, shape_of
 from ropewalk.cluster.planner.cost import (
     checkpoint_bytes,
     checkpoints_kept,
@@ -34,6 +34,18 @@ def test_flops_of_llama3_8b_at_64k(shape):
     """45.0 GFLOP a token in linear layers, 103.1 counting all pairs, 51.5 counting the causal ones."""
     found = flops_per_token(shape, 65536)
     assert [round(value / 1e9, 1) for value in (found.linear, found.full, found.causal)] == [45.0, 103.1, 51.5]
+
+
+def test_a_window_counts_what_it_sees():
+    """Four layers of 32 channels, three with a window of 3, over 10 tokens: 1 + 2 + 8 x 3 pairs there, else 55."""
+    fields = {"model_type": "olmo3", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 4, "num_attention_heads": 2, "sliding_window": 3}  # fmt: skip
+    shape = ModelShape.from_config(fields, "x")
+    found = flops_per_token(shape, 10)
+    assert found.causal == pytest.approx(3 * 4 * 32 * (3 * 27 + 55) / 10)
+    assert found.full == pytest.approx(3 * 4 * 32 * (3 * 30 + 100) / 10)
+    assert kv_bytes(shape, 10) == 2 * 32 * 2 * (3 * 3 + 10)  # keys and values, bf16
+    assert kv_bytes(shape, 2) == 2 * 32 * 2 * 4 * 2
 
 
 def test_the_papers_hours_come_out(config, shape):

@@ -1,6 +1,7 @@
 """Parameters against transformers' own models, and sizes that are nowhere are an error with the fix."""
 
 import json
+from collections import Counter
 
 import pytest
 from helpers import composed, save_tiny
@@ -11,7 +12,7 @@ from ropewalk.cluster.planner import ModelShape, shape_of
 from ropewalk.config import CONFIG_DIR
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.train import ModelConfig
-from ropewalk.model.load import count_parameters, training_config
+from ropewalk.model.load import count_parameters, layer_windows, training_config
 from ropewalk.training.meter import WorkCounter
 
 WITH_VISION = ("qwen2_vl_7b", "scenes")
@@ -24,6 +25,8 @@ ODD = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden
     {"model_type": "llama", "tie_word_embeddings": True}, {"model_type": "llama", "attention_bias": True},
     {"model_type": "llama", "mlp_bias": True}, {"model_type": "mistral"}, {"model_type": "qwen2"},
     {"model_type": "qwen3"}, {"model_type": "qwen3", "attention_bias": True},
+    {"model_type": "olmo"}, {"model_type": "olmo2"}, {"model_type": "olmo3", "attention_bias": True},
+    {"model_type": "gemma3_text"}, {"model_type": "gemma3_text", "tie_word_embeddings": True},
 ])  # fmt: skip
 def test_parameters_are_those_of_the_model(fields):
     architecture = {"tie_word_embeddings": False, **ODD, **fields}
@@ -46,6 +49,21 @@ def test_a_model_of_videos_is_refused_by_the_planner(name):
     model = composed("train", f"model={name}").model
     with pytest.raises(ValueError, match="model_type='qwen2_vl' cannot be planned; use llama"):
         shape_of(ModelConfig(**{**OmegaConf.to_container(OmegaConf.structured(model)), "path": None}))
+
+
+@pytest.mark.parametrize("fields", [
+    {"model_type": "llama"}, {"model_type": "mistral"}, {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "qwen2", "sliding_window": 32}, {"model_type": "olmo3"}, {"model_type": "gemma3_text"},
+    {"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 5},
+    {"model_type": "gemma3_text", "sliding_window": 512, "sliding_window_pattern": 4}, {"model_type": "ministral3"},
+    {"model_type": "olmo3", "sliding_window": 64, "layer_types": ["full_attention", *["sliding_attention"] * 6]},
+])  # fmt: skip
+def test_windows_are_those_of_the_model(fields):
+    """The planner reads a config.json without transformers."""
+    architecture = {**ODD, "num_hidden_layers": 7, **fields}
+    plain = dict(architecture)
+    windows = layer_windows(AutoConfig.for_model(plain.pop("model_type"), **plain))
+    assert +Counter(ModelShape.from_config(architecture, "odd").layers_by_window) == Counter(windows)
 
 
 def test_llama3_8b_is_as_published():
@@ -95,7 +113,7 @@ def test_a_declared_size_that_the_checkpoint_contradicts_is_refused_at_load(tmp_
 def test_work_counts_the_same_linear_weights(store_64):
     from ropewalk.data import Mixture
 
-    for kind in ("llama", "qwen2", "qwen3"):
+    for kind in ("llama", "qwen2", "qwen3", "olmo3", "gemma3_text"):
         counted = WorkCounter(AutoConfig.for_model(kind, **ODD), Mixture(0, {}, store_64, 1), 1, 1)
         shape = ModelShape.from_config({"model_type": kind, **ODD}, kind)
         assert (shape.linear, shape.attention_width) == (counted.linear, counted.attention_width)

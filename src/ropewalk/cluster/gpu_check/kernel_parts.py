@@ -75,6 +75,8 @@ def adapted(varlen_attn: Callable[..., Any]) -> Callable[..., Any]:
         elif enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         is_windowed = "window_size" in names
+        if not is_windowed and window_size[0] >= 0:
+            raise ValueError(f"window_size={window_size}: varlen_attn of this torch takes no window; use torch 2.13")
         words |= {"window_size": window_size} if is_windowed else {"is_causal": window_size == (-1, 0)}
         return varlen_attn(q, k, v, *bounds, **words)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from ropewalk.cluster.planner.memory import ADAM, FP32, Setting, attended_key
 from ropewalk.cluster.planner.shape import ModelShape
 from ropewalk.config.groups import ClusterConfig
 from ropewalk.config.train import AssumptionConfig, TrainerConfig
-from ropewalk.flops import causal_pairs, sequence_flops
+from ropewalk.flops import all_pairs, causal_pairs, mean_pairs, sequence_flops
 
 GB = 1e9
 # Speeds of an H100 and bytes of its memory that are moved. FlashAttention's forward is of arXiv 2407.08608 (16k tokens,
@@ -60,10 +61,11 @@ class Time:
 
 
 def flops_per_token(shape: ModelShape, length: int) -> Flops:
-    """FLOPs a token of a row of ``length`` tokens."""
+    """FLOPs a token of a row of ``length`` tokens; a layer with a window counts the pairs within it."""
     linear = sequence_flops(shape.linear, shape.attention_width, length, 0)
-    causal = sequence_flops(0, shape.attention_width, length, causal_pairs(length))
-    full = sequence_flops(0, shape.attention_width, length, length**2)
+    layers, width = shape.layers_by_window, shape.attention_width
+    causal = sequence_flops(0, width, length, mean_pairs(layers, partial(causal_pairs, length)))
+    full = sequence_flops(0, width, length, mean_pairs(layers, partial(all_pairs, length)))
     return Flops(linear / length, causal / length, full / length)
 
 
@@ -186,5 +188,6 @@ def lead_seconds(micro_step: float, save: float) -> int:
 
 
 def kv_bytes(shape: ModelShape, length: int, element: int = 2) -> float:
-    """Keys and values of one sequence, in bf16 unless ``element`` says otherwise."""
-    return 2.0 * shape.layers * shape.key * element * length
+    """Keys and values of one sequence, in bf16 unless ``element`` says otherwise; a window keeps its own alone."""
+    kept = sum(count * min(length, window or length) for window, count in shape.layers_by_window.items())
+    return 2.0 * shape.key * element * kept

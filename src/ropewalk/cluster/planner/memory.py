@@ -157,7 +157,8 @@ def saved_per_token(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Bytes a token that the backward pass of one layer needs, as transformers' Llama writes its operations."""
     b, h = setting.element, shape.hidden
     norm = FP32 * h + 2 * b * h  # fp32 input, normalised, output
-    norms = 2 * norm if not setting.fused else 3 * b * h  # input and output; the first one's input is the layer's own
+    # fused: input and output; the first one's input is the layer's own
+    norms = shape.norms * norm if not setting.fused else (2 * shape.norms - 1) * b * h
     attention = b * (shape.query + 2 * attended_key(shape, setting)) + _attention_output(shape, setting)
     if shape.head_normed:
         attention += (FP32 + b) * (shape.query + shape.key)

@@ -13,7 +13,10 @@ from ropewalk.rope.hf_config import read_config_json
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim")
-_HEAD_DIM = {"qwen3": 128, "ministral3": 128}  # of classes that do not take hidden_size / num_attention_heads
+# Of classes that do not take hidden_size / num_attention_heads.
+_HEAD_DIM = {"qwen3": 128, "ministral3": 128, "gemma3_text": 256}
+_WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}  # of classes that have one unless told otherwise
+_EVERY = {"olmo3": 4, "gemma3_text": 6}  # the layer that attends to everything
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class ModelShape:
         head_dim: channels of a head.
         tied: whether the head is the embedding.
         biased: linear layers that have a bias, by name (q, k, v, o, mlp).
+        window: keys that a query of the windowed layers sees.
+        windowed: layers with that window.
     """
 
     model_type: str
@@ -43,6 +48,8 @@ class ModelShape:
     head_dim: int
     tied: bool
     biased: frozenset[str] = frozenset()
+    window: int | None = None
+    windowed: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
@@ -76,8 +83,10 @@ class ModelShape:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=config.get("head_dim") or _HEAD_DIM.get(kind, config["hidden_size"] // heads),
-            tied=bool(config.get("tie_word_embeddings", kind == "smollm3")),
+            tied=bool(config.get("tie_word_embeddings", kind in ("smollm3", "gemma3_text"))),
             biased=_biased(kind, config),
+            window=config.get("sliding_window", _WINDOW.get(kind)),
+            windowed=_windowed(kind, config),
         )
 
     @property
@@ -93,7 +102,17 @@ class ModelShape:
     @property
     def head_normed(self) -> bool:
         """True if queries and keys pass a norm of their own."""
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "olmo2", "olmo3", "gemma3_text")
+
+    @property
+    def norms(self) -> int:
+        """Norms of the residual stream's width in one layer."""
+        return 4 if self.model_type == "gemma3_text" else 2
+
+    @property
+    def layers_by_window(self) -> dict[int | None, int]:
+        """Number of layers by the window that they have."""
+        return {None: self.layers - self.windowed, self.window: self.windowed} if self.windowed else {None: self.layers}
 
     @property
     def linear_per_layer(self) -> int:
@@ -115,14 +134,19 @@ class ModelShape:
         """Norms and biases of one layer."""
         widths = {"q": self.query, "k": self.key, "v": self.key, "o": self.hidden}
         widths["mlp"] = 2 * self.intermediate + self.hidden
-        heads = 2 * self.head_dim if self.head_normed else 0
-        return 2 * self.hidden + heads + sum(widths[name] for name in self.biased)
+        biases = sum(widths[name] for name in self.biased)
+        if self.model_type == "olmo":  # whose norms have no weights
+            return biases
+        whole = self.model_type in ("olmo2", "olmo3")  # queries and keys are normed across their heads
+        heads = (self.query + self.key if whole else 2 * self.head_dim) if self.head_normed else 0
+        return self.norms * self.hidden + heads + biases
 
     @property
     def parameters(self) -> int:
         """All parameters, tied ones once."""
         per_layer = self.linear_per_layer + self.small_per_layer
-        return self.layers * per_layer + self.embedding * (1 if self.tied else 2) + self.hidden
+        last_norm = 0 if self.model_type == "olmo" else self.hidden
+        return self.layers * per_layer + self.embedding * (1 if self.tied else 2) + last_norm
 
     @property
     def attention_width(self) -> int:
@@ -137,15 +161,33 @@ def shape_of(model: ModelConfig) -> ModelShape:
         UserError: where neither says it.
     """
     directory = Path(model.path) if model.path else None
+    without = {"sliding_window": None} if "sliding_window" in model.drop else {}
     if directory is not None and (directory / "config.json").is_file():
-        return ModelShape.from_config(read_config_json(directory, "model.path"), str(directory))
+        return ModelShape.from_config({**read_config_json(directory, "model.path"), **without}, str(directory))
     if not model.architecture:
         raise UserError(
             f"model.path={model.path} holds no config.json here and model.architecture is empty, so its size is "
             "not known; name a directory that is on this disk, or give its fields (++model.architecture={model_type: "
             "llama, hidden_size: ..., ...})"
         )
-    return ModelShape.from_config({"head_dim": model.head_dim, **model.architecture}, f"model={model.name}")
+    fields = {"head_dim": model.head_dim, **model.architecture, **without}
+    return ModelShape.from_config(fields, f"model={model.name}")
+
+
+def _windowed(kind: str, config: Mapping[str, Any]) -> int:
+    """Layers with a window, as transformers' classes read a config; of SmolLM3 those that it names alone."""
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    if not config.get("sliding_window", _WINDOW.get(kind)):
+        return 0
+    if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
+        return 0
+    if types:
+        return int(list(types).count("sliding_attention"))
+    if kind in _EVERY:
+        return int(layers - layers // config.get("sliding_window_pattern", _EVERY[kind]))
+    if kind in ("qwen2", "qwen3"):
+        return int(max(0, layers - config.get("max_window_layers", 28)))
+    return int(layers) if kind in ("mistral", "ministral3") else 0
 
 
 def _biased(kind: str, config: Mapping[str, Any]) -> frozenset[str]:

@@ -409,12 +409,15 @@ class JoinedStore:
         return store.longest_documents(name)
 
     def attention_cost(self, domain: str, row: int) -> int:
-        """Sum of the squared lengths of a row's documents, padding counted as one, as attention computes it."""
+        """Sum of the squared lengths of a row's documents, as attention without a window computes it."""
+        lengths = self.document_lengths(domain, row)
+        return int(lengths @ lengths)
+
+    def document_lengths(self, domain: str, row: int) -> NDArray[np.int64]:
+        """Tokens of each document of a row, its padding, which may be of no token, counted as one."""
         store, name = self._store_of(domain)
         ends = store.document_ends(name, row)
-        bounds = np.concatenate([[0], ends, [store.sequence_length]]).astype(np.int64)
-        lengths: NDArray[np.int64] = np.diff(bounds)
-        return int(lengths @ lengths)
+        return np.diff(np.concatenate([[0], ends, [store.sequence_length]]).astype(np.int64))
 
     def _store_of(self, domain: str) -> tuple[PackedStore, str]:
         if domain not in self._stores:

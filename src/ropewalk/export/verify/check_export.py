@@ -23,7 +23,7 @@ from ropewalk.export.gguf.gguf_model import FACTORS, GgufPosition, gguf_position
 from ropewalk.export.output import Finding
 from ropewalk.export.portable import older_form, text_part
 from ropewalk.model.hf_directory import read_config, weight_faults
-from ropewalk.model.rotary import Rotation, chain_rotation, inspect_config
+from ropewalk.model.rotary import Rotation, inspect_config, position_faults
 from ropewalk.rope import Position, RopeChain
 from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
 from ropewalk.rope.log_temperature import VLLM_KEY
@@ -88,13 +88,12 @@ class Claim:
         return inspect_config(self.config, length or getattr(text, "max_position_embeddings", None) or 1)
 
     def faults(self) -> list[str]:
-        """The differences of stock transformers' rotation from the claimed chain's, in words."""
+        """The differences of stock transformers' rotation from the claimed one, in words; of every layer type."""
         position = self.position  # refused, before stock transformers tries to rotate with it
         if self.has_metadata or not position.depends_on_length:
-            return chain_rotation(self.rotations()).faults(position.spectrum())
+            return position_faults(self.rotations(), position)
         lengths = (position.pretrained_length, 2 * position.trained_length)  # on both sides of the change
-        pairs = ((chain_rotation(self.rotations(n)), position.spectrum(n)) for n in lengths)
-        return [fault for rotation, spectrum in pairs for fault in rotation.faults(spectrum)]
+        return [fault for n in lengths for fault in position_faults(self.rotations(n), position, n)]
 
     def __str__(self) -> str:
         if self.has_metadata:

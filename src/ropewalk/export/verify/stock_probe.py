@@ -23,7 +23,8 @@ VIDEO = ("position_ids", "pixel_values_videos", "video_grid_thw")
 def main(job: str) -> None:
     """Write logits, float32 (rows, vocabulary), and inv_freq as loaded and after the pass, float32 (2, head_dim / 2).
 
-    Both, because a longrope model rotates with its short list as loaded and with its long one past its length.
+    Both, because a longrope model rotates with its short list as loaded and with its long one past its length. Where
+    layer types rotate differently, head_dim / 2 of each, one after the other by the types' names.
     """
     given = json.loads(Path(job).read_text(encoding="utf-8"))
     ids, rows = torch.from_numpy(np.load(given["tokens"]))[None], torch.from_numpy(np.load(given["rows"]))
@@ -32,11 +33,13 @@ def main(job: str) -> None:
     for directory, answer in given["models"].items():
         model = kind.from_pretrained(directory, dtype=torch.float32).eval()
         rotary = model.get_decoder().rotary_emb
-        name = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"
-        as_loaded = getattr(rotary, name).clone()
+        names = [name for name, _ in rotary.named_buffers(recurse=False) if name.endswith("inv_freq")]
+        names = sorted(name for name in names if "original" not in name)
+        as_loaded = torch.cat([getattr(rotary, name) for name in names])
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows, **video).logits[0]
-        np.savez(answer, logits=logits.numpy(), inv_freq=torch.stack([as_loaded, getattr(rotary, name)]).numpy())
+        after = torch.cat([getattr(rotary, name) for name in names])
+        np.savez(answer, logits=logits.numpy(), inv_freq=torch.stack([as_loaded, after]).numpy())
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ropewalk.model.rotary import (
 )
 from ropewalk.model.vision import embed
 from ropewalk.rope import log_temperature, nope_layers
+from ropewalk.rope.hf_config import rotating_layers
 
 # Both sides compute in fp32 from the same weights; kernels differ in the order of their sums.
 TOLERANCE = 1e-3  # of the logits' standard deviation
@@ -93,7 +94,11 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
     model = _source_model(source, config, directory)
     explained: NDArray[np.float64] | float = 0.0
     if rope_entry(config) != rope_entry(source.config):
-        explained = stock_tolerances(source.position.spectrum(), rope_entry(config))
+        of_chain = stock_tolerances(source.position.spectrum(), rope_entry(config))
+        text = config.get_text_config()
+        kinds = rotating_layers(text.rope_parameters, getattr(text, "layer_types", None)) or [""]
+        # the entries of layer types that no chain changes stay as they are
+        explained = np.concatenate([of_chain * (kind == kinds[0]) for kind in sorted(kinds)])
     compared = [_compared(model, text, source, directory, explained) for text in passages]
     spectrum_equal = all(equal for _, _, equal in compared)
     difference, std, _ = max(compared, key=lambda numbers: numbers[0] / numbers[1])
@@ -152,14 +157,17 @@ def _source_model(source: Source, config: PreTrainedConfig, directory: Path) -> 
     model.eval()
     if not source.keeps_entry:
         install_spectrum(model)
-        assert_spectrum(model, source.position.spectrum())
+        assert_spectrum(model, source.position.spectrum(), source.position.other_layers)
     return model
 
 
 def _source_logits(
     model: PreTrainedModel, source: Source, passage: Passage
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits (rows, vocabulary) and the frequencies (head_dim / 2,) that the source itself rotates with."""
+    """Logits (rows, vocabulary) and the frequencies (head_dim / 2,) that the source itself rotates with.
+
+    Where layer types rotate differently, those of each, one after the other by the types' names.
+    """
     count, further = len(passage.tokens), dict[str, Any]()
     if source.run_dir is not None:
         further = {"documents": attention.Documents.from_cu_seqlens(torch.tensor([0, count]), torch.device("cpu"))}
@@ -172,7 +180,8 @@ def _source_logits(
             logits = model.get_output_embeddings()(hidden)
         else:
             logits = model(input_ids=ids, logits_to_keep=rows, **(further or {"use_cache": False})).logits[0]
-    return logits.numpy(), chain_rotation(rotations(model, count)).inv_freq.numpy()
+    modules = sorted(rotations(model, count), key=lambda rotation: rotation.module)
+    return logits.numpy(), torch.cat([rotation.inv_freq for rotation in modules]).numpy()
 
 
 def _load(model: PreTrainedModel, source: Source, directory: Path) -> None:
