@@ -30,7 +30,7 @@ from ropewalk.model import attention
 from ropewalk.model.hf_directory import auto_class, check_causal, load_whole, read_config
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.model.vision import has_vision
-from ropewalk.rope.chain import RopeChain, Steps
+from ropewalk.rope.chain import RopeChain, Steps, learned_step
 from ropewalk.rope.log_temperature import LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
@@ -90,6 +90,11 @@ def training_config(
         sequence_length,
         base_model=model.path if start is None else origin.base_model,
     )
+    if position.axes is not None and (step := learned_step(position.chain)) is not None:
+        raise UserError(
+            f"{step} trains the frequencies of text alone, and model_type={config.model_type} has {position.axes}; "
+            "choose a chain without it"
+        )
     config.get_text_config().max_position_embeddings = sequence_length
     config = place_position(config, position)
     setattr(config, METADATA_KEY, position.metadata())
