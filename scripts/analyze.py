@@ -44,6 +44,7 @@ FIGURES = {
     "clips": "What the number of clipped pairs and the window do.",
     "decay": "Decay of the first singular value under four spectra.",
     "axes": "Axis and period of every pair, for methods of images and videos.",
+    "factors": "The factor on every pair's frequency over RoPE's: what a run learned, what a clip leaves.",
     "figures": "All figures above.",
     "ablations": "RULER against each argument of RoPE-ID, from evaluated runs (results=[...]).",
 }

@@ -17,8 +17,8 @@ ENTRIES = {
     "scripts/plan.py": "plan",
 }
 FIGURES = (
-    "spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "axes", "figures",
-    "ablations",
+    "spectra", "kernel", "leakage", "coverage", "semantic", "phases", "textbook", "clips", "decay", "axes", "factors",
+    "figures", "ablations",
 )  # fmt: skip
 COMMANDS_OF = {
     "scripts/analyze.py": {

@@ -25,6 +25,7 @@ SAMPLES = {
     "temperature": {"exponent": 2.0},
     "nope_layers": {"every": 4},
     "log_temperature": {"length": 8192},
+    "learned": {"alpha": [0.1]},
 }
 
 BESIDE = ("axes", "nope_layers", "log_temperature")  # they change no frequency

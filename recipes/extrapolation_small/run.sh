@@ -29,6 +29,7 @@ declare -A survey=(
   [cope4]='[{method: cope, clip: 4}]'
   [cope11]='[{method: cope, clip: 11}]'
   [nope]='[{method: p_rope, fraction: 0.0}]'
+  [learned]='[{method: learned, learning_rate: 0.01}]'
 )
 
 # each FUNCTION SEED...: the function once for each seed, PROCESSES at a time

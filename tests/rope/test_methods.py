@@ -492,6 +492,7 @@ ARGUMENTS = {  # of every method, over its whole range
              "temporal_scales": st.lists(st.floats(0.1, 4), min_size=1, max_size=4)},
     "nope_layers": {"every": st.integers(1, 100)},
     "log_temperature": {"beta": st.floats(0, 4), "length": tokens},
+    "learned": {"alpha": st.lists(st.floats(-50, 50), min_size=64, max_size=64)},
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from helpers import GradientProbe, one_step, tiny_run
 
@@ -18,13 +19,18 @@ from ropewalk.config.groups import RopeConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.model.load import training_config
 from ropewalk.training.distributed import start_processes
-from ropewalk.training.engine import start_engine
+from ropewalk.training.engine import LearnedSpectrum, start_engine
 from ropewalk.training.inputs import micro_batches
 
 
-def gradients(engine: Any) -> dict[str, Any]:
-    """Every whole gradient by its parameter's name; collective."""
+def gradients(engine: Any, learned: LearnedSpectrum) -> dict[str, Any]:
+    """Every whole gradient by its parameter's name, that of frequencies as alpha, equal on all ranks; collective."""
     named = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+    if learned.alpha is not None:
+        named["alpha"] = learned.gradient()
+        parts = [torch.empty_like(named["alpha"]) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, named["alpha"])
+        assert all(torch.equal(part, parts[0]) for part in parts)
     return {name: gradient.cpu().numpy() for name, gradient in named.items()}
 
 
@@ -49,8 +55,10 @@ def main(cases: str, output: str) -> None:
             *case["overrides"],
         )
         mixture = Mixture(0, case["weights"], store, config.trainer.global_batch_size)
-        engine = start_engine(config, training_config(config.model, RopeConfig("rope"), store.sequence_length), ranks)
-        probe = GradientProbe(partial(gradients, engine))
+        rope = RopeConfig("rope", case.get("chain", []))
+        engine = start_engine(config, training_config(config.model, rope, store.sequence_length), ranks)
+        learned = LearnedSpectrum(engine, config.trainer, ranks, None)
+        probe = GradientProbe(partial(gradients, engine, learned))
         step = one_step(engine, micro_batches(mixture, 0, ranks, config), mixture.trained_tokens(0), ranks, probe)
         if ranks.is_main:
             np.savez(Path(output) / f"{case['name']}.npz", loss=step.loss, norm=step.grad_norm, **probe.seen)

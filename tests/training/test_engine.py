@@ -31,11 +31,20 @@ from ropewalk.training.inputs import micro_batches
 HERE = Path(__file__).parent
 GLOBAL_BATCH = 8
 WEIGHTS = {"long": 0.5, "short": 0.5}
+LEARNED = [{"method": "learned"}]  # which leaves the other gradients as they are
 
 
 def per_document_gradients(directory, store, z_loss=0.0, batch=GLOBAL_BATCH):
     """Every document by itself through stock transformers, token losses summed, divided by all trained tokens."""
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    alpha = torch.zeros(model.model.rotary_emb.inv_freq.numel(), dtype=torch.float64, requires_grad=True)
+    frequencies = 1e4 ** (-torch.arange(alpha.numel(), dtype=torch.float64) / alpha.numel())
+
+    def rotate(x, position_ids):
+        angles = position_ids[..., None] * (frequencies * alpha.exp()).repeat(2)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    model.model.rotary_emb.forward = rotate
     total, count = torch.zeros(()), 0
     for ref in Mixture(0, WEIGHTS, store, batch).global_batch(0):
         sequence = store.read(ref.domain, *ref.rows)
@@ -48,7 +57,7 @@ def per_document_gradients(directory, store, z_loss=0.0, batch=GLOBAL_BATCH):
             count += end - start - 1
             start = end
     (total / count).backward()
-    return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}
+    return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}, alpha.grad.float()
 
 
 def assert_gradients(directory, ranks, cases, sequence=1, batch=GLOBAL_BATCH):
@@ -65,13 +74,14 @@ def assert_gradients(directory, ranks, cases, sequence=1, batch=GLOBAL_BATCH):
         run_ranks(ranks, directory / "logs", arguments, script=script)
     for case in cases:
         store = PackedStore(case["store"])
-        loss, expected = per_document_gradients(case["model"], store, case.get("z_loss", 0.0), batch)
+        loss, expected, alpha = per_document_gradients(case["model"], store, case.get("z_loss", 0.0), batch)
         is_bf16 = "trainer.dtype=bfloat16" in case["overrides"]
         rounding = 2e-2 if is_bf16 else 1e-5
         with np.load(directory / f"{case['name']}.npz") as found:
             assert float(found["loss"]) == pytest.approx(loss, rel=rounding)
             norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
             assert float(found["norm"]) == pytest.approx(norm.item(), rel=rounding)
+            expected |= {"alpha": alpha} if "chain" in case else {}
             assert set(found.files) == {"loss", "norm", *expected}
             for name, gradient in expected.items():
                 own = torch.from_numpy(found[name])
@@ -112,7 +122,7 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
     """
     checkpointing = "trainer.activation_checkpointing=true"
     equal = {
-        "plain": [],
+        "plain": [],  # frequencies are trained, too
         "checkpointing": [checkpointing],
         "offload": [checkpointing, "trainer.offload_activations=true"],
         "attention_kept": [checkpointing, "trainer.keep_attention=true"],
@@ -125,7 +135,14 @@ def test_what_saves_memory_or_time_changes_no_gradient(tmp_path, store_64):
     }
     model = save_tiny(tmp_path / "model", mlp_bias=True)
     cases = [
-        {"name": name, "model": str(model), "store": str(store_64.root), "accumulation": 2, "overrides": overrides}
+        {
+            "name": name,
+            "model": str(model),
+            "store": str(store_64.root),
+            "accumulation": 2,
+            "overrides": overrides,
+            "chain": LEARNED,
+        }
         for name, overrides in {**equal, **close}.items()
     ]
     assert_gradients(tmp_path, 2, cases)
@@ -163,6 +180,7 @@ def test_gradients_of_shared_sequences_equal_each_document_alone(
             "model": str(model),
             "store": str(store_64.root),
             "accumulation": batch * sequence // (ranks * rows),
+            **({"chain": LEARNED} if dtype == "float32" else {}),
             "overrides": [
                 f"deepspeed=zero{stage}", f"trainer.dtype={dtype}",
                 *(f"trainer.{name}=true" for name in ways),
@@ -328,7 +346,7 @@ def test_nccl_and_cuda_kernels_agree_with_each_document_alone(tmp_path, store_64
     }  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps({"device": "cuda", "sequence": 1, "cases": [case]}))
     torchrun(ranks, str(HERE / "engine_gradients.py"), str(tmp_path / "cases.json"), str(tmp_path))
-    loss, expected = per_document_gradients(case["model"], store_64)
+    loss, expected, _ = per_document_gradients(case["model"], store_64)
     with np.load(tmp_path / "cuda.npz") as found:
         assert float(found["loss"]) == pytest.approx(loss, rel=1e-2)
         for name, gradient in expected.items():

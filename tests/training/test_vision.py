@@ -28,6 +28,7 @@ from ropewalk.data import Mixture
 from ropewalk.data.order.batches import ClipKey, read_batch, rows_of
 from ropewalk.data.order.clip_batches import ClipReader, TowerGeometry, temporal_scale
 from ropewalk.data.store.writer import Accounting, write_store
+from ropewalk.errors import UserError
 from ropewalk.export.zero_weights import ZeroWeights
 from ropewalk.model.load import build_for_training, read_position, training_config
 from ropewalk.model.loss import LossModel
@@ -257,6 +258,14 @@ def test_a_frozen_tower_stays_as_it_was(tmp_path, store, model_type):
     assert all(torch.equal(tensor.view(-1), before[name].view(-1)) for name, tensor in after.items())
     losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
     assert losses[1] != losses[0]
+
+
+def test_no_frequencies_on_several_axes_are_trained(tmp_path, store):
+    save_model(tmp_path / "model")
+    config = video_run(store, tmp_path / "run", "mrope", f"model.path={tmp_path / 'model'}")
+    config.rope.chain = [{"method": "learned"}]
+    with pytest.raises(UserError, match=r"learned\(\) trains .* of text alone, and model_type=qwen2_vl has"):
+        training_config(config.model, config.rope, 64)
 
 
 def test_qwen25_vl_learns_from_packed_clips_what_stock_transformers_does_from_each_document(tmp_path, store):

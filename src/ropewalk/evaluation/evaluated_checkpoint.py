@@ -25,7 +25,7 @@ from ropewalk.files import read_object, sha256_of_json, write_atomically
 from ropewalk.model.hf_directory import StoredWeights, read_config
 from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain, Spectrum
-from ropewalk.rope.chain import Steps
+from ropewalk.rope.chain import Steps, check_trained
 from ropewalk.rope.position import METADATA_KEY, position_of
 from ropewalk.runs.directory import run_name, run_of
 
@@ -98,10 +98,10 @@ def check_chains(rope: RopeConfig, test_time: TestTimeConfig) -> None:
     """Check every chain that an evaluation may append, without the checkpoint that it would follow.
 
     Raises:
-        UserError: from the chain, for a method or an argument that is not known.
+        UserError: from the chain, for a method or an argument that is not known, or frequencies that training gives.
     """
     for steps in (rope.chain, test_time.within, test_time.beyond, *test_time.at.values()):
-        RopeChain(_follow(steps, 2.0))  # whatever the ratio
+        check_trained(RopeChain(_follow(steps, 2.0)))  # whatever the ratio
 
 
 def _follow(steps: Steps, ratio: float) -> list[dict[str, Any]]:
@@ -111,6 +111,7 @@ def _follow(steps: Steps, ratio: float) -> list[dict[str, Any]]:
 
 def _setting(position: Position, extra: Steps, length: int) -> Setting:
     extended = position.extended(extra)
+    check_trained(extended.chain)
     added = RopeChain(extra)
     first = extended.chain.structure().to_list() if added.structure().steps else []
     resolved = [*first, *extended.chain.frequencies().to_list()[len(position.chain.frequencies().steps) :]]

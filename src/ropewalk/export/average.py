@@ -115,6 +115,11 @@ def check_members(members: Sequence[Path]) -> None:
                 f"there {first[name]!r}), and a mean of the two is neither; average checkpoints of one chain, model "
                 "and start"
             )
+    if any("learned" in read_manifest(member).get("state", {}) for member in members):
+        raise UserError(
+            f"average: the members, {members[0]} the first, have each learned frequencies of their own, and a mean of "
+            "weights fits none of them; export one of them"
+        )
     runs = {RunDirectory.of(member).root for member in members}
     if len(runs) > 1 and not first["start_from"] and not (first["base_model"] or {}).get("path"):
         raise UserError(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ropewalk.files import write_atomically
 from ropewalk.model.load import write_config
 from ropewalk.model.rotary import place_position, rope_entry
-from ropewalk.rope.chain import Steps
+from ropewalk.rope.chain import Steps, check_trained
 from ropewalk.rope.position import METADATA_KEY, Position
 
 OLDER = ("rope_theta", "rope_scaling")  # where transformers before 5 looks
@@ -36,6 +36,7 @@ def place_portable(
         extra: steps after its chain, of which the metadata says nothing.
         length: tokens of the inputs, for length-dependent methods; None: the trained length.
     """
+    check_trained(position.chain)
     config.get_text_config().max_position_embeddings = served
     config = place_position(config, position.extended(extra), length, refused=("yarn", "proportional"))
     setattr(config, METADATA_KEY, position.metadata())

@@ -31,7 +31,7 @@ from ropewalk.model.hf_directory import auto_class, check_causal, load_whole, re
 from ropewalk.model.rotary import assert_spectrum, install_spectrum, place_position
 from ropewalk.model.vision import has_vision
 from ropewalk.rope.advisor import UNTRAINED
-from ropewalk.rope.chain import RopeChain, Steps
+from ropewalk.rope.chain import RopeChain, Steps, learned_step
 from ropewalk.rope.log_temperature import LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
@@ -93,6 +93,13 @@ def training_config(
     )
     config.get_text_config().max_position_embeddings = sequence_length
     config = place_position(config, position)
+    layered = any(isinstance(entry, Mapping) for entry in config.get_text_config().rope_parameters.values())
+    more = position.axes or ("one for each layer type" if layered else "")
+    if more and (step := learned_step(position.chain)) is not None:
+        raise UserError(
+            f"{step} trains the one table of a text model, and model_type={config.model_type} has {more}; choose a "
+            "chain without it"
+        )
     setattr(config, METADATA_KEY, position.metadata())
     config.get_text_config().use_cache = False
     return config

@@ -133,10 +133,13 @@ def run_spectra(runs: Sequence[Run]) -> dict[str, Spectrum]:
 
 
 def _spectrum(run: Run) -> Spectrum:
-    """The run's spectrum; its base is read off the ratio of the first two frequencies, as for any RoPE vector."""
+    """The run's spectrum; its base is read off the ratio of the first two frequencies, as for any RoPE vector.
+
+    Of learned frequencies it is the one that they began at.
+    """
     inv_freq = run.inv_freq
     assert inv_freq is not None
-    theta = base_of(inv_freq) or 1e4
+    theta = run.record.get("learned_from") or base_of(inv_freq) or 1e4
     settings = run.evaluation.get("settings") or [{}]
     scaling = run.record.get("attention_scaling", settings[0].get("attention_scaling", 1.0))
     trained = run.trained_length or 1

@@ -27,6 +27,7 @@ from ropewalk.evaluation.results import (
     results_table,
 )
 from ropewalk.files import read_object
+from ropewalk.rope import Position
 from ropewalk.runs.directory import RunDirectory
 from ropewalk.runs.metrics_file import read_rows
 from ropewalk.runs.record import recorded_at
@@ -252,6 +253,7 @@ def load_run(directory: Path) -> Run:
     run = RunDirectory(directory)
     config = flatten(recorded_at(directory) or {})
     record = read_object(run.record)
+    record |= _learned(run, config, record)
     metrics = _metrics(run.metrics)
     evaluations = read_evaluations(directory)
     if not any((config, record, len(metrics), len(evaluations.results))):
@@ -271,6 +273,19 @@ def load_run(directory: Path) -> Run:
         verification=read_object(run.export / "verification.json"),
         left_out=evaluations.left_out,
     )
+
+
+def _learned(run: RunDirectory, config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What a run that trains its frequencies has learned, from its newest checkpoint: run.json has their beginning.
+
+    Its base does not follow from them any more, so that is named beside them.
+    """
+    steps = config.get("rope.chain") or []
+    if not any(step["method"] == "learned" and step.get("alpha") is None for step in steps):
+        return {}
+    checkpoint = run.newest_checkpoint()
+    learned = None if checkpoint is None else Position.from_pretrained(checkpoint).spectrum().inv_freq.tolist()
+    return {"inv_freq": learned, "learned_from": record.get("rope_theta")}
 
 
 def _name(directory: Path, run_column: pd.Series, record: dict[str, Any], config: dict[str, Any]) -> str:

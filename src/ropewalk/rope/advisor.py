@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ropewalk.errors import UserError
-from ropewalk.rope.chain import RopeChain, clip_of, print_value, reached_length
+from ropewalk.rope.chain import RopeChain, clip_of, learned_step, print_value, reached_length
 from ropewalk.rope.hf_config import READ_SHARE, REFERENCE_KEYS, SHARE, read_hf_position
 from ropewalk.rope.hf_scaling import STRETCHED
 from ropewalk.rope.methods.clipping import recommended_clip
@@ -317,6 +317,17 @@ def chain_warnings(choices: Sequence[Position]) -> Iterator[str]:
             "no pair rotates: without rotation only the causal mask tells positions apart. DroPE (arXiv 2512.12167) "
             "trains with rotation first, drops it, and recalibrates at the length that the model had "
             "(recipes/drope_demo)"
+        )
+    if any(learned_step(choice.chain) is not None for choice in choices):
+        yield (
+            "the run trains its frequencies: all counts here are of those it begins with. LeRoPE (arXiv 2607.10134) "
+            "trained them from scratch, where such a model alone went on worse past its length than RoPE, and better "
+            "under YaRN; of a model that is continued so nothing is published"
+        )
+    if any(step.arguments.get("alpha") for choice in choices for step in choice.chain.steps):
+        yield (
+            "learned frequencies, frozen: they were trained with one model's weights. A model that was trained anew "
+            "with LeRoPE's kept 63.6% of what they gained (arXiv 2607.10134, table 2)"
         )
     if any(choice.layers is not None for choice in choices):
         yield (

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
@@ -249,6 +250,30 @@ def clip_of(chain: RopeChain) -> Step | None:
     return next((step for step in chain.steps if get_method(step.method).clips), None)
 
 
+def learned_step(chain: RopeChain) -> Step | None:
+    """The step whose alpha a run of this chain trains; None: it trains none."""
+    return next((step for step in chain.steps if _is_trained(step)), None)
+
+
+def learned_as(chain: RopeChain, alpha: Sequence[float]) -> RopeChain:
+    """A chain whose last step was trained, with the (d/2,) values that it has now."""
+    *steps, trained = chain.to_list()
+    return RopeChain([*steps, {**trained, "alpha": alpha}])
+
+
+def check_trained(chain: RopeChain) -> None:
+    """Raise UserError for a chain with frequencies that only training gives it."""
+    if (step := learned_step(chain)) is not None:
+        raise UserError(
+            f"{step} has no alpha: training gives it, and without training it changes nothing; evaluate or export the "
+            "run that learned it, or give alpha, a number for each pair"
+        )
+
+
+def _is_trained(step: Step) -> bool:
+    return step.method == "learned" and step.arguments["alpha"] is None
+
+
 def in_words(chain: RopeChain) -> str:
     """The printed chain, for people: ``rope``, which an empty one prints as, is also an arm's name, at another base."""
     return str(chain) if chain.steps else "plain RoPE"
@@ -311,11 +336,17 @@ def check_order(steps: Sequence[Step]) -> None:
     """A method that lays the spectrum out anew follows nothing but abf, and abf only if it uses the base.
 
     A chain clips once: a second clip, as when a run's clip meets that of the checkpoint it starts from, would stop
-    pairs that training turned. What stands beside the frequencies (axes, layers, temperature) is said once, and first.
+    pairs that training turned. What stands beside the frequencies (axes, layers, temperature) is said once, and first;
+    frequencies that a run trains stand last.
 
     Raises:
         UserError: naming the method and what it would undo.
     """
+    for step, after in pairwise(steps):
+        if _is_trained(step):
+            raise UserError(
+                f"{step} has no alpha, so a run trains it, and {after} stands after it; put it last, or give alpha"
+            )
     structural = [step.method for step in steps if get_method(step.method).structural]
     if len(set(structural)) > 1:
         raise UserError(f"a chain has {' and '.join(structural)}, and no stock model class carries both; keep one")

@@ -1,25 +1,31 @@
-"""The DeepSpeed engine: ZeRO configuration, optimizer, spectrum."""
+"""The DeepSpeed engine: ZeRO configuration, optimizer, spectrum, and the optimizer of one that is learned."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ropewalk.config.rules import batching
 from ropewalk.config.train import DeepSpeedConfig, TrainConfig, TrainerConfig
 from ropewalk.model.activations import place_activations
+from ropewalk.model.learned_rotary import learn_frequencies, learned_alpha
 from ropewalk.model.load import build_for_training
 from ropewalk.model.loss import LossModel
 from ropewalk.model.rotary import assert_spectrum, install_spectrum
 from ropewalk.model.vision import has_vision, tower_of
+from ropewalk.rope.chain import learned_step
 from ropewalk.rope.position import position_of
-from ropewalk.training.distributed import Ranks, import_deepspeed, sequence_groups
+from ropewalk.training.checkpoint.restore import MOMENTS
+from ropewalk.training.distributed import Ranks, import_deepspeed, log_once, sequence_groups
+from ropewalk.training.hooks import Hook, Step
 
 
 def zero_config(
@@ -114,6 +120,8 @@ def start_engine(config: TrainConfig, model_config: PreTrainedConfig, ranks: Ran
         engine.optimizer.mpu = (
             None  # ZeRO-1 in bf16 asks it for tensor parallelism, which sequence groups know nothing of
         )
+    if learned_step(position_of(lm.config).chain) is not None:
+        learn_frequencies(lm, ranks.device)
     place_spectrum(engine)
     return engine
 
@@ -140,3 +148,69 @@ def place_spectrum(engine: Any) -> None:
     install_spectrum(lm)
     position = position_of(lm.config)
     assert_spectrum(lm, position.spectrum(), position.other_layers)
+
+
+class LearnedSpectrum(Hook):
+    """Trains the frequencies of a chain that ends in ``learned``; does nothing under any other.
+
+    They are d/2 numbers, so every rank holds all of them with their moments, whatever the stage of ZeRO: each adds up
+    its gradient over micro batches in fp32, and the sum over ranks is the same on all.
+    """
+
+    def __init__(self, engine: Any, trainer: TrainerConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> None:
+        """Begin at zero, or go on from the ``state`` of a checkpoint."""
+        self.engine, self.trainer, self.ranks = engine, trainer, ranks
+        self.alpha = learned_alpha(engine.module.lm)
+        step = learned_step(position_of(engine.module.lm.config).chain)
+        if self.alpha is None or step is None:
+            return
+        self.peak: float = step.arguments["learning_rate"]
+        betas = (trainer.adam_beta1, trainer.adam_beta2)
+        self.optimizer = torch.optim.AdamW([self.alpha], betas=betas, eps=trainer.adam_eps, weight_decay=0.0)
+        if state is not None:
+            self.alpha.data.copy_(torch.tensor(state["alpha"]))
+            if state["steps"]:
+                moments = {name: self.alpha.new_tensor(state[name]) for name in MOMENTS}
+                self.optimizer.state[self.alpha] = {"step": torch.tensor(float(state["steps"])), **moments}
+
+    def gradient(self) -> Tensor:
+        """The global batch's gradient, float32 (d/2,), nats per trained token and unit of alpha. Collective."""
+        assert self.alpha is not None
+        own = torch.zeros_like(self.alpha) if self.alpha.grad is None else self.alpha.grad.clone()
+        dist.all_reduce(own)
+        return own / averaging_ranks(self.engine, self.ranks)
+
+    def after_step(self, step: Step) -> None:
+        """Move the frequencies, unless the weights' step was refused. Collective."""
+        if self.alpha is None:
+            return
+        gradient = self.gradient()
+        self.alpha.grad = None
+        if step.refused is not None:
+            return
+        if not gradient.isfinite().all():
+            log_once(
+                f"warning: step {step.number}: the gradient of the learned spectrum is not finite; it stays as it was"
+            )
+            return
+        self.alpha.grad = gradient
+        if self.trainer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_([self.alpha], self.trainer.gradient_clipping)
+        self.optimizer.param_groups[0]["lr"] = self.peak * step.learning_rate / self.trainer.learning_rate
+        self.optimizer.step()
+        self.alpha.grad = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.alpha is not None:
+            factors = self.alpha.detach().exp()
+            log_once(f"learned spectrum: frequencies times {factors.min():.4g} to {factors.max():.4g}")
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: alpha and its moments, every digit; empty where nothing is learned."""
+        if self.alpha is None:
+            return {}
+        held = self.optimizer.state.get(self.alpha, {})
+        moments = {name: held[name].tolist() for name in MOMENTS if held}
+        return {"learned": {"alpha": self.alpha.tolist(), "steps": int(held.get("step", 0)), **moments}}

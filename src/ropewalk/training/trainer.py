@@ -26,7 +26,7 @@ from ropewalk.runs.record import contract
 from ropewalk.training.checkpoint.resume import find_resume_point, prepare_resume
 from ropewalk.training.checkpoint.start import prepare_start, write_start
 from ropewalk.training.distributed import Ranks, control_group, held_directory, log, log_once
-from ropewalk.training.engine import averaging_ranks, place_spectrum, start_engine
+from ropewalk.training.engine import LearnedSpectrum, averaging_ranks, place_spectrum, start_engine
 from ropewalk.training.guards import Guard, Refusals, refuse_update, watch_gradients
 from ropewalk.training.hooks import Hook, Step, StopFlag, StopRequested
 from ropewalk.training.inputs import RunInputs, StepBatch, describe_order, on_device, open_inputs, step_batch
@@ -183,16 +183,18 @@ def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
 
     engine = _ready_engine(inputs, load)
     guard = Guard(config.guards, resume_point.state.get("guard"))
+    learned = LearnedSpectrum(engine, trainer, inputs.ranks, resume_point.state.get("learned"))
     stop = StopFlag(instant(trainer.stop_before) if trainer.stop_before else None, control_group(trainer.device))
     # The one order of the hooks, at every moment; they are entered in it, and left in the reverse order.
     hooks = (
         stop,  # asked first: a rank that leaves begins no micro batch
+        learned,  # moved with the weights, before anything looks at either
         logger,  # its row is there before the checkpoint that says the step is done; its tracker closes after that save
         Refusals(guard, mixture, run_dir),  # the row shows the refusal; a step that ends the run is not saved
         Watchdog(run_dir, ranks.rank, ranks.world_size, config.guards),  # times the step until here; a save may last
         Saver(
-            engine, config, contract=agreed, state=lambda: {"guard": guard.state(), **logger.state()}, logger=logger,
-            saved_step=first_step, last_step=last_step,
+            engine, config, contract=agreed, state=lambda: {"guard": guard.state(), **learned.state()} | logger.state(),
+            logger=logger, saved_step=first_step, last_step=last_step,
         ),  # before an evaluation, during which no signal is answered, and which may outlast the job
         PeriodicEvaluation(evaluation, engine, config, logger=logger, stop=stop, last_step=last_step),
         Profiler(trainer.profile_steps if ranks.is_main else 0, run_dir),  # the trace of a step has it all

@@ -10,7 +10,7 @@ from ropewalk.figures.spectrum.axes_and_periods import axes_figure
 from ropewalk.figures.spectrum.clip_leakage import leakage_figure
 from ropewalk.figures.spectrum.clip_sweep import clips_figure
 from ropewalk.figures.spectrum.fixed_spectra import decay_figure, textbook_figure
-from ropewalk.figures.spectrum.spectra import coverage_figure, phases_figure, spectra_figure
+from ropewalk.figures.spectrum.spectra import coverage_figure, factors_figure, phases_figure, spectra_figure
 
 # Name of a figure -> its function of (spectra, train_length=, target_length=).
 SPECTRUM_FIGURES: dict[str, Callable[..., Figure]] = {
@@ -24,6 +24,7 @@ SPECTRUM_FIGURES: dict[str, Callable[..., Figure]] = {
     "clips": clips_figure,
     "decay": decay_figure,
     "axes": axes_figure,
+    "factors": factors_figure,
 }
 
 __all__ = ["SPECTRUM_FIGURES"]

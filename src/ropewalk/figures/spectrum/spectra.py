@@ -1,4 +1,4 @@
-"""Spectra by pair: frequencies, phases that training never met, and turns in a million tokens."""
+"""Spectra by pair: frequencies, factors on them, phases that training never met, and turns in a million tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ropewalk.figures.figure import Figure, Panel, rows_of
 from ropewalk.figures.spectrum.attention_kernel import kernel_panels
-from ropewalk.figures.spectrum.kernels import changed_pairs, unseen_phases
+from ropewalk.figures.spectrum.kernels import ROUNDING, changed_pairs, unseen_phases
 from ropewalk.figures.style import (
     GREY,
     LEVEL_DASH,
@@ -27,7 +27,8 @@ from ropewalk.figures.style import (
     tokens,
     with_tips,
 )
-from ropewalk.rope.spectrum import Spectrum
+from ropewalk.rope.advisor import BAND
+from ropewalk.rope.spectrum import Spectrum, geometric
 
 MILLION = 2**20  # tokens
 SPECTRA_CAPTION = (
@@ -253,4 +254,51 @@ def _draw_turns(axes: Axes, spectra: Mapping[str, Spectrum], styles: Mapping[str
     axes.annotate("one turn", (0, 1), (2, 3), textcoords="offset points", fontsize=8, color=GREY)
     axes.set_yscale("log")
     axes.set_ylabel("turns")
+    pairs_axis(axes)
+
+
+def factors_figure(spectra: Mapping[str, Spectrum], *, train_length: int, target_length: int) -> Figure:
+    """The factor on each pair's frequency over plain RoPE's of the same base: what a run learned, what a clip leaves.
+
+    Args:
+        spectra: method or run -> spectrum.
+        train_length: tokens; the pair that turns once in 2.205 of it (LeRoPE's band) under the first base is marked.
+        target_length: not drawn.
+    """
+    styles = method_styles(spectra)
+    factors = {name: s.inv_freq / geometric(s.theta, s.head_dim) for name, s in spectra.items()}
+    first = next(iter(spectra.values()))
+    periods = 2 * np.pi / geometric(first.theta, first.head_dim)
+    band = int(np.argmin(np.abs(np.log(periods / (BAND * train_length)))))
+    draw = partial(_draw_factors, factors=factors, styles=styles, band=band)
+    numbers = pd.DataFrame(
+        {
+            "slower": [str(int(np.sum((f < 1 - ROUNDING) & (f > 0)))) for f in factors.values()],
+            "faster": [str(int(np.sum(f > 1 + ROUNDING))) for f in factors.values()],
+            "stopped": [str(int(np.sum(f == 0))) for f in factors.values()],
+            "least": [f"{f[f > 0].min():.3g}" if f.any() else "none" for f in factors.values()],
+            "most": [f"{f.max():.3g}" for f in factors.values()],
+            f"at pair {band}": [f"{f[band]:.3g}" for f in factors.values()],
+        },
+        index=list(spectra),
+    )
+    caption = (
+        "Frequency of each rotary pair over that of plain RoPE at the same base; stopped pairs, 0, have no place on "
+        f"the axis. Dashed: pair {band}, the one nearest to a turn in {BAND:g} training lengths, where spectra that "
+        "are learned from scratch keep a band (LeRoPE, arXiv 2607.10134)."
+    )
+    return Figure(
+        "factors", "Factor on every pair's frequency", [[Panel(draw)]], caption, styles, numbers, size=(6.6, 3.6)
+    )
+
+
+def _draw_factors(axes: Axes, factors: Mapping[str, FloatArray], styles: Mapping[str, Style], band: int) -> None:
+    for (name, factor), width in zip(factors.items(), nested(len(factors)), strict=True):
+        turning = np.flatnonzero(factor)
+        look = {"color": styles[name].color, "linestyle": styles[name].dash, "linewidth": width}
+        (line,) = axes.plot(np.arange(factor.size), positive(factor), marker=".", label=name, **look)
+        with_tips(line, (f"{name}: pair {pair}, {factor[pair]:.3g} times RoPE's" for pair in turning))
+    axes.axvline(band, color=GREY, linestyle=LEVEL_DASH, linewidth=1, gid="band")
+    axes.set_yscale("log")
+    axes.set_ylabel("factor on the frequency")
     pairs_axis(axes)

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from ropewalk.errors import UserError
 from ropewalk.files import blake3_of, fsync_path, inside, open_like_directory, sha256_of, write_atomically
+from ropewalk.model.learned_rotary import saved_config
 from ropewalk.model.load import write_config
 from ropewalk.runs.directory import MANIFEST, MANIFEST_FORMAT, ZERO, RunDirectory, read_manifest
 from ropewalk.training.distributed import gather, together
@@ -179,7 +180,7 @@ def _begin(engine: Any, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)  # torn by an earlier death: no manifest
     directory.mkdir(parents=True)
     (directory / ZERO).mkdir()
-    write_config(engine.module.lm.config, directory / "config.json")
+    write_config(saved_config(engine.module.lm), directory / "config.json")
 
 
 @contextmanager
