@@ -6,6 +6,7 @@ import re
 import resource
 import shlex
 import threading
+from dataclasses import replace
 
 import pytest
 from helpers import composed
@@ -90,6 +91,21 @@ def test_what_a_killed_process_leaves_is_no_hindrance(documents, fixture_tokeniz
     (tmp_path / "p/notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"p has files that are not this command's; remove them or set output="):
         made(documents, fixture_tokenizer, tmp_path / "p")
+
+
+def test_an_output_in_its_own_corpus_is_no_part_of_it(documents, fixture_tokenizer, tmp_path):
+    """Its held-out documents would be trained by a call that goes on, and finished work would be of another corpus."""
+    write_many = [(documents / f"{name}.txt").write_text(f"{name} and more text.\n" * 100) for name in "bcd"]
+    corpus = CorpusConfig(
+        paths=[str(documents)], tokenizer=str(fixture_tokenizer), heldout_documents=1, heldout_length=64
+    )
+    config = PrepareConfig(str(documents / "o"), [64], workers=1, corpus=corpus, stage="plan")
+    prepare(config, lambda line: None)
+    lines: list[str] = []
+    for _ in range(2):
+        prepare(replace(config, stage="all"), lines.append)
+    assert [line[:15] for line in lines if line.startswith("corpus: ")] == [f"corpus: {1 + len(write_many)} units"] * 2
+    assert any(line.endswith("holds this work already; remove it to make it again") for line in lines)
 
 
 def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tmp_path):

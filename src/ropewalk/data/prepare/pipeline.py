@@ -109,7 +109,8 @@ def _run(config: PrepareConfig, report: Report) -> None:
         UserError: for a corpus without documents, or one that cannot be read; an output that holds other work, or that
             another process writes.
     """
-    output, sources = Path(config.output), corpus_sources(config.corpus)
+    output = Path(config.output)
+    sources = corpus_sources(config.corpus, output)
     shards = deal_shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
     skipped = sum((source.skipped for source in sources), Counter[str]())
