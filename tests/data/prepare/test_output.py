@@ -93,6 +93,15 @@ def test_what_a_killed_process_leaves_is_no_hindrance(documents, fixture_tokeniz
         made(documents, fixture_tokenizer, tmp_path / "p")
 
 
+@pytest.mark.parametrize(("name", "content"), [("prepared.json", ""), ("prepared.json", "[]"), ("preparing.json", "{")])
+def test_a_mark_that_is_torn_is_named(documents, fixture_tokenizer, tmp_path, name, content):
+    """As a copy that was cut short leaves it."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"o/{name} is not (a )?JSON.*; correct it, or move it away"):
+        made(documents, fixture_tokenizer, tmp_path / "o")
+
+
 def test_an_output_in_its_own_corpus_is_no_part_of_it(documents, fixture_tokenizer, tmp_path):
     """Its held-out documents would be trained by a call that goes on, and finished work would be of another corpus."""
     write_many = [(documents / f"{name}.txt").write_text(f"{name} and more text.\n" * 100) for name in "bcd"]

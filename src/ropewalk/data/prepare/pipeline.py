@@ -40,7 +40,7 @@ from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
 from ropewalk.data.store.tokenizer_files import adds_bos, bos_mode, is_plain, open_tokenizer, sha256_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.files import OWNER, bytes_of, is_in_use, only_writer, write_atomically, writing
+from ropewalk.files import OWNER, bytes_of, is_in_use, only_writer, read_object, write_atomically, writing
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
@@ -321,8 +321,8 @@ def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int
     path = output / PREPARED
     if not path.exists():
         return False
-    prepared = json.loads(path.read_text(encoding="utf-8"))
-    if prepared["sha256"] != work["sha256"]:
+    prepared = read_object(path)
+    if prepared.get("sha256") != work["sha256"]:
         changed = [key for key in work if key != "sha256" and prepared.get(key) != work[key]]
         raise UserError(
             f"{output} holds work of another configuration or corpus (differs in: {', '.join(changed)}); "
@@ -338,7 +338,7 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
     """Mark the output as this work's; what a killed call of other work, or one without a plan yet, left is cleared."""
     claim = output / PREPARING
     if claim.exists():
-        same = json.loads(claim.read_text(encoding="utf-8"))["sha256"] == work["sha256"]
+        same = read_object(claim).get("sha256") == work["sha256"]
         if same and (work_directory(output) / PLAN).is_file():
             return
         for name in (TOKENIZER, "heldout", "work", *(path.name for path in output.glob("packed-*"))):
