@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from ropewalk.cli import Sweep, check_grammar, entry
-from ropewalk.config.evaluation import CompareConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.rules import validate_numbers
@@ -106,6 +106,10 @@ def test_what_hydra_reads_is_left_alone(override):
     (ExportConfig(verify_tokens=0), "verify_tokens=0 must be positive"),
     (SbatchConfig(cluster=ClusterConfig(slurm=SlurmConfig(nodes=0))), "cluster.slurm.nodes=0 must be positive"),
     (NeedleConfig(depths=[math.nan]), "depths=nan"),
+    (trainer(seed=-1), "seed=-1 must be 0 or more"),
+    (DataConfig(store="x", sequence_length=1, order_seed=2**63), "order_seed=9223372036854775808 must be 0 or more"),
+    (EvaluateConfig(seed=-1), "seed=-1 must be 0 or more"),
+    (ValidateConfig(seed=2**32), r"seed=4294967296 .* below 2\^32"),
 ])  # fmt: skip
 def test_a_number_out_of_its_range_is_refused(config, message):
     with pytest.raises(UserError, match=message):
