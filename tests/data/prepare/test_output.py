@@ -136,10 +136,11 @@ def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tm
         prepare(config_of(tmp_path / "file", documents, fixture_tokenizer), lambda line: None)
 
 
-def test_the_end_prints_the_commands_that_come_next(documents, fixture_tokenizer, tmp_path):
-    """They compose, and name this store."""
+@pytest.mark.parametrize("name", ["o", "my ö (1), it's = #2"])
+def test_the_end_prints_the_commands_that_come_next(documents, fixture_tokenizer, tmp_path, name):
+    """They compose, and name this store, also where a shell or Hydra would read its name otherwise."""
     lines: list[str] = []
-    output = prepare(config_of(tmp_path / "o", documents, fixture_tokenizer), lines.append)
+    output = prepare(config_of(tmp_path / name, documents, fixture_tokenizer), lines.append)
     look, train = [shlex.split(line.removeprefix("next: ")) for line in lines if line.startswith("next: ")]
     assert look == ["python", "data_prep/inspect_store.py", f"store={output}/packed-64"]
     assert train[:2] == ["python", "train.py"]
