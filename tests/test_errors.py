@@ -54,6 +54,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
 @pytest.mark.parametrize(("body", "code", "errors"), [
     ("[print(number) for number in range(100_000)]", 128 + signal.SIGPIPE, ""),
     ("print(1)", 0, ""),
+    ("print(1); raise SystemExit(3)", 3, ""),
     ("raise KeyboardInterrupt", 128 + signal.SIGINT, "error: interrupted\n"),
     ("signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)",
      128 + signal.SIGINT, "error: interrupted\n"),
@@ -69,6 +70,24 @@ def test_a_closed_output_and_ctrl_c_end_without_a_traceback(body, code, errors):
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (code, errors)
+
+
+def test_what_the_locale_cannot_print_ends_nothing():
+    """Names of another language, or that are not UTF-8, where LC_ALL says ASCII."""
+    program = ENTRY.replace('raise {error}("value, rule and fix")', 'print("± \\u8fd0 \\udce9")')
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program.replace("±", "\\xb1"), "model=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xb1 \\u8fd0 \\udce9\n", "")
+
+
+@pytest.mark.parametrize(("closed", "error", "code"), [(1, "SystemExit", 1), (2, "UserError", 2)])
+def test_an_output_that_the_caller_has_closed_costs_nothing(closed, error, code):
+    """As with ``>&-``, or in a daemon: Python then has no sys.stdout or sys.stderr at all."""
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "-c", ENTRY.format(error=error), "model=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("override", [

@@ -4,12 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +133,12 @@ def test_copies_are_data_not_modes(tmp_path):
     assert (tmp_path / "copy/b/c.txt").read_text() == "c"
     assert (tmp_path / "copy/b").stat().st_mode & 0o200
     assert (tmp_path / "copy/b/c.txt").stat().st_mode & 0o200
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """A call without encoding= would take the locale's."""
+    for path in Path(files.__file__).parent.rglob("*.py"):
+        assert not re.search(r"\.read_text\(\)|\.open\(\"[wa]\"\)", path.read_text(encoding="utf-8")), path
 
 
 def test_two_writers_of_a_file_share_no_partial(tmp_path):

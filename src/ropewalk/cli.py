@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import cache, partial, wraps
+from io import TextIOWrapper
 from pathlib import Path
-from select import POLLERR, poll
 from typing import Any
 
 import hydra
@@ -34,7 +34,7 @@ from ropewalk.cluster.requirements import COMMANDS, check_requirements
 from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, quiet_pipe
 from ropewalk.files import check_writable, writing
 from ropewalk.runs.launch import Terminated, leave_place, terminating
 
@@ -262,10 +262,12 @@ def user_errors() -> Iterator[None]:
     2, Ctrl-C with one line and 130, SIGTERM likewise and 143, and an output that nobody reads any more (``| head``)
     without a word and 141. Every other exception keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names and signs that the locale lacks are no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
-        with terminating():
+        with quiet_pipe(), terminating():
             yield
-            _output_is_closed()
     except USER_FAULTS as error:
         _report(error)
         sys.exit(2)
@@ -275,23 +277,6 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        if not _output_is_closed():
-            raise  # of another pipe
-        sys.exit(128 + signal.SIGPIPE)
-
-
-def _output_is_closed() -> bool:
-    """True if stdout is a pipe whose reader has gone; what is still to be written to it then goes nowhere."""
-    output = poll()
-    try:
-        output.register(sys.stdout.fileno(), 0)
-    except ValueError:  # not a file, as in a notebook
-        return False
-    if not any(event & POLLERR for _, event in output.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
 
 
 def run_command(commands: Mapping[str, Callable[[], None]], default: str | None = None) -> None:

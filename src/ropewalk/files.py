@@ -262,9 +262,10 @@ def _started(pid: int) -> str | None:
             pass
         return ""
     try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        content = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    state, *numbers = content.rpartition(")")[2].split()
     return None if state in "ZX" else numbers[18]
 
 
