@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -104,9 +105,19 @@ def test_an_override_that_hydra_cannot_read_is_shown_quoted(override):
     assert parsed.value() == (value[1:-1].split(",") if value.startswith("[") else value)
 
 
-@pytest.mark.parametrize(
-    "override", ["a=1", "~a.b=2", "+x/y=z", "a=[1,2]", "a='x=y'", "--cfg", "-m", "a={b: 1}", "a=1,2"]
-)
+@pytest.mark.parametrize(("override", "fixed"), [
+    ("output=~/runs", "output=$HOME/runs"), ("output='~/runs'", "output='$HOME/runs'"),
+    ("corpus.paths=[~/a,x~/b,'~/c']", "corpus.paths=[$HOME/a,x~/b,'$HOME/c']"),
+])  # fmt: skip
+def test_a_home_that_the_shell_has_left_is_named(override, fixed):
+    """Only at the beginning of a word is it expanded; a directory called ~ was made."""
+    with pytest.raises(UserError, match=f"; write {re.escape(fixed)}$"):
+        check_grammar([override])
+
+
+@pytest.mark.parametrize("override", [
+    "a=1", "~a.b=2", "+x/y=z", "a=[1,2]", "a='x=y'", "--cfg", "-m", "a={b: 1}", "a=1,2", "a='~/x is a path'",
+])  # fmt: skip
 def test_what_hydra_reads_is_left_alone(override):
     check_grammar([override])
 

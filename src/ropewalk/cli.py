@@ -43,6 +43,7 @@ IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 USER_FAULTS = (UserError, CompactHydraException, OmegaConfBaseException)
 RANKED = ("train", "evaluate")  # what several processes do together; the others are one process, whatever RANK says
 OUTPUTS = ("output", "figures")  # keys of what a command writes; training looks at its run_dir on every rank alike
+HOME = re.compile(r"(?<![^\['\",])~(?=/[^\s]*$)")  # at the beginning of a path, or of one in a list
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
 REPLACED = ("data.mixture", "data.curriculum", "data.length_weights", "corpus.domains", "test_time.at")
 
@@ -373,7 +374,7 @@ def check_grammar(arguments: Sequence[str]) -> set[str]:
     """Check that Hydra can parse the overrides among the arguments; returns the keys that are swept.
 
     Raises:
-        UserError: naming the first that it cannot, and the quoted form that it can.
+        UserError: naming the first that it cannot, and the quoted form that it can; or a path that begins with ~.
     """
     parser, swept = OverridesParser.create(), set()
     for argument in arguments:
@@ -382,6 +383,11 @@ def check_grammar(arguments: Sequence[str]) -> set[str]:
             continue
         if not key.strip("+~"):
             raise UserError(f"{argument} has no key before its =; write KEY{argument.lstrip('+~')}")
+        if HOME.search(value):
+            raise UserError(
+                f"{argument} has a ~ that no shell expands, as a word does not begin with it, and would be a directory "
+                f"of that name; write {key}={HOME.sub('$HOME', value)}"
+            )
         try:
             if (override := parser.parse_override(argument)).is_sweep_override():
                 swept.add(override.key_or_group)
