@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers import PYTHONPATH
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ropewalk.cli import Sweep, check_grammar, entry
+from ropewalk.cli import Sweep, check_grammar, entry, plain_argument
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
@@ -80,6 +81,25 @@ def test_what_the_locale_cannot_print_ends_nothing():
     command = [sys.executable, "-c", program.replace("±", "\\xb1"), "model=nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\xb1 \\u8fd0 \\udce9\n", "")
+
+
+@pytest.mark.parametrize(("word", "path"), [
+    ("model=1e5", "1e5"), ("model.path=007", "007"), ("model=[x],{y}", "[x],{y}"), ("model=null", None),
+    ("model=a/b", "a/b"),
+])  # fmt: skip
+def test_a_path_is_taken_as_it_is_written(word, path):
+    parser = OverridesParser.create()
+    assert parser.parse_override(plain_argument(word)).value() == path
+    assert parser.parse_override(plain_argument("model=a,b", swept=True)).is_sweep_override()
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
+    program = [sys.executable, "-c", ENTRY.format(error="KeyError"), "model=nowhere"]
+    command = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *program]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    fault = "error: the working directory cannot be used (No such file or directory); cd into one that is there"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, fault)
 
 
 @pytest.mark.parametrize(("closed", "error", "code"), [(1, "SystemExit", 1), (2, "UserError", 2)])

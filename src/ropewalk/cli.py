@@ -161,9 +161,11 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
             with user_errors():
                 ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
                 sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
+                check_working_directory()
                 sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
-                    sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
+                    swept = bool({"-m", "--multirun"} & {*sys.argv})
+                    sys.argv[1:] = [plain_argument(argument, swept) for argument in sys.argv[1:]]
                 sweep.keys = check_grammar(sys.argv[1:])
                 with sweep.composing():
                     run()
@@ -364,10 +366,25 @@ def _as_text(argument: str) -> str:
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}" if equals else argument
 
 
-def plain_argument(argument: str) -> str:
-    """``model=X`` of a command that reads a model as ``model.path=X``: only training has a model group."""
+def plain_argument(argument: str, swept: bool = False) -> str:
+    """``model=X`` of a command that reads a model as ``model.path=X``: only training has a model group.
+
+    The path is a text, and taken as it is written, except in a sweep: of a directory 1e5 Hydra would make 100000.0.
+    """
     key, equals, value = argument.partition("=")
-    return f"model.path{equals}{value}" if key == "model" else argument
+    if key not in ("model", "model.path"):
+        return argument
+    return f"model.path{equals}{value}" if swept else _as_text(f"model.path{equals}{value}")
+
+
+def check_working_directory() -> None:
+    """Raise UserError where the working directory is gone, as after another shell has made it anew."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory cannot be used ({error.strerror}); cd into one that is there"
+        ) from error
 
 
 def check_grammar(arguments: Sequence[str]) -> set[str]:
