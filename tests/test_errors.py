@@ -1,16 +1,18 @@
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
+from helpers import PYTHONPATH
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ropewalk.cli import Sweep, check_grammar, entry
-from ropewalk.config.evaluation import CompareConfig
+from ropewalk.cli import Sweep, check_grammar, entry, plain_argument
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, ValidateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.groups import ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.rules import validate_numbers
@@ -54,6 +56,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
 @pytest.mark.parametrize(("body", "code", "errors"), [
     ("[print(number) for number in range(100_000)]", 128 + signal.SIGPIPE, ""),
     ("print(1)", 0, ""),
+    ("print(1); raise SystemExit(3)", 3, ""),
     ("raise KeyboardInterrupt", 128 + signal.SIGINT, "error: interrupted\n"),
     ("signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)",
      128 + signal.SIGINT, "error: interrupted\n"),
@@ -71,6 +74,43 @@ def test_a_closed_output_and_ctrl_c_end_without_a_traceback(body, code, errors):
     assert (done.returncode, done.stderr) == (code, errors)
 
 
+def test_what_the_locale_cannot_print_ends_nothing():
+    """Names of another language, or that are not UTF-8, where LC_ALL says ASCII."""
+    program = ENTRY.replace('raise {error}("value, rule and fix")', 'print("± \\u8fd0 \\udce9")')
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program.replace("±", "\\xb1"), "model=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xb1 \\u8fd0 \\udce9\n", "")
+
+
+@pytest.mark.parametrize(("word", "path"), [
+    ("model=1e5", "1e5"), ("model.path=007", "007"), ("model=[x],{y}", "[x],{y}"), ("model=null", None),
+    ("model=a/b", "a/b"),
+])  # fmt: skip
+def test_a_path_is_taken_as_it_is_written(word, path):
+    parser = OverridesParser.create()
+    assert parser.parse_override(plain_argument(word)).value() == path
+    assert parser.parse_override(plain_argument("model=a,b", swept=True)).is_sweep_override()
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
+    program = [sys.executable, "-c", ENTRY.format(error="KeyError"), "model=nowhere"]
+    command = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *program]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    fault = "error: the working directory cannot be used (No such file or directory); cd into one that is there"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, fault)
+
+
+@pytest.mark.parametrize(("closed", "error", "code"), [(1, "SystemExit", 1), (2, "UserError", 2)])
+def test_an_output_that_the_caller_has_closed_costs_nothing(closed, error, code):
+    """As with ``>&-``, or in a daemon: Python then has no sys.stdout or sys.stderr at all."""
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "-c", ENTRY.format(error=error), "model=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("override", [
     "run_name=lr=1e-5", "run_name=a#b", "run_name=~x", "run_name=unié", "run_name=f(x", "data.store=/data/[x]/a=b",
     "corpus.paths=[unié]", "corpus.paths=[a=b,c#d]",
@@ -85,9 +125,19 @@ def test_an_override_that_hydra_cannot_read_is_shown_quoted(override):
     assert parsed.value() == (value[1:-1].split(",") if value.startswith("[") else value)
 
 
-@pytest.mark.parametrize(
-    "override", ["a=1", "~a.b=2", "+x/y=z", "a=[1,2]", "a='x=y'", "--cfg", "-m", "a={b: 1}", "a=1,2"]
-)
+@pytest.mark.parametrize(("override", "fixed"), [
+    ("output=~/runs", "output=$HOME/runs"), ("output='~/runs'", "output='$HOME/runs'"),
+    ("corpus.paths=[~/a,x~/b,'~/c']", "corpus.paths=[$HOME/a,x~/b,'$HOME/c']"),
+])  # fmt: skip
+def test_a_home_that_the_shell_has_left_is_named(override, fixed):
+    """Only at the beginning of a word is it expanded; a directory called ~ was made."""
+    with pytest.raises(UserError, match=f"; write {re.escape(fixed)}$"):
+        check_grammar([override])
+
+
+@pytest.mark.parametrize("override", [
+    "a=1", "~a.b=2", "+x/y=z", "a=[1,2]", "a='x=y'", "--cfg", "-m", "a={b: 1}", "a=1,2", "a='~/x is a path'",
+])  # fmt: skip
 def test_what_hydra_reads_is_left_alone(override):
     check_grammar([override])
 
@@ -106,6 +156,10 @@ def test_what_hydra_reads_is_left_alone(override):
     (ExportConfig(verify_tokens=0), "verify_tokens=0 must be positive"),
     (SbatchConfig(cluster=ClusterConfig(slurm=SlurmConfig(nodes=0))), "cluster.slurm.nodes=0 must be positive"),
     (NeedleConfig(depths=[math.nan]), "depths=nan"),
+    (trainer(seed=-1), "seed=-1 must be 0 or more"),
+    (DataConfig(store="x", sequence_length=1, order_seed=2**63), "order_seed=9223372036854775808 must be 0 or more"),
+    (EvaluateConfig(seed=-1), "seed=-1 must be 0 or more"),
+    (ValidateConfig(seed=2**32), r"seed=4294967296 .* below 2\^32"),
 ])  # fmt: skip
 def test_a_number_out_of_its_range_is_refused(config, message):
     with pytest.raises(UserError, match=message):

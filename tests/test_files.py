@@ -4,12 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -101,10 +103,11 @@ def test_a_writer_of_another_node_lives_while_its_file_is_renewed(tmp_path, monk
     with only_writer(tmp_path / "o", "output=o"):
         pass
     monkeypatch.setattr(files, "DEAD_AFTER", 1.5)
-    of_another_node(tmp_path / "o", 0)
-    began = time.monotonic()
-    with only_writer(tmp_path / "o", "output=o"):
-        assert time.monotonic() - began > 1.4
+    for seconds_ago in (0, -9999):  # of a clock that was ahead
+        of_another_node(tmp_path / "o", seconds_ago)
+        began = time.monotonic()
+        with only_writer(tmp_path / "o", "output=o"):
+            assert time.monotonic() - began > 1.4
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [
         "output=o: process 1 on elsewhere has begun to write it; watched for a sign of life",
@@ -131,6 +134,12 @@ def test_copies_are_data_not_modes(tmp_path):
     assert (tmp_path / "copy/b/c.txt").read_text() == "c"
     assert (tmp_path / "copy/b").stat().st_mode & 0o200
     assert (tmp_path / "copy/b/c.txt").stat().st_mode & 0o200
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """A call without encoding= would take the locale's."""
+    for path in Path(files.__file__).parent.rglob("*.py"):
+        assert not re.search(r"\.read_text\(\)|\.open\(\"[wa]\"\)", path.read_text(encoding="utf-8")), path
 
 
 def test_two_writers_of_a_file_share_no_partial(tmp_path):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import cache, partial, wraps
+from io import TextIOWrapper
 from pathlib import Path
-from select import POLLERR, poll
 from typing import Any
 
 import hydra
@@ -34,7 +34,7 @@ from ropewalk.cluster.requirements import COMMANDS, check_requirements
 from ropewalk.cluster.slurm.options import RESOLVERS
 from ropewalk.config import CONFIG_DIR, SCHEMAS, schema_class
 from ropewalk.config.rules import validate_numbers
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, quiet_pipe
 from ropewalk.files import check_writable, writing
 from ropewalk.runs.launch import Terminated, leave, leave_place, terminating
 
@@ -43,6 +43,7 @@ IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 USER_FAULTS = (UserError, CompactHydraException, OmegaConfBaseException)
 RANKED = ("train", "evaluate")  # what several processes do together; the others are one process, whatever RANK says
 OUTPUTS = ("output", "figures")  # keys of what a command writes; training looks at its run_dir on every rank alike
+HOME = re.compile(r"(?<![^\['\",])~(?=/[^\s]*$)")  # at the beginning of a path, or of one in a list
 # Mappings that a later file or an override replaces whole; Hydra would merge their entries.
 REPLACED = ("data.mixture", "data.curriculum", "data.length_weights", "corpus.domains", "test_time.at")
 
@@ -160,9 +161,11 @@ def entry(config_name: str, *, reads_inputs: bool = True) -> Callable[[Callable[
             with user_errors():
                 ledgers[:] = [argument[len(DRY_RUN) :] for argument in sys.argv if argument.startswith(DRY_RUN)]
                 sys.argv[:] = [argument for argument in sys.argv if not argument.startswith(DRY_RUN)]
+                check_working_directory()
                 sys.argv[1:] = hydra_arguments(sys.argv[1:], config_name)
                 if takes_path:
-                    sys.argv[1:] = [plain_argument(argument) for argument in sys.argv[1:]]
+                    swept = bool({"-m", "--multirun"} & {*sys.argv})
+                    sys.argv[1:] = [plain_argument(argument, swept) for argument in sys.argv[1:]]
                 sweep.keys = check_grammar(sys.argv[1:])
                 with sweep.composing():
                     run()
@@ -262,10 +265,12 @@ def user_errors() -> Iterator[None]:
     2, Ctrl-C with one line and 130, SIGTERM likewise and 143, and an output that nobody reads any more (``| head``)
     without a word and 141. Every other exception keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names and signs that the locale lacks are no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
-        with terminating():
+        with quiet_pipe(), terminating():
             yield
-            _output_is_closed()
     except USER_FAULTS as error:
         _report(error)
         leave(2)
@@ -275,23 +280,6 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         leave(128 + signal.SIGINT)
-    except BrokenPipeError:
-        if not _output_is_closed():
-            raise  # of another pipe
-        leave(128 + signal.SIGPIPE)
-
-
-def _output_is_closed() -> bool:
-    """True if stdout is a pipe whose reader has gone; what is still to be written to it then goes nowhere."""
-    output = poll()
-    try:
-        output.register(sys.stdout.fileno(), 0)
-    except ValueError:  # not a file, as in a notebook
-        return False
-    if not any(event & POLLERR for _, event in output.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
 
 
 def run_command(commands: Mapping[str, Callable[[], None]], default: str | None = None) -> None:
@@ -378,17 +366,32 @@ def _as_text(argument: str) -> str:
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}" if equals else argument
 
 
-def plain_argument(argument: str) -> str:
-    """``model=X`` of a command that reads a model as ``model.path=X``: only training has a model group."""
+def plain_argument(argument: str, swept: bool = False) -> str:
+    """``model=X`` of a command that reads a model as ``model.path=X``: only training has a model group.
+
+    The path is a text, and taken as it is written, except in a sweep: of a directory 1e5 Hydra would make 100000.0.
+    """
     key, equals, value = argument.partition("=")
-    return f"model.path{equals}{value}" if key == "model" else argument
+    if key not in ("model", "model.path"):
+        return argument
+    return f"model.path{equals}{value}" if swept else _as_text(f"model.path{equals}{value}")
+
+
+def check_working_directory() -> None:
+    """Raise UserError where the working directory is gone, as after another shell has made it anew."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory cannot be used ({error.strerror}); cd into one that is there"
+        ) from error
 
 
 def check_grammar(arguments: Sequence[str]) -> set[str]:
     """Check that Hydra can parse the overrides among the arguments; returns the keys that are swept.
 
     Raises:
-        UserError: naming the first that it cannot, and the quoted form that it can.
+        UserError: naming the first that it cannot, and the quoted form that it can; or a path that begins with ~.
     """
     parser, swept = OverridesParser.create(), set()
     for argument in arguments:
@@ -397,6 +400,11 @@ def check_grammar(arguments: Sequence[str]) -> set[str]:
             continue
         if not key.strip("+~"):
             raise UserError(f"{argument} has no key before its =; write KEY{argument.lstrip('+~')}")
+        if HOME.search(value):
+            raise UserError(
+                f"{argument} has a ~ that no shell expands, as a word does not begin with it, and would be a directory "
+                f"of that name; write {key}={HOME.sub('$HOME', value)}"
+            )
         try:
             if (override := parser.parse_override(argument)).is_sweep_override():
                 swept.add(override.key_or_group)

@@ -208,7 +208,7 @@ def _take_over(path: Path, name: str) -> None:
     """
     owner, renewed = _owner(path), _time_of(path)
     begun, warned = time.monotonic(), False
-    while not _is_dead(owner, path):
+    while not (_is_dead(owner, path) or time.monotonic() - begun > DEAD_AFTER):  # its clock may have been ahead
         live = owner is not None and owner["host"] == socket.gethostname()
         if live or _time_of(path) != renewed:
             if not path.exists():
@@ -262,9 +262,10 @@ def _started(pid: int) -> str | None:
             pass
         return ""
     try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        content = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    state, *numbers = content.rpartition(")")[2].split()
     return None if state in "ZX" else numbers[18]
 
 

@@ -121,6 +121,16 @@ def test_numbers_are_means_over_layers_and_heads_before_and_after() -> None:
     assert numbers.loc["b"].tolist() == ["0.80", "0.70", "0.90"]
 
 
+def test_a_head_that_is_not_a_number_is_not_averaged_away(table: pd.DataFrame) -> None:
+    """Its layer has no mean and no deciles, nor has the model; the other layers keep theirs."""
+    head = (table["model"] == "plain") & (table["layer"] == 1) & (table["head"] == 2)
+    layers = LayerTable(table.assign(value=table["value"].mask(head)))
+    cosines = layers.over_heads("intra_cosine_keys", "plain", 64, "after")
+    assert cosines.isna().all(axis=1).tolist() == [False, True, False]
+    assert np.isnan(layers.mean("intra_cosine_keys", "plain", 64, "after"))
+    assert np.isfinite(layers.mean("intra_cosine_keys", "clipped", 64, "after"))
+
+
 def test_the_ratio_has_its_bounds(table: pd.DataFrame) -> None:
     axes = axes_of(singular_value_figure(LayerTable(table), head_dim=16))
     assert len(axes) == 18  # three quantities, queries and keys of two models and by length

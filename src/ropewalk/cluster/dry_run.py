@@ -122,7 +122,7 @@ def dry_run_chain(chain: Path) -> None:
     """
     with tempfile.TemporaryDirectory() as scratch:
         ledger = Path(scratch) / "ledger.json"
-        for words in map(shlex.split, chain.read_text().splitlines()):
+        for words in map(shlex.split, chain.read_text(encoding="utf-8").splitlines()):
             if words[0] == "given":
                 give(ledger, words[1], words[2])
             else:

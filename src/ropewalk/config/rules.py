@@ -66,6 +66,8 @@ POSITIVE = Range(0, MOST, "must be positive and finite", is_open=True)
 NOT_NEGATIVE = Range(0, MOST, "must be 0 or more, and finite")
 SHARE = Range(0, 1, "is a share; set it between 0 and 1")
 BELOW_ONE = Range(0, math.nextafter(1, 0), "must be 0 or more, and less than 1")
+SEED = Range(0, 2**63 - 1, "must be 0 or more, and below 2^63")
+SEED_OF_HARNESSES = Range(0, 2**32 - 1, "must be 0 or more, and below 2^32")  # numpy's, which lm-eval sets
 FINITE = Range(-MOST, MOST, "must be a finite number")
 # Every number of a configuration is finite; those named here, by dataclass, are in these ranges as well.
 RANGES: dict[type, dict[Range, str]] = {
@@ -124,8 +126,8 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     ConvertConfig: {POSITIVE: "sequence_length workers"},
     InspectStoreConfig: {NOT_NEGATIVE: "sequence"},
     SuiteConfig: {POSITIVE: "samples"},
-    EvaluateConfig: {POSITIVE: "max_documents prefill_chunk"},
-    ValidateConfig: {POSITIVE: "max_documents", NOT_NEGATIVE: "sweep_samples"},
+    EvaluateConfig: {POSITIVE: "max_documents prefill_chunk", SEED_OF_HARNESSES: "seed"},
+    ValidateConfig: {POSITIVE: "max_documents", NOT_NEGATIVE: "sweep_samples", SEED_OF_HARNESSES: "seed"},
     CompareConfig: {PERCENT: "effective_needle effective_ruler"},
     ExportConfig: {POSITIVE: "verify_tokens"},
     AverageConfig: {Range(2, MOST, "is no average; set 2 or more, or null"): "last", NOT_NEGATIVE: "steps"},
@@ -143,7 +145,8 @@ def validate_numbers(config: Any, prefix: str = "") -> None:
     Raises:
         UserError: naming the first that is not.
     """
-    ranges = {name: range_ for range_, names in RANGES.get(type(config), {}).items() for name in names.split()}
+    ranges = {"seed": SEED, "order_seed": SEED}
+    ranges |= {name: range_ for range_, names in RANGES.get(type(config), {}).items() for name in names.split()}
     for field in fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         if is_dataclass(value):

@@ -272,7 +272,7 @@ def checkpoint_sha256(directory: Path) -> str:
     """SHA-256 of a checkpoint's config, the record of its export, and the sizes of its weights."""
     weights = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
     described = [directory / name for name in ("config.json", "export.json")]
-    return sha256_of_json([[path.read_text() for path in described if path.exists()], weights])
+    return sha256_of_json([[path.read_text(encoding="utf-8") for path in described if path.exists()], weights])
 
 
 def load_tokenizer(directory: Path) -> Any:

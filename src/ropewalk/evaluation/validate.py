@@ -321,4 +321,6 @@ def _write(output: Path, table: pd.DataFrame, record: dict[str, Any]) -> None:
 def _how_to_draw(config: ValidateConfig, arms: Sequence[Arm]) -> str:
     runs = ",".join(dict.fromkeys(str(arm.directory) for arm in arms))
     report = Path(config.output) / "report.html"
-    return f"report: python scripts/compare.py {shlex.quote(f'runs=[{runs}]')} baseline={BEFORE} output={report}"
+    return (
+        f"report: python scripts/compare.py {shlex.join([f'runs=[{runs}]', f'baseline={BEFORE}', f'output={report}'])}"
+    )

@@ -69,7 +69,7 @@ def write_portable_config(config: PreTrainedConfig, directory: Path) -> bool:
     """
     path = directory / "config.json"
     write_config(config, path)
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     intended = _rope_parameters(directory)
     both = text_part(content) | older_form(config)
     write_atomically(path, _text({**content, "text_config": both} if "text_config" in content else both))

@@ -54,7 +54,8 @@ def key_score_figure(scores: pd.DataFrame) -> Figure:
 
 def _by_position(scores: pd.DataFrame, column: str) -> dict[tuple[str, str, int], NDArray[np.float64]]:
     """Mean over layers by model, side and length: float64 (length,)."""
-    means = scores.groupby(["model", "rope", "length", "position"], observed=True)[column].mean().sort_index()
+    groups = scores.groupby(["model", "rope", "length", "position"], observed=True)[column]
+    means = groups.mean(skipna=False).sort_index()
     keys = means.index.droplevel("position").unique()
     return {(model, rope, int(length)): means[model, rope, length].to_numpy(float) for model, rope, length in keys}
 

@@ -44,7 +44,7 @@ class LayerTable:
         self.lengths = sorted(int(length) for length in table["length"].unique())
 
     def over_heads(self, statistic: str, model: str, length: int, rope: str) -> pd.DataFrame:
-        """Mean and lower and upper decile over a layer's heads; index layer."""
+        """Mean and lower and upper decile over a layer's heads, NaN where one of them is; index layer."""
         rows = self.table[
             (self.table["statistic"] == statistic)
             & (self.table["model"] == model)
@@ -52,11 +52,13 @@ class LayerTable:
             & (self.table["rope"] == rope)
         ]
         by_layer = rows.groupby("layer")["value"]
-        return pd.DataFrame({"mean": by_layer.mean(), "low": by_layer.quantile(0.1), "high": by_layer.quantile(0.9)})
+        mean = by_layer.mean(skipna=False)
+        spread = pd.DataFrame({"mean": mean, "low": by_layer.quantile(0.1), "high": by_layer.quantile(0.9)})
+        return spread.where(mean.notna())
 
     def mean(self, statistic: str, model: str, length: int, rope: str) -> float:
         """Mean over all layers and heads."""
-        return float(self.over_heads(statistic, model, length, rope)["mean"].mean())
+        return float(self.over_heads(statistic, model, length, rope)["mean"].mean(skipna=False))
 
     def by_length(self, statistic: str, model: str, rope: str) -> list[float]:
         """The same for every length."""

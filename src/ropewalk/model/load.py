@@ -35,7 +35,7 @@ from ropewalk.rope.chain import RopeChain, Steps, learned_step
 from ropewalk.rope.log_temperature import LENGTH
 from ropewalk.rope.position import METADATA_KEY, POSITION_KEYS, Position, declared_position, position_of
 
-if not sys.stderr.isatty():
+if sys.stderr is None or not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # not in a log file
 
 
@@ -313,4 +313,4 @@ def write_config(config: PreTrainedConfig, path: Path) -> None:
             part.pop(key, None)
         if part.get("use_cache") is not None or part is content:
             part["use_cache"] = True
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -43,7 +43,7 @@ class MetricsFile:
         size: int | None = None
         try:
             size = self.path.stat().st_size
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(self.unwritten)
         except OSError as error:
             self.warn(f"warning: {self.path} could not be written ({error}); its rows are kept for later")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -248,12 +249,10 @@ def closing_lines(config: TrainConfig, step: int, *, is_evaluated: bool = True) 
     if newest is None or not is_evaluated:
         return [result]
     documents = _held_out(asdict(config))
-    device = " device=cpu dtype=float32" if config.trainer.device == "cpu" else ""
-    lines = [
-        result,
-        f"next: python scripts/evaluate.py checkpoint={run_dir} output={run_dir}/evaluation "
-        f"documents={documents or PLACEHOLDER} 'lengths=[{config.data.sequence_length}]'{device}",
-    ]
+    words = [f"checkpoint={run_dir}", f"output={run_dir}/evaluation", f"documents={documents or PLACEHOLDER}"]
+    words += [f"lengths=[{config.data.sequence_length}]"]
+    words += ["device=cpu", "dtype=float32"] if config.trainer.device == "cpu" else []
+    lines = [result, f"next: python scripts/evaluate.py {shlex.join(words)}"]
     if documents is None:
         lines.append(
             f"{PLACEHOLDER}: text files that were not trained on; no preparation of this run's data has kept any "

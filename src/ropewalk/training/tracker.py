@@ -160,7 +160,7 @@ def _named(metrics: dict[str, Any], group: str) -> dict[str, Any]:
 
 def _stored_id(path: Path) -> str | None:
     try:
-        return str(json.loads(path.read_text())["wandb_id"])
+        return str(json.loads(path.read_text(encoding="utf-8"))["wandb_id"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

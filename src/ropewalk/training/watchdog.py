@@ -215,7 +215,7 @@ class Heartbeats:
         heartbeat = Heartbeat(self._number, step, late, _place(calls), socket.gethostname(), os.getpid())
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.with_suffix(".partial").open("w") as file:
+            with path.with_suffix(".partial").open("w", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(heartbeat)) + "\n\nThe watched thread (most recent call first):\n")
                 file.writelines(f'  File "{code.co_filename}", line {line} in {code.co_name}\n' for code, line in calls)
                 if late:
@@ -262,7 +262,7 @@ class Heartbeats:
 
 def _read(path: Path) -> Heartbeat | None:
     try:
-        return Heartbeat(**json.loads(path.read_text().partition("\n")[0]))
+        return Heartbeat(**json.loads(path.read_text(encoding="utf-8").partition("\n")[0]))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -17,6 +17,7 @@ from ropewalk.config.data import CorpusConfig, PrepareConfig, SourceConfig
 from ropewalk.data.prepare.pipeline import prepare
 from ropewalk.data.prepare.sources import corpus_sources, list_units
 from ropewalk.data.prepare.tokenizer import load_tokenizer
+from ropewalk.errors import UserError
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -75,7 +76,7 @@ def test_every_kind_of_file(tmp_path):
     write(root / "h.rst", b"\xff")
     write(root / ".git/x.txt", "hidden")
     write(root / "i.jsonl.zst", pa.compress(b'{"text": "squeezed"}\n', codec="zstd", asbytes=True))
-    found, skipped = read(root, root / "a.txt")
+    found, skipped = read(root, write(tmp_path / "alone/a.txt", "prose"))
     assert found == {
         "docs/a.txt": "prose",
         "docs/b.py": "code",
@@ -170,6 +171,42 @@ def test_truncated_files_are_named(tmp_path, name):
     write(tmp_path / name, packed[: len(packed) // 2])
     with pytest.raises(ValueError, match=r"is damaged after line \d+ .*fetch it again"):
         read(tmp_path / name)
+
+
+LINES = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50)).encode()
+PACKED = {"": LINES, "gz": gzip.compress(LINES), "zst": zstandard.compress(LINES)}
+
+
+@pytest.mark.parametrize(("name", "packed"), [
+    ("a.jsonl", "gz"), ("a.jsonl", "zst"), ("a.jsonl.gz", ""), ("a.jsonl.gz", "zst"), ("a.jsonl.zst", ""),
+    ("a.jsonl.zst", "gz"),
+])  # fmt: skip
+def test_json_lines_are_read_as_what_they_are(tmp_path, name, packed):
+    """Servers and clients that pack or unpack on the way leave the name; only plain lines are read in stretches."""
+    write(tmp_path / name, PACKED[packed])
+    found, skipped = read(tmp_path / name, shard_bytes=40)
+    assert (list(found.values()), skipped) == ([f"row {i}" for i in range(50)], {})
+
+
+def test_what_is_no_json_lines_says_so(tmp_path):
+    write(tmp_path / "d/a.jsonl", json.dumps([{"text": "one"}, {"text": "two"}]))
+    assert read(tmp_path / "d")[1] == {"a list, where each line of JSON lines is one row": 1}
+    dictionary = zstandard.train_dictionary(512, [f"row {i} of words that all share".encode() * 9 for i in range(999)])
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(LINES)
+    with pytest.raises(UserError, match=r"Dictionary mismatch.*; compress it again without a dictionary"):
+        read(write(tmp_path / "a.jsonl.zst", packed))
+
+
+def test_no_document_is_in_two_sources(tmp_path):
+    """Held out under the one name, it would be trained under the other."""
+    write(tmp_path / "d/in/a.txt", "one")
+    (tmp_path / "link").symlink_to(tmp_path / "d/in")
+    for inner in ("d", "d/in", "d/in/a.txt", "link"):
+        message = rf"{inner} lies in .*d, or is the same, and both are sources.*; name it once"
+        with pytest.raises(UserError, match=message):
+            corpus_sources(CorpusConfig(paths=[str(tmp_path / "d"), str(tmp_path / inner)]))
+    other = [SourceConfig("a", str(tmp_path / "d")), SourceConfig("b", str(tmp_path / "d"), column="summary")]
+    assert len(corpus_sources(CorpusConfig(sources=other))) == 2
 
 
 @pytest.mark.parametrize("saved", [True, False])

@@ -6,6 +6,7 @@ import re
 import resource
 import shlex
 import threading
+from dataclasses import replace
 
 import pytest
 from helpers import composed
@@ -92,6 +93,30 @@ def test_what_a_killed_process_leaves_is_no_hindrance(documents, fixture_tokeniz
         made(documents, fixture_tokenizer, tmp_path / "p")
 
 
+@pytest.mark.parametrize(("name", "content"), [("prepared.json", ""), ("prepared.json", "[]"), ("preparing.json", "{")])
+def test_a_mark_that_is_torn_is_named(documents, fixture_tokenizer, tmp_path, name, content):
+    """As a copy that was cut short leaves it."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"o/{name} is not (a )?JSON.*; correct it, or move it away"):
+        made(documents, fixture_tokenizer, tmp_path / "o")
+
+
+def test_an_output_in_its_own_corpus_is_no_part_of_it(documents, fixture_tokenizer, tmp_path):
+    """Its held-out documents would be trained by a call that goes on, and finished work would be of another corpus."""
+    write_many = [(documents / f"{name}.txt").write_text(f"{name} and more text.\n" * 100) for name in "bcd"]
+    corpus = CorpusConfig(
+        paths=[str(documents)], tokenizer=str(fixture_tokenizer), heldout_documents=1, heldout_length=64
+    )
+    config = PrepareConfig(str(documents / "o"), [64], workers=1, corpus=corpus, stage="plan")
+    prepare(config, lambda line: None)
+    lines: list[str] = []
+    for _ in range(2):
+        prepare(replace(config, stage="all"), lines.append)
+    assert [line[:15] for line in lines if line.startswith("corpus: ")] == [f"corpus: {1 + len(write_many)} units"] * 2
+    assert any(line.endswith("holds this work already; remove it to make it again") for line in lines)
+
+
 def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tmp_path):
     """A file that cannot grow past 4 kB; what stands is gone on with when there is space."""
     config = config_of(tmp_path / "o", documents, fixture_tokenizer)
@@ -111,10 +136,11 @@ def test_a_full_disk_is_one_line_with_the_space(documents, fixture_tokenizer, tm
         prepare(config_of(tmp_path / "file", documents, fixture_tokenizer), lambda line: None)
 
 
-def test_the_end_prints_the_commands_that_come_next(documents, fixture_tokenizer, tmp_path):
-    """They compose, and name this store."""
+@pytest.mark.parametrize("name", ["o", "my ö (1), it's = #2"])
+def test_the_end_prints_the_commands_that_come_next(documents, fixture_tokenizer, tmp_path, name):
+    """They compose, and name this store, also where a shell or Hydra would read its name otherwise."""
     lines: list[str] = []
-    output = prepare(config_of(tmp_path / "o", documents, fixture_tokenizer), lines.append)
+    output = prepare(config_of(tmp_path / name, documents, fixture_tokenizer), lines.append)
     look, train = [shlex.split(line.removeprefix("next: ")) for line in lines if line.startswith("next: ")]
     assert look == ["python", "data_prep/inspect_store.py", f"store={output}/packed-64"]
     assert train[:2] == ["python", "train.py"]

@@ -224,7 +224,7 @@ def check_file_system(directory: Path) -> Iterator[Finding]:
         fsync_path(probe)
         seconds = (time.monotonic() - start) / 2
         names = sorted(path.name for path in probe.iterdir())
-        if file.read_text() != "two" or names != ["file"]:
+        if file.read_text(encoding="utf-8") != "two" or names != ["file"]:
             yield fail(
                 "file system", f"a rename over a file left {names} in {probe}; checkpoints could not be committed"
             )
@@ -392,6 +392,6 @@ def check_shared(directory: Path) -> Iterator[Finding]:
 
 def _holds(file: Path, words: str) -> bool:
     try:
-        return file.read_text() == words
+        return file.read_text(encoding="utf-8") == words
     except OSError:
         return False

@@ -107,12 +107,12 @@ def fill_page(results: Path, page: Path) -> None:
     Raises:
         UserError: the page has no such marks, or the file no entries.
     """
-    entries = [json.loads(line) for line in results.read_text().splitlines() if line]
-    text = page.read_text()
+    entries = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line]
+    text = page.read_text(encoding="utf-8")
     if not entries or BEGIN not in text or END not in text:
         raise UserError(f"{results} must have entries, and {page} the lines {BEGIN} and {END}; run the check first")
     before, rest = text.split(BEGIN)
-    page.write_text("\n".join([before + BEGIN, *_sections(entries), END + rest.split(END)[1]]))
+    page.write_text("\n".join([before + BEGIN, *_sections(entries), END + rest.split(END)[1]]), encoding="utf-8")
 
 
 def _sections(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:

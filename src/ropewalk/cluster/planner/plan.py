@@ -213,7 +213,7 @@ def print_plan(config: PlanConfig) -> bool:
     if config.output is not None:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if config.print is None:
         print(summary(plan, config) if config.brief else "\n".join(lines(plan, config)))
         return plan.fits or config.advisory

@@ -95,8 +95,8 @@ def end(record: Path, code: int, *, warned: bool = False, terminated: bool = Fal
         shown: what ``scontrol --oneliner show job`` says of the job now.
     """
     session = JobRecord(record)
-    begun = json.loads(session.begin.read_text())
-    ranks = [json.loads(path.read_text()) for path in session.rank_notes()]
+    begun = json.loads(session.begin.read_text(encoding="utf-8"))
+    ranks = [json.loads(path.read_text(encoding="utf-8")) for path in session.rank_notes()]
     now = progress_of(**begun["work"])
     verdict = judge(
         code, ranks, begun["tasks"], warned=warned,
@@ -149,7 +149,7 @@ def _close_abandoned(jobs: Path, job: str, restart: int) -> None:
     for number in range(restart):
         record = JobRecord(jobs / f"{job}-{number}")
         if record.begin.is_file() and not record.end.exists():
-            begun = json.loads(record.begin.read_text())
+            begun = json.loads(record.begin.read_text(encoding="utf-8"))
             reason = "no end was written: the node died or SLURM ended it"
             _write_end(record, begun, "NODE_FAIL", None, reason, progress_of(**begun["work"]), [])
 
@@ -160,7 +160,7 @@ def _fruitless_before(record: JobRecord) -> int:
     count = 0
     for number in reversed(range(int(restart))):
         path = JobRecord(record.root.with_name(f"{job}-{number}")).end
-        ended = json.loads(path.read_text()) if path.is_file() else {}
+        ended = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if ended.get("State") not in ("REQUEUED", "NODE_FAIL") or ended.get("Progress"):
             break
         count += 1

@@ -66,7 +66,7 @@ def preview_of(
     from ropewalk.cluster.planner import make_plan, summary
     from ropewalk.runs.record import differences, recorded_config  # late: the options of sbatch need no numpy
 
-    match = re.search(r"^#SBATCH --nodes=(\d+)", Path(batch_script).read_text(), re.MULTILINE)
+    match = re.search(r"^#SBATCH --nodes=(\d+)", Path(batch_script).read_text(encoding="utf-8"), re.MULTILINE)
     nodes = int(match[1]) if match else 1
     config, default = composed("train", arguments), composed("train", [])
     plan_config = composed("plan", [*arguments, f"nodes={nodes}"])

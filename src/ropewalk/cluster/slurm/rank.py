@@ -38,7 +38,7 @@ class RankNote:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.words) + "\n")
+            partial.write_text(json.dumps(self.words) + "\n", encoding="utf-8")
             partial.replace(self.path)
         except OSError as error:
             print(f"warning: {self.path} could not be written ({error})", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -23,7 +22,7 @@ from ropewalk.data.store.reader import PackedSequence, PackedStore
 from ropewalk.data.store.tokenizer_files import copy_tokenizer, open_tokenizer
 from ropewalk.data.store.writer import Accounting, PartWriter, clear_records, commit_store
 from ropewalk.errors import UserError
-from ropewalk.files import is_in_use, only_writer, write_atomically, writing
+from ropewalk.files import is_in_use, only_writer, read_object, write_atomically, writing
 
 CONVERTING = "converting.json"  # what a store in the making is made of
 
@@ -211,10 +210,12 @@ def _begin(root: Path, config: ConvertConfig, sources: Mapping[str, MdsDataset])
     work = {
         "sequence_length": config.sequence_length,
         "tokenizer": config.tokenizer,
-        "sources": {name: sha256_text((dataset.root / INDEX).read_text()) for name, dataset in sources.items()},
+        "sources": {
+            name: sha256_text((dataset.root / INDEX).read_text(encoding="utf-8")) for name, dataset in sources.items()
+        },
     }
     mark = root / CONVERTING
-    if mark.is_file() and json.loads(mark.read_text()) != work:
+    if mark.is_file() and read_object(mark) != work:
         raise UserError(f"output={root} holds the beginning of another conversion; remove it or name another one")
     if not mark.is_file() and is_in_use(root):
         raise UserError(f"output={root} has files that are not this command's; name another directory")

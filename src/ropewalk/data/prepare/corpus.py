@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -26,6 +27,7 @@ CODE = set(_CODE.split())
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_DOCUMENT_BYTES = 2**29  # of a file of text, or of a row; larger ones do not fit in the memory of a process
 MAX_LINE = 2**24  # characters; tokenizers take a gigabyte for a line of this length
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # with which their files begin
 MAX_WINDOW = 2**31  # bytes that zstd --long=31 needs to decompress
 MAX_SPACES = 400_000  # in a row; the regular expressions of tokenizers run out of stack beyond
 _SPACES = re.compile(r"\s{2,}")
@@ -139,7 +141,8 @@ def _document(name: str, row: Any, unit: Unit) -> Document | None:
     if unit.kind == "text":
         value = row
     elif not isinstance(row, Mapping):
-        raise BadRow(f"not an object with the column {column!r}")
+        several = "a list, where each line of JSON lines is one row"
+        raise BadRow(several if isinstance(row, list) else f"not an object with the column {column!r}")
     elif (key := column_of(row, unit)) is None:
         raise BadRow(f"no column {column!r}")
     else:
@@ -258,7 +261,9 @@ def _jsonl(unit: Unit) -> Iterator[tuple[int, Any]]:
                     position += len(line)
                 yield number, BadRow("too large") if too_large else _json_row(line)
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{unit.root} is damaged after line {number} ({error}); fetch it again") from error
+        needs_dictionary = "Dictionary mismatch" in str(error)
+        fix = "compress it again without a dictionary" if needs_dictionary else "fetch it again"
+        raise UserError(f"{unit.root} is damaged after line {number} ({error}); {fix}") from error
 
 
 def _json_row(line: bytes) -> Any:
@@ -273,11 +278,24 @@ def _json_row(line: bytes) -> Any:
         return BadRow("nested too deep")
 
 
+def compression(path: str) -> str:
+    """``.gz``, ``.zst`` or nothing: that of JSON lines, whatever suffix a download has left or lost."""
+    with readable(path), open(path, "rb") as file:
+        begin = file.read(4)
+    if begin[:2] == _GZIP:
+        return ".gz"
+    if begin == _ZSTD:
+        return ".zst"
+    is_plain = begin.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
+    return "" if is_plain else next((suffix for suffix in (".gz", ".zst") if path.endswith(suffix)), "")
+
+
 def _open_lines(path: str) -> IO[bytes] | gzip.GzipFile:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(path), 2**20)
+    match compression(path):
+        case ".gz":
+            return gzip.open(path, "rb")
+        case ".zst":
+            return io.BufferedReader(_ZstdFile(path), 2**20)
     return open(path, "rb")
 
 

@@ -40,7 +40,7 @@ from ropewalk.data.store.manifest import MANIFEST, TOKENIZER
 from ropewalk.data.store.reader import PackedStore
 from ropewalk.data.store.tokenizer_files import adds_bos, bos_mode, is_plain, open_tokenizer, sha256_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.files import OWNER, bytes_of, is_in_use, only_writer, write_atomically, writing
+from ropewalk.files import OWNER, bytes_of, is_in_use, only_writer, read_object, write_atomically, writing
 
 PIPELINE = 4  # raise where the same configuration and corpus give other bytes than before
 SMALL_BYTES = 16_000_000  # a corpus that is tokenized in less time than processes take to start
@@ -109,7 +109,8 @@ def _run(config: PrepareConfig, report: Report) -> None:
         UserError: for a corpus without documents, or one that cannot be read; an output that holds other work, or that
             another process writes.
     """
-    output, sources = Path(config.output), corpus_sources(config.corpus)
+    output = Path(config.output)
+    sources = corpus_sources(config.corpus, output)
     shards = deal_shards(sources, int(config.shard_mb * 1e6))
     total = sum(source.bytes for source in sources)
     skipped = sum((source.skipped for source in sources), Counter[str]())
@@ -320,8 +321,8 @@ def _finished(output: Path, work: dict[str, Any], sequence_lengths: Sequence[int
     path = output / PREPARED
     if not path.exists():
         return False
-    prepared = json.loads(path.read_text(encoding="utf-8"))
-    if prepared["sha256"] != work["sha256"]:
+    prepared = read_object(path)
+    if prepared.get("sha256") != work["sha256"]:
         changed = [key for key in work if key != "sha256" and prepared.get(key) != work[key]]
         raise UserError(
             f"{output} holds work of another configuration or corpus (differs in: {', '.join(changed)}); "
@@ -337,7 +338,7 @@ def _begin(output: Path, work: dict[str, Any]) -> None:
     """Mark the output as this work's; what a killed call of other work, or one without a plan yet, left is cleared."""
     claim = output / PREPARING
     if claim.exists():
-        same = json.loads(claim.read_text(encoding="utf-8"))["sha256"] == work["sha256"]
+        same = read_object(claim).get("sha256") == work["sha256"]
         if same and (work_directory(output) / PLAN).is_file():
             return
         for name in (TOKENIZER, "heldout", "work", *(path.name for path in output.glob("packed-*"))):

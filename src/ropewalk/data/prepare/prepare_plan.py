@@ -34,7 +34,7 @@ from ropewalk.data.store.tokenizer_files import (
     set_chat_template,
 )
 from ropewalk.errors import UserError
-from ropewalk.files import fsync_path, sha256_of, write_atomically
+from ropewalk.files import fsync_path, read_object, sha256_of, write_atomically
 
 PLAN = "plan-2.json"  # plan.json was of another form: what was under way is begun again
 TOKENIZER_SAMPLE_BYTES = 8_000_000  # enough for the merges of a small vocabulary, in seconds
@@ -112,7 +112,7 @@ class Plan:
         path = work_directory(output) / PLAN
         if not path.is_file():
             raise UserError(f"{output} has no plan; run stage=plan first")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         config: dict[str, Any] = content.pop("config")
         corpus, executor, paths = (config.pop(name) for name in ("corpus", "executor", "paths"))
         corpus["sources"] = [SourceConfig(**source) for source in corpus["sources"]]

@@ -10,7 +10,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ropewalk.data.prepare.corpus import (
     JSONL,
     PROSE,
     Unit,
+    compression,
     datasets_errors,
     open_dataset,
     open_parquet,
@@ -42,6 +43,7 @@ class Source:
     Attributes:
         config: where it is.
         name: what the names of its documents begin with; different for each source.
+        output: directory that is being prepared; where it lies in the source, it is no part of it.
         skipped: files left out, by reason.
         units: number of them.
         bytes: size of all files.
@@ -51,6 +53,7 @@ class Source:
     config: SourceConfig
     name: str
     stdlib: bool = False
+    output: Path | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     units: int = 0
     bytes: int = 0
@@ -63,11 +66,12 @@ class Source:
         return {"name": self.name, **settings, "bytes": self.bytes, "xxh3": self.digest}
 
 
-def corpus_sources(corpus: CorpusConfig) -> list[Source]:
-    """The sources of a configuration, in order, each with a name of its own.
+def corpus_sources(corpus: CorpusConfig, output: Path | None = None) -> list[Source]:
+    """The sources of a configuration, in order, each with a name of its own; ``output`` is read by none of them.
 
     Raises:
-        UserError: for a path that does not exist, an unknown kind, or a hub dataset without a revision.
+        UserError: for a path that does not exist or lies in another, an unknown kind, or a hub dataset without a
+            revision.
     """
     named = [Source(SourceConfig(SPLIT_DOMAIN, "", "repositories"), "stdlib", True)] if corpus.stdlib else []
     for path in corpus.paths:
@@ -91,7 +95,21 @@ def corpus_sources(corpus: CorpusConfig) -> list[Source]:
         counts[source_.name] += 1
         if counts[source_.name] > 1:
             source_.name = f"{source_.name}#{counts[source_.name]}"
+        source_.output = output
+    for one, other in permutations(named, 2):
+        _check_apart(one, other)
     return named
+
+
+def _check_apart(one: Source, other: Source) -> None:
+    """Raise UserError for a source within another: documents held out under one name would be trained under another."""
+    reads = [(source.config.kind, source.config.column, source.config.chat, source.stdlib) for source in (one, other)]
+    inner, outer = (os.path.realpath(source.config.path) for source in (one, other))
+    if reads[0] == reads[1] and one.config.kind != "dataset" and Path(inner).is_relative_to(outer):
+        raise UserError(
+            f"{one.config.path} lies in {other.config.path}, or is the same, and both are sources: its documents would "
+            "be in the store twice; name it once, and set its share in data.mixture"
+        )
 
 
 def _name_of(path: str) -> str:
@@ -187,7 +205,7 @@ def _units(source: Source, shard_bytes: int) -> Iterator[Unit]:
     elif path.is_file():
         yield from _file_units(source, path, source.name, shard_bytes)
     else:
-        for file in _walk(source.skipped, path, set()):
+        for file in _walk(source, path, set()):
             yield from _file_units(source, path / file, f"{source.name}/{file}", shard_bytes)
 
 
@@ -197,7 +215,7 @@ def _repositories(source: Source, root: Path, excluded: set[str], suffixes: set[
     Of the standard library every package or module is one; installed packages are not taken.
     """
     tops: dict[str, list[str]] = {}
-    for file in _walk(source.skipped, root, excluded):
+    for file in _walk(source, root, excluded):
         suffix = os.path.splitext(file)[1]
         if suffix in suffixes:
             tops.setdefault(file.partition("/")[0], []).append(file)
@@ -214,7 +232,7 @@ def _file_units(source: Source, path: Path, name: str, shard_bytes: int) -> Iter
     if path.suffix in PROSE | CODE | set(source.config.suffixes) and not source.config.chat:
         yield Unit("text", name, root, bytes=size)
     elif path.name.endswith(JSONL):
-        step = shard_bytes if path.suffix == ".jsonl" else max(size, 1)
+        step = max(size, 1) if compression(root) else shard_bytes
         for start in range(0, max(size, 1), step):
             stop = start + step
             yield Unit(
@@ -255,17 +273,18 @@ def _dataset_units(source: Source, shard_bytes: int) -> Iterator[Unit]:
         yield Unit("dataset", source.name, root, start=share, stop=shares, dataset=chosen)
 
 
-def _walk(skipped: Counter[str], root: Path, excluded: set[str]) -> Iterator[str]:
+def _walk(source: Source, root: Path, excluded: set[str]) -> Iterator[str]:
     """The files under ``root``, relative to it, in the order of their paths' parts; some are left out and counted."""
+    skipped, resolved = source.skipped, root.resolve()
+    output = source.output and source.output.resolve()
     paths: list[tuple[str, ...]] = []  # the parts of their paths
     for folder, directories, files in os.walk(root, onerror=_unreadable):
         parents = Path(folder).relative_to(root).parts
-        kept = [name for name in directories if name not in excluded]
+        kept = [name for name in directories if name not in excluded and resolved.joinpath(*parents, name) != output]
         skipped["hidden"] += sum(name.startswith(".") for name in (*kept, *files))
         skipped["linked directory"] += sum(os.path.islink(os.path.join(folder, name)) for name in kept)
         directories[:] = [name for name in kept if not name.startswith(".")]
         paths.extend((*parents, name) for name in files if not name.startswith("."))
-    resolved = root.resolve()
     blobs = [parent.parent / "blobs" for parent in (resolved, *resolved.parents) if parent.name == "snapshots"]
     for parts in sorted(paths):
         if reason := _fault(os.path.join(root, *parts), [resolved, *blobs]):

@@ -80,7 +80,7 @@ class DownloadCache:
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
         """Hold the lock of ``name`` against every other process and thread."""
-        with self._lock_path(name).open("a") as file:
+        with self._lock_path(name).open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -125,7 +125,7 @@ class DownloadCache:
     def _abandoned(self, partial: Path) -> bool:
         """True if the process that was downloading has died: its lock is free."""
         name = str(partial.relative_to(self.directory)).removesuffix(PARTIAL)
-        with self._lock_path(name).open("a") as file:
+        with self._lock_path(name).open("a", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,12 +89,17 @@ def next_commands(stores: Sequence[PackedStore], output: Path) -> Iterator[str]:
     sequences = {name: info.sequences for name, info in store.domains.items() if info.sequences}
     shares = ", ".join(f"{name}: {count / sum(sequences.values()):.3g}" for name, count in sequences.items())
     heldout = output / "heldout"
-    evaluation = f" evaluation.documents={heldout}" if heldout.is_dir() else ""
-    yield f"next: python data_prep/inspect_store.py store={store.root}"
-    yield (
-        f"next: python train.py data=packed data.store={store.root} data.sequence_length={store.sequence_length} "
-        f"'data.mixture={{{shares}}}'{evaluation}"
-    )
+    words = ["data=packed", _override("data.store", store.root), f"data.sequence_length={store.sequence_length}"]
+    words += [f"data.mixture={{{shares}}}"]
+    words += [_override("evaluation.documents", heldout)] if heldout.is_dir() else []
+    yield f"next: python data_prep/inspect_store.py {shlex.quote(f'store={store.root}')}"
+    yield f"next: python train.py {shlex.join(words)}"
+
+
+def _override(key: str, path: Path) -> str:
+    """An override whose path Hydra reads as it is, whatever is in it."""
+    is_plain = re.fullmatch(r"[\w./:@%+-]+", str(path), re.ASCII)
+    return f"{key}={path}" if is_plain else f'{key}="{path}"'
 
 
 def fill(info: DomainInfo) -> str:

@@ -35,7 +35,7 @@ from ropewalk.data.store.manifest import (
 from ropewalk.data.store.reader import PackedSequence, PackedStore, sequence_check
 from ropewalk.data.store.tokenizer_files import copy_tokenizer
 from ropewalk.errors import UserError
-from ropewalk.files import fsync_path, sha256_of, write_atomically
+from ropewalk.files import fsync_path, read_object, sha256_of, write_atomically
 
 SHARD_BYTES = 2**30
 COUNTS = {"pieces": np.int32, "ends": np.int32, "trained": np.int32, "checks": np.uint64}
@@ -191,7 +191,7 @@ class PartWriter:
         record = self._record(number)
         if not record.is_file():
             return None
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = read_object(record)
         shard = parse_shard(content["shard"])
         for stored in (shard, *([shard.mask] if shard.mask else [])):
             file = self.root / stored.file
@@ -295,7 +295,7 @@ class PartWriter:
 def clear_records(directory: Path) -> None:
     """Remove the records of a domain's parts, and the parts that are empty, once a manifest names the others."""
     for record in directory.glob("part-*.json"):
-        shard = parse_shard(json.loads(record.read_text(encoding="utf-8"))["shard"])
+        shard = parse_shard(read_object(record)["shard"])
         if not shard.sequences:
             (directory.parent / shard.file).unlink(missing_ok=True)
         record.unlink()

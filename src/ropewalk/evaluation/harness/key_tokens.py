@@ -142,7 +142,7 @@ def read_key_tokens(directory: Path, windows: Windows) -> KeyTokens | None:
             )
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         chosen = {name: (entry["sha256"], entry["positions"]) for name, entry in content["documents"].items()}
         longest = int(content["length"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

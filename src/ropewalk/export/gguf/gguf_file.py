@@ -166,7 +166,7 @@ def _add_general(
     if metadata:
         writer.add_string(METADATA, json.dumps(metadata))
     if (directory / SOURCE).is_file():
-        writer.add_string(ORIGIN, (directory / SOURCE).read_text())
+        writer.add_string(ORIGIN, (directory / SOURCE).read_text(encoding="utf-8"))
 
 
 def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

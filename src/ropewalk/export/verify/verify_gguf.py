@@ -157,7 +157,7 @@ def make_linked(directory: Path, target: Path, entry: dict[str, Any]) -> None:
     for path in directory.iterdir():
         if path.name != "config.json" and path.is_file():
             (target / path.name).symlink_to(path.resolve())
-    content = json.loads((directory / "config.json").read_text())
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     present = content["rope_parameters"]
     if "rope_type" not in present:
         content["rope_parameters"] = {**present, "full_attention": {**entry}}
@@ -166,7 +166,7 @@ def make_linked(directory: Path, target: Path, entry: dict[str, Any]) -> None:
         content["rope_parameters"] = {**entry, **kept}
     for key in (*OLDER, "rope_local_base_freq", METADATA_KEY):
         content.pop(key, None)
-    (target / "config.json").write_text(json.dumps(content))
+    (target / "config.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _rms(difference: NDArray[np.float32]) -> float:

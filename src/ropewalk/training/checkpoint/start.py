@@ -79,7 +79,8 @@ def find_start(config: TrainConfig) -> StartCheckpoint | None:
 def _choose(run: str, run_dir: Path) -> StartCheckpoint:
     record = RunDirectory(run_dir).start_record
     if record.is_file():
-        start = StartCheckpoint(**{"contract": {}, **json.loads(record.read_text())})  # the first ones had none
+        content = json.loads(record.read_text(encoding="utf-8"))
+        start = StartCheckpoint(**{"contract": {}, **content})  # the first ones had none
         if start.run == run:
             return start
     checkpoint = checkpoint_at(run)
@@ -101,7 +102,7 @@ def _choose(run: str, run_dir: Path) -> StartCheckpoint:
         step=manifest["step"],
         world_size=manifest["world_size"],
         zero_stage=manifest.get("zero_stage", 3),
-        config=json.loads((checkpoint / "config.json").read_text()),
+        config=json.loads((checkpoint / "config.json").read_text(encoding="utf-8")),
         contract=manifest["contract"],
     )
 
