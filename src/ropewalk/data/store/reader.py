@@ -417,7 +417,8 @@ class JoinedStore:
         """Tokens of each document of a row, its padding, which may be of no token, counted as one."""
         store, name = self._store_of(domain)
         ends = store.document_ends(name, row)
-        return np.diff(np.concatenate([[0], ends, [store.sequence_length]]).astype(np.int64))
+        bounds = np.concatenate([[0], ends, [store.sequence_length]]).astype(np.int64)
+        return bounds[1:] - bounds[:-1]
 
     def _store_of(self, domain: str) -> tuple[PackedStore, str]:
         if domain not in self._stores:
