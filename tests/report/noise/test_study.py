@@ -125,6 +125,7 @@ def test_results_are_collected_from_runs_and_kept_from_before(plan, tmp_path: Pa
     runs = pd.read_csv(tmp_path / "runs.csv")
     assert list(runs["seed"]) == [0, 1]
     assert set(runs["steps"]) == {44}
+    assert ",44,360448," in (tmp_path / "runs.csv").read_text()
     once = (tmp_path / "results.csv").read_text()
     study(StudyConfig(plan=str(tmp_path / "plan.yaml"), collect=True))
     assert (tmp_path / "results.csv").read_text() == once

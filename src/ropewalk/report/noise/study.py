@@ -29,6 +29,7 @@ RESULTS, RUNS = "results.csv", "runs.csv"
 CELL = ["arm", "seed", "regime", "task", "length", "test_time", "metric"]
 COLUMNS = [*CELL, "value", "n"]
 SUMMARY = ["arm", "seed", "regime", "chain", "steps", "tokens", "last_loss", "store_fingerprint", "commit"]
+COUNTS = ("steps", "tokens")
 TABLE_NAMES = {"length": "context_length", "test_time": "test_time_scaling"}  # of the results table
 EXPLORATORY = "Mean over seeds with its 95% interval (Student's t). Exploratory: nothing here is decided."
 
@@ -93,6 +94,7 @@ def collect(plan: StudyPlan, folder: Path) -> None:
         columns = COLUMNS if name == RESULTS else SUMMARY
         table = pd.concat([*parts, *new], ignore_index=True) if parts or new else pd.DataFrame(columns=columns)
         table = table.drop_duplicates(key, keep="last").sort_values(key, kind="stable")
+        table = table.astype({name: "Int64" for name in COUNTS if name in table})  # also where a run has none
         replace_atomically(folder / name, partial(table.to_csv, index=False))
 
 
