@@ -102,10 +102,11 @@ def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, fault)
 
 
-@pytest.mark.parametrize(("closed", "error", "code"), [(1, "SystemExit", 1), (2, "UserError", 2)])
-def test_an_output_that_the_caller_has_closed_costs_nothing(closed, error, code):
+@pytest.mark.parametrize(("closed", "body", "code"), [(1, "print(1)", 0), (2, 'raise UserError("x")', 2)])
+def test_an_output_that_the_caller_has_closed_costs_nothing(closed, body, code):
     """As with ``>&-``, or in a daemon: Python then has no sys.stdout or sys.stderr at all."""
-    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "-c", ENTRY.format(error=error), "model=x"]
+    program = [sys.executable, "-c", ENTRY.replace('raise {error}("value, rule and fix")', body), "model=nowhere"]
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert "Traceback" not in done.stdout + done.stderr

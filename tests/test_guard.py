@@ -189,3 +189,12 @@ def test_the_command_reads_a_directory(tmp_path, capsys):
     assert "rotates other than the claimed chain" in capsys.readouterr().out
     assert main([str(tmp_path / "absent")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_command_runs_no_code_and_does_not_ask(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    content = {"model_type": "internlm2", "auto_map": {"AutoConfig": "configuration_x.X"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "configuration_x.py").write_text("raise SystemExit('it ran')")
+    assert main([str(tmp_path)]) == 2
+    assert "its own code (auto_map) is never run" in capsys.readouterr().err

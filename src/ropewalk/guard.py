@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import distributed
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from ropewalk.errors import UserError
+from ropewalk.errors import UserError, quiet_pipe
+from ropewalk.model.hf_directory import read_config
 from ropewalk.model.rotary import (
     Rotation,
     chain_rotation,
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, help="tokens of the inputs (default: max_position_embeddings)")
     given = parser.parse_args(arguments)
     try:
-        config = AutoConfig.from_pretrained(given.checkpoint)
+        config = read_config(given.checkpoint, key="checkpoint", needs_chain=False)
         modules = inspect_config(config, given.length or _served_length(config))
         faults = list(_config_faults(config, modules, given.expected))
     except (UserError, OSError, ValueError) as error:
@@ -250,4 +251,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quiet_pipe():
+        sys.exit(main())

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
@@ -14,7 +16,13 @@ from ropewalk.config.evaluation import EvaluateConfig
 from ropewalk.config.groups import RopeConfig
 from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.evaluation.documents import beginning
-from ropewalk.evaluation.evaluated_checkpoint import open_checkpoint, scaled_copy, settings_by_length
+from ropewalk.evaluation.evaluated_checkpoint import (
+    checkpoint_sha256,
+    open_checkpoint,
+    scaled_copy,
+    settings_by_length,
+)
+from ropewalk.export.source import converted_source
 from ropewalk.rope.position import position_of
 
 YARN = {"method": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -79,3 +87,18 @@ def test_texts_begin_as_in_training_and_never_end_in_eos(checkpoint, tmp_path, o
     copy = opened.scaled_copy(tmp_path / "copy", setting, 64)
     assert AutoTokenizer.from_pretrained(copy).encode("rope") == expected
     assert path.read_bytes() == before
+
+
+def test_other_weights_of_the_same_size_are_another_checkpoint(checkpoint, tmp_path) -> None:
+    """Another trainer's newest replaces the one before: its numbers, and its export, are not those that are there."""
+
+    def identities() -> list[object]:
+        return [checkpoint_sha256(model), converted_source(str(model), RopeConfig("none")).identity["files"]]
+
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    file = model / "model.safetensors"
+    earlier, size = identities(), file.stat().st_size
+    assert earlier[0] == checkpoint_sha256(checkpoint)
+    save_file({name: weight + 1e-3 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert file.stat().st_size == size
+    assert all(new != old for new, old in zip(identities(), earlier, strict=True))

@@ -15,7 +15,9 @@ from ropewalk.config.groups import TestTimeConfig as AtTestTime
 from ropewalk.errors import UserError
 from ropewalk.evaluation import evaluate, read_document_losses, read_record, read_results
 from ropewalk.evaluation.harness import held_out
-from ropewalk.evaluation.results_store import CELLS, Cell, ResultsStore
+from ropewalk.evaluation.results import TABLE
+from ropewalk.evaluation.results_store import CELLS, TEST_TIMES, Cell, ResultsStore
+from ropewalk.evaluation.results_store import DOCUMENTS as SUMS
 
 ROW = {"run": "a", "chain": "rope", "test_time_scaling": "none", "harness": "ruler", "harness_version": "1"}
 ROW |= {"task": "vt", "metric": "m", "value": 1.0, "n": 1, "context_length": 1024}
@@ -170,6 +172,22 @@ def test_a_damaged_cell_is_named(tmp_path) -> None:
     (tmp_path / cell.file).write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match=r"1024.none.json is damaged .*; delete it, and it is measured again"):
         store.is_finished(cell, {})
+
+
+def test_files_beside_the_cells_that_a_copy_has_torn(tmp_path) -> None:
+    """The tables are made of the cells, so a torn one is made anew; what is made of nothing is named."""
+    store, cell = ResultsStore(tmp_path, overwrite=False, run="a"), Cell("ruler", "vt", 1024, "none")
+    store.write(cell, {}, [ROW], {})
+    (tmp_path / TABLE).write_bytes(b"")
+    store.write_tables()
+    assert read_results(tmp_path)["value"].tolist() == [1.0]
+    (tmp_path / TEST_TIMES).write_bytes(b"")
+    with pytest.raises(UserError, match=r"test_time.json is not JSON .*; correct it, or move it away"):
+        store.record_test_time("auto", {1024: "none"}, [])
+    (tmp_path / TEST_TIMES).unlink()
+    (tmp_path / cell.file).with_suffix(SUMS).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"1024.none.documents.parquet cannot be read"):
+        store.write_tables()
 
 
 def test_a_full_disk_keeps_what_was_finished(tmp_path) -> None:

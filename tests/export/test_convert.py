@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def model(tmp_path, fixture_tokenizer):
     return directory
 
 
-def test_conversion_by_command(model, tmp_path, capsys):
+def test_conversion_by_command(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # as a /tmp that takes nothing
     before = (model / "config.json").read_text()
     output = export(composed("export", f"model.path={model}", "rope.name=clip",
                              "rope.chain=[{method:hardclip,clip:3}]", f"output={tmp_path / 'out'}"))  # fmt: skip
@@ -45,6 +47,13 @@ def test_conversion_by_command(model, tmp_path, capsys):
     assert "the method was applied as it is" in card
     settings = json.loads((output / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [1, 3], "temperature": 0.6, "do_sample": True, "bos_token_id": 0}
+
+
+def test_a_model_in_the_working_directory_keeps_its_name(model, tmp_path, monkeypatch):
+    """Without it the export would be the directory of all exports, and later ones would lie in it."""
+    monkeypatch.chdir(model)
+    made = export(composed("export", "model.path=.", "verify=false", f"paths.output_dir={tmp_path / 'o'}"))
+    assert made == tmp_path / "o/exports/model"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ REFUSED = [
     ),
     ({"model_type": None}, "model_type=None, which transformers"),
     ({"model_type": ["llama"]}, r"model_type=\['llama'\] must be one name"),
+    ({"dtype": "auto"}, "dtype='auto' must be one of bfloat16, .*; write that of its weights"),
+    ({"torch_dtype": "torch.bfloat16"}, r"torch_dtype='torch\.bfloat16' must be one of"),
+    ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' must be one of"),
+    ({"dtype": 16}, "dtype=16 must be one of"),
 ]
 
 
@@ -68,6 +72,7 @@ def test_a_config_that_cannot_be_read_is_one_line_for_every_reader(model, fields
         with pytest.raises(UserError, match=message) as error:
             reader(model)
         assert "\n" not in str(error.value)
+        assert str(model) in str(error.value)
 
 
 def test_code_beside_a_known_type_is_not_run_and_does_not_ask(model, monkeypatch):
@@ -92,6 +97,15 @@ def test_quantized_weights_are_refused(model, quantization):
     for reader in (load_for_evaluation, lambda path: converted_source(str(path), RopeConfig("none"))):
         with pytest.raises(UserError, match=f"quantized .quantization_config: {quantization['quant_method']}.; name"):
             reader(model)
+
+
+def test_buffers_of_every_dtype_and_an_attention_left_in_the_config_are_no_hindrance(model):
+    """Masks of bool and counters of int32 lie in older checkpoints, and some name the kernel they were trained with."""
+    file, config = model / "model.safetensors", edited(model, attn_implementation="flash_attention_2")
+    extra = {"mask": torch.ones(3, dtype=torch.bool), "count": torch.ones(1, dtype=torch.int32)}
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    report = weight_report(model, read_config(config))
+    assert (report.faults, report.unread) == ((), ("count", "mask"))
 
 
 def damage_pointer(file):

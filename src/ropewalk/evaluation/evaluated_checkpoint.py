@@ -21,7 +21,7 @@ from ropewalk.data.store.tokenizer_files import adds_bos, adds_eos, begin_with, 
 from ropewalk.errors import UserError
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.portable import place_portable, write_portable_config
-from ropewalk.files import read_object, sha256_of_json, write_atomically
+from ropewalk.files import read_object, sampled_sha256, sha256_of_json, write_atomically
 from ropewalk.model.hf_directory import StoredWeights, read_config
 from ropewalk.model.load import load_for_evaluation, read_position
 from ropewalk.rope import Position, RopeChain, Spectrum
@@ -269,9 +269,13 @@ def check_checkpoint(path: str) -> Path:
 
 
 def checkpoint_sha256(directory: Path) -> str:
-    """SHA-256 of a checkpoint's config, the record of its export, and the sizes of its weights."""
-    weights = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
+    """SHA-256 of a checkpoint's config, and of the record of its export and the sizes of its weights.
+
+    Weights without such a record are sampled: another trainer's newest checkpoint often replaces the one before.
+    """
     described = [directory / name for name in ("config.json", "export.json")]
+    about = sampled_sha256 if not described[1].exists() else lambda path: path.stat().st_size
+    weights = sorted((path.name, about(path)) for path in directory.glob("*.safetensors"))
     return sha256_of_json([[path.read_text(encoding="utf-8") for path in described if path.exists()], weights])
 
 

@@ -154,7 +154,7 @@ def read_results(directory: str | Path) -> pd.DataFrame:
     path = Path(directory) / TABLE
     if not path.is_file():
         raise UserError(f"{directory} holds no {TABLE}; run scripts/evaluate.py with output={directory}")
-    return _read_typed(path, RESULT_COLUMNS, ADDED).fillna({"test_time": ""})
+    return read_typed(path, RESULT_COLUMNS, ADDED).fillna({"test_time": ""})
 
 
 def check_form(directory: Path) -> None:
@@ -175,7 +175,7 @@ def read_document_losses(directory: str | Path) -> pd.DataFrame:
     path = Path(directory) / DOCUMENTS
     if not path.is_file():
         raise UserError(f"{directory} holds no {DOCUMENTS}; run scripts/evaluate.py suite=quick output={directory}")
-    return _read_typed(path, DOCUMENT_COLUMNS)
+    return read_typed(path, DOCUMENT_COLUMNS)
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
@@ -381,7 +381,7 @@ def writable_directory(name: str, path: str) -> Path:
     return directory
 
 
-def _read_typed(path: Path, columns: Mapping[str, str], absent: Collection[str] = ()) -> pd.DataFrame:
+def read_typed(path: Path, columns: Mapping[str, str], absent: Collection[str] = ()) -> pd.DataFrame:
     """The table at ``path`` with these columns alone; those of ``absent`` may be missing and are null then."""
     try:
         table = pd.read_parquet(path)

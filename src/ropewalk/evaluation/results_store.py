@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,8 +14,17 @@ from typing import Any
 import pandas as pd
 
 from ropewalk.errors import UserError
-from ropewalk.evaluation.results import KEY, OWN_HARNESS, TABLE, check_form, results_table, write_results
-from ropewalk.files import replace_atomically, write_atomically, writing
+from ropewalk.evaluation.results import (
+    DOCUMENT_COLUMNS,
+    KEY,
+    OWN_HARNESS,
+    TABLE,
+    check_form,
+    read_typed,
+    results_table,
+    write_results,
+)
+from ropewalk.files import read_object, replace_atomically, write_atomically, writing
 
 CELLS = "cells"
 SAMPLES, DOCUMENTS = ".samples.jsonl", ".documents.parquet"  # beside a cell
@@ -169,8 +179,7 @@ class ResultsStore:
         write_atomically(path, json.dumps(known | {name: entry}, indent=2) + "\n")
 
     def _test_times(self) -> dict[str, Any]:
-        path = self.output / TEST_TIMES
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_object(self.output / TEST_TIMES)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The table's rows of every finished cell; of a number that two passes measured alike, the shorter's.
@@ -212,10 +221,12 @@ class ResultsStore:
             UserError: cells of two versions of a harness lie together.
         """
         files = [path.with_suffix(DOCUMENTS) for path in self._files()]
-        losses = [pd.read_parquet(file) for file in files if file.is_file()]
+        losses = [read_typed(file, DOCUMENT_COLUMNS) for file in files if file.is_file()]
         documents = pd.concat(losses, ignore_index=True).assign(run=self.run) if losses else None
         table = self.output / TABLE
-        earlier = set(pd.read_parquet(table, columns=["run"])["run"]) - {self.run} if table.is_file() else set()
+        earlier: set[str] = set()
+        with suppress(UserError):  # damaged, it is made anew
+            earlier = set(read_typed(table, {"run": "str"})["run"]) - {self.run} if table.is_file() else set()
         write_results(self.output, results_table(self.rows()), documents)
         if earlier:
             print(f"{table} calls the run {self.run} now, not {', '.join(sorted(earlier))}", flush=True)

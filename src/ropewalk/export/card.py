@@ -14,6 +14,7 @@ from httpx2 import HTTPError
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers import PreTrainedConfig
 
+from ropewalk.errors import in_one_line
 from ropewalk.export.output import SOURCE, STOCK, findings_of
 from ropewalk.export.source import Source
 from ropewalk.files import read_object, write_atomically
@@ -190,7 +191,11 @@ def _evaluated(path: Path) -> Iterator[str]:
     """The losses by context length of the run's own evaluation, where there is one."""
     if not path.is_file():
         return
-    table = pd.read_parquet(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        yield f"- its evaluation is there and cannot be read ({in_one_line(error)})"
+        return
     table = table[(table["task"] == "loss_at_length") & (table["metric"] == "nll")]
     for _, row in table.sort_values("context_length").iterrows():
         spread = f" ± {row['stderr']:.4f}" if np.isfinite(row["stderr"]) else ""

@@ -122,7 +122,7 @@ def model_name(source: Source) -> str:
     """The model's name for people: the run, or the last part of the model's name."""
     if source.run_dir is not None:
         return source.run_dir.name
-    return str(source.identity["model"]).rstrip("/").rpartition("/")[2]
+    return os.path.basename(os.path.abspath(source.identity["model"]))  # of "." too
 
 
 def _export_hf(config: ExportConfig, source: Source, output: Path, dtype: str | None, failures: list[str]) -> None:

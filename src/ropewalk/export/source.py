@@ -14,7 +14,7 @@ from ropewalk.config.groups import RopeConfig, TestTimeConfig
 from ropewalk.errors import UserError
 from ropewalk.export.portable import place_portable
 from ropewalk.export.zero_weights import ZeroWeights
-from ropewalk.files import sha256_of
+from ropewalk.files import sampled_sha256, sha256_of
 from ropewalk.model.carrier import carry_temperature
 from ropewalk.model.hf_directory import StoredWeights, Weights, read_config, weight_files, weight_report
 from ropewalk.rope import Position, RopeChain
@@ -154,7 +154,7 @@ def converted_source(model: str, rope: RopeConfig, test_time: Steps = ()) -> Sou
         identity={
             "model": model,
             "chain_sha256": position.chain.sha256,
-            "files": {path.name: path.stat().st_size for path in weight_files(directory)},
+            "files": {path.name: sampled_sha256(path) for path in weight_files(directory)},
             "config_sha256": sha256_of(directory / "config.json"),
             **({"entry": "as it was"} if keeps_entry else {}),
         },

@@ -25,11 +25,14 @@ from transformers.utils import logging as transformers_logging
 from ropewalk.errors import UserError, in_one_line, warn_once
 from ropewalk.files import inside
 from ropewalk.rope.advisor import config_warnings
-from ropewalk.rope.hf_config import modern, read_config_json
+from ropewalk.rope.hf_config import modern, naming, read_config_json
 from ropewalk.rope.position import position_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+_DTYPES = {  # of safetensors; float8, which quantized weights are kept in, is not read
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 # What transformers raises of a user's files: num_key_value_heads of 0 is a division by it
 _REFUSALS = (
     RuntimeError, SafetensorError, OSError, ImportError, ValueError, LookupError, TypeError, ArithmeticError,
@@ -63,7 +66,8 @@ def read_config(
         )
     fault: UserError | None = None
     try:
-        position_of(content)  # its errors name the key, the rule and the fix
+        with naming(model, key):
+            position_of(content)  # its errors name the key of the file, the rule and the fix
     except UserError as error:
         fault = error
         if needs_chain:
@@ -336,8 +340,9 @@ def weight_report(directory: Path, config: PreTrainedConfig) -> WeightReport:
     transformers_logging.set_verbosity_error()  # its own report of the same
     try:
         model, info = auto_class(config).from_pretrained(
-            directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
-        )
+            directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta",
+            attn_implementation="eager",
+        )  # fmt: skip
     except _REFUSALS as error:
         raise UserError(f"{directory} cannot be loaded by transformers: {in_one_line(error)}") from error
     finally:

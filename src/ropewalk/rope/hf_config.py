@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ DEFAULT_THETA = 1e4  # of a config that names neither its base nor its model typ
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = ("gemma4", "deepseek_v4", "dots3", "minimax_m3")
 _WIDEST = 65536  # channels of a head
+_DTYPES = ("bfloat16", "float32", "float16", "float64")
 SHARE = "partial_rotary_factor"
 # Classes of transformers 5.23.0 that read SHARE under rope_type default; the others rotate whole heads.
 _WITH_SHARE = (
@@ -35,6 +37,15 @@ _HUNYUAN = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text
 
 # Keys with which CoPE's published code selects the clip; no stock engine reads them.
 REFERENCE_KEYS = ("use_cope", "cope_clip_n")
+
+
+@contextmanager
+def naming(model: str | Path, key: str = "model") -> Iterator[None]:
+    """Put the model before an error about its config.json: a command may read several."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}={model}: {error}") from error
 
 
 def read_config_json(model: str | Path, key: str = "model", revision: str | None = None) -> dict[str, Any]:
@@ -65,8 +76,12 @@ def read_config_json(model: str | Path, key: str = "model", revision: str | None
         raise UserError(f"{key}={file} is not JSON ({error}); it must be a model's config.json") from None
     if not isinstance(content, dict):
         raise UserError(f"{key}={file} is not a JSON object; it must be a model's config.json")
-    if not isinstance(content.get("model_type"), (str, type(None))):
-        raise wrong("model_type", content["model_type"], "one name; write the model's own")
+    with naming(model, key):
+        if not isinstance(content.get("model_type"), (str, type(None))):
+            raise wrong("model_type", content["model_type"], "one name; write the model's own")
+        for name in ("dtype", "torch_dtype"):
+            if not isinstance(value := content.get(name), (dict, type(None))) and value not in _DTYPES:
+                raise wrong(name, value, f"one of {', '.join(_DTYPES)}, or null; write that of its weights")
     return content
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of_json
 from ropewalk.rope.chain import RopeChain, Step, Steps, WatchedSpectrum, check_lengths, reached_length, unwatched
-from ropewalk.rope.hf_config import HfPosition, read_config_json, read_hf_position
+from ropewalk.rope.hf_config import HfPosition, naming, read_config_json, read_hf_position
 from ropewalk.rope.log_temperature import LogTemperature
 from ropewalk.rope.nope_layers import NopeLayers
 from ropewalk.rope.pair_axes import PairAxes
@@ -92,7 +92,9 @@ class Position:
         Raises:
             UserError: where there is no config.json, or one whose scaling no chain expresses.
         """
-        return position_of(read_config_json(model))
+        content = read_config_json(model)
+        with naming(model):
+            return position_of(content)
 
     def extended(self, extra: Steps) -> Position:
         """With ``extra`` steps appended, their words resolved."""

@@ -25,7 +25,7 @@ from ropewalk.export.portable import older_form, text_part
 from ropewalk.model.hf_directory import read_config, weight_faults
 from ropewalk.model.rotary import Rotation, inspect_config, position_faults
 from ropewalk.rope import Position, RopeChain
-from ropewalk.rope.hf_config import REFERENCE_KEYS, read_config_json, read_hf_position
+from ropewalk.rope.hf_config import REFERENCE_KEYS, naming, read_config_json, read_hf_position
 from ropewalk.rope.log_temperature import VLLM_KEY
 from ropewalk.rope.nope_layers import FOURTH, describe_layers
 from ropewalk.rope.position import METADATA_KEY, position_of
@@ -65,7 +65,8 @@ class Claim:
     @cached_property
     def position(self) -> Position:
         """How the checkpoint rotates by its own words; UserError where no chain expresses them."""
-        return position_of(self.config)
+        with naming(self.config.name_or_path):
+            return position_of(self.config)
 
     @property
     def has_metadata(self) -> bool:

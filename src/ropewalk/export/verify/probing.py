@@ -147,7 +147,8 @@ def run_probe(
     Raises:
         RuntimeError: with the end of the probe's errors, where it fails.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    # beside the export, where there is space: of 128k tokens 2,048 rows are a gigabyte, and /tmp may be memory
+    with tempfile.TemporaryDirectory(dir=models[0].absolute().parent, prefix=".verification-") as scratch:
         root = Path(scratch)
         for name, value in job.items():
             if isinstance(value, np.ndarray):

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from ropewalk.config.train import TrainConfig
 from ropewalk.errors import UserError
-from ropewalk.files import sha256_of, write_atomically, writing
+from ropewalk.files import read_object, sha256_of, write_atomically, writing
+from ropewalk.rope.hf_config import read_config_json
 from ropewalk.runs.directory import MANIFEST, RunDirectory, checkpoint_at, read_manifest
 from ropewalk.training.checkpoint.restore import load_checkpoint
 from ropewalk.training.checkpoint.resume import log_resharding
@@ -79,8 +80,7 @@ def find_start(config: TrainConfig) -> StartCheckpoint | None:
 def _choose(run: str, run_dir: Path) -> StartCheckpoint:
     record = RunDirectory(run_dir).start_record
     if record.is_file():
-        content = json.loads(record.read_text(encoding="utf-8"))
-        start = StartCheckpoint(**{"contract": {}, **content})  # the first ones had none
+        start = StartCheckpoint(**{"contract": {}, **read_object(record)})  # the first ones had none
         if start.run == run:
             return start
     checkpoint = checkpoint_at(run)
@@ -102,7 +102,7 @@ def _choose(run: str, run_dir: Path) -> StartCheckpoint:
         step=manifest["step"],
         world_size=manifest["world_size"],
         zero_stage=manifest.get("zero_stage", 3),
-        config=json.loads((checkpoint / "config.json").read_text(encoding="utf-8")),
+        config=read_config_json(checkpoint, "start_from.run"),
         contract=manifest["contract"],
     )
 
