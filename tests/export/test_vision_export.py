@@ -7,10 +7,10 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from clip_stores import IMAGE, VIDEO, make_store, tiny_config, video_run
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from video_reference import positions
+from visual_stores import IMAGE, VIDEO, make_store, tiny_config, video_run
 
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.card import video_commands, write_card

@@ -106,7 +106,7 @@ def _prepare(config: PrepareConfig) -> Requirements:
 
 
 def _prepare_video(config: PrepareVideoConfig) -> Requirements:
-    reads = [Requirement("clips", config.clips, ("documents",))] if config.clips is not None else []
+    reads = [Requirement("visuals", config.visuals, ("documents",))] if config.visuals is not None else []
     if config.tokenizer is not None:
         reads.append(Requirement("tokenizer", config.tokenizer, ("model", "tokenizer"), hub=True, by_chain=True))
     store = Promise(f"{config.output}/packed-{config.sequence_length}", "store", config.sequence_length)

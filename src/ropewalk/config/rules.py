@@ -119,7 +119,7 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     GatherConfig: {POSITIVE: "extract_seconds"},
     TowerConfig: {POSITIVE: "patch_size merge_size temporal_patch_size"},
     FrameConfig: {POSITIVE: "fps max_frames max_pixels"},
-    SceneConfig: {POSITIVE: "frames height width", NOT_NEGATIVE: "clips"},
+    SceneConfig: {POSITIVE: "frames height width", NOT_NEGATIVE: "count"},
     PrepareVideoConfig: {POSITIVE: "sequence_length shard_sequences"},
     ConvertConfig: {POSITIVE: "sequence_length workers"},
     InspectStoreConfig: {NOT_NEGATIVE: "sequence"},

@@ -36,7 +36,7 @@ class Footage:
 
 @dataclass(frozen=True)
 class Example:
-    """One clip with what is asked and answered about it, as text."""
+    """One visual with what is asked and answered about it, as text."""
 
     footage: Footage
     question: str

@@ -1,6 +1,6 @@
 """Drawn scenes: videos of noisy backgrounds, one of whose frames holds a symbol, and questions about it.
 
-A needle in a haystack of frames in small, after V-NIAH (arXiv 2406.16852): nothing is downloaded, and every clip is a
+A needle in a haystack of frames in small, after V-NIAH (arXiv 2406.16852): nothing is downloaded, and every visual is a
 pure function of its key.
 """
 
