@@ -1,7 +1,10 @@
-"""A packed store of visuals: ``python data_prep/prepare_video.py scenes.count=4000 output=data/scenes ...``."""
+"""A packed store of videos and images: ``python data_prep/prepare_video.py scenes.count=4000 output=data/scenes ...``.
 
-from ropewalk.cli import entry
-from ropewalk.config.data import PrepareVideoConfig
+``python data_prep/prepare_video.py vniah output=data/vniah ...`` writes the haystack and the needles of V-NIAH.
+"""
+
+from ropewalk.cli import entry, run_command
+from ropewalk.config.data import PrepareVideoConfig, PrepareVniahConfig
 
 
 @entry("prepare_video")
@@ -12,5 +15,13 @@ def main(config: PrepareVideoConfig) -> None:
     prepare_video(config)
 
 
+@entry("prepare_vniah")
+def vniah(config: PrepareVniahConfig) -> None:
+    """Prepare a haystack with its needles."""
+    from ropewalk.data.prepare.video.haystack import prepare_vniah
+
+    prepare_vniah(config)
+
+
 if __name__ == "__main__":
-    main()
+    run_command({"prepare_video": main, "vniah": vniah}, default="prepare_video")

@@ -68,7 +68,7 @@ def test_an_export_carries_its_axes_in_both_forms(exported, tmp_path):
     stored = load_file(export / "model.safetensors")
     assert {name.split(".")[1] for name in stored if name.startswith("model.")} == {"visual", "language_model"}
     for path in (source.run_dir, export):
-        with pytest.raises(ValueError, match=r"is of images and videos \(qwen2_vl\), which evaluation, generate and"):
+        with pytest.raises(ValueError, match=r"is of images and videos \(qwen2_vl\), which evaluation reads by suite=vniah"):
             resolve_checkpoint(path)
 
 

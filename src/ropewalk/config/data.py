@@ -136,6 +136,22 @@ class PrepareVideoConfig:
 
 
 @dataclass
+class PrepareVniahConfig:
+    """``python data_prep/prepare_video.py vniah``: the haystack and the needles of V-NIAH, one file for all arms."""
+
+    output: str = MISSING  # directory; it gets vniah.safetensors
+    seed: int = 0
+    film: str | None = None  # video file that the haystack is taken from; null: backgrounds of drawn scenes
+    needles: str | None = None  # JSON lines: visual (an image beside it), question, answer, when; null: drawn symbols
+    frames: int = 512  # of the haystack, each one position in time, at most
+    fps: float = 2.0  # pixel frames a second of the film
+    height: int = 2  # of a frame, tokens
+    width: int = 2  # of a frame, tokens
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
 class GatherConfig:
     """``python data_prep/gather.py`` (extra ``scale``)."""
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from ropewalk.config.data import FrameConfig, SceneConfig, TowerConfig
 from ropewalk.data.prepare.tokenizer import DocumentEncoder
 from ropewalk.data.prepare.video.frames import Example, Footage, read_footage, token_size
+from ropewalk.data.prepare.video.haystack import Needle, prepare_vniah, read_haystack
 from ropewalk.data.prepare.video.scenes import NAMES, QUARTERS, draw_scene
 from ropewalk.data.prepare.video.visual_pipeline import VisualEncoder, pack_in_turn, prepare_video
 from ropewalk.data.store.reader import PackedSequence
@@ -290,3 +292,21 @@ def test_wrong_settings_are_refused(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         prepared("sequence_length=64", f"output={tmp_path}", *overrides)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_film_and_images_become_a_haystack_with_needles(tmp_path):
+    """Frames of the film in pairs, images resized to the same grid and held for both frames of a pair."""
+    frames = noise(25)
+    write_video(tmp_path / "film.mkv", frames)
+    write_video(tmp_path / "needle.png", frames[3:4], "png", "rgb24")
+    (tmp_path / "needles.jsonl").write_text(
+        json.dumps({"visual": "needle.png", "question": "What?", "answer": "Noise.", "when": "When?"})
+    )
+    grid = [f"height={HEIGHT // 8}", f"width={WIDTH // 8}", "tower.patch_size=4", "frames=2", "fps=10"]
+    files = [f"film={tmp_path / 'film.mkv'}", f"needles={tmp_path / 'needles.jsonl'}", f"output={tmp_path / 'out'}"]
+    haystack, header = read_haystack(prepare_vniah(composed("prepare_vniah", *grid, *files)))
+    assert np.array_equal(haystack.frames, frames[[0, 6, 12, 18]].reshape(2, 2, HEIGHT, WIDTH, 3))
+    assert np.array_equal(haystack.needles, np.repeat(frames[3:4], 2, axis=0)[None])
+    assert (haystack.texts, len(haystack.distractors)) == ((Needle("What?", "Noise.", "When?"),), 0)
+    assert haystack.frame_seconds == pytest.approx(2 * 0.625)
+    assert header["source"]["film"] == sha256((tmp_path / "film.mkv").read_bytes()).hexdigest()

@@ -227,19 +227,30 @@ def _drawn(config: PrepareVideoConfig) -> Iterator[Example]:
 
 def _listed(config: PrepareVideoConfig) -> Iterator[Example]:
     """The visuals of a file of JSON lines; paths in it are relative to it, and none leads out of its directory."""
-    listing = Path(str(config.visuals))
+    for path, row in listed_rows(Path(str(config.visuals)), "visuals"):
+        yield Example(read_footage(path, config.tower, config.frames), row["question"], row["answer"])
+
+
+def listed_rows(listing: Path, key: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and the fields of every line of a file of JSON lines, all checked before the first is decoded.
+
+    Args:
+        listing: the file.
+        key: of the configuration, which names it.
+
+    Raises:
+        UserError: for a file or a line that is not as it should be.
+    """
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"visuals={listing} cannot be read ({error}); name a file of JSON lines") from error
+        raise UserError(f"{key}={listing} cannot be read ({error}); name a file of JSON lines") from error
     lines = text.removesuffix("\n").split("\n")  # not splitlines: a question may hold other line ends
-    rows = [_row(listing, number, line) for number, line in enumerate(lines, 1)]  # all before the first is decoded
-    for path, question, answer in rows:
-        yield Example(read_footage(path, config.tower, config.frames), question, answer)
+    return [_row(listing, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _row(listing: Path, number: int, line: str) -> tuple[Path, str, str]:
-    """The file, the question and the answer of a line; others of its fields are not read."""
+def _row(listing: Path, number: int, line: str) -> tuple[Path, dict[str, Any]]:
+    """The file and the fields of a line."""
     where = f"{listing}, line {number}"
     try:
         row: Any = json.loads(line)
@@ -251,4 +262,4 @@ def _row(listing: Path, number: int, line: str) -> tuple[Path, str, str]:
     path = inside(listing.parent, row["visual"])
     if not path.is_file():
         raise UserError(f"{where} names visual={path}, which is no file; correct it, or leave the line out")
-    return path, row["question"], row["answer"]
+    return path, row
