@@ -21,6 +21,7 @@ FIGURES = (
     "figures", "ablations",
 )  # fmt: skip
 COMMANDS_OF = {
+    "data_prep/prepare_video.py": {"prepare_video": "prepare_video", "vniah": "prepare_vniah"},
     "scripts/analyze.py": {
         "advise": "advise",
         "inspect": "inspect",

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from clip_stores import make_store, video_run
 from helpers import composed, save_tiny, tiny_run, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from visual_stores import make_store, video_run
 
 from ropewalk.analysis.inspection import describe, print_inspection, rotations
 from ropewalk.model.rotary import inspect_config
@@ -101,8 +101,8 @@ def test_ranks_are_compared():
 @pytest.mark.parametrize("is_video", [False, True])
 def test_a_run_is_read_without_an_export(tmp_path, capsys, store_64, fixture_tokenizer, is_video):
     if is_video:
-        clips = make_store(tmp_path / "store", fixture_tokenizer)
-        train(video_run(clips, tmp_path / "run", "hope_video", "trainer.max_steps=2"))
+        videos = make_store(tmp_path / "store", fixture_tokenizer)
+        train(video_run(videos, tmp_path / "run", "hope_video", "trainer.max_steps=2"))
     else:
         train(tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1", "trainer.checkpoint_every=1"))
     _, said = inspected(tmp_path / "run", capsys)

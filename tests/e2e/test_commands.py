@@ -84,7 +84,7 @@ GROUPS["scripts/plan.py"] = GROUPS["scripts/noise.py"] = GROUPS["train.py"]
     ("scripts/analyze.py", "geometry", set()), ("scripts/analyze.py", "spectra", {"model", "rope"}),
     ("scripts/evaluate.py", "validate", {"rope"}), ("scripts/job.py", "options", {"cluster"}),
     ("scripts/export.py", "check", set()), ("scripts/evaluate.py", "key_tokens", {"test_time"}),
-    ("scripts/export.py", "repair", {"rope"}),
+    ("scripts/export.py", "repair", {"rope"}), ("data_prep/prepare_video.py", "vniah", set()),
 ])  # fmt: skip
 def test_every_command_has_help(script, command, groups):
     done = run(sys.executable, script, command, "--help")

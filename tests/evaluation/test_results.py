@@ -213,7 +213,7 @@ def test_mixed_passes_are_refused() -> None:
 def test_the_columns_are_those_that_other_tools_rely_on() -> None:
     first = ["run", "method", "chain", "test_time_scaling", "harness", "harness_version", "task", "category"]
     second = ["context_length", "position_start", "position_end", "depth", "metric", "value", "ci_low", "ci_high"]
-    assert list(RESULT_COLUMNS) == [*first, *second, "stderr", "n", "source_file", "test_time"]
+    assert list(RESULT_COLUMNS) == [*first, *second, "stderr", "n", "source_file", "test_time", "frames"]
 
 
 def test_parquet_and_csv_hold_the_same_numbers(tmp_path) -> None:

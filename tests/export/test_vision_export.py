@@ -7,10 +7,10 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from clip_stores import IMAGE, VIDEO, make_store, tiny_config, video_run
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from video_reference import positions
+from visual_stores import IMAGE, VIDEO, make_store, tiny_config, video_run
 
 from ropewalk.export import resolve_checkpoint
 from ropewalk.export.card import video_commands, write_card
@@ -68,7 +68,9 @@ def test_an_export_carries_its_axes_in_both_forms(exported, tmp_path):
     stored = load_file(export / "model.safetensors")
     assert {name.split(".")[1] for name in stored if name.startswith("model.")} == {"visual", "language_model"}
     for path in (source.run_dir, export):
-        with pytest.raises(ValueError, match=r"is of images and videos \(qwen2_vl\), which evaluation, generate and"):
+        with pytest.raises(
+            ValueError, match=r"of images and videos \(qwen2_vl\), which evaluation reads by suite=vn"
+        ):
             resolve_checkpoint(path)
 
 

@@ -1,4 +1,4 @@
-"""Training of stock Qwen2-VL classes: packed clips against each document alone, resume, the drawn factors."""
+"""Training of stock Qwen2-VL classes: packed visuals against each document alone, resume, the drawn factors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_stores import (
+from helpers import load_states, torchrun
+from ranks import run_ranks
+from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from video_reference import positions
+from visual_stores import (
     IMAGE,
     LENGTH,
     TOWER,
@@ -18,15 +23,10 @@ from clip_stores import (
     video_arguments,
     video_run,
 )  # fmt: skip
-from helpers import load_states, torchrun
-from ranks import run_ranks
-from transformers import AutoModelForImageTextToText
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from video_reference import positions
 
 from ropewalk.data import Mixture
-from ropewalk.data.order.batches import ClipKey, read_batch, rows_of
-from ropewalk.data.order.clip_batches import ClipReader, TowerGeometry, temporal_scale
+from ropewalk.data.order.batches import VisualKey, read_batch, rows_of
+from ropewalk.data.order.visual_batches import TowerGeometry, VisualReader, temporal_scale
 from ropewalk.data.store.writer import Accounting, write_store
 from ropewalk.errors import UserError
 from ropewalk.export.zero_weights import ZeroWeights
@@ -38,7 +38,7 @@ from ropewalk.runs.metrics_file import read_metrics, read_rows
 from ropewalk.training import find_checkpoint
 from ropewalk.training.distributed import Ranks
 from ropewalk.training.engine import start_engine
-from ropewalk.training.inputs import micro_batches, on_device, open_clips, open_inputs
+from ropewalk.training.inputs import micro_batches, on_device, open_inputs, open_visuals
 from ropewalk.training.trainer import train
 
 SCALES = [0.5, 0.75, 1.0, 1.25, 1.5]
@@ -46,7 +46,7 @@ SCALES = [0.5, 0.75, 1.0, 1.25, 1.5]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, fixture_tokenizer):
-    return make_store(tmp_path_factory.mktemp("clips") / "store", fixture_tokenizer)
+    return make_store(tmp_path_factory.mktemp("visuals") / "store", fixture_tokenizer)
 
 
 def save_model(directory, **changes):
@@ -56,24 +56,24 @@ def save_model(directory, **changes):
     AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
 
 
-def hope_positions(tokens, clips, scales):
+def hope_positions(tokens, visuals, scales):
     """Positions of one document by the slow reference, float32 (3, 1, tokens)."""
     segments, start = [], 0
-    for clip in clips:
-        segments += [clip.start - start, (clip.frames, clip.height, clip.width)]
-        start = clip.end
+    for visual in visuals:
+        segments += [visual.start - start, (visual.frames, visual.height, visual.width)]
+        start = visual.end
     segments.append(len(tokens) - start)
     return torch.from_numpy(reference_positions([part for part in segments if part], scales)).float()[:, None]
 
 
-def document_loss(model, tokens, mask, clips, **positions):
+def document_loss(model, tokens, mask, visuals, **positions):
     """Summed loss of one document through stock transformers, pixels and its arguments about positions given to it."""
     pixels = {}
     for key, kind in (("pixel_values", 1), ("pixel_values_videos", 2)):
-        chosen = [clip for clip in clips if (clip.frames == 1) == (kind == 1)]
+        chosen = [visual for visual in visuals if (visual.frames == 1) == (kind == 1)]
         if chosen:
-            pixels[key] = torch.cat([stock_patches(clip.content) for clip in chosen])
-            grids = torch.tensor([[clip.frames, 2 * clip.height, 2 * clip.width] for clip in chosen])
+            pixels[key] = torch.cat([stock_patches(visual.content) for visual in chosen])
+            grids = torch.tensor([[visual.frames, 2 * visual.height, 2 * visual.width] for visual in chosen])
             pixels["image_grid_thw" if kind == 1 else "video_grid_thw"] = grids
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     output = model(input_ids=ids, use_cache=False, **positions, **pixels)
@@ -82,7 +82,7 @@ def document_loss(model, tokens, mask, clips, **positions):
 
 
 def reference_positions(segments, scales):
-    """The slow reference, whose factor is one for a whole document, clip by clip."""
+    """The slow reference, whose factor is one for a whole document, visual by visual."""
     parts, start, rest = [], 0.0, list(scales)
     for segment in segments:
         gamma = 1.0 if isinstance(segment, int) else rest.pop(0)
@@ -104,7 +104,7 @@ def stock_patches(frames):
 
 
 @pytest.mark.slow
-def test_packed_clips_are_each_document_alone_on_two_ranks(tmp_path, store):
+def test_packed_visuals_are_each_document_alone_on_two_ranks(tmp_path, store):
     """Loss and every gradient, the tower's too; some rows have no pixels, so a rank passes the tower for nothing."""
     save_model(tmp_path / "model")
     torchrun(2, str(Path(__file__).with_name("vision_gradients.py")), str(store.root), str(tmp_path),
@@ -116,16 +116,16 @@ def test_packed_clips_are_each_document_alone_on_two_ranks(tmp_path, store):
     for ref in Mixture(0, {}, store, 4).global_batch(0):
         ((domain, row, epoch),) = rows_of(ref)
         sequence, start, number = store.read(domain, row), 0, 0
-        kinds.add(bool(sequence.clips))
+        kinds.add(bool(sequence.visuals))
         for end in sequence.ends.tolist():
-            clips = [clip.moved(-start) for clip in sequence.clips if start <= clip.start < end]
-            keys = [ClipKey(domain, row, number + place, epoch) for place in range(len(clips))]
+            visuals = [visual.moved(-start) for visual in sequence.visuals if start <= visual.start < end]
+            keys = [VisualKey(domain, row, number + place, epoch) for place in range(len(visuals))]
             scales = [temporal_scale(SCALES, 0, key) for key in keys]
             tokens, mask = sequence.tokens[start:end], sequence.loss_mask[start:end]
-            place = hope_positions(tokens, clips, scales)
-            total = total + document_loss(model, tokens, mask, clips, position_ids=place)
+            place = hope_positions(tokens, visuals, scales)
+            total = total + document_loss(model, tokens, mask, visuals, position_ids=place)
             count += int(mask[1:].sum())
-            start, number = end, number + len(clips)
+            start, number = end, number + len(visuals)
     assert kinds == {True, False}
     (total / count).backward()
     with np.load(tmp_path / "gradients.npz") as gradients:
@@ -149,25 +149,25 @@ def test_a_run_on_stored_embeddings_has_stock_losses(tmp_path, fixture_tokenizer
         ((domain, row, epoch),) = rows_of(ref)
         sequence, start, number = store.read(domain, row), 0, 0
         for end in sequence.ends.tolist():
-            clips = [clip.moved(-start) for clip in sequence.clips if start <= clip.start < end]
-            scales = [temporal_scale(SCALES, 0, ClipKey(domain, row, number + k, epoch)) for k in range(len(clips))]
+            visuals = [visual.moved(-start) for visual in sequence.visuals if start <= visual.start < end]
+            scales = [temporal_scale(SCALES, 0, VisualKey(domain, row, number + k, epoch)) for k in range(len(visuals))]
             ids = torch.from_numpy(sequence.tokens[start:end].astype(np.int64))[None]
             mask = torch.from_numpy(sequence.loss_mask[start:end])
             segments, before = [], 0
             with torch.no_grad():
                 embedded = model.get_input_embeddings()(ids)
-                for clip in clips:
-                    values = torch.from_numpy(clip.content.astype(np.uint32) << 16).view(torch.float32)  # of bfloat16
-                    embedded[0, clip.start : clip.end] = values
-                    segments += [clip.start - before, (clip.frames, clip.height, clip.width)]
-                    before = clip.end
+                for visual in visuals:
+                    values = torch.from_numpy(visual.content.astype(np.uint32) << 16).view(torch.float32)  # of bfloat16
+                    embedded[0, visual.start : visual.end] = values
+                    segments += [visual.start - before, (visual.frames, visual.height, visual.width)]
+                    before = visual.end
                 place = reference_positions([part for part in [*segments, len(mask) - before] if part], scales)
                 place = torch.from_numpy(place).float()[:, None]
                 logits = model(inputs_embeds=embedded, position_ids=place, use_cache=False).logits
             labels = torch.where(mask, ids[0], -100)[1:]
             total += float(F.cross_entropy(logits[0, :-1], labels, reduction="sum"))
-            count, found = count + int(mask[1:].sum()), found + len(clips)
-            start, number = end, number + len(clips)
+            count, found = count + int(mask[1:].sum()), found + len(visuals)
+            start, number = end, number + len(visuals)
     assert found
     (row,) = read_metrics(tmp_path / "run")
     assert row["loss"] == pytest.approx(total / count, rel=1e-5)
@@ -189,15 +189,15 @@ def test_an_interrupted_run_draws_and_learns_the_same(tmp_path, store):
     whole, parts = (load_states(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    rows = read_rows(tmp_path / "whole" / "clips.jsonl")
-    assert rows == read_rows(tmp_path / "parts" / "clips.jsonl")
+    rows = read_rows(tmp_path / "whole" / "visuals.jsonl")
+    assert rows == read_rows(tmp_path / "parts" / "visuals.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     drawn = {
-        (domain, row, number, epoch): scale for line in rows for domain, row, number, epoch, scale in line["clips"]
+        (domain, row, number, epoch): scale for line in rows for domain, row, number, epoch, scale in line["visuals"]
     }
-    assert len(drawn) == sum(len(line["clips"]) for line in rows)  # a clip comes once an epoch
+    assert len(drawn) == sum(len(line["visuals"]) for line in rows)  # a visual comes once an epoch
     assert set(drawn.values()) <= set(SCALES)
-    assert all(scale == temporal_scale(SCALES, 0, ClipKey(*key)) for key, scale in drawn.items())
+    assert all(scale == temporal_scale(SCALES, 0, VisualKey(*key)) for key, scale in drawn.items())
     train(video_run(store, tmp_path / "zero2", "hope_video", "deepspeed=zero2"))
     losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("whole", "zero2")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -222,7 +222,7 @@ def test_a_frozen_tower_goes_through_ranks_and_stages(tmp_path, store, capsys):
     for zero in ("zero1", "zero2", "zero3"):
         train(video_run(store, parts, "inherited", *frozen, "trainer.stop_after=1", f"deepspeed={zero}"))
     assert "step-00000001 was saved by 2 ranks with ZeRO-3; 1 reads it with ZeRO-1" in capsys.readouterr().out
-    assert read_rows(parts / "clips.jsonl") == read_rows(straight / "clips.jsonl")
+    assert read_rows(parts / "visuals.jsonl") == read_rows(straight / "visuals.jsonl")
     losses = [[row["loss"] for row in read_metrics(run)] for run in (parts, straight)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     kept = {name.split("fragments.lm.")[1]: value for name, value in load_states(parts).items() if "fragments" in name}
@@ -250,7 +250,7 @@ def test_a_frozen_tower_stays_as_it_was(tmp_path, store, model_type):
     overrides = (f"model.path={tmp_path / 'model'}", "model.train_tower=false", "trainer.max_steps=2")
     config = video_run(store, tmp_path / "run", "mrope", *overrides)
     train(config)
-    assert not (tmp_path / "run" / "clips.jsonl").exists()  # nothing is drawn
+    assert not (tmp_path / "run" / "visuals.jsonl").exists()  # nothing is drawn
     before = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
     after = {name.split(".lm.", 1)[1]: tensor for name, tensor in load_states(tmp_path / "run").items()
              if "frozen_param_fragments" in name}  # fmt: skip
@@ -264,18 +264,20 @@ def test_no_frequencies_on_several_axes_are_trained(tmp_path, store):
     save_model(tmp_path / "model")
     config = video_run(store, tmp_path / "run", "mrope", f"model.path={tmp_path / 'model'}")
     config.rope.chain = [{"method": "learned"}]
-    with pytest.raises(UserError, match=r"learned\(\) trains .* of text alone, and model_type=qwen2_vl has"):
+    with pytest.raises(
+        UserError, match=r"learned\(\) trains the one table of a text model, and .*qwen2_vl has"
+    ):
         training_config(config.model, config.rope, 64)
 
 
-def test_qwen25_vl_learns_from_packed_clips_what_stock_transformers_does_from_each_document(tmp_path, store):
+def test_qwen25_vl_learns_from_packed_visuals_what_stock_transformers_does_from_each_document(tmp_path, store):
     """Loss and every gradient, tower included; stock transformers is given no position and counts them itself."""
     save_model(tmp_path / "model", model_type="qwen2_5_vl", vision_config=TOWER_25)
     config = video_run(store, tmp_path / "run", "mrope_v5", f"model.path={tmp_path / 'model'}")
     model_config = training_config(config.model, config.rope, store.sequence_length)
     mixture = Mixture(0, {}, store, 4)
     refs = mixture.global_batch(0)
-    batch = open_clips(config, model_config, mixture).completed(read_batch(store, refs))
+    batch = open_visuals(config, model_config, mixture).completed(read_batch(store, refs))
     lm = build_for_training(model_config, str(tmp_path / "model"), torch.float32)
     loss = LossModel(lm, 64)(**on_device(batch, Ranks())) / batch.trained_tokens
     loss.backward()
@@ -284,12 +286,12 @@ def test_qwen25_vl_learns_from_packed_clips_what_stock_transformers_does_from_ea
     for sequence in (store.read(ref.domain, ref.rows[0]) for ref in refs):
         start = 0
         for end in sequence.ends.tolist():
-            clips = [clip.moved(-start) for clip in sequence.clips if start <= clip.start < end]
+            visuals = [visual.moved(-start) for visual in sequence.visuals if start <= visual.start < end]
             tokens = sequence.tokens[start:end]
             kinds = torch.from_numpy((tokens == IMAGE) + 2 * (tokens == VIDEO))[None]
-            seconds = [clip.frame_seconds for clip in clips if clip.frames > 1]
-            counting = {"mm_token_type_ids": kinds, "second_per_grid_ts": torch.tensor(seconds)} if clips else {}
-            total = total + document_loss(stock, tokens, sequence.loss_mask[start:end], clips, **counting)
+            seconds = [visual.frame_seconds for visual in visuals if visual.frames > 1]
+            counting = {"mm_token_type_ids": kinds, "second_per_grid_ts": torch.tensor(seconds)} if visuals else {}
+            total = total + document_loss(stock, tokens, sequence.loss_mask[start:end], visuals, **counting)
             start = end
     total = total / batch.trained_tokens
     total.backward()
@@ -310,10 +312,10 @@ def test_positions_and_the_towers_frequencies_stay_float32_in_bf16(tmp_path, sto
     lm, seen = engine.module.lm, []
     assert {parameter.dtype for parameter in lm.parameters()} == {torch.bfloat16}
     lm.get_decoder().rotary_emb.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
-    (batch,) = micro_batches(inputs.mixture, 0, inputs.ranks, config, inputs.clips)
+    (batch,) = micro_batches(inputs.mixture, 0, inputs.ranks, config, inputs.visuals)
     with torch.no_grad():
         engine(**on_device(batch, inputs.ranks))
-    exact = torch.from_numpy(inputs.clips.positions(batch)).float()
+    exact = torch.from_numpy(inputs.visuals.positions(batch)).float()
     assert not torch.equal(exact.bfloat16().float(), exact)
     assert torch.equal(seen[0][:, 0], exact)
     frequencies = 1e4 ** (-np.arange(4) / 4)  # half of a head of 16 channels for rows, half for columns
@@ -328,15 +330,15 @@ def test_embeddings_take_the_place_of_placeholders(tmp_path, fixture_tokenizer):
     mixture, config = Mixture(0, {}, store, 3), video_run(store, tmp_path / "run", "mrope")
     model_config = training_config(config.model, config.rope, store.sequence_length)
     with pytest.raises(ValueError, match="the stores hold no pixels, so the tower would never be called"):
-        open_clips(config, model_config, mixture)
+        open_visuals(config, model_config, mixture)
     config.model.train_tower = False
-    batch = open_clips(config, model_config, mixture).completed(read_batch(store, mixture.global_batch(0)))
+    batch = open_visuals(config, model_config, mixture).completed(read_batch(store, mixture.global_batch(0)))
     model = AutoModelForImageTextToText.from_config(model_config)
     rows = embed(model, batch.input_ids, batch.vision)[0]
     expected = model.get_input_embeddings().weight[batch.input_ids[0]].clone()
-    for clip in batch.clips:
-        bits = torch.from_numpy(clip.content.astype(np.int32) << 16)  # bfloat16 is the upper half of float32
-        expected[clip.start : clip.end] = bits.view(torch.float32)
+    for visual in batch.visuals:
+        bits = torch.from_numpy(visual.content.astype(np.int32) << 16)  # bfloat16 is the upper half of float32
+        expected[visual.start : visual.end] = bits.view(torch.float32)
     assert torch.equal(rows, expected)
 
 
@@ -356,28 +358,32 @@ def test_what_a_model_of_videos_cannot_do_is_refused_in_a_line(tmp_path, store, 
     config = video_run(store, tmp_path, arm, *overrides, **fields)
     model_config = training_config(config.model, config.rope, store.sequence_length)
     with pytest.raises(ValueError, match=message):
-        open_clips(config, model_config, Mixture(0, {}, store, 4))
+        open_visuals(config, model_config, Mixture(0, {}, store, 4))
 
 
-def test_placeholders_without_a_clip_and_videos_without_a_time_are_refused(tmp_path, fixture_tokenizer):
+def test_placeholders_without_a_visual_and_videos_without_a_time_are_refused(tmp_path, fixture_tokenizer):
     """A script that cuts a document within a video, or leaves its time out; stock transformers refuses the first."""
     (kept, cut), rng = [([3, 2], [(2, 2, 2)]), ([4], [])], np.random.default_rng(0)
     sequence = sequence_of(rng, [kept, cut])
     tokens = sequence.tokens.copy()
     tokens[sequence.ends[-1] - 2 : sequence.ends[-1]] = VIDEO
-    (clip,) = sequence.clips
+    (visual,) = sequence.visuals
     for name, changed, message in (
-        ("cut", {"tokens": tokens}, r"2 of the model's placeholders \(508, 509\) that no clip stands behind, at 15"),
-        ("timeless", {"clips": (replace(clip, frame_seconds=0.0),)}, "clips holds 1 videos without the time between"),
+        ("cut", {"tokens": tokens}, r"2 of the model's placeholders \(508, 509\) that no visual stands behind, at 15"),
+        (
+            "timeless",
+            {"visuals": (replace(visual, frame_seconds=0.0),)},
+            "visuals holds 1 videos without the time between",
+        ),
     ):
         account = Accounting(int(sequence.ends[-1]))
-        store = write_store(tmp_path / name, LENGTH, {"clips": [replace(sequence, **changed)]}, fixture_tokenizer,
-                            {"clips": account})  # fmt: skip
+        store = write_store(tmp_path / name, LENGTH, {"visuals": [replace(sequence, **changed)]}, fixture_tokenizer,
+                            {"visuals": account})  # fmt: skip
         fields = {"model_type": "qwen2_5_vl", "vision_config": TOWER_25}
         config = video_run(store, tmp_path / "run", "mrope", **fields)
         model_config = training_config(config.model, config.rope, LENGTH)
         with pytest.raises(ValueError, match=message):
-            open_clips(config, model_config, Mixture(0, {}, store, 4))
+            open_visuals(config, model_config, Mixture(0, {}, store, 4))
 
 
 def test_time_is_the_released_rules_on_qwen25_vl(store):
@@ -387,7 +393,7 @@ def test_time_is_the_released_rules_on_qwen25_vl(store):
     batch = read_batch(store, [ref for ref in Mixture(0, {}, store, 12).global_batch(0) if ref.rows[0] == 0])
     times = {}
     for speed in (4.0, None):
-        reader = ClipReader(axes, 0, geometry, (508, 509), speed, True)
-        clip = batch.clips[0]
-        times[speed] = reader.positions(batch)[0, clip.start : clip.end : 6].tolist()
+        reader = VisualReader(axes, 0, geometry, (508, 509), speed, True)
+        visual = batch.visuals[0]
+        times[speed] = reader.positions(batch)[0, visual.start : visual.end : 6].tolist()
     assert times == {4.0: [3, 8, 13, 18], None: [3, 4, 5, 6]}

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from clip_stores import video_run
 from helpers import GradientProbe, one_step
 from training.engine_gradients import gradients
+from visual_stores import video_run
 
 from ropewalk.data import PackedStore
 from ropewalk.training.engine import start_engine
@@ -24,7 +24,7 @@ def main(store: str, output: str, model: str, arm: str) -> None:
     inputs = open_inputs(config)
     engine = start_engine(config, inputs.model_config, inputs.ranks)
     probe = GradientProbe(partial(gradients, engine))
-    batches = micro_batches(inputs.mixture, 0, inputs.ranks, config, inputs.clips)
+    batches = micro_batches(inputs.mixture, 0, inputs.ranks, config, inputs.visuals)
     step = one_step(engine, batches, inputs.mixture.trained_tokens(0), inputs.ranks, probe)
     if inputs.ranks.is_main:
         np.savez(Path(output) / "gradients.npz", loss=step.loss, **probe.seen)

@@ -68,7 +68,7 @@ def _validate_prepare(config: PrepareConfig) -> None:
 
 
 def _validate_prepare_video(config: PrepareVideoConfig) -> None:
-    from ropewalk.data.prepare.video.clip_pipeline import validate_prepare_video
+    from ropewalk.data.prepare.video.visual_pipeline import validate_prepare_video
 
     validate_prepare_video(config)
 

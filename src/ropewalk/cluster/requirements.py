@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config.analysis import FiguresConfig, GeometryConfig
-from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig, PrepareVideoConfig
+from ropewalk.config.data import ConvertConfig, GatherConfig, PrepareConfig, PrepareVideoConfig, PrepareVniahConfig
 from ropewalk.config.evaluation import CompareConfig, EvaluateConfig
 from ropewalk.config.export import ExportConfig
 from ropewalk.config.rules import STORE_FIX, is_remote
@@ -38,7 +38,8 @@ class Requirement:
     Attributes:
         key: of the configuration.
         path: as it stands there.
-        kinds: of what may lie there: store, heldout, model, run, evaluation, documents, mds, tokenizer.
+        kinds: of what may lie there: store, heldout, model, run, evaluation, documents, mds, tokenizer,
+            haystack.
         length: tokens of its sequences; None: any.
         longest: tokens that the longest of its documents must have; None: any.
         hub: it may be named as ORGANISATION/NAME on the hub.
@@ -106,11 +107,18 @@ def _prepare(config: PrepareConfig) -> Requirements:
 
 
 def _prepare_video(config: PrepareVideoConfig) -> Requirements:
-    reads = [Requirement("clips", config.clips, ("documents",))] if config.clips is not None else []
+    reads = [Requirement("visuals", config.visuals, ("documents",))] if config.visuals is not None else []
     if config.tokenizer is not None:
         reads.append(Requirement("tokenizer", config.tokenizer, ("model", "tokenizer"), hub=True, by_chain=True))
     store = Promise(f"{config.output}/packed-{config.sequence_length}", "store", config.sequence_length)
     return Requirements(reads, [store, Promise(f"{config.output}/tokenizer", "tokenizer")])
+
+
+def _prepare_vniah(config: PrepareVniahConfig) -> Requirements:
+    files = {name: path for name in ("film", "needles") if (path := getattr(config, name)) is not None}
+    return Requirements(
+        [Requirement(name, path, ("documents",)) for name, path in files.items()], [Promise(config.output, "haystack")]
+    )
 
 
 def _convert(config: ConvertConfig) -> Requirements:
@@ -143,6 +151,8 @@ def _evaluate(config: EvaluateConfig) -> Requirements:
     if config.documents is not None and "quick" in harnesses:
         kinds = ("heldout", "documents")
         reads.append(Requirement("documents", config.documents, kinds, longest=max(config.lengths)))
+    if config.vniah.data is not None and "vniah" in harnesses:
+        reads.append(Requirement("vniah.data", config.vniah.data, ("haystack",)))
     return Requirements(reads, [Promise(config.output, "evaluation")])
 
 
@@ -176,6 +186,7 @@ COMMANDS: dict[str, Callable[[Any], Requirements]] = {
     "gather": _gather,
     "prepare": _prepare,
     "prepare_video": _prepare_video,
+    "prepare_vniah": _prepare_vniah,
     "convert_mds": _convert,
     "export": _export,
     "evaluate": _evaluate,

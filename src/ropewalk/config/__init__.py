@@ -20,6 +20,7 @@ SCHEMAS: dict[str, type] = {
     "sbatch": train.SbatchConfig,
     "prepare": data.PrepareConfig,
     "prepare_video": data.PrepareVideoConfig,
+    "prepare_vniah": data.PrepareVniahConfig,
     "gather": data.GatherConfig,
     "convert_mds": data.ConvertConfig,
     "inspect_store": data.InspectStoreConfig,

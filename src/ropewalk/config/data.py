@@ -92,7 +92,7 @@ class PrepareConfig:
 
 @dataclass
 class TowerConfig:
-    """Sizes of the vision tower that clips are cut for; they must be the model's."""
+    """Sizes of the vision tower that visuals are cut for; they must be the model's."""
 
     patch_size: int = 14  # pixels along a patch
     merge_size: int = 2  # patches along a token
@@ -112,7 +112,7 @@ class FrameConfig:
 class SceneConfig:
     """Drawn scenes: noisy backgrounds, a symbol in one frame, a question about it."""
 
-    clips: int = 0  # how many
+    count: int = 0  # how many
     frames: list[int] = field(default_factory=lambda: [8, 32])  # the fewest and the most, each one position in time
     height: int = 2  # of a frame, tokens
     width: int = 2  # of a frame, tokens
@@ -126,12 +126,28 @@ class PrepareVideoConfig:
     output: str = MISSING  # directory for tokenizer and the packed store
     sequence_length: int = MISSING  # tokens
     seed: int = 0
-    clips: str | None = None  # file of JSON lines with clip (a path beside it), question and answer; null: scenes
+    visuals: str | None = None  # file of JSON lines with visual (a path beside it), question and answer; null: scenes
     scenes: SceneConfig = field(default_factory=SceneConfig)
     tokenizer: str | None = None  # of the model: directory or hub id; null: a small one, for scenes
     tower: TowerConfig = field(default_factory=TowerConfig)
     frames: FrameConfig = field(default_factory=FrameConfig)
     shard_sequences: int = 64  # sequences whose pixels share a file
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class PrepareVniahConfig:
+    """``python data_prep/prepare_video.py vniah``: the haystack and the needles of V-NIAH, one file for all arms."""
+
+    output: str = MISSING  # directory; it gets vniah.safetensors
+    seed: int = 0
+    film: str | None = None  # video file that the haystack is taken from; null: backgrounds of drawn scenes
+    needles: str | None = None  # JSON lines: visual (an image beside it), question, answer, when; null: drawn symbols
+    frames: int = 512  # of the haystack, each one position in time, at most
+    fps: float = 2.0  # pixel frames a second of the film
+    height: int = 2  # of a frame, tokens
+    width: int = 2  # of a frame, tokens
+    tower: TowerConfig = field(default_factory=TowerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

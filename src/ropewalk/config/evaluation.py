@@ -27,7 +27,7 @@ class SuiteConfig:
     """A set of measurements: one harness and its tasks, or several suites in a row."""
 
     name: str = "quick"
-    harness: str = "quick"  # quick, ruler, lm_eval, helmet, or suites
+    harness: str = "quick"  # quick, ruler, lm_eval, helmet, vniah, or suites
     suites: list[str] = field(default_factory=list)  # of the harness `suites`: other files of configs/suite
     tasks: list[str] = field(default_factory=list)  # names of the harness
     few_shot: dict[str, int] = field(default_factory=dict)  # by task; a task that is not named keeps its own
@@ -45,6 +45,21 @@ class SuiteConfig:
     unscaled_too: bool = False  # past the trained length also without test-time scaling
     published: str | None = None  # csv of published numbers, set beside those measured
     helmet: HelmetConfig = field(default_factory=HelmetConfig)
+
+
+@dataclass
+class VniahConfig:
+    """V-NIAH, of ``suite=vniah``: a needle frame at a depth of a video, and a question about it."""
+
+    data: str | None = None  # directory that `data_prep/prepare_video.py vniah` wrote
+    frames: list[int] = field(default_factory=lambda: [100, 300, 500, 1000, 2000, 3000])  # of a video, the needle's too
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])  # share of the video before it
+    samples: int = 5  # prompts of a cell; the needles come in turn
+    questions: list[str] = field(default_factory=lambda: ["content", "when"])  # what it shows; in which quarter it is
+    factors: list[float] = field(default_factory=list)  # positions a frame takes; []: the chain's own, of several the
+    # middle one. They need positions=diagonal (HoPE, VideoRoPE).
+    distractors: int = 0  # other frames like the needle, at random places
+    embeddings: str | None = None  # file that the tower's output is kept in, for models that share a frozen tower
 
 
 @dataclass
@@ -67,6 +82,7 @@ class EvaluateConfig:
     overwrite: bool = False  # replace an evaluation of other settings in `output`
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)
+    vniah: VniahConfig = field(default_factory=VniahConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)  # applied to the checkpoint's own chain, without training
     test_time: TestTimeConfig = field(default_factory=TestTimeConfig)
     test_times: list[str] = field(default_factory=list)  # more of them, by name; test_time=[auto,none] sets both

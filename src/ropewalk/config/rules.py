@@ -19,10 +19,11 @@ from ropewalk.config.data import (
     GatherConfig,
     InspectStoreConfig,
     PrepareVideoConfig,
+    PrepareVniahConfig,
     SceneConfig,
     TowerConfig,
 )
-from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig
+from ropewalk.config.evaluation import CompareConfig, EvaluateConfig, SuiteConfig, ValidateConfig, VniahConfig
 from ropewalk.config.export import AverageConfig, ExportConfig, RepairConfig
 from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, SlurmConfig
 from ropewalk.config.schedule import DECAYS
@@ -121,7 +122,14 @@ RANGES |= {  # of the commands that train nothing; what each of them checks in w
     GatherConfig: {POSITIVE: "extract_seconds"},
     TowerConfig: {POSITIVE: "patch_size merge_size temporal_patch_size"},
     FrameConfig: {POSITIVE: "fps max_frames max_pixels"},
-    SceneConfig: {POSITIVE: "frames height width", NOT_NEGATIVE: "clips"},
+    PrepareVniahConfig: {POSITIVE: "frames fps height width"},
+    VniahConfig: {
+        SHARE: "depths",
+        POSITIVE: "samples factors",
+        Range(2, MOST, "must be 2 or more: one frame is an image"): "frames",
+        NOT_NEGATIVE: "distractors",
+    },
+    SceneConfig: {POSITIVE: "frames height width", NOT_NEGATIVE: "count"},
     PrepareVideoConfig: {POSITIVE: "sequence_length shard_sequences"},
     ConvertConfig: {POSITIVE: "sequence_length workers"},
     InspectStoreConfig: {NOT_NEGATIVE: "sequence"},

@@ -12,7 +12,7 @@ from ropewalk.config.groups import AnswersConfig, ClusterConfig, NeedleConfig, P
 SUPPORTED_MODEL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3", "olmo", "olmo2", "olmo3", "gemma3_text",
 )  # fmt: skip
-VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # of images and videos; trained, not yet planned, evaluated or exported
+VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # of images and videos
 DROPPED_FIELDS = ("sliding_window", "attention_dropout")
 ATTENTION_CHOICES = ("auto", "fa4", "fa3", "fa2", "torch")
 

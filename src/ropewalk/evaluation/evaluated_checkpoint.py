@@ -230,15 +230,19 @@ class EvaluatedCheckpoint:
         return target
 
 
-def open_checkpoint(config: EvaluateConfig) -> EvaluatedCheckpoint:
+def open_checkpoint(config: EvaluateConfig, *, of_vision: bool = False) -> EvaluatedCheckpoint:
     """Resolve and check the checkpoint, its tokenizer and the ways to run it.
+
+    Args:
+        config: of the evaluation.
+        of_vision: it must be a model of images and videos; else of text.
 
     Raises:
         UserError: naming the value, the rule and the fix.
     """
     validate_engine(config)
     validate_device("device", config.device)
-    directory = check_checkpoint(config.checkpoint)
+    directory = check_checkpoint(config.checkpoint, of_vision=of_vision)
     checkpoint = EvaluatedCheckpoint(config, directory, read_position(directory))
     _ = checkpoint.tokenizer  # read now, before any model: every suite needs it
     return checkpoint
@@ -257,13 +261,13 @@ def scaling_name(setting: Setting, rope: RopeConfig) -> str:
     return str(RopeChain(steps)) if steps else "none"
 
 
-def check_checkpoint(path: str) -> Path:
+def check_checkpoint(path: str, *, of_vision: bool = False) -> Path:
     """The Hugging Face directory of a checkpoint, every weight file whole; a run without an export is exported first.
 
     Raises:
-        UserError: ``path`` is not a checkpoint, or a shard of it is missing or cut short.
+        UserError: ``path`` is not a checkpoint or of the other kind, or a shard of it is missing or cut short.
     """
-    directory = resolve_checkpoint(path)
+    directory = resolve_checkpoint(path, of_vision=of_vision)
     StoredWeights(directory)
     return directory
 

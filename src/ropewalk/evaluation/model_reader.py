@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from ropewalk.data.order.batches import VisionInputs
+from ropewalk.model.vision import embed
+
 # elements of a chunk's mask against all keys before it: 64 MiB as bool, 256 MiB as the float32 that SDPA makes
 MASK_ELEMENTS = 2**26
 LONGEST_CHUNK = 4096  # tokens
@@ -46,26 +49,36 @@ class ModelReader:
         self.chunk = chunk
 
     @torch.inference_mode()
-    def read(self, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None) -> torch.Tensor:
+    def read(
+        self, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None, vision: VisionInputs | None = None
+    ) -> torch.Tensor:
         """Hidden states of the last ``keep`` of ``ids``; (keep, width) on the model's device.
 
         Args:
             ids: LongTensor (n,).
             keep: positions from the end, 1 to n.
             cache: keys and values of the tokens before ``ids``, to which theirs are added; None: there are none before.
+            vision: of a model of images and videos, with the positions of all ``ids``.
         """
         n = ids.numel()
         before = 0 if cache is None else cache.get_seq_length()
         chunk = self.chunk or chunk_for(before + n)
         if cache is None and n > chunk:
             cache = self.new_cache()
+        inputs = {"input_ids": ids[None].to(self.device)}
+        if vision is not None:
+            vision = vision.mapped(lambda tensor: tensor.to(self.device))
+            inputs = {"inputs_embeds": embed(self.model, inputs["input_ids"], vision), "position_ids": vision.positions}
         kept = []
         for start in range(0, n, chunk):
-            piece = ids[None, start : start + chunk].to(self.device)
-            states = self.decoder(
-                input_ids=piece, past_key_values=cache, use_cache=cache is not None
-            ).last_hidden_state[0]
-            wanted = keep - max(0, n - start - piece.shape[1])  # of this chunk, from its end
+            end = min(start + chunk, n)
+            # tokens are the second dimension of ids and embeddings, the third of positions
+            piece = {
+                name: tensor[..., start:end] if name != "inputs_embeds" else tensor[:, start:end]
+                for name, tensor in inputs.items()
+            }
+            states = self.decoder(**piece, past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
+            wanted = keep - max(0, n - end)  # of this chunk, from its end
             if wanted > 0:
                 kept.append(states[-wanted:])
         return torch.cat(kept)

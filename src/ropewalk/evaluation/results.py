@@ -42,6 +42,7 @@ RESULT_COLUMNS = {
     "n": "int64",  # documents, prompts or samples
     "source_file": "str",  # the harness's own file that the row was made from
     "test_time": "str",  # names of the test-time settings that the number is part of, by commas; empty: not recorded
+    "frames": "Int64",  # of a video, the needle's included, whose tokens context_length counts; null: there is none
 }
 DOCUMENT_COLUMNS = {
     "run": "str",
@@ -56,8 +57,9 @@ DOCUMENT_COLUMNS = {
 ESTIMATE = ["value", "ci_low", "ci_high", "stderr"]
 TABLE, DOCUMENTS, RECORD = "table.parquet", "documents.parquet", "evaluation.json"
 EARLIER = "results.parquet"  # losses and needles of an evaluation by an earlier ropewalk
-ADDED = (*BUCKET, "ci_low", "ci_high", "test_time")  # columns that earlier tables lack
+ADDED = (*BUCKET, "ci_low", "ci_high", "test_time", "frames")  # columns that earlier tables lack
 OWN_HARNESS = "ropewalk"  # of the losses and needles
+VIDEO_HARNESS = "v-niah"  # of needles in videos
 # nats; every other metric is a percentage
 LOSS_METRICS = ("nll", "answer_nll", "answer_nll_oracle", "answer_nll_none", "first_less_last_nll")
 NEEDS_JUDGE = "needs_judge"  # metric of a task that only a judge model scores

@@ -23,6 +23,7 @@ from ropewalk.evaluation.harness.held_out import passes_of, run_held_out, summar
 from ropewalk.evaluation.harness.helmet.helmet_suite import check_checkout, run_helmet
 from ropewalk.evaluation.harness.lm_eval_suite import check_scorers, check_tasks, run_lm_eval
 from ropewalk.evaluation.harness.ruler_suite import run_ruler, validate_ruler
+from ropewalk.evaluation.harness.vision_needle import run_vniah, summarize_vniah, validate_vniah
 from ropewalk.evaluation.paper import beside_published, not_measured, read_published
 from ropewalk.evaluation.results import TABLE, averages, not_finite, read_results, stratum_words
 from ropewalk.evaluation.results_store import ResultsStore
@@ -34,7 +35,10 @@ Option = TypeVar("Option")
 PATIENCE = timedelta(days=7)  # one rank's long prompts may keep the others waiting for hours
 PAPER_CSV = "paper.csv"
 NOT_FINITE = "not_finite.txt"  # numbers that are NaN or infinite; empty: there are none
-HARNESSES = {"quick": run_held_out, "ruler": run_ruler, "lm_eval": run_lm_eval, "helmet": run_helmet}
+VNIAH = "vniah"
+HARNESSES = {
+    "quick": run_held_out, "ruler": run_ruler, "lm_eval": run_lm_eval, "helmet": run_helmet, VNIAH: run_vniah,
+}  # fmt: skip
 SUITES = "suites"  # in place of a harness: a suite of suites
 # Fields that mean something of a suite of suites; lengths and published are read before it is taken apart.
 OF_SEVERAL = ("name", "harness", "suites", "lengths", "samples", "data", "unscaled_too", "published", "helmet")
@@ -60,7 +64,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> pd.DataFrame
         check_scorers(suite)
     published = None if config.suite.published is None else read_published(config.suite.published)
     ranks = ranks or join_launched(timeout=PATIENCE)
-    checkpoint = rank_zero_first(lambda: open_checkpoint(config))  # it may export the run
+    of_vision = any(suite.harness == VNIAH for suite in suites)
+    checkpoint = rank_zero_first(lambda: open_checkpoint(config, of_vision=of_vision))  # it may export the run
     with held_directory(Path(config.output), f"output={config.output}"):
         _run_suites(config, suites, checkpoint, published, ranks)
     return read_results(config.output)
@@ -79,7 +84,7 @@ def _run_suites(
     for suite in suites:
         for test_time in test_times_of(config, suite):
             HARNESSES[suite.harness](checkpoint, suite, test_time, store, ranks)
-            if ranks.rank == 0:
+            if ranks.rank == 0 and suite.harness != VNIAH:  # which records factors with it
                 record_test_time(checkpoint, test_time, store)
     gather(None)
     if ranks.rank == 0:
@@ -202,12 +207,21 @@ def validate_suites(config: EvaluateConfig) -> list[SuiteConfig]:
             check_tasks(suite)
         elif suite.harness == "helmet":
             check_checkout(suite)
+        elif suite.harness == VNIAH:
+            validate_vniah(config)
+    if len({suite.harness == VNIAH for suite in suites}) > 1:
+        raise UserError(
+            f"suite={config.suite.name} holds V-NIAH, for models of images and videos, beside suites of text; run "
+            "suite=vniah by itself"
+        )
     return suites
 
 
 def summarize(table: pd.DataFrame, suites: Sequence[SuiteConfig]) -> str:
     """One block for each harness of ``suites`` and scaling: task by length, then the averages, tasks named."""
-    blocks = [summarize_held_out(table)] if any(suite.harness == "quick" for suite in suites) else []
+    harnesses = {suite.harness for suite in suites}
+    blocks = [summarize_held_out(table)] if "quick" in harnesses else []
+    blocks += [summarize_vniah(table)] if VNIAH in harnesses else []
     scored = table[table["harness"].isin(SUMMARIZED) & table["depth"].isna()]
     scored = scored.assign(metric=[row["metric"] + stratum_words(row) for row in scored.to_dict("records")])
     for (harness, scaling), rows in scored.groupby(["harness", "test_time_scaling"]):

@@ -29,23 +29,27 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json"
                     "spiece.model", "chat_template*")  # fmt: skip
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, *, of_vision: bool = False) -> Path:
     """A Hugging Face directory for a path: itself where it is one, else the export of a training checkpoint or run.
 
     A run's own ``export`` serves where it is of that checkpoint and is never replaced. The last checkpoint of a
     finished run without one is exported there; any other once, to ``<run>/exports/<step>``.
 
+    Args:
+        path: directory.
+        of_vision: the model must be of images and videos; else of text.
+
     Raises:
-        UserError: where ``path`` is none of the three, or is of a model of images and videos.
+        UserError: where ``path`` is none of the three, or is of a model of the other kind.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / MANIFEST).exists() and list(path.glob("*.safetensors")):
-        _check_text_alone(path, str(read_object(path / "config.json").get("model_type")))
+        _check_kind(path, str(read_object(path / "config.json").get("model_type")), of_vision)
         return path
     checkpoint = committed_checkpoint(path)
     run = RunDirectory.of(checkpoint)
     source = trained_source(checkpoint)
-    _check_text_alone(checkpoint, source.config.model_type)
+    _check_kind(checkpoint, source.config.model_type, of_vision)
     if is_current(run.export, source, None):
         return run.export
     is_last = not run.export.exists() and checkpoint == run.newest_checkpoint() and run.is_finished()
@@ -55,11 +59,16 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return output
 
 
-def _check_text_alone(path: Path, model_type: str) -> None:
-    if model_type in VISION_MODEL_TYPES:
+def _check_kind(path: Path, model_type: str, of_vision: bool) -> None:
+    if model_type in VISION_MODEL_TYPES and not of_vision:
         raise UserError(
-            f"{path} is of images and videos ({model_type}), which evaluation, generate and geometry do not read yet; "
-            "name a model of text, or export it (scripts/export.py) and evaluate it elsewhere"
+            f"{path} is of images and videos ({model_type}), which evaluation reads by suite=vniah alone, and generate "
+            "and geometry not at all; name a model of text, or export it (scripts/export.py) and evaluate it elsewhere"
+        )
+    if of_vision and model_type not in VISION_MODEL_TYPES:
+        raise UserError(
+            f"{path} reads text alone ({model_type}), and suite=vniah shows it videos; name a model of type "
+            f"{' or '.join(VISION_MODEL_TYPES)}, or another suite"
         )
 
 

@@ -31,35 +31,42 @@ CAPTION = (
 
 
 def needle_figures(
-    cells: pd.DataFrame, pooled: pd.DataFrame, trained_lengths: Mapping[str, int | None]
+    cells: pd.DataFrame, pooled: pd.DataFrame, trained_lengths: Mapping[str, int | None], title: str = TITLE
 ) -> list[Figure]:
     """Accuracy on 0..1 for every run; where exact match is at chance, the graded scores too.
 
     Args:
         cells: run, metric (exact_match, answer_token_accuracy or answer_nll), context_length (tokens), depth (0..1),
-            value, n (prompts).
+            value, n (prompts); frames, if the context is a video's.
         pooled: each metric over the whole grid, a row for each run and metric: run, metric, value, control (the same
             outputs against shuffled answers; nan: not measured), error (standard error of value less control; nan:
             unknown), at_chance.
-        trained_lengths: run -> tokens; None: not recorded.
+        trained_lengths: run -> tokens; None: not recorded. Not drawn over frames.
+        title: of the test, which the figures' file names begin with.
     """
     exact = cells[cells["metric"] == EXACT_MATCH]
     if exact.empty:
         return []
     rows = pooled[pooled["metric"] == EXACT_MATCH]
     accuracy = TOKEN_ACCURACY if rows["at_chance"].all() else EXACT_MATCH
-    figures = [_figure(cells, accuracy, ColorScale("cividis", 0, 1, NAMES[accuracy]), pooled, trained_lengths)]
+    scale = ColorScale("cividis", 0, 1, NAMES[accuracy])
+    figures = [_figure(title, cells, accuracy, scale, pooled, trained_lengths)]
     nll = cells.loc[(cells["metric"] == ANSWER_NLL) & cells["run"].isin(exact["run"]), "value"]
     if rows["at_chance"].any() and len(nll):
         finite = nll[np.isfinite(nll)]
         high = float(finite.max()) if len(finite) else 1.0
         scale = ColorScale("cividis_r", 0, high, "nats per answer token")  # bright is good in both
-        figures.append(_figure(cells, ANSWER_NLL, scale, pooled, trained_lengths))
+        figures.append(_figure(title, cells, ANSWER_NLL, scale, pooled, trained_lengths))
     return figures
 
 
 def _figure(
-    cells: pd.DataFrame, metric: str, scale: ColorScale, pooled: pd.DataFrame, trained_lengths: Mapping[str, int | None]
+    test: str,
+    cells: pd.DataFrame,
+    metric: str,
+    scale: ColorScale,
+    pooled: pd.DataFrame,
+    trained_lengths: Mapping[str, int | None],
 ) -> Figure:
     rows = cells[cells["metric"] == metric]
     panels = [
@@ -67,7 +74,8 @@ def _figure(
         for name, part in rows.groupby("run", sort=False)
     ]
     title, columns = NAMES[metric], min(len(panels), 2 if len(panels) == 4 else 3)
-    name = file_name(f"{TITLE} {title}")
+    name = file_name(f"{test} {title}")
+    title = title if test == TITLE else f"{test}: {title.lower()}"
     numbers = _numbers(rows, metric, pooled, trained_lengths)
     return Figure(name, title, rows_of(panels, columns), CAPTION, {}, numbers, scale=scale, size=SIZE)
 
@@ -101,7 +109,9 @@ def _counts(counts: pd.Series) -> str:
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, scale: ColorScale, trained: int | None) -> None:
-    grid, counts = (rows.pivot(index="depth", columns="context_length", values=name) for name in ("value", "n"))
+    unit = "frames" if "frames" in rows else "tokens"
+    across = "frames" if unit == "frames" else "context_length"
+    grid, counts = (rows.pivot(index="depth", columns=across, values=name) for name in ("value", "n"))
     lengths = [int(length) for length in grid.columns]
     x, y = np.arange(len(lengths) + 1) - 0.5, np.arange(len(grid) + 1) - 0.5
     mesh = axes.pcolormesh(
@@ -110,22 +120,24 @@ def _draw(axes: Axes, rows: pd.DataFrame, scale: ColorScale, trained: int | None
     with_tips(
         mesh,
         [
-            f"{length:,} tokens, depth {depth:.0%}: {grid.loc[depth, length]:.3f}, n={counts.loc[depth, length]:.0f}"
+            f"{length:,} {unit}, depth {depth:.0%}: {grid.loc[depth, length]:.3f}, n={counts.loc[depth, length]:.0f}"
             for depth in grid.index
             for length in grid.columns
         ],
     )
     if grid.size <= MOST_LABELLED_CELLS:
         _label_cells(axes, grid.to_numpy(), scale)
-    axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
+    labels = [tokens(length) if unit == "tokens" else f"{length:,}" for length in lengths]
+    axes.set_xticks(range(len(lengths)), labels)
     axes.set_yticks(range(len(grid)), [f"{depth:.0%}" for depth in grid.index])
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_xlabel("context length (tokens)")
+    axes.set_xlabel("context length (tokens)" if unit == "tokens" else "frames of the video")
     axes.set_ylabel("depth")
-    within = sum(trained is None or length <= trained for length in lengths)
+    is_within = unit == "frames" or trained is None  # frames of training are not recorded
+    within = sum(is_within or length <= int(trained or 0) for length in lengths)
     if 0 < within < len(lengths):
         axes.axvline(within - 0.5, color=PALETTE[1], linewidth=2, linestyle=LEVEL_DASH, gid="trained")
 

@@ -286,12 +286,12 @@ def load_for_evaluation(
     """
     exact_products()
     config = read_config(directory)
-    check_causal(config)
+    check_causal(config, also=VISION_MODEL_TYPES)
     position = position_of(config).extended(extra)
     if extra or length is not None or position.depends_on_length:
         config = place_position(config, position, length)
-    config.use_cache = False
-    has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    config.get_text_config().use_cache = False
+    has_sdpa = has_vision(config) or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     implementation = "sdpa" if has_sdpa else "eager"
     spread = {"device_map": "auto"} if device == "auto" else {}
     model = load_whole(

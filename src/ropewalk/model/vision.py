@@ -11,7 +11,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ropewalk.config.train import VISION_MODEL_TYPES
 from ropewalk.data.order.batches import VisionInputs
-from ropewalk.data.order.clip_batches import TowerGeometry
+from ropewalk.data.order.visual_batches import TowerGeometry
 from ropewalk.errors import UserError
 
 

@@ -77,12 +77,13 @@ def difference_table(runs: Sequence[Run], baseline: Run) -> tuple[pd.DataFrame, 
     return _stacked(parts, DIFFERENCE), unpaired
 
 
-def needle_tables(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of every needle grid, and each metric over the whole grid of each run."""
-    drawn = [run for run in runs if len(run.task("needle", EXACT_MATCH))]
-    cells = [run.task("needle", metric).assign(run=run.name)[CELLS] for run in drawn for metric in NAMES]
-    whole = pd.DataFrame([row for run in drawn for row in _pooled_rows(run)], columns=POOLED)
-    return _stacked(cells, CELLS), whole
+def needle_tables(runs: Sequence[Run], task: str = "needle") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of every needle grid, and each metric over the whole grid of each run; of videos with their frames."""
+    drawn = [run for run in runs if len(run.task(task, EXACT_MATCH))]
+    columns = CELLS if task == "needle" else [*CELLS, "frames"]
+    cells = [run.task(task, metric).assign(run=run.name)[columns] for run in drawn for metric in NAMES]
+    whole = pd.DataFrame([row for run in drawn for row in _pooled_rows(run, task)], columns=POOLED)
+    return _stacked(cells, columns), whole
 
 
 def retrieval_rows(runs: Sequence[Run]) -> pd.DataFrame:
@@ -94,20 +95,20 @@ def retrieval_rows(runs: Sequence[Run]) -> pd.DataFrame:
     return _stacked(parts, RETRIEVAL)
 
 
-def _pooled_rows(run: Run) -> Iterator[tuple[object, ...]]:
+def _pooled_rows(run: Run, task: str) -> Iterator[tuple[object, ...]]:
     for metric in NAMES:
-        share = pooled(run, metric)
+        share = pooled(run, metric, task=task)
         if share is not None:
-            error = _standard_error(run) if metric == ANSWER_NLL else math.nan
+            error = _standard_error(run, task) if metric == ANSWER_NLL else math.nan
             at_chance = metric != ANSWER_NLL and share.at_chance
             yield run.name, metric, share.value, share.control, error, at_chance
 
 
-def _standard_error(run: Run) -> float:
+def _standard_error(run: Run, task: str) -> float:
     """Of the pooled answer NLL less its control, as if lengths, answer and control were independent; nan if unknown."""
     variance = 0.0
     for metric in (ANSWER_NLL, f"{ANSWER_NLL}_shuffled"):
-        rows = needle_scores(run, metric)
+        rows = needle_scores(run, metric, task)
         if rows.empty:
             return math.nan
         variance += float(((rows["n"] * rows["stderr"]) ** 2).sum(skipna=False)) / float(rows["n"].sum()) ** 2

@@ -34,6 +34,7 @@ from ropewalk.report.results_section import effective_section, is_at_chance, res
 from ropewalk.report.runs import Run, load_runs, once, with_bases
 from ropewalk.report.section import UNKNOWN_NOISE, Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
+from ropewalk.report.vision_section import vision_section
 
 TEMPLATES = Path(__file__).parent / "templates"
 CAPTIONS = "captions.md"
@@ -105,6 +106,7 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
         _training(trained, styles),
         _position(runs, baseline, styles),
         _needle(runs, styles),
+        vision_section(runs),
         *(_benchmark(runs, suite, styles) for suite in SUITES),
         short_context_section(runs, baseline),
         published_section(runs, read_published(config.published, "published")) if config.published else None,

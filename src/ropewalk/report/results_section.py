@@ -86,7 +86,8 @@ def results_section(runs: list[Run], baseline: Run) -> Section:
         *needle([run for run in ordered if run not in at_chance]),
         *(part for measure in MEASURES for part in block(MEASURES[measure], ordered, partial(_number, *measure))),
     ]
-    missing = [] if blocks else ["None of these runs has an evaluation, so there is no table of results."]
+    has_any = bool(blocks) or any(len(run.results) for run in runs)  # such as needles in videos
+    missing = [] if has_any else ["None of these runs has an evaluation, so there is no table of results."]
     missing += [words for run in once(runs) for words in run.left_out]
     missing += [how_to_evaluate(run) for run in runs if run.is_base and not losses(run)]
     if at_chance:
@@ -137,9 +138,9 @@ def needle_lengths(run: Run) -> list[int]:
     return sorted({int(length) for length in run.results.loc[run.results["task"] == "needle", "context_length"]})
 
 
-def pooled(run: Run, metric: str, length: int | None = None) -> Pooled | None:
+def pooled(run: Run, metric: str, length: int | None = None, task: str = "needle") -> Pooled | None:
     """``metric`` averaged over depths (and lengths, where ``length`` is None), weighted by prompts."""
-    rows, control = needle_scores(run, metric), needle_scores(run, f"{metric}_shuffled")
+    rows, control = needle_scores(run, metric, task), needle_scores(run, f"{metric}_shuffled", task)
     if length is not None:
         rows, control = rows[rows["context_length"] == length], control[control["context_length"] == length]
     if rows.empty:
@@ -154,10 +155,10 @@ def is_at_chance(run: Run, metric: str = EXACT_MATCH) -> bool | None:
     return None if whole is None else whole.at_chance
 
 
-def needle_scores(run: Run, metric: str) -> pd.DataFrame:
+def needle_scores(run: Run, metric: str, task: str = "needle") -> pd.DataFrame:
     """The evaluator's own pooling over depths, which weights by answer tokens; else the cells."""
-    rows = run.task("needle_at_length", metric)
-    return run.task("needle", metric) if rows.empty else rows
+    rows = run.task(f"{task}_at_length", metric)
+    return run.task(task, metric) if rows.empty else rows
 
 
 def _over_seeds(all_arms: list[Arm], baseline: Run, lengths: list[int]) -> list[Block]:
@@ -243,9 +244,9 @@ def difference_cell(run: Run, baseline: Run, all_arms: list[Arm], length: int) -
     return Cell(f"{difference['value']:+.4f}", detail, run.is_beyond(length), hint=hint, noise=noise)
 
 
-def accuracy_cell(run: Run, metric: str, length: int | None = None) -> Cell:
+def accuracy_cell(run: Run, metric: str, length: int | None = None, task: str = "needle") -> Cell:
     """A needle accuracy beside its control; ``length`` None: over the whole grid."""
-    share = pooled(run, metric, length)
+    share = pooled(run, metric, length, task)
     if share is None:
         return Cell()
     if not math.isfinite(share.value):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ropewalk.errors import UserError
 from ropewalk.evaluation.results import (
     OWN_HARNESS,
+    VIDEO_HARNESS,
     as_shares,
     document_table,
     evaluation_directories,
@@ -103,13 +104,13 @@ class Run:
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """The rows of losses and needles; accuracies as shares of 1."""
-        return as_shares(self.table[self.table["harness"] == OWN_HARNESS])
+        """The rows of losses and needles, in text and in videos; accuracies as shares of 1."""
+        return as_shares(self.table[self.table["harness"].isin((OWN_HARNESS, VIDEO_HARNESS))])
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """The rows of the other harnesses, in percent."""
-        return self.table[self.table["harness"] != OWN_HARNESS]
+        return self.table[~self.table["harness"].isin((OWN_HARNESS, VIDEO_HARNESS))]
 
     @cached_property
     def trained_length(self) -> int | None:

@@ -46,7 +46,7 @@ class RunDirectory:
     start_record = _Entry("start/start.json")  # the checkpoint that was chosen, with its config.json
     # Training, while it runs, beside the file of files.only_writer that names its process:
     metrics = _Entry("metrics.jsonl")  # a row for each logged step (runs.metrics_file)
-    clips = _Entry("clips.jsonl")  # the temporal scale that each video of each step has drawn
+    visuals = _Entry("visuals.jsonl")  # the temporal scale that each video of each step has drawn
     evaluation_metrics = _Entry("evaluations.jsonl")  # a row for each evaluation inside training
     evaluations = _Entry("evaluations")  # step-N/ with the tables of that evaluation
     checkpoints = _Entry("checkpoints")  # step-N/; also damaged-step-N/, see below

@@ -14,7 +14,7 @@ from ropewalk.config.rules import validate_device, validate_sharing, validate_tr
 from ropewalk.config.train import VISION_MODEL_TYPES, TrainConfig
 from ropewalk.data import Mixture, PackedStore
 from ropewalk.data.order.batches import Batch, rank_micro_batches, read_batch
-from ropewalk.data.order.clip_batches import ClipReader, check_contents
+from ropewalk.data.order.visual_batches import VisualReader, check_contents
 from ropewalk.data.store.remote import open_stores
 from ropewalk.data.store.tokenizer_files import check_same_vocabulary
 from ropewalk.errors import UserError
@@ -39,7 +39,7 @@ class RunInputs:
         start: checkpoint of another run that this one starts from; None: it starts from ``model``.
         first_order_step: step of the data order that its first step takes.
         model_config: of the model, its position encoding included.
-        clips: makes what a model of images and videos takes beside tokens; None: of text alone.
+        visuals: makes what a model of images and videos takes beside tokens; None: of text alone.
     """
 
     config: TrainConfig
@@ -49,7 +49,7 @@ class RunInputs:
     start: StartCheckpoint | None
     first_order_step: int
     model_config: PreTrainedConfig
-    clips: ClipReader | None = None
+    visuals: VisualReader | None = None
 
     @property
     def position(self) -> Position:
@@ -79,23 +79,23 @@ def open_inputs(config: TrainConfig) -> RunInputs:
     )
     fit_tokenizer(model_config, store, config.model.path if start is None else start.tokenizer)
     check_heads(model_config, config.parallel.sequence)
-    clips = open_clips(config, model_config, mixture)
-    return RunInputs(config, ranks, store, mixture, start, first_order, model_config, clips)
+    visuals = open_visuals(config, model_config, mixture)
+    return RunInputs(config, ranks, store, mixture, start, first_order, model_config, visuals)
 
 
-def open_clips(config: TrainConfig, model_config: PreTrainedConfig, mixture: Mixture) -> ClipReader | None:
+def open_visuals(config: TrainConfig, model_config: PreTrainedConfig, mixture: Mixture) -> VisualReader | None:
     """The maker of vision inputs, for a model of images and videos; None for one of text.
 
     Raises:
-        UserError: for what such a model cannot do yet, clips of other sizes than its tower's, without a time that it
-            reads, a tower that would be trained without ever being called, or a store of clips for a model of text.
+        UserError: for what such a model cannot do yet, visuals of other sizes than its tower's, without a time that it
+            reads, a tower that would be trained without ever being called, or a store of visuals for a model of text.
     """
     if not has_vision(model_config):
         if not config.model.train_tower:
             raise UserError(
                 f"model.train_tower=false, and model_type={model_config.model_type} has no vision tower; leave it out"
             )
-        if mixture.store.has_clips:
+        if mixture.store.has_visuals:
             raise UserError(
                 f"model_type={model_config.model_type} reads text alone, and data.store={config.data.store} holds "
                 f"images or videos; use a model of type {' or '.join(VISION_MODEL_TYPES)}"
@@ -121,7 +121,7 @@ def open_clips(config: TrainConfig, model_config: PreTrainedConfig, mixture: Mix
             "model.train_tower=false"
         )
     ids, speed = placeholders(model_config), tokens_per_second(model_config)
-    reader = ClipReader(axes, mixture.seed, tower, ids, speed, needs_pixels)
+    reader = VisualReader(axes, mixture.seed, tower, ids, speed, needs_pixels)
     reader.check_order(mixture)
     return reader
 
@@ -203,20 +203,20 @@ class StepBatch:
 
 
 def step_batch(
-    mixture: Mixture, order_step: int, ranks: Ranks, config: TrainConfig, clips: ClipReader | None = None
+    mixture: Mixture, order_step: int, ranks: Ranks, config: TrainConfig, visuals: VisualReader | None = None
 ) -> StepBatch:
     """Read this rank's part of the global batch of ``order_step``."""
-    batches = micro_batches(mixture, order_step, ranks, config, clips)
+    batches = micro_batches(mixture, order_step, ranks, config, visuals)
     return StepBatch(order_step, batches, mixture.trained_tokens(order_step))
 
 
 def micro_batches(
-    mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig, clips: ClipReader | None = None
+    mixture: Mixture, step: int, ranks: Ranks, config: TrainConfig, visuals: VisualReader | None = None
 ) -> list[Batch]:
-    """This rank's part of the global batch of ``step``, with the vision inputs that ``clips`` makes."""
+    """This rank's part of the global batch of ``step``, with the vision inputs that ``visuals`` makes."""
     refs = rank_micro_batches(mixture, step, ranks.data_rank, ranks.data_size, config.trainer.micro_batch_size)
     batches = [stretch(read_batch(mixture.store, part), ranks.sequence_rank, ranks.sequence) for part in refs]
-    return batches if clips is None else [clips.completed(batch) for batch in batches]
+    return batches if visuals is None else [visuals.completed(batch) for batch in batches]
 
 
 def stretch(batch: Batch, rank: int, size: int) -> Batch:

@@ -49,7 +49,7 @@ class RunLogger(Hook):
         self.clock = time.monotonic()  # at the last row, moved on by what is left out of the steps' speed
         self.logged_step = resume_point.step
         self.inputs = inputs
-        self.draws = inputs.clips is not None and len(inputs.clips.axes.temporal_scales) > 1
+        self.draws = inputs.visuals is not None and len(inputs.visuals.axes.temporal_scales) > 1
         if ranks.is_main:
             self.work = WorkCounter(
                 inputs.model_config, inputs.mixture, ranks.data_size, config.trainer.micro_batch_size
@@ -81,7 +81,7 @@ class RunLogger(Hook):
             copy_tokenizer(store.tokenizer_path, run_dir)
             self.metrics = MetricsFile(RunDirectory(run_dir).metrics, resume_point.step, log)
             if self.draws:
-                self.clips = MetricsFile(RunDirectory(run_dir).clips, resume_point.step, log)
+                self.visuals = MetricsFile(RunDirectory(run_dir).visuals, resume_point.step, log)
             if config.evaluation.every is not None:
                 self.evaluations = MetricsFile(RunDirectory(run_dir).evaluation_metrics, resume_point.step, log)
         details = {**recorded_config(config), "run": record}
@@ -117,7 +117,7 @@ class RunLogger(Hook):
         trainer = self.config.trainer
         if self.ranks.is_main:
             self.done.append(self.work.step(step.order_step))
-            self._log_clips(step)
+            self._log_visuals(step)
         if step.number % trainer.log_every and step.number != trainer.max_steps and step.refused is None:
             return
         steps, self.logged_step = step.number - self.logged_step, step.number
@@ -143,11 +143,11 @@ class RunLogger(Hook):
         self.tracker.log(row)
         log_once(self.progress.line(row) if step.refused is None else f"step {step.number:>5} refused: {step.refused}")
 
-    def _log_clips(self, step: Step) -> None:
-        """Log the temporal scale that each clip of the global batch has drawn: clips.jsonl."""
-        if self.draws and self.inputs.clips is not None:
-            self.clips.append(
-                {"step": step.number, "clips": self.inputs.clips.drawn(self.inputs.mixture, step.order_step)}
+    def _log_visuals(self, step: Step) -> None:
+        """Log the temporal scale that each visual of the global batch has drawn: visuals.jsonl."""
+        if self.draws and self.inputs.visuals is not None:
+            self.visuals.append(
+                {"step": step.number, "visuals": self.inputs.visuals.drawn(self.inputs.mixture, step.order_step)}
             )
 
     def _work_done(self, seconds: float) -> dict[str, float]:
@@ -181,7 +181,7 @@ class RunLogger(Hook):
         if self.ranks.is_main:
             self.metrics.settle()
             if self.draws:
-                self.clips.settle()
+                self.visuals.settle()
             if self.config.evaluation.every is not None:
                 self.evaluations.settle()
 

@@ -170,7 +170,7 @@ def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
     last_step = min(trainer.max_steps, first_step + (trainer.stop_after or trainer.max_steps))
     if first_step >= last_step:
         log_once(f"{run_dir} is at step {first_step} of {trainer.max_steps}: nothing left to do")
-        log_once("\n".join(closing_lines(config, first_step, is_evaluated=inputs.clips is None)))
+        log_once("\n".join(closing_lines(config, first_step, is_evaluated=inputs.visuals is None)))
         return
     cautions = [f"warning: {caution}" for caution in chain_warnings([inputs.position])]
     log_once("\n".join([describe_order(mixture, last_step, inputs.first_order_step), *cautions]))
@@ -202,7 +202,7 @@ def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
 
     ordered = (0 if trainer.overfit_one_batch else step for step in range(first_step, last_step))
     order_steps = [inputs.first_order_step + step for step in ordered]
-    load_step = partial(step_batch, mixture, ranks=ranks, config=config, clips=inputs.clips)
+    load_step = partial(step_batch, mixture, ranks=ranks, config=config, visuals=inputs.visuals)
     with closing(prefetched(load_step, order_steps)) as batches:
         Trainer(
             engine=engine,
@@ -215,7 +215,7 @@ def _train(inputs: RunInputs, evaluation: Evaluation | None) -> None:
             step=first_step,
             last_step=last_step,
         ).run()
-    log_once("\n".join(closing_lines(config, last_step, is_evaluated=inputs.clips is None)))
+    log_once("\n".join(closing_lines(config, last_step, is_evaluated=inputs.visuals is None)))
 
 
 def _make_evaluation(inputs: RunInputs, evaluator: Evaluator | None) -> Evaluation | None:

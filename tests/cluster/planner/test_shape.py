@@ -2,11 +2,14 @@
 
 import json
 from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
+import torch
 from helpers import composed, save_tiny
 from omegaconf import OmegaConf
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ropewalk.cluster.planner import ModelShape, shape_of
 from ropewalk.config import CONFIG_DIR
@@ -44,11 +47,37 @@ def test_every_shipped_model_can_be_planned(name):
     assert shape.head_dim == model.head_dim
 
 
-@pytest.mark.parametrize("name", WITH_VISION)
-def test_a_model_of_videos_is_refused_by_the_planner(name):
-    model = composed("train", f"model={name}").model
-    with pytest.raises(ValueError, match="model_type='qwen2_vl' cannot be planned; use llama"):
-        shape_of(ModelConfig(**{**OmegaConf.to_container(OmegaConf.structured(model)), "path": None}))
+QWEN25 = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 56, "num_heads": 2, "out_hidden_size": 48, "patch_size": 6,
+    "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*WITH_VISION, "qwen2_5_vl"])
+def test_a_model_of_videos_counts_with_its_tower(name):
+    """Parameters, the weights that a token of the language model passes, and its blocks' inputs, by torch's modules."""
+    if name == "qwen2_5_vl":
+        fields = {"model_type": name, "vision_config": QWEN25, "tie_word_embeddings": False, **ODD}
+        del fields["head_dim"]  # this class takes hidden_size / num_attention_heads
+    else:
+        fields = OmegaConf.to_container(OmegaConf.create(composed("train", f"model={name}").model.architecture))
+    shape, kind = ModelShape.from_config(fields, name), fields["model_type"]
+    plain = {key: value for key, value in deepcopy(fields).items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **plain))
+    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
+    tower, vision = model.model.visual, fields["vision_config"]
+    patches = vision["spatial_merge_size"] ** 2
+    work = {
+        part: sum(
+            layer.weight.numel() for layer in module.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv3d))
+        )
+        for part, module in (("whole", tower), ("merger", tower.merger))
+    }
+    assert shape.tower.parameters == sum(weight.numel() for weight in tower.parameters())
+    assert shape.tower.work == patches * (work["whole"] - work["merger"]) + work["merger"]
+    assert shape.linear - shape.tower.work == replace(shape, tower=None).linear
+    assert shape.tower.kept == patches * len(tower.blocks) * tower.patch_embed.embed_dim
 
 
 @pytest.mark.parametrize("fields", [

@@ -1,8 +1,9 @@
-"""Clips from files, from drawn scenes and in chats: frames pixel by pixel, tokens as the stock template has them."""
+"""Visuals from files, from drawn scenes and in chats: frames pixel by pixel, tokens as the stock template has them."""
 
 import json
 import sys
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from ropewalk.config.data import FrameConfig, SceneConfig, TowerConfig
 from ropewalk.data.prepare.tokenizer import DocumentEncoder
-from ropewalk.data.prepare.video.clip_pipeline import ClipEncoder, pack_in_turn, prepare_video
 from ropewalk.data.prepare.video.frames import Example, Footage, read_footage, token_size
+from ropewalk.data.prepare.video.haystack import Needle, prepare_vniah, read_haystack
 from ropewalk.data.prepare.video.scenes import NAMES, QUARTERS, draw_scene
+from ropewalk.data.prepare.video.visual_pipeline import VisualEncoder, pack_in_turn, prepare_video
 from ropewalk.data.store.reader import PackedSequence
 
 TOWER = TowerConfig(patch_size=4, merge_size=2, temporal_patch_size=2)  # 8 pixels a token
@@ -48,7 +50,7 @@ def write_video(path, frames, codec="ffv1", pix_fmt="bgr0", container=None, rota
 ])  # fmt: skip
 def test_frames_are_those_shown_at_their_times(tmp_path, changes, taken, seconds):
     frames = noise(25)
-    footage = read_footage(write_video(tmp_path / "clip.mkv", frames), TOWER, FrameConfig(**changes))
+    footage = read_footage(write_video(tmp_path / "visual.mkv", frames), TOWER, FrameConfig(**changes))
     assert np.array_equal(footage.pixels, frames[taken])
     assert footage.grid == (len(taken) // 2, HEIGHT // 8, WIDTH // 8)
     assert footage.frame_seconds == pytest.approx(2 * seconds)
@@ -157,7 +159,7 @@ def example(frames, question="Which?", answer="An orange."):
 @pytest.mark.parametrize(("frames", "kind", "pad"), [(3, "video", "<|video_pad|>"), (1, "image", "<|image_pad|>")])
 def test_a_chat_is_the_stock_template_with_its_placeholder_repeated(tokenizer, frames, kind, pad):
     tokenizer.chat_template = TEMPLATE
-    document = ClipEncoder(DocumentEncoder(tokenizer)).encode(example(frames))
+    document = VisualEncoder(DocumentEncoder(tokenizer)).encode(example(frames))
     messages = [
         {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "Which?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "An orange."}]},
@@ -167,16 +169,19 @@ def test_a_chat_is_the_stock_template_with_its_placeholder_repeated(tokenizer, f
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert document.tokens.tolist() == expected
     assert tokenizer.decode(document.tokens[document.loss_mask].tolist()) == "An orange.<|im_end|>\n"
-    (clip,) = document.clips
-    assert [clip.start, clip.end] == [expected.index(tokenizer.convert_tokens_to_ids(pad)), clip.start + 2 * frames]
-    assert set(document.tokens[clip.start : clip.end].tolist()) == {tokenizer.convert_tokens_to_ids(pad)}
+    (visual,) = document.visuals
+    assert [visual.start, visual.end] == [
+        expected.index(tokenizer.convert_tokens_to_ids(pad)),
+        visual.start + 2 * frames,
+    ]
+    assert set(document.tokens[visual.start : visual.end].tolist()) == {tokenizer.convert_tokens_to_ids(pad)}
     with pytest.raises(ValueError, match=r"question 'a <\|im_end\|> b' cannot be used: special token in a message"):
-        ClipEncoder(DocumentEncoder(tokenizer)).encode(example(2, "a <|im_end|> b"))
+        VisualEncoder(DocumentEncoder(tokenizer)).encode(example(2, "a <|im_end|> b"))
 
 
 def test_without_a_template_answer_and_eos_are_trained(tokenizer):
     tokenizer.chat_template = None
-    document = ClipEncoder(DocumentEncoder(tokenizer)).encode(example(2))
+    document = VisualEncoder(DocumentEncoder(tokenizer)).encode(example(2))
     pads = "<|video_pad|>" * 4
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     assert tokenizer.decode(document.tokens.tolist()) == (
@@ -214,21 +219,21 @@ def prepared(*overrides):
 
 def test_scenes_become_a_store(tmp_path, capsys):
     """The same bytes each time, every token accounted for, and a line that trains on them."""
-    scenes = ["scenes.clips=20", "scenes.frames=[2,12]", "sequence_length=64"]
+    scenes = ["scenes.count=20", "scenes.frames=[2,12]", "sequence_length=64"]
     stores = [prepared(*scenes, f"output={tmp_path / name}") for name in ("a", "b")]
     assert stores[0].fingerprint == stores[1].fingerprint
     assert stores[0].fingerprint != prepared(*scenes, "seed=1", f"output={tmp_path / 'c'}").fingerprint
     stores[0].verify()
-    config = SceneConfig(clips=20, frames=[2, 12])
+    config = SceneConfig(count=20, frames=[2, 12])
     drawn = [draw_scene(config, TOWER, 0, number).footage for number in range(20)]
-    account = stores[0].accounting["clips"]
-    sequences = [stores[0].read("clips", index) for index in range(stores[0].domains["clips"].sequences)]
-    clips = [clip for sequence in sequences for clip in sequence.clips]
+    account = stores[0].accounting["visuals"]
+    sequences = [stores[0].read("visuals", index) for index in range(stores[0].domains["visuals"].sequences)]
+    visuals = [visual for sequence in sequences for visual in sequence.visuals]
     assert (
         sum(int(sequence.ends[-1]) for sequence in sequences) + sum(account["dropped"].values()) == account["tokens_in"]
     )
-    kept = [footage for footage in drawn if any(np.array_equal(footage.pixels, clip.content) for clip in clips)]
-    assert len(kept) == len(clips) == sum(len(sequence.ends) for sequence in sequences)
+    kept = [footage for footage in drawn if any(np.array_equal(footage.pixels, visual.content) for visual in visuals)]
+    assert len(kept) == len(visuals) == sum(len(sequence.ends) for sequence in sequences)
     assert all(np.prod(footage.grid) > 32 for footage in drawn if not any(footage is one for one in kept))
     assert f"python train.py data=packed data.store={tmp_path / 'a' / 'packed-64'}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="packed-64 is a packed store already"):
@@ -240,50 +245,68 @@ def test_files_become_a_store(tmp_path, tokenizer):
     frames = noise(25)
     write_video(tmp_path / "a.mkv", frames)
     write_video(tmp_path / "b.png", frames[7:8], "png", "rgb24")
-    rows = [{"clip": f"{name}", "question": "What?", "answer": "Noise."} for name in ("a.mkv", "b.png")]
-    listing = tmp_path / "clips.jsonl"
+    rows = [{"visual": f"{name}", "question": "What?", "answer": "Noise."} for name in ("a.mkv", "b.png")]
+    listing = tmp_path / "visuals.jsonl"
     listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [f"clips={listing}", f"tokenizer={tmp_path / 'tokenizer'}", "sequence_length=96"]
+    options = [f"visuals={listing}", f"tokenizer={tmp_path / 'tokenizer'}", "sequence_length=96"]
     store = prepared(*options, f"output={tmp_path / 'out'}")
-    video, picture = store.read("clips", 0).clips
+    video, picture = store.read("visuals", 0).visuals
     assert np.array_equal(video.content, frames[[0, 5, 10, 15, 20, 20]])
     assert np.array_equal(picture.content, frames[7:8])
     assert (video.frames, picture.frames, video.frame_seconds) == (3, 1, 1.0)
     for line, message in (
-        (json.dumps(rows[0] | {"clip": "c.mkv"}), r"line 3 names clip=.*c.mkv, which is no file"),
-        (json.dumps(rows[0] | {"clip": "../a.mkv"}), "leads out of"),
-        (json.dumps(rows[0] | {"answer": ""}), "line 3 must have clip"),
+        (json.dumps(rows[0] | {"visual": "c.mkv"}), r"line 3 names visual=.*c.mkv, which is no file"),
+        (json.dumps(rows[0] | {"visual": "../a.mkv"}), "leads out of"),
+        (json.dumps(rows[0] | {"answer": ""}), "line 3 must have visual"),
         ("{", "line 3 is not JSON"),
     ):
         listing.write_text("".join(json.dumps(row) + "\n" for row in rows) + line + "\n")
         with pytest.raises(ValueError, match=message):
             prepared(*options, f"output={tmp_path / 'other'}")
-        assert not (tmp_path / "other" / "packed-96" / "clips" / "tokens-00000.bin").exists()
+        assert not (tmp_path / "other" / "packed-96" / "visuals" / "tokens-00000.bin").exists()
 
 
 def test_a_line_of_the_listing_ends_at_a_newline_alone(tmp_path, tokenizer):
     """Not at the line ends of Unicode, which JSON leaves as they are in a text."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    row = {"clip": "none.mkv", "question": "a\u2028b\x85c", "answer": "d"}
-    (tmp_path / "clips.jsonl").write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    options = [f"clips={tmp_path / 'clips.jsonl'}", f"tokenizer={tmp_path / 'tokenizer'}", "sequence_length=96"]
-    with pytest.raises(ValueError, match=r"line 1 names clip=.*none.mkv, which is no file"):
+    row = {"visual": "none.mkv", "question": "a\u2028b\x85c", "answer": "d"}
+    (tmp_path / "visuals.jsonl").write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    options = [f"visuals={tmp_path / 'visuals.jsonl'}", f"tokenizer={tmp_path / 'tokenizer'}", "sequence_length=96"]
+    with pytest.raises(ValueError, match=r"line 1 names visual=.*none.mkv, which is no file"):
         prepared(*options, f"output={tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    ([], "name a file of clips, or a number of drawn scenes"),
-    (["scenes.clips=2", "clips=a.jsonl"], "name a file of clips, or a number of drawn scenes"),
-    (["clips=a.jsonl"], "clips from files need the model's tokenizer"),
-    (["scenes.clips=2", "scenes.frames=[8]"], "must be the fewest and the most frames"),
-    (["scenes.clips=2", "scenes.frames=[8,4]"], "must be the fewest and the most frames"),
-    (["scenes.clips=2", "scenes.questions=[]"], "asks nothing"),
-    (["scenes.clips=2", "scenes.questions=[colour]"], "scenes.questions=colour"),
-    (["scenes.clips=2", "tower.patch_size=0"], "tower.patch_size=0"),
-    (["scenes.clips=2", "tower.patch_size=2", "scenes.height=1"], "scenes of 4 x 8 pixels cannot show a symbol"),
-    (["scenes.clips=2", "tokenizer=tests/fixtures/tokenizer"], r"has no token <\|vision_start\|>"),
+    ([], "name a file of visuals, or a number of drawn scenes"),
+    (["scenes.count=2", "visuals=a.jsonl"], "name a file of visuals, or a number of drawn scenes"),
+    (["visuals=a.jsonl"], "visuals from files need the model's tokenizer"),
+    (["scenes.count=2", "scenes.frames=[8]"], "must be the fewest and the most frames"),
+    (["scenes.count=2", "scenes.frames=[8,4]"], "must be the fewest and the most frames"),
+    (["scenes.count=2", "scenes.questions=[]"], "asks nothing"),
+    (["scenes.count=2", "scenes.questions=[colour]"], "scenes.questions=colour"),
+    (["scenes.count=2", "tower.patch_size=0"], "tower.patch_size=0"),
+    (["scenes.count=2", "tower.patch_size=2", "scenes.height=1"], "scenes of 4 x 8 pixels cannot show a symbol"),
+    (["scenes.count=2", "tokenizer=tests/fixtures/tokenizer"], r"has no token <\|vision_start\|>"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         prepared("sequence_length=64", f"output={tmp_path}", *overrides)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_film_and_images_become_a_haystack_with_needles(tmp_path):
+    """Frames of the film in pairs, images resized to the same grid and held for both frames of a pair."""
+    frames = noise(25)
+    write_video(tmp_path / "film.mkv", frames)
+    write_video(tmp_path / "needle.png", frames[3:4], "png", "rgb24")
+    (tmp_path / "needles.jsonl").write_text(
+        json.dumps({"visual": "needle.png", "question": "What?", "answer": "Noise.", "when": "When?"})
+    )
+    grid = [f"height={HEIGHT // 8}", f"width={WIDTH // 8}", "tower.patch_size=4", "frames=2", "fps=10"]
+    files = [f"film={tmp_path / 'film.mkv'}", f"needles={tmp_path / 'needles.jsonl'}", f"output={tmp_path / 'out'}"]
+    haystack, header = read_haystack(prepare_vniah(composed("prepare_vniah", *grid, *files)))
+    assert np.array_equal(haystack.frames, frames[[0, 6, 12, 18]].reshape(2, 2, HEIGHT, WIDTH, 3))
+    assert np.array_equal(haystack.needles, np.repeat(frames[3:4], 2, axis=0)[None])
+    assert (haystack.texts, len(haystack.distractors)) == ((Needle("What?", "Noise.", "When?"),), 0)
+    assert haystack.frame_seconds == pytest.approx(2 * 0.625)
+    assert header["source"]["film"] == sha256((tmp_path / "film.mkv").read_bytes()).hexdigest()

@@ -174,7 +174,7 @@ def check_evaluated(config: EvaluateConfig) -> Iterator[Finding]:
 
     directory = Path(config.checkpoint)
     if list(directory.glob("*.safetensors")):
-        directory = check_checkpoint(config.checkpoint)
+        directory = check_checkpoint(config.checkpoint, of_vision=config.suite.harness == "vniah")
     else:  # the evaluation exports it; its config.json stands in the checkpoint too
         directory = committed_checkpoint(directory)
     model_config = read_config(directory, key="checkpoint")

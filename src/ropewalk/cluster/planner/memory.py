@@ -187,7 +187,8 @@ def _boundaries(shape: ModelShape, setting: Setting) -> float:
         return shape.layers * setting.tokens * sum(saved_per_token(shape, setting).values())
     inputs = min(HELD_LAYERS, shape.layers) if setting.offload_activations else shape.layers
     kept = shape.layers * _attention_output(shape, setting) if setting.keep_attention else 0.0
-    return setting.tokens * (inputs * setting.element * shape.hidden + kept)
+    of_tower = setting.element * shape.tower.kept if shape.tower else 0
+    return setting.tokens * (inputs * setting.element * shape.hidden + kept + of_tower)
 
 
 def _loss_phase(shape: ModelShape, setting: Setting) -> dict[str, float]:

@@ -7,16 +7,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropewalk.config.train import SUPPORTED_MODEL_TYPES, ModelConfig
+from ropewalk.config.train import SUPPORTED_MODEL_TYPES, VISION_MODEL_TYPES, ModelConfig
 from ropewalk.errors import UserError
 from ropewalk.rope.hf_config import read_config_json
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+VISION = {  # fields of a vision_config, with transformers' defaults, that a tower's size follows from
+    "qwen2_vl": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4},
+    "qwen2_5_vl": {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420},
+}
+PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
 COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim")
 # Of classes that do not take hidden_size / num_attention_heads.
 _HEAD_DIM = {"qwen3": 128, "ministral3": 128, "gemma3_text": 256}
 _WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}  # of classes that have one unless told otherwise
 _EVERY = {"olmo3": 4, "gemma3_text": 6}  # the layer that attends to everything
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes of the vision tower of Qwen2-VL or Qwen2.5-VL.
+
+    Attributes:
+        parameters: all of them.
+        work: weights that one token of the language model passes, as several patches do each of its blocks.
+        kept: channels that its blocks take in, over the patches of a token: what checkpointing keeps.
+    """
+
+    parameters: int
+    work: int
+    kept: int
+
+    @classmethod
+    def from_config(cls, kind: str, config: Mapping[str, Any], hidden: int) -> TowerShape:
+        """From the fields of a vision_config; ``hidden``: channels of the language model."""
+        fields = {**PATCHES, **VISION[kind], **config}
+        is_first = kind == "qwen2_vl"  # LayerNorm and a plain MLP; Qwen2.5-VL has RMSNorm and a gated one
+        width, depth = fields["embed_dim" if is_first else "hidden_size"], fields["depth"]
+        inside = int(width * fields["mlp_ratio"]) if is_first else fields["intermediate_size"]
+        maps = 2 if is_first else 3
+        embedding = 3 * fields["temporal_patch_size"] * fields["patch_size"] ** 2 * width
+        block = 4 * width**2 + maps * width * inside
+        small = 4 * width + width + (maps - 1) * inside + (4 if is_first else 2) * width  # biases, and two norms
+        patches = fields["spatial_merge_size"] ** 2
+        merged = patches * width
+        merger = merged**2 + merged * hidden
+        beside = merged + hidden + (2 if is_first else 1) * width
+        return cls(
+            parameters=embedding + depth * (block + small) + merger + beside,
+            work=patches * (embedding + depth * block) + merger,
+            kept=patches * depth * width,
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +77,8 @@ class ModelShape:
         biased: linear layers that have a bias, by name (q, k, v, o, mlp).
         window: keys that a query of the windowed layers sees.
         windowed: layers with that window.
+        tower: of a model of images and videos; None: of text alone. Its attention, and what one of its blocks computes,
+            are not counted, and every token of a row is taken to be an image's or a video's.
     """
 
     model_type: str
@@ -50,6 +93,7 @@ class ModelShape:
     biased: frozenset[str] = frozenset()
     window: int | None = None
     windowed: int = 0
+    tower: TowerShape | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
@@ -60,8 +104,10 @@ class ModelShape:
                 that its key/value heads do not divide, or is of another architecture.
         """
         kind = config.get("model_type")
-        if kind not in SUPPORTED_MODEL_TYPES:
-            raise UserError(f"{name}: model_type={kind!r} cannot be planned; use {', '.join(SUPPORTED_MODEL_TYPES)}")
+        known = (*SUPPORTED_MODEL_TYPES, *VISION_MODEL_TYPES)
+        if kind not in known:
+            raise UserError(f"{name}: model_type={kind!r} cannot be planned; use {', '.join(known)}")
+        config = {**config, **config.get("text_config", {}), "model_type": kind}
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise UserError(f"{name} does not say {', '.join(missing)}; give it in model.architecture")
@@ -87,6 +133,9 @@ class ModelShape:
             biased=_biased(kind, config),
             window=config.get("sliding_window", _WINDOW.get(kind)),
             windowed=_windowed(kind, config),
+            tower=TowerShape.from_config(kind, config.get("vision_config", {}), config["hidden_size"])
+            if kind in VISION_MODEL_TYPES
+            else None,
         )
 
     @property
@@ -121,8 +170,8 @@ class ModelShape:
 
     @property
     def linear(self) -> int:
-        """Weights of all linear maps, the output head with them."""
-        return self.layers * self.linear_per_layer + self.embedding
+        """Weights of all linear maps that a token passes, the output head with them."""
+        return self.layers * self.linear_per_layer + self.embedding + (self.tower.work if self.tower else 0)
 
     @property
     def embedding(self) -> int:
@@ -146,7 +195,8 @@ class ModelShape:
         """All parameters, tied ones once."""
         per_layer = self.linear_per_layer + self.small_per_layer
         last_norm = 0 if self.model_type == "olmo" else self.hidden
-        return self.layers * per_layer + self.embedding * (1 if self.tied else 2) + last_norm
+        own = self.layers * per_layer + self.embedding * (1 if self.tied else 2) + last_norm
+        return own + (self.tower.parameters if self.tower else 0)
 
     @property
     def attention_width(self) -> int:
@@ -191,7 +241,7 @@ def _windowed(kind: str, config: Mapping[str, Any]) -> int:
 
 
 def _biased(kind: str, config: Mapping[str, Any]) -> frozenset[str]:
-    if kind == "qwen2":  # its config has no switch
+    if kind in ("qwen2", *VISION_MODEL_TYPES):  # their configs have no switch
         return frozenset("qkv")
     names = set("qkvo") if config.get("attention_bias") else set()
     return frozenset(names | ({"mlp"} if config.get("mlp_bias") else set()))

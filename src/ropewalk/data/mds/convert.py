@@ -146,7 +146,7 @@ def to_mds(config: ConvertConfig) -> Path:
     if not config.store:
         raise UserError("store is not set; name the packed store to convert: store=DIR")
     store, root = PackedStore(config.store), Path(config.output)
-    if pictured := [name for name, info in store.domains.items() if info.clips is not None]:
+    if pictured := [name for name, info in store.domains.items() if info.visuals is not None]:
         raise UserError(
             f"store={config.store}: {', '.join(pictured)} hold images or videos, which ProLong's columns have no place "
             "for; convert a store of text"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ropewalk.data.order.balance import deal
 from ropewalk.data.order.mixture import Mixture, SequenceRef
-from ropewalk.data.store.clips import Clip
 from ropewalk.data.store.reader import JoinedStore, PackedSequence, PackedStore
+from ropewalk.data.store.visuals import Visual
 from ropewalk.errors import UserError
 
 Item = TypeVar("Item")
@@ -27,13 +27,13 @@ IGNORE_INDEX = -100
 PADDING = -1  # domain of the document that padding is
 
 
-class ClipKey(NamedTuple):
-    """A clip in one epoch: the same for every seed, number of ranks and order.
+class VisualKey(NamedTuple):
+    """A visual in one epoch: the same for every seed, number of ranks and order.
 
     Attributes:
         domain: of the store.
         row: of the domain.
-        number: of the clip in that row.
+        number: of the visual in that row.
         epoch: of its part of the domain (see Mixture), from 0.
     """
 
@@ -51,8 +51,8 @@ class VisionInputs:
         positions: float32 (3, 1, N): time, height and width of each token; never to be cast to fewer bits.
         pixel_places: int64 (n,), the tokens of the row that the tower's output replaces, in order.
         patches: uint8 (patches, values), in the tower's order; None: no store of the run holds pixels.
-        grids: int64 (clips, 3), frames, rows and columns of patches; one more than there are clips with pixels if there
-            are none, see clip_batches.
+        grids: int64 (visuals, 3), frames, rows and columns of patches; one more than there are visuals with pixels if
+            there are none, see visual_batches.
         embedding_places: int64 (m,), the tokens that embeddings replace.
         embeddings: bfloat16 (m, width).
     """
@@ -82,9 +82,9 @@ class Batch:
         cu_seqlens: int32 (n_documents + 1,), document boundaries in the row; padding counts as a document.
         domain_ids: int32 (n_documents,), place of each document's domain among the
             store's sorted names; -1: padding.
-        clips: images and videos of the row, in order, each at its place in the row.
-        clip_keys: of each, what tells it from every other; see ClipKey.
-        vision: what the model needs of them; None: text alone, or not made yet (clip_batches.ClipReader).
+        visuals: images and videos of the row, in order, each at its place in the row.
+        visual_keys: of each, what tells it from every other; see VisualKey.
+        vision: what the model needs of them; None: text alone, or not made yet (visual_batches.VisualReader).
     """
 
     input_ids: Tensor
@@ -92,8 +92,8 @@ class Batch:
     labels: Tensor
     cu_seqlens: Tensor
     domain_ids: Tensor
-    clips: tuple[Clip, ...] = ()
-    clip_keys: tuple[ClipKey, ...] = ()
+    visuals: tuple[Visual, ...] = ()
+    visual_keys: tuple[VisualKey, ...] = ()
     vision: VisionInputs | None = None
 
     @property
@@ -118,8 +118,8 @@ def collate(
     starts = np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)])
     tokens, positions, labels = (np.empty(starts[-1], np.int64) for _ in range(3))
     bounds, domains = [np.zeros(1, np.int64)], []
-    clips: list[Clip] = []
-    keys: list[ClipKey] = []
+    visuals: list[Visual] = []
+    keys: list[VisualKey] = []
     for number, sequence in enumerate(sequences):
         row = slice(starts[number], starts[number + 1])
         tokens[row] = sequence.tokens
@@ -129,17 +129,17 @@ def collate(
         bounds.append(starts[number] + ends)
         domain = domain_ids[number] if domain_ids is not None else 0
         domains += [domain] * (len(ends) - padded) + [PADDING] * padded
-        clips += [clip.moved(int(starts[number])) for clip in sequence.clips]
+        visuals += [visual.moved(int(starts[number])) for visual in sequence.visuals]
         name, index, epoch = rows[number]
-        keys += [ClipKey(name, index, place, epoch) for place in range(len(sequence.clips))]
+        keys += [VisualKey(name, index, place, epoch) for place in range(len(sequence.visuals))]
     return Batch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],
         labels=torch.from_numpy(labels)[None],
         cu_seqlens=torch.from_numpy(np.concatenate(bounds).astype(np.int32)),
         domain_ids=torch.tensor(domains, dtype=torch.int32),
-        clips=tuple(clips),
-        clip_keys=tuple(keys),
+        visuals=tuple(visuals),
+        visual_keys=tuple(keys),
     )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ropewalk.config.data import InspectStoreConfig
-from ropewalk.data.store.clips import COLUMNS
 from ropewalk.data.store.manifest import MANIFEST, DomainInfo, stores_in
 from ropewalk.data.store.reader import PackedSequence, PackedStore
 from ropewalk.data.store.tokenizer_files import open_tokenizer
+from ropewalk.data.store.visuals import COLUMNS
 from ropewalk.errors import UserError
 from ropewalk.files import replace_atomically
 
@@ -62,8 +62,8 @@ def describe(store: PackedStore, domain: str | None, sequence: int) -> Iterator[
     yield from domain_table([store], named=False)
     for name, info in store.domains.items():
         yield from ("", *_accounting(store, name, info), *_histogram(store, name, info))
-        if info.clips is not None:
-            index = dict(zip(COLUMNS, store.clip_index(name).T, strict=True))
+        if info.visuals is not None:
+            index = dict(zip(COLUMNS, store.visual_index(name).T, strict=True))
             tokens = int((index["frames"] * index["height"] * index["width"]).sum())
             yield f"  {len(index['frames']):,} images and videos of {tokens:,} tokens"
     shown = domain or next(name for name, info in store.domains.items() if info.sequences)
@@ -168,13 +168,14 @@ def _decoded(store: PackedStore, domain: str, index: int) -> Iterator[str]:
     for start, end in zip([0, *sequence.ends[:-1].tolist()], sequence.ends.tolist(), strict=True):
         text = tokenizer.decode(sequence.tokens[start:end].tolist())
         yield f"  [{start:>7,}, {end:>7,})  {_shortened(text)!r}"
-        for clip in sequence.clips:
-            if start <= clip.start < end:
-                content = "pixels" if clip.has_pixels else "embeddings"
+        for visual in sequence.visuals:
+            if start <= visual.start < end:
+                content = "pixels" if visual.has_pixels else "embeddings"
                 grid, shape = (
-                    " x ".join(map(str, s)) for s in ((clip.frames, clip.height, clip.width), clip.content.shape)
+                    " x ".join(map(str, s))
+                    for s in ((visual.frames, visual.height, visual.width), visual.content.shape)
                 )
-                yield f"    clip    [{clip.start:>7,}, {clip.end:>7,})  {grid} tokens, {content} {shape}"
+                yield f"    visual  [{visual.start:>7,}, {visual.end:>7,})  {grid} tokens, {content} {shape}"
         for first, last in _trained(sequence, start, end):
             part = tokenizer.decode(sequence.tokens[first:last].tolist())
             yield f"    trained [{first:>7,}, {last:>7,})  {_shortened(part)!r}"

@@ -19,7 +19,8 @@ VERSION = 2  # 1 had no loss masks, no sources, and uint32 tokens always
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-_OPTIONAL = ("trained", "checks", "clips", "clip_offsets")  # entries of a domain that a manifest leaves out if absent
+# Entries of a domain that a manifest leaves out if absent.
+_OPTIONAL = ("trained", "checks", "visuals", "visual_offsets")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Shard(StoredFile):
         sequences: how many.
         mask: a file of their loss masks, a row of ``ceil(sequence_length / 8)`` bytes each, most significant bit
             first; 1: the token is trained. None: every token is.
-        media: a file of pixels or embeddings of their clips, see store.clips; None: they have none.
+        media: a file of pixels or embeddings of their visuals, see store.visuals; None: they have none.
     """
 
     sequences: int
@@ -62,8 +63,8 @@ class DomainInfo:
         ends: int32 .npy (documents,), where each piece ends in its sequence.
         trained: int32 .npy (sequences,), tokens that each sequence trains; None where there are no loss masks.
         checks: uint64 .npy (sequences,), see reader.sequence_check; None in stores of before it was written.
-        clips: int64 .npy (clips, 10), images and videos, see store.clips; None: the domain is text alone.
-        clip_offsets: int64 .npy (sequences + 1,), where each sequence's clips start in ``clips``.
+        visuals: int64 .npy (visuals, 10), images and videos, see store.visuals; None: the domain is text alone.
+        visual_offsets: int64 .npy (sequences + 1,), where each sequence's visuals start in ``visuals``.
     """
 
     sequences: int
@@ -76,8 +77,8 @@ class DomainInfo:
     ends: StoredFile
     trained: StoredFile | None = None
     checks: StoredFile | None = None
-    clips: StoredFile | None = None
-    clip_offsets: StoredFile | None = None
+    visuals: StoredFile | None = None
+    visual_offsets: StoredFile | None = None
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
@@ -179,6 +180,10 @@ def read_manifest(root: Path) -> Manifest:
 def _parse(content: dict[str, Any]) -> Manifest:
     domains = {}
     for name, entry in content["domains"].items():
+        if "clips" in entry:
+            raise UserError(
+                f"domain {name} has clips.npy, which is visuals.npy now; make the store again with prepare_video.py"
+            )
         files = {key: StoredFile(**entry[key]) for key in ("offsets", "ends", *_OPTIONAL) if key in entry}
         shards = tuple(map(parse_shard, entry["shards"]))
         domains[check_domain_name(name)] = DomainInfo(**{**entry, **files, "shards": shards})

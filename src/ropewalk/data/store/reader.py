@@ -14,9 +14,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ropewalk.data.store.clips import COLUMNS, Clip, clip_row, read_clip, stored_bytes
 from ropewalk.data.store.hashing import canonical_json, sha256_directory, sha256_text
 from ropewalk.data.store.manifest import TOKENIZER, DomainInfo, StoredFile, read_manifest, stored_path
+from ropewalk.data.store.visuals import COLUMNS, Visual, read_visual, stored_bytes, visual_row
 from ropewalk.errors import UserError
 from ropewalk.files import sha256_of
 
@@ -30,13 +30,13 @@ class PackedSequence:
         ends: int32 (n_documents,), where each piece ends; tokens after the last end are padding.
         loss_mask: bool (sequence_length,), False where a token must not be predicted; None: all are. The first
             token of a piece is never predicted, whatever its mask.
-        clips: images and videos behind its placeholder tokens, in their order.
+        visuals: images and videos behind its placeholder tokens, in their order.
     """
 
     tokens: NDArray[np.uint32]
     ends: NDArray[np.int32]
     loss_mask: NDArray[np.bool_] | None = None
-    clips: tuple[Clip, ...] = ()
+    visuals: tuple[Visual, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -119,9 +119,9 @@ class PackedStore:
         """True if the sequences of ``domain`` have loss masks."""
         return self.domains[domain].trained is not None
 
-    def clip_index(self, domain: str, index: int | None = None) -> NDArray[np.int64]:
-        """Clips of a sequence, or of all, int64 (clips, 10); see store.clips.COLUMNS. Reads no pixel."""
-        return self._domain(domain).clip_index(index)
+    def visual_index(self, domain: str, index: int | None = None) -> NDArray[np.int64]:
+        """Visuals of a sequence, or of all, int64 (visuals, 10); see store.visuals.COLUMNS. Reads no pixel."""
+        return self._domain(domain).visual_index(index)
 
     def trained_tokens(self, domain: str, index: int) -> int:
         """Tokens that a sequence trains; see PackedSequence.trained_tokens. Reads the index, no token."""
@@ -173,9 +173,9 @@ class PackedStore:
 
 
 def sequence_check(
-    tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32], clips: Sequence[Clip] = ()
+    tokens: NDArray[Any], mask: NDArray[np.uint8] | None, ends: NDArray[np.int32], visuals: Sequence[Visual] = ()
 ) -> int:
-    """64 bits of xxh3 over the tokens of a sequence, its packed mask, its ends and its clips, each as it is stored.
+    """64 bits of xxh3 over the tokens of a sequence, its packed mask, its ends and its visuals, each as it is stored.
 
     Cheap enough to be compared whenever a sequence is read.
     """
@@ -183,9 +183,9 @@ def sequence_check(
     if mask is not None:
         digest.update(np.ascontiguousarray(mask).data)
     digest.update(np.ascontiguousarray(ends, dtype="<i4").data)
-    for clip in clips:
-        digest.update(np.array(clip_row(clip, 0), dtype="<i8").data)
-        digest.update(stored_bytes(clip))
+    for visual in visuals:
+        digest.update(np.array(visual_row(visual, 0), dtype="<i8").data)
+        digest.update(stored_bytes(visual))
     return digest.intdigest()
 
 
@@ -219,19 +219,19 @@ class _Domain:
         return None if self._info.checks is None else self._load(self._info.checks)
 
     @cached_property
-    def _clips(self) -> NDArray[np.int64]:
-        return np.empty((0, len(COLUMNS)), np.int64) if self._info.clips is None else self._load(self._info.clips)
+    def _visuals(self) -> NDArray[np.int64]:
+        return np.empty((0, len(COLUMNS)), np.int64) if self._info.visuals is None else self._load(self._info.visuals)
 
     @cached_property
-    def _clip_offsets(self) -> NDArray[np.int64]:
-        stored = self._info.clip_offsets
+    def _visual_offsets(self) -> NDArray[np.int64]:
+        stored = self._info.visual_offsets
         return np.zeros(self._info.sequences + 1, np.int64) if stored is None else self._load(stored)
 
-    def clip_index(self, index: int | None) -> NDArray[np.int64]:
+    def visual_index(self, index: int | None) -> NDArray[np.int64]:
         if index is None:
-            return self._clips
+            return self._visuals
         self._check_index(index)
-        return self._clips[self._clip_offsets[index] : self._clip_offsets[index + 1]]
+        return self._visuals[self._visual_offsets[index] : self._visual_offsets[index + 1]]
 
     def _load(self, stored: StoredFile) -> NDArray[Any]:
         return np.load(stored_path(self._root, stored.file), mmap_mode="r", allow_pickle=False)
@@ -258,9 +258,9 @@ class _Domain:
         tokens, ends = self._shards[number][row], np.array(self.piece_ends(index))
         packed = self._masks[number][row] if number in self._masks else None
         try:
-            clips = tuple(read_clip(entry, self._media_of(number)) for entry in self.clip_index(index))
-            is_whole = self._checks is None or sequence_check(tokens, packed, ends, clips) == int(self._checks[index])
-        except ValueError:  # the index of clips names bytes that are not there
+            visuals = tuple(read_visual(entry, self._media_of(number)) for entry in self.visual_index(index))
+            is_whole = self._checks is None or sequence_check(tokens, packed, ends, visuals) == int(self._checks[index])
+        except ValueError:  # the index of visuals names bytes that are not there
             is_whole = False
         if not is_whole:
             raise UserError(
@@ -268,7 +268,7 @@ class _Domain:
                 "copy or write the store again"
             )
         mask = None if packed is None else np.unpackbits(packed, count=self._length).view(np.bool_)
-        return PackedSequence(np.array(tokens, dtype=np.uint32), ends, mask, clips)
+        return PackedSequence(np.array(tokens, dtype=np.uint32), ends, mask, visuals)
 
     def _media_of(self, number: int) -> NDArray[np.uint8]:
         media = self._info.shards[number].media
@@ -310,8 +310,8 @@ class _Domain:
             and bool(np.all(self.piece_lengths() > 0))
             and bool(np.all(ends <= self._length))
             and (self._trained is None or int(self._trained.sum()) == self._info.trained_tokens)
-            and int(self._clip_offsets[-1]) == len(self._clips)
-            and bool(np.all(np.diff(self._clip_offsets) >= 0))
+            and int(self._visual_offsets[-1]) == len(self._visuals)
+            and bool(np.all(np.diff(self._visual_offsets) >= 0))
         )
         if not whole:
             file = self._root / self._info.ends.file
@@ -383,15 +383,15 @@ class JoinedStore:
         store, name = self._store_of(domain)
         return store.read(name, row)
 
-    def clip_index(self, domain: str, row: int | None = None) -> NDArray[np.int64]:
-        """Clips of a row, or of all rows of a domain; see PackedStore.clip_index."""
+    def visual_index(self, domain: str, row: int | None = None) -> NDArray[np.int64]:
+        """Visuals of a row, or of all rows of a domain; see PackedStore.visual_index."""
         store, name = self._store_of(domain)
-        return store.clip_index(name, row)
+        return store.visual_index(name, row)
 
     @property
-    def has_clips(self) -> bool:
+    def has_visuals(self) -> bool:
         """True if any domain holds images or videos."""
-        return any(info.clips is not None for info in self.domains.values())
+        return any(info.visuals is not None for info in self.domains.values())
 
     def trained_tokens(self, domain: str, row: int) -> int:
         """Tokens that a row trains; see PackedStore.trained_tokens."""

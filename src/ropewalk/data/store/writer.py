@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.data.store.clips import COLUMNS, check_clips, clip_row, stored_bytes
 from ropewalk.data.store.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -34,6 +33,7 @@ from ropewalk.data.store.manifest import (
 )
 from ropewalk.data.store.reader import PackedSequence, PackedStore, sequence_check
 from ropewalk.data.store.tokenizer_files import copy_tokenizer
+from ropewalk.data.store.visuals import COLUMNS, check_visuals, stored_bytes, visual_row
 from ropewalk.errors import UserError
 from ropewalk.files import fsync_path, read_object, sha256_of, write_atomically
 
@@ -72,8 +72,8 @@ class Part:
         ends: where each piece ends in its sequence, those of all sequences in order.
         trained: tokens that each sequence trains.
         checks: of each sequence; see reader.sequence_check.
-        clips: of each sequence, how many.
-        clip_rows: int64 (clips, 10), those of all sequences in order; see store.clips.
+        visuals: of each sequence, how many.
+        visual_rows: int64 (visuals, 10), those of all sequences in order; see store.visuals.
     """
 
     shard: Shard
@@ -81,8 +81,8 @@ class Part:
     ends: NDArray[np.int32]
     trained: NDArray[np.int32]
     checks: NDArray[np.uint64]
-    clips: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    clip_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.int64))
+    visuals: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    visual_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.int64))
 
     @property
     def tokens(self) -> int:
@@ -141,15 +141,15 @@ class PartWriter:
 
         Raises:
             UserError: for a sequence of another length, boundaries that do not increase, a token outside the
-                vocabulary, a loss mask where the first sequence has none (or the other way round), or clips that do not
-            fit their sequence.
+                vocabulary, a loss mask where the first sequence has none (or the other way round), or visuals that
+                do not fit their sequence.
         """
         name = f"{self.domain}/tokens-{number:05d}.bin"
         (self.root / self.domain).mkdir(parents=True, exist_ok=True)
         pieces, ends, trained, checks = array("i"), array("i"), array("i"), array("Q")
         masks: HashedFile | None = None
         media: HashedFile | None = None
-        clips, rows, written = array("i"), array("q"), 0
+        visuals, rows, written = array("i"), array("q"), 0
         with HashedFile(self.root, name) as tokens, ExitStack() as stack:
             for index, sequence in enumerate(sequences):
                 where = f"sequence {index} of {name}"
@@ -165,23 +165,23 @@ class PartWriter:
                 pieces.append(len(sequence.ends))
                 ends.extend(sequence.ends.tolist())
                 trained.append(sequence.trained_tokens)
-                checks.append(sequence_check(row, mask, sequence.ends, sequence.clips))
-                clips.append(len(sequence.clips))
-                if sequence.clips and media is None:
+                checks.append(sequence_check(row, mask, sequence.ends, sequence.visuals))
+                visuals.append(len(sequence.visuals))
+                if sequence.visuals and media is None:
                     media = stack.enter_context(HashedFile(self.root, name.replace("/tokens-", "/media-")))
-                for clip in sequence.clips:
-                    rows.extend(clip_row(clip, written))
-                    written += media.write(stored_bytes(clip)) if media is not None else 0
+                for visual in sequence.visuals:
+                    rows.extend(visual_row(visual, written))
+                    written += media.write(stored_bytes(visual)) if media is not None else 0
         beside = [file.stored if file is not None else None for file in (masks, media)]
         shard = Shard(**asdict(tokens.stored), sequences=len(pieces), mask=beside[0], media=beside[1])
         columns = zip((pieces, ends, trained, checks), COUNTS.values(), strict=True)
         part = Part(shard, *(np.array(counts, dtype=dtype) for counts, dtype in columns))
-        clip_rows = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
-        return replace(part, clips=np.array(clips, np.int32), clip_rows=clip_rows)
+        visual_rows = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+        return replace(part, visuals=np.array(visuals, np.int32), visual_rows=visual_rows)
 
     def record(self, number: int, part: Part, accounting: Accounting) -> None:
         """Record on disk that part ``number``, of text alone, is whole, and what became of its tokens."""
-        assert part.shard.media is None  # clips are not in a record
+        assert part.shard.media is None  # visuals are not in a record
         counts = {name: getattr(part, name).tolist() for name in COUNTS}
         content = {"shard": asdict(part.shard), "accounting": asdict(accounting), **counts}
         write_atomically(self._record(number), json.dumps(content) + "\n")
@@ -234,21 +234,21 @@ class PartWriter:
             ends=stored[1],
             trained=self._save("trained.npy", trained.astype("<i4")) if True in masked else None,
             checks=self._save("checks.npy", checks.astype("<u8")),
-            **self._save_clips(parts),
+            **self._save_visuals(parts),
         )
 
-    def _save_clips(self, parts: Sequence[Part]) -> dict[str, StoredFile]:
-        """The two index files of the clips; empty where there are none."""
-        rows = np.concatenate([np.zeros((0, len(COLUMNS)), np.int64), *(part.clip_rows for part in parts)])
+    def _save_visuals(self, parts: Sequence[Part]) -> dict[str, StoredFile]:
+        """The two index files of the visuals; empty where there are none."""
+        rows = np.concatenate([np.zeros((0, len(COLUMNS)), np.int64), *(part.visual_rows for part in parts)])
         if not len(rows):
             return {}
-        counts = np.concatenate([part.clips for part in parts])
+        counts = np.concatenate([part.visuals for part in parts])
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        clips, starts = (
-            self._save("clips.npy", rows.astype("<i8")),
-            self._save("clip_offsets.npy", offsets.astype("<i8")),
+        visuals, starts = (
+            self._save("visuals.npy", rows.astype("<i8")),
+            self._save("visual_offsets.npy", offsets.astype("<i8")),
         )
-        return {"clips": clips, "clip_offsets": starts}
+        return {"visuals": visuals, "visual_offsets": starts}
 
     def assemble_recorded(self, count: int) -> tuple[DomainInfo, Accounting]:
         """The domain of the recorded parts 0 .. ``count`` - 1, see assemble, and the sum of their accounting.
@@ -282,7 +282,7 @@ class PartWriter:
             raise UserError(f"{where} has the ends {ends}; they must increase from 1 to at most {self.sequence_length}")
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{where} has token {largest}, the tokenizer has {self.vocab_size}; use its own tokenizer")
-        check_clips(sequence.clips, ends, sequence.loss_mask, where)
+        check_visuals(sequence.visuals, ends, sequence.loss_mask, where)
         return tokens.astype(token_dtype(self.vocab_size), copy=False)
 
     def _save(self, name: str, array: NDArray[np.generic]) -> StoredFile:

@@ -125,14 +125,18 @@ def score_prompts(scorer: Scorer, prompts: Iterable[Prompt]) -> pd.DataFrame:
     rows = []
     for prompt in prompts:
         logits = scorer.score(prompt.ids, prompt.answer)
-        row: dict[str, Any] = {"context_length": prompt.length, "depth": prompt.depth}
-        for suffix, answer in (("", prompt.answer), (SHUFFLED, prompt.control)):
-            row |= {f"{name}{suffix}": value for name, value in vars(grade(logits, answer)).items()}
-        rows.append(row)
+        cell = {"context_length": prompt.length, "depth": prompt.depth}
+        rows.append(cell | graded(logits, prompt.answer, prompt.control))
     return pd.DataFrame(rows)
 
 
-def needle_rows(scores: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
+def graded(logits: torch.Tensor, answer: torch.Tensor, control: torch.Tensor) -> dict[str, Any]:
+    """The grade of logits on an answer, and on the control's under names that end in ``_shuffled``."""
+    grades = (("", grade(logits, answer)), (SHUFFLED, grade(logits, control)))
+    return {f"{name}{suffix}": value for suffix, made in grades for name, value in vars(made).items()}
+
+
+def needle_rows(scores: pd.DataFrame, seed: int, task: str = "needle") -> Iterator[dict[str, Any]]:
     """Rows of the results table: each cell (``needle``), and all depths pooled (``needle_at_length``).
 
     Metrics: exact_match with Wilson's interval; answer_token_accuracy and answer_nll (nats per answer
@@ -140,8 +144,8 @@ def needle_rows(scores: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
     """
     for length, of_length in scores.groupby("context_length"):
         for depth, cell in of_length.groupby("depth"):
-            yield from _metric_rows(cell, {"task": "needle", "context_length": length, "depth": depth}, seed)
-        yield from _metric_rows(of_length, {"task": "needle_at_length", "context_length": length}, seed)
+            yield from _metric_rows(cell, {"task": task, "context_length": length, "depth": depth}, seed)
+        yield from _metric_rows(of_length, {"task": f"{task}_at_length", "context_length": length}, seed)
 
 
 def _metric_rows(scores: pd.DataFrame, cell: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:

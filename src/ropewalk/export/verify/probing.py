@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from ropewalk.data.order.batches import VisionInputs, collate
-from ropewalk.data.order.clip_batches import ClipReader
-from ropewalk.data.store.clips import Clip
+from ropewalk.data.order.visual_batches import VisualReader
 from ropewalk.data.store.reader import PackedSequence
 from ropewalk.data.store.tokenizer_files import open_tokenizer
+from ropewalk.data.store.visuals import Visual
 from ropewalk.export.output import Unverifiable
 from ropewalk.model.load import read_position
 from ropewalk.model.vision import pixel_values, placeholders, tokens_per_second, tower_geometry
@@ -73,12 +73,12 @@ class Passage:
         tower, (_, placeholder) = tower_geometry(config), placeholders(config)
         shape = (frames * tower.temporal_patch_size, height * tower.pixels, width * tower.pixels, 3)
         content = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        clip = Clip(len(self.tokens) // 8, frames, height, width, content, frame_seconds=0.5)
+        visual = Visual(len(self.tokens) // 8, frames, height, width, content, frame_seconds=0.5)
         tokens = self.tokens.copy()
-        tokens[clip.start : clip.end] = placeholder
+        tokens[visual.start : visual.end] = placeholder
         ends, trained = np.array([len(tokens)], np.int32), np.ones(len(tokens), bool)
-        row = collate([PackedSequence(tokens.astype(np.uint32), ends, trained, (clip,))])
-        reader = ClipReader(axes, 0, tower, placeholders(config), tokens_per_second(config), needs_pixels=True)
+        row = collate([PackedSequence(tokens.astype(np.uint32), ends, trained, (visual,))])
+        reader = VisualReader(axes, 0, tower, placeholders(config), tokens_per_second(config), needs_pixels=True)
         return replace(self, tokens=tokens, vision=reader.completed(row).vision)
 
     @property

@@ -1,1 +1,1 @@
-"""Clips from files and from drawn scenes, packed with their questions."""
+"""Visuals from files and from drawn scenes, packed with their questions."""

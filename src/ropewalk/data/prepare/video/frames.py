@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.config.data import FrameConfig, TowerConfig
+from ropewalk.data.store.visuals import Content
 from ropewalk.errors import UserError
 
 MOST_ELONGATED = 200  # sides of a frame, as Qwen2-VL's processor has it
@@ -24,26 +25,27 @@ class Footage:
     """Frames as a tower takes them, and the grid of tokens that they become.
 
     Attributes:
-        pixels: uint8 (frames, height, width, 3), RGB; one frame is an image.
+        pixels: uint8 (frames, height, width, 3), RGB; one frame is an image. Or a tower's output, uint16 (tokens,
+            channels) with the bits of bfloat16.
         grid: frames, rows and columns of tokens.
         frame_seconds: from one frame of the grid to the next; 0: an image.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Content
     grid: tuple[int, int, int]
     frame_seconds: float
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip with what is asked and answered about it, as text."""
+    """One visual with what is asked and answered about it, as text."""
 
     footage: Footage
     question: str
     answer: str
 
 
-def read_footage(path: Path, tower: TowerConfig, config: FrameConfig) -> Footage:
+def read_footage(path: Path, tower: TowerConfig, config: FrameConfig, size: tuple[int, int] | None = None) -> Footage:
     """The frames of a file: ``fps`` a second, evenly spaced ones where these are too many; the last fills the grid.
 
     Frames are resized to whole tokens, see token_size, and turned as the file says, as phones have it. A video of one
@@ -53,13 +55,13 @@ def read_footage(path: Path, tower: TowerConfig, config: FrameConfig) -> Footage
         path: a video, or an image, of any format that FFmpeg reads.
         tower: sizes of the tower.
         config: how many frames and pixels.
+        size: height and width in pixels that frames are resized to, whatever their own shape; None: see token_size.
 
     Raises:
         UserError: PyAV is not installed; the file holds no frame that it can decode, fewer than it says, or several
             without saying how long they last.
     """
     times, frames = [], []
-    size = None
     for time, frame in _sampled(path, config):
         size = size or token_size(frame.height, frame.width, tower, config)
         height, width = size

@@ -1,4 +1,4 @@
-"""Clips of a batch as a model of images and videos takes them: patches, their places, and three positions a token."""
+"""Visuals of a batch as a model of images and videos takes them: patches, their places, and three positions a token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ropewalk.data.order.batches import Batch, ClipKey, VisionInputs, collate, rows_of
+from ropewalk.data.order.batches import Batch, VisionInputs, VisualKey, collate, rows_of
 from ropewalk.data.order.mixture import Mixture, SequenceRef
-from ropewalk.data.store.clips import COLUMNS, Clip
 from ropewalk.data.store.hashing import stable_key
 from ropewalk.data.store.reader import JoinedStore
+from ropewalk.data.store.visuals import COLUMNS, Visual
 from ropewalk.errors import UserError
 from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.rope.video_positions import Grid, Segment, token_positions
@@ -24,8 +24,8 @@ HALF_MICROSECOND = 0.5e-6
 IN_SECONDS = ("mrope", "mrope_v5")  # rules that read a model's clock, if it has one
 
 
-def temporal_scale(scales: Sequence[float], seed: int, key: ClipKey) -> float:
-    """The positions that a frame of this clip takes in this epoch: one of ``scales``, each as likely.
+def temporal_scale(scales: Sequence[float], seed: int, key: VisualKey) -> float:
+    """The positions that a frame of this visual takes in this epoch: one of ``scales``, each as likely.
 
     A pure function of its arguments, so that it is the same for any number of ranks and after any resume.
     """
@@ -74,14 +74,14 @@ class TowerGeometry:
 
 
 @dataclass(frozen=True)
-class ClipReader:
+class VisualReader:
     """Makes the vision inputs of batches; one object for a run.
 
     Attributes:
         axes: of the run's chain: the rule for positions and its temporal scales.
         seed: that the scales are drawn by.
         tower: sizes of the model's vision tower.
-        placeholders: ids of the tokens that clips replace.
+        placeholders: ids of the tokens that visuals replace.
         tokens_per_second: positions a second of a video under IN_SECONDS (Qwen2.5-VL); None: one a frame.
         needs_pixels: some store of the run holds pixels, so every micro batch passes the tower.
     """
@@ -93,13 +93,13 @@ class ClipReader:
     tokens_per_second: float | None
     needs_pixels: bool
 
-    def time_step(self, clip: Clip, key: ClipKey) -> float:
-        """Positions from one frame of a clip to the next."""
+    def time_step(self, visual: Visual, key: VisualKey) -> float:
+        """Positions from one frame of a visual to the next."""
         if self.axes.positions == "diagonal":
             return temporal_scale(self.axes.temporal_scales, self.seed, key)
         if self.tokens_per_second is None:
             return 1.0
-        return self.tokens_per_second * (clip.frame_seconds + HALF_MICROSECOND)  # an image has one frame, at 0
+        return self.tokens_per_second * (visual.frame_seconds + HALF_MICROSECOND)  # an image has one frame, at 0
 
     def completed(self, batch: Batch) -> Batch:
         """The batch with its vision inputs.
@@ -108,19 +108,19 @@ class ClipReader:
         the tower: one without takes a single black token, whose output goes nowhere.
 
         Raises:
-            UserError: for a clip whose tokens are not placeholders of this model.
+            UserError: for a visual whose tokens are not placeholders of this model.
         """
         self._check_placeholders(batch)
-        pixels = [clip for clip in batch.clips if clip.has_pixels]
-        ready = [clip for clip in batch.clips if not clip.has_pixels]
+        pixels = [visual for visual in batch.visuals if visual.has_pixels]
+        ready = [visual for visual in batch.visuals if not visual.has_pixels]
         patches = grids = None
         if self.needs_pixels:
             black = np.zeros((1, self.tower.pixels, self.tower.pixels, 3), np.uint8)
-            contents = [np.asarray(clip.content, np.uint8) for clip in pixels] or [black]
-            sizes = [(clip.frames, clip.height, clip.width) for clip in pixels] or [(1, 1, 1)]
+            contents = [np.asarray(visual.content, np.uint8) for visual in pixels] or [black]
+            sizes = [(visual.frames, visual.height, visual.width) for visual in pixels] or [(1, 1, 1)]
             patches = torch.from_numpy(np.concatenate([self.tower.patches(content) for content in contents]))
             grids = torch.tensor(sizes) * torch.tensor([1, self.tower.merge_size, self.tower.merge_size])
-        embeddings = np.concatenate([np.zeros((0, self.tower.width), np.uint16), *(clip.content for clip in ready)])
+        embeddings = np.concatenate([np.zeros((0, self.tower.width), np.uint16), *(visual.content for visual in ready)])
         vision = VisionInputs(
             positions=torch.from_numpy(self.positions(batch).astype(np.float32))[:, None],
             pixel_places=_places(pixels),
@@ -133,15 +133,15 @@ class ClipReader:
 
     def positions(self, batch: Batch) -> NDArray[np.float64]:
         """Time, height and width of each token, float64 (3, N), from 0 in each document."""
-        clips = list(zip(batch.clips, batch.clip_keys, strict=True))
+        visuals = list(zip(batch.visuals, batch.visual_keys, strict=True))
         parts = []
         for start, end in pairwise(batch.cu_seqlens.tolist()):
-            inside = [(clip, self.time_step(clip, key)) for clip, key in clips if start <= clip.start < end]
+            inside = [(visual, self.time_step(visual, key)) for visual, key in visuals if start <= visual.start < end]
             parts.append(token_positions(self.axes.positions, _segments(start, end, inside))[0])
         return np.concatenate(parts, axis=1)
 
     def drawn(self, mixture: Mixture, step: int) -> list[list[str | int | float]]:
-        """Domain, row, number, epoch and temporal scale of every clip in the global batch of ``step``, by the index."""
+        """Domain, row, number, epoch and temporal scale of every visual in the global batch of ``step``, by index."""
         return [
             [*key, temporal_scale(self.axes.temporal_scales, self.seed, key)]
             for ref in mixture.global_batch(step)
@@ -149,10 +149,10 @@ class ClipReader:
         ]
 
     def check_order(self, mixture: Mixture) -> None:
-        """Check the tokens of the first clip of each domain of an order, and all times; every batch checks its tokens.
+        """Check the tokens of each domain's first visual, and all times; every batch checks its own tokens.
 
         Raises:
-            UserError: for a clip whose tokens are not placeholders of this model, or a video without the time between
+            UserError: for a visual whose tokens are not placeholders of this model, or a video without the time between
                 its frames under a model that counts in seconds.
         """
         store = mixture.store
@@ -165,31 +165,31 @@ class ClipReader:
                     f"model's clock of {self.tokens_per_second:g} positions a second needs under "
                     f"positions={self.axes.positions}; write them with frame_seconds"
                 )
-            row = next(row for row in count() if len(store.clip_index(domain, row)))
+            row = next(row for row in count() if len(store.visual_index(domain, row)))
             self._check_placeholders(collate([store.read(domain, row)], rows=[(domain, row, 0)]))
 
     def _check_placeholders(self, batch: Batch) -> None:
         tokens = batch.input_ids[0].numpy()
         is_stray = np.isin(tokens, self.placeholders)
-        for clip in batch.clips:
-            is_stray[clip.start : clip.end] = False
+        for visual in batch.visuals:
+            is_stray[visual.start : visual.end] = False
         if is_stray.any():
             raise UserError(
-                f"a row has {is_stray.sum()} of the model's placeholders {self.placeholders} that no clip stands "
-                f"behind, at {is_stray.argmax()} first; write the store with a Clip for each stretch of them"
+                f"a row has {is_stray.sum()} of the model's placeholders {self.placeholders} that no visual stands "
+                f"behind, at {is_stray.argmax()} first; write the store with a Visual for each stretch of them"
             )
-        for clip, key in zip(batch.clips, batch.clip_keys, strict=True):
-            foreign = set(tokens[clip.start : clip.end].tolist()) - set(self.placeholders)
+        for visual, key in zip(batch.visuals, batch.visual_keys, strict=True):
+            foreign = set(tokens[visual.start : visual.end].tolist()) - set(self.placeholders)
             if foreign:
                 raise UserError(
-                    f"clip {key.number} of sequence {key.row} of {key.domain} stands for token {min(foreign)}, which "
+                    f"visual {key.number} of sequence {key.row} of {key.domain} stands for token {min(foreign)}, which "
                     f"is not one of this model's placeholders {self.placeholders}; prepare the store with the model's "
                     "tokenizer, or give a model from scratch its image_token_id and video_token_id"
                 )
 
 
 def check_contents(mixture: Mixture, tower: TowerGeometry) -> bool:
-    """Check that every clip of an order is of the tower's sizes; True if any of them holds pixels.
+    """Check that every visual of an order is of the tower's sizes; True if any of them holds pixels.
 
     Raises:
         UserError: naming the domain, what is there and what the tower takes.
@@ -217,30 +217,30 @@ def check_contents(mixture: Mixture, tower: TowerGeometry) -> bool:
 
 
 def _domains(mixture: Mixture) -> list[str]:
-    """Domains of an order that hold clips."""
+    """Domains of an order that hold visuals."""
     domains = mixture.store.domains
-    return [name for name, info in domains.items() if info.clips is not None and name not in mixture.unused]
+    return [name for name, info in domains.items() if info.visuals is not None and name not in mixture.unused]
 
 
 def _columns(store: JoinedStore, domain: str) -> dict[str, NDArray[np.int64]]:
-    """The index of a domain's clips, by the names of its columns."""
-    return dict(zip(COLUMNS, store.clip_index(domain).T, strict=True))
+    """The index of a domain's visuals, by the names of its columns."""
+    return dict(zip(COLUMNS, store.visual_index(domain).T, strict=True))
 
 
-def _keys(store: JoinedStore, ref: SequenceRef) -> Iterator[ClipKey]:
+def _keys(store: JoinedStore, ref: SequenceRef) -> Iterator[VisualKey]:
     for domain, row, epoch in rows_of(ref):
-        for number in range(len(store.clip_index(domain, row))):
-            yield ClipKey(domain, row, number, epoch)
+        for number in range(len(store.visual_index(domain, row))):
+            yield VisualKey(domain, row, number, epoch)
 
 
-def _segments(start: int, end: int, clips: Sequence[tuple[Clip, float]]) -> Iterator[Segment]:
-    for clip, time_step in clips:
-        yield clip.start - start
-        yield Grid(clip.frames, clip.height, clip.width, time_step)
-        start = clip.end
+def _segments(start: int, end: int, visuals: Sequence[tuple[Visual, float]]) -> Iterator[Segment]:
+    for visual, time_step in visuals:
+        yield visual.start - start
+        yield Grid(visual.frames, visual.height, visual.width, time_step)
+        start = visual.end
     yield end - start
 
 
-def _places(clips: Sequence[Clip]) -> torch.Tensor:
+def _places(visuals: Sequence[Visual]) -> torch.Tensor:
     empty = torch.zeros(0, dtype=torch.int64)
-    return torch.cat([empty, *(torch.arange(clip.start, clip.end) for clip in clips)])
+    return torch.cat([empty, *(torch.arange(visual.start, visual.end) for visual in visuals)])

@@ -1,4 +1,4 @@
-"""Small stores of clips, and the tiny model of images and videos that reads them."""
+"""Small stores of visuals, and the tiny model of images and videos that reads them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from helpers import composed
 from transformers import AutoConfig
 
 from ropewalk.data import PackedStore
-from ropewalk.data.store.clips import Clip
 from ropewalk.data.store.reader import PackedSequence
+from ropewalk.data.store.visuals import Visual
 from ropewalk.data.store.writer import Accounting, write_store
 
 IMAGE, VIDEO = 508, 509  # of the fixture tokenizer's 512 tokens
@@ -41,44 +41,44 @@ SEQUENCES: list[list[tuple[list[int], list[tuple[int, int, int]]]]] = [
 ]
 
 
-def clip_of(rng: np.random.Generator, start: int, grid: tuple[int, int, int], pixels: bool = True) -> Clip:
-    """A clip of noise, for a tower of 8 pixels a token; or of embeddings of 64 channels."""
+def visual_of(rng: np.random.Generator, start: int, grid: tuple[int, int, int], pixels: bool = True) -> Visual:
+    """A visual of noise, for a tower of 8 pixels a token; or of embeddings of 64 channels."""
     frames, height, width = grid
     seconds = 0.0 if frames == 1 else 1.3
     if pixels:
         shape = (1 if frames == 1 else 2 * frames, 8 * height, 8 * width, 3)
-        return Clip(start, *grid, rng.integers(0, 256, shape, dtype=np.uint8), seconds)
+        return Visual(start, *grid, rng.integers(0, 256, shape, dtype=np.uint8), seconds)
     values = rng.standard_normal((frames * height * width, 64)).astype(np.float32)
-    return Clip(start, *grid, (values.view(np.uint32) >> 16).astype(np.uint16), seconds)  # the bits of bfloat16
+    return Visual(start, *grid, (values.view(np.uint32) >> 16).astype(np.uint16), seconds)  # the bits of bfloat16
 
 
 def sequence_of(rng: np.random.Generator, documents: Any, pixels: bool = True, length: int = LENGTH) -> PackedSequence:
     tokens, mask, ends = [], [], []
-    clips: list[Clip] = []
+    visuals: list[Visual] = []
     for texts, grids in documents:
         for number, text in enumerate(texts):
             tokens += rng.integers(4, 500, text).tolist()
             mask += [True] * text
             if number < len(grids):
-                clips.append(clip_of(rng, len(tokens), grids[number], pixels))
-                placeholders = clips[-1].tokens
+                visuals.append(visual_of(rng, len(tokens), grids[number], pixels))
+                placeholders = visuals[-1].tokens
                 tokens += [IMAGE if grids[number][0] == 1 else VIDEO] * placeholders
                 mask += [False] * placeholders
         ends.append(len(tokens))
     padding = length - len(tokens)
     row = np.array(tokens + [0] * padding, np.uint32)
-    return PackedSequence(row, np.array(ends, np.int32), np.array(mask + [False] * padding), tuple(clips))
+    return PackedSequence(row, np.array(ends, np.int32), np.array(mask + [False] * padding), tuple(visuals))
 
 
 def make_store(root: Path, tokenizer: Path, *, pixels: bool = True, count: int = 12) -> PackedStore:
     rng = np.random.default_rng(0)
     sequences = [sequence_of(rng, SEQUENCES[number % len(SEQUENCES)], pixels) for number in range(count)]
     tokens = sum(int(sequence.ends[-1]) for sequence in sequences)
-    return write_store(root, LENGTH, {"clips": sequences}, tokenizer, {"clips": Accounting(tokens)})
+    return write_store(root, LENGTH, {"visuals": sequences}, tokenizer, {"visuals": Accounting(tokens)})
 
 
 def video_arguments(store: PackedStore, run_dir: Path, arm: str, *overrides: str) -> list[str]:
-    """The overrides that make ``python train.py`` take four steps of the tiny model on a store of clips."""
+    """The overrides that make ``python train.py`` take four steps of the tiny model on a store of visuals."""
     return [
         "+experiment=demo/pretrain", "tracker=none", "data=packed", f"data.store={store.root}",
         f"data.sequence_length={store.sequence_length}", f"run_dir={run_dir}", f"run_name={run_dir.name}",

@@ -1,28 +1,28 @@
-"""The order and the drawn factor of clips: epochs by counting, draws by any rank, how even they are."""
+"""The order and the drawn factor of visuals: epochs by counting, draws by any rank, how even they are."""
 
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from clip_stores import TOWER, make_store
 from scipy.stats import chisquare
+from visual_stores import TOWER, make_store
 
 from ropewalk.data import Mixture
-from ropewalk.data.order.batches import ClipKey, rank_micro_batches, read_batch, rows_of
-from ropewalk.data.order.clip_batches import ClipReader, TowerGeometry, temporal_scale
-from ropewalk.data.store.clips import Clip, clip_row, read_clip
+from ropewalk.data.order.batches import VisualKey, rank_micro_batches, read_batch, rows_of
+from ropewalk.data.order.visual_batches import TowerGeometry, VisualReader, temporal_scale
+from ropewalk.data.store.visuals import Visual, read_visual, visual_row
 from ropewalk.rope.pair_axes import PairAxes
 from ropewalk.rope.video_positions import Grid, token_positions
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
 GEOMETRY = TowerGeometry(TOWER["patch_size"], TOWER["temporal_patch_size"], TOWER["spatial_merge_size"], 64)
-READER = ClipReader(PairAxes("alternating", (4, 6, 6), "diagonal", SCALES), 0, GEOMETRY, (508, 509), None, True)
+READER = VisualReader(PairAxes("alternating", (4, 6, 6), "diagonal", SCALES), 0, GEOMETRY, (508, 509), None, True)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, fixture_tokenizer):
-    return make_store(tmp_path_factory.mktemp("clips") / "store", fixture_tokenizer)
+    return make_store(tmp_path_factory.mktemp("visuals") / "store", fixture_tokenizer)
 
 
 def test_an_epoch_is_how_often_a_row_has_come_before(store):
@@ -46,10 +46,10 @@ def test_every_number_of_ranks_draws_the_same(store):
             for part in rank_micro_batches(mixture, 1, rank, world_size, micro):
                 batch = READER.completed(read_batch(mixture.store, part))
                 time = batch.vision.positions[0, 0]
-                for clip, key in zip(batch.clips, batch.clip_keys, strict=True):
-                    rows = clip.height * clip.width
+                for visual, key in zip(batch.visuals, batch.visual_keys, strict=True):
+                    rows = visual.height * visual.width
                     seen[tuple(key)] = (
-                        recorded[key] if clip.frames == 1 else float(time[clip.start + rows] - time[clip.start])
+                        recorded[key] if visual.frames == 1 else float(time[visual.start + rows] - time[visual.start])
                     )
         assert seen == recorded
 
@@ -58,16 +58,16 @@ def test_every_number_of_ranks_draws_the_same(store):
 @pytest.mark.parametrize("speed", [2, 4, 25])
 def test_a_stored_time_gives_the_positions_of_the_exact_one(fps, speed):
     """2/fps seconds are kept to the microsecond; 128 frames at whole positions a second, divided without remainder."""
-    clip = Clip(0, 128, 1, 1, np.zeros((128, 1), np.uint16), 2 / fps)
-    stored = read_clip(np.array(clip_row(clip, 0)), clip.content.view(np.uint8).ravel())
+    visual = Visual(0, 128, 1, 1, np.zeros((128, 1), np.uint16), 2 / fps)
+    stored = read_visual(np.array(visual_row(visual, 0)), visual.content.view(np.uint8).ravel())
     reader = replace(READER, axes=PairAxes("bands", (4, 6, 6), "mrope"), tokens_per_second=float(speed))
-    step = reader.time_step(stored, ClipKey("clips", 0, 0, 0))
+    step = reader.time_step(stored, VisualKey("visuals", 0, 0, 0))
     time = token_positions("mrope", [Grid(128, 1, 1, step)])[0][0]
     assert time.tolist() == [2 * speed * frame // fps for frame in range(128)]
 
 
-def test_factors_are_even_and_of_seed_clip_and_epoch_alone():
-    keys = [ClipKey("a", row, number, epoch) for row in range(500) for number in range(2) for epoch in range(2)]
+def test_factors_are_even_and_of_seed_visual_and_epoch_alone():
+    keys = [VisualKey("a", row, number, epoch) for row in range(500) for number in range(2) for epoch in range(2)]
     draws = [temporal_scale(SCALES, 0, key) for key in keys]
     assert chisquare(list(Counter(draws).values())).pvalue > 0.01
     assert draws == [temporal_scale(SCALES, 0, key) for key in keys]
