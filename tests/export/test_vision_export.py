@@ -48,7 +48,7 @@ def test_stock_transformers_gives_the_same_logits_for_given_positions(exported):
     assert "a video among them" in finding.text
     passage = read_passage(export)
     told, other = (passage.with_video(source.config, axes) for axes in (source.position.axes, OTHER))
-    (right,), (wrong,) = (stock_logits([export], text) for text in (told, other))
+    right, wrong = stock_logits([export], told, other)
     apart = np.abs(right["logits"] - wrong["logits"]).max()
     assert apart > 0.05 * finding.numbers["logit_std"] > 50 * finding.numbers["max_abs_difference"]
     with pytest.raises(Unverifiable, match="vllm's table has one position a token"):
