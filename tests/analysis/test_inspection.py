@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import composed, save_tiny, tiny_run, torchrun
+from helpers import composed, save_tiny, tiny_run
+from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from visual_stores import make_store, video_run
@@ -94,8 +95,8 @@ def test_a_live_model_shows_what_a_cast_did(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ranks_are_compared():
-    torchrun(2, "tests/analysis/inspect_ranks.py")
+def test_ranks_are_compared(tmp_path):
+    run_ranks(2, tmp_path, [], script="tests/analysis/inspect_ranks.py")
 
 
 @pytest.mark.parametrize("is_video", [False, True])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_commands
 from helpers import alone_environment
 
 from ropewalk.config import CONFIG_DIR
@@ -56,34 +57,31 @@ def test_one_function_and_one_yaml_are_enough(tmp_path, store_64):
     root = tmp_path / "repository"
     (function,) = (one for one in blocks("docs/position.md", "python") if "register_method(" in one)
     (chain,) = blocks("docs/position.md", "yaml")
-    environment = copied(root, function, rope__thirds=chain)
-
-    def command(*arguments):
-        done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=False,
-                              env=environment)  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
-
-    run = tmp_path / "run"
+    copied(root, function, rope__thirds=chain)
+    run, text = tmp_path / "run", tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("the rope is walked and the walk is long. " * 60)
     architecture = ("hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, "
                     "num_key_value_heads: 1, head_dim: 16, vocab_size: 512, model_type: llama")  # fmt: skip
-    command("train.py", "+experiment=demo/pretrain", "rope=thirds", "tracker=none", "data=packed",
-            f"data.store={store_64.root}", "data.sequence_length=64", f"run_dir={run}", "run_name=thirds",
-            "model.pretrained_length=64", "model.head_dim=16", f"++model.architecture={{{architecture}}}",
-            "trainer.max_steps=2", "trainer.global_batch_size=2", "trainer.micro_batch_size=2",
-            "trainer.checkpoint_every=2")  # fmt: skip
-    assert "thirds(factor=4)" in command("scripts/export.py", f"checkpoint={run}") + (run / "run.json").read_text()
+    _, exported, evaluated, inspected, advised, _ = run_commands([
+        ["train.py", "+experiment=demo/pretrain", "rope=thirds", "tracker=none", "data=packed",
+         f"data.store={store_64.root}", "data.sequence_length=64", f"run_dir={run}", "run_name=thirds",
+         "model.pretrained_length=64", "model.head_dim=16", f"++model.architecture={{{architecture}}}",
+         "trainer.max_steps=2", "trainer.global_batch_size=2", "trainer.micro_batch_size=2",
+         "trainer.checkpoint_every=2"],
+        ["scripts/export.py", f"checkpoint={run}"],
+        ["scripts/evaluate.py", f"checkpoint={run}", f"output={tmp_path / 'evaluation'}", "device=cpu",
+         f"documents={text}", "lengths=[64,128]", "dtype=float32", "needle.samples=0"],
+        ["scripts/analyze.py", "inspect", f"model={run}"],
+        ["scripts/analyze.py", "advise", f"model={run}", "chain=thirds(factor=8)"],
+        ["scripts/analyze.py", "figures", "methods=[rope,thirds]", f"output={tmp_path / 'figures'}", "formats=[png]"],
+    ], root)  # fmt: skip
+    assert "thirds(factor=4)" in exported + (run / "run.json").read_text()
     config = json.loads((run / "export" / "config.json").read_text())
     factors = np.array(config["rope_parameters"]["long_factor"])
     np.testing.assert_allclose(factors, np.tile([1.0, 1.0, 4.0], 3)[:8], rtol=1e-12)
     assert json.loads((run / "export" / "verification.json").read_text())["passed"] is True
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("the rope is walked and the walk is long. " * 60)
-    said = command("scripts/evaluate.py", f"checkpoint={run}", f"output={tmp_path / 'evaluation'}", "device=cpu",
-                   f"documents={tmp_path / 'text'}", "lengths=[64,128]", "dtype=float32",
-                   "needle.samples=0")  # fmt: skip
-    assert "under thirds(factor=4)" in said
-    assert "chain: thirds(factor=4)" in command("scripts/analyze.py", "inspect", f"model={run}")
-    assert "thirds(factor=8)" in command("scripts/analyze.py", "advise", f"model={run}", "chain=thirds(factor=8)")
-    command("scripts/analyze.py", "figures", "methods=[rope,thirds]", f"output={tmp_path / 'figures'}", "formats=[png]")
+    assert "under thirds(factor=4)" in evaluated
+    assert "chain: thirds(factor=4)" in inspected
+    assert "thirds(factor=8)" in advised
     assert len(list((tmp_path / "figures").glob("*.png"))) >= 8

@@ -4,15 +4,14 @@ import json
 import math
 import runpy
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import tiny_run
+from helpers import tiny_run, torchrun
 from hydra import compose, initialize_config_dir
+from ranks import run_ranks, start_ranks
 
 from ropewalk.cli import register_schemas, to_object
 from ropewalk.config import CONFIG_DIR
@@ -225,13 +224,14 @@ def test_every_shipped_suite_composes() -> None:
         assert all(set(tasks) <= set(suite.tasks) or suite.harness == "helmet" for tasks in suite.averages.values())
 
 
-def two_processes(config: EvaluateConfig, output: Path, *overrides: str) -> None:
-    """scripts/evaluate.py under torchrun, on the model and lengths of ``config``."""
-    arguments = [f"checkpoint={config.checkpoint}", f"output={output}", f"lengths={config.lengths}".replace(" ", "")]
-    arguments += ["device=cpu", "dtype=float32", f"hydra.run.dir={output.parent}", *overrides]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-    subprocess.run([*launch, str(script), *arguments], check=True, timeout=300)
+SCRIPT = str(CONFIG_DIR.parent / "scripts" / "evaluate.py")
+
+
+def arguments(config: EvaluateConfig, output: Path, *overrides: str) -> list[str]:
+    """Of the script, for the model and lengths of ``config``."""
+    lengths = f"lengths={config.lengths}".replace(" ", "")
+    own = [f"checkpoint={config.checkpoint}", f"output={output}", lengths, f"hydra.run.dir={output.parent}"]
+    return [*own, "device=cpu", "dtype=float32", *overrides]
 
 
 @pytest.mark.slow
@@ -240,7 +240,8 @@ def test_two_processes_share_the_samples(config, tmp_path) -> None:
     config.lengths, config.suite = [2200], replace(config.suite, samples=3)
     evaluate(config)
     shared = tmp_path / "shared"
-    two_processes(config, shared, "suite=ruler", "suite.tasks=[vt]", "suite.samples=3", "test_time=auto")
+    words = arguments(config, shared, "suite=ruler", "suite.tasks=[vt]", "suite.samples=3", "test_time=auto")
+    torchrun(2, SCRIPT, *words)
     assert read_results(shared)["value"].tolist() == read_results(config.output)["value"].tolist()
     one, two = (sorted(Path(where).rglob("*.samples.jsonl"))[0].read_text() for where in (config.output, shared))
     assert one == two
@@ -254,7 +255,8 @@ def test_two_processes_share_documents_and_needles(config, documents, tmp_path) 
     evaluate(config)
     shared = tmp_path / "shared"
     needle = ["needle.depths=[0.0,1.0]", "needle.samples=3", "answers.count=0"]
-    two_processes(config, shared, f"documents={documents}", "test_time=auto", *needle)
+    words = arguments(config, shared, f"documents={documents}", "test_time=auto", *needle)
+    run_ranks(2, tmp_path / "logs", words, script=SCRIPT)
     pd.testing.assert_frame_equal(read_results(shared), read_results(config.output))
     pd.testing.assert_frame_equal(read_document_losses(shared), read_document_losses(config.output))
 
@@ -263,7 +265,8 @@ def test_two_processes_share_documents_and_needles(config, documents, tmp_path) 
 def test_two_processes_of_a_run_that_is_not_exported_export_it_once(config, documents, store_64, tmp_path) -> None:
     train(tiny_run(store_64, tmp_path / "run", "trainer.max_steps=1"))
     config.checkpoint, config.lengths = str(tmp_path / "run"), [128]
-    two_processes(config, tmp_path / "shared", f"documents={documents}", "test_time=none", "needle.samples=0")
+    words = arguments(config, tmp_path / "shared", f"documents={documents}", "test_time=none", "needle.samples=0")
+    run_ranks(2, tmp_path / "logs", words, script=SCRIPT)
     assert len(list((tmp_path / "run").glob("export*/**/config.json"))) == 1
     assert len(read_document_losses(tmp_path / "shared")) > 0
 
@@ -271,8 +274,9 @@ def test_two_processes_of_a_run_that_is_not_exported_export_it_once(config, docu
 @pytest.mark.slow
 def test_two_processes_of_a_checkpoint_that_is_not_there_both_end(config, documents, tmp_path) -> None:
     config.checkpoint, config.lengths = str(tmp_path / "none"), [128]
-    with pytest.raises(subprocess.CalledProcessError):
-        two_processes(config, tmp_path / "shared", f"documents={documents}", "test_time=none")
+    words = arguments(config, tmp_path / "shared", f"documents={documents}", "test_time=none")
+    with start_ranks(2, tmp_path / "logs", words, script=SCRIPT) as ranks:
+        assert ranks.wait(120) == [2, 2], ranks.output()
 
 
 def test_several_runs_are_evaluated_and_compared_in_one_command(checkpoint, documents, tmp_path, monkeypatch) -> None:

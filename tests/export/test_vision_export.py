@@ -48,7 +48,7 @@ def test_stock_transformers_gives_the_same_logits_for_given_positions(exported):
     assert "a video among them" in finding.text
     passage = read_passage(export)
     told, other = (passage.with_video(source.config, axes) for axes in (source.position.axes, OTHER))
-    (right,), (wrong,) = (stock_logits([export], text) for text in (told, other))
+    right, wrong = stock_logits([export], told, other)
     apart = np.abs(right["logits"] - wrong["logits"]).max()
     assert apart > 0.05 * finding.numbers["logit_std"] > 50 * finding.numbers["max_abs_difference"]
     with pytest.raises(Unverifiable, match="vllm's table has one position a token"):
@@ -68,9 +68,7 @@ def test_an_export_carries_its_axes_in_both_forms(exported, tmp_path):
     stored = load_file(export / "model.safetensors")
     assert {name.split(".")[1] for name in stored if name.startswith("model.")} == {"visual", "language_model"}
     for path in (source.run_dir, export):
-        with pytest.raises(
-            ValueError, match=r"of images and videos \(qwen2_vl\), which evaluation reads by suite=vn"
-        ):
+        with pytest.raises(ValueError, match=r"of images and videos \(qwen2_vl\), which evaluation reads by suite=vn"):
             resolve_checkpoint(path)
 
 

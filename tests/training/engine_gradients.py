@@ -23,10 +23,10 @@ from ropewalk.training.engine import LearnedSpectrum, start_engine
 from ropewalk.training.inputs import micro_batches
 
 
-def gradients(engine: Any, learned: LearnedSpectrum) -> dict[str, Any]:
+def gradients(engine: Any, learned: LearnedSpectrum | None = None) -> dict[str, Any]:
     """Every whole gradient by its parameter's name, that of frequencies as alpha, equal on all ranks; collective."""
     named = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
-    if learned.alpha is not None:
+    if learned is not None and learned.alpha is not None:
         named["alpha"] = learned.gradient()
         parts = [torch.empty_like(named["alpha"]) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, named["alpha"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import load_states, torchrun
+from helpers import load_states
 from ranks import run_ranks
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -107,8 +107,8 @@ def stock_patches(frames):
 def test_packed_visuals_are_each_document_alone_on_two_ranks(tmp_path, store):
     """Loss and every gradient, the tower's too; some rows have no pixels, so a rank passes the tower for nothing."""
     save_model(tmp_path / "model")
-    torchrun(2, str(Path(__file__).with_name("vision_gradients.py")), str(store.root), str(tmp_path),
-             str(tmp_path / "model"), "hope_video")  # fmt: skip
+    words = [str(store.root), str(tmp_path), str(tmp_path / "model"), "hope_video"]
+    run_ranks(2, tmp_path / "logs", words, script=str(Path(__file__).with_name("vision_gradients.py")))
     run = video_run(store, tmp_path, "hope_video", f"model.path={tmp_path / 'model'}")
     config = training_config(run.model, run.rope, store.sequence_length)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", config=config, attn_implementation="eager")
@@ -264,9 +264,7 @@ def test_no_frequencies_on_several_axes_are_trained(tmp_path, store):
     save_model(tmp_path / "model")
     config = video_run(store, tmp_path / "run", "mrope", f"model.path={tmp_path / 'model'}")
     config.rope.chain = [{"method": "learned"}]
-    with pytest.raises(
-        UserError, match=r"learned\(\) trains the one table of a text model, and .*qwen2_vl has"
-    ):
+    with pytest.raises(UserError, match=r"learned\(\) trains the one table of a text model, and .*qwen2_vl has"):
         training_config(config.model, config.rope, 64)
 
 

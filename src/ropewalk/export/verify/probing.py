@@ -13,6 +13,7 @@ import textwrap
 import turtle
 import typing
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,30 @@ def read_passage(directory: Path, tokens: int | None = None) -> Passage:
     return Passage(text, np.array(ids[:wanted], dtype=np.int64))
 
 
-def stock_logits(directories: list[Path], passage: Passage) -> list[dict[str, NDArray[Any]]]:
-    """Logits (rows, vocabulary) and two rows of frequencies (see stock_probe.py) from stock transformers."""
-    video: dict[str, Any] = {}
+def stock_logits(directories: list[Path], *passages: Passage) -> list[dict[str, NDArray[Any]]]:
+    """Logits (rows, vocabulary) and two rows of frequencies (see stock_probe.py) from stock transformers.
+
+    One process for all: of each directory those of every passage, in their order.
+    """
+    answers = run_probe("stock_probe.py", "stock transformers", directories, texts=[_inputs(text) for text in passages])
+    return [
+        {name: answer[f"{name}{number}"] for name in ("logits", "inv_freq")}
+        for answer in answers
+        for number in range(len(passages))
+    ]
+
+
+def _inputs(passage: Passage) -> dict[str, NDArray[Any]]:
+    text: dict[str, NDArray[Any]] = {"tokens": passage.tokens, "rows": passage.rows}
     if passage.vision is not None:
         assert passage.vision.patches is not None
         assert passage.vision.grids is not None
-        video = {
+        text |= {
             "position_ids": passage.vision.positions.numpy(),
             "pixel_values_videos": pixel_values(passage.vision.patches, torch.float32).numpy(),
             "video_grid_thw": passage.vision.grids.numpy(),
         }
-    return run_probe(
-        "stock_probe.py", "stock transformers", directories, tokens=passage.tokens, rows=passage.rows, **video
-    )
+    return text
 
 
 def llama_logits(files: list[Path], passage: Passage) -> list[dict[str, NDArray[Any]]]:
@@ -150,12 +161,16 @@ def run_probe(
     # beside the export, where there is space: of 128k tokens 2,048 rows are a gigabyte, and /tmp may be memory
     with tempfile.TemporaryDirectory(dir=models[0].absolute().parent, prefix=".verification-") as scratch:
         root = Path(scratch)
-        for name, value in job.items():
-            if isinstance(value, np.ndarray):
-                job[name] = str(root / f"{name}.npy")
-                np.save(job[name], value)
+        numbers = count()
+
+        def saved(array: NDArray[Any]) -> str:
+            path = str(root / f"{next(numbers)}.npy")
+            np.save(path, array, allow_pickle=False)
+            return path
+
         answers = {str(model): str(root / f"{i}.npz") for i, model in enumerate(models)}
-        (root / "job.json").write_text(json.dumps({"engine": engine, **job, "models": answers}), encoding="utf-8")
+        content = json.dumps({"engine": engine, **job, "models": answers}, default=saved)
+        (root / "job.json").write_text(content, encoding="utf-8")
         command = [python or sys.executable, "-I", str(Path(__file__).with_name(script)), str(root / "job.json")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -99,7 +99,9 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
         kinds = rotating_layers(text.rope_parameters, getattr(text, "layer_types", None)) or [""]
         # the entries of layer types that no chain changes stay as they are
         explained = np.concatenate([of_chain * (kind == kinds[0]) for kind in sorted(kinds)])
-    compared = [_compared(model, text, source, directory, explained) for text in passages]
+    ours = [_source_logits(model, source, text) for text in passages]
+    stock = stock_logits([directory], *passages)
+    compared = [_compared(*own, found, source, explained) for own, found in zip(ours, stock, strict=True)]
     spectrum_equal = all(equal for _, _, equal in compared)
     difference, std, _ = max(compared, key=lambda numbers: numbers[0] / numbers[1])
     agrees = all(apart <= TOLERANCE * spread for apart, spread, _ in compared)  # not for NaN either
@@ -123,11 +125,13 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
 
 
 def _compared(
-    model: PreTrainedModel, passage: Passage, source: Source, directory: Path, explained: NDArray[np.float64] | float
+    logits: NDArray[np.float32],
+    inv_freq: NDArray[np.float64],
+    stock: Mapping[str, NDArray[Any]],
+    source: Source,
+    explained: NDArray[np.float64] | float,
 ) -> tuple[float, float, bool]:
     """The largest difference of a logit, the source's standard deviation, and whether the frequencies are equal."""
-    logits, inv_freq = _source_logits(model, source, passage)
-    (stock,) = stock_logits([directory], passage)
     rotated = stock["inv_freq"].astype(np.float64)
     rotated = rotated[1:] if source.keeps_entry and source.position.depends_on_length else rotated  # after the text
     is_equal = bool(np.all(np.abs(rotated - inv_freq) <= explained * inv_freq))
