@@ -108,6 +108,21 @@ analyze() {
   fi
 }
 
+# each FUNCTION WORD...: the function once for each word, PROCESSES (one a core) at a time
+each() {
+  local job=$1 word
+  shift
+  for word; do
+    if [ -n "${DRY_RUN:-}" ]; then
+      "$job" "$word"
+    else
+      while [ "$(jobs -rp | wc -l)" -ge "${PROCESSES:-$(nproc)}" ]; do wait -n; done
+      "$job" "$word" &
+    fi
+  done
+  while [ -n "$(jobs -rp)" ]; do wait -n; done
+}
+
 # aside COMMAND ARGUMENTS...: one of several stages that need nothing of each other: side by side in SLURM's queue, else now
 background=()
 aside() {

@@ -8,7 +8,6 @@ cd "$(dirname "$0")/../.."
 CLUSTER=laptop NODES=1
 . recipes/common.sh
 export OMP_NUM_THREADS=1
-: "${PROCESSES:=$(nproc)}"
 
 data=data/extrapolation_small
 
@@ -31,21 +30,6 @@ declare -A survey=(
   [nope]='[{method: p_rope, fraction: 0.0}]'
   [learned]='[{method: learned, learning_rate: 0.01}]'
 )
-
-# each FUNCTION SEED...: the function once for each seed, PROCESSES at a time
-each() {
-  local job=$1 seed
-  shift
-  for seed; do
-    if [ -n "${DRY_RUN:-}" ]; then
-      "$job" "$seed"
-    else
-      while [ "$(jobs -rp | wc -l)" -ge "$PROCESSES" ]; do wait -n; done
-      "$job" "$seed" &
-    fi
-  done
-  while [ -n "$(jobs -rp)" ]; do wait -n; done
-}
 
 # measure REGIME SEED TEST_TIME ARM...: answers, order and loss of the arms of one seed
 measure() {

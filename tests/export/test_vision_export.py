@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from itertools import chain
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_a_clock_of_seconds_keeps_whole_positions_whole():
     assert made[0, 0].tolist() == [0.0] * 49 + [1.0]
 
 
-def test_generate_goes_on_from_given_positions(tmp_path):
+def test_generate_goes_on_from_given_positions(monkeypatch):
     """Greedy tokens against one pass for each, whose positions go on one by one."""
     config = tiny_config(max_position_embeddings=64, rope_theta=1e4)
     torch.manual_seed(0)
@@ -157,4 +158,16 @@ def test_generate_goes_on_from_given_positions(tmp_path):
             wanted = torch.cat([wanted, logits.argmax()[None, None]], 1)
             place = torch.cat([place, place[:, :, -1:] + 1], 2)
         found = model.generate(input_ids=ids, position_ids=given, max_new_tokens=4, do_sample=False, **pixels)
+        monkeypatch.setattr(type(model.model), "get_rope_index", type(model.model).get_rope_index)  # put back after
+        runpy.run_path("recipes/hope_qwen2vl_7b/lmms_eval_positions.py")["install"](type(model.model), axes)
+        padding = torch.full((1, 2), 7)
+        both = {
+            "input_ids": torch.cat([torch.cat([padding, ids], 1), torch.cat([ids[:, :3], ids[:, :2], ids[:, 3:]], 1)]),
+            "attention_mask": torch.tensor([[0] * 2 + [1] * ids.numel(), [1] * (ids.numel() + 2)]),
+            "pixel_values_videos": pixels["pixel_values_videos"].repeat(2, 1),
+            "video_grid_thw": grid.repeat(2, 1),
+        }
+        both["mm_token_type_ids"] = 2 * (both["input_ids"] == VIDEO).int()
+        counted = model.generate(**both, max_new_tokens=4, do_sample=False)
     assert found.tolist() == wanted.tolist()
+    assert counted[0, 2:].tolist() == wanted[0].tolist()  # by lmms-eval's own call, beside a longer prompt

@@ -179,8 +179,11 @@ def run_vniah(
             reader, prompts, variant.axes, cell.task.removeprefix(TASK.format("")), frames_at[length], ranks
         )
         if ranks.rank == 0:
-            columns = checkpoint.columns(setting) | {"test_time_scaling": cell.scaling, "frames": frames_at[length]}
-            rows = [_table_row(row, columns) for row in needle_rows(scores, config.seed, cell.task)]
+            own = {"test_time_scaling": cell.scaling, "frames": frames_at[length]}
+            rows = [
+                _table_row(row, {**checkpoint.columns(setting), **own})
+                for row in needle_rows(scores, config.seed, cell.task)
+            ]
             store.write(cell, identity, rows, {"needles": len(haystack.needles)}, scores.to_dict("records"))
         progress.advance(length, f"{cell}")
 
@@ -236,8 +239,9 @@ def embedded(model: Any, haystack: Haystack, path: Path, kept: str | None) -> Ha
                 "for a model that trained its tower"
             )
         return known
-    parts = {name: tower_output(model, getattr(haystack, name)) for name in ("frames", "needles", "distractors")}
-    made = replace(haystack, **parts)
+    output = partial(tower_output, model)
+    frames, needles, distractors = map(output, (haystack.frames, haystack.needles, haystack.distractors))
+    made = replace(haystack, frames=frames, needles=needles, distractors=distractors)
     if kept is not None:
         with writing(f"vniah.embeddings={kept}", Path(kept).parent):
             Path(kept).parent.mkdir(parents=True, exist_ok=True)

@@ -29,11 +29,11 @@ def main(job: str) -> None:
     """
     given = json.loads(Path(job).read_text(encoding="utf-8"))
     for directory, answer in given["models"].items():
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for number, text in enumerate(given["texts"]):
             logits, inv_freq = read(directory, {name: torch.from_numpy(np.load(path)) for name, path in text.items()})
             found |= {f"logits{number}": logits.numpy(), f"inv_freq{number}": inv_freq.numpy()}
-        np.savez(answer, **found)
+        np.savez(answer, allow_pickle=False, **found)
 
 
 def read(directory: str, text: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,7 +126,7 @@ def verify_stock(source: Source, directory: Path, tokens: int | None = None) -> 
 
 def _compared(
     logits: NDArray[np.float32],
-    inv_freq: NDArray[np.float64],
+    inv_freq: NDArray[np.floating[Any]],
     stock: Mapping[str, NDArray[Any]],
     source: Source,
     explained: NDArray[np.float64] | float,

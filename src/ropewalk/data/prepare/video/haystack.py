@@ -191,7 +191,7 @@ def _made(config: PrepareVniahConfig) -> Haystack:
     else:
         taken = FrameConfig(fps=config.fps, max_frames=config.frames * step)
         footage = read_footage(Path(config.film), tower, taken, (height, width))
-        pixels, seconds = footage.pixels, footage.frame_seconds
+        pixels, seconds = footage.pixels.astype(np.uint8, copy=False), footage.frame_seconds
     frames = pixels.reshape(-1, step, height, width, 3)
     if config.needles is None:
         texts = tuple(Needle(QUESTIONS["content"], name, QUESTIONS["time"]) for name in NAMES)
