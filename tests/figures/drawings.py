@@ -68,12 +68,12 @@ def assert_words_are_whole(figure: Figure) -> None:
     """No text or panel leaves the drawing or lies over another."""
     drawing = compose(figure)
     canvas = FigureCanvasAgg(drawing)
-    with house():
-        canvas.draw()  # lays out
     renderer, frame, rounding = canvas.get_renderer(), drawing.bbox, 1.5  # pixels
-    boxes = [text.get_window_extent(renderer) for text in drawing.texts if text.get_text()]
-    boxes += [one.get_window_extent(renderer) for one in drawing.legends]
-    boxes += [axes.get_tightbbox(renderer) for axes in drawing.axes]
+    with house():  # ticks follow from the style's font sizes whenever they are asked for
+        canvas.draw()  # lays out
+        boxes = [text.get_window_extent(renderer) for text in drawing.texts if text.get_text()]
+        boxes += [one.get_window_extent(renderer) for one in drawing.legends]
+        boxes += [axes.get_tightbbox(renderer) for axes in drawing.axes]
     for box in boxes:
         assert frame.x0 - rounding <= box.x0 <= box.x1 <= frame.x1 + rounding
         assert frame.y0 - rounding <= box.y0 <= box.y1 <= frame.y1 + rounding

@@ -244,12 +244,13 @@ def closing_lines(config: TrainConfig, step: int, *, is_evaluated: bool = True) 
     run_dir = config.run_dir
     if step < config.trainer.max_steps:
         return [f"{run_dir} is at step {step} of {config.trainer.max_steps}; the same command goes on"]
-    newest = RunDirectory(Path(run_dir)).newest_checkpoint()
+    run = RunDirectory(Path(run_dir))
+    newest = run.newest_checkpoint()
     result = f"finished: {run_dir}" + (f", {newest.name}" if newest else ", without a checkpoint")
     if newest is None or not is_evaluated:
         return [result]
     documents = _held_out(asdict(config))
-    words = [f"checkpoint={run_dir}", f"output={run_dir}/evaluation", f"documents={documents or PLACEHOLDER}"]
+    words = [f"checkpoint={run_dir}", f"output={run.evaluation}", f"documents={documents or PLACEHOLDER}"]
     words += [f"lengths=[{config.data.sequence_length}]"]
     words += ["device=cpu", "dtype=float32"] if config.trainer.device == "cpu" else []
     lines = [result, f"next: python scripts/evaluate.py {shlex.join(words)}"]
