@@ -29,6 +29,9 @@ declare -A survey=(
   [cope11]='[{method: cope, clip: 11}]'
   [nope]='[{method: p_rope, fraction: 0.0}]'
   [learned]='[{method: learned, learning_rate: 0.01}]'
+  [nope_layer]='[{method: nope_layers, every: 2}]'
+  [log_temperature]='[{method: log_temperature, length: 16}]'
+  [fmrope]='[{method: abf, theta: trained_length}]'
 )
 
 # measure REGIME SEED TEST_TIME ARM...: answers, order and loss of the arms of one seed
