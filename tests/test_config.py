@@ -156,6 +156,7 @@ def test_a_mapping_in_an_experiment_replaces(tmp_path):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["run_name="], "run_name='' names no directory below outputs"),
     (["run_name=./"], "run_name='./' names no directory"),
+    (["run_name=a/../../b"], r"run_name='a/\.\./\.\./b' names no directory below outputs"),
     (["tracker=wandb", f"tracker.tags=[{'x' * 65}]"], "of 65 letters; W&B takes 1 to 64"),
     (["tracker=wandb", "tracker.project=a/b"], "tracker.project='a/b' is not a name that W&B takes"),
     (["tracker=wandb", f"tracker.project={'x' * 129}"], "1 to 128 letters"),

@@ -201,7 +201,7 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         raise UserError(
             f"trainer.stop_before={trainer.stop_before} has passed already, so nothing would train; set a later one"
         )
-    if not config.run_name.strip(" ./"):
+    if not config.run_name.strip(" ./") or ".." in config.run_name.split("/"):
         raise UserError(f"run_name={config.run_name!r} names no directory below {config.paths.output_dir}; give a name")
     _validate_tracker(config.tracker)
     one_of("deepspeed.stage", config.deepspeed.stage, (1, 2, 3))
