@@ -21,7 +21,7 @@ from ropewalk.report.results_section import (
     shared_lengths,
     trained_cell,
 )
-from ropewalk.report.runs import Run, once
+from ropewalk.report.runs import Run, of_text, once
 from ropewalk.report.section import EMPTY, UNKNOWN_NOISE, Cell, Section, block_of
 from ropewalk.report.seeds import GROUPS_WITHOUT_EFFECT, WITHOUT_EFFECT, Arm, arm_of, arms, why_apart
 from ropewalk.runs.record import in_notation
@@ -145,7 +145,7 @@ LEGEND = (
     "Loss over the second half of the context, nats per token, 95% interval over documents; differences paired by "
     "document, exploratory. Shaded: past the trained length."
 )
-NEEDLE = " Needle: exact match over the grid, in brackets against shuffled answers."
+NEEDLE = "Needle, in text or in videos: exact match over the grid, in brackets against shuffled answers."
 DOCUMENTS = (
     "Intervals come from resampling the held-out documents: they hold for these very checkpoints and this choice of "
     f"text. They are not training noise. With fewer than {FEW_DOCUMENTS} documents the intervals themselves are rough."
@@ -179,6 +179,7 @@ def opening_section(runs: list[Run], baseline: Run) -> Section:
         described[f"difference to {baseline.label} at {length:,}"] = partial(_difference, baseline, all_arms, length)
     described |= {
         "needle": lambda run: accuracy_cell(run, EXACT_MATCH),
+        "needle in videos": lambda run: accuracy_cell(run, EXACT_MATCH, task="vniah_content"),
         "trained at": trained_cell,
         "documents": _documents,
         "other settings than the baseline's": lambda run: Cell(", ".join(others[run.name]) or EMPTY),
@@ -198,11 +199,15 @@ def opening_section(runs: list[Run], baseline: Run) -> Section:
         for i, run in enumerate(ordered)
     ]
     words = "; ".join(f"{head} {value}" for head, value in alike.items() if value)
-    missing = [] if shared else ["The runs share no context length, so no loss stands here."]
+    missing = [] if shared or not of_text(runs) else ["The runs share no context length, so no loss stands here."]
     missing += [*why_apart(arms(once(runs))), *_bos_apart(once(runs))]
-    legend = LEGEND + (NEEDLE if "needle" in shown else "")
-    legend += f" The same for all runs that have it: {words}." if words else ""
-    legend += f" Names are without {baseline.folder} at their front." if baseline.folder else ""
+    sentences = {
+        LEGEND: bool(shared),
+        NEEDLE: any(head.startswith("needle") for head in shown),
+        f"The same for all runs that have it: {words}.": bool(words),
+        f"Names are without {baseline.folder} at their front.": bool(baseline.folder),
+    }
+    legend = " ".join(sentence for sentence, is_meant in sentences.items() if is_meant)
     return Section("At a glance", legend, list(shown), block_of("", rows), "run", missing=missing)
 
 

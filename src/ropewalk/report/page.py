@@ -31,7 +31,7 @@ from ropewalk.report.noise.noise_floor import noise_among
 from ropewalk.report.overview import limits, opening_section, runs_section, training_summary
 from ropewalk.report.published import published_section
 from ropewalk.report.results_section import effective_section, is_at_chance, results_section
-from ropewalk.report.runs import Run, load_runs, once, with_bases
+from ropewalk.report.runs import Run, load_runs, of_text, once, with_bases
 from ropewalk.report.section import UNKNOWN_NOISE, Block, Cell, Section, as_text
 from ropewalk.report.seeds import arms, one_run_each, styles_of
 from ropewalk.report.vision_section import vision_section
@@ -98,14 +98,15 @@ def sections_of(config: CompareConfig, runs: list[Run], baseline: Run) -> list[S
     """The sections after the opening, in their order; those that no run has anything for are left out."""
     styles, trained = styles_of(runs), once(runs)
     spectra = one_run_each(arms(trained))
+    is_text = of_text(runs)
     sections = [
         decision_section(runs),
-        results_section(runs, baseline),
+        results_section(runs, baseline) if is_text or any(run.left_out for run in runs) else None,
         noise_among(runs),
         effective_section(runs, config.effective_needle, config.effective_ruler),
         _training(trained, styles),
-        _position(runs, baseline, styles),
-        _needle(runs, styles),
+        _position(runs, baseline, styles) if is_text else None,
+        _needle(runs, styles) if is_text else None,
         vision_section(runs),
         *(_benchmark(runs, suite, styles) for suite in SUITES),
         short_context_section(runs, baseline),

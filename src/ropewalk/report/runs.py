@@ -178,6 +178,12 @@ class Run:
         return self.trained_length is not None and length > self.trained_length
 
 
+def of_text(runs: Sequence[Run]) -> bool:
+    """True unless all that the runs were evaluated on is videos, so that text has nothing to show or to miss."""
+    harnesses = {harness for run in runs for harness in run.table["harness"]}
+    return harnesses != {VIDEO_HARNESS}
+
+
 def holds_run(directory: Path) -> bool:
     """True if anything of a run lies in ``directory``, so that :func:`load_run` would read it."""
     run = RunDirectory(directory)
@@ -277,7 +283,7 @@ def load_run(directory: Path) -> Run:
 
 
 def _learned(run: RunDirectory, config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """What a run that trains its frequencies has learned, from its newest checkpoint: run.json has their beginning.
+    """The frequencies that a run has learned, from its newest checkpoint: run.json has those that it began with.
 
     Its base does not follow from them any more, so that is named beside them.
     """

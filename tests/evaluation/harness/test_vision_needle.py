@@ -18,6 +18,8 @@ from ropewalk.data.prepare.video.scenes import NAMES, symbol
 from ropewalk.data.prepare.video.visual_pipeline import prepare_video
 from ropewalk.evaluation import evaluate, read_results
 from ropewalk.model.vision import pixel_values
+from ropewalk.report.overview import opening_section
+from ropewalk.report.page import sections_of
 from ropewalk.report.runs import load_runs
 from ropewalk.report.section import as_text
 from ropewalk.report.vision_section import vision_section
@@ -141,6 +143,15 @@ def test_factors_are_settings_of_the_report_and_finished_cells_are_kept(made, ca
     assert {figure.name.split("_")[2] for figure in section.figures} == {"content", "when"}
     panels = [panel for row in section.figures[0].rows for panel in row if panel]
     assert [panel.title for panel in panels] == ["hope_video-s0, none", "hope_video-s0, temporal_scale(factor=0.5)"]
+    runs = load_runs([str(run)])
+    opening = opening_section(runs, runs[0])
+    cells = dict(opening.blocks[0].rows)["hope_video-s0, none"]
+    assert cells[opening.columns.index("needle in videos")].main == f"{own.mean() / 100:.2f}"  # cells of one size
+    assert "Loss over" not in opening.legend
+    assert "Needle, in text or in videos" in opening.legend
+    titles = [part.title for part in sections_of(composed("compare", f"runs=[{run}]"), runs, runs[0])]
+    assert "V-NIAH" in titles
+    assert not {"Results", "Loss by position", "Needle in a haystack"} & set(titles)
     axes = plt.figure().subplots()
     panels[0].draw(axes)
     assert axes.get_xlabel() == "frames of the video"

@@ -115,9 +115,9 @@ def prepare_vniah(config: PrepareVniahConfig) -> Path:
         UserError: for numbers out of range, a file that cannot be read, or an output that is there already.
     """
     path = Path(config.output) / FILE
-    haystack = _made(config)
     if path.exists():
         raise UserError(f"{path} is there already; remove it, or choose another output")
+    haystack = _made(config)
     with writing(f"output={config.output}", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         source = {"seed": config.seed} | {
