@@ -6,6 +6,7 @@ import argparse
 import ast
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -159,7 +160,9 @@ def run_probe(
         RuntimeError: with the end of the probe's errors, where it fails.
     """
     # beside the export, where there is space: of 128k tokens 2,048 rows are a gigabyte, and /tmp may be memory
-    with tempfile.TemporaryDirectory(dir=models[0].absolute().parent, prefix=".verification-") as scratch:
+    beside = models[0].absolute().parent
+    where = beside if os.access(beside, os.W_OK) else None  # None: the system's, as for an export at a mount's root
+    with tempfile.TemporaryDirectory(dir=where, prefix=".verification-") as scratch:
         root = Path(scratch)
         numbers = count()
 
